@@ -1,0 +1,22 @@
+"""jaxlm: language models in pure JAX. See docs/architecture.md for the alphabet and the map of the package."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlm.generation import generate as generate
+    from jaxlm.generation import stream as stream
+    from jaxlm.model import Model as Model
+    from jaxlm.model import load as load
+
+__version__ = "0.1.0"
+_HOME = {"load": "jaxlm.model", "Model": "jaxlm.model", "generate": "jaxlm.generation", "stream": "jaxlm.generation"}
+__all__ = ["Model", "__version__", "generate", "load", "stream"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is asked for: `import jaxlm` alone does not import jax."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,154 @@
+"""Reading a Hugging Face config.json: what the code computes is taken, what it does not know is refused by name."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxlm.ops.rope import TYPES, Rope
+
+# Fields that do not change what the forward pass computes.
+HARMLESS = frozenset(
+    "architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path use_cache "
+    "initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp cache_implementation "
+    "max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset return_dict id2label label2id "
+    "chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder tokenizer_class "
+    "_sliding_window_pattern sliding_window_pattern auto_map".split()
+)
+REQUIRED: Any = object()
+
+
+class Fields:
+    """The fields of a config, each taken once; `done` refuses by name what is left and matters.
+
+    allow: names that pass although the code does not know them (`--allow-field`).
+    """
+
+    def __init__(self, hf: Mapping[str, Any], allow: Collection[str] = ()):
+        self.left = dict(hf)
+        self.allow = frozenset(allow)
+        self.faults: list[str] = []
+
+    def __call__(self, name: str, default: Any = REQUIRED) -> Any:
+        """The value of a field; the default where it is absent or null."""
+        value = self.left.pop(name, None)
+        if value is not None:
+            return value
+        if default is REQUIRED:
+            raise ValueError(f"config.json has no field {name!r}, which this architecture needs")
+        return default
+
+    def number(self, name: str, default: Any = REQUIRED) -> int:
+        """A field that is a size: a whole number of at least 1."""
+        value = self(name, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json: {name} is {value!r}, but must be a whole number of at least 1")
+        return value
+
+    def must(self, name: str, expected: Any) -> None:
+        """Absent, null, or exactly this: the code computes nothing else."""
+        value = self(name, expected)
+        if value != expected and name not in self.allow:
+            self.faults.append(f"{name} = {value!r} (only {expected!r} is computed)")
+
+    def heads(
+        self, D: int, default_H: int | None = None, default_N: int = REQUIRED, default_K: int | None = None
+    ) -> tuple[int, int, int]:
+        """N, K, H: query heads, kv heads and head width."""
+        N = self.number("num_attention_heads", default_N)
+        K = self.number("num_key_value_heads", default_K or N)
+        H = self.number("head_dim", default_H or D // N)
+        if N % K:
+            raise ValueError(f"config.json: num_attention_heads {N} is not a multiple of num_key_value_heads {K}")
+        if H % 2:
+            raise ValueError(f"config.json: head_dim {H} is odd; rotary positions need pairs")
+        return N, K, H
+
+    def context(self, default: Any = REQUIRED) -> int:
+        """The longest sequence, in tokens."""
+        return self.number("max_position_embeddings", default)
+
+    def rope(self, context: int) -> Rope:
+        """The rope section in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
+        section = {"rope_theta": self("rope_theta", None), **self("rope_scaling", {}), **self("rope_parameters", {})}
+        return read_rope(section, context, self.allow)
+
+    def done(self, config: Any) -> Any:
+        """The config, unless a field was not read and is not known to be harmless: then an error that names it."""
+        for name, value in self.left.items():
+            if name not in HARMLESS and name not in self.allow and value not in (None, False, [], {}):
+                self.faults.append(f"{name} = {value!r}"[:120])
+        if self.faults:
+            raise ValueError(
+                "config.json asks for what this architecture does not compute: "
+                + "; ".join(self.faults)
+                + ". If you know that a field does not change the result, pass --allow-field NAME (allow_fields=[NAME])."
+            )
+        return config
+
+
+def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] = ()) -> Rope:
+    """A Rope from the fields of a rope section; a type or field that the code does not compute is refused by name."""
+    left = {name: value for name, value in section.items() if value is not None}
+    kind = left.pop("rope_type", left.pop("type", "default"))
+    left.pop("type", None)
+    if kind == "dynamic":
+        raise ValueError(
+            "config.json: rope_type 'dynamic' is not supported: its frequencies change with the length of the text, "
+            "so that cached decoding differs from the full forward pass by definition"
+        )
+    if kind not in TYPES:
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported (known: {', '.join(TYPES)})")
+    read = {ours: left.pop(theirs) for theirs, ours in _ROPE_FIELDS[kind].items() if theirs in left}
+    missing = [name for name in _ROPE_NEEDS[kind] if _ROPE_FIELDS[kind][name] not in read]
+    if missing == ["original_max_position_embeddings"] and kind == "yarn":
+        read["original_context"] = context
+    elif missing:
+        raise ValueError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+    if left.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    if kind == "yarn" and "amplitude" not in read:
+        read["amplitude"] = _yarn_amplitude(read["factor"], left.pop("mscale", 0), left.pop("mscale_all_dim", 0))
+    unknown = [name for name in left if name not in allow and name not in _ROPE_HARMLESS]
+    if unknown:
+        raise ValueError(f"config.json: rope_type {kind!r} has fields that are not supported: {', '.join(unknown)}")
+    return Rope(type=kind, **read)
+
+
+def _yarn_amplitude(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """YaRN, section 3.4: 0.1 ln(factor) + 1; DeepSeek's two scales divide each other."""
+    import math
+
+    def grow(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return grow(mscale) / grow(mscale_all_dim) if mscale and mscale_all_dim else grow(1)
+
+
+# Hugging Face's name of each field that a type reads -> ours.
+_ROPE_FIELDS = {
+    "default": {"rope_theta": "theta"},
+    "linear": {"rope_theta": "theta", "factor": "factor"},
+    "llama3": {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_context",
+    },
+    "yarn": {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "attention_factor": "amplitude",
+    },
+}
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+# Written by transformers beside every type; read by none of these.
+_ROPE_HARMLESS = frozenset({"original_max_position_embeddings", "rope_theta"})

@@ -1,0 +1,67 @@
+"""What jaxlm decides by device, in tables with their measurements, and what a device says of its memory."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Decode steps in one program. A loop on CPU makes XLA convert every weight again at each step (docs/performance.md);
+# on accelerators a program of one small step would wait for the host.
+STEPS = {"cpu": 1, "gpu": 16, "tpu": 16}
+
+
+def auto_dtype(stored: np.dtype, platform: str) -> np.dtype:
+    """The type in which weights are kept when none is asked for: the file's."""
+    return stored
+
+
+def available_memory(device: jax.Device) -> int | None:
+    """Bytes that can still be allocated on a device; None where it does not say."""
+    if device.platform == "cpu":
+        return host_memory("MemAvailable")
+    stats: dict[str, Any] = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return None if limit is None else limit - stats.get("bytes_in_use", 0)
+
+
+def host_memory(field: str) -> int | None:
+    """A figure of /proc/meminfo in bytes; None on systems without it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return int(found[0]) * 1024 if found else None
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process has had, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require(needed: int, device: jax.Device, what: str, way_out: str) -> None:
+    """Raises MemoryError before an allocation that cannot succeed, with what was needed and what would fit."""
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise MemoryError(f"{what} need {gigabytes(needed)}, but {device} has {gigabytes(free)} free: {way_out}")
+
+
+def gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def unseen_accelerator() -> str | None:
+    """One line when an NVIDIA GPU or a TPU is in the machine and jax runs on the CPU."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return None
+    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists():
+        return "An NVIDIA GPU is here but jax does not see it: pip install 'jaxlm[cuda]'"
+    if any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")):
+        return "A TPU may be here but jax does not see it: pip install 'jaxlm[tpu]'"
+    return None

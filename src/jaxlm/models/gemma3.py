@@ -1,0 +1,121 @@
+"""Gemma 3, text (Gemma team 2025, arXiv:2503.19786): 270M and 1B, and the language half of 4B, 12B and 27B.
+
+Five of six layers see a sliding window and rotate with theta 10,000; every sixth sees everything and rotates with theta
+1,000,000, its frequencies divided by 8 from 4B on. Norms stand before and after attention and MLP and on every query
+and key head; their weights are stored around zero. The embedding is scaled by sqrt(D), rounded as the activations are.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import Fields, read_rope
+from jaxlm.ops import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.params import period
+
+
+@dataclass(frozen=True)
+class Config:
+    V: int
+    D: int
+    F: int
+    L: int
+    N: int
+    K: int
+    H: int
+    eps: float
+    rope: Rope
+    local_rope: Rope
+    windows: tuple[int | None, ...]
+    scale: float
+    context: int
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, hf, allow=()):
+        text = hf
+        if "text_config" in hf:  # the models that also see; their language half
+            text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **hf["text_config"]}
+            outer = Fields(hf, allow)
+            for name in SEEING:
+                outer(name, None)
+            outer.done(None)
+        f = Fields(text, allow)
+        f.must("hidden_activation", "gelu_pytorch_tanh")
+        V, D = f.number("vocab_size", 262208), f.number("hidden_size", 2304)
+        F, L = f.number("intermediate_size", 9216), f.number("num_hidden_layers", 26)
+        N, K, H = f.heads(D, 256, default_N=8, default_K=4)
+        eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", True), f.context(131072)
+        window, scale = f.number("sliding_window", 4096), f("query_pre_attn_scalar", 256) ** -0.5
+        every = f("sliding_window_pattern", f("_sliding_window_pattern", 6))
+        kinds = f("layer_types", ["full" if (i + 1) % every == 0 else "sliding" for i in range(L)])
+        windows = tuple(window if kind.startswith("sliding") else None for kind in kinds)
+        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {})}
+        local = {"rope_theta": f("rope_local_base_freq", 1e4)}
+        both = f("rope_parameters", {})  # the newer spelling holds a section for each kind of layer
+        wide, local = both.get("full_attention") or wide, both.get("sliding_attention") or local
+        ropes = read_rope(wide, context, allow), read_rope(local, context, allow)
+        return f.done(cls(V, D, F, L, N, K, H, eps, *ropes, windows, scale, context, tied))
+
+
+# Fields of the outer config of the models that see.
+SEEING = ("text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id",
+          "mm_tokens_per_image", "tie_word_embeddings")  # fmt: skip
+NORM = 0.0  # a norm weight that changes nothing
+norm = partial(rms_norm, offset=1.0)
+
+
+def names(tail):
+    """The three spellings of a tensor: text models; the hub's seeing models; those that transformers 5 saves."""
+    return "model." + tail, "language_model.model." + tail, "model.language_model." + tail
+
+
+PARAMS = {
+    "embed": ("VD", *names("embed_tokens.weight")),
+    "layers.attn_norm": ("D", *names("layers.{}.input_layernorm.weight")),
+    "layers.q": ("NHD", *names("layers.{}.self_attn.q_proj.weight")),
+    "layers.k": ("KHD", *names("layers.{}.self_attn.k_proj.weight")),
+    "layers.v": ("KHD", *names("layers.{}.self_attn.v_proj.weight")),
+    "layers.q_norm": ("H", *names("layers.{}.self_attn.q_norm.weight")),
+    "layers.k_norm": ("H", *names("layers.{}.self_attn.k_norm.weight")),
+    "layers.o": ("DNH", *names("layers.{}.self_attn.o_proj.weight")),
+    "layers.attn_out_norm": ("D", *names("layers.{}.post_attention_layernorm.weight")),
+    "layers.mlp_norm": ("D", *names("layers.{}.pre_feedforward_layernorm.weight")),
+    "layers.gate": ("FD", *names("layers.{}.mlp.gate_proj.weight")),
+    "layers.up": ("FD", *names("layers.{}.mlp.up_proj.weight")),
+    "layers.down": ("DF", *names("layers.{}.mlp.down_proj.weight")),
+    "layers.mlp_out_norm": ("D", *names("layers.{}.post_feedforward_layernorm.weight")),
+    "norm": ("D", *names("norm.weight")),
+    "head": ("VD", "lm_head.weight", "language_model.lm_head.weight"),
+}
+# Tensors of the half that sees: known by their beginnings, not read yet.
+UNREAD = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
+
+
+def layer(cfg, pos, freqs, window, x, w, cache):
+    h = norm(x, w["attn_norm"], cfg.eps)
+    q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), h, (w["q"], w["k"], w["v"]))
+    q, k = norm(q, w["q_norm"], cfg.eps), norm(k, w["k_norm"], cfg.eps)
+    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache, window=window, scale=cfg.scale)
+    x += norm(einsum("BTNH,DNH->BTD", a, w["o"]), w["attn_out_norm"], cfg.eps)
+    h = norm(x, w["mlp_norm"], cfg.eps)
+    gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), h, (w["gate"], w["up"]))
+    y = einsum("BTF,DF->BTD", jax.nn.gelu(gate, approximate=True) * up, w["down"])
+    return x + norm(y, w["mlp_out_norm"], cfg.eps), cache
+
+
+def forward(cfg, tokens, w, cache, pos, **how):
+    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+    x = embed(tokens, w["embed"])
+    x *= jnp.asarray(cfg.D**0.5, x.dtype)
+    wide, local = frequencies(cfg.rope, cfg.H), frequencies(cfg.local_rope, cfg.H)
+    layers = [partial(layer, cfg, pos, local if window else wide, window) for window in period(cfg.windows)]
+    x, cache = fold(layers, x, w["layers"], cache, pos, **how)
+    return norm(x, w["norm"], cfg.eps), cache
+
+
+def logits(cfg, x, w):
+    """Hidden states [...,D] -> [...,V] float32."""
+    return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")

@@ -1,0 +1,84 @@
+"""OLMo 2 (OLMo team 2025, arXiv:2501.00656).
+
+Llama's layer with the norms moved: none before attention and MLP, one after each, on the branch alone; and queries and
+keys are normalised over all their heads at once (N * H numbers), before the rotation.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from jaxlm.config import Fields
+from jaxlm.ops import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+
+
+@dataclass(frozen=True)
+class Config:
+    V: int
+    D: int
+    F: int
+    L: int
+    N: int
+    K: int
+    H: int
+    eps: float
+    rope: Rope
+    context: int
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, hf, allow=()):
+        f = Fields(hf, allow)
+        f.must("hidden_act", "silu")
+        V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
+        N, K, H = f.heads(D)
+        eps, tied, context = f("rms_norm_eps", 1e-5), f("tie_word_embeddings", False), f.context()
+        return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context), context, tied))
+
+    @property
+    def windows(self):
+        return (None,) * self.L
+
+
+NORM = 1.0  # a norm weight that changes nothing
+
+PARAMS = {
+    "embed": ("VD", "model.embed_tokens.weight"),
+    "layers.q": ("NHD", "model.layers.{}.self_attn.q_proj.weight"),
+    "layers.k": ("KHD", "model.layers.{}.self_attn.k_proj.weight"),
+    "layers.v": ("KHD", "model.layers.{}.self_attn.v_proj.weight"),
+    "layers.q_norm": ("NH", "model.layers.{}.self_attn.q_norm.weight"),
+    "layers.k_norm": ("KH", "model.layers.{}.self_attn.k_norm.weight"),
+    "layers.o": ("DNH", "model.layers.{}.self_attn.o_proj.weight"),
+    "layers.attn_norm": ("D", "model.layers.{}.post_attention_layernorm.weight"),
+    "layers.gate": ("FD", "model.layers.{}.mlp.gate_proj.weight"),
+    "layers.up": ("FD", "model.layers.{}.mlp.up_proj.weight"),
+    "layers.down": ("DF", "model.layers.{}.mlp.down_proj.weight"),
+    "layers.mlp_norm": ("D", "model.layers.{}.post_feedforward_layernorm.weight"),
+    "norm": ("D", "model.norm.weight"),
+    "head": ("VD", "lm_head.weight"),
+}
+UNREAD = ()  # beginnings of tensor names that are known and not used
+
+
+def layer(cfg, pos, freqs, x, w, cache):
+    q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), x, (w["q"], w["k"], w["v"]))
+    q, k = rms_norm(q, w["q_norm"], cfg.eps, axes=2), rms_norm(k, w["k_norm"], cfg.eps, axes=2)
+    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache)
+    x += rms_norm(einsum("BTNH,DNH->BTD", a, w["o"]), w["attn_norm"], cfg.eps)
+    gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), x, (w["gate"], w["up"]))
+    return x + rms_norm(einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, w["down"]), w["mlp_norm"], cfg.eps), cache
+
+
+def forward(cfg, tokens, w, cache, pos, **how):
+    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+    x = embed(tokens, w["embed"])
+    period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
+    x, cache = fold(period, x, w["layers"], cache, pos, **how)
+    return rms_norm(x, w["norm"], cfg.eps), cache
+
+
+def logits(cfg, x, w):
+    """Hidden states [...,D] -> [...,V] float32."""
+    return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")

@@ -1,0 +1,86 @@
+"""Qwen3, the dense models (Yang et al. 2025, arXiv:2505.09388).
+
+Llama 3 with an RMSNorm on every query and key head, before the rotation. Head width is stated apart from D / N; the
+models up to 4B tie the output head to the embedding. The two files agree line for line: diff them.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from jaxlm.config import Fields
+from jaxlm.ops import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+
+
+@dataclass(frozen=True)
+class Config:
+    V: int
+    D: int
+    F: int
+    L: int
+    N: int
+    K: int
+    H: int
+    eps: float
+    rope: Rope
+    context: int
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, hf, allow=()):
+        f = Fields(hf, allow)
+        f.must("hidden_act", "silu")
+        V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
+        N, K, H = f.heads(D, 128)
+        eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", False), f.context()
+        return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context), context, tied))
+
+    @property
+    def windows(self):
+        return (None,) * self.L
+
+
+NORM = 1.0  # a norm weight that changes nothing
+
+PARAMS = {
+    "embed": ("VD", "model.embed_tokens.weight"),
+    "layers.attn_norm": ("D", "model.layers.{}.input_layernorm.weight"),
+    "layers.q": ("NHD", "model.layers.{}.self_attn.q_proj.weight"),
+    "layers.k": ("KHD", "model.layers.{}.self_attn.k_proj.weight"),
+    "layers.v": ("KHD", "model.layers.{}.self_attn.v_proj.weight"),
+    "layers.q_norm": ("H", "model.layers.{}.self_attn.q_norm.weight"),
+    "layers.k_norm": ("H", "model.layers.{}.self_attn.k_norm.weight"),
+    "layers.o": ("DNH", "model.layers.{}.self_attn.o_proj.weight"),
+    "layers.mlp_norm": ("D", "model.layers.{}.post_attention_layernorm.weight"),
+    "layers.gate": ("FD", "model.layers.{}.mlp.gate_proj.weight"),
+    "layers.up": ("FD", "model.layers.{}.mlp.up_proj.weight"),
+    "layers.down": ("DF", "model.layers.{}.mlp.down_proj.weight"),
+    "norm": ("D", "model.norm.weight"),
+    "head": ("VD", "lm_head.weight"),
+}
+UNREAD = ()  # beginnings of tensor names that are known and not used
+
+
+def layer(cfg, pos, freqs, x, w, cache):
+    h = rms_norm(x, w["attn_norm"], cfg.eps)
+    q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), h, (w["q"], w["k"], w["v"]))
+    q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
+    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache)
+    x += einsum("BTNH,DNH->BTD", a, w["o"])
+    h = rms_norm(x, w["mlp_norm"], cfg.eps)
+    gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), h, (w["gate"], w["up"]))
+    return x + einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, w["down"]), cache
+
+
+def forward(cfg, tokens, w, cache, pos, **how):
+    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+    x = embed(tokens, w["embed"])
+    period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
+    x, cache = fold(period, x, w["layers"], cache, pos, **how)
+    return rms_norm(x, w["norm"], cfg.eps), cache
+
+
+def logits(cfg, x, w):
+    """Hidden states [...,D] -> [...,V] float32."""
+    return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")

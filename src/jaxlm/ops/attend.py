@@ -1,0 +1,99 @@
+"""Attention over structure: positions and windows instead of masks, grouped heads, the cache, and the backends."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.ops import cache as caches
+
+# Largest block of scores that the reference forms at once, in float32 numbers over all rows and heads.
+SCORES = 1 << 25
+NOTHING = -1e30  # a masked score: finite, so that a row that sees nothing gives numbers, not NaN
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand: position and segment, each [B,T] or [B,S] int32. Only equal segments meet."""
+
+    pos: jax.Array
+    segment: jax.Array
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pos: jax.Array,
+    cache: caches.Slots | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[jax.Array, caches.Slots | None]:
+    """Causal attention of q [B,T,N,H] to k, v [B,T,K,H] and to all that the cache holds -> [B,T,N,H], cache.
+
+    pos [B,T] int32 is each token's place in its own sequence, -1 for padding. A query sees a key when
+    0 <= query - key, and < window in a sliding layer. Without a cache a sequence begins wherever pos does not exceed
+    the token before it, and sequences do not see each other. Scores are scaled by H**-0.5 unless `scale` is given.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cache is None:
+        places = Places(pos, segments(pos))
+        return reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, scale), None
+    cache = caches.write(cache, k, v)
+    query, key = Places(pos, jnp.zeros_like(pos)), Places(cache.at, jnp.zeros_like(cache.at))
+    return reference(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), query, key, window, scale), cache
+
+
+def segments(pos: jax.Array) -> jax.Array:
+    """The number of the sequence that each token of a row belongs to; padding in between changes nothing. [B,T]"""
+    index = jnp.where(pos < 0, -1, jnp.arange(pos.shape[1], dtype=pos.dtype))
+    last = jax.lax.cummax(index, axis=1)  # index of the newest token that is not padding
+    before = jnp.take_along_axis(pos, jnp.maximum(last, 0), axis=1)[:, :-1]
+    begins = (pos[:, 1:] >= 0) & (pos[:, 1:] <= before)
+    return jnp.pad(jnp.cumsum(begins, axis=1, dtype=pos.dtype), ((0, 0), (1, 0)))
+
+
+def visible(query: Places, key: Places, window: int | None) -> jax.Array:
+    """[B,T,S] bool: which key each query sees."""
+    distance = query.pos[:, :, None] - key.pos[:, None, :]
+    seen = (distance >= 0) & (key.pos >= 0)[:, None, :] & (query.segment[:, :, None] == key.segment[:, None, :])
+    return seen if window is None else seen & (distance < window)
+
+
+def reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    """q [B,T,N,H], k, v [B,K,S,H] -> [B,T,N,H] in plain XLA. Long T goes block by block: [B,N,T,S] never exists."""
+    B, T, N, H = q.shape
+    S = k.shape[2]
+    rows = max(1, SCORES // (B * N * S))
+    if rows >= T:
+        return _block(q, k, v, query, key, window, scale)
+    blocks = -(-T // rows)
+    rows = -(-T // blocks)
+
+    def split(x: jax.Array, fill: int) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, blocks * rows - T)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return x.reshape(B, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
+
+    def one(block: tuple[jax.Array, Places]) -> jax.Array:
+        return _block(block[0], k, v, block[1], key, window, scale)
+
+    places = Places(split(query.pos, -1), split(query.segment, 0))
+    out = jax.lax.map(jax.checkpoint(one), (split(q, 0), places))
+    return out.swapaxes(0, 1).reshape(B, blocks * rows, N, H)[:, :T]
+
+
+def _block(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    f32 = jnp.float32
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=f32) * scale
+    scores = jnp.where(visible(query, key, window)[:, None, None], scores, NOTHING)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
+    return out.reshape(B, T, N, H).astype(q.dtype)

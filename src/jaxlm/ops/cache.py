@@ -1,0 +1,100 @@
+"""Key/value caches. A slot's position is stored, so a mask never has to guess what a slot holds.
+
+A layer that sees everything keeps position p in slot p. A sliding layer keeps it in slot p % S, a ring of
+window + chunk - 1 slots: writing `chunk` tokens at once then destroys nothing that the first of them still needs.
+Layers with the same number of slots share one record of positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["at", "layers"], meta_fields=["length", "chunk"])
+@dataclass(frozen=True)
+class Cache:
+    """at {slots S: [B,S] int32}: the position of the token in each slot, -1 when empty; layers: k, v [B,K,S,H] each."""
+
+    at: dict[str, jax.Array]
+    layers: list[dict[str, jax.Array]]
+    length: int  # positions 0 to length - 1 fit
+    chunk: int  # the most tokens of a row that one call may write
+
+
+class Slots(NamedTuple):
+    """One layer's view of a cache: k, v [B,K,S,H], where the call's tokens go (index [B,T]) and the positions
+    at [B,S] that the slots hold once they are there."""
+
+    k: jax.Array
+    v: jax.Array
+    index: jax.Array
+    at: jax.Array
+
+
+def init(batch: int, length: int, windows: Sequence[int | None], K: int, H: int, dtype: Any, chunk: int | None) -> Cache:
+    """An empty cache for layers with these windows (None: sees all). Without `chunk`, any number of tokens may be
+    written at once and every layer keeps all `length` positions."""
+    chunk = min(chunk or length, length)
+    counts = [length if window is None else min(length, window + chunk - 1) for window in windows]
+    at = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in counts}
+    layers = [{"k": jnp.zeros((batch, K, S, H), dtype), "v": jnp.zeros((batch, K, S, H), dtype)} for S in counts]
+    return Cache(at, layers, length, chunk)
+
+
+def slot(pos: jax.Array, S: int, length: int) -> jax.Array:
+    """The slot [B,T] of each position. Padding (and what is past the cache) goes past the end, where writes are
+    dropped: a negative index would wrap. No two tokens of a row share a slot, so the scatter may assume as much."""
+    outside = S + jnp.arange(pos.shape[1], dtype=pos.dtype)
+    return jnp.where((pos < 0) | (pos >= length), outside, pos % S)
+
+
+def advance(cache: Cache, pos: jax.Array) -> tuple[Cache, list[Slots]]:
+    """Notes that tokens at pos [B,T] are about to be written; -> the cache, and each layer's view of it."""
+    if pos.shape[1] > cache.chunk:
+        raise ValueError(
+            f"{pos.shape[1]} tokens at once do not fit this cache: it takes {cache.chunk} a call and {cache.length} in "
+            "all. Give init_kv(batch, length) more, or write in chunks."
+        )
+    index = {S: slot(pos, a.shape[1], cache.length) for S, a in cache.at.items()}
+    rows = jnp.arange(pos.shape[0])[:, None]
+    at = {S: a.at[rows, index[S]].set(pos, mode="drop", unique_indices=True) for S, a in cache.at.items()}
+    views = [Slots(w["k"], w["v"], index[S], at[S]) for w in cache.layers for S in [str(w["k"].shape[2])]]
+    return replace(cache, at=at), views
+
+
+def write(cache: Slots, k: jax.Array, v: jax.Array) -> Slots:
+    """Puts k, v [B,T,K,H] where `index` says."""
+    return cache._replace(k=_put(cache.k, k, cache.index), v=_put(cache.v, v, cache.index))
+
+
+def _put(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    rows = jnp.arange(index.shape[0])[:, None]
+    return old.at[rows, :, index].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+
+def next_position(cache: Cache) -> jax.Array:
+    """The position [B] that follows the last one written in each row."""
+    return jnp.max(jnp.stack([a.max(axis=1) for a in cache.at.values()]), axis=0) + 1
+
+
+def insert(cache: Cache, part: Cache, rows: jax.Array) -> Cache:
+    """Replaces rows [b] of a cache by those of `part` (batch b, any number of slots): what prefill made joins a batch.
+
+    A row number past the end is dropped. Where the target's ring is smaller, the newest positions win.
+    """
+    at, layers = dict(cache.at), []
+    for new, old in zip(cache.layers, part.layers, strict=True):
+        S = new["k"].shape[2]
+        held = part.at[str(old["k"].shape[2])]
+        held = jnp.where(held > held.max(axis=1, keepdims=True) - S, held, -1)
+        index = slot(held, S, cache.length)
+        cleared = cache.at[str(S)].at[rows].set(-1, mode="drop")
+        at[str(S)] = cleared.at[rows[:, None], index].set(held, mode="drop")
+        # Axes 0 and 2 are indexed, so the values come as [b,s,K,H].
+        put = {n: new[n].at[rows[:, None], :, index].set(old[n].swapaxes(1, 2), mode="drop") for n in ("k", "v")}
+        layers.append(put)
+    return replace(cache, at=at, layers=layers)
