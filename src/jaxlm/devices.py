@@ -10,7 +10,11 @@ import numpy as np
 
 # Decode steps in one program. A loop on CPU makes XLA convert every weight again at each step (docs/performance.md);
 # on accelerators a program of one small step would wait for the host.
-STEPS = {"cpu": 1, "gpu": 16, "tpu": 16}
+STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
+# Tokens of a prompt that go through the model at once: bounds the memory of activations and the time to a Ctrl-C.
+CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+# Sequences that are decoded together when a caller gives more prompts than that.
+BATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
 
 
 def auto_dtype(stored: np.dtype, platform: str) -> np.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm import devices, models, params
 from jaxlm.checkpoint import hf, hub
+from jaxlm.decoding import Programs
 from jaxlm.ops import cache as caches
 from jaxlm.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ class Model:
         self.tokenizer = tokenizer
         self.generation_config = generation_config or {}
         self.source = source
+        self.programs = Programs(family, config)
         self.unread: list[str] = []  # tensors of the checkpoint that are known and not used
 
     def __iter__(self) -> Iterator[Any]:
@@ -71,6 +73,11 @@ class Model:
     def dtype(self) -> Any:
         """The type of the activations: the embedding's."""
         return self.weights["embed"].dtype
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the weights lie."""
+        return next(iter(self.weights["embed"].devices()))
 
     @classmethod
     def init(cls, family: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32, **more: Any) -> "Model":

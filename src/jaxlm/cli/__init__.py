@@ -1,0 +1,61 @@
+"""The command line: one module a command, each a dataclass whose fields are the flags and whose `run` does the work.
+
+Nothing here imports jax at the top: `jaxlm --help` must answer at once.
+"""
+
+import os
+import sys
+
+import tyro
+
+from jaxlm import __version__
+from jaxlm.cli.generate import Generate
+
+COMMANDS = {"generate": Generate}
+ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; -> 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["--version"], ["-V"]):
+        print(f"jaxlm {__version__}")
+        return 0
+    command = parse(argv or ["--help"])
+    try:
+        return command.run() or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if command.debug:
+            raise
+        print(f"jaxlm: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: list[str]):
+    """The command that the arguments describe; exits with 2 where they describe none."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="jaxlm",
+        description=ABOUT,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, in a line for a person; --debug shows the traceback."""
+    text = str(error)
+    if isinstance(error, ValueError | OSError | MemoryError):
+        return text
+    if "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"out of memory on the device: {text.splitlines()[0]}. Use --dtype bfloat16, fewer --max-tokens, "
+            "a smaller --batch-size or a smaller model"
+        )
+    return f"{type(error).__name__}: {text} (--debug shows where; please report it)"

@@ -1,0 +1,102 @@
+"""What the commands share: the model's flags, the process's settings, and what is told on stderr."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="NAME|FOLDER")] = None
+    """Hugging Face hub id or a local folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; auto keeps the file's, unless the device is much faster in another."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    token: str | None = None
+    """Hub access token; better kept in HF_TOKEN or by `hf auth login`."""
+    offline: bool = False
+    """Use the local cache only, never the network."""
+    allow_field: tuple[str, ...] = ()
+    """Let a field of config.json pass that jaxlm does not know."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def load(self) -> "Model":
+        """Loads the model, with notices on stderr."""
+        set_up_process()
+        import jaxlm
+        from jaxlm.devices import unseen_accelerator
+
+        name = self.model
+        if name is None:
+            from jaxlm.cli.tiny import tiny_model
+
+            name = str(tiny_model())
+            note(f"No model named (-m): using {name}, a tiny model with random weights. Its text means nothing.")
+        if unseen := unseen_accelerator():
+            note(unseen)
+        model = jaxlm.load(
+            name,
+            dtype=self.dtype,
+            revision=self.revision,
+            token=self.token,
+            offline=self.offline,
+            allow_fields=self.allow_field,
+        )
+        if model.unread:
+            note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
+        model.programs.notify = compiling
+        return model
+
+
+def set_up_process() -> None:
+    """Settings of the whole process, which only the command line may make; environment variables win."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def cache_folder() -> Path:
+    """Where jaxlm keeps what it can make again: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+
+
+def note(text: str) -> None:
+    """A line on stderr, dim on a terminal."""
+    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def compiling(name: str, seconds: float | None = None) -> None:
+    """Tells of a compilation while it lasts; on a terminal a short one leaves no line behind."""
+    tty = sys.stderr.isatty()
+    if seconds is None:
+        print(f"compiling {name} …", end="", file=sys.stderr, flush=True)
+    elif tty and seconds < 0.5:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    else:
+        print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def statistics(piece: Any) -> str:
+    """The line after a text: counts, speeds, memory."""
+    from jaxlm.devices import gigabytes, peak_memory
+
+    parts = [f"{piece.prompt_tokens:,} prompt tokens", f"{piece.generation_tokens:,} generated"]
+    if piece.tokens_per_second:
+        parts.append(f"{piece.tokens_per_second:.1f} tokens/s")
+    parts.append(f"first token after {piece.first_token_seconds:.2f} s")
+    if piece.compile_seconds >= 0.05:
+        parts.append(f"compiled for {piece.compile_seconds:.1f} s")
+    return " · ".join([*parts, f"peak memory {gigabytes(peak_memory())}"])

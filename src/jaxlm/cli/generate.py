@@ -1,0 +1,186 @@
+"""`jaxlm generate`: text from a prompt, or from a file of them."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import tyro
+
+from jaxlm.cli.common import ModelFlags, note, statistics
+from jaxlm.options import Options, unsupported
+
+if TYPE_CHECKING:
+    from jaxlm.generation import Piece
+    from jaxlm.model import Model
+
+
+@dataclass(frozen=True)
+class Generate(Options, ModelFlags):
+    """Continue or answer a prompt, streamed to stdout.
+
+    With a chat template the prompt becomes a user's message; --raw (or a model without template) continues it as text.
+    """
+
+    prompt: tyro.conf.Positional[str | None] = None
+    """The prompt; - reads it from stdin."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Many prompts, one a line: a JSON string, {"prompt": …} or {"messages": […]}. Answers come as JSON lines."""
+    batch_size: int | None = None
+    """How many of --prompts are decoded together."""
+    system: str | None = None
+    """System message, for models with a chat template."""
+    raw: bool = False
+    """Continue the prompt as text, without the chat template."""
+    no_think: bool = False
+    """Ask a thinking model to answer at once."""
+    template_arg: tuple[str, ...] = ()
+    """KEY=VALUE for the chat template (VALUE is JSON, or a text)."""
+    json: bool = False
+    """One JSON object instead of streamed text."""
+
+    def run(self) -> int:
+        self.validate()
+        lines = self._lines()
+        model = self.load()
+        prompts = [prompt_of(line, model, self.system, self.raw) for line in lines]
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
+        args = template_args(model, self.template_arg, self.no_think)
+        warn_ignored(model)
+        from jaxlm.generation import stream
+
+        pieces = stream(model, prompts, batch_size=self.batch_size, template_args=args, **options)
+        if self.prompts or self.json:
+            print_json(pieces, len(prompts), model)
+        else:
+            print_text(pieces)
+        return 0
+
+    def _lines(self) -> list[Any]:
+        """The prompts as given: texts or JSON objects."""
+        if (self.prompt is None) == (self.prompts is None):
+            usage("give a prompt, - to read it from stdin, or --prompts FILE.jsonl")
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        text = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if not text:
+            raise ValueError("the prompt is empty: give some text")
+        return [text]
+
+
+def usage(text: str) -> NoReturn:
+    """Ends the program for arguments that make no sense."""
+    print(f"jaxlm: {text} (jaxlm generate --help)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """The lines of a JSONL file; ValueError names the first bad one."""
+    prompts = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if isinstance(value, dict) and set(value) & {"prompt", "messages"}:
+            value = value.get("messages") or value.get("prompt")
+        if not value or not isinstance(value, str | list):
+            raise ValueError(f'{path}, line {number}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
+        prompts.append(value)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
+    """A text as the model wants it: a chat where there is a template, unless --raw."""
+    chat = model.tokenizer is not None and model.tokenizer.has_template and not raw
+    if system is not None and not chat:
+        raise ValueError(f"--system needs a chat template; {'--raw leaves it out' if raw else model.source + ' has none'}")
+    if not isinstance(line, str):
+        return line
+    if not chat:
+        return line
+    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": line}]
+
+
+def template_args(model: "Model", given: tuple[str, ...], no_think: bool) -> dict[str, Any]:
+    """--template-arg and --no-think as variables of the template; one that it does not use is refused."""
+    args: dict[str, Any] = {}
+    for pair in given:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--template-arg {pair}: expected KEY=VALUE")
+        try:
+            args[key] = json.loads(value)
+        except json.JSONDecodeError:
+            args[key] = value
+    if no_think:
+        args["enable_thinking"] = False
+    for key in args:
+        if model.tokenizer is None or not model.tokenizer.template_accepts(key):
+            flag = "--no-think" if no_think and key == "enable_thinking" else f"--template-arg {key}"
+            raise ValueError(f"{flag}: the chat template of {model.source} does not use {key!r}")
+    return args
+
+
+def warn_ignored(model: "Model") -> None:
+    """Names fields of generation_config.json that change the text and that jaxlm does not have."""
+    if ignored := unsupported(model.generation_config):
+        note(f"generation_config.json asks for what jaxlm does not do: {', '.join(ignored)}")
+
+
+def print_text(pieces: "Iterator[Piece]") -> None:
+    """Streams one answer to stdout, then the counts to stderr."""
+    piece = None
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if piece is not None:
+        print(flush=True)
+        note(statistics(piece))
+
+
+def print_json(pieces: "Iterator[Piece]", count: int, model: "Model") -> None:
+    """One JSON object a prompt on stdout, in the order of the prompts; a count on stderr while it lasts."""
+    parts: list[list[Piece]] = [[] for _ in range(count)]
+    printed = 0
+    for piece in pieces:
+        parts[piece.index].append(piece)
+        while printed < count and parts[printed] and parts[printed][-1].finish_reason:
+            print(json.dumps(record(parts[printed], model), ensure_ascii=False), flush=True)
+            printed += 1
+            if count > 1 and sys.stderr.isatty():
+                print(f"\r{printed} of {count} done", end="", file=sys.stderr, flush=True)
+    if count > 1 and sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def record(pieces: "list[Piece]", model: "Model") -> dict[str, Any]:
+    """An answer as a JSON object."""
+    last = pieces[-1]
+    out = {
+        "index": last.index,
+        "model": model.source,
+        "text": "".join(pieces),
+        "tokens": [token for piece in pieces for token in piece.tokens],
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "generation_tokens": last.generation_tokens,
+        "tokens_per_second": round(last.tokens_per_second, 2),
+        "first_token_seconds": round(last.first_token_seconds, 4),
+        "compile_seconds": round(last.compile_seconds, 3),
+        "seed": last.seed,
+    }
+    if last.logprobs is not None:
+        out["logprobs"] = [
+            {"logprob": x.chosen, "top": [{"id": i, "logprob": v} for i, v in x.top]}
+            for piece in pieces
+            for x in piece.logprobs or []
+        ]
+    return out

@@ -1,0 +1,187 @@
+"""The host's side of decoding: requests share a batch of rows, and tokens come out in the order in which they are made.
+
+A row that ends makes room for the next request. Programs are dispatched one ahead of the tokens that are read, so the
+device never waits for the host: a row that has ended is noticed one program late, and what it made since is dropped.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import decoding, devices, sampling
+from jaxlm.options import Options
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+
+@dataclass
+class Request:
+    """One prompt and what is asked for it; `finished` is set by the engine, or by the reader to end it early."""
+
+    ids: list[int]
+    options: Options  # resolved: every number is there
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    key: Any = None  # typed PRNG key
+    finished: str | None = None  # "stop" or "length"
+    made: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0  # when the first token was there
+
+
+class Logprobs(NamedTuple):
+    """Natural log-probability of a token under the raw logits, and the likeliest tokens with theirs."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class Token(NamedTuple):
+    """One token of request number `index`."""
+
+    index: int
+    id: int
+    logprobs: Logprobs | None
+
+
+@dataclass
+class _Row:
+    request: int
+    left: int  # tokens that may still be dispatched
+
+
+def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Token]:
+    """Decodes all requests, at most `slots` at once, and yields their tokens. Stop tokens are yielded too."""
+    slots = min(slots, len(requests))
+    waiting = deque(range(len(requests)))
+    rows: list[_Row | None] = [None] * slots
+    flight: deque[tuple[decoding.Made, list[tuple[int, int]]]] = deque()
+    state, k = empty_state(model, requests, slots)
+    steps = devices.STEPS[model.device.platform]
+    while True:
+        rows = _unfinished(rows, requests)
+        free = [i for i, row in enumerate(rows) if row is None]
+        if waiting and free:
+            batch = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            state, made = _join(model, [requests[i] for i in batch], free[: len(batch)], state, k)
+            for row, request in zip(free, batch):
+                rows[row] = _Row(request, requests[request].max_tokens - 1)
+            flight.append((made, list(enumerate(batch))))
+            while flight:  # a first token is shown at once, not after the next program is compiled or done
+                yield from read(requests, *flight.popleft())
+            rows = _unfinished(rows, requests)
+        busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
+        if busy:
+            state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
+            flight.append((made, [(i, row.request) for i, row in busy]))
+            for _, row in busy:
+                row.left -= steps
+        if len(flight) > 1 or (flight and not busy):
+            yield from read(requests, *flight.popleft())
+        elif not flight and not waiting:
+            return
+
+
+def _unfinished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
+    """The rows, those whose request has ended made free."""
+    return [row if row is not None and not requests[row.request].finished else None for row in rows]
+
+
+def read(requests: Sequence[Request], made: decoding.Made, where: list[tuple[int, int]]) -> Iterator[Token]:
+    """Brings tokens to the host; `where` pairs a row with its request. What a request made after its end is dropped."""
+    tokens, logprobs = jax.device_get(made)
+    for n in range(tokens.shape[0]):
+        for row, index in where:
+            request = requests[index]
+            if request.finished:
+                continue
+            token = int(tokens[n, row])
+            request.made += 1
+            request.first = request.first or time.perf_counter()
+            if token in request.stop_ids:
+                request.finished = "stop"
+            elif request.made >= request.max_tokens:
+                request.finished = "length"
+            yield Token(index, token, None if logprobs is None else _logprobs(*(a[n, row] for a in logprobs)))
+
+
+def _logprobs(chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Logprobs:
+    return Logprobs(float(chosen), [(int(i), float(v)) for i, v in zip(ids, values)])
+
+
+def empty_state(model: "Model", requests: Sequence[Request], slots: int) -> tuple[decoding.State, int | None]:
+    """A state in which no row is used, roomy enough for every request; and how many likeliest tokens to report."""
+    length = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
+    asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
+    kv = model.init_kv(slots, length, chunk=1)
+    blank = [Request([], NEUTRAL, 1, key=requests[0].key)] * slots
+    return _state(model, blank, kv, _shared(requests)), max(asked) if asked else None
+
+
+NEUTRAL = Options().resolve({})
+
+
+class _Shared(NamedTuple):
+    """Which optional arrays the rows of a batch carry: those that any of its requests needs."""
+
+    counts: bool
+    bias: bool
+
+
+def _shared(requests: Sequence[Request]) -> _Shared:
+    return _Shared(any(r.options.penalised for r in requests), any(r.options.logit_bias for r in requests))
+
+
+def _state(model: "Model", requests: Sequence[Request], kv: Any, shared: _Shared) -> decoding.State:
+    """The rows of these requests before their first token."""
+    V = model.config.V
+    counts = bias = None
+    if shared.counts:
+        width = decoding.bucket(max(len(r.ids) for r in requests))
+        (tokens, pos), *_ = decoding.chunks([r.ids for r in requests], 0, width, width)
+        counts = sampling.count(jnp.asarray(tokens), jnp.asarray(pos), V)
+    if shared.bias:
+        rows = sampling.bias_of([r.options.logit_bias for r in requests], V)
+        bias = jnp.zeros((len(requests), V), jnp.float32) if rows is None else jnp.asarray(rows)
+    return decoding.State(
+        kv=kv,
+        token=jnp.zeros(len(requests), jnp.int32),
+        pos=jnp.asarray([len(r.ids) - 1 for r in requests], jnp.int32),
+        keys=jnp.stack([r.key for r in requests]),
+        sampling=sampling.Sampling.of([r.options for r in requests]),
+        counts=counts,
+        bias=bias,
+    )
+
+
+def _join(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
+    """Prefills requests as one batch, makes their first tokens and puts them into `rows` of the state."""
+    # Batches come in powers of two; the rows that fill one up repeat the last request and are dropped by `insert`.
+    b = 1 << (len(requests) - 1).bit_length()
+    padded = requests + [requests[-1]] * (b - len(requests))
+    target = rows + [state.pos.shape[0]] * (b - len(requests))
+    width = max(len(r.ids) for r in requests)
+    chunk = devices.CHUNK[model.device.platform]
+    kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
+    shared = _Shared(state.counts is not None, state.bias is not None)
+    kv, last = extend(model, kv, [r.ids for r in padded], 0)
+    part = _state(model, padded, kv, shared)
+    part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
+    where = jnp.asarray(target, jnp.int32)
+    return model.programs.insert(state, where, part)(state, where, part), made
+
+
+def extend(model: "Model", kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
+    """Prefills token ids of each row at positions from `start` on -> the cache and the last hidden states [B,D]."""
+    last = jnp.zeros((len(ids), model.config.D), model.dtype)
+    for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):
+        args = (model.weights, kv, last, jnp.asarray(tokens), jnp.asarray(pos))
+        kv, last = model.programs.prefill(*args)(*args)
+    return kv, last

@@ -1,0 +1,255 @@
+"""generate and stream: from prompts in any form to text, with the counts and speeds that belong to it."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxlm import devices, engine
+from jaxlm.detokenize import TextStream
+from jaxlm.options import Options, from_kwargs
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+# A text, a chat, token ids; or a list of them.
+Prompt = str | Sequence[Any]
+DEFAULT_TOKENS = 256  # when max_tokens is not given and the context has room
+
+
+class Piece(str):
+    """New text of one answer, as `stream` yields it: a str with what is known so far.
+
+    index: which prompt; tokens: the ids behind the text; logprobs: one engine.Logprobs a token when asked for;
+    prompt_tokens, generation_tokens: counts up to here; first_token_seconds and tokens_per_second (of generation, after
+    the first token), both without compile_seconds; finish_reason: None, or on the last piece "stop" (a stop token or
+    string) or "length"; seed: gives the same text again.
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: list[engine.Logprobs] | None
+    prompt_tokens: int
+    generation_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+    compile_seconds: float
+    finish_reason: str | None
+    seed: int
+
+    @property
+    def text(self) -> str:
+        return str(self)
+
+
+class Completion(str):
+    """The whole text of an answer: a str with `tokens`, `logprobs`, `finish_reason`, `prompt_tokens` and `seed`."""
+
+    tokens: list[int]
+    logprobs: list[engine.Logprobs] | None
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+
+    @property
+    def text(self) -> str:
+        return str(self)
+
+
+def generate(
+    model: "Model", prompt: Prompt, *, batch_size: int | None = None, template_args: Any = None, **options: Any
+) -> Any:
+    """The model's continuation of a prompt, or its answer to a chat.
+
+    prompt: a str (continued as it stands), a list of messages {"role", "content"} (put through the chat template), a
+    list of token ids; or a list of any of these, decoded `batch_size` at a time, which gives a list. Options are those
+    of `jaxlm.options.Options`: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+    frequency_penalty, logit_bias, stop, seed, ignore_eos, logprobs; what is left out comes from the checkpoint's
+    generation_config.json. Returns a Completion (a str), or a list of them.
+    """
+    prompts, single = split(prompt)
+    answers: list[list[Piece]] = [[] for _ in prompts]
+    resolved = resolve(model, options)
+    for piece in _stream(model, prompts, resolved, batch_size, template_args or {}):
+        answers[piece.index].append(piece)
+    whole = [join(pieces) for pieces in answers]
+    return whole[0] if single else whole
+
+
+def stream(
+    model: "Model", prompt: Prompt, *, batch_size: int | None = None, template_args: Any = None, **options: Any
+) -> Iterator[Piece]:
+    """As `generate`, but yields each Piece of text as soon as it is there; pieces of several prompts are told apart
+    by their `index`. Never shows half a character, nor the beginning of what may be a stop string."""
+    prompts, _ = split(prompt)
+    return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
+
+
+def split(prompt: Prompt) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether it was only one."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not len(prompt):
+        raise ValueError("the list of prompts is empty")
+    single = isinstance(prompt[0], int | dict) or hasattr(prompt[0], "__index__")
+    return [prompt] if single else list(prompt), single
+
+
+def resolve(model: "Model", options: dict[str, Any]) -> Options:
+    """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
+    where none is given."""
+    resolved = from_kwargs(**options).resolve(model.generation_config)
+    return resolved if resolved.seed is not None else replace(resolved, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
+    """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
+    if isinstance(prompt, str) or isinstance(prompt[0], dict):
+        if model.tokenizer is None:
+            raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
+        if isinstance(prompt, str):
+            ids = model.tokenizer.encode(prompt) if prompt else []
+        else:
+            ids = model.tokenizer.chat(list(prompt), **template_args)
+    else:
+        ids = [int(i) for i in prompt]
+    if not ids:
+        begin = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
+        hint = f", or {begin!r} to begin from nothing" if begin else ""
+        raise ValueError(f"the prompt is empty: give some text{hint}")
+    if min(ids) < 0 or max(ids) >= model.config.V:
+        raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
+                         f"this model's ids are 0 to {model.config.V - 1}")  # fmt: skip
+    return ids
+
+
+def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
+    """How many tokens may be made after `ids`; ValueError where the context has no room for them."""
+    context = model.config.context
+    left = context - len(ids)
+    if left < 1:
+        raise ValueError(f"the prompt has {len(ids):,} tokens, the context of {model.source} {context:,}: shorten it")
+    if max_tokens is not None and max_tokens > left:
+        raise ValueError(
+            f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context of {model.source}, "
+            f"{context:,} tokens: shorten the prompt, or ask for at most {left:,} (--max-tokens {left})"
+        )
+    return max_tokens or min(DEFAULT_TOKENS, left)
+
+
+def requests_for(model: "Model", prompts: list[Any], options: Options, template_args: Any) -> list[engine.Request]:
+    """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
+    that a sequence's text does not depend on what shares its batch."""
+    stops = frozenset() if options.ignore_eos else stop_ids(model)
+    seed, repeats = jax.random.key(options.seed), Counter[tuple[int, ...]]()
+    requests = []
+    for prompt in prompts:
+        ids = to_ids(model, prompt, template_args)
+        key = jax.random.fold_in(seed, repeats[tuple(ids)])
+        repeats[tuple(ids)] += 1
+        requests.append(engine.Request(ids, options, room(model, ids, options.max_tokens), stops, key))
+    return requests
+
+
+def stop_ids(model: "Model") -> frozenset[int]:
+    """The tokens that end an answer: of the tokenizer, its template and generation_config.json together."""
+    if model.tokenizer is not None:
+        return frozenset(model.tokenizer.stop_ids)
+    ends = model.generation_config.get("eos_token_id")
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def _stream(
+    model: "Model", prompts: list[Any], options: Options, batch_size: int | None, template_args: Any
+) -> Iterator[Piece]:
+    requests = requests_for(model, prompts, options, template_args)
+    slots = min(len(requests), batch_size or devices.BATCH[model.device.platform])
+    _check_memory(model, requests, slots)
+    answers = [Answer(model, i, request) for i, request in enumerate(requests)]
+    for token in engine.run(model, requests, slots):
+        piece = answers[token.index].add(token)
+        if piece is not None:
+            yield piece
+
+
+def _check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
+    """Refuses a cache that cannot be allocated, and says what could."""
+    longest = max(len(r.ids) + r.max_tokens for r in requests)
+    row = kv_bytes(model, longest)
+    free = devices.available_memory(model.device)
+    fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
+    if free is not None and row <= free:
+        fits = f"{free // row} at a time would fit (batch_size={free // row}, --batch-size {free // row}), or " + fits
+    devices.require(slots * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
+
+
+def kv_bytes(model: "Model", length: int) -> int:
+    """Bytes of the cache of one sequence of `length` tokens while it is decoded."""
+    cfg = model.config
+    slots = sum(length if window is None else min(length, window) for window in cfg.windows)
+    return 2 * slots * cfg.K * cfg.H * model.dtype.itemsize
+
+
+class Answer:
+    """Turns the tokens of one request into pieces of text."""
+
+    def __init__(self, model: "Model", index: int, request: engine.Request):
+        self.index, self.request = index, request
+        stop = request.options.stop
+        self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[engine.Logprobs] = []
+        self.programs = model.programs
+        self.compiled = [model.programs.seconds] * 2  # when the request began, and when its first token was there
+
+    def add(self, token: engine.Token) -> Piece | None:
+        """The text that this token sets free; None while there is none to show."""
+        request = self.request
+        if request.made == 1:
+            self.compiled[1] = self.programs.seconds
+        self.tokens.append(token.id)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
+        text = ""
+        if self.text is not None:
+            if request.finished != "stop":
+                text = self.text.push(token.id)
+            if self.text.stopped is not None:
+                request.finished = "stop"
+            elif request.finished:
+                text += self.text.flush()
+                if self.text.stopped is not None:
+                    request.finished = "stop"
+        if not (text or request.finished or self.text is None):
+            return None
+        return self._piece(text)
+
+    def _piece(self, text: str) -> Piece:
+        request, piece = self.request, Piece(text)
+        before, after = self.compiled[1] - self.compiled[0], self.programs.seconds - self.compiled[1]
+        seconds = time.perf_counter() - request.first - after
+        piece.index = self.index
+        piece.tokens, self.tokens = self.tokens, []
+        piece.logprobs, self.logprobs = (None if request.options.logprobs is None else self.logprobs), []
+        piece.prompt_tokens, piece.generation_tokens = len(request.ids), request.made
+        piece.first_token_seconds = request.first - request.started - before
+        piece.compile_seconds = before + after
+        piece.seed = request.options.seed or 0
+        piece.tokens_per_second = (request.made - 1) / seconds if request.made > 1 else 0.0
+        piece.finish_reason = request.finished
+        return piece
+
+
+def join(pieces: list[Piece]) -> Completion:
+    """The pieces of one answer as one."""
+    whole = Completion("".join(pieces))
+    whole.tokens = [token for piece in pieces for token in piece.tokens]
+    whole.logprobs = None if pieces[0].logprobs is None else [x for piece in pieces for x in piece.logprobs or []]
+    whole.finish_reason = pieces[-1].finish_reason or "length"
+    whole.prompt_tokens = pieces[-1].prompt_tokens
+    whole.seed = pieces[-1].seed
+    return whole

@@ -1,0 +1,302 @@
+"""Text to token ids and back: a checkpoint's own tokenizer, its chat template, and the ids that end an answer.
+
+The tokenizer is transformers' own (attribute `hf`; it needs no PyTorch). What is added is what its users trip over: the
+beginning-of-sequence token exactly once, every id that ends an answer, and template errors that say what is wrong.
+"""
+
+import base64
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxlm.detokenize import THINKING, TextStream, split_thinking
+
+__all__ = ["TextStream", "Tokenizer", "import_transformers", "split_thinking"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer:
+    """transformers' tokenizer of one checkpoint. Attributes not listed here are those of `hf`; calling it calls `hf`.
+
+    Attributes:
+        hf: the transformers tokenizer. What is to be changed (its `chat_template`, say) is set there.
+        eos_ids: the ids that end a text by the word of the checkpoint's configuration files.
+    """
+
+    def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
+        self.hf = hf
+        self.eos_ids = frozenset(eos_ids)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, generation_config: dict | None = None, config: dict | None = None
+    ) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint folder, or None where the folder holds none.
+
+        tokenizer.json is read as it stands; else tokenizer.model in the form of Meta's Llama 3; else whatever
+        transformers' AutoTokenizer makes of tokenizer.model or vocab.json. Code in the folder never runs.
+
+        Args:
+            folder: a local folder; a chat template may lie in chat_template.jinja, tokenizer_config.json or
+                chat_template.json.
+            generation_config, config: contents of generation_config.json and config.json, for their `eos_token_id`.
+                None reads the folder's.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: a file cannot be read; the message names it.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return None
+        eos_ids = _eos_ids(folder / "generation_config.json", generation_config)
+        eos_ids |= _eos_ids(folder / "config.json", config)
+        hf = _load_hf(folder)
+        if not hf.chat_template:
+            hf.chat_template = _read_json(folder / "chat_template.json").get("chat_template")
+        # A folder without tokenizer_config.json does not name these two, and its template would leave them out.
+        if hf.bos_token is None and (bos := _leading_id(hf)) is not None:
+            hf.bos_token = hf.convert_ids_to_tokens(bos)
+        if hf.eos_token is None and len(eos_ids) == 1:
+            hf.eos_token = hf.convert_ids_to_tokens(*eos_ids)
+        return cls(hf, eos_ids)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "hf":  # not set yet: a copy or an unpickled object under construction
+            raise AttributeError(name)
+        return getattr(self.hf, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hf(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.hf.name_or_path!r}, {len(self)} tokens, has_template={self.has_template})"
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included (transformers' own `vocab_size` leaves those out)."""
+        return max(self.hf.get_vocab().values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, None for a vocabulary that has no such token (Qwen)."""
+        return self.hf.bos_token_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out by default."""
+        return frozenset(token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer, sorted.
+
+        The union of `eos_token_id` in generation_config.json and in config.json, the tokenizer's own, and the token
+        with which the chat template closes an assistant's turn: files of one checkpoint often name different ones.
+        """
+        ids = {*self.eos_ids, self.hf.eos_token_id, self._end_of_turn()}
+        return tuple(sorted(token_id for token_id in ids if token_id is not None))
+
+    def _end_of_turn(self) -> int | None:
+        marker = "ananswer"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        try:
+            after = self.render(turns, add_generation_prompt=False).partition(marker)[2].lstrip()
+        except ValueError:  # no template, or one for messages of another shape: nothing to learn here
+            return None
+        added = sorted(self.hf.get_added_vocab().items(), key=lambda item: -len(item[0]))
+        return next((token_id for token, token_id in added if after.startswith(token)), None)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, special tokens that it spells out included.
+
+        A tokenizer that adds BOS adds it only where the text does not begin with it already.
+        """
+        ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == _leading_id(self.hf)
+        return ids[1:] if doubled else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids, with its spaces as they are. Ids outside the vocabulary have no text."""
+        return self.hf.decode(
+            [int(token_id) for token_id in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    def render(
+        self, messages: Messages, tools: list | None = None, add_generation_prompt: bool = True, **template_args: Any
+    ) -> str:
+        """The text of a conversation as the checkpoint's chat template writes it.
+
+        Args:
+            messages: dicts with "role" and "content", oldest first.
+            tools: JSON schemas, or functions with type hints and a docstring.
+            add_generation_prompt: open the assistant's turn at the end.
+            template_args: variables of the template (`enable_thinking=False`); see `template_accepts`.
+
+        Raises:
+            ValueError: there is no template, or it refuses these messages or tools; the message is the template's own.
+        """
+        if not self.has_template:
+            raise ValueError(
+                "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model that has one: "
+                "Qwen/Qwen3-0.6B, meta-llama/Llama-3.2-1B-Instruct, google/gemma-3-1b-it, OLMo-2-0425-1B-Instruct"
+            )
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"a message is a dict with 'role' and 'content', got {message!r}")
+        options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **template_args}
+        with _template_errors():
+            return self.hf.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+
+    def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:
+        """Token ids of `render(...)`, same arguments. BOS is there if the template writes it, never a second time."""
+        return self.encode(self.render(messages, *args, **kwargs), add_special_tokens=False)
+
+    def template_accepts(self, name: str) -> bool:
+        """Whether the chat template reads a variable of this name: a template ignores arguments it does not know."""
+        if not self.has_template:
+            return False
+        import jinja2.meta
+
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        # transformers' own tag, which marks the assistant's words for training
+        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", self.hf.get_chat_template())
+        with _template_errors():
+            return name in jinja2.meta.find_undeclared_variables(environment.parse(source))
+
+    @property
+    def thinking(self) -> tuple[str, str] | None:
+        """The tokens around a model's reasoning, ("<think>", "</think>"), if the vocabulary has them (Qwen3)."""
+        return THINKING if set(THINKING) <= self.hf.get_added_vocab().keys() else None
+
+
+def import_transformers() -> ModuleType:
+    """transformers, without the advice to install PyTorch that it logs when imported where there is none."""
+
+    is_wanted = lambda record: not record.getMessage().startswith("PyTorch was not found")  # noqa: E731
+    logger = logging.getLogger("transformers")
+    logger.addFilter(is_wanted)
+    try:
+        import transformers
+    finally:
+        logger.removeFilter(is_wanted)
+    return transformers
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    import jinja2
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+    try:
+        yield
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"a tool cannot be described to the model: {error}") from error
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _leading_id(hf: Any) -> int | None:
+    """The id that this tokenizer puts in front of every text."""
+    ids = hf.encode("a")
+    return ids[0] if ids[:1] != hf.encode("a", add_special_tokens=False)[:1] else None
+
+
+def _eos_ids(path: Path, config: dict | None) -> set[int]:
+    found = (_read_json(path) if config is None else config).get("eos_token_id")
+    return set() if found is None else set(found) if isinstance(found, list) else {found}
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+
+
+def _load_hf(folder: Path) -> Any:
+    transformers = import_transformers()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        _read_json(folder / name)  # transformers reads these itself, but its errors name no file
+    path = folder / "tokenizer.json"
+    if path.exists():
+        # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
+        try:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+    path = folder / "tokenizer.model"
+    if path.exists():
+        is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
+        return _from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be made of {folder / 'vocab.json'}: {error}") from error
+
+
+def _from_sentencepiece(path: Path) -> Any:
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"reading {path} takes two more packages: pip install sentencepiece protobuf") from error
+    try:
+        processor = sentencepiece.SentencePieceProcessor(str(path))
+        hf = import_transformers().AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): download it again, or a tokenizer.json") from error
+    # transformers 5.23 loses what the file says about spaces unless tokenizer_config.json names the right class.
+    probe = "Once upon a time, 12 naïve words\nand a line"
+    if hf.encode(probe, add_special_tokens=False) != processor.encode(probe):
+        raise ValueError(f"transformers does not read {path} as SentencePiece does: a tokenizer.json is needed")
+    return hf
+
+
+def _from_tiktoken(path: Path) -> Any:
+    """Meta's tokenizer.model of Llama 3: a line a token (base64, rank), the 256 special tokens and the chat not in it.
+
+    Source: `Tokenizer` and `ChatFormat` in meta-llama/llama-models, models/llama3; special tokens named as in 3.1.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:  # transformers' own wants the tiktoken package for this
+            pairs = (line.split() for line in Path(path).read_bytes().splitlines())
+            return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+    names = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
+    names += "reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag"
+    special = [f"<|{name}|>" for name in names.split()] + [f"<|reserved_special_token_{n}|>" for n in range(3, 248)]
+    tokenizer = Converter(str(path), extra_special_tokens=special).converted()
+    bos = (special[0], tokenizer.token_to_id(special[0]))
+    tokenizer.post_processor = TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], chat_template=_LLAMA3_CHAT
+    )
+
+
+_LLAMA3_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
