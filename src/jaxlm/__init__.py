@@ -3,14 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxlm.chat import Conversation as Conversation
     from jaxlm.generation import generate as generate
     from jaxlm.generation import stream as stream
     from jaxlm.model import Model as Model
     from jaxlm.model import load as load
 
 __version__ = "0.1.0"
-_HOME = {"load": "jaxlm.model", "Model": "jaxlm.model", "generate": "jaxlm.generation", "stream": "jaxlm.generation"}
-__all__ = ["Model", "__version__", "generate", "load", "stream"]
+_HOME = {
+    "Conversation": "jaxlm.chat",
+    "Model": "jaxlm.model",
+    "generate": "jaxlm.generation",
+    "load": "jaxlm.model",
+    "stream": "jaxlm.generation",
+}
+__all__ = ["Conversation", "Model", "__version__", "generate", "load", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ parameters, its key and its place in its own sequence, so a row's text does not 
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,13 +87,19 @@ def insert(state: State, rows: jax.Array, part: State) -> State:
     return State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
 
 
+@cache
+def _compiled(family: Any, cfg: Any) -> dict[Any, Any]:
+    """The programs of one architecture, shared by all models of its shape."""
+    return {}
+
+
 class Programs:
     """Compiled programs of one model, by what they were compiled for. `notify(name)` is called before a compilation
     and `notify(name, seconds)` after."""
 
     def __init__(self, family: Any, cfg: Any):
         self.family, self.cfg = family, cfg
-        self.compiled: dict[Any, Any] = {}
+        self.compiled = _compiled(family, cfg)
         self.seconds = 0.0
         self.notify: Callable[..., None] = lambda name, seconds=None: None
 
@@ -111,7 +117,7 @@ class Programs:
 
     def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        key = (name, static, tree, tuple((a.shape, a.dtype) for a in leaves))
+        key = (name, static, tree, leaves[0].sharding, tuple((a.shape, a.dtype) for a in leaves))
         if key not in self.compiled:
             self.notify(name)
             start = time.perf_counter()

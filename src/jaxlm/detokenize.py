@@ -31,13 +31,20 @@ class TextStream:
         stop: one string or several. The text ends before the one that is complete first, and of two complete at once,
             before the longer: how tokens divide the text makes no difference. Text that may begin a stop string is
             withheld until that is decided.
+        after: the prompt's ids, when the text continues them: its first word then keeps the space before it.
         skip_special: leave special tokens out of the text; a stop string cannot match them then.
 
     Raises:
         ValueError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", stop: str | Sequence[str] = (), skip_special: bool = True):
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        stop: str | Sequence[str] = (),
+        after: Sequence[int] = (),
+        skip_special: bool = True,
+    ):
         self.stopped: str | None = None
         """The stop string that was met. Nothing is shown from it on."""
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -47,7 +54,7 @@ class TextStream:
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._bytes_of = _byte_level if _is_byte_level(tokenizer.hf) else _byte_fallback
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._before: list[int] = []  # the last visible token
+        self._before = [i for i in after[-1:] if i not in tokenizer.special_ids]  # the last visible token
         self._held = ""  # the end of the text, where it may begin a stop string
 
     def push(self, token_id: int) -> str:

@@ -108,13 +108,13 @@ def resolve(model: "Model", options: dict[str, Any]) -> Options:
 
 def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
     """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
-    if isinstance(prompt, str) or isinstance(prompt[0], dict):
+    if not len(prompt):
+        ids = []
+    elif isinstance(prompt, str) or isinstance(prompt[0], dict):
         if model.tokenizer is None:
             raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
-        if isinstance(prompt, str):
-            ids = model.tokenizer.encode(prompt) if prompt else []
-        else:
-            ids = model.tokenizer.chat(list(prompt), **template_args)
+        chat = not isinstance(prompt, str)
+        ids = model.tokenizer.chat(list(prompt), **template_args) if chat else model.tokenizer.encode(prompt)
     else:
         ids = [int(i) for i in prompt]
     if not ids:
@@ -200,7 +200,7 @@ class Answer:
     def __init__(self, model: "Model", index: int, request: engine.Request):
         self.index, self.request = index, request
         stop = request.options.stop
-        self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
+        self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
         self.programs = model.programs

@@ -183,8 +183,8 @@ def _floor(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
 def _floor_of_share(x: jax.Array, share: jax.Array) -> jax.Array:
     """The largest value of each row whose logits at or above it hold `share` [B] of its probability.
 
-    Probabilities are rounded to multiples of 2^-30. With V = 262,144 the kept share was off by at most 3e-6 over normal,
-    Laplace, Zipf and flat rows, and by 1e-4 where a ten-thousandth lay in tokens of 4e-10 each, which round to nothing.
+    Probabilities are rounded to multiples of 2^-30. Measured at V = 262,144, the kept share was off by at most 3e-6 in
+    normal, Laplace, Zipf and flat rows, and by 1e-4 in one whose tail of 4e-10 a token rounds to nothing.
     """
     weight = jnp.exp(x - jnp.max(x, -1, keepdims=True))
     # The sum in two integer parts of 11 bits (V up to 2^20 fits), rounded up: what is divided by it sums below 2^31.
@@ -210,6 +210,9 @@ def _gumbel(key: jax.Array, size: int) -> jax.Array:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """First index of the largest value [B] int32. Two plain reductions: XLA's argmax on CPU takes 10 times as long."""
+    """First index of the largest value of each row: [B] int32.
+
+    Two plain reductions: on CPU, XLA's own argmax takes 3 to 9 times as long.
+    """
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.min(jnp.where(x == jnp.max(x, -1, keepdims=True), index, x.shape[1] - 1), -1)

@@ -153,8 +153,8 @@ class Tokenizer:
         """
         if not self.has_template:
             raise ValueError(
-                "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model that has one: "
-                "Qwen/Qwen3-0.6B, meta-llama/Llama-3.2-1B-Instruct, google/gemma-3-1b-it, OLMo-2-0425-1B-Instruct"
+                "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model with one: "
+                "Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
             )
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message:
@@ -235,15 +235,13 @@ def _load_hf(folder: Path) -> Any:
     transformers = import_transformers()
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         _read_json(folder / name)  # transformers reads these itself, but its errors name no file
-    path = folder / "tokenizer.json"
-    if path.exists():
+    if (path := folder / "tokenizer.json").exists():
         # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
         try:
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise ValueError(f"{path} cannot be read ({error}): download it again") from error
-    path = folder / "tokenizer.model"
-    if path.exists():
+    if (path := folder / "tokenizer.model").exists():
         is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
         return _from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
     try:
@@ -288,11 +286,10 @@ def _from_tiktoken(path: Path) -> Any:
     names += "reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag"
     special = [f"<|{name}|>" for name in names.split()] + [f"<|reserved_special_token_{n}|>" for n in range(3, 248)]
     tokenizer = Converter(str(path), extra_special_tokens=special).converted()
-    bos = (special[0], tokenizer.token_to_id(special[0]))
-    tokenizer.post_processor = TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
-    return import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], chat_template=_LLAMA3_CHAT
-    )
+    bos, eos = special[:2]
+    tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    fast = import_transformers().PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=_LLAMA3_CHAT)
 
 
 _LLAMA3_CHAT = (

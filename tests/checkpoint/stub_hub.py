@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -41,6 +42,7 @@ class StubHub:
         self.cut: int | None = None  # a weight file's answer ends after so many bytes, as if the line broke
         self.hang = False  # ... or falls silent there, until `released`
         self.released = threading.Event()
+        self.delay = 0.0  # seconds before a weight file's bytes
         self.status: int | None = None  # answer every weight download with this
         self.ranges = True  # whether the CDN knows Range
         self.damage = False  # whether the CDN sends wrong bytes
@@ -82,6 +84,7 @@ def entry(name: str, body: bytes) -> dict[str, object]:
 class _Handler(BaseHTTPRequestHandler):
     hub: StubHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -142,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def cdn(self, name: str, commit: str, file: str) -> None:
         body = self.hub.repos[name.replace("--", "/")].files[file]
+        time.sleep(self.hub.delay)
         if self.hub.status:
             return self.reply(self.hub.status)
         if self.hub.damage:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from stub_hub import Repo, StubHub
+from checkpoint.stub_hub import Repo, StubHub
 
+from jaxlm.checkpoint import download as download_module
 from jaxlm.checkpoint import hub as hub_module
 from jaxlm.checkpoint.hub import resolve
 
@@ -82,7 +84,7 @@ def hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        monkeypatch.setattr(hub_module, "_WAITS", (0.05,))
+        monkeypatch.setattr(download_module, "_WAITS", (0.05,))
         yield stub
         close_session()
 
@@ -257,7 +259,7 @@ def test_a_broken_connection_is_resumed_within_a_call(hub: StubHub) -> None:
 
 
 def test_an_interrupted_download_is_resumed_by_the_next_call(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_WAITS", ())
+    monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut = CUT
     with pytest.raises(ConnectionError, match="run again, what has arrived is kept"):
         resolve("org/sharded")
@@ -303,16 +305,16 @@ def test_ctrl_c_stops_the_other_files_and_keeps_what_arrived(hub: StubHub, monke
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub_module, "_WAITS", (60.0,))
-    monkeypatch.setattr(hub_module, "wait", interrupt)
+    monkeypatch.setattr(download_module, "_WAITS", (60.0,))
+    monkeypatch.setattr(download_module, "wait", interrupt)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         resolve("org/sharded")
-    assert time.monotonic() - start < 10, "it waited for the retry of a file"
+    assert time.monotonic() - start < 30, "it waited for the retry of a file"
 
 
 def test_a_server_without_ranges_begins_again(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_WAITS", ())
+    monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut = CUT
     with pytest.raises(ConnectionError):
         resolve("org/single")
@@ -448,19 +450,29 @@ def test_no_network(dead: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch) ->
         hf_hub_download("org/single", name)
     monkeypatch.setattr(constants, "ENDPOINT", dead)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", dead + "/{repo_id}/resolve/{revision}/{filename}")
-    start = time.monotonic()
+    look_up = socket.getaddrinfo
+
+    def no_such_name(host: str, *rest: object, **options: object) -> object:
+        if host.endswith(".invalid"):
+            raise socket.gaierror(-2, "Name or service not known")
+        return look_up(host, *rest, **options)  # type: ignore[arg-type]
+
+    def no_retry(seconds: float) -> None:
+        pytest.fail("the user waits for retries that cannot help")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    monkeypatch.setattr(time, "sleep", no_retry)
     with pytest.raises(ConnectionError, match=f"no connection to {dead} for gpt2 .* run again"):
         resolve("gpt2")
     with pytest.raises(ConnectionError, match="a copy is cached, add --offline"):
         resolve("org/single")
-    assert time.monotonic() - start < 5, "the user waits for retries that cannot help"
 
 
 def test_the_hub_falls_silent(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr(hub_module, "_WAITS", ())
+    monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut, hub.hang = CUT, True
     with pytest.raises(ConnectionError, match="timed out"):
         resolve("org/single")
@@ -525,7 +537,7 @@ def test_no_config(hub: StubHub) -> None:
 
 def test_the_hub_is_at_fault(hub: StubHub) -> None:
     hub.status = 503
-    with pytest.raises(OSError, match="the hub answered 503  for org/single: wait, then run again"):
+    with pytest.raises(OSError, match="the hub answered 503 for org/single: wait, then run again"):
         resolve("org/single")
     assert len(hub.downloads("model.safetensors")) == 2, "a passing fault deserves another attempt"
     hub.status = 403
@@ -537,7 +549,7 @@ def test_the_hub_is_at_fault(hub: StubHub) -> None:
 
 def test_too_little_room_is_said_before_the_download(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage("/"))(10**6, 10**6 - 5000, 5000)
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"needs 900,000 bytes \(0\.0 GB\) more and .* has 5,000 bytes .* HF_HOME"):
         resolve("org/sharded")
     assert not hub.downloads(SHARDS[0])
@@ -559,7 +571,7 @@ def test_the_token_is_nowhere_to_be_read(
 ) -> None:
     hub.repos["org/single"].private = True
     hub.tokens.add(SECRET)
-    monkeypatch.setattr(hub_module, "_WAITS", ())
+    monkeypatch.setattr(download_module, "_WAITS", ())
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     hub.cut = CUT
     texts = []
@@ -588,9 +600,10 @@ def test_progress_goes_to_stderr(hub: StubHub, capfd: pytest.CaptureFixture[str]
     assert "B/s]" in err
 
 
-def test_two_processes_at_once(hub: StubHub) -> None:
-    """Many processes of one job resolve the same name together: each byte is sent once."""
-    folders = []
+def test_several_loads_at_once(hub: StubHub) -> None:
+    """The processes of one job resolve the same name together: each byte is sent once."""
+    hub.delay = 0.3
+    folders: list[Path] = []
     threads = [threading.Thread(target=lambda: folders.append(resolve("org/sharded"))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -599,3 +612,15 @@ def test_two_processes_at_once(hub: StubHub) -> None:
     assert len(folders) == 3
     holds(folders[0], hub.repos["org/sharded"], SHARDS)
     assert sum(r.sent for name in SHARDS for r in hub.downloads(name)) == 3 * SIZE
+
+
+def test_files_that_huggingface_hub_downloads_itself(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest files, and all where hf_xet's speed is asked for; a size that the server does not tell, too."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_XET_HIGH_PERFORMANCE", True)
+    monkeypatch.setattr(download_module, "_blob", None)
+    holds(resolve("org/sharded"), hub.repos["org/sharded"], SHARDS)
+    hub.requests.clear()
+    resolve("org/sharded")
+    assert not hub.requests

@@ -6,6 +6,7 @@ torch is imported inside functions: the light tier collects these files without 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def build(family: str, seed: int = 0, change: Callable[..., np.ndarray] | None =
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # more only get into each other's way in models of this size
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[family])
     config = config_class(**{**BASE, **OWN.get(family, {}), **fields})
     model = model_class._from_config(config, attn_implementation="eager").float().eval()
@@ -149,7 +151,7 @@ def logits(oracle: Any, tokens: np.ndarray, pos: np.ndarray) -> np.ndarray:
 
 
 def score_deviation(oracle: Any, tokens: np.ndarray, pos: np.ndarray) -> float:
-    """The deviation of attention scores over what a query sees, averaged over queries that see 8 keys or more.
+    """The deviation of attention scores over what a query sees, averaged over queries that see 5 keys or more.
 
     Scores are read off the probabilities: within a row, log p is the score less a constant.
     """
@@ -157,7 +159,7 @@ def score_deviation(oracle: Any, tokens: np.ndarray, pos: np.ndarray) -> float:
     for layer in run(oracle, tokens, pos, output_attentions=True).attentions:
         p = layer.double().numpy()
         logs = np.log(np.where(p > 0, p, np.nan))
-        enough = (p > 0).sum(-1) >= 8
+        enough = (p > 0).sum(-1) >= 5
         rows.append(np.nanstd(logs[enough], axis=-1))
     return float(np.mean(np.concatenate(rows)))
 
@@ -185,10 +187,10 @@ def forward(model: jaxlm.Model, tokens: Any, pos: Any = None, kv: Any = None) ->
 
 
 def fresh(model: jaxlm.Model) -> Callable[..., tuple[np.ndarray, Any]]:
-    """`forward` compiled anew, so that it sees what a test has patched in jaxlm.ops."""
+    """`forward` compiled anew, so that it sees what a test has patched in jaxlm.ops; quickly, for planted faults."""
     cfg, family = model.config, model.family
 
-    @jax.jit
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def program(tokens: jax.Array, weights: Any, pos: jax.Array, kv: Any) -> Any:
         x, kv = family.forward(cfg, tokens, weights, kv, pos)
         return family.logits(cfg, x, weights), kv
@@ -198,6 +200,13 @@ def fresh(model: jaxlm.Model) -> Callable[..., tuple[np.ndarray, Any]]:
         return np.asarray(out), kv
 
     return call
+
+
+def faulty_logits(faulty: jaxlm.Model, model: jaxlm.Model, tokens: Any, pos: Any) -> np.ndarray:
+    """The logits of a planted fault; where it lies in the weights alone, the program that is compiled already."""
+    if faulty.config == model.config and len(faulty.weights["layers"]) == len(model.weights["layers"]):
+        return forward(faulty, tokens, pos)[0]
+    return fresh(faulty)(tokens, pos)[0]
 
 
 @contextlib.contextmanager

@@ -2,29 +2,26 @@
 
 The cache is huggingface_hub's own (HF_HOME, HF_HUB_CACHE; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count too), so that
 it is shared with other tools. huggingface_hub fetches the small files and notes in the cache which ones a repository
-lacks; from those notes a later call knows that nothing is missing and makes no request at all. The weights are streamed
-here: huggingface_hub (seen in 2.4) throws an unfinished file away, and a model takes longer to download than many
-connections last. An unfinished file stays beside its blob, the next call asks for the rest (HTTP Range), and the
-whole is checked against the hub's sha256 before it takes its place in the cache.
+lacks; from those notes a later call knows that nothing is missing and makes no request at all. The weights come through
+download.py.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from jaxlm.checkpoint.download import AGAIN, ROOM, THREADS, count_bytes, download, http_error
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = (
@@ -41,9 +38,6 @@ OPTIONAL = (
     "preprocessor_config.json",  # this and the next: images of a multimodal model
     "processor_config.json",
 )
-_THREADS = 4
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that bring no byte; then the download gives up
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +51,7 @@ def resolve(name: str | Path, *, revision: str | None = None, token: str | None 
     Raises FileNotFoundError (no such folder, repository, revision or file), PermissionError (gated, or a refused
     token), ConnectionError (no network), ValueError (a bad name, token or index) or OSError (disk full, hub at fault).
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if str(name) and path.exists():
         return _local(path, revision)
     repo = _repo_id(name)
@@ -71,7 +65,7 @@ def resolve(name: str | Path, *, revision: str | None = None, token: str | None 
     token = _checked(token)
     try:
         return _fetch(repo, revision, token)
-    except (_http_error(), OSError) as error:
+    except (http_error(), OSError) as error:
         explained = _explain(error, repo, revision, cached)
         if explained is None:
             raise
@@ -126,7 +120,7 @@ def _look_up(repo: str, revision: str | None) -> _Cached:
     config = try_to_load_from_cache(repo, CONFIG, revision=revision)
     if not isinstance(config, str):
         return _Cached(None, [CONFIG], [])
-    folder = Path(config).parent
+    folder = Path(config).parent.resolve()
     listing = _listing(folder)
     cached = _Cached(folder, [], [])
 
@@ -218,7 +212,7 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
         raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{found}. {_CONVERT}")
     if absent:
         raise FileNotFoundError(f"the index of {repo} names {_some(absent)}, which the repository does not have")
-    _download(repo, folder, files, token)
+    download(repo, folder, files, token)
     return folder
 
 
@@ -239,136 +233,10 @@ def _metadata(repo: str, name: str, revision: str | None, token: str | None) -> 
     return file
 
 
-def _download(repo: str, folder: Path, files: dict[str, Any], token: str | None) -> None:
-    """Fetches weight files (name -> metadata) into the cache and links them into the snapshot `folder`."""
-    from huggingface_hub import hf_hub_download
-
-    storage = folder.parent.parent
-    blobs = {name: storage / "blobs" / file.etag for name, file in files.items() if _streamable(file)}
-    total, have = sum(file.size or 0 for file in files.values()), sum(_size(blob) for blob in blobs.values())
-    free = shutil.disk_usage(storage).free
-    if 0 < free < total - have:  # some network file systems say 0 and mean that they do not know
-        raise OSError(f"{repo} needs {_bytes(total - have)} more and {storage} has {_bytes(free)} free. {_ROOM}")
-    stop = threading.Event()
-
-    def one(name: str) -> None:
-        if name in blobs:
-            _blob(repo, name, files[name], blobs[name], token, stop)
-        hf_hub_download(repo, name, revision=folder.name, token=token)  # finds the blob and links it
-
-    pool = ThreadPoolExecutor(_THREADS)
-    pending = {pool.submit(one, name) for name in files}
-    bar = _bar(f"{repo} ({len(files)} file{'s' * (len(files) > 1)})", total, have)
-    try:
-        while pending:
-            done, pending = wait(pending, timeout=0.2)
-            for future in done:
-                future.result()
-            bar.update(sum(_size(blob) for blob in blobs.values()) - bar.n)
-    finally:
-        stop.set()  # else Ctrl-C, or the failure of one file, would wait for the end of the others
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-
-
-def _streamable(file: Any) -> bool:
-    """Whether to stream a file here. The hub serves its largest ones through hf_xet alone, which is also left to those
-    who ask for its speed (HF_XET_HIGH_PERFORMANCE=1); hf_xet cannot resume. The etag becomes a file name: hex only.
-    """
-    from huggingface_hub import constants
-
-    plain = file.size and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE and not constants.HF_XET_HIGH_PERFORMANCE
-    return bool(plain and re.fullmatch(r"[0-9a-f]{40,64}", file.etag))
-
-
-def _blob(repo: str, name: str, file: Any, blob: Path, token: str | None, stop: threading.Event) -> None:
-    """Streams one file to its place among the cache's blobs, from where an earlier attempt stopped."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-    # The hub's own address, never the one it redirects to: that one expires, and must not see the token.
-    url = hf_hub_url(repo, name, revision=file.commit_hash)
-    headers = {**build_hf_headers(token=token, library_name="jaxlm"), "Accept-Encoding": "identity"}
-    storage, part, waits = blob.parent.parent, _part(blob), iter(_WAITS)
-    lock = storage.parent / ".locks" / storage.name / f"{file.etag}.lock"  # huggingface_hub's own
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        while (have := _size(blob)) < file.size:
-            problem: Exception = OSError(f"{name} ended after {have} of {file.size} bytes")
-            try:
-                _stream(url, headers, part, stop)
-            except _http_error() as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code not in _TRANSIENT:
-                    raise
-                problem = error
-            if _size(blob) > have:
-                waits = iter(_WAITS)
-            if _size(blob) < file.size:
-                pause = next(waits, None)
-                if pause is None:
-                    raise problem
-                if stop.wait(pause):
-                    raise InterruptedError(f"{name} was stopped")
-        if not blob.exists():
-            _check(name, part, file)
-            os.replace(part, blob)
-
-
-def _stream(url: str, headers: dict[str, str], part: Path, stop: threading.Event) -> None:
-    """One request, for all that is not in `part` yet."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    with part.open("ab") as out:
-        if have := out.tell():
-            headers = {**headers, "Range": f"bytes={have}-"}
-        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-            hf_raise_for_status(response)
-            if have and response.status_code != 206:  # a server without ranges begins again
-                out.truncate(0)
-            for chunk in response.iter_bytes():
-                out.write(chunk)
-                if stop.is_set():
-                    raise InterruptedError(f"{part} was stopped")
-
-
-def _check(name: str, part: Path, file: Any) -> None:
-    """Size and, where the etag is one, sha256: pieces of two runs, or of two processes at once, must fit together."""
-    right = _size(part) == file.size
-    if right and len(file.etag) == 64:
-        with part.open("rb") as f:
-            right = hashlib.file_digest(f, "sha256").hexdigest() == file.etag
-    if not right:
-        part.unlink()
-        raise OSError(f"{name} arrived damaged (its sha256 or size is not the hub's) and was deleted: run again")
-
-
-def _part(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
-
-
-def _size(blob: Path) -> int:
-    """Bytes of a blob that are here, whole or in part."""
-    for path in (blob, _part(blob)):
-        if path.exists():
-            return path.stat().st_size
-    return 0
-
-
-def _bar(text: str, total: int, have: int) -> Any:
-    from huggingface_hub.utils import tqdm  # shows nothing where HF_HUB_DISABLE_PROGRESS_BARS is set
-
-    seconds = 0.1 if sys.stderr.isatty() else 5.0  # a log file gets fewer lines, but no silence
-    return tqdm(desc=text, total=total, initial=have, unit="B", unit_scale=True, mininterval=seconds)
-
-
 # What went wrong, and the way out
 
 _LOGIN = "`hf auth login`, the variable HF_TOKEN, or --token"
 _CONVERT = "transformers' `from_pretrained` and then `save_pretrained` write a folder that does"
-_AGAIN = "run again, what has arrived is kept"
-_ROOM = f"Free some (`hf cache ls`, `hf cache rm`) or set HF_HOME to a larger disk, then {_AGAIN}"
 
 
 def _explain(error: Exception, repo: str, revision: str | None, cached: _Cached) -> Exception | None:
@@ -380,15 +248,15 @@ def _explain(error: Exception, repo: str, revision: str | None, cached: _Cached)
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo, revision)
-    if isinstance(error, _http_error()):
+    if isinstance(error, http_error()):
         usable = cached.folder and not cached.missing
         return ConnectionError(
             f"no connection to {constants.ENDPOINT} for {repo} ({error or type(error).__name__}): check the network, "
-            f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {_AGAIN}'}"
+            f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {AGAIN}'}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = _bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)
-        return OSError(f"no room for {repo} in {constants.HF_HUB_CACHE} ({free} free). {_ROOM}")
+        free = count_bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)
+        return OSError(f"no room for {repo} in {constants.HF_HUB_CACHE} ({free} free). {ROOM}")
     return None
 
 
@@ -398,7 +266,7 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
-    said = error.response.headers.get("X-Error-Message", "")
+    said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo} is gated: accept its licence at {page}, then sign in with {_LOGIN}")
     if isinstance(error, RevisionNotFoundError):
@@ -413,8 +281,8 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
             f"check the spelling; for a private one sign in with {_LOGIN}"
         )
     if status == 403:
-        return PermissionError(f"the hub refuses {repo} to this account or token ({status} {said}): see {page}")
-    return OSError(f"the hub answered {status} {said} for {repo}: wait, then {_AGAIN}")
+        return PermissionError(f"the hub refuses {repo} to this account or token ({said}): see {page}")
+    return OSError(f"the hub answered {said} for {repo}: wait, then {AGAIN}")
 
 
 def _remote_files(repo: str, revision: str | None, token: str | None) -> str:
@@ -422,7 +290,7 @@ def _remote_files(repo: str, revision: str | None, token: str | None) -> str:
 
     try:
         names = HfApi().list_repo_files(repo, revision=revision, token=token)
-    except _http_error():
+    except http_error():
         return ""  # it only helps to understand another failure
     return f" (it holds {_some(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))})"
 
@@ -432,19 +300,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "nothing"
 
 
-def _bytes(n: int) -> str:
-    return f"{n:,} bytes ({n / 1e9:.1f} GB)"
-
-
-def _http_error() -> type[Exception]:
-    """The base of all failures of a request: httpx's in huggingface_hub 1, httpx2's in 2."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-    return HTTPError
-
-
 def _each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    pool = ThreadPoolExecutor(_THREADS)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         return list(pool.map(function, names))
     finally:

@@ -40,7 +40,7 @@ class Generate(Options, ModelFlags):
     template_arg: tuple[str, ...] = ()
     """KEY=VALUE for the chat template (VALUE is JSON, or a text)."""
     json: bool = False
-    """One JSON object instead of streamed text."""
+    """One JSON object instead of streamed text (also with --logprobs)."""
 
     def run(self) -> int:
         self.validate()
@@ -53,7 +53,7 @@ class Generate(Options, ModelFlags):
         from jaxlm.generation import stream
 
         pieces = stream(model, prompts, batch_size=self.batch_size, template_args=args, **options)
-        if self.prompts or self.json:
+        if self.prompts or self.json or self.logprobs is not None:
             print_json(pieces, len(prompts), model)
         else:
             print_text(pieces)
@@ -101,7 +101,9 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
     """A text as the model wants it: a chat where there is a template, unless --raw."""
     chat = model.tokenizer is not None and model.tokenizer.has_template and not raw
     if system is not None and not chat:
-        raise ValueError(f"--system needs a chat template; {'--raw leaves it out' if raw else model.source + ' has none'}")
+        raise ValueError(
+            f"--system needs a chat template; {'--raw leaves it out' if raw else model.source + ' has none'}"
+        )
     if not isinstance(line, str):
         return line
     if not chat:

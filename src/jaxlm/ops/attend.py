@@ -1,6 +1,7 @@
 """Attention over structure: positions and windows instead of masks, grouped heads, the cache, and the backends."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,26 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cache is None:
         places = Places(pos, segments(pos))
-        return reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, scale), None
+        return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, scale), None
     cache = caches.write(cache, k, v)
     query, key = Places(pos, jnp.zeros_like(pos)), Places(cache.at, jnp.zeros_like(cache.at))
-    return reference(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), query, key, window, scale), cache
+    return _best(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), query, key, window, scale), cache
+
+
+def _best(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+    """The first backend of the table that applies on the platform for which the program is lowered."""
+    if jax.default_backend() != "gpu":
+        return reference(q, k, v, *rest)
+    fast = next((run for applies, run in GPU_BACKENDS if applies(q, k)), None)
+    if fast is None:
+        return reference(q, k, v, *rest)
+    # Arrays alone pass through platform_dependent; window and scale are static.
+    query, key, window, scale = rest
+
+    def call(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda q, k, v, query, key: run(q, k, v, query, key, window, scale)
+
+    return jax.lax.platform_dependent(q, k, v, query, key, cuda=call(fast), default=call(reference))
 
 
 def segments(pos: jax.Array) -> jax.Array:
@@ -97,3 +114,26 @@ def _block(
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _cudnn_applies(q: jax.Array, k: jax.Array) -> bool:
+    """cuDNN's flash attention: half precision, even lengths, heads of at most 256 (128 before Hopper) and a multiple
+    of 8 wide. Single queries are left to XLA, and lengths whose mask alone would take half a gigabyte."""
+    B, T, _, H = q.shape
+    S = k.shape[2]
+    hopper = float(jax.devices("gpu")[0].compute_capability) >= 9.0
+    shapes = T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
+    return shapes and q.dtype != jnp.float32 and B * T * S <= 1 << 28
+
+
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    """As `reference`, by cuDNN. Positions have gaps, padding and rings, so it is given the mask [B,1,T,S]."""
+    mask = visible(query, key, window)[:, None]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+
+
+# What runs instead of `reference` where it applies, best first. Each is tested against it (tests/ops).
+GPU_BACKENDS: tuple[tuple[Callable[..., bool], Callable[..., jax.Array]], ...] = ((_cudnn_applies, cudnn),)

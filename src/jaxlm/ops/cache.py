@@ -35,7 +35,9 @@ class Slots(NamedTuple):
     at: jax.Array
 
 
-def init(batch: int, length: int, windows: Sequence[int | None], K: int, H: int, dtype: Any, chunk: int | None) -> Cache:
+def init(
+    batch: int, length: int, windows: Sequence[int | None], K: int, H: int, dtype: Any, chunk: int | None
+) -> Cache:
     """An empty cache for layers with these windows (None: sees all). Without `chunk`, any number of tokens may be
     written at once and every layer keeps all `length` positions."""
     chunk = min(chunk or length, length)

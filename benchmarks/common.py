@@ -1,0 +1,86 @@
+"""What the benchmarks share: random-weight checkpoints of known shapes, and this machine's ceilings."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+    "torch_dtype": "bfloat16",
+}
+SHAPES = {"Qwen3-0.6B": QWEN3_06B, "tiny": {**QWEN3_06B, "num_hidden_layers": 2, "vocab_size": 4096}}
+
+
+def checkpoint(shape: str) -> Path:
+    """A folder with random bfloat16 weights of a shape; made once in the temporary folder."""
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    from jaxlm import models, params
+
+    folder = Path(tempfile.gettempdir()) / f"jaxlm-bench-{shape}"
+    if (folder / "done").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    hf = SHAPES[shape]
+    family = models.family_of(hf["model_type"])
+    rng, tensors = np.random.default_rng(0), {}
+    for row in params.rows(family.PARAMS, family.Config.from_hf(hf)):
+        norm = row.path.endswith("norm")
+        scale = row.stored[-1] ** -0.5
+        value = np.full(row.stored, family.NORM) if norm else rng.standard_normal(row.stored, np.float32) * scale
+        tensors[row.names[0]] = value.astype(ml_dtypes.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "done").touch()
+    return folder
+
+
+def read_rate(seconds: float = 1.0) -> float:
+    """Bytes a second at which all cores together read memory: the ceiling of decoding, in this run."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((1 << 28,), jnp.float32)  # 1 GiB
+    parts = jax.jit(lambda x: jnp.max(x.reshape(64, -1), axis=1))
+    parts(x).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        parts(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
+
+
+def matmul_rate(dtype: str = "float32") -> float:
+    """FLOP/s of a large square product: the ceiling of prefill, in this run."""
+    import jax
+    import jax.numpy as jnp
+
+    n = 2048
+    a = jnp.ones((n, n), dtype)
+    f = jax.jit(lambda a: a @ a)
+    f(a).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        f(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

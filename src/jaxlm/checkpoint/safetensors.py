@@ -1,0 +1,206 @@
+"""The safetensors format and a checkpoint folder's index: where every tensor lies, and its bytes.
+
+The whole header is checked before a byte of a tensor is read. Reading goes through plain reads and not memory maps:
+mapped pages would count as resident memory beside the weights made from them.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+SLICE = 8 << 20  # bytes read at a time
+HEADER = 100_000_000  # bytes: the format's limit
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# Bits of an element of every type that the format has (safetensors 0.8).
+BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16, "I16": 16,
+        "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: name, file, type as the file names it, shape, first byte and length."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a ValueError that names the file."""
+    with _named(path):
+        data = path.read_bytes()
+    try:
+        value = _parse(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, not a {type(value).__name__}: download it again")
+    return value
+
+
+def _parse(data: bytes) -> Any:
+    """Strict JSON: what Python's parser takes beyond the standard (NaN, a key twice) is a ValueError."""
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(items)
+        if len(table) < len(items):
+            [(name, _)] = Counter(name for name, _ in items).most_common(1)
+            raise ValueError(f"the key {name!r} stands in it twice")
+        return table
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON value")
+
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A read that fails says only why: adds the file to the OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Every length and offset is checked, and that they fill the file."""
+
+    def broken(why: str) -> ValueError:
+        return ValueError(f"{path} is truncated or corrupt ({why}): download it again")
+
+    with open(path, "rb") as file, _named(path):
+        size, first = os.fstat(file.fileno()).st_size, file.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise ValueError(f"{path} is a pointer of git-lfs, not the weights themselves: run `git lfs pull`")
+        if size < 8 or length > min(size - 8, HEADER):
+            raise broken(f"its header should have {length:,} bytes, the file has {size:,}" if first else "it is empty")
+        data = file.read(length)
+    try:
+        header = _parse(data)
+    except (ValueError, RecursionError) as error:
+        raise broken(f"its header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise broken("its header is no table")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        kind, shape, begin, end = _entry(entry, size) or (None, (), 0, 0)
+        if kind is None:
+            raise broken(f"the entry of {name!r} makes no sense")
+        if kind not in BITS:
+            raise ValueError(f"{path}: tensor {name!r} has type {kind!r}, which jaxlm cannot read: convert it to BF16")
+        if (end - begin) * 8 != math.prod(shape) * BITS[kind]:
+            raise broken(f"{name!r} of type {kind} and shape {list(shape)} cannot have {end - begin:,} bytes")
+        tensors[name] = Tensor(name, path, kind, shape, 8 + length + begin, end - begin)
+    at = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != at:
+            raise broken(f"{tensor.name!r} begins at byte {tensor.offset:,} instead of {at:,}")
+        at += tensor.nbytes
+    if at != size:
+        raise broken(f"its tensors end at byte {at:,}, the file at {size:,}")
+    return tensors
+
+
+def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int] | None:
+    """Type, shape, begin and end of a tensor from its entry in a header, or None where it makes no sense."""
+    if not isinstance(entry, dict):
+        return None
+    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return None
+    # No element has less than 4 bits, so no axis is longer. With 64 axes, numpy's limit, their product is quick.
+    if len(shape) > 64 or not all(type(n) is int and 0 <= n <= 2 * size for n in (*shape, *offsets)):
+        return None
+    return kind, tuple(shape), *offsets
+
+
+def read_index(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder: model.safetensors, or else the shards that its index names (the order of
+    transformers)."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        return read_header(single)
+    if index.exists():
+        return _read_shards(folder, index)
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
+    found = f" It has {', '.join(others[:5])}{', …' if others[5:] else ''}." if others else ""
+    if any(name.endswith(".safetensors") for name in others):
+        way_out = "download the index too, or rename a single file"
+    else:
+        way_out = "jaxlm reads safetensors only, which transformers' from_pretrained and then save_pretrained write"
+    raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{found} Way out: {way_out}.")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise ValueError(f"{index} has no sound weight_map: download it again")
+    shards = sorted(set(where.values()))
+    for shard in shards:
+        path = PurePosixPath(shard)
+        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\\" in shard:
+            raise ValueError(f"{index} names {shard!r}, which is no safetensors file inside the folder: refused")
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {listed(missing)} of its {len(shards)} shards: download them again")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        header = read_header(folder / shard)
+        if twice := [name for name in header if name in tensors]:
+            raise ValueError(f"{folder / shard} has {listed(twice)} again from another shard: download both again")
+        tensors |= header
+    absent = [name for name, shard in where.items() if name not in tensors or tensors[name].file != folder / shard]
+    if absent:
+        raise ValueError(
+            f"{index} names tensors that are not where it says: {listed(absent)}. It and the shards are not of one "
+            "revision: download both again"
+        )
+    return tensors
+
+
+def listed(names: Collection[str]) -> str:
+    return f"{len(names)} ({', '.join(list(names)[:10])}{', …' if len(names) > 10 else ''})"
+
+
+def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, SLICE at a time, in a buffer that is used again."""
+    buffer = aligned(min(SLICE, tensor.nbytes))
+    for begin in range(0, tensor.nbytes, SLICE):
+        part = buffer[: min(SLICE, tensor.nbytes - begin)]
+        read_into(part, tensor, begin)
+        yield part
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Empty bytes on a 64-byte boundary, which jax takes as an array's memory without a copy on CPU."""
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
+
+
+def read_into(buffer: np.ndarray, tensor: Tensor, begin: int) -> None:
+    """Fills a buffer with the bytes of a tensor from `begin` on."""
+    done = 0
+    with open(tensor.file, "rb", buffering=0) as file, _named(tensor.file):
+        file.seek(tensor.offset + begin)
+        while done < buffer.nbytes:
+            got = file.readinto(buffer.data[done:])
+            if not got:
+                raise ValueError(f"{tensor.file} has become shorter: it ends within {tensor.name}. Download it again")
+            done += got

@@ -1,0 +1,221 @@
+"""Reading weights: bit for bit what the file holds, without a copy, and whole or not at all."""
+
+import gc
+import os
+import signal
+import struct
+import threading
+import weakref
+
+import jax
+import made
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxlm import params
+from jaxlm.checkpoint import hf, safetensors
+from jaxlm.models import llama3
+
+CPU = jax.devices("cpu")[0]
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def pairs(folder, raw=made.LLAMA):
+    family = made.FAMILY[raw["model_type"]]
+    return hf.match(family.PARAMS, made.config(raw), hf.read_index(folder), family.UNREAD)[0]
+
+
+def load(folder, raw=made.LLAMA, dtype=None, advance=lambda n: None):
+    return hf.load_weights(pairs(folder, raw), lambda stored: np.dtype(dtype or stored), CPU, advance)
+
+
+def bits(array):
+    array = np.asarray(array)
+    return array.view(f"u{array.itemsize}")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Slices so small that every tensor has several, the last one shorter."""
+    monkeypatch.setattr(safetensors, "SLICE", 24)
+    monkeypatch.setattr(hf, "SLICE", 24)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_every_tensor_arrives_bit_for_bit(kind, shards, tmp_path, small):
+    arrays = made.tensors(kind=kind)
+    folder = made.folder(tmp_path / "m", made.LLAMA, arrays, shards)
+    read: list[int] = []
+    weights = load(folder, advance=read.append)
+    for row in params.rows(llama3.PARAMS, made.config()):
+        layer, _, name = row.path.removeprefix("layers.").rpartition(".")
+        value = weights["layers"][int(layer)][name] if layer else weights[name]
+        assert value.shape == row.shape
+        assert np.array_equal(bits(value).reshape(row.stored), bits(arrays[row.names[0]])), row.path
+    assert sum(read) == sum(array.nbytes for array in arrays.values())
+
+
+def test_every_bit_pattern_is_kept(tmp_path, small):
+    arrays = made.tensors(kind="BF16")
+    arrays["model.embed_tokens.weight"][:4, :] = np.arange(0xFF70, 0xFF90, dtype=np.uint16).view(BF16).reshape(4, 8)
+    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays))  # infinities and every kind of NaN
+    assert np.array_equal(bits(weights["embed"]), bits(arrays["model.embed_tokens.weight"]))
+
+
+def nearest_bfloat16(x):
+    """float32 to bfloat16 by its bits: to nearest, ties to even."""
+    u = x.view(np.uint32).astype(np.uint64)
+    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def test_conversion_to_bfloat16_rounds_to_nearest_even(tmp_path, small):
+    arrays = made.tensors()
+    ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x00000001, 0x80018000, 0x7F7FFFFF, 0xFF800000])
+    arrays["model.embed_tokens.weight"][:] = ties.astype(np.uint32).view(np.float32)
+    arrays["model.embed_tokens.weight"][1:, :6] *= np.float32(1.37)
+    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays), dtype=BF16)
+    assert np.array_equal(bits(weights["embed"]), nearest_bfloat16(arrays["model.embed_tokens.weight"]))
+    assert weights["layers"][1]["q"].dtype == BF16
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_conversion_to_float32_is_exact(kind, tmp_path, small):
+    arrays = made.tensors(kind=kind)
+    embed = arrays["model.embed_tokens.weight"]
+    embed[:] = np.random.default_rng(0).integers(0, 0x7C00, embed.shape, np.uint16).view(embed.dtype)
+    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays), dtype=np.float32)
+    wide = [struct.unpack("<f", b"\0\0" + struct.pack("<H", u))[0] for u in bits(embed).ravel()]
+    half = [struct.unpack("<e", struct.pack("<H", u))[0] for u in bits(embed).ravel()]
+    assert np.array_equal(np.asarray(weights["embed"]).ravel(), wide if kind == "BF16" else half)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_float16_refuses_what_it_cannot_hold(kind, tmp_path, small):
+    arrays = made.tensors(kind=kind)
+    arrays["model.layers.1.mlp.down_proj.weight"][7, 11] = -65280  # both types have it
+    folder = made.folder(tmp_path / "m", made.LLAMA, arrays)
+    assert load(folder, dtype=np.float16)["layers"][1]["down"][7, 11] == -65280
+    arrays["model.layers.1.mlp.down_proj.weight"][7, 11] = -66048
+    made.write(folder / "model.safetensors", arrays)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: model.layers.1.mlp.down_proj.weight has .* another dtype"
+    ):
+        load(folder, dtype=np.float16)
+
+
+def test_layer_1_is_not_layer_11(tmp_path):
+    raw = {**made.LLAMA, "num_hidden_layers": 12}
+    arrays = made.tensors(raw)
+    for name, array in arrays.items():
+        if name.startswith("model.layers."):
+            array[:] = int(name.split(".")[2])
+    weights = load(made.folder(tmp_path / "m", raw, arrays, shards=2), raw)
+    assert [{float(leaf.min()), float(leaf.max())} for w in weights["layers"] for leaf in w.values()] == [
+        {float(i)} for i in range(12) for _ in range(9)
+    ]
+
+
+# Without a copy
+
+
+@pytest.mark.parametrize("dtype", [None, np.float32, BF16])
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_on_cpu_the_buffer_is_the_array(kind, dtype, tmp_path, monkeypatch):
+    made_buffers = []
+
+    def aligned(nbytes):
+        buffer = safetensors.aligned(nbytes)
+        made_buffers.append(buffer.ctypes.data)
+        return buffer
+
+    arrays = made.tensors(kind=kind)
+    folder = made.folder(tmp_path / "m", made.LLAMA, arrays)
+    monkeypatch.setattr(hf, "aligned", aligned)
+    leaves = jax.tree.leaves(load(folder, dtype=dtype))
+    assert len(leaves) == len(arrays)
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves} <= set(made_buffers)
+
+
+def test_the_array_outlives_the_buffers_name():
+    buffer = safetensors.aligned(4 * 6000)
+    value = buffer.view(np.float32).reshape(20, 30, 10)
+    value[:] = np.arange(6000).reshape(20, 30, 10)
+    array = hf.place(value, CPU)
+    assert array.unsafe_buffer_pointer() == value.ctypes.data
+    del buffer, value
+    gc.collect()
+    others = [np.full(6000, -1, np.float32) for _ in range(100)]  # would take the memory if it were free
+    assert np.array_equal(np.asarray(array).ravel(), np.arange(6000)), others
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_pieces_make_the_whole(rows, monkeypatch):
+    """How accelerators get a large tensor; the last piece is shorter."""
+    value = np.arange(16 * 4 * 2, dtype=np.float32).reshape(16, 4, 2)
+    monkeypatch.setattr(hf, "PIECE", rows * 32)
+    assert np.array_equal(hf._place_pieces(value, CPU), value)
+
+
+# While reading
+
+
+def test_file_removed_while_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "AHEAD", 0)
+    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=2)
+    second = folder / "model-00002-of-00002.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        load(folder, advance=lambda n: second.unlink(missing_ok=True))
+    assert str(second) in str(caught.value)
+
+
+def test_file_cut_while_reading(tmp_path, small):
+    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors())
+    file, found = folder / "model.safetensors", pairs(folder)
+    os.truncate(file, file.stat().st_size - 5)
+    with pytest.raises(ValueError) as caught:
+        hf.load_weights(found, lambda stored: stored, CPU)
+    assert str(file) in str(caught.value)
+    assert "has become shorter: it ends within lm_head.weight. Download it again" in str(caught.value)
+
+
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch, small):
+    """Ctrl-C in the middle: no thread, no open file, no memory, no file on disk."""
+    buffers = []
+
+    def aligned(nbytes):
+        buffer = safetensors.aligned(nbytes)
+        buffers.append(weakref.ref(buffer.base))
+        return buffer
+
+    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=2)
+    files = sorted(folder.iterdir())
+    monkeypatch.setattr(hf, "aligned", aligned)
+    monkeypatch.setattr(hf, "AHEAD", 1000)
+    seen = []
+
+    def interrupted(nbytes):
+        seen.append(nbytes)
+        if len(seen) == 60:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        load(folder, advance=interrupted)
+    assert 5 < len(buffers) < 21
+    del caught
+    gc.collect()
+    assert not [ref for ref in buffers if ref() is not None]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jaxlm-read")]
+    assert not [fd for fd in os.listdir("/proc/self/fd") if str(folder) in link(fd)] if os.path.isdir("/proc") else True
+    assert sorted(folder.iterdir()) == files
+
+
+def link(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:  # the one that listed them
+        return ""

@@ -1,0 +1,143 @@
+"""Checkpoints against a family's table: everything fits, or all that does not is named at once."""
+
+import made
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.checkpoint import hf, safetensors
+from jaxlm.models import gemma3
+
+
+def misfit(tmp_path, arrays, raw=made.LLAMA):
+    """The message about arrays that do not fit the config."""
+    family, tensors = made.FAMILY[raw["model_type"]], hf.read_index(made.folder(tmp_path / "m", raw, arrays))
+    with pytest.raises(ValueError) as caught:
+        hf.match(family.PARAMS, made.config(raw), tensors, family.UNREAD)
+    return str(caught.value)
+
+
+def test_all_misfits_are_reported_together_with_counts(tmp_path):
+    arrays = made.tensors()
+    del arrays["model.norm.weight"], arrays["model.layers.1.mlp.up_proj.weight"]
+    arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(8, np.float32)
+    arrays["model.layers.0.mlp.gate_proj.weight"] = np.zeros((8, 12), np.float32)
+    arrays["model.layers.1.self_attn.o_proj.weight"] = np.zeros((8, 8), np.int8)
+    assert misfit(tmp_path, arrays) == (
+        "the weights do not fit config.json. "
+        "missing: 2 (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
+        "unexpected: 1 (model.layers.0.self_attn.q_proj.bias); "
+        "misshapen: 1 (model.layers.0.mlp.gate_proj.weight [8, 12] instead of [12, 8]); "
+        "of a type that is not read (it must be F32, BF16, F16; quantised checkpoints are not): "
+        "1 (model.layers.1.self_attn.o_proj.weight I8). "
+        "Are both files of the same model and revision?"
+    )
+
+
+def test_many_misfits_are_counted_and_ten_are_named(tmp_path):
+    message = misfit(tmp_path, {"odd": np.zeros(1, np.float32)})
+    assert "missing: 21 (model.embed_tokens.weight, " in message
+    assert message.count("model.") == 10
+    assert "…); unexpected: 1 (odd)" in message
+
+
+def test_quantised_checkpoint(tmp_path):
+    arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in made.tensors().items()}
+    message = misfit(tmp_path, arrays)
+    assert (
+        "(it must be F32, BF16, F16; quantised checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
+    )
+
+
+def test_layers_beyond_the_config(tmp_path):
+    message = misfit(tmp_path, made.tensors({**made.LLAMA, "num_hidden_layers": 12}))
+    assert "unexpected: 90 (model.layers.2.input_layernorm.weight, " in message
+    assert "missing" not in message
+    message = misfit(tmp_path, made.tensors(), {**made.LLAMA, "num_hidden_layers": 3})
+    assert "missing: 9 (model.layers.2." in message
+
+
+def test_layer_11_does_not_stand_for_layer_1(tmp_path):
+    arrays = {name.replace("layers.1.", "layers.11."): array for name, array in made.tensors().items()}
+    message = misfit(tmp_path, arrays)
+    assert "missing: 9 (model.layers.1.input_layernorm.weight, " in message
+    assert "unexpected: 9 (model.layers.11.input_layernorm.weight, " in message
+
+
+@pytest.mark.parametrize("spelling", range(3))
+def test_every_spelling_is_read(spelling, tmp_path):
+    arrays = made.tensors(made.GEMMA, spelling=spelling)
+    weights = jaxlm.load(made.folder(tmp_path / "m", made.GEMMA, arrays)).weights
+    assert np.array_equal(weights["norm"], arrays[gemma3.PARAMS["norm"][1 + spelling]])
+
+
+def test_two_spellings_of_one_tensor(tmp_path):
+    arrays = made.tensors(made.GEMMA)
+    arrays["language_model.model.norm.weight"] = arrays["model.norm.weight"]
+    message = misfit(tmp_path, arrays, made.GEMMA)
+    assert "stored in two spellings: 1 (model.norm.weight and language_model.model.norm.weight)." in message
+    assert "unexpected" not in message
+
+
+def test_tied_head_of_the_same_bytes_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
+    raw = {**made.LLAMA, "tie_word_embeddings": True}
+    arrays = made.tensors(raw)
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    assert "head" not in jaxlm.load(made.folder(tmp_path / "m", raw, arrays)).weights
+
+
+@pytest.mark.parametrize("fault", ["last bit", "shape", "type"])
+def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
+    raw = {**made.LLAMA, "tie_word_embeddings": True}
+    arrays = made.tensors(raw)
+    head = arrays["model.embed_tokens.weight"].copy()
+    head.view(np.uint32)[-1, -1] ^= 1
+    other = {"last bit": head, "shape": head[:4], "type": head.astype(np.float16)}
+    message = misfit(tmp_path, {**arrays, "lm_head.weight": other[fault]}, raw)
+    assert (
+        "unlike the embedding although config.json ties them (to use it, set tie_word_embeddings to false): " in message
+    )
+    assert "1 (lm_head.weight)." in message
+
+
+def test_untied_head_that_is_missing(tmp_path):
+    arrays = made.tensors()
+    del arrays["lm_head.weight"]
+    assert "missing: 1 (lm_head.weight)." in misfit(tmp_path, arrays)
+
+
+def test_known_but_unread_tensors_are_listed(tmp_path):
+    arrays = made.tensors(made.GEMMA)
+    extra = ["vision_tower.a.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    arrays |= {name: np.zeros(2, np.float32) for name in extra}
+    tensors = hf.read_index(made.folder(tmp_path / "m", made.GEMMA, arrays))
+    assert hf.match(gemma3.PARAMS, made.config(made.GEMMA), tensors, gemma3.UNREAD)[1] == extra
+    message = misfit(tmp_path, {**arrays, "my_rotary_emb.inv_freq": arrays[extra[0]]}, made.GEMMA)
+    assert "unexpected: 1 (my_rotary_emb.inv_freq)." in message
+
+
+# Through the front door
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "rms_norm_eps": NaN}'])
+def test_load_names_a_bad_config(text, tmp_path):
+    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors())
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        jaxlm.load(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_load_names_the_checkpoint_that_does_not_fit(tmp_path):
+    folder = made.folder(tmp_path / "m", {**made.LLAMA, "hidden_size": 16}, made.tensors())
+    with pytest.raises(ValueError) as caught:
+        jaxlm.load(folder)
+    assert str(caught.value).startswith(f"{folder}: the weights do not fit config.json. misshapen: 21 (model.embed")
+
+
+def test_load_says_what_it_did_not_read(tmp_path):
+    arrays = {**made.tensors(made.GEMMA), "vision_tower.a.weight": np.zeros(2, np.float32)}
+    assert jaxlm.load(made.folder(tmp_path / "m", made.GEMMA, arrays)).unread == ["vision_tower.a.weight"]

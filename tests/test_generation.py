@@ -1,0 +1,222 @@
+"""generate and stream against their slow twin: the full forward pass, token by token."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import devices
+from jaxlm.models import gemma3, llama3
+from jaxlm.ops import Rope
+
+
+def llama(**more):
+    sizes = {"V": 97, "D": 32, "F": 48, "L": 2, "N": 4, "K": 2, "H": 8, "eps": 1e-5, "context": 256, "tied": False}
+    cfg = llama3.Config(rope=Rope(), **{**sizes, **more})
+    return spread(jaxlm.Model.init(llama3, cfg, jax.random.key(0)))
+
+
+def gemma(window=8):
+    windows = (window, window, None, window)
+    cfg = gemma3.Config(
+        V=97, D=32, F=48, L=4, N=4, K=2, H=8, eps=1e-6, rope=Rope(theta=1e6, type="linear", factor=8.0),
+        local_rope=Rope(), windows=windows, scale=8**-0.5, context=256, tied=False,
+    )  # fmt: skip
+    return spread(jaxlm.Model.init(gemma3, cfg, jax.random.key(1)))
+
+
+def spread(model):
+    """Larger queries and keys, so that attention is not flat and text not one repeated token."""
+    for w in model.weights["layers"]:
+        w["q"], w["k"] = 4 * w["q"], 2 * w["k"]
+    return model
+
+
+def slow_greedy(model, ids, n):
+    """n tokens by a full forward pass each."""
+    ids = list(ids)
+    length = len(ids) + n
+    for _ in range(n):
+        row = np.zeros((1, length), np.int32)
+        row[0, : len(ids)] = ids
+        pos = np.where(np.arange(length) < len(ids), np.arange(length), -1)[None]
+        logits, _ = model.forward(row, model.weights, None, jnp.asarray(pos))
+        ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
+    return ids[-n:]
+
+
+PROMPT = [5, 0, 17, 96, 3, 0, 41]  # token 0 and the last id are tokens like others
+
+
+def prompts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [list(map(int, rng.integers(0, 97, rng.integers(1, 40)))) for _ in range(n)]
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_greedy_equals_the_full_forward(make):
+    model = make()
+    want = slow_greedy(model, PROMPT, 40)
+    assert len(set(want)) > 8
+    assert jaxlm.generate(model, PROMPT, max_tokens=40, temperature=0).tokens == want
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_chunked_prefill_past_the_window(make, monkeypatch):
+    monkeypatch.setitem(devices.CHUNK, "cpu", 16)
+    model = make()
+    prompt = (PROMPT * 8)[:53]
+    assert jaxlm.generate(model, prompt, max_tokens=24, temperature=0).tokens == slow_greedy(model, prompt, 24)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_more_prompts_than_rows(make):
+    """Rows are reused as they end; each text is what the prompt gives alone."""
+    model = make()
+    many = prompts(7)
+    together = jaxlm.generate(model, many, max_tokens=12, temperature=0, batch_size=3)
+    assert [a.tokens for a in together] == [slow_greedy(model, p, 12) for p in many]
+
+
+def test_sampled_text_does_not_depend_on_the_batch():
+    model = llama()
+    many = prompts(5, seed=1)
+    how = {"max_tokens": 16, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 11}
+    together = jaxlm.generate(model, many, batch_size=4, **how)
+    assert [a.tokens for a in together] == [jaxlm.generate(model, p, **how).tokens for p in many]
+    assert [a.tokens for a in together] == [a.tokens for a in jaxlm.generate(model, many[::-1], **how)[::-1]]
+
+
+def test_copies_of_a_prompt_differ_and_repeat_with_the_seed():
+    model = llama()
+    how = {"max_tokens": 16, "temperature": 1.0}
+    first = [a.tokens for a in jaxlm.generate(model, [PROMPT] * 3, seed=5, **how)]
+    assert len({tuple(t) for t in first}) == 3
+    assert first == [a.tokens for a in jaxlm.generate(model, [PROMPT] * 3, seed=5, **how)]
+    assert first[0] == jaxlm.generate(model, PROMPT, seed=5, **how).tokens
+    assert first[0] != jaxlm.generate(model, PROMPT, seed=6, **how).tokens
+    drawn = jaxlm.generate(model, PROMPT, **how)
+    assert drawn.tokens == jaxlm.generate(model, PROMPT, seed=drawn.seed, **how).tokens
+
+
+def test_no_step_repeats_a_key():
+    """A flat distribution would repeat one token for ever if a key came twice."""
+    model = llama()
+    flat = jax.tree.map(jnp.zeros_like, model.weights["head"])
+    model = jaxlm.Model(model.family, model.config, {**model.weights, "head": flat})
+    tokens = jaxlm.generate(model, PROMPT, max_tokens=64, temperature=1.0, seed=0).tokens
+    assert len(set(tokens)) > 30
+
+
+def test_a_new_length_within_a_bucket_compiles_nothing():
+    model = llama()
+    jaxlm.generate(model, PROMPT[:2], max_tokens=8, temperature=0)
+    count = len(model.programs.compiled)
+    for n in (3, 5, 7):
+        jaxlm.generate(model, PROMPT[:n], max_tokens=8, temperature=0.5, seed=n, top_k=n)
+    assert len(model.programs.compiled) == count
+    jaxlm.generate(model, PROMPT * 3, max_tokens=8, temperature=0)
+    assert len(model.programs.compiled) > count
+
+
+def test_prefill_computes_logits_of_one_position():
+    """The compiled prefill has no buffer of the vocabulary's width."""
+    model = llama(V=9973)  # a number that no other dimension has
+    jaxlm.generate(model, PROMPT * 4, max_tokens=2, temperature=0)
+    texts = {key[0]: program.as_text() for key, program in model.programs.compiled.items()}
+    assert not [line for line in texts["prefill"].splitlines() if "9973]" in line and "parameter" not in line]
+    assert "9973]" in texts["first token"]
+
+
+def test_logprobs_are_of_the_raw_logits():
+    model = llama()
+    answer = jaxlm.generate(model, PROMPT, max_tokens=5, temperature=0.7, top_k=3, seed=1, logprobs=4)
+    row = PROMPT + answer.tokens
+    logits, _ = model.forward([row], model.weights)
+    want = jax.nn.log_softmax(logits[0, len(PROMPT) - 1 : -1])
+    for i, (token, got) in enumerate(zip(answer.tokens, answer.logprobs)):
+        assert got.chosen == pytest.approx(float(want[i, token]), abs=1e-5)
+        values, ids = jax.lax.top_k(want[i], 4)
+        assert [t for t, _ in got.top] == ids.tolist()
+        np.testing.assert_allclose([v for _, v in got.top], values, atol=1e-5)
+
+
+def test_logit_bias_and_penalties_reach_the_text():
+    model = llama()
+    plain = jaxlm.generate(model, PROMPT, max_tokens=12, temperature=0).tokens
+    assert jaxlm.generate(model, PROMPT, max_tokens=3, temperature=0, logit_bias={7: 100.0}).tokens == [7, 7, 7]
+    banned = jaxlm.generate(model, PROMPT, max_tokens=12, temperature=0, logit_bias={plain[0]: -100.0}).tokens
+    assert plain[0] not in banned
+    tokens = jaxlm.generate(model, PROMPT, max_tokens=40, temperature=0, presence_penalty=2, frequency_penalty=2).tokens
+    assert len(set(tokens)) > len(set(jaxlm.generate(model, PROMPT, max_tokens=40, temperature=0).tokens))
+
+
+def test_stop_tokens_end_an_answer_and_ignore_eos_does_not():
+    model = llama()
+    plain = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0).tokens
+    end = next(t for i, t in enumerate(plain) if i > 3 and t not in plain[:i])
+    model.generation_config = {"eos_token_id": [96, end]}
+    answer = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0)
+    assert answer.tokens == plain[: plain.index(end) + 1]
+    assert answer.finish_reason == "stop"
+    longer = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0, ignore_eos=True)
+    assert (longer.tokens, longer.finish_reason) == (plain, "length")
+
+
+def test_the_published_text(shared):
+    """stories260K: 200 greedy tokens from BOS, published by llama2.c; text, stop strings, streaming."""
+    folder = shared / "checkpoints/stories260K"
+    reference = json.loads((folder / "greedy_reference.json").read_text())
+    model = jaxlm.load(folder)
+    answer = jaxlm.generate(model, reference["prompt_ids"], max_tokens=200, temperature=0)
+    assert reference["prompt_ids"] + answer.tokens == reference["greedy_ids"]
+    assert answer.strip() == reference["text"].strip()[: len(answer.strip())]
+    pieces = list(jaxlm.stream(model, reference["prompt_ids"], max_tokens=200, temperature=0))
+    assert "".join(pieces) == answer
+    assert len(pieces) > 150
+    assert pieces[-1].finish_reason == "length"
+    assert [p.generation_tokens for p in pieces] == sorted(p.generation_tokens for p in pieces)
+    stopped = jaxlm.generate(model, reference["prompt_ids"], max_tokens=200, temperature=0, stop="Lily's mom")
+    assert stopped == answer[: answer.index("Lily's mom")]
+    assert stopped.finish_reason == "stop"
+    prompt = "Once upon a time, there was"
+    assert answer.strip().startswith(prompt + jaxlm.generate(model, prompt, max_tokens=10, temperature=0))
+
+
+BAD = [
+    ("", ValueError, "empty"),
+    ([], ValueError, "empty"),
+    ([97], ValueError, "0 to 96"),
+    ([-1], ValueError, "0 to 96"),
+    (list(range(90)) * 3, ValueError, "256"),
+    ("text", ValueError, "no tokenizer"),
+    ([{"role": "user", "content": "hi"}], ValueError, "no tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "kind", "words"), BAD, ids=lambda x: str(x)[:20])
+def test_bad_prompts(prompt, kind, words):
+    model = llama()
+    with pytest.raises(kind, match=words):
+        jaxlm.generate(model, prompt)
+    assert model.programs.seconds == 0
+
+
+def test_max_tokens_over_the_context_is_refused_before_any_work():
+    model = llama()
+    with pytest.raises(ValueError, match="at most 249"):
+        jaxlm.generate(model, PROMPT, max_tokens=250)
+    assert model.programs.seconds == 0
+    assert len(jaxlm.generate(model, PROMPT, max_tokens=249, temperature=0).tokens) == 249
+
+
+def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
+    model = llama()
+    one = 2 * 2 * (7 + 100) * 2 * 8 * 4
+    monkeypatch.setattr(devices, "available_memory", lambda device: 2 * one + 10)
+    with pytest.raises(MemoryError, match="batch_size=2"):
+        jaxlm.generate(model, [PROMPT] * 3, max_tokens=100)
+    assert len(jaxlm.generate(model, [PROMPT] * 3, max_tokens=100, batch_size=2)) == 3
