@@ -9,60 +9,27 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings.weights import draw
+from tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 import jaxlm
-from jaxlm import chat, devices, params
+from jaxlm import chat, devices
 from jaxlm.chat import Conversation, holds
 from jaxlm.model import Model
 from jaxlm.models import gemma3, llama3
 from jaxlm.ops import Rope
 from jaxlm.ops import cache as caches
-from jaxlm.tokenizer import Tokenizer
 
 WINDOW, CHUNK = 16, 8  # a ring of 23 slots
-SPECIAL = ["<bos>", "<system>", "<user>", "<assistant>", "<end>", "<think>", "</think>"]
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no such words') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def tokenizer_of(template: str | None, thinking: bool = False) -> Tokenizer:
-    """Printable ASCII, one token a character and one for each of 60 pairs, so that a text has many spellings."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Rust
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["Ġ", "Ċ", *map(chr, range(33, 127))]
-    pairs = list(itertools.islice(itertools.product("aeiou n", "tsrdlmkg"), 60))
-    merges = [(a.replace(" ", "Ġ"), b) for a, b in pairs]
-    vocabulary = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
-    rust = Rust(models.BPE(vocab=vocabulary, merges=merges))
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    rust.decoder = decoders.ByteLevel()
-    rust.add_special_tokens(SPECIAL[:5])
-    if thinking:
-        rust.add_tokens([AddedToken(tag, normalized=False) for tag in SPECIAL[5:]])
-    bos = rust.token_to_id("<bos>")
-    rust.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<bos>", eos_token="<end>", chat_template=template)
-    return Tokenizer(fast)
-
-
-def model_of(family, config, tokenizer: Tokenizer) -> Model:
-    weights: dict = {}
-    for row in params.rows(family.PARAMS, config):
-        value = draw(row.names[0], row.stored, 3, family.NORM).reshape(row.shape)
-        params.put(weights, row.path, jnp.asarray(value))
-    return Model(family, config, weights, tokenizer)
-
-
-SIZES = {"V": 168, "D": 32, "F": 48, "N": 4, "K": 2, "H": 8, "eps": 1e-6, "tied": False}
 GEMMA = gemma3.Config(
     **SIZES, L=2, rope=Rope(1e4), local_rope=Rope(1e3), windows=(WINDOW, None), scale=8**-0.5, context=256
 )
 LLAMA = llama3.Config(**SIZES, L=2, rope=Rope(1e4), context=256)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +48,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches whose edges are near."""
     monkeypatch.setitem(devices.CHUNK, "cpu", CHUNK)
     monkeypatch.setattr(chat, "START", 64)
-
-
-def bias_of(model: Model) -> dict[int, float]:
-    """Keeps special tokens out of random answers: text leaves them out, so its ids would not be those generated."""
-    return {model.tokenizer.convert_tokens_to_ids(name): -1e4 for name in SPECIAL[:5]}
 
 
 def talk(model: Model, **options) -> Conversation:
@@ -257,16 +219,16 @@ def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeyp
     real = getattr(gemma.programs, program)
     with monkeypatch.context() as patch:
         patch.setattr(gemma.programs, program, interrupted)
+        c.system = "something else, which is read in the place of what was said"
         with pytest.raises(KeyboardInterrupt):
             list(c.send("then"))
+        c.system = None
     if program == "step":
         assert len(c.messages) == 4
         c.messages = c.messages[:2]
     assert len(c.messages) == 2
-    ids = ask(c, said, "now")
-    made = made_by(c.send("now"))
-    canonical = gemma.tokenizer.chat([*c.messages[:2], {"role": "user", "content": "now"}])
-    assert made in (twin(gemma, ids, 6, bias_of(gemma)), twin(gemma, canonical, 6, bias_of(gemma)))
+    prompts = ask(c, said, "now"), gemma.tokenizer.chat([*c.messages, {"role": "user", "content": "now"}])
+    assert made_by(c.send("now")) in [twin(gemma, ids, 6, bias_of(gemma)) for ids in prompts]
 
 
 def test_a_full_context(gemma):
@@ -277,7 +239,7 @@ def test_a_full_context(gemma):
     said = check(c, ids, c.send("go"))
     assert len(said) == 64
     before = list(c.messages)
-    with pytest.raises(ValueError, match=r"context is full: the conversation has \d+ tokens.* takes 64\. Begin .*reset"):
+    with pytest.raises(ValueError, match=r"full: the conversation has \d+ tokens.* takes 64\. Begin .*reset"):
         c.send("once more")
     assert c.messages == before
     c.reset()
@@ -454,7 +416,8 @@ def test_saved_and_loaded(gemma, tmp_path):
     other.load(path)
     assert (other.messages, other.system, other.options) == (c.messages, c.system, c.options)
     assert other.template_args == {"mood": 1}
-    ids = gemma.tokenizer.chat([{"role": "system", "content": "be kind"}, *c.messages, {"role": "user", "content": "ho"}])
+    system = {"role": "system", "content": "be kind"}
+    ids = gemma.tokenizer.chat([system, *c.messages, {"role": "user", "content": "ho"}])
     check(other, ids, other.send("ho"))
 
 

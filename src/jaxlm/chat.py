@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import decoding, devices, engine, generation, params
-from jaxlm.detokenize import split_thinking
+from jaxlm.detokenize import THINKING, split_thinking
 from jaxlm.generation import Piece
 from jaxlm.ops import cache as caches
 from jaxlm.options import Options, from_kwargs
@@ -83,7 +83,8 @@ class Conversation:
     def set(self, name: str, value: Any) -> None:
         """Changes an option from the next turn on; None gives it back to the model. TypeError for a name that is no
         option, ValueError for a value out of range."""
-        self.options = from_kwargs(**{**_given(self.options), name: value})
+        default = next((field.default for field in fields(Options) if field.name == name), None)
+        self.options = from_kwargs(**{**_given(self.options), name: default if value is None else value})
 
     def send(self, text: str) -> Iterator[Piece]:
         """The model's answer to a message, in pieces of text as they are made (jaxlm.generation.Piece).
@@ -149,20 +150,18 @@ class Conversation:
                 f"{model.config.context:,}. Begin anew with /reset (Conversation.reset)"
             )
         options = generation.resolve(model, _given(self.options))
-        options = replace(options, seed=((options.seed or 0) + self._turns) % 2**32)
+        seed = ((options.seed or 0) + self._turns) % 2**32
+        options = replace(options, seed=seed)
         self._turns += 1
         most = options.max_tokens or (left if self.tokenizer.has_template else generation.DEFAULT_TOKENS)
         stops = frozenset() if options.ignore_eos else generation.stop_ids(model)
-        key = jax.random.fold_in(jax.random.key(options.seed), 0)  # as jaxlm.generate: piece.seed serves there too
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # as jaxlm.generate: piece.seed serves there too
         self._running = self._answer(messages, text, engine.Request(ids, options, min(most, left), stops, key))
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[Piece]:
         answer, made, shown = generation.Answer(self.model, 0, request), [], ""
-        last_id = request.ids[-1]
-        if not self.tokenizer.has_template and last_id not in self.tokenizer.special_ids:
-            answer.text._before = [last_id]  # the answer goes on in the middle of a text: its first space counts
-        self.opened = self._thinks and text.rstrip().endswith(self.tokenizer.thinking[0])
+        self.opened = self._thinks and text.rstrip().endswith(THINKING[0])
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import sampling
+from jaxlm import devices, sampling
 from jaxlm.ops import cache as caches
 
 
@@ -121,7 +121,9 @@ class Programs:
         if key not in self.compiled:
             self.notify(name)
             start = time.perf_counter()
-            self.compiled[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            options = devices.COMPILER_OPTIONS.get(leaves[0].devices().pop().platform)
+            program = jax.jit(function, donate_argnums=donate, compiler_options=options)
+            self.compiled[key] = program.lower(*args).compile()
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.notify(name, seconds)

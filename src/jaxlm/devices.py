@@ -16,6 +16,10 @@ CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 # Sequences that are decoded together when a caller gives more prompts than that.
 BATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
 
+# Options of the compiler for the programs of generation. fast_math lets jax 0.12 on CPU add up a product of one row in
+# vector registers: 41 GB/s of bfloat16 weights instead of 4 (jax 0.10 needs nothing). Infinities keep their meaning.
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_fast_math": True}}
+
 
 def auto_dtype(stored: np.dtype, platform: str) -> np.dtype:
     """The type in which weights are kept when none is asked for: the file's."""

@@ -134,10 +134,11 @@ def load(
         pairs, unread = hf.match(known.PARAMS, config, hf.read_index(folder), known.UNREAD)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    weights = _read_weights(str(name), pairs, dtype, device, progress)
     generation = folder / "generation_config.json"
     generation_config = hf.read_json(generation) if generation.exists() else {}
+    generation_config.setdefault("eos_token_id", raw.get("eos_token_id"))
     tokenizer = Tokenizer.load(folder, generation_config, raw)
+    weights = _read_weights(str(name), pairs, dtype, device, progress)
     model = Model(known, config, weights, tokenizer, generation_config, str(name))
     model.unread = unread
     return model
@@ -168,7 +169,8 @@ def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
 
 
 def _default_device() -> jax.Device:
-    return jax.config.jax_default_device or jax.devices()[0]
+    default = jax.config.jax_default_device
+    return jax.devices(default)[0] if isinstance(default, str) else default or jax.local_devices()[0]
 
 
 @contextmanager

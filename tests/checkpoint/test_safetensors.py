@@ -58,7 +58,7 @@ CORRUPT = {
     "the same bytes twice": ({**TWO, "c": made.entry(24, 4)}, "begins at byte"),
     "hole": ({"a": TWO["a"], "b": made.entry(28, 3)}, "'b' begins at byte"),
     "wrong byte count": (bad(shape=[5]), "type F32 and shape [5] cannot have 16 bytes"),
-    "half a byte": (bad(dtype="F4", shape=[31]), "cannot have 16 bytes"),
+    "half a byte": (bad(dtype="F4", shape=[33]), "cannot have 16 bytes"),
     "negative shape": (bad(shape=[-2, -2]), "'b' makes no sense"),
     "absurd shape": (bad(shape=[10**12, 0]), "'b' makes no sense"),
     "shape of a thousand axes": (bad(shape=[40] * 1000), "'b' makes no sense"),

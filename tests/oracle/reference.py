@@ -87,7 +87,8 @@ def old_spelling(config: dict[str, Any]) -> None:
             config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")
     config["rope_theta"] = section.pop("rope_theta")
     config["rope_scaling"] = None if section["rope_type"] == "default" else section
-    config["torch_dtype"] = config.pop("dtype")
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
 
 
 def share_frequencies(oracle: Any, model: jaxlm.Model) -> None:

@@ -16,7 +16,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int = 0, neutral: float = 1.0)
     unit = (generator.random_sample(shape) - 0.5) * 12**0.5  # deviation 1
     if "norm" in name:
         return (neutral + 0.2 + 0.35 * unit).astype(np.float32)
-    if "embed_tokens" in name or "lm_head" in name:
-        return (unit * 0.5).astype(np.float32)
+    if "embed_tokens" in name or "lm_head" in name:  # Gemma, whose norms are neutral at 0, multiplies by sqrt(D)
+        return (unit * (0.5 if neutral else shape[-1] ** -0.5)).astype(np.float32)
     scale = 1.3 if "q_proj" in name or "k_proj" in name else 1.0
     return (unit * scale * shape[-1] ** -0.5).astype(np.float32)

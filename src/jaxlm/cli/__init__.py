@@ -9,9 +9,11 @@ import sys
 import tyro
 
 from jaxlm import __version__
+from jaxlm.cli.chat import Chat
 from jaxlm.cli.generate import Generate
+from jaxlm.cli.info import Info
 
-COMMANDS = {"generate": Generate}
+COMMANDS = {"generate": Generate, "chat": Chat, "info": Info}
 ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
 
 

@@ -67,7 +67,7 @@ class Generate(Options, ModelFlags):
             return read_prompts(self.prompts)
         text = sys.stdin.read() if self.prompt == "-" else self.prompt
         if not text:
-            raise ValueError("the prompt is empty: give some text")
+            raise ValueError("the prompt is empty: give some text, or the model's begin token (such as <s>) with --raw")
         return [text]
 
 

@@ -1,5 +1,6 @@
 """Products of activations and weights. A weight knows its form: each form brings its own rule to `einsum`."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +20,31 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: jnp.dtype |
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """One product with a plain array, float32 out. Accelerators would cut float32 inputs unless told not to."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+    if x.shape[:2] != (1, 1):
+        return product(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=partial(_one_row, spec), default=product)
+
+
+def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of a single token on CPU, at the rate at which memory is read.
+
+    XLA reads a weight once, converting as it goes, where a vector meets the transpose of float32 rows and nothing is
+    fused onto the result (jax 0.12 also wants devices.COMPILER_OPTIONS); otherwise it first writes the whole weight as float32. reduce_precision to float32's own bits
+    changes nothing and keeps the neighbours off.
+    """
+    inputs, out = spec.split("->")
+    summed = inputs.split(",")[0][2:]
+    if not inputs.endswith(summed):
+        raise ValueError(f"einsum {spec!r}: the weight's last letters must be the ones that are summed, {summed!r}")
+    vector = x.reshape(-1).astype(jnp.float32)
+    rows = w.reshape(-1, vector.size).astype(jnp.float32)
+    y = jax.lax.reduce_precision(vector @ rows.T, exponent_bits=8, mantissa_bits=23)
+    return y.reshape(1, 1, *w.shape[: len(out) - 2])
 
 
 def embed(tokens: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,0 +1,228 @@
+"""What `jaxlm info` tells of a checkpoint, from its config and the headers of its files; no weight is read."""
+
+import dataclasses
+import math
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.cli.common import ModelFlags
+
+LENGTHS = (1024, 8192)  # for which the cache's size is told, beside the whole context
+
+
+class Found(NamedTuple):
+    """Where a model's facts lie: config.json as read, the folder of the small files, the headers' tensors by name."""
+
+    config: dict[str, Any]
+    folder: Path | None
+    tensors: dict[str, Any] | None
+    absent: str  # why there are no tensors
+
+
+def find(name: str, flags: ModelFlags) -> Found:
+    """Reads or fetches what is needed."""
+    from jaxlm.checkpoint import hub
+    from jaxlm.checkpoint.download import http_error
+    from jaxlm.checkpoint.safetensors import read_json
+
+    path = Path(name).expanduser()
+    if path.is_file() and path.name != "config.json":
+        return Found(read_json(path), None, None, "")
+    if path.exists():
+        return _local(hub.resolve(path.parent if path.is_file() else path, revision=flags.revision))
+    repo, token = hub._repo_id(name), hub._checked(flags.token)
+    from huggingface_hub import constants
+
+    cached = hub._look_up(repo, flags.revision)
+    if cached.folder and not cached.missing:
+        return _local(cached.folder)
+    if flags.offline or constants.HF_HUB_OFFLINE:
+        return _local(cached.folder or hub._offline(repo, flags.revision, cached))
+    try:
+        return _remote(repo, flags.revision, token)
+    except (http_error(), OSError) as error:
+        explained = hub._explain(error, repo, flags.revision, cached)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _local(folder: Path) -> Found:
+    from jaxlm.checkpoint.safetensors import read_index, read_json
+
+    config = read_json(folder / "config.json")
+    try:
+        return Found(config, folder, read_index(folder), "")
+    except FileNotFoundError as error:
+        return Found(config, folder, None, str(error))
+
+
+def _remote(repo: str, revision: str | None, token: str | None) -> Found:
+    """A model on the hub: its small files, and the headers of its weight files by HTTP Range."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError
+
+    from jaxlm.checkpoint import hub
+    from jaxlm.checkpoint.safetensors import Tensor, read_json
+
+    if hub._metadata(repo, hub.CONFIG, revision, token) is None:
+        raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load")
+    folder = Path(hf_hub_download(repo, hub.CONFIG, revision=revision, token=token)).parent
+    for small in hub.OPTIONAL:
+        with suppress(RemoteEntryNotFoundError):
+            hf_hub_download(repo, small, revision=folder.name, token=token)
+    config = read_json(folder / hub.CONFIG)
+    try:
+        files = HfApi().get_safetensors_metadata(repo, revision=folder.name, token=token).files_metadata
+    except NotASafetensorsRepoError as error:
+        return Found(config, folder, None, str(error))
+    tensors = {}
+    for file, header in files.items():
+        for name, t in header.tensors.items():
+            begin, end = t.data_offsets
+            tensors[name] = Tensor(name, Path(file), t.dtype, tuple(t.shape), begin, end - begin)
+    return Found(config, folder, tensors, "")
+
+
+def describe(name: str, found: Found, flags: ModelFlags) -> dict[str, Any]:
+    """All that is told, as plain values."""
+    from jaxlm import models, params
+
+    family = models.family_of(found.config.get("model_type"))
+    cfg = family.Config.from_hf(found.config, flags.allow_field)
+    weights, dtype = _weights(family, cfg, found, flags.dtype)
+    rows = [row for row in params.rows(family.PARAMS, cfg) if not row.path.startswith("layers.") or ".0." in row.path]
+    layer = [row for row in rows if row.path.startswith("layers.")]
+    ends = {row.path: math.prod(row.shape) for row in rows if row.path in ("embed", "head")}
+    return {
+        "model": name,
+        "family": family.__name__.rpartition(".")[2],
+        "model_type": found.config["model_type"],
+        "parameters": {
+            "total": params.count(family.PARAMS, cfg),
+            "embedding": sum(ends.values()),
+            "layer": sum(math.prod(row.shape) for row in layer),
+        },
+        "weights": weights,
+        "sizes": {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in "VDFLNKH"},
+        "tied_head": cfg.tied,
+        "tensors": [
+            {"path": row.path.replace(".0.", ".", 1), "letters": row.letters, "shape": row.shape, "name": row.names[0]}
+            for row in rows
+        ],
+        "layers": [
+            {"window": window, "count": cfg.windows.count(window), "layers": _places(cfg.windows, window)}
+            for window in sorted(set(cfg.windows), key=lambda w: (w is None, w or 0))
+        ],
+        "kv": _kv(cfg, dtype),
+        "context": cfg.context,
+        "rope": _ropes(cfg),
+        "tokenizer": _tokenizer(found),
+        "generation": _generation(found),
+    }
+
+
+def _places(windows: tuple[int | None, ...], window: int | None) -> list[int]:
+    return [i for i, w in enumerate(windows) if w == window]
+
+
+def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str, Any], Any]:
+    """Bytes, type and unread tensors; and the type."""
+    import jax.numpy as jnp
+
+    from jaxlm import params
+    from jaxlm.checkpoint import hf
+    from jaxlm.checkpoint.safetensors import DTYPES
+
+    count = params.count(family.PARAMS, cfg)
+    if found.tensors is None:
+        text = found.config.get("text_config", {})
+        named = [c.get(key) for c in (found.config, text) for key in ("dtype", "torch_dtype")]
+        stated = next((name for name in named if name in [dtype.name for dtype in DTYPES.values()]), None)
+        dtype = jnp.dtype(asked if asked != "auto" else stated or "bfloat16")
+        facts = {"present": False, "why": found.absent, "dtype": dtype.name, "bytes": count * dtype.itemsize}
+        return {**facts, "dtype_stated": stated}, dtype
+    # A head stored beside the embedding it is tied to is never read: comparing the two would read both.
+    tied = set(family.PARAMS["head"][1:]) if cfg.tied else set()
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in tied}
+    pairs, unread = hf.match(family.PARAMS, cfg, tensors, family.UNREAD)
+    stored = Counter[str]()
+    for _, tensor in pairs:
+        stored[tensor.dtype] += tensor.nbytes
+    dtype = DTYPES[stored.most_common(1)[0][0]] if asked == "auto" else jnp.dtype(asked)
+    return {
+        "present": True,
+        "files": len({tensor.file for tensor in found.tensors.values()}),
+        "dtype": dtype.name,
+        "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
+        "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
+        "unread": dict(Counter(_beginning(name, family.UNREAD) for name in unread)),
+        "unread_bytes": sum(tensors[name].nbytes for name in unread),
+    }, dtype
+
+
+def _beginning(name: str, known: tuple[str, ...]) -> str:
+    return next((beginning + "*" for beginning in known if name.startswith(beginning)), "*." + name.rpartition(".")[2])
+
+
+def _kv(cfg: Any, dtype: Any) -> dict[str, Any]:
+    """Bytes of the cache: a token in one layer, a token in all layers that keep everything, and a whole sequence. A
+    sliding layer keeps its window and no more while it decodes."""
+    layer = 2 * cfg.K * cfg.H * dtype.itemsize
+    lengths = sorted({*(n for n in LENGTHS if n < cfg.context), cfg.context})
+    return {
+        "bytes_per_token_and_layer": layer,
+        "bytes_per_token": layer * len(cfg.windows),
+        "bytes_per_token_past_the_window": layer * cfg.windows.count(None),
+        "bytes": {n: layer * sum(n if w is None else min(n, w) for w in cfg.windows) for n in lengths},
+    }
+
+
+def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
+    """Each rope of a config, by its field, with the numbers that its type uses."""
+    from jaxlm.config import _ROPE_FIELDS
+    from jaxlm.ops import Rope
+
+    ropes = {f.name: v for f in dataclasses.fields(cfg) if isinstance(v := getattr(cfg, f.name), Rope)}
+    return {
+        name: {"type": rope.type, **{ours: getattr(rope, ours) for ours in _ROPE_FIELDS[rope.type].values()}}
+        for name, rope in ropes.items()
+    }
+
+
+def _tokenizer(found: Found) -> dict[str, Any] | None:
+    """None where there is none; an unreadable one is told, not raised."""
+    from jaxlm.tokenizer import Tokenizer
+
+    try:
+        tokenizer = found.folder and Tokenizer.load(found.folder, config=found.config)
+    except ValueError as error:
+        return {"error": str(error)}
+    if not tokenizer:
+        return None
+    return {
+        "vocabulary": tokenizer.vocab_size,
+        "begin": tokenizer.hf.bos_token,
+        "stop": {str(tokenizer.hf.convert_ids_to_tokens(i)): i for i in tokenizer.stop_ids},
+        "chat_template": tokenizer.has_template,
+        "thinking": tokenizer.thinking is not None,
+    }
+
+
+def _generation(found: Found) -> dict[str, Any]:
+    """What generation does without options: generation_config.json as jaxlm reads it."""
+    from jaxlm.checkpoint.safetensors import read_json
+    from jaxlm.options import NEUTRAL, Options, unsupported
+
+    path = found.folder and found.folder / "generation_config.json"
+    raw = read_json(path) if path and path.exists() else {}
+    try:
+        options = Options().resolve(raw)
+    except ValueError as error:
+        return {"file": True, "error": str(error)}
+    neutral = {**NEUTRAL, "stop": (), "max_tokens": None}
+    given = {name: getattr(options, name) for name in ("temperature", *neutral)}
+    given = {name: value for name, value in given.items() if name == "temperature" or value != neutral[name]}
+    return {"file": bool(raw), "options": given, "unsupported": unsupported(raw)}

@@ -1,0 +1,276 @@
+"""`jaxlm chat`: line by line in this process, and once in a real terminal."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
+
+from jaxlm import cli
+from jaxlm.chat import Conversation
+from jaxlm.cli import tiny
+from jaxlm.cli.chat import Talk, parse
+from jaxlm.model import Model
+from jaxlm.models import llama3
+from jaxlm.ops import Rope
+
+CONFIG = llama3.Config(**SIZES, L=1, rope=Rope(), context=128)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    made = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True))
+    made.source = "tiny/chatting"
+    return made
+
+
+class Lines:
+    """Runs a chat with these lines as its input; a terminal where `tty` is set."""
+
+    def __init__(self, model: Model, monkeypatch, capsys):
+        self.model, self.monkeypatch, self.capsys = model, monkeypatch, capsys
+        self.conversation = Conversation(model, temperature=0, max_tokens=5, logit_bias=bias_of(model))
+
+    def __call__(self, *lines: str, tty: bool = False) -> tuple[int, list[str], str]:
+        """-> exit status, lines on stdout, stderr."""
+        typed = iter(lines)
+        with self.monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+            patch.setattr("builtins.input", lambda prompt: next(typed))
+            for name in ("stdin", "stdout", "stderr") if tty else ():
+                patch.setattr(f"sys.{name}.isatty", lambda: True)
+            status = Talk(self.conversation).run()
+        out, err = self.capsys.readouterr()
+        return status, out.split("\n")[:-1], err
+
+
+@pytest.fixture
+def lines(model, monkeypatch, capsys) -> Lines:
+    return Lines(model, monkeypatch, capsys)
+
+
+def test_from_a_pipe_each_line_is_answered_and_nothing_else_is_on_stdout(lines):
+    status, out, err = lines("hello", "", "and?")
+    answers = [m["content"] for m in lines.conversation.messages if m["role"] == "assistant"]
+    assert status == 0
+    assert out == answers
+    assert len(answers) == 2
+    assert re.search(r"\d+ of \d+ prompt tokens new · 5 generated · \d+\.\d tokens/s · first after", err)
+    assert "cut off at max_tokens: /set max_tokens VALUE allows more" in err
+    assert ">" not in err
+
+
+def test_the_settings(lines):
+    changes = "/set max_tokens 3", "/set temperature 0.5", "/set top-k 4"
+    status, out, err = lines(*changes, "hi", "/set", "/set top_k none")
+    assert status == 0
+    assert len(out) == 1
+    assert lines.conversation.options.temperature == 0.5
+    assert lines.conversation.options.top_k is None
+    assert "3 generated" in err
+    assert "temperature 0.5\n" in err
+    assert "min_p 0.0 (by default)\n" in err
+    assert err.endswith("top_k 0 (by default)\n")
+
+
+def test_retry_reset_and_system(lines):
+    _, out, err = lines("hi", "/retry", "/system be kind", "ho", "/system", "/reset", "hi")
+    assert out[0] == out[1] == out[3]
+    assert lines.conversation.system is None
+    assert "system message from the next turn on: be kind" in err
+    assert "system message from the next turn on: none" in err
+    assert "all messages are forgotten" in err
+    assert len(lines.conversation.messages) == 2
+
+
+def test_save_and_load(lines, tmp_path):
+    path = tmp_path / "talk with blanks.json"
+    lines("hi", f"/save {path}")
+    assert len(json.loads(path.read_text())["messages"]) == 2
+    lines.conversation.reset()
+    status, _, err = lines(f"/load {path}")
+    assert status == 0
+    assert f"2 messages from {path}" in err
+    assert f"> hi\n{lines.conversation.messages[1]['content']}\n" in err
+
+
+def test_what_goes_wrong_is_told_and_the_chat_goes_on(lines, tmp_path):
+    wrong = {
+        "refuse": "the chat template refuses these messages: no such words",
+        "/what": "no command /what: /help, /system, /set, /retry, /save, /load, /reset, /exit",
+        "/retry": "no message yet that could be answered again",
+        "/set top_p 3": "top_p=3: must be a number from 0 to 1",
+        "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
+        "/set top_p": "expected /set NAME VALUE",
+        "/save": "expected /save FILE",
+        f"/load {tmp_path / 'none.json'}": "No such file or directory",
+        "x" * 200: "context is full: the conversation has 20",
+    }
+    status, out, err = lines(*wrong, "hi")
+    assert status == 1  # nobody was there to see
+    assert len(out) == 1
+    told = [line for line in err.splitlines() if line.startswith("jaxlm: ")]
+    assert len(told) == len(wrong)
+    for line, text in zip(told, wrong.values(), strict=True):
+        assert text in line
+
+
+def test_help_lists_every_command(lines):
+    _, _, err = lines("/help", "/exit", "never read")
+    for name in ("/help", "/system TEXT", "/set NAME VALUE", "/retry", "/save FILE", "/load FILE", "/reset", "/exit"):
+        assert f"\n{name} " in "\n" + err
+    assert not lines.conversation.messages
+
+
+def test_a_full_context_is_told_with_the_answer(lines):
+    _, _, err = lines("/set max_tokens none", "hi", "more")
+    assert "the context of 128 tokens is full: /reset begins anew" in err
+    assert "jaxlm: the context is full" in err
+
+
+def test_thoughts_are_dim_on_a_terminal_alone(lines):
+    for tag, shown in (("<think>", "\033[2m<think>"), ("</think>", "</think>\033[0m")):
+        lines.conversation.set("logit_bias", {lines.model.tokenizer.convert_tokens_to_ids(tag): 1e4})
+        lines.conversation.set("max_tokens", 1)
+        assert lines("hi")[1] == [tag]
+        _, out, err = lines("hi", "/exit", tty=True)
+        assert shown in out[0]
+        assert "\033[2mtiny/chatting: /help lists the commands" in err
+
+
+def test_a_model_without_template_continues_text_and_names_some_that_chat(model, monkeypatch, capsys):
+    plain = model_of(llama3, CONFIG, tokenizer_of(None))
+    plain.programs, plain.source = model.programs, "tiny/plain"
+    lines = Lines(plain, monkeypatch, capsys)
+    status, out, err = lines("one", "", "/system be kind", tty=False)
+    assert status == 1
+    assert len(out) == 2
+    assert "a system message needs a chat template; tiny/plain has none" in err
+    assert "cut off" not in err
+    assert plain.tokenizer.decode(lines.conversation._seen[0].ids) == "one" + "".join(out)
+    Talk(lines.conversation).greet()
+    err = capsys.readouterr().err
+    assert "tiny/plain has no chat template: it continues what you write. Some models that chat: Qwen/Qwen3-0.6B" in err
+
+
+@pytest.mark.parametrize(("name", "typed", "value"), [
+    ("temperature", "0.7", 0.7), ("temperature", "hot", "hot"), ("max_tokens", "none", None),
+    ("ignore_eos", "True", True), ("stop", "the end", "the end"), ("stop", '["a", "b"]', ["a", "b"]),
+    ("stop", "12", "12"), ("logit_bias", '{"5": 1.5}', {5: 1.5}),
+])  # fmt: skip
+def test_values_as_they_are_typed(name, typed, value):
+    assert parse(name, typed) == value
+
+
+# The whole program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint that talks on for as long as it is let."""
+    path = tmp_path_factory.mktemp("chatting")
+    tiny.write(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 17}))
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    return path
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--no-think"], "--no-think: the chat template of .* does not use 'enable_thinking'"),
+    (["--template-arg", "mood=1"], "--template-arg mood: the chat template of .* does not use 'mood'"),
+    (["--temperature", "-1"], "temperature=-1.0: must be a finite number"),
+])  # fmt: skip
+def test_flags_that_cannot_be_followed(folder, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("jaxlm.cli.common.set_up_process", lambda: None)
+    assert cli.main(["chat", "-m", str(folder), *flags]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+# The terminal on its stdin is to be the one that Ctrl-C comes from.
+OWN_TERMINAL = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *argv: str, **env: str):
+        self.fd, inside = pty.openpty()
+        command = [sys.executable, "-c", OWN_TERMINAL, *argv]
+        self.process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env={**os.environ, **env})
+        os.close(inside)
+        self.read = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """Everything up to `text`, from where the last call ended."""
+        end = time.monotonic() + seconds
+        while text.encode() not in self.read:
+            ready = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]
+            assert ready, f"{text!r} did not come; there is {self.read[-2000:]!r}"
+            try:
+                self.read += os.read(self.fd, 65536)
+            except OSError as error:  # the other side is closed
+                raise AssertionError(f"{text!r} did not come; there is {self.read[-2000:]!r}") from error
+        before, _, self.read = self.read.partition(text.encode())
+        return before.decode(errors="replace")
+
+    def end(self) -> int:
+        """The exit status."""
+        status = self.process.wait(60)
+        os.close(self.fd)
+        return status
+
+
+def test_in_a_terminal(folder, tmp_path):
+    env = {"XDG_CACHE_HOME": str(tmp_path), "TERM": "xterm", "JAX_PLATFORMS": "cpu"}
+    flags = ["--ignore-eos", "--temperature", "0.9", "--seed", "3"]
+    terminal = Terminal("-m", "jaxlm", "chat", "-m", str(folder), *flags, **env)
+    try:
+        terminal.until("/help lists the commands")
+        terminal.until("> ")
+        terminal.type("tell me all\n")
+        terminal.until("\033[J")  # the notice of the last compilation is wiped away
+        terminal.until("\033[J")
+        terminal.until("\033[J")
+        terminal.type("\x03")
+        terminal.until("/retry answers again, /exit or Ctrl-D ends the chat")
+        terminal.until("> ")
+        # At the prompt it only says how to leave. Between showing the prompt and waiting for a key readline is deaf.
+        time.sleep(0.5)
+        terminal.type("\x03")
+        terminal.until("/exit or Ctrl-D ends the chat")
+        terminal.type("/set max_tokens 7\n")
+        terminal.until("max_tokens 7\033[0m")
+        terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+        terminal.until("saved to")
+        terminal.type("and more\n")
+        terminal.until("prompt tokens new · 7 generated")
+        terminal.type("/set max_tokens 9\x7f89\n")  # edited on the way
+        terminal.type("\x1b[A\n")  # and the line typed before once more
+        terminal.until("max_tokens 89\033[0m")
+        terminal.until("max_tokens 89\033[0m")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    except BaseException:
+        terminal.process.kill()
+        raise
+    stopped = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [m["role"] for m in stopped] == ["user", "assistant"]
+    assert stopped[1]["content"]

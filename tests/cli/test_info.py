@@ -1,0 +1,249 @@
+"""`jaxlm info`: what it tells must be what a model has that is really made."""
+
+import json
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint.stub_hub import Repo, StubHub
+
+from jaxlm import models, params
+from jaxlm.checkpoint import safetensors
+from jaxlm.cli import main, tiny
+from jaxlm.ops import cache as caches
+
+GEMMA = {
+    "model_type": "gemma3_text", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "torch_dtype": "float32",
+    "max_position_embeddings": 2048, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny"
+    path.mkdir()
+    tiny.write(path)
+    return path
+
+
+def told(capsys, *argv: str) -> dict:
+    assert main(["info", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def drawn(capsys, *argv: str) -> str:
+    assert main(["info", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def write_gemma(path: Path, **extra: tuple[int, ...]) -> None:
+    """A checkpoint of GEMMA in its own spelling, with extra tensors of these shapes."""
+    from safetensors.numpy import save_file
+
+    family = models.family_of("gemma3_text")
+    rows = params.rows(family.PARAMS, family.Config.from_hf(GEMMA))
+    tensors = {row.names[1]: np.zeros(row.stored, np.float32) for row in rows}
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(GEMMA))
+    save_file({**tensors, **{n: np.zeros(s, np.float32) for n, s in extra.items()}}, path / "model.safetensors")
+
+
+def test_the_tree(folder, capsys):
+    lines = drawn(capsys, str(folder)).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    text = [line.strip("│├└─ ") for line in lines]
+    assert text[0].startswith(f"{folder}"[:40])
+    for line in (
+        "parameters  102,848", "embedding and head 16,512", "each layer 43,136", "weights  0.4 MB in float32, 1 file",
+        "sizes  V 258, D 64, F 160, L 2, N 4, K 2, H 16", "context  2,048 tokens", "rope: default, theta 10,000",
+        "cache  512 bytes a token (256 a layer)", "2,048 tokens  1.0 MB", "layers × 2", "head: the embedding, tied",
+        "tokenizer  258 tokens, begins with <begin>, no chat template", "an answer ends at <end> 257",
+        "generation  greedy (no generation_config.json)",
+    ):  # fmt: skip
+        assert line in text, line
+    assert any(" ".join(line.split()) == "q N H D 4 × 16 × 64 4,096" for line in text)
+
+
+def test_json_counts_what_the_file_holds(folder, capsys):
+    facts = told(capsys, "-m", str(folder))
+    tensors = safetensors.read_header(folder / "model.safetensors")
+    assert facts["parameters"]["total"] == sum(math.prod(t.shape) for t in tensors.values())
+    assert facts["weights"]["bytes"] == sum(t.nbytes for t in tensors.values())
+    assert {t["name"] for t in facts["tensors"]} == {name for name in tensors if ".layers.1." not in name}
+    assert facts["tokenizer"]["stop"] == {"<end>": 257}
+    assert facts["generation"] == {"file": False, "options": {"temperature": 0.0}, "unsupported": []}
+
+
+def test_another_type_changes_the_bytes(folder, capsys):
+    before, after = (told(capsys, str(folder), "--dtype", dtype) for dtype in ("auto", "bfloat16"))
+    assert after["weights"]["bytes"] * 2 == before["weights"]["bytes"]
+    assert after["kv"]["bytes_per_token"] * 2 == before["kv"]["bytes_per_token"]
+    assert after["weights"]["stored"] == before["weights"]["stored"]
+    assert "stored: 0.4 MB in float32" in drawn(capsys, str(folder), "--dtype", "bfloat16")
+
+
+def test_the_cache_is_as_large_as_the_one_that_is_made(tmp_path, capsys):
+    write_gemma(tmp_path / "g")
+    facts = told(capsys, str(tmp_path / "g"))
+    cfg = models.family_of("gemma3_text").Config.from_hf(GEMMA)
+    for length, nbytes in facts["kv"]["bytes"].items():
+        made = caches.init(1, int(length), cfg.windows, cfg.K, cfg.H, jnp.float32, 1)
+        assert nbytes == params.nbytes(made.layers)
+    assert list(facts["kv"]["bytes"]) == ["1024", "2048"]
+    assert facts["kv"]["bytes_per_token"] == 7 * facts["kv"]["bytes_per_token_past_the_window"]
+    assert facts["layers"] == [
+        {"window": 16, "count": 6, "layers": [0, 1, 2, 3, 4, 6]},
+        {"window": None, "count": 1, "layers": [5]},
+    ]
+    tree = drawn(capsys, str(tmp_path / "g"))
+    assert "layers × 7; 6 see a window of 16; 1 see all (5)" in tree
+    assert "rope: linear, theta 1,000,000, factor 8\n" in tree
+    assert "local rope: default, theta 10,000\n" in tree
+
+
+def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
+    """Not even to compare a stored head with the embedding that it is tied to."""
+    write_gemma(tmp_path / "g", **{"lm_head.weight": (64, 32), "vision_tower.a.weight": (5, 4), "vision_tower.b": (2,)})
+    monkeypatch.setattr(safetensors, "read_into", lambda *args: pytest.fail("a weight was read"))
+    facts = told(capsys, str(tmp_path / "g"))
+    assert facts["weights"]["unread"] == {"vision_tower.*": 2}
+    assert facts["weights"]["unread_bytes"] == 4 * 22
+    assert "not read: 2 vision_tower.* (0.0 MB)" in drawn(capsys, str(tmp_path / "g"))
+
+
+def test_a_config_without_weights(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GEMMA))
+    other = tmp_path / "any-name.json"
+    other.write_text(json.dumps({**GEMMA, "torch_dtype": None}))
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 64, "num_beams": 4}')
+    alone = told(capsys, str(other))
+    nbytes = 2 * alone["parameters"]["total"]
+    absent = {"present": False, "why": "", "dtype": "bfloat16", "dtype_stated": None, "bytes": nbytes}
+    assert alone["weights"] == absent
+    assert alone["tokenizer"] is None
+    assert "weights  absent; 0.1 MB in bfloat16; the config states no type\n" in drawn(capsys, str(other))
+    for name in (path, tmp_path):
+        tree = drawn(capsys, str(name))
+        assert "weights  absent; 0.2 MB in float32\n" in tree
+        assert "holds neither model.safetensors nor" in " ".join(tree.replace("│", " ").split())
+        assert "tokenizer  none here\n" in tree
+        assert "generation  temperature 1.0, top_k 64; not supported: num_beams\n" in tree
+
+
+def test_what_cannot_be_told(tmp_path, folder, capsys):
+    assert main(["info"]) == 2
+    assert main(["info", "a", "-m", "b"]) == 2
+    assert capsys.readouterr().err.count("name one model: a hub id, a folder or a config.json") == 2
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert main(["info", str(folder)]) == 1
+    assert f"{folder}: the weights do not fit config.json. missing: 9 (model.layers.2" in capsys.readouterr().err
+    (tmp_path / "moe.json").write_text('{"model_type": "mixtral"}')
+    assert main(["info", str(tmp_path / "moe.json")]) == 1
+    assert "moe.json: model_type 'mixtral' is not supported; jaxlm knows gemma3" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "nowhere")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_with_the_rest(folder, capsys):
+    (folder / "tokenizer.json").write_text("{}")
+    assert "cannot be read" in told(capsys, str(folder))["tokenizer"]["error"]
+    assert "tokenizer  cannot be read: " in drawn(capsys, str(folder))
+
+
+# Published models
+
+
+def test_published_configs_have_their_published_counts(shared, capsys):
+    counts = json.loads((shared / "configs/param_counts.json").read_text())
+    known = {name: entry["computed"] for name, entry in counts.items() if name != "_note"}
+    checked = 0
+    for path in sorted((shared / "configs").glob("*.json")):
+        if path.stem in ("param_counts", "Qwen-Qwen3-30B-A3B"):
+            continue
+        facts = told(capsys, str(path))
+        name = path.stem.removesuffix("-it") if path.stem.startswith("google") else path.stem
+        if name in known:
+            assert facts["parameters"]["total"] == known[name], name
+            checked += 1
+        assert all(len(line) <= 80 for line in drawn(capsys, str(path)).splitlines())
+    assert checked == 16
+
+
+def test_a_published_vocabulary_and_template(shared, tmp_path, capsys):
+    for source, name in (("configs/Qwen-Qwen3-4B.json", "config.json"), ("tokenizers/qwen3/tokenizer.json", ""),
+                         ("tokenizers/qwen3/tokenizer_config.json", ""),
+                         ("generation_configs/Qwen-Qwen3-4B.json", "generation_config.json")):  # fmt: skip
+        (tmp_path / (name or Path(source).name)).symlink_to(shared / source)
+    tree = drawn(capsys, str(tmp_path))
+    assert "151,669 tokens, no token begins a text, chat template, thinks" in tree
+    assert "an answer ends at <|endoftext|> 151643, <|im_end|> 151645" in tree
+    assert "generation  temperature 0.6, top_k 20, top_p 0.95" in tree
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """org/tiny, in two shards with 400 kB between them."""
+    from huggingface_hub import close_session, constants
+    from safetensors.numpy import load_file, save
+
+    tensors = load_file(folder / "model.safetensors")
+    parts = [{n: t for i, (n, t) in enumerate(sorted(tensors.items())) if i % 2 == part} for part in (0, 1)]
+    names = [f"model-0000{part + 1}-of-00002.safetensors" for part in (0, 1)]
+    index = {"weight_map": {n: name for part, name in zip(parts, names) for n in part}}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+    files |= {name: save(part) for part, name in zip(parts, names)}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    repos = {"org/tiny": Repo(files), "org/gated": Repo(files, gated=True), "org/none": Repo({"README.md": b""})}
+    with StubHub(repos) as stub:
+        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield stub
+        close_session()
+
+
+def test_of_a_model_on_the_hub_only_headers_are_fetched(folder, hub, tmp_path, capsys):
+    here, there = told(capsys, str(folder)), told(capsys, "org/tiny")
+    assert there.pop("model") == "org/tiny"
+    assert here.pop("model") == str(folder)
+    assert there["weights"].pop("files") == 2
+    assert here["weights"].pop("files") == 1
+    assert here == there
+    ranges = {r.range for r in hub.requests if r.path.startswith("/cdn/") and r.method == "GET"}
+    assert ranges == {"bytes=0-100000"}
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    asked = len(hub.requests)
+    assert told(capsys, "org/tiny", "--offline")["weights"]["present"] is False
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("org/gated", "org/gated is gated: accept its licence"), ("org/absent", "there is no model 'org/absent'"),
+    ("org/none", "org/none has no config.json"),
+])  # fmt: skip
+def test_what_the_hub_refuses(hub, capsys, name, message):
+    assert main(["info", name]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_offline_without_a_copy(hub, capsys):
+    assert main(["info", "org/tiny", "--offline"]) == 1
+    assert "offline, and org/tiny lacks config.json in the cache" in capsys.readouterr().err
