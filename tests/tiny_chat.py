@@ -22,10 +22,9 @@ TEMPLATE = (
 @contextmanager
 def quick_compilation() -> Iterator[None]:
     """Programs as they are written, hardly optimised: with models this small compiling is nearly all the time."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tokenizer_of(template: str | None, thinking: bool = False) -> Tokenizer:

@@ -16,6 +16,7 @@ HARMLESS = frozenset(
     """.split()
 )
 REQUIRED: Any = object()
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class Fields:
@@ -68,6 +69,15 @@ class Fields:
         """The longest sequence, in tokens."""
         return self.number("max_position_embeddings", default)
 
+    def windows(self, L: int, default_window: int, default_every: int) -> tuple[int | None, ...]:
+        """Each layer's sliding window, None for one that sees everything: by layer_types, else every n-th."""
+        window = self.number("sliding_window", default_window)
+        every = self("sliding_window_pattern", self("_sliding_window_pattern", default_every))
+        kinds = self("layer_types", [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
+        if len(kinds) != L or not set(kinds) <= {_FULL, _SLIDING}:
+            raise ValueError(f"config.json: layer_types must name {_FULL} or {_SLIDING} for each of {L} layers: {kinds}")
+        return tuple(window if kind == _SLIDING else None for kind in kinds)
+
     def rope(self, context: int) -> Rope:
         """The rope section in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
         section = {"rope_theta": self("rope_theta", None), **self("rope_scaling", {}), **self("rope_parameters", {})}
@@ -76,6 +86,8 @@ class Fields:
     def done(self, config: Any) -> Any:
         """The config, unless a field was not read and is not known to be harmless: then an error that names it."""
         for name, value in self.left.items():
+            if name == "layer_types" and set(value or ()) <= {_FULL}:
+                continue
             if name not in HARMLESS and name not in self.allow and value not in (None, False, [], {}):
                 self.faults.append(f"{name} = {value!r}"[:120])
         if self.faults:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm import devices, sampling
 from jaxlm.ops import cache as caches
+from jaxlm.sampling import Counts, Sampling
 
 
 class State(NamedTuple):
@@ -25,8 +26,8 @@ class State(NamedTuple):
     token: jax.Array  # [B] int32: the newest token, not in the cache yet
     pos: jax.Array  # [B] int32: its position
     keys: jax.Array  # [B] typed keys, one a sequence
-    sampling: sampling.Sampling
-    counts: sampling.Counts | None  # None where no row has a penalty
+    sampling: Sampling
+    counts: Counts | None  # None where no row has a penalty
     bias: jax.Array | None  # [B,V] float32, None where no row has one
 
 

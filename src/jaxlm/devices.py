@@ -26,7 +26,7 @@ def auto_dtype(stored: np.dtype, platform: str) -> np.dtype:
     return stored
 
 
-def available_memory(device: jax.Device) -> int | None:
+def available_memory(device: Any) -> int | None:
     """Bytes that can still be allocated on a device; None where it does not say."""
     if device.platform == "cpu":
         return host_memory("MemAvailable")
@@ -53,7 +53,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def require(needed: int, device: jax.Device, what: str, way_out: str) -> None:
+def require(needed: int, device: Any, what: str, way_out: str) -> None:
     """Raises MemoryError before an allocation that cannot succeed, with what was needed and what would fit."""
     free = available_memory(device)
     if free is not None and needed > free:

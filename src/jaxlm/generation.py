@@ -145,7 +145,7 @@ def requests_for(model: "Model", prompts: list[Any], options: Options, template_
     """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
     that a sequence's text does not depend on what shares its batch."""
     stops = frozenset() if options.ignore_eos else stop_ids(model)
-    seed, repeats = jax.random.key(options.seed), Counter[tuple[int, ...]]()
+    seed, repeats = jax.random.key(options.seed or 0), Counter[tuple[int, ...]]()
     requests = []
     for prompt in prompts:
         ids = to_ids(model, prompt, template_args)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Model:
         return self.weights["embed"].dtype
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Any:
         """Where the weights lie."""
         return next(iter(self.weights["embed"].devices()))
 
@@ -112,7 +112,7 @@ def load(
     offline: bool = False,
     allow_fields: Collection[str] = (),
     family: Any = None,
-    device: jax.Device | None = None,
+    device: Any = None,
     progress: bool | None = None,
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
@@ -144,7 +144,7 @@ def load(
     return model
 
 
-def _read_weights(name: str, pairs: Any, dtype: Any, device: jax.Device, progress: bool | None) -> Weights:
+def _read_weights(name: str, pairs: Any, dtype: Any, device: Any, progress: bool | None) -> Weights:
     stored = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
     kept = [wanted_dtype(dtype, d, device.platform) for d in stored]
     elements = [math.prod(row.shape) for row, _ in pairs]
@@ -159,17 +159,14 @@ def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
     """The type to keep a tensor in: `dtype`, or for "auto" what devices.auto_dtype says of the stored type."""
     if isinstance(dtype, str) and dtype == "auto":
         return devices.auto_dtype(stored, platform)
-    try:
-        wanted = jnp.dtype(dtype)
-    except TypeError:
-        wanted = None
-    if wanted not in hf.DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-    return wanted
+    with suppress(TypeError):
+        if (wanted := np.dtype(jnp.dtype(dtype))) in hf.DTYPES.values():
+            return wanted
+    raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
 
 
-def _default_device() -> jax.Device:
-    default = jax.config.jax_default_device
+def _default_device() -> Any:
+    default = jax.config.values["jax_default_device"]
     return jax.devices(default)[0] if isinstance(default, str) else default or jax.local_devices()[0]
 
 

@@ -39,19 +39,19 @@ def model() -> Model:
 
 
 class Lines:
-    """Runs a chat with these lines as its input; a terminal where `tty` is set."""
+    """Runs a chat with these lines as its input; `tty` names the streams that are a terminal."""
 
     def __init__(self, model: Model, monkeypatch, capsys):
         self.model, self.monkeypatch, self.capsys = model, monkeypatch, capsys
         self.conversation = Conversation(model, temperature=0, max_tokens=5, logit_bias=bias_of(model))
 
-    def __call__(self, *lines: str, tty: bool = False) -> tuple[int, list[str], str]:
+    def __call__(self, *lines: str, tty: str = "") -> tuple[int, list[str], str]:
         """-> exit status, lines on stdout, stderr."""
         typed = iter(lines)
         with self.monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
             patch.setattr("builtins.input", lambda prompt: next(typed))
-            for name in ("stdin", "stdout", "stderr") if tty else ():
+            for name in tty.split():
                 patch.setattr(f"sys.{name}.isatty", lambda: True)
             status = Talk(self.conversation).run()
         out, err = self.capsys.readouterr()
@@ -69,9 +69,15 @@ def test_from_a_pipe_each_line_is_answered_and_nothing_else_is_on_stdout(lines):
     assert status == 0
     assert out == answers
     assert len(answers) == 2
-    assert re.search(r"\d+ of \d+ prompt tokens new · 5 generated · \d+\.\d tokens/s · first after", err)
+    assert re.search(r"\d+ of \d+ tokens new · 5 generated · \d+\.\d tokens/s · first after", err)
     assert "cut off at max_tokens: /set max_tokens VALUE allows more" in err
     assert ">" not in err
+
+
+def test_the_prompt_stays_out_of_a_file(lines):
+    _, out, err = lines("hello", tty="stdin stderr")
+    assert out == [lines.conversation.messages[1]["content"]]
+    assert "> " in err
 
 
 def test_the_settings(lines):
@@ -143,12 +149,12 @@ def test_a_full_context_is_told_with_the_answer(lines):
 
 
 def test_thoughts_are_dim_on_a_terminal_alone(lines):
+    lines.conversation.set("max_tokens", 2)
     for tag, shown in (("<think>", "\033[2m<think>"), ("</think>", "</think>\033[0m")):
         lines.conversation.set("logit_bias", {lines.model.tokenizer.convert_tokens_to_ids(tag): 1e4})
-        lines.conversation.set("max_tokens", 1)
-        assert lines("hi")[1] == [tag]
-        _, out, err = lines("hi", "/exit", tty=True)
-        assert shown in out[0]
+        assert lines("hi")[1] == [2 * tag]
+        _, out, err = lines("hi", "/exit", tty="stdin stdout stderr")
+        assert out == [2 * shown + "\033[0m"]
         assert "\033[2mtiny/chatting: /help lists the commands" in err
 
 
@@ -156,7 +162,7 @@ def test_a_model_without_template_continues_text_and_names_some_that_chat(model,
     plain = model_of(llama3, CONFIG, tokenizer_of(None))
     plain.programs, plain.source = model.programs, "tiny/plain"
     lines = Lines(plain, monkeypatch, capsys)
-    status, out, err = lines("one", "", "/system be kind", tty=False)
+    status, out, err = lines("one", "", "/system be kind")
     assert status == 1
     assert len(out) == 2
     assert "a system message needs a chat template; tiny/plain has none" in err
@@ -218,6 +224,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def enter(self, text: str) -> None:
+        """Types at the next prompt: before it the terminal is not yet readline's."""
+        self.until("> ")
+        self.type(text)
+
     def until(self, text: str, seconds: float = 120) -> str:
         """Everything up to `text`, from where the last call ended."""
         end = time.monotonic() + seconds
@@ -244,29 +255,26 @@ def test_in_a_terminal(folder, tmp_path):
     terminal = Terminal("-m", "jaxlm", "chat", "-m", str(folder), *flags, **env)
     try:
         terminal.until("/help lists the commands")
-        terminal.until("> ")
-        terminal.type("tell me all\n")
-        terminal.until("\033[J")  # the notice of the last compilation is wiped away
-        terminal.until("\033[J")
-        terminal.until("\033[J")
+        terminal.enter("tell me all\n")
+        for _ in range(3):
+            terminal.until("\033[J")  # the notice of a compilation is wiped away
         terminal.type("\x03")
         terminal.until("/retry answers again, /exit or Ctrl-D ends the chat")
         terminal.until("> ")
-        # At the prompt it only says how to leave. Between showing the prompt and waiting for a key readline is deaf.
-        time.sleep(0.5)
-        terminal.type("\x03")
+        time.sleep(0.5)  # between showing the prompt and waiting for a key readline is deaf
+        terminal.type("\x03")  # at the prompt it only says how to leave
         terminal.until("/exit or Ctrl-D ends the chat")
-        terminal.type("/set max_tokens 7\n")
+        terminal.enter("/set max_tokens 7\n")
         terminal.until("max_tokens 7\033[0m")
-        terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+        terminal.enter(f"/save {tmp_path / 'talk.json'}\n")
         terminal.until("saved to")
-        terminal.type("and more\n")
-        terminal.until("prompt tokens new · 7 generated")
-        terminal.type("/set max_tokens 9\x7f89\n")  # edited on the way
-        terminal.type("\x1b[A\n")  # and the line typed before once more
+        terminal.enter("and more\n")
+        terminal.until("tokens new · 7 generated")
+        terminal.enter("/set max_tokens 9\x7f89\n")  # edited on the way
         terminal.until("max_tokens 89\033[0m")
+        terminal.enter("\x1b[A\n")  # the line typed before once more
         terminal.until("max_tokens 89\033[0m")
-        terminal.type("\x04")
+        terminal.enter("\x04")
         assert terminal.end() == 0
     except BaseException:
         terminal.process.kill()

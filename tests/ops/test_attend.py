@@ -53,7 +53,7 @@ def drawn(T: int, N: int, K: int, H: int = 8, B: int = 2) -> tuple[np.ndarray, .
     return tuple(random.standard_normal((B, T, heads, H)).astype(np.float32) * 1.5 for heads in (N, K, K))
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_equals_the_slow_twin(rows: Any, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pos = np.array([list(row) for row in rows], np.int32)
@@ -86,12 +86,12 @@ def test_blocks_and_their_gradient_equal_the_whole(window: int | None, monkeypat
         out = attend(q, k, v, jnp.asarray(pos), window=window)[0]
         return jnp.where(pos[:, :, None, None] >= 0, out * target, 0).sum()
 
-    whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     monkeypatch.setattr(module, "SCORES", 2 * 4 * 37 * 8)  # 8 queries a block: 5 blocks, the last one filled up
     text = jax.jit(loss).lower(q, k, v).as_text()
     assert "2x2x2x8x37" in text
     assert "2x2x2x37x37" not in text
-    blocked = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    blocked = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocked)):
         np.testing.assert_allclose(a, b, atol=3e-5)
 

@@ -104,6 +104,13 @@ def test_insert_drops_rows_past_the_end(gemma: Model) -> None:
     np.testing.assert_array_equal(joined.at["8"][1], [0, 1, 2, 3, 4, 5, -1, -1])
 
 
+def test_the_newest_positions_win_where_the_target_ring_is_smaller() -> None:
+    part = caches.init(2, 30, [5], K=1, H=2, dtype=jnp.float32, chunk=4)  # 8 slots
+    part = written(part, *([[*range(i, i + 4)]] * 2 for i in range(0, 20, 4)))  # 12 to 19, 16 in the first
+    target = caches.insert(caches.init(2, 30, [5], K=1, H=2, dtype=jnp.float32, chunk=1), part, jnp.array([0, 1]))
+    np.testing.assert_array_equal(target.at["5"], [[15, 16, 17, 18, 19]] * 2)
+
+
 def test_a_ring_of_window_slots_alone_shows(gemma: Model) -> None:
     """The planted fault: with `window` slots, a chunk of 4 destroys what its first query needs."""
 

@@ -94,14 +94,14 @@ def read_tensor(
     return flat.reshape(shape), [pool.submit(read, begin) for begin in range(0, tensor.nbytes, SLICE)]
 
 
-def place(value: np.ndarray, device: jax.Device) -> jax.Array:
+def place(value: np.ndarray, device: Any) -> jax.Array:
     """Host memory to a device: no copy on CPU; piece by piece elsewhere, so that no second copy is staged."""
     if device.platform == "cpu" or value.nbytes <= 4 * PIECE:
         return jax.device_put(value, device)
     return _place_pieces(value, device)
 
 
-def _place_pieces(value: np.ndarray, device: jax.Device) -> jax.Array:
+def _place_pieces(value: np.ndarray, device: Any) -> jax.Array:
     rows = max(1, PIECE * len(value) // value.nbytes)
     with jax.default_device(device):
         out = jnp.zeros(value.shape, value.dtype)
@@ -119,7 +119,7 @@ _fill = jax.jit(
 def load_weights(
     pairs: list[tuple[params.Row, Tensor]],
     kept: Callable[[np.dtype], np.dtype],
-    device: jax.Device,
+    device: Any,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, Any]:
     """Reads every tensor into its place, in the type that `kept` gives for the stored one. `advance` hears of bytes

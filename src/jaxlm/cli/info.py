@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -23,7 +23,7 @@ class Info(ModelFlags):
     the bytes of another type than the file's.
     """
 
-    name: tyro.conf.Positional[str | None] = None
+    name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
     """Hub id, folder or config.json; as -m."""
     json: bool = False
     """Print JSON."""

@@ -48,14 +48,10 @@ class Config:
         F, L = f.number("intermediate_size", 9216), f.number("num_hidden_layers", 26)
         N, K, H = f.heads(D, 256, default_N=8, default_K=4)
         eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", True), f.context(131072)
-        window, scale = f.number("sliding_window", 4096), f("query_pre_attn_scalar", 256) ** -0.5
-        every = f("sliding_window_pattern", f("_sliding_window_pattern", 6))
-        kinds = f("layer_types", ["full" if (i + 1) % every == 0 else "sliding" for i in range(L)])
-        windows = tuple(window if kind.startswith("sliding") else None for kind in kinds)
-        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {})}
-        local = {"rope_theta": f("rope_local_base_freq", 1e4)}
+        windows, scale = f.windows(L, 4096, 6), f("query_pre_attn_scalar", 256) ** -0.5
         both = f("rope_parameters", {})  # the newer spelling holds a section for each kind of layer
-        wide, local = both.get("full_attention") or wide, both.get("sliding_attention") or local
+        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {}), **both.get("full_attention", {})}
+        local = {"rope_theta": f("rope_local_base_freq", 1e4), **both.get("sliding_attention", {})}
         ropes = read_rope(wide, context, allow), read_rope(local, context, allow)
         return f.done(cls(V, D, F, L, N, K, H, eps, *ropes, windows, scale, context, tied))
 

@@ -12,6 +12,8 @@ from jaxlm.ops import cache as caches
 SCORES = 1 << 25
 NOTHING = -1e30  # a masked score: finite, so that a row that sees nothing gives numbers, not NaN
 
+Backend = Callable[..., jax.Array]  # (q, k, v, query, key, window, scale): see `reference`
+
 
 class Places(NamedTuple):
     """Where queries and keys stand: position and segment, each [B,T] or [B,S] int32. Only equal segments meet."""
@@ -42,23 +44,31 @@ def attend(
         return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, scale), None
     cache = caches.write(cache, k, v)
     query, key = Places(pos, jnp.zeros_like(pos)), Places(cache.at, jnp.zeros_like(cache.at))
-    return _best(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), query, key, window, scale), cache
+    return _best(q, cache.k, cache.v, query, key, window, scale), cache
 
 
-def _best(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
-    """The first backend of the table that applies on the platform for which the program is lowered."""
-    if jax.default_backend() != "gpu":
-        return reference(q, k, v, *rest)
-    fast = next((run for applies, run in GPU_BACKENDS if applies(q, k)), None)
-    if fast is None:
-        return reference(q, k, v, *rest)
-    # Arrays alone pass through platform_dependent; window and scale are static.
-    query, key, window, scale = rest
+def _best(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    """The first backend that applies, chosen for the platform for which the program is lowered."""
 
-    def call(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def with_structure(run: Backend) -> Callable[..., jax.Array]:
         return lambda q, k, v, query, key: run(q, k, v, query, key, window, scale)
 
-    return jax.lax.platform_dependent(q, k, v, query, key, cuda=call(fast), default=call(reference))
+    runs = {"default": with_structure(reference)}
+    if q.dtype != jnp.float32:
+        runs["cpu"] = with_structure(_in_float32)
+        if jax.default_backend() == "gpu" and (fast := [run for applies, run in GPU_BACKENDS if applies(q, k)]):
+            runs["cuda"] = with_structure(fast[0])
+    if len(runs) == 1:
+        return runs["default"](q, k, v, query, key)
+    return jax.lax.platform_dependent(q, k, v, query, key, **runs)
+
+
+def _in_float32(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+    """`reference` for CPU: jax 0.10 compiles batched bfloat16 products there that it cannot run."""
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    return reference(q32, k32, v32, *rest).astype(q.dtype)
 
 
 def segments(pos: jax.Array) -> jax.Array:
@@ -107,7 +117,7 @@ def _block(
     B, T, N, H = q.shape
     K = k.shape[1]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    f32 = jnp.float32
+    f32, k, v = jnp.float32, k.astype(q.dtype), v.astype(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=f32) * scale
     scores = jnp.where(visible(query, key, window)[:, None, None], scores, NOTHING)
@@ -131,9 +141,9 @@ def cudnn(
 ) -> jax.Array:
     """As `reference`, by cuDNN. Positions have gaps, padding and rings, so it is given the mask [B,1,T,S]."""
     mask = visible(query, key, window)[:, None]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
 
 # What runs instead of `reference` where it applies, best first. Each is tested against it (tests/ops).
-GPU_BACKENDS: tuple[tuple[Callable[..., bool], Callable[..., jax.Array]], ...] = ((_cudnn_applies, cudnn),)
+GPU_BACKENDS: tuple[tuple[Callable[..., bool], Backend], ...] = ((_cudnn_applies, cudnn),)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: jnp.dtype | None = None) -> Any:
+def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None) -> Any:
     """`einsum(spec, x, w)` in x's dtype (or `dtype`), accumulated in float32; float32 products keep full precision.
 
     Products that share their input are asked for together, as tuples of specs and weights, so that they can run as

@@ -38,16 +38,16 @@ def fold(
     if isinstance(layers, dict):
         x = _scan(period, x, layers["stacked"], hidden)
         layers = layers["rest"]
-    views: list[caches.Slots | None] = [None] * len(layers)
+    views: list[Any] = [None] * len(layers)
     if cache is not None:
-        cache, views = caches.advance(cache, pos)
+        cache, views[:] = caches.advance(cache, pos)
     for i, w in enumerate(layers):
         x, views[i] = period[i % len(period)](x, w, views[i])
         if hidden is not None:
             hidden.append(x)
     if cache is None:
         return x, None
-    return x, replace(cache, layers=[{"k": view.k, "v": view.v} for view in views if view is not None])
+    return x, replace(cache, layers=[{"k": view.k, "v": view.v} for view in views])
 
 
 def _scan(period: Sequence[Layer], x: jax.Array, stacked: list[Any], hidden: list[jax.Array] | None) -> jax.Array:

@@ -1,0 +1,169 @@
+"""config.json: what the code computes is read in both spellings, what it does not compute is refused by name."""
+
+import math
+from typing import Any
+
+import pytest
+from recordings.tiny import CONFIGS, FULL, SLIDING
+
+from jaxlm import models
+from jaxlm.ops import Rope
+
+FAMILIES = tuple(CONFIGS)
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def config(family: str, allow: tuple[str, ...] = (), without: tuple[str, ...] = (), **fields: Any) -> Any:
+    hf = {name: value for name, value in {**CONFIGS[family], **fields}.items() if name not in without}
+    return models.family_of(hf["model_type"]).Config.from_hf(hf, allow)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_harmless_fields_pass(family: str) -> None:
+    plain = config(family)
+    assert (plain.V, plain.D, plain.F, plain.L, plain.N, plain.K) == (199, 48, 72, 2, 4, 2)
+    harmless = {"architectures": ["X"], "torch_dtype": "bfloat16", "transformers_version": "5", "use_cache": True,
+                "initializer_range": 0.02, "eos_token_id": [1, 2], "pad_token_id": 0, "_name_or_path": "x/y"}  # fmt: skip
+    idle = {"attention_bias": False, "mlp_bias": False, "made_up": None, "made_up_too": False, "sliding_windows": []}
+    assert config(family, **harmless, **idle) == plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("attention_bias", True), ("mlp_bias", True), ("made_up", 3), ("num_experts", 8), ("clip_qkv", 8.0),
+     ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True),
+     ("use_sliding_window", True), ("quantization_config", {"bits": 4})],
+)  # fmt: skip
+def test_unknown_fields_are_refused_by_name(family: str, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"does not compute: {field} = .*--allow-field NAME"):
+        config(family, **{field: value})
+    assert config(family, allow=(field,), **{field: value}) == config(family)
+    with pytest.raises(ValueError, match="another = 1"):  # the one that was not let pass
+        config(family, allow=(field,), **{field: value, "another": 1})
+
+
+def test_several_faults_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"hidden_act = 'gelu' \(only 'silu' is computed\); attention_bias = True; x = 1"):
+        config("llama3", hidden_act="gelu", attention_bias=True, x=1)
+
+
+def test_another_activation_is_refused() -> None:
+    for family in ("llama3", "qwen3", "olmo2"):
+        assert config(family, hidden_act="silu") == config(family)
+        with pytest.raises(ValueError, match=r"hidden_act = 'gelu'"):
+            config(family, hidden_act="gelu")
+    assert config("gemma3", hidden_activation="gelu_pytorch_tanh") == config("gemma3")
+    with pytest.raises(ValueError, match=r"hidden_activation = 'gelu'"):
+        config("gemma3", hidden_activation="gelu")
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2"])
+def test_layers_that_all_see_everything(family: str) -> None:
+    """transformers 5 writes these beside a model without windows."""
+    written = {"layer_types": [FULL, FULL], "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
+    assert config(family, **written) == config(family)
+    with pytest.raises(ValueError, match="layer_types"):
+        config(family, layer_types=[FULL, SLIDING])
+
+
+def test_gemmas_kinds_of_layers() -> None:
+    assert config("gemma3").windows == (5, None)
+    by_pattern = config("gemma3", without=("layer_types",), num_hidden_layers=7, sliding_window_pattern=3)
+    assert by_pattern.windows == (5, 5, None, 5, 5, None, 5)
+    assert config("gemma3", without=("layer_types",), num_hidden_layers=7).windows == (5, 5, 5, 5, 5, None, 5)
+    with pytest.raises(ValueError, match="layer_types"):
+        config("gemma3", layer_types=[SLIDING, "chunked_attention"])
+    with pytest.raises(ValueError, match="layer_types"):
+        config("gemma3", layer_types=[SLIDING])
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2"])
+def test_rope_in_both_spellings(family: str) -> None:
+    def both(rope: dict[str, Any], theta: float = 5e5) -> Rope:
+        old = config(family, rope_theta=theta, rope_scaling=rope or None).rope
+        older = {**rope, "type": rope["rope_type"]} if rope else {}
+        older.pop("rope_type", None)
+        assert config(family, rope_theta=theta, rope_scaling=older or None).rope == old
+        assert config(family, rope_theta=theta, rope_scaling={**rope, **older} or None).rope == old
+        new = {"rope_type": "default", **rope, "rope_theta": theta}
+        assert config(family, rope_parameters=new).rope == old
+        return old
+
+    assert config(family).rope == Rope(10_000.0)
+    assert config(family, rope_scaling=None, rope_parameters=None).rope == Rope(10_000.0)
+    assert both({}) == Rope(5e5)
+    assert both({"rope_type": "linear", "factor": 4.0}) == Rope(5e5, "linear", 4.0)
+    assert both({"rope_type": "llama3", **LLAMA3_ROPE}) == Rope(5e5, "llama3", 8.0, 8192, 1.0, 4.0)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert both(yarn) == Rope(5e5, "yarn", 4.0, 512, amplitude=0.1 * math.log(4) + 1)
+    assert both({**yarn, "attention_factor": 1.5, "beta_fast": 16, "truncate": False}) == Rope(
+        5e5, "yarn", 4.0, 512, beta_fast=16, truncate=False, amplitude=1.5
+    )
+    both_scales = both({**yarn, "mscale": 1.2, "mscale_all_dim": 0.7}).amplitude
+    assert both_scales == pytest.approx((0.12 * math.log(4) + 1) / (0.07 * math.log(4) + 1))
+
+
+def test_gemmas_rope_in_both_spellings() -> None:
+    assert (config("gemma3").rope, config("gemma3").local_rope) == (Rope(1e6), Rope(1e4))
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = config("gemma3", rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling=linear)
+    assert (old.rope, old.local_rope) == (Rope(2e6, "linear", 8.0), Rope(3e4))
+    local = {"rope_type": "default", "rope_theta": 3e4}
+    assert config("gemma3", rope_parameters={FULL: {**linear, "rope_theta": 2e6}, SLIDING: local}) == old
+    # Defaults where a section leaves theta out, as in files that transformers 5 fills in.
+    sparse = config("gemma3", rope_parameters={FULL: linear, SLIDING: {"rope_type": "default"}})
+    assert (sparse.rope, sparse.local_rope) == (Rope(1e6, "linear", 8.0), Rope(1e4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported: .* cached decoding differs"),
+        ({"rope_type": "longrope", "factor": 2.0}, r"rope_type 'longrope' is not supported \(known: default, linear, "),
+        ({"rope_type": "linear"}, "rope_type 'linear' lacks factor"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original"),
+        ({"rope_type": "linear", "factor": 2.0, "made_up": 1}, "has fields that are not supported: made_up"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
+    ],
+)
+def test_ropes_that_are_refused(family: str, spelling: str, section: dict[str, Any], message: str) -> None:
+    if family == "gemma3" and spelling == "rope_parameters":
+        section = {FULL: section, SLIDING: {"rope_type": "default"}}
+    with pytest.raises(ValueError, match=message):
+        config(family, **{spelling: section})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"hidden_size": 0}, "hidden_size is 0, but must be a whole number of at least 1"),
+        ({"vocab_size": "199"}, "vocab_size is '199'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ],
+)
+def test_sizes_that_make_no_sense(family: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(family, **fields)
+
+
+def test_missing_fields_are_named() -> None:
+    with pytest.raises(ValueError, match="no field 'hidden_size', which this architecture needs"):
+        config("llama3", without=("hidden_size",))
+    assert config("qwen3", without=("head_dim",)).H == 128  # as in an early Qwen3-8B file
+    assert config("llama3", without=("num_key_value_heads",)).K == 4
+    seeing = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34, "hidden_size": 2560}}
+    sparse = models.gemma3.Config.from_hf(seeing)
+    assert (sparse.V, sparse.N, sparse.K, sparse.H, sparse.tied) == (262208, 8, 4, 256, True)
+
+
+def test_unknown_families_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported; jaxlm knows gemma3, gemma3_text, llama,"):
+        models.family_of("mamba")
+    with pytest.raises(ValueError, match="model_type None"):
+        models.family_of(None)
