@@ -3,17 +3,11 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxlm.ops.rope import TYPES, Rope
+from jaxlm.ops.rotary import TYPES, Rope
 
 # Fields that do not change what the forward pass computes.
 HARMLESS = frozenset(
-    """
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
-    initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
-    cache_implementation max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset
-    return_dict id2label label2id chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder
-    tokenizer_class _sliding_window_pattern sliding_window_pattern auto_map
-    """.split()
+    ["architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "pretraining_tp", "cache_implementation", "max_window_layers", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "task_specific_params", "problem_type", "is_encoder_decoder", "tokenizer_class", "_sliding_window_pattern", "sliding_window_pattern", "auto_map"]
 )
 REQUIRED: Any = object()
 _FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -116,6 +116,6 @@ def stack(weights: dict[str, Any], period: int = 1) -> dict[str, Any]:
 
 def unstack(weights: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `stack`."""
-    from jaxlm.ops.fold import unstacked
+    from jaxlm.ops.folding import unstacked
 
     return {**weights, "layers": unstacked(weights["layers"])}

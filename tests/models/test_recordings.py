@@ -14,7 +14,7 @@ from recordings.tiny import FULL, SLIDING, from_config
 
 from jaxlm import Model
 from jaxlm.ops import Rope
-from jaxlm.ops.rope import Frequencies
+from jaxlm.ops.rotary import Frequencies
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("*.npz"))
 LIMIT = 1e-4  # of the logits' deviation

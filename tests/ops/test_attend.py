@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.ops import attend
 
-module = import_module("jaxlm.ops.attend")  # the package's attribute of this name is the function
+module = import_module("jaxlm.ops.attention")
 
 
 def slow(q: np.ndarray, k: np.ndarray, v: np.ndarray, pos: np.ndarray, window: int | None, scale: float) -> np.ndarray:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import attend as module
+from jaxlm.ops import attention as module
 
 GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: run tests/ops on one")
 

@@ -17,7 +17,7 @@ from oracle.reference import FAMILIES, FAULT, LIMIT, V
 import jaxlm
 from jaxlm.ops import cache as caches
 
-attends = import_module("jaxlm.ops.attend")  # the package's attribute of this name is the function
+attends = import_module("jaxlm.ops.attention")
 pytestmark = pytest.mark.oracle
 WINDOW = 5
 TEXT = np.random.RandomState(5).randint(0, V, (3, 20)).astype(np.int32)

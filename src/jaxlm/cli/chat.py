@@ -157,7 +157,7 @@ class Talk:
 
     def statistics(self, piece: "Piece") -> str:
         new, made = self.conversation.prefilled, piece.generation_tokens
-        parts = [f"{new:,} of {piece.prompt_tokens:,} prompt tokens new", f"{made:,} generated"]
+        parts = [f"{new:,} of {piece.prompt_tokens:,} tokens new", f"{made:,} generated"]
         if piece.tokens_per_second:
             parts.append(f"{piece.tokens_per_second:.1f} tokens/s")
         parts.append(f"first after {piece.first_token_seconds:.2f} s")

@@ -3,10 +3,10 @@
 Everything here takes arrays and scalars, never a config, and speaks the alphabet of docs/architecture.md.
 """
 
-from jaxlm.ops.attend import attend
-from jaxlm.ops.einsum import einsum, embed
-from jaxlm.ops.fold import fold
+from jaxlm.ops.attention import attend
+from jaxlm.ops.folding import fold
 from jaxlm.ops.norm import rms_norm
-from jaxlm.ops.rope import Rope, frequencies, rope
+from jaxlm.ops.products import einsum, embed
+from jaxlm.ops.rotary import Rope, frequencies, rope
 
 __all__ = ["Rope", "attend", "einsum", "embed", "fold", "frequencies", "rms_norm", "rope"]
