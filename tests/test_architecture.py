@@ -23,7 +23,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 
 def home(path: Path) -> str:
-    """`ops` for ops/rope.py, `params` for params.py."""
+    """`ops` for ops/rotary.py, `params` for params.py."""
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
@@ -71,6 +71,8 @@ def test_what_forward_reaches_stays_short() -> None:
 
 def test_qwen3_is_llama3_plus_a_norm() -> None:
     """`diff` shows the architecture alone: at most 6 changed lines beside the docstrings."""
-    texts = [(SRC / "models" / f"{name}.py").read_text().split('"""', 2)[2].splitlines() for name in ("llama3", "qwen3")]
+    texts = [
+        (SRC / "models" / f"{name}.py").read_text().split('"""', 2)[2].splitlines() for name in ("llama3", "qwen3")
+    ]
     changes = [x for x in difflib.ndiff(*texts) if x[0] in "+-"]
     assert 0 < len(changes) <= 6

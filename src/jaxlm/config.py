@@ -6,8 +6,14 @@ from typing import Any
 from jaxlm.ops.rotary import TYPES, Rope
 
 # Fields that do not change what the forward pass computes.
-HARMLESS = frozenset(
-    ["architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "pretraining_tp", "cache_implementation", "max_window_layers", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "task_specific_params", "problem_type", "is_encoder_decoder", "tokenizer_class", "_sliding_window_pattern", "sliding_window_pattern", "auto_map"]
+HARMLESS = set(
+    """
+    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
+    initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
+    cache_implementation max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset
+    return_dict id2label label2id chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder
+    tokenizer_class _sliding_window_pattern sliding_window_pattern auto_map
+    """.split()  # noqa: SIM905
 )
 REQUIRED: Any = object()
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -69,7 +75,7 @@ class Fields:
         every = self("sliding_window_pattern", self("_sliding_window_pattern", default_every))
         kinds = self("layer_types", [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
         if len(kinds) != L or not set(kinds) <= {_FULL, _SLIDING}:
-            raise ValueError(f"config.json: layer_types must name {_FULL} or {_SLIDING} for each of {L} layers: {kinds}")
+            raise ValueError(f"config.json: layer_types must name {_FULL} or {_SLIDING} for each of {L} layers")
         return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def rope(self, context: int) -> Rope:

@@ -191,7 +191,7 @@ def kv_bytes(model: "Model", length: int) -> int:
     """Bytes of the cache of one sequence of `length` tokens while it is decoded."""
     cfg = model.config
     slots = sum(length if window is None else min(length, window) for window in cfg.windows)
-    return 2 * slots * cfg.K * cfg.H * model.dtype.itemsize
+    return 2 * slots * cfg.K * cfg.H * devices.cache_dtype(model.dtype, model.device.platform).itemsize
 
 
 class Answer:

@@ -67,7 +67,8 @@ class Model:
         """An empty cache for `batch` rows of up to `length` tokens. With `chunk`, at most so many are written a call,
         and layers with a sliding window keep window + chunk - 1 positions instead of all."""
         cfg = self.config
-        return caches.init(batch, length, cfg.windows, cfg.K, cfg.H, dtype or self.dtype, chunk)
+        dtype = dtype or devices.cache_dtype(self.dtype, self.device.platform)
+        return caches.init(batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
 
     @property
     def dtype(self) -> Any:

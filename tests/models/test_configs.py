@@ -22,8 +22,16 @@ def config(family: str, allow: tuple[str, ...] = (), without: tuple[str, ...] = 
 def test_harmless_fields_pass(family: str) -> None:
     plain = config(family)
     assert (plain.V, plain.D, plain.F, plain.L, plain.N, plain.K) == (199, 48, 72, 2, 4, 2)
-    harmless = {"architectures": ["X"], "torch_dtype": "bfloat16", "transformers_version": "5", "use_cache": True,
-                "initializer_range": 0.02, "eos_token_id": [1, 2], "pad_token_id": 0, "_name_or_path": "x/y"}  # fmt: skip
+    harmless = {
+        "architectures": ["X"],
+        "torch_dtype": "bfloat16",
+        "transformers_version": "5",
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "eos_token_id": [1, 2],
+        "pad_token_id": 0,
+        "_name_or_path": "x/y",
+    }
     idle = {"attention_bias": False, "mlp_bias": False, "made_up": None, "made_up_too": False, "sliding_windows": []}
     assert config(family, **harmless, **idle) == plain
 
@@ -34,7 +42,7 @@ def test_harmless_fields_pass(family: str) -> None:
     [("attention_bias", True), ("mlp_bias", True), ("made_up", 3), ("num_experts", 8), ("clip_qkv", 8.0),
      ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True),
      ("use_sliding_window", True), ("quantization_config", {"bits": 4})],
-)  # fmt: skip
+)
 def test_unknown_fields_are_refused_by_name(family: str, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"does not compute: {field} = .*--allow-field NAME"):
         config(family, **{field: value})
@@ -44,7 +52,9 @@ def test_unknown_fields_are_refused_by_name(family: str, field: str, value: Any)
 
 
 def test_several_faults_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"hidden_act = 'gelu' \(only 'silu' is computed\); attention_bias = True; x = 1"):
+    with pytest.raises(
+        ValueError, match=r"hidden_act = 'gelu' \(only 'silu' is computed\); attention_bias = True; x = 1"
+    ):
         config("llama3", hidden_act="gelu", attention_bias=True, x=1)
 
 
@@ -61,7 +71,12 @@ def test_another_activation_is_refused() -> None:
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2"])
 def test_layers_that_all_see_everything(family: str) -> None:
     """transformers 5 writes these beside a model without windows."""
-    written = {"layer_types": [FULL, FULL], "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
+    written = {
+        "layer_types": [FULL, FULL],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 28,
+    }
     assert config(family, **written) == config(family)
     with pytest.raises(ValueError, match="layer_types"):
         config(family, layer_types=[FULL, SLIDING])
@@ -124,7 +139,10 @@ def test_gemmas_rope_in_both_spellings() -> None:
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported: .* cached decoding differs"),
         ({"rope_type": "longrope", "factor": 2.0}, r"rope_type 'longrope' is not supported \(known: default, linear, "),
         ({"rope_type": "linear"}, "rope_type 'linear' lacks factor"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original"),
+        (
+            {"rope_type": "llama3", "factor": 8.0},
+            "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original",
+        ),
         ({"rope_type": "linear", "factor": 2.0, "made_up": 1}, "has fields that are not supported: made_up"),
         ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
     ],
@@ -163,7 +181,9 @@ def test_missing_fields_are_named() -> None:
 
 
 def test_unknown_families_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="model_type 'mamba' is not supported; jaxlm knows gemma3, gemma3_text, llama,"):
+    with pytest.raises(
+        ValueError, match="model_type 'mamba' is not supported; jaxlm knows gemma3, gemma3_text, llama,"
+    ):
         models.family_of("mamba")
     with pytest.raises(ValueError, match="model_type None"):
         models.family_of(None)

@@ -4,6 +4,7 @@ Nothing is allocated: shapes alone go through `params` and jax.eval_shape.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def test_counts_and_shapes_at_full_size(shared: Path) -> None:
             x, _ = family.forward(cfg, tokens, weights, None, pos)
             return family.logits(cfg, x, weights)
 
-        stacked = jax.eval_shape(lambda w, n=len(params.period(cfg.windows)): params.stack(w, n), weights)
+        stacked = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
         logits = jax.eval_shape(program, tokens, stacked)
         assert (logits.shape, logits.dtype) == ((1, 8, cfg.V), jnp.float32), stem
 
 
 def test_mixtures_of_experts_are_refused_by_name(shared: Path) -> None:
     raw = read(shared, REFUSED)
-    with pytest.raises(ValueError, match="model_type 'qwen3_moe' is not supported; jaxlm knows .*qwen3"):
+    with pytest.raises(ValueError, match=r"model_type 'qwen3_moe' is not supported; jaxlm knows .*qwen3"):
         models.family_of(raw["model_type"])
     with pytest.raises(ValueError, match=r"num_experts = 128.*--allow-field"):
         models.qwen3.Config.from_hf(raw)
@@ -95,7 +96,7 @@ INDEX = {  # files of index/ -> config
 def test_names_and_shapes_of_published_checkpoints(shared: Path, index: str) -> None:
     """Every tensor is a row's, under exactly one of its names, or known and not read; and none is missing."""
     tensors = json.loads((shared / "index" / f"{index}.json").read_text())
-    shapes = {name: None for name in tensors["weight_map"]} if "weight_map" in tensors else tensors
+    shapes = dict.fromkeys(tensors["weight_map"]) if "weight_map" in tensors else tensors
     raw = read(shared, INDEX[index])
     family = models.family_of(raw["model_type"])
     cfg = family.Config.from_hf(raw)

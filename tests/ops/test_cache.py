@@ -86,7 +86,9 @@ def test_insert_equals_direct_prefill(gemma: Model, chunk: int | None) -> None:
     for begin in range(0, 12, 4):
         target = gemma.forward(tokens[:, begin : begin + 4], gemma.weights, target, pos[:, begin : begin + 4])[1]
     before = jax.tree.map(lambda a: np.asarray(a[1]), (target.at, target.layers))
-    stale = gemma.forward(TEXT[:, 3:7], gemma.weights, target, np.array([[12, 13, 14, 15], [-1] * 4, [9] + [-1] * 3]))[1]
+    stale = gemma.forward(TEXT[:, 3:7], gemma.weights, target, np.array([[12, 13, 14, 15], [-1] * 4, [9] + [-1] * 3]))[
+        1
+    ]
     joined = jax.jit(caches.insert)(stale, part, jnp.array([0, 2]))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((joined.at, joined.layers))):
         np.testing.assert_array_equal(a, b[1])

@@ -98,12 +98,11 @@ QWEN3 = [
     Case("qwen3", "one layer", shape(L=1, N=6, K=2, head_dim=32), faults.rolled_kv_heads),
     Case("qwen3", "epsilon", shape(rms_norm_eps=1e-5, head_dim=8), faults.config(eps=1e-6), change=faint),
     Case("qwen3", "theta", shape(head_dim=32, **rope("default", 1e6)), faults.rope(theta=1e4), old=True),
-    Case("qwen3", "no head_dim", shape(D=64), faults.skipped_layer, drop=("head_dim",)),
+    Case("qwen3", "head_dim left out", shape(head_dim=128), faults.skipped_layer, drop=("head_dim",)),
     Case("qwen3", "bfloat16, sharded", shape(L=3, D=96), faults.swapped_norms, shards=True, stored="bfloat16"),
     Case("qwen3", "float16", shape(L=4, **TIED), faults.skipped_layer, stored="float16"),
     *ropes("qwen3", "linear", "llama3, factor 32", "yarn", "yarn, old spelling", "yarn, mscale", head_dim=24),
 ]
-QWEN3[7].fields["head_dim"] = 128
 OLMO2 = [
     Case("olmo2", "untied", shape(), faults.norm_of_each_head),
     Case("olmo2", "tied, 3 heads", shape(N=3, K=1, **TIED), faults.tied_head_ignored),
@@ -136,7 +135,8 @@ GEMMA3 = [
     Case("gemma3", "query scale", shape(query_pre_attn_scalar=9, head_dim=24), faults.query_scale_of_width),
     Case("gemma3", "embedding scale", shape(D=32), faults.embedding_unscaled),
     Case("gemma3", "epsilon", shape(rms_norm_eps=1e-5), faults.config(eps=1e-6), change=faint),
-    Case("gemma3", "bfloat16, sharded", shape(L=3, layer_types=None), faults.swapped_norms, shards=True, stored="bfloat16"),
+    Case("gemma3", "bfloat16, sharded", shape(L=3, layer_types=None), faults.swapped_norms, shards=True,
+         stored="bfloat16"),
     Case("gemma3", "float16", shape(N=8, K=1, D=64), faults.skipped_layer, stored="float16"),
     Case("gemma3", "permutation, theta", shape(**gemma_rope(5e5, 2e4)), faults.interleaved),
 ]  # fmt: skip

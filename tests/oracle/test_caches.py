@@ -25,7 +25,9 @@ TEXT[:, 3], TEXT[:, 4] = 0, 2  # a padding id and a special id
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, jaxlm.Model]]:
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, jaxlm.Model]]:
     """The oracle and ours."""
     with reference.quiet():
         fields = {"sliding_window": WINDOW} if request.param == "gemma3" else {"num_hidden_layers": 1}
@@ -83,7 +85,9 @@ def test_chunks_of_every_size_equal_the_whole(models: tuple[Any, jaxlm.Model], m
     exact = attends.visible
 
     def newest_query_for_all(query: Any, key: Any, window: int | None) -> Any:
-        return exact(query._replace(pos=jnp.broadcast_to(query.pos.max(1, keepdims=True), query.pos.shape)), key, window)
+        return exact(
+            query._replace(pos=jnp.broadcast_to(query.pos.max(1, keepdims=True), query.pos.shape)), key, window
+        )
 
     monkeypatch.setattr(attends, "visible", newest_query_for_all)
     faulty = chunked(reference.fresh(model), model.init_kv(1, len(tokens)), 4, tokens)
@@ -145,9 +149,7 @@ def test_ragged_rows_decode_as_each_alone(models: tuple[Any, jaxlm.Model], monke
         assert reference.distance(decoded(call, kv, jump=True), expected) >= FAULT  # positions jump by the pad count
 
 
-def test_padding_never_lands_in_the_last_slot(
-    models: tuple[Any, jaxlm.Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_never_lands_in_the_last_slot(models: tuple[Any, jaxlm.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative indices wrap: x.at[-1].set(v, mode="drop") writes the last slot."""
     oracle, model = models
     tokens = TEXT[:1, :8]
@@ -192,7 +194,9 @@ def test_rewinding(models: tuple[Any, jaxlm.Model]) -> None:
     assert reference.distance(*rewound(14, model.init_kv(1, 24, chunk=chunk))) <= LIMIT
 
 
-def test_packed_documents_do_not_see_each_other(models: tuple[Any, jaxlm.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_documents_do_not_see_each_other(
+    models: tuple[Any, jaxlm.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     oracle, model = models
     parts = [TEXT[0, :6], TEXT[1, :1], TEXT[2, :8], TEXT[1, :1], TEXT[0, 5:10]]
     tokens = np.concatenate([*parts[:2], [9, 9], *parts[2:]]).astype(np.int32)

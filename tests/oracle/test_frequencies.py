@@ -54,7 +54,9 @@ def compare(raw: dict[str, Any]) -> None:
         assert ours.amplitude == pytest.approx(amplitude, rel=1e-6), kind
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "rope_parameters" in c.fields], ids=lambda c: f"{c.family}: {c.name}")
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "rope_parameters" in c.fields], ids=lambda c: f"{c.family}: {c.name}"
+)
 def test_drawn_configs(case: Case, tmp_path: Path) -> None:
     with reference.quiet():
         reference.save(reference.build(case.family, **case.fields), tmp_path)
@@ -64,7 +66,9 @@ def test_drawn_configs(case: Case, tmp_path: Path) -> None:
 
 
 def test_published_configs(shared: Path) -> None:
-    paths = [p for p in sorted((shared / "configs").glob("*.json")) if p.stem not in ("param_counts", "Qwen-Qwen3-30B-A3B")]
+    paths = [
+        p for p in sorted((shared / "configs").glob("*.json")) if p.stem not in ("param_counts", "Qwen-Qwen3-30B-A3B")
+    ]
     assert len(paths) >= 28
     for path in paths:
         compare(json.loads(path.read_text()))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import faults, reference
-from oracle.reference import BASE, FAULT, FULL, LIMIT, OWN, SLIDING
+from oracle import cases, faults, reference
+from oracle.reference import BASE, FAULT, LIMIT, OWN
 from recordings.weights import draw
 
 import jaxlm
@@ -21,12 +21,14 @@ def seeing(folder: Path, tied: bool) -> Any:
     import transformers
 
     fields = {**BASE, **OWN["gemma3"], "num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 2}
-    linear = {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
-    text = transformers.Gemma3TextConfig(**fields, rope_parameters=linear, tie_word_embeddings=tied)
+    fields |= cases.gemma_rope(rope_type="linear", factor=8.0)
+    text = transformers.Gemma3TextConfig(**fields, tie_word_embeddings=tied)
     vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
+    )
     model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,7 +63,9 @@ SPELLINGS: dict[str, Callable[[Path], None]] = {
     "the hub's, an index with a tied head": lambda folder: renamed(folder, str, "language_model.lm_head.weight"),
     "transformers 5": lambda folder: renamed(folder, transformers5),
     "transformers 5, a tied head": lambda folder: renamed(folder, transformers5, "lm_head.weight"),
-    "rope in the old spelling": lambda folder: reference.rewrite(folder, lambda c: reference.old_spelling(c["text_config"])),
+    "rope in the old spelling": lambda folder: reference.rewrite(
+        folder, lambda c: reference.old_spelling(c["text_config"])
+    ),
 }
 
 

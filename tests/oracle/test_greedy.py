@@ -24,7 +24,9 @@ def test_greedy_text(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         model = reference.pair(oracle, tmp_path)
         prompt = torch.tensor([PROMPT])
         stops = {"eos_token_id": None, "pad_token_id": 0}
-        whole = oracle.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, **stops)
+        whole = oracle.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, **stops
+        )
     expected = whole[0, len(PROMPT) :].tolist()
     assert len(expected) == 64
     assert len(set(expected)) >= 20  # a text that repeats itself proves little

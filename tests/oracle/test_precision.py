@@ -16,8 +16,6 @@ import pytest
 from oracle import reference
 from oracle.reference import FAMILIES, FULL, SLIDING, V
 
-import jaxlm
-
 pytestmark = pytest.mark.oracle
 # In multiples of transformers' own divergence, 1.1 being where ours would be the worse. Measured: 0.50 to 0.53 in
 # bfloat16, 0.56 to 0.63 in float16, 0.79 and 0.81 for OLMo 2, whose reference rotates in float32 as ours does. Rotations

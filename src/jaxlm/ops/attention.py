@@ -56,7 +56,9 @@ def _best(
         return lambda q, k, v, query, key: run(q, k, v, query, key, window, scale)
 
     runs = {"default": with_structure(reference)}
-    if q.dtype != jnp.float32:
+    if q.shape[1] == 1:
+        runs["cpu"] = with_structure(_one_query)
+    elif q.dtype != jnp.float32:
         runs["cpu"] = with_structure(_in_float32)
         if jax.default_backend() == "gpu" and (fast := [run for applies, run in GPU_BACKENDS if applies(q, k)]):
             runs["cuda"] = with_structure(fast[0])
@@ -69,6 +71,20 @@ def _in_float32(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Arr
     """`reference` for CPU: jax 0.10 compiles batched bfloat16 products there that it cannot run."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     return reference(q32, k32, v32, *rest).astype(q.dtype)
+
+
+def _one_query(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    """`reference` for the one token of a decoding step on CPU: sums of products, which XLA fuses with the conversion
+    of the cache. Its batched products first write the cache as float32, and are ten times as slow."""
+    B, _, N, H = q.shape
+    K = k.shape[1]
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, K, N // K, 1, H), k[:, :, None], v[:, :, None]))
+    scores = jnp.sum(q32 * k32, axis=-1) * scale  # [B,K,G,S]
+    scores = jnp.where(visible(query, key, window)[:, None], scores, NOTHING)
+    probs = jax.nn.softmax(scores, axis=-1)
+    return jnp.sum(probs[..., None] * v32, axis=-2).reshape(B, 1, N, H).astype(q.dtype)
 
 
 def segments(pos: jax.Array) -> jax.Array:

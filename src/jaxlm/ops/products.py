@@ -34,8 +34,8 @@ def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """The product of a single token on CPU, at the rate at which memory is read.
 
     XLA reads a weight once, converting as it goes, where a vector meets the transpose of float32 rows and nothing is
-    fused onto the result (jax 0.12 also wants devices.COMPILER_OPTIONS); otherwise it first writes the whole weight as float32. reduce_precision to float32's own bits
-    changes nothing and keeps the neighbours off.
+    fused onto the result (jax 0.12 also wants devices.COMPILER_OPTIONS); otherwise it first writes the whole weight as
+    float32. reduce_precision to float32's own bits changes nothing and keeps the neighbours off.
     """
     inputs, out = spec.split("->")
     summed = inputs.split(",")[0][2:]
