@@ -9,7 +9,11 @@ cache.
 """
 
 import argparse
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 import time
 
 from common import checkpoint, read_rate
@@ -22,6 +26,8 @@ parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+parser.add_argument("--torch-python", help="an interpreter that has torch, where this one has none")
+parser.add_argument("--theirs", action="store_true", help="run transformers alone and print its speeds as JSON")
 args = parser.parse_args()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -79,30 +85,50 @@ def theirs(dtype: str, static: bool = False):
     return f"transformers {dtype}{' static, compiled' if static else ''}", 0, run
 
 
+def rivals() -> list:
+    found = [theirs("float32"), theirs("bfloat16")]
+    return found + ([theirs("bfloat16", static=True)] if args.compile else [])
+
+
+def elsewhere() -> dict[str, float]:
+    """transformers' speeds from the interpreter that has torch."""
+    flags = [
+        "--shape",
+        args.shape,
+        "--prompt",
+        str(args.prompt),
+        "--tokens",
+        str(args.tokens),
+        "--batch",
+        str(args.batch),
+    ]
+    flags += ["--theirs", "--rounds", "1"] + (["--compile"] if args.compile else [])
+    out = subprocess.run([args.torch_python, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+if args.theirs:
+    print(json.dumps({name: run() for name, _, run in rivals()}))
+    sys.exit()
 contestants = [ours(dtype) for dtype in args.dtypes]
-try:
-    import torch  # noqa: F401
-
-    contestants += [theirs("float32"), theirs("bfloat16")]
-    if args.compile:
-        contestants.append(theirs("bfloat16", static=True))
-except ImportError:
-    print("torch is not installed: transformers is left out")
-
+if importlib.util.find_spec("torch"):
+    contestants += rivals()
 best = {name: 0.0 for name, *_ in contestants}
 rate = 0.0
 for _ in range(args.rounds):
     rate = max(rate, read_rate())
-    for name, _, run in contestants:
-        best[name] = max(best[name], run())
+    speeds = {name: run() for name, _, run in contestants}
+    speeds |= elsewhere() if args.torch_python else {}
+    best = {name: max(best.get(name, 0.0), speed) for name, speed in speeds.items()}
+contestants += [(name, 0, None) for name in best if name not in {c[0] for c in contestants}]
 
 import jax  # noqa: E402
 
 print(f"{args.shape}, batch {args.batch}, prompt {args.prompt}, {args.tokens} tokens, jax {jax.__version__}, "
       f"{jax.devices()[0].device_kind}, memory read {rate / 1e9:.0f} GB/s")  # fmt: skip
-rivals = max((best[name] for name, *_ in contestants if name.startswith("transformers")), default=0.0)
+strongest = max((best[name] for name, *_ in contestants if name.startswith("transformers")), default=0.0)
 print("| | tokens/s | limit | of the limit | against the best transformers |\n| --- | --- | --- | --- | --- |")
 for name, step, _ in contestants:
     limit = args.batch * rate / step if step else 0.0
     share = f"{limit:.0f} | {best[name] / limit:.0%}" if step else " | "
-    print(f"| {name} | {best[name]:.1f} | {share} | {f'{best[name] / rivals:.1f} x' if rivals else ''} |")
+    print(f"| {name} | {best[name]:.1f} | {share} | {f'{best[name] / strongest:.1f} x' if strongest else ''} |")

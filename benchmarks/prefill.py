@@ -40,7 +40,9 @@ def theirs(dtype: str):
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(args.shape), dtype=getattr(torch, dtype)).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint(args.shape), dtype=getattr(torch, dtype)
+    ).eval()
 
     def run(length: int) -> float:
         ids = torch.tensor([prompt(length, model.config.vocab_size)])
@@ -84,4 +86,6 @@ for length in args.lengths:
     rivals = max((best[name, length] for name, _ in contestants if name.startswith("transformers")), default=0.0)
     for name, _ in contestants:
         speed = best[name, length]
-        print(f"| {name} | {length} | {speed:.0f} | {speed / limit:.0%} | {f'{speed / rivals:.1f} x' if rivals else ''} |")
+        print(
+            f"| {name} | {length} | {speed:.0f} | {speed / limit:.0%} | {f'{speed / rivals:.1f} x' if rivals else ''} |"
+        )

@@ -1,9 +1,16 @@
 """Fixtures for every tier. The folder of this file is on sys.path: `from recordings.weights import draw` works."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# The tests leave the user's caches alone, and compile a program once a run.
+CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{CACHE.name}/xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture(scope="session")

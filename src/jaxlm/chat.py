@@ -232,7 +232,7 @@ class Conversation:
         model, k = self.model, request.options.logprobs
         steps = devices.STEPS[model.device.platform]
         # Without the cache in it the first program does not depend on the cache's length.
-        state = engine._state(model, [request], None, engine._shared([request]))
+        state = engine.new_rows(model, [request], None, engine.optional([request]))
         state, made = model.programs.pick(k, model.weights, state, last)(model.weights, state, last)
         yield from engine.read([request], made, [(0, 0)])
         flight: deque[decoding.Made] = deque()
@@ -268,7 +268,7 @@ class Conversation:
         if kv is None:
             return make()
         args = (make(), kv, jnp.zeros(1, jnp.int32))
-        return model.programs._get("larger cache", caches.insert, (), (0,), args)(*args)
+        return model.programs.grow(*args)(*args)
 
 
 def _given(options: Options) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def insert(state: State, rows: jax.Array, part: State) -> State:
 
 
 @cache
-def _compiled(family: Any, cfg: Any) -> dict[Any, Any]:
+def compiled_for(family: Any, cfg: Any) -> dict[Any, Any]:
     """The programs of one architecture, shared by all models of its shape."""
     return {}
 
@@ -100,7 +100,7 @@ class Programs:
 
     def __init__(self, family: Any, cfg: Any):
         self.family, self.cfg = family, cfg
-        self.compiled = _compiled(family, cfg)
+        self.compiled = compiled_for(family, cfg)
         self.seconds = 0.0
         self.notify: Callable[..., None] = lambda name, seconds=None: None
 
@@ -115,6 +115,9 @@ class Programs:
 
     def insert(self, *args: Any) -> Callable[..., Any]:
         return self._get("insert", insert, (), (0,), args)
+
+    def grow(self, *args: Any) -> Callable[..., Any]:
+        return self._get("larger cache", caches.insert, (), (0,), args)
 
     def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)

@@ -122,24 +122,24 @@ def empty_state(model: "Model", requests: Sequence[Request], slots: int) -> tupl
     asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
     kv = model.init_kv(slots, length, chunk=1)
     blank = [Request([], NEUTRAL, 1, key=requests[0].key)] * slots
-    return _state(model, blank, kv, _shared(requests)), max(asked) if asked else None
+    return new_rows(model, blank, kv, optional(requests)), max(asked) if asked else None
 
 
 NEUTRAL = Options().resolve({})
 
 
-class _Shared(NamedTuple):
+class Optionals(NamedTuple):
     """Which optional arrays the rows of a batch carry: those that any of its requests needs."""
 
     counts: bool
     bias: bool
 
 
-def _shared(requests: Sequence[Request]) -> _Shared:
-    return _Shared(any(r.options.penalised for r in requests), any(r.options.logit_bias for r in requests))
+def optional(requests: Sequence[Request]) -> Optionals:
+    return Optionals(any(r.options.penalised for r in requests), any(r.options.logit_bias for r in requests))
 
 
-def _state(model: "Model", requests: Sequence[Request], kv: Any, shared: _Shared) -> decoding.State:
+def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optionals) -> decoding.State:
     """The rows of these requests before their first token."""
     V = model.config.V
     counts = bias = None
@@ -170,9 +170,9 @@ def _join(model: "Model", requests: list[Request], rows: list[int], state: decod
     width = max(len(r.ids) for r in requests)
     chunk = devices.CHUNK[model.device.platform]
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
-    shared = _Shared(state.counts is not None, state.bias is not None)
+    shared = Optionals(state.counts is not None, state.bias is not None)
     kv, last = extend(model, kv, [r.ids for r in padded], 0)
-    part = _state(model, padded, kv, shared)
+    part = new_rows(model, padded, kv, shared)
     part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
     where = jnp.asarray(target, jnp.int32)
     return model.programs.insert(state, where, part)(state, where, part), made

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jaxlm import decoding
 from jaxlm.cli import main
 
 
@@ -24,6 +25,7 @@ def test_the_published_text_through_the_command(stories, shared, capsys):
 
 
 def test_streamed_text_and_statistics(stories, capsys):
+    decoding.compiled_for.cache_clear()  # other tests may have compiled the same programs
     assert main(["generate", "-m", stories, "Once upon", "--temperature", "0", "--max-tokens", "8"]) == 0
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"

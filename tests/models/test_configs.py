@@ -39,9 +39,18 @@ def test_harmless_fields_pass(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("attention_bias", True), ("mlp_bias", True), ("made_up", 3), ("num_experts", 8), ("clip_qkv", 8.0),
-     ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True),
-     ("use_sliding_window", True), ("quantization_config", {"bits": 4})],
+    [
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("made_up", 3),
+        ("num_experts", 8),
+        ("clip_qkv", 8.0),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("use_bidirectional_attention", True),
+        ("use_sliding_window", True),
+        ("quantization_config", {"bits": 4}),
+    ],
 )
 def test_unknown_fields_are_refused_by_name(family: str, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"does not compute: {field} = .*--allow-field NAME"):

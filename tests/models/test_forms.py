@@ -62,7 +62,8 @@ def test_gradients_are_the_same_in_every_form(family: str) -> None:
 
     value, plain = gradient(model.weights, None)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
-    close(gradient(model.weights, jax.checkpoint_policies.dots_saveable), (value, plain), 1e-4)
+    if family == "qwen3":  # layer by layer, so that one family is enough
+        close(gradient(model.weights, jax.checkpoint_policies.dots_saveable), (value, plain), 1e-4)
     scanned, stacked = gradient(params.stack(model.weights, period), True)
     close((scanned, params.unstack(stacked)), (value, plain), 1e-4)
 
@@ -84,7 +85,8 @@ def test_no_type_is_promoted_by_accident(family: str, dtype: str) -> None:
     model = tiny(family, dtype=dtype)
     with jax.numpy_dtype_promotion("strict"):
         logits, _ = jax.eval_shape(model.forward, TOKENS, model.weights)
-        step, kv = jax.eval_shape(model.forward, TOKENS[:, :2], model.weights, model.init_kv(2, 16, chunk=4))
+        empty = model.init_kv(2, 16, chunk=4, dtype=dtype)
+        step, kv = jax.eval_shape(model.forward, TOKENS[:, :2], model.weights, empty)
         one, _ = jax.eval_shape(model.forward, TOKENS[:1, :1], model.weights, model.init_kv(1, 4))
         states = jax.eval_shape(model.hidden_states, TOKENS)
     assert {logits.dtype, step.dtype, one.dtype} == {jnp.dtype("float32")}

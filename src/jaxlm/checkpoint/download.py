@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,12 @@ def http_error() -> type[Exception]:
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     return HTTPError
+
+
+def each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
+    """function(name) for all names, a few at once."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        return list(pool.map(function, names))
+    finally:
+        pool.shutdown(cancel_futures=True)

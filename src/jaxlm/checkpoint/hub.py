@@ -14,14 +14,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxlm.checkpoint.download import AGAIN, ROOM, THREADS, count_bytes, download, http_error
+from jaxlm.checkpoint.download import AGAIN, ROOM, count_bytes, download, each, http_error
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = (
@@ -202,10 +201,10 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
             hf_hub_download(repo, name, revision=commit, token=token)
 
     cached = _look_up(repo, commit)
-    _each(small, [name for name in (*OPTIONAL, INDEX) if name in cached.unknown + cached.missing])
+    each(small, [name for name in (*OPTIONAL, INDEX) if name in cached.unknown + cached.missing])
     names = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
     names = [name for name in names if not (folder / name).is_file()]
-    files = dict(zip(names, _each(lambda name: _metadata(repo, name, commit, token), names)))
+    files = dict(zip(names, each(lambda name: _metadata(repo, name, commit, token), names)))
     absent = [name for name, file in files.items() if file is None]
     if absent == [SINGLE]:
         found = _remote_files(repo, commit, token)
@@ -298,11 +297,3 @@ def _remote_files(repo: str, revision: str | None, token: str | None) -> str:
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "nothing"
-
-
-def _each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        return list(pool.map(function, names))
-    finally:
-        pool.shutdown(cancel_futures=True)

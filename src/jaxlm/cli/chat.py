@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.common import ModelFlags, compiling, note
+from jaxlm.cli.common import ModelFlags, note
 from jaxlm.cli.generate import template_args, warn_ignored
 from jaxlm.options import Options
 
@@ -73,7 +73,6 @@ class Talk:
 
     def run(self) -> int:
         """The whole chat; -> 1 if something failed and nobody was there to see it."""
-        self.model.programs.notify = self.compiling
         if self.interactive:
             self.greet()
         try:
@@ -164,15 +163,6 @@ class Talk:
         if piece.compile_seconds >= 0.05:
             parts.append(f"compiled {piece.compile_seconds:.1f} s")
         return " · ".join(parts)
-
-    def compiling(self, name: str, seconds: float | None = None) -> None:
-        """Tells of a compilation while it lasts, behind the text that the line holds already."""
-        if not sys.stderr.isatty():
-            compiling(name, seconds)
-        elif seconds is None:
-            print(f"\0337{DIM} compiling {name} …{RESET}", end="", file=sys.stderr, flush=True)
-        else:
-            print("\0338\033[J", end="", file=sys.stderr, flush=True)
 
     def fail(self, error: Exception) -> None:
         """What went wrong in a turn; the chat goes on."""

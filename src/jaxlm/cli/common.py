@@ -79,14 +79,15 @@ def note(text: str) -> None:
 
 
 def compiling(name: str, seconds: float | None = None) -> None:
-    """Tells of a compilation while it lasts; on a terminal a short one leaves no line behind."""
-    tty = sys.stderr.isatty()
-    if seconds is None:
-        print(f"compiling {name} …", end="", file=sys.stderr, flush=True)
-    elif tty and seconds < 0.5:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    """Tells of a compilation while it lasts. On a terminal the notice stands behind the text that the line holds
+    already, and goes when it is over; elsewhere it is a line with the seconds."""
+    if not sys.stderr.isatty():
+        print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
+              end="" if seconds is None else "\n")  # fmt: skip
+    elif seconds is None:  # saves the cursor, and restores it to wipe what came after
+        print(f"\0337\033[2m compiling {name} …\033[0m", end="", file=sys.stderr, flush=True)
     else:
-        print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
+        print("\0338\033[J", end="", file=sys.stderr, flush=True)
 
 
 def statistics(piece: Any) -> str:

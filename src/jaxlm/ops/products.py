@@ -42,8 +42,15 @@ def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     if not inputs.endswith(summed):
         raise ValueError(f"einsum {spec!r}: the weight's last letters must be the ones that are summed, {summed!r}")
     vector = x.reshape(-1).astype(jnp.float32)
-    rows = w.reshape(-1, vector.size).astype(jnp.float32)
-    y = jax.lax.reduce_precision(vector @ rows.T, exponent_bits=8, mantissa_bits=23)
+    rows = w.reshape(-1, vector.size)
+    width = vector.size if vector.size < 4096 else 2048  # XLA's fast way takes vectors of less than 16 KiB
+
+    def part(begin: int) -> jax.Array:
+        columns = rows[:, begin : begin + width].astype(jnp.float32)
+        y = vector[begin : begin + width] @ columns.T
+        return jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=23)
+
+    y = sum((part(begin) for begin in range(width, vector.size, width)), part(0))
     return y.reshape(1, 1, *w.shape[: len(out) - 2])
 
 
