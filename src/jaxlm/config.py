@@ -83,8 +83,20 @@ class Fields:
         section = {"rope_theta": self("rope_theta", None), **self("rope_scaling", {}), **self("rope_parameters", {})}
         return read_rope(section, context, self.allow)
 
+    def rope_sections(self) -> dict[str, dict[str, Any]]:
+        """rope_parameters with a section for each kind of layer, empty where the file says nothing."""
+        given = self("rope_parameters", {})
+        if not set(given) <= {_FULL, _SLIDING}:
+            raise ValueError(
+                f"config.json: rope_parameters must have sections {_FULL} and {_SLIDING}, not {list(given)}"
+            )
+        sections = {kind: given.get(kind) or {} for kind in (_FULL, _SLIDING)}
+        return {kind: {k: v for k, v in fields.items() if v is not None} for kind, fields in sections.items()}
+
     def done(self, config: Any) -> Any:
         """The config, unless a field was not read and is not known to be harmless: then an error that names it."""
+        if not self.left.get("use_sliding_window", True):
+            self.left.pop("sliding_window", None)  # transformers sees no window then
         for name, value in self.left.items():
             if name == "layer_types" and set(value or ()) <= {_FULL}:
                 continue
@@ -119,8 +131,9 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
         raise ValueError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
     if left.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    if kind == "yarn" and "amplitude" not in read:
-        read["amplitude"] = _yarn_amplitude(read["factor"], left.pop("mscale", 0), left.pop("mscale_all_dim", 0))
+    if kind == "yarn":
+        scales = left.pop("mscale", 0), left.pop("mscale_all_dim", 0)
+        read.setdefault("amplitude", _yarn_amplitude(read["factor"], *scales))
     unknown = [name for name in left if name not in allow and name not in _ROPE_HARMLESS]
     if unknown:
         raise ValueError(f"config.json: rope_type {kind!r} has fields that are not supported: {', '.join(unknown)}")

@@ -196,3 +196,24 @@ def test_unknown_families_are_refused_with_the_known_ones() -> None:
         models.family_of("mamba")
     with pytest.raises(ValueError, match="model_type None"):
         models.family_of(None)
+
+
+def test_gemmas_rope_sections_with_gaps() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    nulls = config("gemma3", rope_parameters={FULL: {**linear, "rope_theta": None}, SLIDING: None})
+    assert (nulls.rope, nulls.local_rope) == (Rope(1e6, "linear", 8.0), Rope(1e4))
+    with pytest.raises(ValueError, match="sections"):
+        config("gemma3", rope_parameters={**linear, "rope_theta": 1e6})
+
+
+def test_a_window_that_is_switched_off() -> None:
+    assert config("qwen3", sliding_window=4096, use_sliding_window=False) == config("qwen3")
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        config("qwen3", sliding_window=4096, use_sliding_window=True)
+
+
+def test_a_stated_yarn_amplitude_wins() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5}
+    stated = config("llama3", rope_scaling={**yarn, "mscale": 1.0, "mscale_all_dim": 0.5}).rope
+    assert stated == config("llama3", rope_scaling=yarn).rope
+    assert stated.amplitude == 1.5

@@ -49,9 +49,9 @@ class Config:
         N, K, H = f.heads(D, 256, default_N=8, default_K=4)
         eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", True), f.context(131072)
         windows, scale = f.windows(L, 4096, 6), f("query_pre_attn_scalar", 256) ** -0.5
-        both = f("rope_parameters", {})  # the newer spelling holds a section for each kind of layer
-        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {}), **both.get("full_attention", {})}
-        local = {"rope_theta": f("rope_local_base_freq", 1e4), **both.get("sliding_attention", {})}
+        sections = f.rope_sections()  # the newer spelling holds one for each kind of layer
+        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {}), **sections["full_attention"]}
+        local = {"rope_theta": f("rope_local_base_freq", 1e4), **sections["sliding_attention"]}
         ropes = read_rope(wide, context, allow), read_rope(local, context, allow)
         return f.done(cls(V, D, F, L, N, K, H, eps, *ropes, windows, scale, context, tied))
 

@@ -68,7 +68,7 @@ def _best(
 
 
 def _in_float32(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
-    """`reference` for CPU: jax 0.10 compiles batched bfloat16 products there that it cannot run."""
+    """`reference` for CPU: XLA compiles batched bfloat16 products there that it cannot run (jax 0.10 and 0.12)."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     return reference(q32, k32, v32, *rest).astype(q.dtype)
 
