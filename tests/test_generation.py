@@ -9,6 +9,7 @@ import pytest
 
 import jaxlm
 from jaxlm import devices
+from jaxlm.generation import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.ops import Rope
 
@@ -213,10 +214,59 @@ def test_max_tokens_over_the_context_is_refused_before_any_work():
     assert len(jaxlm.generate(model, PROMPT, max_tokens=249, temperature=0).tokens) == 249
 
 
+def test_what_a_tokenizer_returns_is_taken_for_ids():
+    model = llama()
+    want = jaxlm.generate(model, PROMPT, max_tokens=4, temperature=0).tokens
+    for prompt in (
+        {"input_ids": PROMPT, "attention_mask": [1] * 7},
+        np.array(PROMPT),
+        tuple(PROMPT),
+        jnp.array(PROMPT),
+    ):
+        assert jaxlm.generate(model, prompt, max_tokens=4, temperature=0).tokens == want
+    for prompt in ([np.array(PROMPT)], np.array([PROMPT]), {"input_ids": [PROMPT]}):
+        assert [a.tokens for a in jaxlm.generate(model, prompt, max_tokens=4, temperature=0)] == [want]
+    with pytest.raises(ValueError, match="list of messages"):
+        jaxlm.generate(model, {"role": "user", "content": "hi"})
+
+
+def test_weights_that_are_not_finite():
+    model = llama()
+    weights = {**model.weights, "norm": model.weights["norm"].at[3].set(jnp.nan)}
+    with pytest.raises(ValueError, match="not finite"):
+        jaxlm.generate(jaxlm.Model(model.family, model.config, weights), PROMPT, max_tokens=4)
+
+
+def test_the_models_own_max_new_tokens_never_exceed_the_context():
+    model = llama()
+    model.generation_config = {"max_new_tokens": 4096}
+    assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == 256 - len(PROMPT)
+    model.generation_config = {"max_new_tokens": 3}
+    assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == 3
+
+
+def test_forward_by_hand():
+    """Past the cache: an error where it can be seen, else NaN; rewinding without saying so forgets what came after."""
+    model = llama()
+    row = np.arange(12)[None]
+    want, _ = model.forward(row, model.weights)
+    _, kv = model.forward(row[:, :10], model.weights, model.init_kv(1, 10))
+    with pytest.raises(ValueError, match="cache of 10"):
+        model.forward(row[:, 10:11], model.weights, kv, 10)
+    assert jnp.isnan(model.forward(row[:, 10:11], model.weights, kv)[0]).all()
+    _, kv = model.forward(row[:, 5:7], model.weights, kv, 5)
+    again, _ = model.forward(row[:, 7:9], model.weights, kv)
+    np.testing.assert_allclose(again, want[:, 7:9], atol=1e-4 * float(want.std()))
+    with pytest.raises(ValueError, match="0 to 96"):
+        model.forward([[97]], model.weights)
+    with pytest.raises(ValueError, match="two axes"):
+        model.forward([1, 2], model.weights)
+
+
 def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
     model = llama()
-    one = 2 * 2 * (7 + 100) * 2 * 8 * 4
-    monkeypatch.setattr(devices, "available_memory", lambda device: 2 * one + 10)
+    rows = [cache_bytes(model, 107, 1) + cache_bytes(model, 7, None)] * 2
+    monkeypatch.setattr(devices, "available_memory", lambda device: sum(rows) + 10)
     with pytest.raises(MemoryError, match="batch_size=2"):
         jaxlm.generate(model, [PROMPT] * 3, max_tokens=100)
     assert len(jaxlm.generate(model, [PROMPT] * 3, max_tokens=100, batch_size=2)) == 3

@@ -12,7 +12,7 @@ HARMLESS = set(
     initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
     cache_implementation max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset
     return_dict id2label label2id chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder
-    tokenizer_class _sliding_window_pattern sliding_window_pattern auto_map
+    tokenizer_class auto_map
     """.split()  # noqa: SIM905
 )
 REQUIRED: Any = object()

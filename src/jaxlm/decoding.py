@@ -39,6 +39,9 @@ class Made(NamedTuple):
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
+NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
+
+
 def bucket(n: int, least: int = 16) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, … that holds n: the lengths for which programs are compiled."""
     power = least
@@ -62,6 +65,7 @@ def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: ja
     pos = state.pos + 1
     keys = sampling.step_keys(state.keys, pos)
     token = sampling.sample(logits, state.sampling, keys, state.counts, state.bias)
+    token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
     made = jax.tree.map(lambda a: a[None], Made(token, chosen))
@@ -121,7 +125,7 @@ class Programs:
 
     def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        key = (name, static, tree, leaves[0].sharding, tuple((a.shape, a.dtype) for a in leaves))
+        key = (name, static, tree, frozenset(a.sharding for a in leaves), tuple((a.shape, a.dtype) for a in leaves))
         if key not in self.compiled:
             self.notify(name)
             start = time.perf_counter()

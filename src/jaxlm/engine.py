@@ -69,7 +69,7 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
         rows = _unfinished(rows, requests)
         free = [i for i, row in enumerate(rows) if row is None]
         if waiting and free:
-            batch = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            batch = _alike(waiting, requests, len(free))
             state, made = _join(model, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, requests[request].max_tokens - 1)
@@ -89,6 +89,15 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
             return
 
 
+def _alike(waiting: deque[int], requests: Sequence[Request], most: int) -> list[int]:
+    """Takes the next request, and others whose prompts share its length bucket: a batch is padded to its longest."""
+    size = decoding.bucket(len(requests[waiting[0]].ids))
+    batch = [i for i in waiting if decoding.bucket(len(requests[i].ids)) == size][:most]
+    for i in batch:
+        waiting.remove(i)
+    return batch
+
+
 def _unfinished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
     """The rows, those whose request has ended made free."""
     return [row if row is not None and not requests[row.request].finished else None for row in rows]
@@ -103,6 +112,11 @@ def read(requests: Sequence[Request], made: decoding.Made, where: list[tuple[int
             if request.finished:
                 continue
             token = int(tokens[n, row])
+            if token == decoding.NOT_FINITE:
+                raise ValueError(
+                    "the model's logits are not finite: its weights hold NaN or infinity, or overflow in their type "
+                    "(try dtype='float32', --dtype float32)"
+                )
             request.made += 1
             request.first = request.first or time.perf_counter()
             if token in request.stop_ids:
@@ -168,7 +182,7 @@ def _join(model: "Model", requests: list[Request], rows: list[int], state: decod
     padded = requests + [requests[-1]] * (b - len(requests))
     target = rows + [state.pos.shape[0]] * (b - len(requests))
     width = max(len(r.ids) for r in requests)
-    chunk = devices.CHUNK[model.device.platform]
+    chunk = max(16, devices.CHUNK[model.device.platform] // b)  # tokens of all rows together
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
     shared = Optionals(state.counts is not None, state.bias is not None)
     kv, last = extend(model, kv, [r.ids for r in padded], 0)

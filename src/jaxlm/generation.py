@@ -3,15 +3,19 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
-from jaxlm import devices, engine
+from jaxlm import decoding, devices, engine, params
 from jaxlm.detokenize import TextStream
 from jaxlm.options import Options, from_kwargs
+from jaxlm.sampling import bias_of
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -93,24 +97,31 @@ def split(prompt: Prompt) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether it was only one."""
     if isinstance(prompt, str):
         return [prompt], True
+    if isinstance(prompt, Mapping):  # what a tokenizer of transformers returns
+        if "input_ids" not in prompt:
+            raise ValueError("a chat is a list of messages: [{'role': 'user', 'content': …}]")
+        prompt = prompt["input_ids"]
+    if not isinstance(prompt, list | tuple):
+        prompt = np.asarray(prompt).tolist()
     if not len(prompt):
         raise ValueError("the list of prompts is empty")
-    single = isinstance(prompt[0], int | dict) or hasattr(prompt[0], "__index__")
+    single = isinstance(prompt[0], Integral | Mapping)
     return [prompt] if single else list(prompt), single
 
 
 def resolve(model: "Model", options: dict[str, Any]) -> Options:
     """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
     where none is given."""
-    resolved = from_kwargs(**options).resolve(model.generation_config)
-    return resolved if resolved.seed is not None else replace(resolved, seed=int.from_bytes(os.urandom(4), "little"))
+    asked = from_kwargs(**options)
+    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
+    return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
 
 
 def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
     """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
     if not len(prompt):
         ids = []
-    elif isinstance(prompt, str) or isinstance(prompt[0], dict):
+    elif isinstance(prompt, str) or isinstance(prompt[0], Mapping):
         if model.tokenizer is None:
             raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
         chat = not isinstance(prompt, str)
@@ -138,12 +149,15 @@ def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
             f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context of {model.source}, "
             f"{context:,} tokens: shorten the prompt, or ask for at most {left:,} (--max-tokens {left})"
         )
-    return max_tokens or min(DEFAULT_TOKENS, left)
+    return max_tokens or min(model.generation_config.get("max_new_tokens") or DEFAULT_TOKENS, left)
 
 
 def requests_for(model: "Model", prompts: list[Any], options: Options, template_args: Any) -> list[engine.Request]:
     """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
     that a sequence's text does not depend on what shares its batch."""
+    if options.stop and model.tokenizer is None:
+        raise ValueError(f"stop strings need a tokenizer, and {model.source} has none")
+    bias_of([options.logit_bias], model.config.V)  # refuses ids outside the vocabulary
     stops = frozenset() if options.ignore_eos else stop_ids(model)
     seed, repeats = jax.random.key(options.seed or 0), Counter[tuple[int, ...]]()
     requests = []
@@ -167,6 +181,8 @@ def _stream(
     model: "Model", prompts: list[Any], options: Options, batch_size: int | None, template_args: Any
 ) -> Iterator[Piece]:
     requests = requests_for(model, prompts, options, template_args)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or devices.BATCH[model.device.platform])
     _check_memory(model, requests, slots)
     answers = [Answer(model, i, request) for i, request in enumerate(requests)]
@@ -179,7 +195,7 @@ def _stream(
 def _check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
     """Refuses a cache that cannot be allocated, and says what could."""
     longest = max(len(r.ids) + r.max_tokens for r in requests)
-    row = kv_bytes(model, longest)
+    row = cache_bytes(model, longest, 1) + cache_bytes(model, max(len(r.ids) for r in requests), None)
     free = devices.available_memory(model.device)
     fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
     if free is not None and row <= free:
@@ -187,8 +203,14 @@ def _check_memory(model: "Model", requests: list[engine.Request], slots: int) ->
     devices.require(slots * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
 
 
+def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
+    """Bytes of the cache that is made for one sequence of `length` tokens, `chunk` written at once."""
+    make = partial(model.init_kv, 1, decoding.bucket(length), chunk=chunk or devices.CHUNK[model.device.platform])
+    return params.nbytes(jax.eval_shape(make))
+
+
 def kv_bytes(model: "Model", length: int) -> int:
-    """Bytes of the cache of one sequence of `length` tokens while it is decoded."""
+    """Bytes that a decoding step reads of a sequence of `length` tokens."""
     cfg = model.config
     slots = sum(length if window is None else min(length, window) for window in cfg.windows)
     return 2 * slots * cfg.K * cfg.H * devices.cache_dtype(model.dtype, model.device.platform).itemsize

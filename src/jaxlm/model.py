@@ -53,15 +53,31 @@ class Model:
         """tokens [B,T] int32 -> logits [B,T,V] float32, and the cache with these tokens in it (None without one).
 
         pos is each token's position [B,T] int32 (-1: padding), or one int for all rows: the first token's. Left out, a
-        row begins at 0, or after what its cache holds. Pure and jitted; differentiable in the weights.
+        row begins at 0, or after what its cache holds. Pure and jitted; differentiable in the weights. Logits of a
+        position past the cache are NaN. ValueError for ids outside the vocabulary (of lists and numpy arrays: what lies
+        on a device is not looked at).
         """
-        return _programs(self.family, self.config)["forward"](jnp.asarray(tokens), weights, kv, pos)
+        tokens = self._ids(tokens)
+        if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
+            raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a cache of {kv.length}")
+        pos = pos if pos is None else jnp.asarray(pos, jnp.int32)
+        return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
+
+    def _ids(self, tokens: Any) -> jax.Array:
+        if not isinstance(tokens, jax.Array):
+            ids = np.asarray(tokens)
+            if ids.size and (ids.min() < 0 or ids.max() >= self.config.V):
+                raise ValueError(f"tokens must be ids from 0 to {self.config.V - 1}, not {ids.min()} to {ids.max()}")
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have two axes [B,T] (a batch of one is [[…]]), not shape {tokens.shape}")
+        return tokens
 
     def hidden_states(self, tokens: Any, weights: Weights | None = None, pos: Any = None) -> list[jax.Array]:
         """The residual stream [B,T,D] before the first layer and after each, the last one normed: L + 1 arrays, as
         transformers' `output_hidden_states` counts them."""
         weights = self.weights if weights is None else weights
-        return _programs(self.family, self.config)["hidden"](jnp.asarray(tokens), weights, pos)
+        return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
 
     def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.Cache:
         """An empty cache for `batch` rows of up to `length` tokens. With `chunk`, at most so many are written a call,
@@ -124,7 +140,7 @@ def load(
     must compute it. device: where the weights go, jax's default if left out. progress: show a bar on stderr (default:
     when it is a terminal). Raises ValueError, FileNotFoundError or MemoryError, each with what to do.
     """
-    device = device or _default_device()
+    device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device or _default_device()
     folder = hub.resolve(name, revision=revision, token=token, offline=offline)
     raw = hf.read_json(folder / "config.json")
     known = models.family_of(raw.get("model_type"))
@@ -190,8 +206,10 @@ def _programs(family: Any, cfg: Any) -> dict[str, Any]:
     """The jitted functions of one architecture, shared by all models of its shape."""
 
     def forward(tokens: jax.Array, weights: Weights, kv: Any, pos: Any) -> Any:
-        x, kv = family.forward(cfg, tokens, weights, kv, positions(tokens, kv, pos))
-        return family.logits(cfg, x, weights), kv
+        pos = positions(tokens, kv, pos)
+        x, new = family.forward(cfg, tokens, weights, kv, pos)
+        logits = family.logits(cfg, x, weights)
+        return (logits if kv is None else jnp.where((pos < kv.length)[:, :, None], logits, jnp.nan)), new
 
     def hidden(tokens: jax.Array, weights: Weights, pos: Any) -> list[jax.Array]:
         states: list[jax.Array] = []

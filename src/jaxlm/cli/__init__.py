@@ -5,15 +5,10 @@ Nothing here imports jax at the top: `jaxlm --help` must answer at once.
 
 import os
 import sys
-
-import tyro
+from typing import Any
 
 from jaxlm import __version__
-from jaxlm.cli.chat import Chat
-from jaxlm.cli.generate import Generate
-from jaxlm.cli.info import Info
 
-COMMANDS = {"generate": Generate, "chat": Chat, "info": Info}
 ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
 
 
@@ -23,8 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv in (["--version"], ["-V"]):
         print(f"jaxlm {__version__}")
         return 0
-    command = parse(argv or ["--help"])
+    command = None
     try:
+        command = parse(argv or ["--help"])
         return command.run() or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -33,16 +29,22 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if command.debug:
+        if command is None or command.debug:
             raise
         print(f"jaxlm: {explain(error)}", file=sys.stderr)
         return 1
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> Any:
     """The command that the arguments describe; exits with 2 where they describe none."""
+    import tyro
+
+    from jaxlm.cli.chat import Chat
+    from jaxlm.cli.generate import Generate
+    from jaxlm.cli.info import Info
+
     return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+        {"generate": Generate, "chat": Chat, "info": Info},
         prog="jaxlm",
         description=ABOUT,
         args=argv,

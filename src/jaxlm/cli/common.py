@@ -1,6 +1,7 @@
 """What the commands share: the model's flags, the process's settings, and what is told on stderr."""
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,12 @@ class ModelFlags:
 def set_up_process() -> None:
     """Settings of the whole process, which only the command line may make; environment variables win."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
+    # Extension modules turn a Ctrl-C in the middle of their import into an ImportError: here it just ends the process.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
+
+    signal.signal(signal.SIGINT, before)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -100,4 +105,6 @@ def statistics(piece: Any) -> str:
     parts.append(f"first token after {piece.first_token_seconds:.2f} s")
     if piece.compile_seconds >= 0.05:
         parts.append(f"compiled for {piece.compile_seconds:.1f} s")
+    if piece.finish_reason == "length":
+        parts.append("ended by --max-tokens or the context")
     return " · ".join([*parts, f"peak memory {gigabytes(peak_memory())}"])

@@ -62,10 +62,10 @@ class Generate(Options, ModelFlags):
     def _lines(self) -> list[Any]:
         """The prompts as given: texts or JSON objects."""
         if (self.prompt is None) == (self.prompts is None):
-            usage("give a prompt, - to read it from stdin, or --prompts FILE.jsonl")
+            usage("give a prompt, - to read it from stdin, or --prompts FILE.jsonl" + ", not both" * bool(self.prompts))
         if self.prompts is not None:
             return read_prompts(self.prompts)
-        text = sys.stdin.read() if self.prompt == "-" else self.prompt
+        text = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
         if not text:
             raise ValueError("the prompt is empty: give some text, or the model's begin token (such as <s>) with --raw")
         return [text]
@@ -87,8 +87,8 @@ def read_prompts(path: Path) -> list[Any]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if isinstance(value, dict) and set(value) & {"prompt", "messages"}:
-            value = value.get("messages") or value.get("prompt")
+        if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
+            (value,) = value.values()
         if not value or not isinstance(value, str | list):
             raise ValueError(f'{path}, line {number}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
         prompts.append(value)
@@ -105,7 +105,8 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
             f"--system needs a chat template; {'--raw leaves it out' if raw else model.source + ' has none'}"
         )
     if not isinstance(line, str):
-        return line
+        has_own = isinstance(line[0], dict) and line[0].get("role") == "system"
+        return [{"role": "system", "content": system}, *line] if system and not has_own else line
     if not chat:
         return line
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": line}]

@@ -147,7 +147,10 @@ def _cudnn_applies(q: jax.Array, k: jax.Array) -> bool:
     of 8 wide. Single queries are left to XLA, and lengths whose mask alone would take half a gigabyte."""
     B, T, _, H = q.shape
     S = k.shape[2]
-    hopper = float(jax.devices("gpu")[0].compute_capability) >= 9.0
+    device = jax.devices("gpu")[0]
+    if "cuda" not in device.client.platform_version.lower():
+        return False
+    hopper = float(device.compute_capability) >= 9.0
     shapes = T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
     return shapes and q.dtype != jnp.float32 and B * T * S <= 1 << 28
 

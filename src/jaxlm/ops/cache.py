@@ -63,7 +63,10 @@ def advance(cache: Cache, pos: jax.Array) -> tuple[Cache, list[Slots]]:
         )
     index = {S: slot(pos, a.shape[1], cache.length) for S, a in cache.at.items()}
     rows = jnp.arange(pos.shape[0])[:, None]
-    at = {S: a.at[rows, index[S]].set(pos, mode="drop", unique_indices=True) for S, a in cache.at.items()}
+    # A row that is rewound forgets what lay behind: it goes on from its newest token.
+    newest = jnp.where((pos >= 0).any(axis=1), pos.max(axis=1), cache.length)[:, None]
+    kept = {S: jnp.where(a > newest, -1, a) for S, a in cache.at.items()}
+    at = {S: a.at[rows, index[S]].set(pos, mode="drop", unique_indices=True) for S, a in kept.items()}
     views = [Slots(w["k"], w["v"], index[S], at[S]) for w in cache.layers for S in [str(w["k"].shape[2])]]
     return replace(cache, at=at), views
 

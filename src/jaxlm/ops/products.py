@@ -15,7 +15,7 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
-    return multiply(spec, x, w).astype(dtype or x.dtype)
+    return multiply(spec, x, w.astype(x.dtype)).astype(dtype or x.dtype)
 
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
 
     if x.shape[:2] != (1, 1):
         return product(x, w)
