@@ -93,7 +93,7 @@ def stream(
     return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
 
 
-def split(prompt: Prompt) -> tuple[list[Any], bool]:
+def split(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether it was only one."""
     if isinstance(prompt, str):
         return [prompt], True

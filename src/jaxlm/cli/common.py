@@ -67,7 +67,6 @@ def set_up_process() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
-
     signal.signal(signal.SIGINT, before)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

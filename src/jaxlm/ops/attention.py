@@ -38,13 +38,13 @@ def attend(
     0 <= query - key, and < window in a sliding layer. Without a cache a sequence begins wherever pos does not exceed
     the token before it, and sequences do not see each other. Scores are scaled by H**-0.5 unless `scale` is given.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cache is None:
         places = Places(pos, segments(pos))
-        return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, scale), None
+        return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, factor), None
     cache = caches.write(cache, k, v)
     query, key = Places(pos, jnp.zeros_like(pos)), Places(cache.at, jnp.zeros_like(cache.at))
-    return _best(q, cache.k, cache.v, query, key, window, scale), cache
+    return _best(q, cache.k, cache.v, query, key, window, factor), cache
 
 
 def _best(
