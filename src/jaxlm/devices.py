@@ -22,7 +22,8 @@ COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_fast_math": True}}
 
 
 def auto_dtype(stored: np.dtype, platform: str) -> np.dtype:
-    """The type in which weights are kept when none is asked for: the file's."""
+    """The type in which weights are kept when none is asked for: the file's. On CPU bfloat16 decodes as fast as float32
+    with jax 0.10 and twice as fast with 0.12 (docs/performance.md); no other device has been measured."""
     return stored
 
 

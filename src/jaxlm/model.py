@@ -134,7 +134,7 @@ def load(
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
 
-    dtype: "auto" keeps the file's type unless the device is much faster in another (devices.auto_dtype), or
+    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or
     "float32", "bfloat16", "float16". revision: branch, tag or commit. offline: the local cache alone. allow_fields:
     names of config fields that may pass although the code does not know them. family: a module of jaxlm.models that
     must compute it. device: where the weights go, jax's default if left out. progress: show a bar on stderr (default:

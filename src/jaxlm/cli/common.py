@@ -20,7 +20,7 @@ class ModelFlags:
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="NAME|FOLDER")] = None
     """Hugging Face hub id or a local folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; auto keeps the file's, unless the device is much faster in another."""
+    """Type of the weights; auto keeps the file's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: str | None = None
