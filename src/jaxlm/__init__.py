@@ -6,15 +6,15 @@ if TYPE_CHECKING:
     from jaxlm.chat import Conversation as Conversation
     from jaxlm.generation import generate as generate
     from jaxlm.generation import stream as stream
+    from jaxlm.loading import load as load
     from jaxlm.model import Model as Model
-    from jaxlm.model import load as load
 
 __version__ = "0.1.0"
 _HOME = {
     "Conversation": "jaxlm.chat",
     "Model": "jaxlm.model",
     "generate": "jaxlm.generation",
-    "load": "jaxlm.model",
+    "load": "jaxlm.loading",
     "stream": "jaxlm.generation",
 }
 __all__ = ["Conversation", "Model", "__version__", "generate", "load", "stream"]

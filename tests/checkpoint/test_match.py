@@ -114,7 +114,9 @@ def test_known_but_unread_tensors_are_listed(tmp_path):
     extra = ["vision_tower.a.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     arrays |= {name: np.zeros(2, np.float32) for name in extra}
     tensors = hf.read_index(made.folder(tmp_path / "m", made.GEMMA, arrays))
-    assert hf.match(gemma3.PARAMS, made.config(made.GEMMA), tensors, gemma3.UNREAD)[1] == extra
+    assert hf.match(gemma3.PARAMS, made.config(made.GEMMA), tensors, gemma3.UNREAD).unread == [
+        tensors[name] for name in extra
+    ]
     message = misfit(tmp_path, {**arrays, "my_rotary_emb.inv_freq": arrays[extra[0]]}, made.GEMMA)
     assert "unexpected: 1 (my_rotary_emb.inv_freq)." in message
 

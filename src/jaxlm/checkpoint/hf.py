@@ -7,7 +7,9 @@ alone is held up by the first touch of fresh memory and by the conversion (half 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,27 @@ PIECE = 64 << 20  # bytes sent to an accelerator at a time
 IGNORABLE = (".rotary_emb.inv_freq",)
 
 
-def match(
-    table: params.Table, cfg: Any, tensors: Mapping[str, Tensor], unread: Collection[str] = ()
-) -> tuple[list[tuple[params.Row, Tensor]], list[str]]:
-    """Each row with its one tensor, and the names that are known but not read. All misfits are reported together."""
+class Matched(NamedTuple):
+    """The tensors of a checkpoint, sorted by what they are to a model."""
+
+    pairs: list[tuple[params.Row, Tensor]]  # each row with its one tensor
+    heads: list[Tensor]  # copies of the embedding, stored although config.json ties the head to it
+    unread: list[Tensor]  # known and not used
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model came from: the folder, the contents of its config files, and its tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Matched
+
+
+def match(table: params.Table, cfg: Any, tensors: Mapping[str, Tensor], unread: Collection[str] = ()) -> Matched:
+    """Finds the one tensor of each row; `unread` are beginnings of names that may be left. All misfits are reported
+    together."""
     left, pairs = dict(tensors), []
     missing, twice, misshapen, unreadable = [], [], [], []
     for row in params.rows(table, cfg):
@@ -48,10 +67,10 @@ def match(
     embed = next((tensor for row, tensor in pairs if row.path == "embed"), None)
     heads = [left.pop(name) for name in table.get("head", ("",))[1:] if name in left] if cfg.tied else []
     untied = [head.name for head in heads if embed is not None and not _same(head, embed)]
-    passed = [name for name in left if name.startswith(tuple(unread)) or name.endswith(IGNORABLE)]
+    passed = {name: t for name, t in left.items() if name.startswith(tuple(unread)) or name.endswith(IGNORABLE)}
     faults = {
         "missing": missing,
-        "unexpected": [name for name in left if name not in set(passed)],
+        "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
         f"of a type that is not read (it must be {', '.join(DTYPES)}; quantised checkpoints are not)": unreadable,
         "stored in two spellings": twice,
@@ -62,7 +81,7 @@ def match(
         raise ValueError(
             f"the weights do not fit config.json. {'; '.join(report)}. Are both files of the same model and revision?"
         )
-    return pairs, passed
+    return Matched(pairs, heads, list(passed.values()))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

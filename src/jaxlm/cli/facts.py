@@ -147,7 +147,7 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
     # A head stored beside the embedding it is tied to is never read: comparing the two would read both.
     tied = set(family.PARAMS["head"][1:]) if cfg.tied else set()
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in tied}
-    pairs, unread = hf.match(family.PARAMS, cfg, tensors, family.UNREAD)
+    pairs, _, unread = hf.match(family.PARAMS, cfg, tensors, family.UNREAD)
     stored = Counter[str]()
     for _, tensor in pairs:
         stored[tensor.dtype] += tensor.nbytes
@@ -158,8 +158,8 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
         "dtype": dtype.name,
         "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
-        "unread": dict(Counter(_beginning(name, family.UNREAD) for name in unread)),
-        "unread_bytes": sum(tensors[name].nbytes for name in unread),
+        "unread": dict(Counter(_beginning(tensor.name, family.UNREAD) for tensor in unread)),
+        "unread_bytes": sum(tensor.nbytes for tensor in unread),
     }, dtype
 
 

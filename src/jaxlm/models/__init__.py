@@ -19,7 +19,7 @@ def register(model_type: str, family: Any) -> None:
 
 
 def _load(family: Any, name: Any, **options: Any) -> Any:
-    from jaxlm.model import load
+    from jaxlm.loading import load
 
     return load(name, family=family, **options)
 
