@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,39 @@ def load(
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
 
-    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or
-    "float32", "bfloat16", "float16". revision: branch, tag or commit. offline: the local cache alone. allow_fields:
+    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16". revision: branch, tag or commit. offline: the local cache alone. allow_fields:
     names of config fields that may pass although the code does not know them. family: a module of jaxlm.models that
     must compute it. device: where the weights go, jax's default if left out. progress: show a bar on stderr (default:
     when it is a terminal). Raises ValueError, FileNotFoundError or MemoryError, each with what to do.
     """
     device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device or _default_device()
+    found = find(name, revision=revision, token=token, offline=offline, allow_fields=allow_fields, family=family)
+    weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, device, progress)
+    return Model(
+        found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
+    )
+
+
+class Found(NamedTuple):
+    """A checkpoint before its weights are read: all that is known of it, checked."""
+
+    family: Any
+    config: Any
+    checkpoint: hf.Checkpoint
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+
+
+def find(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    allow_fields: Collection[str] = (),
+    family: Any = None,
+) -> Found:
+    """What `load` would load, with every check but the reading of weights; arguments as there."""
     folder = hub.resolve(name, revision=revision, token=token, offline=offline)
     raw = hf.read_json(folder / "config.json")
     known = models.family_of(raw.get("model_type"))
@@ -48,11 +74,9 @@ def load(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     path = folder / "generation_config.json"
-    found = hf.Checkpoint(folder, raw, hf.read_json(path) if path.exists() else {}, tensors)
-    generation_config = {"eos_token_id": raw.get("eos_token_id"), **found.generation_config}
-    tokenizer = Tokenizer.load(folder, generation_config, raw)
-    weights = _read_weights(str(name), tensors.pairs, dtype, device, progress)
-    return Model(known, config, weights, tokenizer, generation_config, str(name), found)
+    checkpoint = hf.Checkpoint(folder, raw, hf.read_json(path) if path.exists() else {}, tensors)
+    generation_config = {"eos_token_id": raw.get("eos_token_id"), **checkpoint.generation_config}
+    return Found(known, config, checkpoint, Tokenizer.load(folder, generation_config, raw), generation_config)
 
 
 def _read_weights(name: str, pairs: Any, dtype: Any, device: Any, progress: bool | None) -> Weights:
