@@ -30,10 +30,11 @@ def load(
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
 
-    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16". revision: branch, tag or commit. offline: the local cache alone. allow_fields:
-    names of config fields that may pass although the code does not know them. family: a module of jaxlm.models that
-    must compute it. device: where the weights go, jax's default if left out. progress: show a bar on stderr (default:
-    when it is a terminal). Raises ValueError, FileNotFoundError or MemoryError, each with what to do.
+    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16". revision:
+    branch, tag or commit. offline: the local cache alone. allow_fields: names of config fields that may pass although
+    the code does not know them. family: a module of jaxlm.models that must compute it. device: where the weights go,
+    jax's default if left out. progress: show a bar on stderr (default: when it is a terminal). Raises ValueError,
+    FileNotFoundError or MemoryError, each with what to do.
     """
     device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device or _default_device()
     found = find(name, revision=revision, token=token, offline=offline, allow_fields=allow_fields, family=family)
