@@ -1,0 +1,64 @@
+"""`jaxlm verify`: proof that a model computes what its authors published."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from jaxlm.cli.common import ModelFlags, note, set_up_process
+
+if TYPE_CHECKING:
+    from jaxlm.verification import Report
+
+
+@dataclass(frozen=True)
+class Verify(ModelFlags):
+    """Compare a model with transformers, with Meta's code or with a recording, and with itself."""
+
+    name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
+    """Hub id or folder."""
+    against: str | None = None
+    """transformers, meta, self, or a file that --record wrote; several with commas. Default: transformers where torch
+    is installed, else self."""
+    record: str | None = None
+    """Write the first reference's answers to this file, for machines without torch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Type of jaxlm's weights; float32 proves the mathematics."""
+    report: str | None = None
+    """Write a page with a plot of error by layer into this folder."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def run(self) -> int:
+        name = self.name or self.model
+        if name is None:
+            print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
+            return 2
+        set_up_process()
+        if self.report is not None:
+            from jaxlm.verification.report import require_plots
+
+            require_plots()  # before minutes of work
+        import jaxlm
+
+        report = jaxlm.verify(name, self.against, record=self.record, dtype=self.dtype, progress=note, **self.options())
+        if self.json:
+            print(json.dumps(report.json(), indent=2, ensure_ascii=False))
+        else:
+            self.show(report)
+        if self.record:
+            note(f"recorded in {self.record}: compare elsewhere with --against {self.record}")
+        if self.report is not None:
+            note(f"report: {report.save(self.report)}")
+        return 0 if report.passed else 1
+
+    def show(self, report: "Report") -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        console.print(report.table())
+        if len(report.tokens) > 2 or len({tuple(ids) for ids in report.tokens.values()}) > 1:
+            console.print(report.token_table())
+        console.print(report.verdict(), style=None if report.passed else "bold red")

@@ -1,0 +1,149 @@
+"""From answers to checks: each a figure, its limit, and whether it holds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.verification import ours, tolerances
+from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
+from jaxlm.verification.report import Check, Report
+
+
+class Apart(NamedTuple):
+    """How far answers are from the reference's: the worst and the root mean square in its deviations, the mean KL in
+    nats, and the share of positions with the same likeliest token."""
+
+    worst: float
+    rms: float
+    kl: float = 0.0
+    top1: float = 1.0
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> Apart:
+    """Hidden states or logits a [...,n] against the reference's b."""
+    deviation = float(b.std()) or 1.0
+    difference = a.astype(np.float64) - b
+    # NaN compares as false everywhere: it must count as infinitely far.
+    worst, rms = np.abs(difference).max() / deviation, np.sqrt((difference**2).mean()) / deviation
+    return Apart(*(float(x) if np.isfinite(x) else np.inf for x in (worst, rms)))
+
+
+def apart_logits(a: np.ndarray, b: np.ndarray) -> Apart:
+    p, q = _log_softmax(b), _log_softmax(a)
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    top1 = float((a.argmax(-1) == b.argmax(-1)).mean())
+    return Apart(*apart(a, b)[:2], kl if np.isfinite(kl) else np.inf, top1)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64) - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report:
+    """All checks of a model: against each reference (its float32 answers first, then those in the model's type, if
+    that is another), and against itself."""
+    report = Report.of(model)
+    for theirs in traces:
+        mine = ours.trace(model, probes, theirs[0])
+        report.tokens.setdefault("jaxlm", mine.greedy)
+        report.tokens[theirs[0].name] = theirs[0].greedy
+        report.checks += _frequencies(mine, theirs[0])
+        report.checks += _states(report, mine, theirs)
+        report.checks += _logits(mine, theirs)
+        report.checks += _text(mine, theirs[0])
+        report.checks += _tokens(mine, theirs[0])
+    limit = tolerances.ITSELF[report.dtype]
+    report.checks += [
+        Check("itself", f"{name}, logits, rms", apart(a, b).rms, limit, "deviations")
+        for name, (a, b) in ours.itself(model).items()
+    ]
+    return report
+
+
+def _limits(theirs: list[Trace], figures: Apart | None) -> tolerances.Limits:
+    """The table's limits in float32; else a multiple of the reference's own error in the model's type."""
+    if figures is None:
+        return tolerances.EXACT
+    worst, rms, kl = (tolerances.OWN_ERROR * figure for figure in figures[:3])
+    return tolerances.Limits(worst, rms, kl)
+
+
+def _frequencies(mine: Trace, theirs: Trace) -> list[Check]:
+    checks = []
+    limit = tolerances.ULPS if theirs.used is None else tolerances.ULPS_READ_BACK
+    for name, radians in theirs.radians.items():
+        a, b = (x.astype(np.float32).view(np.int32).astype(np.int64) for x in (mine.radians[name], radians))
+        checks.append(Check(theirs.name, f"frequencies ({name})", float(np.abs(a - b).max()), limit, "ulp"))
+        scale = abs(mine.amplitude[name] / theirs.amplitude[name] - 1)
+        checks.append(Check(theirs.name, f"rotary scale ({name})", scale, 1e-6, "relative"))
+    return checks
+
+
+def _states(report: Report, mine: Trace, theirs: list[Trace]) -> list[Check]:
+    """Hidden states of every layer; the worst of them is the figure, and the first beyond its limit is named."""
+    exact, name = theirs[0], theirs[0].name
+    if len(mine.hidden) != len(exact.hidden):
+        counts = len(mine.hidden) - 1, len(exact.hidden) - 1
+        return [Check(name, f"layers: {counts[0]} instead of {counts[1]}", abs(counts[0] - counts[1]), 0, "layers")]
+    found = [apart(a, b) for a, b in zip(mine.hidden, exact.hidden)]
+    own = [apart(a, b) for a, b in zip(theirs[1].hidden, exact.hidden)] if len(theirs) > 1 else [None] * len(found)
+    limits = [_limits(theirs, figures) for figures in own]
+    # The embedding is copied, and rounds in no type: its own error may be zero.
+    bounds = [max(limit.rms, tolerances.EXACT.rms) for limit in limits]
+    report.layers[name] = [far.rms for far in found]
+    report.layer_limits[name] = bounds
+    ratios = [far.rms / bound for far, bound in zip(found, bounds)]
+    worst = int(np.argmax(ratios))
+    check = Check(
+        name, f"hidden states, rms, at {_place(worst, len(found))}", found[worst].rms, bounds[worst], "deviations"
+    )
+    parted = next((i for i, ratio in enumerate(ratios) if not ratio <= 1), None)
+    if parted is not None:
+        check = check._replace(note=f"the paths part at {_place(parted, len(found))}")
+    return [check]
+
+
+def _place(i: int, count: int) -> str:
+    """Where hidden state i of `count` stands."""
+    return "the embedding" if i == 0 else f"layer {i - 1}" if i < count - 1 else f"layer {i - 1} + norm"
+
+
+def _logits(mine: Trace, theirs: list[Trace]) -> list[Check]:
+    exact, name = theirs[0], theirs[0].name
+    far = apart_logits(mine.logits, exact.logits)
+    limits = _limits(theirs, apart_logits(theirs[1].logits, exact.logits) if len(theirs) > 1 else None)
+    checks = [
+        Check(name, "logits, worst", far.worst, limits.worst, "deviations"),
+        Check(name, "logits, rms", far.rms, limits.rms, "deviations"),
+        Check(name, "logits, mean KL", far.kl, limits.kl, "nats"),
+    ]
+    # Where the best two stand closer than the error that is allowed, either may win.
+    two = np.sort(exact.logits, axis=-1)[..., -2:]
+    clear = two[..., 1] - two[..., 0] > 2 * limits.worst * exact.logits.std()
+    wrong = clear & (mine.logits.argmax(-1) != exact.logits.argmax(-1))
+    note = f"{far.top1:.1%} agree in all"
+    return [*checks, Check(name, f"likeliest token, of {clear.sum()} clear ones", int(wrong.sum()), 0, "differ", note)]
+
+
+def _text(mine: Trace, theirs: Trace) -> list[Check]:
+    """Greedy text: equal in float32, unless the reference itself stood between two tokens where they part."""
+    same = next((i for i, (a, b) in enumerate(zip(mine.greedy, theirs.greedy)) if a != b), len(theirs.greedy))
+    title, missing = f"greedy text, {len(theirs.greedy)} tokens", len(theirs.greedy) - same
+    if missing and mine.dtype != "float32":
+        return [Check(theirs.name, title, missing, None, "differ", "rounding alone parts text in this type")]
+    tie = 2 * tolerances.EXACT.worst * float(theirs.logits.std())
+    if missing and theirs.gaps and theirs.gaps[same] <= tie:
+        return [Check(theirs.name, title, missing, None, "differ", f"at a tie of {theirs.gaps[same]:.1e}")]
+    return [Check(theirs.name, title, missing, 0, "differ")]
+
+
+def _tokens(mine: Trace, theirs: Trace) -> list[Check]:
+    checks = []
+    for what, texts, a, b in (("texts", TEXTS, mine.ids, theirs.ids), ("chats", CHATS, mine.chats, theirs.chats)):
+        if a is not None and b is not None:
+            wrong = [text for text, x, y in zip(texts, a, b) if list(x) != list(y)]
+            note = f"first: {str(wrong[0])[:60]!r}" if wrong else ""
+            checks.append(Check(theirs.name, f"token ids of {len(texts)} {what}", len(wrong), 0, "differ", note))
+    return checks

@@ -1,0 +1,144 @@
+"""jaxlm's answers to the probes, and jaxlm held against itself: the cache, chunks, batches and rewinding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import loading
+from jaxlm.model import Model
+from jaxlm.ops import frequencies
+from jaxlm.ops.rotary import Frequencies
+from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions
+
+ROPES = ("rope", "local_rope")  # the config's fields that hold one
+CACHED = 480  # positions of a cached probe without windows: a cache for it must be cheap
+
+
+def subject_of(model: Any, options: dict[str, Any]) -> loading.Found:
+    """What is known of a model before its weights are read."""
+    if isinstance(model, Model):
+        checkpoint: Any = model.checkpoint  # None where there is none, which only references mind
+        return loading.Found(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
+    return loading.find(model, **options)
+
+
+def loaded(model: Any, dtype: str, options: dict[str, Any]) -> Model:
+    """The model itself, read now unless it was given."""
+    return model if isinstance(model, Model) else loading.load(model, dtype=dtype, **options)
+
+
+def dtype_of(model: Any, dtype: str) -> str:
+    """The type in which jaxlm will compute."""
+    return str(model.dtype) if isinstance(model, Model) else dtype
+
+
+def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
+    """jaxlm's answers, computed with the reference's frequencies (they are compared on their own)."""
+    family, cfg = model.family, model.config
+    kept = jnp.asarray(probes.kept)
+
+    @jax.jit
+    def answers(tokens: jax.Array, pos: jax.Array, weights: Any) -> tuple[list[jax.Array], jax.Array]:
+        states: list[jax.Array] = []
+        x, _ = family.forward(cfg, tokens, weights, None, pos, hidden=states)
+        states = [state[:, kept].astype(jnp.float32) for state in [*states[:-1], x]]
+        return states, family.logits(cfg, x[:, kept], weights)
+
+    with _shared_frequencies(model, reference):
+        hidden, logits = jax.device_get(answers(jnp.asarray(probes.tokens), jnp.asarray(probes.pos), model.weights))
+    ropes = {name: frequencies(getattr(cfg, name), cfg.H) for name in ROPES if hasattr(cfg, name)}
+    return Trace(
+        "jaxlm",
+        str(model.dtype),
+        {name: np.asarray(rope.radians) for name, rope in ropes.items()},
+        {name: rope.amplitude for name, rope in ropes.items()},
+        hidden,
+        logits,
+        greedy=greedy(model, probes),
+        ids=None if model.tokenizer is None else [model.tokenizer.encode(text) for text in TEXTS],
+        chats=[model.tokenizer.chat(chat) for chat in CHATS]
+        if model.tokenizer is not None and model.tokenizer.has_template
+        else None,
+    )
+
+
+@contextmanager
+def _shared_frequencies(model: Model, reference: Trace | None) -> Iterator[None]:
+    """At position 9,000 one unit in a frequency's last place moves the logits by 1e-3 deviations. Within, the family
+    computes with the reference's; what is traced here is compiled anew."""
+    if reference is None:
+        yield
+        return
+    exact = model.family.frequencies
+    theirs = {
+        getattr(model.config, name): Frequencies(radians, reference.amplitude[name])
+        for name, radians in (reference.used or reference.radians).items()
+    }
+    model.family.frequencies = lambda rope, H: theirs.get(rope) or exact(rope, H)
+    try:
+        yield
+    finally:
+        model.family.frequencies = exact
+
+
+def greedy(model: Model, probes: Probes) -> list[int]:
+    """Greedy text through the programs that generation uses."""
+    from jaxlm.generation import stream
+
+    options: dict[str, Any] = {"max_tokens": probes.steps, "temperature": 0.0, "ignore_eos": True, "stop": ()}
+    neutral: dict[str, Any] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    pieces = stream(model, probes.prompt, **options, **neutral)
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def itself(model: Model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pairs of logits [n,V] that should be equal: what was checked -> (another way, the plain forward pass)."""
+    cfg = model.config
+    pos = positions(cfg.context, cfg.windows, far=min(CACHED, cfg.context) - 64)
+    tokens = np.random.RandomState(1).randint(0, cfg.V, pos.shape).astype(np.int32)
+    whole = _plain(model, tokens, pos)
+    T = pos.shape[1]
+    ones = [T // 4] + [1] * (T - T // 4)
+    # A piece never spans the jump in the middle: a ring holds what its first token sees as long as positions run on.
+    sevens = [min(7, end - begin) for end in (T // 2, T) for begin in range(end - T // 2, end, 7)]
+    stepped, kv = _cached(model, tokens, pos, ones)
+    chunked, _ = _cached(model, tokens, pos, sevens)
+    # Back by fewer tokens than a chunk: what was written after that must be forgotten, or the new ones would see it.
+    back, other = T - min(8, T // 2), tokens.copy()
+    other[:, back:] = (other[:, back:] + 1) % cfg.V
+    rewound, _ = _cached(model, other[:, back:], pos[:, back:], [1] * (T - back), kv)
+    alone = [_plain(model, tokens[[row]], pos[[row]]) for row in range(len(pos))]
+    ends = {"decode": np.cumsum(ones) - 1, "chunks": np.cumsum(sevens) - 1}
+    found = {
+        "decoded = whole": (stepped, whole[:, ends["decode"]]),
+        "chunks of 7 = whole": (chunked, whole[:, ends["chunks"]]),
+        "rewound = whole": (rewound, _plain(model, other, pos)[:, back:]),
+        "alone = in a batch": (np.concatenate(alone), whole),
+    }
+    return {name: (a.reshape(-1, cfg.V), b.reshape(-1, cfg.V)) for name, (a, b) in found.items()}
+
+
+def _plain(model: Model, tokens: np.ndarray, pos: np.ndarray) -> np.ndarray:
+    return np.asarray(model.forward(tokens, model.weights, None, pos)[0])
+
+
+def _cached(model: Model, tokens: np.ndarray, pos: np.ndarray, sizes: list[int], kv: Any = None) -> tuple[Any, Any]:
+    """Logits [B,n,V] of the last token of each piece, through the prefill program of generation; and the cache."""
+    B = len(tokens)
+    kv = model.init_kv(B, int(pos.max()) + 1, chunk=16) if kv is None else kv
+    last, out, begin = jnp.zeros((B, model.config.D), model.dtype), [], 0
+    for size in sizes:
+        piece = (jnp.asarray(tokens[:, begin : begin + size]), jnp.asarray(pos[:, begin : begin + size]))
+        args = (model.weights, kv, last, *piece)
+        kv, last = model.programs.prefill(*args)(*args)
+        out.append(np.asarray(_logits(model, last)))
+        begin += size
+    return np.stack(out, axis=1), kv
+
+
+def _logits(model: Model, x: jax.Array) -> jax.Array:
+    return model.family.logits(model.config, x[:, None], model.weights)[:, 0]

@@ -1,0 +1,133 @@
+"""The references that run on PyTorch: transformers, and Meta's own code. They run in float32 on the CPU, and once more
+in jaxlm's type where that is another, so that its error can be told from ours.
+
+Only this file of the package imports torch. Each reference reads the checkpoint with its own loader; where the files
+are in the other one's form, tensors are renamed and permuted here, with torch alone.
+"""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+from jaxlm.loading import Found
+from jaxlm.tokenizer import import_transformers
+from jaxlm.verification.meta_code import Meta, to_transformers
+from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Transformers:
+    """Hugging Face's model classes."""
+
+    @staticmethod
+    def require(found: Found) -> None:
+        if importlib.util.find_spec("torch") is None:
+            raise ValueError(
+                "transformers' models need PyTorch: pip install torch, or compare with a recording made where it is "
+                "installed (jaxlm verify MODEL --record FILE there, --against FILE here)"
+            )
+
+    def __call__(self, found: Found, probes: Probes, dtype: str) -> list[Trace]:
+        import torch
+
+        transformers = import_transformers()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        traces = []
+        for name in dict.fromkeys(("float32", dtype)):
+            model = self.load(found, getattr(torch, name)).eval()
+            traces.append(self.trace(model, found, probes, name))
+            del model
+        traces[0].ids, traces[0].chats = _tokenized(found)
+        return traces
+
+    def load(self, found: Found, dtype: Any) -> Any:
+        transformers = import_transformers()
+        options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
+        if getattr(found.checkpoint, "format", "hf") == "hf":
+            return transformers.AutoModelForCausalLM.from_pretrained(found.checkpoint.folder, **options)
+        config = transformers.LlamaConfig(**found.checkpoint.config)
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="eager")
+        model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(found)}, strict=True)
+        return model
+
+    def trace(self, model: Any, found: Found, probes: Probes, dtype: str) -> Trace:
+        import torch
+
+        with torch.inference_mode():
+            out = model(
+                input_ids=torch.from_numpy(probes.tokens).long(),
+                position_ids=torch.from_numpy(probes.pos).long(),
+                attention_mask=_masks(model, probes.pos),
+                use_cache=False,
+                output_hidden_states=True,
+                logits_to_keep=torch.from_numpy(probes.kept).long(),
+            )
+            text = model.generate(
+                torch.tensor([probes.prompt]),
+                attention_mask=torch.ones(1, len(probes.prompt), dtype=torch.long),
+                generation_config=import_transformers().GenerationConfig(max_new_tokens=probes.steps, do_sample=False),
+                eos_token_id=None,
+                pad_token_id=0,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        radians, amplitude = _frequencies(model, found)
+        best = [score[0].float().topk(2).values for score in text.scores]
+        return Trace(
+            f"transformers {import_transformers().__version__}",
+            dtype,
+            radians,
+            amplitude,
+            [state[:, probes.kept].float().numpy() for state in out.hidden_states],
+            out.logits.float().numpy(),
+            text.sequences[0, len(probes.prompt) :].tolist(),
+            [float(two[0] - two[1]) for two in best],
+        )
+
+
+def _masks(model: Any, pos: np.ndarray) -> Any:
+    """Additive masks [B,1,T,T] by position: transformers' own go by index, and would take a jump for a new document."""
+    import torch
+
+    distance = torch.from_numpy(pos[:, None, :, None] - pos[:, None, None, :])
+    least = torch.finfo(model.dtype).min
+
+    def mask(window: int | None) -> Any:
+        seen = (distance >= 0) & (True if window is None else distance < window)
+        return torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, least)
+
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return {FULL: mask(None), SLIDING: mask(window)} if "gemma3" in model.config.model_type else mask(None)
+
+
+def _frequencies(model: Any, found: Found) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The model's own rotary frequencies and scales, by the names of our config's fields."""
+    inner = getattr(model, "model", model)
+    rotary = getattr(inner, "language_model", inner).rotary_emb
+    spelled = {"rope": ""} if not hasattr(found.config, "local_rope") else {"rope": FULL, "local_rope": SLIDING}
+    radians, amplitude = {}, {}
+    for ours, kind in spelled.items():
+        before = f"{kind}_" if kind else ""
+        if (buffer := getattr(rotary, f"{before}inv_freq", None)) is not None:
+            radians[ours] = buffer.float().numpy()
+            amplitude[ours] = float(getattr(rotary, f"{before}attention_scaling"))
+    return radians, amplitude
+
+
+def _tokenized(found: Found) -> tuple[list[list[int]] | None, list[list[int]] | None]:
+    """TEXTS and CHATS as transformers' AutoTokenizer makes ids of them, where the folder has a tokenizer for it."""
+    folder = found.checkpoint.folder
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return None, None
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    if not tokenizer.chat_template:
+        return ids, None
+    made = [tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False) for chat in CHATS]
+    return ids, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in made]
+
+
+RUNS: dict[str, Any] = {"transformers": Transformers(), "meta": Meta()}
