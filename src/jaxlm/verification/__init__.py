@@ -9,7 +9,7 @@ token ids. It also holds jaxlm against itself: cached, chunked, batched and rewo
     recordings.py    a reference's answers in a file, for machines without torch
     ours.py          jaxlm's answers, and jaxlm against itself
     tolerances.py    how far apart two answers may be, and why
-    compare.py       answers -> checks
+    checks.py        answers -> checks
     report.py        checks -> table, JSON, Markdown, plot
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxlm.loading import Found
 from jaxlm.verification import ours, recordings
-from jaxlm.verification.compare import Check, compare
+from jaxlm.verification.checks import Check, compare
 from jaxlm.verification.probes import Probes, Trace, probes_for
 from jaxlm.verification.report import Report
 from jaxlm.verification.torch_models import RUNS

@@ -76,7 +76,7 @@ def positions(context: int, windows: Sequence[int | None], far: int = FAR) -> np
     """Rows [B,T]: from 0 on; 0 to T/2 and then far; 0 to T/2 and then across the edge of each window."""
     length = min(T, context)
     near, half = np.arange(length, dtype=np.int32), length // 2
-    begins = [min(far, context - length)]
+    begins = [min(far, context - (length - half))]
     begins += [window - MARGIN for window in sorted({window for window in windows if window is not None})]
     rows = [near]
     for begin in begins:

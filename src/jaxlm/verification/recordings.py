@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,16 @@ def write(path: str | Path, probes: Probes, traces: list[Trace], config: Any) ->
 def read(path: str | Path, config: Any) -> tuple[Probes, list[Trace]]:
     """The probes and answers of a recording made of a model with this config; ValueError where it is another's."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = dict(stored)
         about = json.loads(str(arrays.pop("about")))
-    except (ValueError, KeyError, OSError, EOFError) as error:
+        form, of = about["form"], about["config"]
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no recording that `jaxlm verify --record` wrote ({error})") from None
-    if about["form"] != FORM:
-        raise ValueError(f"{path} is a recording of form {about['form']}, this jaxlm reads {FORM}: record it anew")
-    if about["config"] != _of(config):
-        changed = [name for name, value in _of(config).items() if about["config"].get(name) != value]
+    if form != FORM:
+        raise ValueError(f"{path} is a recording of form {form}, this jaxlm reads {FORM}: record it anew")
+    if of != _of(config):
+        changed = [name for name, value in _of(config).items() if of.get(name) != value]
         raise ValueError(
             f"{path} was recorded of another architecture ({', '.join(changed) or 'more fields'}): record this model"
         )
