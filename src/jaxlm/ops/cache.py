@@ -5,7 +5,7 @@ window + chunk - 1 slots: writing `chunk` tokens at once then destroys nothing t
 Layers with the same number of slots share one record of positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,23 +62,32 @@ def advance(cache: Cache, pos: jax.Array) -> tuple[Cache, list[Slots]]:
             "all. Give init_kv(batch, length) more, or write in chunks."
         )
     index = {S: slot(pos, a.shape[1], cache.length) for S, a in cache.at.items()}
-    rows = jnp.arange(pos.shape[0])[:, None]
     # A row that is rewound forgets what lay behind: it goes on from its newest token.
     newest = jnp.where((pos >= 0).any(axis=1), pos.max(axis=1), cache.length)[:, None]
     kept = {S: jnp.where(a > newest, -1, a) for S, a in cache.at.items()}
-    at = {S: a.at[rows, index[S]].set(pos, mode="drop", unique_indices=True) for S, a in kept.items()}
+    at = {S: _by_row(_put_at, a, pos, index[S]) for S, a in kept.items()}
     views = [Slots(w["k"], w["v"], index[S], at[S]) for w in cache.layers for S in [str(w["k"].shape[2])]]
     return replace(cache, at=at), views
 
 
 def write(cache: Slots, k: jax.Array, v: jax.Array) -> Slots:
     """Puts k, v [B,T,K,H] where `index` says."""
-    return cache._replace(k=_put(cache.k, k, cache.index), v=_put(cache.v, v, cache.index))
+    return cache._replace(k=_by_row(_put, cache.k, k, cache.index), v=_by_row(_put, cache.v, v, cache.index))
 
 
 def _put(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    rows = jnp.arange(index.shape[0])[:, None]
-    return old.at[rows, :, index].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+    """One row: new [T,K,H] into old [K,S,H] at index [T]."""
+    return old.at[:, index].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop", unique_indices=True)
+
+
+def _put_at(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    return old.at[index].set(new, mode="drop", unique_indices=True)
+
+
+# Over a mesh the rows of a batch lie on several devices: said as a batch, and not as one more index, a write stays on
+# its own device.
+def _by_row(put: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    return jax.vmap(put)(*arrays)
 
 
 def next_position(cache: Cache) -> jax.Array:

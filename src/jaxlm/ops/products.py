@@ -6,16 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm import mesh
+
 
 def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None) -> Any:
     """`einsum(spec, x, w)` in x's dtype (or `dtype`), accumulated in float32; float32 products keep full precision.
 
     Products that share their input are asked for together, as tuples of specs and weights, so that they can run as
-    one; the answer is then a tuple.
+    one; the answer is then a tuple. On a mesh the result lies where its letters say.
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
-    return multiply(spec, x, w.astype(x.dtype)).astype(dtype or x.dtype)
+    y = multiply(spec, x, w.astype(x.dtype)).astype(dtype or x.dtype)
+    return mesh.constrain(y, spec.split("->")[1])
 
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -25,7 +28,7 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
 
-    if x.shape[:2] != (1, 1):
+    if x.shape[:2] != (1, 1) or mesh.active():
         return product(x, w)
     return jax.lax.platform_dependent(x, w, cpu=partial(_one_row, spec), default=product)
 
@@ -56,4 +59,4 @@ def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def embed(tokens: jax.Array, w: jax.Array) -> jax.Array:
     """Rows [B,T,D] of the table w [V,D]."""
-    return w[tokens]
+    return mesh.constrain(w[tokens], "BTD")

@@ -31,7 +31,7 @@ def apart(a: np.ndarray, b: np.ndarray) -> Apart:
 
 def apart_logits(a: np.ndarray, b: np.ndarray) -> Apart:
     p, q = _log_softmax(b), _log_softmax(a)
-    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    kl = max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean()))  # rounding may leave it below zero
     top1 = float((a.argmax(-1) == b.argmax(-1)).mean())
     return Apart(*apart(a, b)[:2], kl if np.isfinite(kl) else np.inf, top1)
 
