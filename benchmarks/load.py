@@ -1,14 +1,15 @@
 """Loading a checkpoint: peak resident memory against the weights, and speed against a plain read of the same files.
 
-    python benchmarks/load.py [--layers 28] [--vocabulary 151936] [--folder DIR]
+    python benchmarks/load.py [--format hf] [--layers 28] [--vocabulary 151936] [--folder DIR]
 
-Writes checkpoints with random weights (the shape of Qwen3-0.6B: 1.2 GB in bfloat16, 2.4 GB in float32) into a temporary
-folder, or takes those that an earlier run left in --folder, and loads each in a fresh process on the CPU. Memory is
-what comes on top of the peak after `import jaxlm, jax`; the bound is 1.1 x weights + 400 MB. Speeds are bytes of the
-files over seconds, the best of three in turn with plain reads; warm (the files in the page cache) and cold (dropped
-from it before each; the host of a virtual machine may still hold them). "read" fills one buffer again and again; "into
-fresh memory" keeps what it reads, which is the least that a loader does (a conversion to a wider type touches twice as
-much). Exit status 1 if the bound is broken.
+Writes checkpoints with random weights (the shape of Qwen3-0.6B: 1.2 GB in bfloat16, 2.4 GB in float32; with --format
+meta a Llama of that width in two shards of Meta's form: 1.3 GB and 2.6 GB) into a temporary folder, or takes those that
+an earlier run left in --folder, and loads each in a fresh process on the CPU. Memory is what comes on top of the peak
+after `import jaxlm, jax`; the bound is 1.1 x weights + 400 MB. Speeds are bytes of the files over seconds, the best of
+three in turn with plain reads; warm (the files in the page cache) and cold (dropped from it before each; the host of a
+virtual machine may still hold them). "read" fills one buffer again and again; "into fresh memory" keeps what it reads,
+which is the least that a loader does (a conversion to a wider type touches twice as much). Exit status 1 if the bound
+is broken.
 """
 
 import argparse
@@ -72,6 +73,38 @@ def make(folder: Path, dtype: str, layers: int, vocabulary: int, shard: int = 25
     (folder / "config.json").write_text(json.dumps(raw))
 
 
+def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: int = 2) -> None:
+    """Writes a checkpoint of random weights in the form of Meta's originals."""
+    import ml_dtypes
+    import numpy as np
+
+    from jaxlm import params
+    from jaxlm.checkpoint import meta
+    from jaxlm.checkpoint.pth import write_pth
+    from jaxlm.models import llama3
+
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {"dim": 1024, "n_layers": layers, "n_heads": 16, "n_kv_heads": 8, "vocab_size": vocabulary,
+           "ffn_dim_multiplier": 1.1, "multiple_of": 256, "use_scaled_rope": False}  # fmt: skip
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(kind).tobytes()
+    table = {path: (llama3.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
+    rows = list(params.rows(table, llama3.Config.from_hf(meta.hf_config(raw))))
+
+    def part(row):
+        rest = list(row.stored)
+        if len(rest) > 1:
+            rest[row.path.endswith((".o", ".down"))] //= shards
+        # A head of the embedding's bytes would be tied to it.
+        data, left = block[kind.itemsize * (row.path == "head") :], int(np.prod(rest)) * kind.itemsize
+        chunks = [data[: left - begin] for begin in range(0, left, len(data))]
+        return row.names[0], STORED[dtype], tuple(rest), chunks
+
+    for i in range(shards):
+        write_pth(folder / f"consolidated.{i:02}.pth", map(part, rows))
+    (folder / "params.json").write_text(json.dumps(raw))
+
+
 # The fresh process
 
 
@@ -127,7 +160,7 @@ def speeds(folder: Path, dtype: str, repeats: int = 3) -> dict[str, float]:
 
     import jaxlm
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".pth"))
     total = sum(path.stat().st_size for path in files)
 
     def read(buffers) -> None:
@@ -198,6 +231,7 @@ def report(stored: str, dtype: str, r: dict[str, float]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=("hf", "meta"), default="hf")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--folder", type=Path)
@@ -211,9 +245,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         for stored, dtype in CASES:
-            folder = root / f"{stored}-{args.layers}-{args.vocabulary}"
-            if not (folder / "config.json").exists():
-                make(folder, stored, args.layers, args.vocabulary)
+            write, last = (make, "config.json") if args.format == "hf" else (make_meta, "params.json")
+            folder = root / f"{args.format}-{stored}-{args.layers}-{args.vocabulary}"
+            if not (folder / last).exists():
+                write(folder, stored, args.layers, args.vocabulary)
             kept &= report(stored, dtype, measure(folder, dtype))
     return 0 if kept else 1
 

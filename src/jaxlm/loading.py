@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, models
-from jaxlm.checkpoint import hf, hub
+from jaxlm import devices, models, params
+from jaxlm.checkpoint import hf, hub, meta
 from jaxlm.model import Model, Weights
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.tokenizer import Tokenizer, eos_ids
 
 
 def load(
     name: str | Path,
     *,
+    format: str | None = None,
+    tokenizer: str | Path | None = None,
+    rope_factor: float | None = None,
     dtype: Any = "auto",
     revision: str | None = None,
     token: str | None = None,
@@ -30,14 +34,18 @@ def load(
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
 
-    dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16". revision:
-    branch, tag or commit. offline: the local cache alone. allow_fields: names of config fields that may pass although
-    the code does not know them. family: a module of jaxlm.models that must compute it. device: where the weights go,
-    jax's default if left out. progress: show a bar on stderr (default: when it is a terminal). Raises ValueError,
-    FileNotFoundError or MemoryError, each with what to do.
+    format: "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; on the hub in
+    `original/`); None goes by what a folder holds. tokenizer: a folder or tokenizer.model, where it lies elsewhere.
+    rope_factor: what params.json does not say of a shape that Meta did not publish: 8 as in Llama 3.1 and 3.3, 32 as in
+    3.2. dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16".
+    revision: branch, tag or commit. offline: the local cache alone. allow_fields: names of config fields that may pass
+    although the code does not know them. family: a module of jaxlm.models that must compute it. device: where the
+    weights go, jax's default if left out. progress: show a bar on stderr (default: when it is a terminal). Raises
+    ValueError, FileNotFoundError or MemoryError, each with what to do.
     """
     device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device or _default_device()
-    found = find(name, revision=revision, token=token, offline=offline, allow_fields=allow_fields, family=family)
+    form = {"format": format, "tokenizer": tokenizer, "rope_factor": rope_factor, "allow_fields": allow_fields}
+    found = find(name, **form, family=family, revision=revision, token=token, offline=offline)
     weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, device, progress)
     return Model(
         found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
@@ -57,6 +65,9 @@ class Found(NamedTuple):
 def find(
     name: str | Path,
     *,
+    format: str | None = None,
+    tokenizer: str | Path | None = None,
+    rope_factor: float | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -64,20 +75,73 @@ def find(
     family: Any = None,
 ) -> Found:
     """What `load` would load, with every check but the reading of weights; arguments as there."""
-    folder = hub.resolve(name, revision=revision, token=token, offline=offline)
-    raw = hf.read_json(folder / "config.json")
+    folder = hub.resolve(name, format=format, revision=revision, token=token, offline=offline)
+    original = format == "meta" or not (folder / hub.CONFIG).is_file()
+    raw = {"model_type": "llama"} if original else hf.read_json(folder / hub.CONFIG)
     known = models.family_of(raw.get("model_type"))
     if family is not None and known is not family:
         raise ValueError(f"{name} has model_type {raw['model_type']!r}, which {family.__name__} does not compute")
     try:
-        config = known.Config.from_hf(raw, allow_fields)
-        tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.UNREAD)
+        if original:
+            config, checkpoint = _original(folder, known, rope_factor, allow_fields)
+        elif rope_factor is not None:
+            raise ValueError("--rope-factor (rope_factor=) is for Meta's own files, config.json names the factor")
+        else:
+            config = known.Config.from_hf(raw, allow_fields)
+            tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.UNREAD)
+            checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    path = folder / "generation_config.json"
-    checkpoint = hf.Checkpoint(folder, raw, hf.read_json(path) if path.exists() else {}, tensors)
-    generation_config = {"eos_token_id": raw.get("eos_token_id"), **checkpoint.generation_config}
-    return Found(known, config, checkpoint, Tokenizer.load(folder, generation_config, raw), generation_config)
+    return _with_text(Found(known, config, checkpoint, None, {}), tokenizer)
+
+
+def _original(folder: Path, family: Any, rope_factor: float | None, allow: Collection[str]) -> tuple[Any, Any]:
+    """Config and Checkpoint of Meta's files. The head is tied where it is the embedding byte for byte, or absent."""
+    given = hf.read_json(folder / meta.PARAMS)
+    shards = meta.read_shards(folder, given)
+    raw = meta.hf_config(given, meta.vocabulary(shards, given), rope_factor, allow)
+    raw["tie_word_embeddings"] = meta.NAMES["head"] not in shards[0]
+    config = family.Config.from_hf(raw)
+    table = {path: (family.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
+    joined, faults = meta.join(shards, config.D, config.H)
+    tensors = {row.path: tensor for row, tensor in hf.match(table, config, joined, (), faults, meta.PARAMS).pairs}
+    if not config.tied and hf.same(tensors["head"], tensors["embed"]):
+        raw["tie_word_embeddings"] = True
+        config = family.Config.from_hf(raw)
+    pairs = [(row, tensors[row.path]) for row in params.rows(family.PARAMS, config)]
+    return config, hf.Checkpoint(folder, raw, {}, hf.Matched(pairs, [], []), "meta", given)
+
+
+def _with_text(found: Found, given: str | Path | None) -> Found:
+    """With the tokenizer, and with what the files say of generation."""
+    checkpoint, folder = found.checkpoint, found.checkpoint.folder
+    if (path := folder / "generation_config.json").exists():
+        checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
+    ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # what either file says; both may be right
+    original = checkpoint.format == "meta"
+    beside = [folder, folder.parent] if original and folder.name == hub.ORIGINAL else [folder]
+    # Meta's files name no end; those beside the tokenizer may.
+    named = (None, None) if original and not ends else ({"eos_token_id": ends}, {})
+    tokenizer = None
+    for place in [Path(given).expanduser()] if given else beside:
+        if (tokenizer := Tokenizer.load(place, *named)) is not None:
+            checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
+            break
+    if tokenizer is None and given:
+        raise FileNotFoundError(f"{given} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    if tokenizer is not None and original:
+        tokenizer, checkpoint, ends = _with_ends(tokenizer, checkpoint)
+    generation_config = {**checkpoint.generation_config, "eos_token_id": ends}
+    return found._replace(checkpoint=checkpoint, tokenizer=tokenizer, generation_config=generation_config)
+
+
+def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:
+    """Meta's checkpoint with the ids that the config files of Hugging Face's form would name."""
+    vocabulary = tokenizer.get_vocab()
+    ends = sorted(tokenizer.eos_ids) or [vocabulary[token] for token in meta.ENDS if token in vocabulary]
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+    config, generation_config = {**checkpoint.config, **ids}, {**ids, **checkpoint.generation_config}
+    return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config), ends
 
 
 def _read_weights(name: str, pairs: Any, dtype: Any, device: Any, progress: bool | None) -> Weights:
@@ -107,14 +171,14 @@ def _default_device() -> Any:
 
 
 @contextmanager
-def loading_bar(total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, rate and time left on stderr; the yielded function hears of bytes as they are read."""
+def loading_bar(total: int, show: bool | None, what: str = "loading") -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, rate and time left on stderr; the yielded function hears of bytes as they pass."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     visible = console.is_terminal if show is None else show
-    columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
-        task = bar.add_task("loading", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)

@@ -1,6 +1,6 @@
 """A small Hugging Face hub on loopback: what huggingface_hub asks for when it downloads files, and a log of it.
 
-It behaves like the real one where that matters: `*.safetensors` redirect to another origin (the CDN) with the sha256 as
+It behaves like the real one where that matters: weight files redirect to another origin (the CDN) with the sha256 as
 linked etag, absent files name the commit, and refusals carry X-Error-Code. It can cut connections and hang.
 """
 
@@ -72,11 +72,12 @@ class StubHub:
 
 
 JSON = {"Content-Type": "application/json"}
+WEIGHTS = (".safetensors", ".pth")  # what lies in large-file storage
 
 
 def entry(name: str, body: bytes) -> dict[str, object]:
     file: dict[str, object] = {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-    if name.endswith(".safetensors"):
+    if name.endswith(WEIGHTS):
         file["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
     return file
 
@@ -136,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if body is None:
             self.reply(404, b"", {**headers, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-        elif file.endswith(".safetensors"):
+        elif file.endswith(WEIGHTS):
             linked = {"X-Linked-ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Linked-Size": str(len(body))}
             where = f"http://localhost:{self.hub.port}/cdn/{name.replace('/', '--')}/{commit}/{file}"  # another origin
             self.reply(302, b"", {**headers, **linked, "Location": where})

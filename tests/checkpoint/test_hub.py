@@ -208,14 +208,14 @@ def test_a_branch_that_moves_during_the_download_gives_one_commit(
 ) -> None:
     repo = hub.repos["org/single"]
     repo.refs["old"] = repo.commit
-    look_up = hub_module._look_up
+    look_up = hub_module.look_up
 
-    def move(name: str, revision: str | None) -> object:
+    def move(name: str, revision: str | None, *more: bool) -> object:
         if revision == "a" * 40:
             repo.commit = "e" * 40
-        return look_up(name, revision)
+        return look_up(name, revision, *more)
 
-    monkeypatch.setattr(hub_module, "_look_up", move)
+    monkeypatch.setattr(hub_module, "look_up", move)
     folder = resolve("org/single")
     assert folder.name == "a" * 40
     assert (folder / "model.safetensors").is_file()

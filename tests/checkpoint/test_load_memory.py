@@ -32,3 +32,17 @@ def test_peak_memory_is_the_weights(stored, dtype, bench, tmp_path_factory):
     assert found["peak"] >= found["weights"]  # the measurement sees them
     assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
     assert found["RssFile"] < 16e6  # nothing is mapped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_peak_memory_of_metas_form_is_the_weights(stored, dtype, bench, tmp_path_factory):
+    """Shards are joined and rows reordered on the way, not in a copy."""
+    folder = tmp_path_factory.getbasetemp() / f"load-memory-meta-{stored}"
+    if not folder.exists():
+        bench.make_meta(folder, stored, layers=2, vocabulary=16384)
+    found = bench.measure(folder, dtype, speed=False)
+    assert found["weights"] == 58_725_376 * (2 if dtype == "bfloat16" else 4)
+    assert found["peak"] >= found["weights"]
+    assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
+    assert found["RssFile"] < 16e6

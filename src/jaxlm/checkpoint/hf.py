@@ -4,8 +4,9 @@ On CPU the buffer that is read into becomes the array itself. A few threads read
 alone is held up by the first touch of fresh memory and by the conversion (half as fast on two cores).
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import params
+from jaxlm.checkpoint.meta import Joined, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_index as read_index
@@ -31,34 +33,49 @@ IGNORABLE = (".rotary_emb.inv_freq",)
 class Matched(NamedTuple):
     """The tensors of a checkpoint, sorted by what they are to a model."""
 
-    pairs: list[tuple[params.Row, Tensor]]  # each row with its one tensor
+    pairs: list[tuple[params.Row, Tensor | Joined]]  # each row with its one tensor
     heads: list[Tensor]  # copies of the embedding, stored although config.json ties the head to it
     unread: list[Tensor]  # known and not used
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model came from: the folder, the contents of its config files, and its tensors."""
+    """Where a model came from: the folder, the contents of its config files, and its tensors.
+
+    format: "hf", or "meta" for one of Meta's originals; then params has its params.json, config the config.json that
+    this stands for, and the tensors have Meta's names. tokenizer: the folder or tokenizer.model that the tokenizer came
+    from, where it did not lie in the folder.
+    """
 
     folder: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Matched
+    format: str = "hf"
+    params: dict[str, Any] | None = None
+    tokenizer: Path | None = None
 
 
-def match(table: params.Table, cfg: Any, tensors: Mapping[str, Tensor], unread: Collection[str] = ()) -> Matched:
-    """Finds the one tensor of each row; `unread` are beginnings of names that may be left. All misfits are reported
-    together."""
+def match(
+    table: params.Table,
+    cfg: Any,
+    tensors: Mapping[str, Any],
+    unread: Collection[str] = (),
+    known: Mapping[str, list[str]] | None = None,
+    config: str = "config.json",
+) -> Matched:
+    """Finds the one tensor (a Tensor or Joined) of each row; `unread` are beginnings of names that may be left. All
+    misfits are reported together, with those that are `known` already (what is wrong -> names). config: the name of the
+    file that the sizes are from."""
     left, pairs = dict(tensors), []
     missing, twice, misshapen, unreadable = [], [], [], []
     for row in params.rows(table, cfg):
         found = [left.pop(name) for name in row.names if name in left]
+        missing += row.names[:1] if not found else []
+        twice += [" and ".join(t.name for t in found)] if len(found) > 1 else []
         if not found:
-            missing.append(row.names[0])
             continue
         tensor = found[0]
-        if len(found) > 1:
-            twice.append(" and ".join(t.name for t in found))
         if tensor.dtype not in DTYPES:
             unreadable.append(f"{tensor.name} {tensor.dtype}")
         elif tensor.shape != row.stored:
@@ -66,51 +83,83 @@ def match(table: params.Table, cfg: Any, tensors: Mapping[str, Tensor], unread: 
         pairs.append((row, tensor))
     embed = next((tensor for row, tensor in pairs if row.path == "embed"), None)
     heads = [left.pop(name) for name in table.get("head", ("",))[1:] if name in left] if cfg.tied else []
-    untied = [head.name for head in heads if embed is not None and not _same(head, embed)]
+    untied = [head.name for head in heads if embed is not None and not same(head, embed)]
     passed = {name: t for name, t in left.items() if name.startswith(tuple(unread)) or name.endswith(IGNORABLE)}
     faults = {
+        **(known or {}),
         "missing": missing,
         "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
         f"of a type that is not read (it must be {', '.join(DTYPES)}; quantised checkpoints are not)": unreadable,
         "stored in two spellings": twice,
-        "unlike the embedding although config.json ties them (to use it, set tie_word_embeddings to false)": untied,
+        f"unlike the embedding although {config} ties them (to use it, set tie_word_embeddings to false)": untied,
     }
-    report = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
-    if report:
-        raise ValueError(
-            f"the weights do not fit config.json. {'; '.join(report)}. Are both files of the same model and revision?"
-        )
+    _report(faults, config)
     return Matched(pairs, heads, list(passed.values()))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _report(faults: Mapping[str, list[str]], config: str) -> None:
+    report = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
+    if report:
+        raise ValueError(
+            f"the weights do not fit {config}. {'; '.join(report)}. Are both files of the same model and revision?"
+        )
+
+
+def same(a: Tensor | Joined, b: Tensor | Joined) -> bool:
     """Whether two tensors are the same bytes: a head stored beside its embedding may have been trained apart."""
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and all(np.array_equal(x, y) for x, y in zip(chunks(a), chunks(b)))
+    if isinstance(a, Joined) and isinstance(b, Joined):
+        return a.axis == b.axis and len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, Joined) or isinstance(b, Joined):
+        return False
+    if (a.file, a.offset) == (b.file, b.offset):
+        return True
+    return all(np.array_equal(x, y) for x, y in zip(chunks(a), chunks(b)))
 
 
 def read_tensor(
-    tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype, pool: ThreadPoolExecutor
+    tensor: Tensor | Joined, shape: tuple[int, ...], dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, list[Future[int]]]:
     """A tensor in host memory, in the type wanted, filled when the futures are done: each gives the bytes it read."""
-    source = DTYPES[tensor.dtype]
-    flat = aligned(tensor.nbytes // source.itemsize * dtype.itemsize).view(dtype)
+    out = aligned(math.prod(tensor.shape) * dtype.itemsize).view(dtype)
+    pieces = _pieces(tensor, out.reshape(_matrix(tensor.shape)))
+    return out.reshape(shape), [pool.submit(read_block, *piece) for piece in pieces]
 
-    def read(begin: int) -> int:
-        nbytes = min(SLICE, tensor.nbytes - begin)
-        part = flat[begin // source.itemsize : (begin + nbytes) // source.itemsize]
-        if source == dtype:
-            read_into(part.view(np.uint8), tensor, begin)
-            return nbytes
-        raw = aligned(nbytes)
-        read_into(raw, tensor, begin)
+
+def _pieces(tensor: Tensor | Joined, out: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray, int]]:
+    """What `read_block` is to be given so that a tensor fills `out`, [rows, columns]: about SLICE bytes at a time."""
+    joined = tensor if isinstance(tensor, Joined) else Joined(tensor.name, tensor.dtype, tensor.shape, (tensor,))
+    for i, part in enumerate(joined.parts):
+        rows, columns = _matrix(part.shape)
+        whole = out[:, i * columns :][:, :columns] if joined.axis else out[i * rows :][:rows]
+        step = max(1, SLICE * rows // part.nbytes)
+        if joined.H:
+            step = max(step // joined.H, 1) * joined.H
+        for row in range(0, rows, step):
+            block = whole[row : row + step]
+            yield part, in_pairs(block, joined.H) if joined.H else block, row
+
+
+def read_block(tensor: Tensor, out: np.ndarray, row: int = 0, column: int = 0) -> int:
+    """Fills `out` with the block of a stored tensor, seen as a matrix, that begins at a row and a column; gives the
+    bytes read. out has any type and strides; its last axis is the block's columns, the others together are its rows.
+    """
+    source, width, columns = DTYPES[tensor.dtype], _matrix(tensor.shape)[1], out.shape[-1]
+    direct = source == out.dtype and out.flags.c_contiguous
+    raw = out.reshape(-1).view(np.uint8) if direct else aligned(out.size * source.itemsize)
+    runs = 1 if columns == width else out.size // columns
+    read_into(raw.reshape(runs, -1), tensor, (row * width + column) * source.itemsize, width * source.itemsize)
+    if not direct:
         with np.errstate(all="ignore"):
-            part[:] = raw.view(source)
-        if dtype == np.float16 and np.isinf(part).any():
-            raise ValueError(f"{tensor.file}: {tensor.name} has values beyond float16's 65,504: use another dtype")
-        return nbytes
+            out[...] = raw.view(source).reshape(out.shape)
+    if out.dtype == np.float16 != source and np.isinf(out).any():
+        raise ValueError(f"{tensor.file}: {tensor.name} has values beyond float16's 65,504: use another dtype")
+    return raw.nbytes
 
-    return flat.reshape(shape), [pool.submit(read, begin) for begin in range(0, tensor.nbytes, SLICE)]
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A shape as rows and columns; a vector is one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def place(value: np.ndarray, device: Any) -> jax.Array:
@@ -136,7 +185,7 @@ _fill = jax.jit(
 
 
 def load_weights(
-    pairs: list[tuple[params.Row, Tensor]],
+    pairs: list[tuple[params.Row, Tensor | Joined]],
     kept: Callable[[np.dtype], np.dtype],
     device: Any,
     advance: Callable[[int], None] = lambda nbytes: None,

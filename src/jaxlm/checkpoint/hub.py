@@ -8,21 +8,24 @@ download.py.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxlm.checkpoint.download import AGAIN, ROOM, count_bytes, download, each, http_error
+from jaxlm.checkpoint.download import download, each, http_error
+from jaxlm.checkpoint.refusals import CONVERT, explain, remote_files, some
+from jaxlm.checkpoint.safetensors import quoted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ORIGINAL, PARAMS = "original", "params.json"  # the folder of Meta's own files, and their config
+TOKENIZER = f"{ORIGINAL}/tokenizer.model"
 OPTIONAL = (
     "generation_config.json",
     "tokenizer.json",
@@ -40,49 +43,70 @@ OPTIONAL = (
 _log = logging.getLogger(__name__)
 
 
-def resolve(name: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool = False) -> Path:
+def resolve(
+    name: str | Path,
+    *,
+    format: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+) -> Path:
     """The local folder of the checkpoint `name`: a folder's path, or a hub id (`org/name`), downloaded if needed.
 
+    format: "hf", or "meta" for Meta's original files, which lie in a repository's `original/`: then that is all that is
+    fetched, and otherwise never. None takes what a folder holds ("hf" where it holds both), and "hf" from the hub.
     `revision` is a branch, tag or commit of a hub id (default: `main`). A copy that is complete in the cache is
     returned without a request, even when the branch has moved on since: name a commit to be sure of one. With `offline`
-    (or HF_HUB_OFFLINE=1) the network is never touched. Python code, pickles and Meta's `original/` are never fetched.
+    (or HF_HUB_OFFLINE=1) the network is never touched. Python code and other pickles are never fetched.
 
     Raises FileNotFoundError (no such folder, repository, revision or file), PermissionError (gated, or a refused
     token), ConnectionError (no network), ValueError (a bad name, token or index) or OSError (disk full, hub at fault).
     """
+    if format not in (None, "hf", "meta"):
+        raise ValueError(f"format {format!r} is not one of hf, meta")
     path = Path(os.path.expanduser(name))
     if str(name) and path.exists():
-        return _local(path, revision)
-    repo = _repo_id(name)
+        return _local(path, revision, format)
+    repo, meta = repo_id(name), format == "meta"
     from huggingface_hub import constants
 
-    cached = _look_up(repo, revision)
+    cached = look_up(repo, revision, meta)
     if cached.folder and not cached.missing and not cached.unknown:
-        return cached.folder
-    if offline or constants.HF_HUB_OFFLINE:
-        return _offline(repo, revision, cached)
-    token = _checked(token)
+        folder = cached.folder
+    elif offline or constants.HF_HUB_OFFLINE:
+        folder = offline_copy(repo, revision, cached)
+    else:
+        folder = _fetched(repo, revision, checked_token(token), meta, cached)
+    return folder / ORIGINAL if meta else folder
+
+
+def _fetched(repo: str, revision: str | None, token: str | None, meta: bool, cached: _Cached) -> Path:
     try:
-        return _fetch(repo, revision, token)
+        return (_fetch_meta if meta else _fetch)(repo, revision, token)
     except (http_error(), OSError) as error:
-        explained = _explain(error, repo, revision, cached)
+        explained = explain(error, repo, revision, cached.folder and not cached.missing)
         if explained is None:
             raise
         raise explained from error
 
 
-def _local(path: Path, revision: str | None) -> Path:
+def _local(path: Path, revision: str | None, format: str | None) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: pass the folder that holds config.json and the weights")
-    if not (path / CONFIG).is_file():
-        found = _some(p.name for p in path.iterdir())
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json (it holds {found})")
+    original = next((folder for folder in (path, path / ORIGINAL) if (folder / PARAMS).is_file()), None)
+    found = path if format != "meta" and (path / CONFIG).is_file() else original if format != "hf" else None
+    if found is None:
+        lacks = f"no {PARAMS}, nor has its {ORIGINAL}/ one" if format == "meta" else f"no {CONFIG}"
+        way_out = f". Its {PARAMS} is of Meta's form, which --format meta reads" if original else ""
+        raise FileNotFoundError(
+            f"{path} is no checkpoint: it has {lacks} (it holds {some(p.name for p in path.iterdir())}){way_out}"
+        )
     if revision is not None:
         raise ValueError(f"{path} is a local folder: --revision {revision} applies to a hub id only")
-    return path
+    return found
 
 
-def _repo_id(name: str | Path) -> str:
+def repo_id(name: str | Path) -> str:
     from huggingface_hub.utils import validate_repo_id
 
     text = str(name)
@@ -95,7 +119,7 @@ def _repo_id(name: str | Path) -> str:
     return text
 
 
-def _checked(token: str | None) -> str | None:
+def checked_token(token: str | None) -> str | None:
     """An HTTP library that is given a malformed header quotes it in its error: refuse a malformed token before that."""
     if token is not None and not re.fullmatch(r"[!-~]+", token := token.strip()):
         raise ValueError("the token (--token) is empty or holds blanks or characters that no token has: copy it again")
@@ -112,14 +136,15 @@ class _Cached:
     unknown: list[str]  # not here, and nothing says whether the repository has them
 
 
-def _look_up(repo: str, revision: str | None) -> _Cached:
+def look_up(repo: str, revision: str | None, meta: bool = False) -> _Cached:
     """Judges the cache without network. Other tools fill it too, with a part of the files and without notes."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    first = f"{ORIGINAL}/{PARAMS}" if meta else CONFIG
+    config = try_to_load_from_cache(repo, first, revision=revision)
     if not isinstance(config, str):
-        return _Cached(None, [CONFIG], [])
-    folder = Path(config).parent.resolve()
+        return _Cached(None, [first], [])
+    folder = Path(config).parents[first.count("/")].resolve()
     listing = _listing(folder)
     cached = _Cached(folder, [], [])
 
@@ -131,13 +156,27 @@ def _look_up(repo: str, revision: str | None) -> _Cached:
             return None if name in listing else False
         return None if try_to_load_from_cache(repo, name, revision=folder.name) is None else False
 
-    for name in (*OPTIONAL, INDEX):
+    def note(name: str) -> None:
+        (cached.unknown if listing is None else cached.missing).append(name)
+
+    for name in (TOKENIZER,) if meta else (*OPTIONAL, INDEX):
         if state(name) is None:
-            (cached.unknown if listing is None else cached.missing).append(name)
-    if INDEX not in cached.missing:
+            note(name)
+    if meta:
+        shard = next(name for name in _consolidated() if not state(name))
+        if shard == next(_consolidated()):
+            cached.missing.append(shard)
+        elif state(shard) is None:  # a file that the repository has not tells that the one before was the last
+            note(shard)
+    elif INDEX not in cached.missing:
         weights = _shards(folder / INDEX) if state(INDEX) else [SINGLE]
         cached.missing += [name for name in weights if not state(name)]
     return cached
+
+
+def _consolidated() -> Iterator[str]:
+    """The names of Meta's weight files in a repository, without an end."""
+    return (f"{ORIGINAL}/consolidated.{i:02}.pth" for i in count())
 
 
 def _listing(folder: Path) -> set[str] | None:
@@ -149,16 +188,16 @@ def _listing(folder: Path) -> set[str] | None:
         return None  # no note, or one in another form: as good as none
 
 
-def _offline(repo: str, revision: str | None, cached: _Cached) -> Path:
+def offline_copy(repo: str, revision: str | None, cached: _Cached) -> Path:
     if cached.folder is None or cached.missing:
         from huggingface_hub import constants
 
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"offline, and {repo}{at} lacks {_some(cached.missing)} in the cache ({constants.HF_HUB_CACHE}): run once "
+            f"offline, and {repo}{at} lacks {some(cached.missing)} in the cache ({constants.HF_HUB_CACHE}): run once "
             "without --offline and HF_HUB_OFFLINE, or copy the cache from a machine that has it"
         )
-    _log.warning("offline: %s is loaded without %s, which it may or may not have", repo, _some(cached.unknown))
+    _log.warning("offline: %s is loaded without %s, which it may or may not have", repo, some(cached.unknown))
     return cached.folder
 
 
@@ -166,18 +205,18 @@ def _shards(index: Path) -> list[str]:
     """The weight files that an index names; it comes from a stranger, so a name may not leave the folder."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = []
-    if not names:
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"{index} is no safetensors index, it has no weight_map: if it is in order on the hub, fetch it again "
             "with `hf download --force-download`"
         )
     for name in names:
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}: jaxlm reads safetensors only")
+            raise ValueError(f"{index} names {quoted(name)}: jaxlm reads safetensors only")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-            raise ValueError(f"{index} names {name!r}, a path outside the checkpoint's folder: refused")
+            raise ValueError(f"{index} names {quoted(name)}, a path outside the checkpoint's folder: refused")
     return names
 
 
@@ -187,35 +226,63 @@ def _shards(index: Path) -> list[str]:
 def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
     """Small files first, then the weights, all of one commit even when the branch moves meanwhile."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     # Asked before hf_hub_download is: that one retries for half a minute where there is no network.
-    if _metadata(repo, CONFIG, revision, token) is None:
-        found = _remote_files(repo, revision, token)
+    if metadata(repo, CONFIG, revision, token) is None:
+        found = remote_files(repo, revision, token)
         raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load{found}")
     folder = Path(hf_hub_download(repo, CONFIG, revision=revision, token=token)).parent
     commit = folder.name
-
-    def small(name: str) -> None:
-        with suppress(RemoteEntryNotFoundError):  # which hf_hub_download notes in the cache
-            hf_hub_download(repo, name, revision=commit, token=token)
-
-    cached = _look_up(repo, commit)
-    each(small, [name for name in (*OPTIONAL, INDEX) if name in cached.unknown + cached.missing])
+    cached = look_up(repo, commit)
+    wanted = [name for name in (*OPTIONAL, INDEX) if name in cached.unknown + cached.missing]
+    each(lambda name: _small(repo, name, commit, token), wanted)
     names = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
     names = [name for name in names if not (folder / name).is_file()]
-    files = dict(zip(names, each(lambda name: _metadata(repo, name, commit, token), names)))
+    files = dict(zip(names, each(lambda name: metadata(repo, name, commit, token), names)))
     absent = [name for name, file in files.items() if file is None]
     if absent == [SINGLE]:
-        found = _remote_files(repo, commit, token)
-        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{found}. {_CONVERT}")
+        found = remote_files(repo, commit, token)
+        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{found}. {CONVERT}")
     if absent:
-        raise FileNotFoundError(f"the index of {repo} names {_some(absent)}, which the repository does not have")
+        raise FileNotFoundError(f"the index of {repo} names {some(absent)}, which the repository does not have")
     download(repo, folder, files, token)
     return folder
 
 
-def _metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
+def _fetch_meta(repo: str, revision: str | None, token: str | None) -> Path:
+    """Meta's files, and nothing else of the repository."""
+    from huggingface_hub import hf_hub_download
+
+    first = f"{ORIGINAL}/{PARAMS}"
+    if metadata(repo, first, revision, token) is None:
+        found = remote_files(repo, revision, token)
+        raise FileNotFoundError(f"{repo} has no {first}, so it does not hold Meta's own files{found}: leave --format")
+    folder = Path(hf_hub_download(repo, first, revision=revision, token=token)).parents[1]
+    _small(repo, TOKENIZER, folder.name, token)
+    files: dict[str, Any] = {}
+    for name in _consolidated():
+        file = metadata(repo, name, folder.name, token)
+        if file is None:
+            _small(repo, name, folder.name, token)  # only to note in the cache that there is none
+            break
+        if not (folder / name).is_file():
+            files[name] = file
+    if not files and not (folder / next(_consolidated())).is_file():
+        raise FileNotFoundError(f"{repo} has {first} and no {next(_consolidated())}: its weights are elsewhere")
+    download(repo, folder, files, token)
+    return folder
+
+
+def _small(repo: str, name: str, commit: str, token: str | None) -> None:
+    """A file that need not be there; huggingface_hub notes in the cache if it is not."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with suppress(RemoteEntryNotFoundError):
+        hf_hub_download(repo, name, revision=commit, token=token)
+
+
+def metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
     """huggingface_hub's HfFileMetadata, or None where the repository has no such file."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -230,70 +297,3 @@ def _metadata(repo: str, name: str, revision: str | None, token: str | None) -> 
             "a sign-in page stands between"
         )
     return file
-
-
-# What went wrong, and the way out
-
-_LOGIN = "`hf auth login`, the variable HF_TOKEN, or --token"
-_CONVERT = "transformers' `from_pretrained` and then `save_pretrained` write a folder that does"
-
-
-def _explain(error: Exception, repo: str, revision: str | None, cached: _Cached) -> Exception | None:
-    """The same failure as a user needs to hear it, or None where the error speaks for itself. Never quotes a header."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        return _refused(error, repo, revision)
-    if isinstance(error, http_error()):
-        usable = cached.folder and not cached.missing
-        return ConnectionError(
-            f"no connection to {constants.ENDPOINT} for {repo} ({error or type(error).__name__}): check the network, "
-            f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {AGAIN}'}"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = count_bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)
-        return OSError(f"no room for {repo} in {constants.HF_HUB_CACHE} ({free} free). {ROOM}")
-    return None
-
-
-def _refused(error: Any, repo: str, revision: str | None) -> OSError:
-    """An HfHubHTTPError: the hub was reached and answered with a status."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
-    said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
-    if isinstance(error, GatedRepoError):
-        return PermissionError(f"{repo} is gated: accept its licence at {page}, then sign in with {_LOGIN}")
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(
-            f"{repo} has no revision {revision!r} (--revision): its branches are at {page}/tree/main"
-        )
-    if status == 401 and "credentials" in said:
-        return PermissionError(f"the hub refuses the token (expired or mistyped?): sign in anew with {_LOGIN}")
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        return FileNotFoundError(
-            f"there is no model {repo!r} at {constants.ENDPOINT} (nor a folder of that name here), or it is private: "
-            f"check the spelling; for a private one sign in with {_LOGIN}"
-        )
-    if status == 403:
-        return PermissionError(f"the hub refuses {repo} to this account or token ({said}): see {page}")
-    return OSError(f"the hub answered {said} for {repo}: wait, then {AGAIN}")
-
-
-def _remote_files(repo: str, revision: str | None, token: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        names = HfApi().list_repo_files(repo, revision=revision, token=token)
-    except http_error():
-        return ""  # it only helps to understand another failure
-    return f" (it holds {_some(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))})"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "nothing"

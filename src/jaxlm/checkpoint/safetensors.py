@@ -18,6 +18,7 @@ import numpy as np
 
 SLICE = 8 << 20  # bytes read at a time
 HEADER = 100_000_000  # bytes: the format's limit
+NAME = 100  # characters of a name that a message shows
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 # Bits of an element of every type that the format has (safetensors 0.8).
 BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16, "I16": 16,
@@ -56,7 +57,7 @@ def _parse(data: bytes) -> Any:
         table = dict(items)
         if len(table) < len(items):
             [(name, _)] = Counter(name for name, _ in items).most_common(1)
-            raise ValueError(f"the key {name!r} stands in it twice")
+            raise ValueError(f"the key {quoted(name)} stands in it twice")
         return table
 
     def refuse(word: str) -> None:
@@ -101,16 +102,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         kind, shape, begin, end = _entry(entry, size) or (None, (), 0, 0)
         if kind is None:
-            raise broken(f"the entry of {name!r} makes no sense")
+            raise broken(f"the entry of {quoted(name)} makes no sense")
         if kind not in BITS:
-            raise ValueError(f"{path}: tensor {name!r} has type {kind!r}, which jaxlm cannot read: convert it to BF16")
+            raise ValueError(
+                f"{path}: tensor {quoted(name)} has type {quoted(kind)}, which jaxlm cannot read: convert it to BF16"
+            )
         if (end - begin) * 8 != math.prod(shape) * BITS[kind]:
-            raise broken(f"{name!r} of type {kind} and shape {list(shape)} cannot have {end - begin:,} bytes")
+            raise broken(f"{quoted(name)} of type {kind} and shape {list(shape)} cannot have {end - begin:,} bytes")
         tensors[name] = Tensor(name, path, kind, shape, 8 + length + begin, end - begin)
     at = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != at:
-            raise broken(f"{tensor.name!r} begins at byte {tensor.offset:,} instead of {at:,}")
+            raise broken(f"{quoted(tensor.name)} begins at byte {tensor.offset:,} instead of {at:,}")
         at += tensor.nbytes
     if at != size:
         raise broken(f"its tensors end at byte {at:,}, the file at {size:,}")
@@ -155,7 +158,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     for shard in shards:
         path = PurePosixPath(shard)
         if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\\" in shard:
-            raise ValueError(f"{index} names {shard!r}, which is no safetensors file inside the folder: refused")
+            raise ValueError(f"{index} names {quoted(shard)}, which is no safetensors file inside the folder: refused")
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {listed(missing)} of its {len(shards)} shards: download them again")
@@ -175,7 +178,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def listed(names: Collection[str]) -> str:
-    return f"{len(names)} ({', '.join(list(names)[:10])}{', …' if len(names) > 10 else ''})"
+    some = ", ".join(name[:NAME] for name in list(names)[:10])
+    return f"{len(names)} ({some}{', …' if len(names) > 10 else ''})"
+
+
+def quoted(name: str) -> str:
+    """A name in quotes, as much of it as belongs in a message."""
+    return repr(name[:NAME] + "…" * (len(name) > NAME))
 
 
 def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
@@ -194,13 +203,17 @@ def aligned(nbytes: int) -> np.ndarray:
     return raw[start : start + nbytes]
 
 
-def read_into(buffer: np.ndarray, tensor: Tensor, begin: int) -> None:
-    """Fills a buffer with the bytes of a tensor from `begin` on."""
-    done = 0
+def read_into(buffer: np.ndarray, tensor: Tensor, begin: int, step: int = 0) -> None:
+    """Fills a buffer of bytes with those of a tensor from `begin` on. A buffer of several rows takes one every `step`
+    bytes."""
     with open(tensor.file, "rb", buffering=0) as file, _named(tensor.file):
-        file.seek(tensor.offset + begin)
-        while done < buffer.nbytes:
-            got = file.readinto(buffer.data[done:])
-            if not got:
-                raise ValueError(f"{tensor.file} has become shorter: it ends within {tensor.name}. Download it again")
-            done += got
+        for i, row in enumerate(np.atleast_2d(buffer)):
+            file.seek(tensor.offset + begin + i * step)
+            done = 0
+            while done < row.nbytes:
+                got = file.readinto(row.data[done:])
+                if not got:
+                    raise ValueError(
+                        f"{tensor.file} has become shorter: it ends within {tensor.name}. Download it again"
+                    )
+                done += got

@@ -21,6 +21,12 @@ class ModelFlags:
     """Hugging Face hub id or a local folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; auto keeps the file's."""
+    format: Literal["hf", "meta"] | None = None
+    """Form of the files: Hugging Face's, or Meta's originals (consolidated.*.pth); default: what the folder holds."""
+    tokenizer: Path | None = None
+    """Folder or tokenizer.model, where it does not lie beside the weights."""
+    rope_factor: float | None = None
+    """What Meta's params.json does not say: 8 for Llama 3.1 and 3.3, 32 for 3.2. Known for published models."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: str | None = None
@@ -31,6 +37,18 @@ class ModelFlags:
     """Let a field of config.json pass that jaxlm does not know."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of jaxlm.load beside the name and the type."""
+        return {
+            "format": self.format,
+            "tokenizer": self.tokenizer,
+            "rope_factor": self.rope_factor,
+            "revision": self.revision,
+            "token": self.token,
+            "offline": self.offline,
+            "allow_fields": self.allow_field,
+        }
 
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
@@ -46,16 +64,11 @@ class ModelFlags:
             note(f"No model named (-m): using {name}, a tiny model with random weights. Its text means nothing.")
         if unseen := unseen_accelerator():
             note(unseen)
-        model = jaxlm.load(
-            name,
-            dtype=self.dtype,
-            revision=self.revision,
-            token=self.token,
-            offline=self.offline,
-            allow_fields=self.allow_field,
-        )
+        model = jaxlm.load(name, dtype=self.dtype, **self.options())
         if model.unread:
             note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
+        if self.model is None:  # meant as a first look: enough to see that it runs
+            model.generation_config["max_new_tokens"] = 64
         model.programs.notify = compiling
         return model
 
@@ -92,18 +105,3 @@ def compiling(name: str, seconds: float | None = None) -> None:
         print(f"\0337\033[2m compiling {name} …\033[0m", end="", file=sys.stderr, flush=True)
     else:
         print("\0338\033[J", end="", file=sys.stderr, flush=True)
-
-
-def statistics(piece: Any) -> str:
-    """The line after a text: counts, speeds, memory."""
-    from jaxlm.devices import gigabytes, peak_memory
-
-    parts = [f"{piece.prompt_tokens:,} prompt tokens", f"{piece.generation_tokens:,} generated"]
-    if piece.tokens_per_second:
-        parts.append(f"{piece.tokens_per_second:.1f} tokens/s")
-    parts.append(f"first token after {piece.first_token_seconds:.2f} s")
-    if piece.compile_seconds >= 0.05:
-        parts.append(f"compiled for {piece.compile_seconds:.1f} s")
-    if piece.finish_reason == "length":
-        parts.append("ended by --max-tokens or the context")
-    return " · ".join([*parts, f"peak memory {gigabytes(peak_memory())}"])

@@ -31,19 +31,29 @@ def find(name: str, flags: ModelFlags) -> Found:
     if path.is_file() and path.name != "config.json":
         return Found(read_json(path), None, None, "")
     if path.exists():
-        return _local(hub.resolve(path.parent if path.is_file() else path, revision=flags.revision))
-    repo, token = hub._repo_id(name), hub._checked(flags.token)
+        folder = path.parent if path.is_file() else path
+        folder = hub.resolve(folder, format=flags.format, revision=flags.revision)
+        original = flags.format == "meta" or not (folder / hub.CONFIG).is_file()
+        return _original(name, flags) if original else _local(folder)
+    if flags.format == "meta":
+        cached = hub.look_up(hub.repo_id(name), flags.revision, True)
+        if cached.missing or cached.unknown:
+            raise FileNotFoundError(
+                f"{name}: Meta's files are described once they are in the cache: load the model first"
+            )
+        return _original(name, flags)
+    repo, token = hub.repo_id(name), hub.checked_token(flags.token)
     from huggingface_hub import constants
 
-    cached = hub._look_up(repo, flags.revision)
+    cached = hub.look_up(repo, flags.revision)
     if cached.folder and not cached.missing:
         return _local(cached.folder)
     if flags.offline or constants.HF_HUB_OFFLINE:
-        return _local(cached.folder or hub._offline(repo, flags.revision, cached))
+        return _local(cached.folder or hub.offline_copy(repo, flags.revision, cached))
     try:
         return _remote(repo, flags.revision, token)
     except (http_error(), OSError) as error:
-        explained = hub._explain(error, repo, flags.revision, cached)
+        explained = hub.explain(error, repo, flags.revision, cached.folder and not cached.missing)
         if explained is None:
             raise
         raise explained from error
@@ -59,6 +69,15 @@ def _local(folder: Path) -> Found:
         return Found(config, folder, None, str(error))
 
 
+def _original(name: str, flags: ModelFlags) -> Found:
+    """A model in Meta's form, as if its files were of Hugging Face's."""
+    from jaxlm import loading
+
+    found = loading.find(name, **flags.options()).checkpoint
+    tensors = {row.names[0]: tensor for row, tensor in found.tensors.pairs}
+    return Found(found.config, found.tokenizer or found.folder, tensors, "")
+
+
 def _remote(repo: str, revision: str | None, token: str | None) -> Found:
     """A model on the hub: its small files, and the headers of its weight files by HTTP Range."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -67,7 +86,7 @@ def _remote(repo: str, revision: str | None, token: str | None) -> Found:
     from jaxlm.checkpoint import hub
     from jaxlm.checkpoint.safetensors import Tensor, read_json
 
-    if hub._metadata(repo, hub.CONFIG, revision, token) is None:
+    if hub.metadata(repo, hub.CONFIG, revision, token) is None:
         raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load")
     folder = Path(hf_hub_download(repo, hub.CONFIG, revision=revision, token=token)).parent
     for small in hub.OPTIONAL:
@@ -138,7 +157,7 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
 
     count = params.count(family.PARAMS, cfg)
     if found.tensors is None:
-        text = found.config.get("text_config", {})
+        text = found.config.get("text_config") or {}
         named = [c.get(key) for c in (found.config, text) for key in ("dtype", "torch_dtype")]
         stated = next((name for name in named if name in [dtype.name for dtype in DTYPES.values()]), None)
         dtype = jnp.dtype(asked if asked != "auto" else stated or "bfloat16")
@@ -154,7 +173,7 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
     dtype = DTYPES[stored.most_common(1)[0][0]] if asked == "auto" else jnp.dtype(asked)
     return {
         "present": True,
-        "files": len({tensor.file for tensor in found.tensors.values()}),
+        "files": len({part.file for tensor in found.tensors.values() for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
         "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
@@ -182,12 +201,12 @@ def _kv(cfg: Any, dtype: Any) -> dict[str, Any]:
 
 def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
     """Each rope of a config, by its field, with the numbers that its type uses."""
-    from jaxlm.config import _ROPE_FIELDS
+    from jaxlm.config import ROPE_FIELDS
     from jaxlm.ops import Rope
 
     ropes = {f.name: v for f in dataclasses.fields(cfg) if isinstance(v := getattr(cfg, f.name), Rope)}
     return {
-        name: {"type": rope.type, **{ours: getattr(rope, ours) for ours in _ROPE_FIELDS[rope.type].values()}}
+        name: {"type": rope.type, **{ours: getattr(rope, ours) for ours in ROPE_FIELDS[rope.type].values()}}
         for name, rope in ropes.items()
     }
 

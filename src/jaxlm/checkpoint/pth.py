@@ -1,0 +1,165 @@
+"""torch.save's files (.pth) of named tensors, read and written without torch.
+
+Such a file is a zip of stored entries: data.pkl, a pickle that describes the tensors (torch_pickle.py), and data/N, the
+bytes of each storage.
+"""
+
+import io
+import itertools
+import math
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.checkpoint.safetensors import DTYPES, Tensor
+from jaxlm.checkpoint.torch_pickle import View, read_table, write_table
+
+LIMIT = 1 << 20  # bytes of data.pkl and of the zip's table: those of 405B parameters take a third
+ALIGNMENT = 64  # bytes
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. All of it but the tensors' bytes is checked, and nothing in it runs.
+
+    Raises ValueError for a file that is damaged, or holds anything but a dict of float32, bfloat16 and float16 tensors.
+    """
+    size = path.stat().st_size
+    try:
+        with _Zip(path) as file:
+            entries = _entries(file, size)
+            tables = [name for name in entries if name.endswith("/data.pkl")]
+            if len(tables) != 1:
+                raise ValueError(f"it holds {len(tables)} data.pkl instead of one")
+            folder = tables[0].removesuffix("data.pkl")
+            if (order := _content(file, entries, f"{folder}byteorder")) not in (None, b"little"):
+                raise ValueError(f"its byte order is {order[:10]!r}, only little is read")
+            table = read_table(_content(file, entries, tables[0]) or b"")
+        tensors = {
+            name: _tensor(path, name, view, entries.get(f"{folder}data/{view.storage.number}"))
+            for name, view in table.items()
+        }
+        _refuse_overlaps(tensors.values())
+    except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, EOFError) as error:
+        raise ValueError(f"{path} is not read, and nothing in it was run: {error}. {_way_out(path)}") from None
+    return tensors
+
+
+def _way_out(path: Path) -> str:
+    with open(path, "rb") as file:
+        first = file.read(8)
+    if first == b"version ":
+        return "It is a pointer of git-lfs, not the weights themselves: run `git lfs pull`"
+    if first[:2] == b"\x80\x02":
+        return "It has the form of PyTorch before 1.6, without a zip: load it there and torch.save it again"
+    return "If its source is to be trusted, download it again; the same model as safetensors is read as well"
+
+
+class _Zip(io.FileIO):
+    """A file whose reads are short: zipfile believes what a file says about the length of its own table."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LIMIT:
+            raise ValueError(f"the zip's table should have {size:,} bytes, more than {LIMIT:,}")
+        return super().read(-1 if size is None else size)
+
+
+class _Entry(NamedTuple):
+    """First byte and length of an entry's data."""
+
+    offset: int
+    nbytes: int
+
+
+def _entries(file: _Zip, size: int) -> dict[str, _Entry]:
+    """Where each entry of the zip lies: stored as it is, inside the file, and apart from the others."""
+    entries, at = {}, 0
+    with zipfile.ZipFile(file) as archive:
+        infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    for info in infos:
+        name = repr(info.filename[:80])
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"{name} is compressed or encrypted, which torch.save never does")
+        if info.header_offset < at:
+            raise ValueError(f"{name} overlaps another entry")
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise ValueError(f"{name} is not where the zip's table says")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        at = begin + info.file_size
+        if at > size or info.compress_size != info.file_size:
+            raise ValueError(f"{name} should have {info.file_size:,} bytes, the file ends before them")
+        if info.filename in entries:
+            raise ValueError(f"{name} stands in it twice")
+        entries[info.filename] = _Entry(begin, info.file_size)
+    return entries
+
+
+def _content(file: _Zip, entries: Mapping[str, _Entry], name: str) -> bytes | None:
+    """A small entry's bytes, None if there is no such entry."""
+    if name not in entries:
+        return None
+    file.seek(entries[name].offset)
+    return file.read(entries[name].nbytes)
+
+
+def _tensor(path: Path, name: str, view: View, place: _Entry | None) -> Tensor:
+    """The tensor that a view describes, once its elements are known to lie one after the other in its storage."""
+    (dtype, number, length), offset, shape, strides = view
+    width, label = DTYPES[dtype].itemsize, name[:80]
+    if place is None:
+        raise ValueError(f"it has no data/{number[:20]}, where {label!r} should be")
+    if length * width != place.nbytes:
+        raise ValueError(f"data/{number[:20]} has {place.nbytes:,} bytes, not {length:,} elements of type {dtype}")
+    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
+        raise ValueError(f"the shape of {label!r} makes no sense")
+    count = math.prod(shape)
+    packed = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if len(strides) != len(shape) or (count and any(n > 1 and s != p for n, s, p in zip(shape, strides, packed))):
+        raise ValueError(f"{label!r} is not contiguous: save it from tensor.contiguous()")
+    if offset + count > length:
+        raise ValueError(f"{label!r} of shape {list(shape)[:9]} does not fit into data/{number[:20]}")
+    return Tensor(name, path, dtype, shape, place.offset + offset * width, count * width)
+
+
+def _refuse_overlaps(tensors: Iterable[Tensor]) -> None:
+    """Two tensors may be the same bytes (a tied head), or share none."""
+    places = sorted({(t.offset, t.nbytes): t for t in tensors if t.nbytes}.items())
+    for ((a, nbytes), first), ((b, _), second) in itertools.pairwise(places):
+        if a + nbytes > b:
+            raise ValueError(f"{first.name[:80]!r} and {second.name[:80]!r} share a part of their bytes")
+
+
+# Writing
+
+
+def write_pth(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]]) -> None:
+    """Writes tensors, each (name, "F32" "BF16" or "F16", shape, chunks of its bytes), one after the other.
+
+    The table comes last, so that none is held. torch.load opens the file (weights_only and mmap too). A file whose
+    writing fails is broken: whoever calls gives it its final name afterwards.
+    """
+    written: list[tuple[str, str, tuple[int, ...]]] = []
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, dtype, shape, chunks in tensors:
+            _add(archive, file, f"data/{len(written)}", chunks, math.prod(shape) * DTYPES[dtype].itemsize)
+            written.append((name, dtype, tuple(shape)))
+        if len({name for name, _, _ in written}) < len(written):
+            raise ValueError(f"{path}: two tensors have one name")
+        for entry, data in (("data.pkl", write_table(written)), ("byteorder", b"little"), ("version", b"3\n")):
+            _add(archive, file, entry, [data], len(data))
+
+
+def _add(archive: zipfile.ZipFile, file: Any, name: str, chunks: Iterable[Any], nbytes: int) -> None:
+    """One entry whose data begins on a multiple of ALIGNMENT."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    info.file_size = nbytes
+    long = nbytes > 1 << 30  # zipfile asks to know before the data; then its header has 20 bytes more
+    padding = -(file.tell() + 30 + len(info.filename) + 4 + 20 * long) % ALIGNMENT
+    info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=long) as out:
+        written = sum(out.write(chunk) for chunk in chunks)
+    if written != nbytes:
+        raise ValueError(f"{archive.filename}: {name} got {written:,} of {nbytes:,} bytes")
