@@ -4,20 +4,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlm.chat import Conversation as Conversation
+    from jaxlm.exporting import export as export
     from jaxlm.generation import generate as generate
     from jaxlm.generation import stream as stream
     from jaxlm.loading import load as load
     from jaxlm.model import Model as Model
+    from jaxlm.verification import verify as verify
 
 __version__ = "0.1.0"
 _HOME = {
     "Conversation": "jaxlm.chat",
     "Model": "jaxlm.model",
+    "export": "jaxlm.exporting",
     "generate": "jaxlm.generation",
     "load": "jaxlm.loading",
     "stream": "jaxlm.generation",
+    "verify": "jaxlm.verification",
 }
-__all__ = ["Conversation", "Model", "__version__", "generate", "load", "stream"]
+__all__ = ["Conversation", "Model", "__version__", "export", "generate", "load", "stream", "verify"]
 
 
 def __getattr__(name: str) -> Any:

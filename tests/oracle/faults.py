@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm import Model
+from jaxlm.decoding import Programs
 from jaxlm.models import olmo2
 
 Fault = Callable[[Model, pytest.MonkeyPatch], Model]
@@ -24,6 +25,7 @@ def _with(model: Model, config: Any = None, weights: Any = None) -> Model:
     faulty = copy(model)
     faulty.config = model.config if config is None else config
     faulty.weights = model.weights if weights is None else weights
+    faulty.programs = Programs(faulty.family, faulty.config)
     return faulty
 
 

@@ -40,16 +40,17 @@ def parse(argv: list[str]) -> Any:
     import tyro
 
     from jaxlm.cli.chat import Chat
+    from jaxlm.cli.export import Export
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
+    from jaxlm.cli.verify import Verify
 
-    return tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "chat": Chat, "info": Info},
-        prog="jaxlm",
-        description=ABOUT,
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff),
-    )
+    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
+    markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
+    if argv[0] in commands:  # by itself, so that errors point to the help of the command
+        return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
+    return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)
 
 
 def explain(error: Exception) -> str:

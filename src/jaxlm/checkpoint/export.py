@@ -1,0 +1,254 @@
+"""Writing checkpoints: tensors slice by slice into safetensors files, in a folder that gets its name when it is whole.
+
+A tensor is an `Entry`: what a file's header says of it, and a function that gives its bytes. Nothing here holds more
+than a slice in memory beside the arrays that are written.
+"""
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint.download import count_bytes
+from jaxlm.checkpoint.hf import read_block
+from jaxlm.checkpoint.meta import Joined, in_pairs
+from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
+
+SLICE = 8 << 20  # bytes taken from an array at a time
+SHARD = 5 * 10**9  # bytes of a file at most, unless one tensor alone is larger
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+_ROOM = "free some, or choose a folder on another disk"
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: name, type as a file names it, shape, and what gives its bytes in pieces."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+class Stored:
+    """A tensor on the disk in an array's place, in our shape and order: its rows are read when they are asked for."""
+
+    def __init__(self, tensor: Tensor | Joined, shape: tuple[int, ...]):
+        self.whole = (
+            tensor if isinstance(tensor, Joined) else Joined(tensor.name, tensor.dtype, tensor.shape, (tensor,))
+        )
+        self.shape, self.dtype, self.nbytes = shape, DTYPES[tensor.dtype], tensor.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def rows(self, begin: int, count: int) -> np.ndarray:
+        """Rows of the leading axis, [count,...]."""
+        out = np.empty((count, *self.shape[1:]), self.dtype)
+        if len(self.whole.shape) == 1:
+            read_block(self.whole.parts[0], out.reshape(-1), column=begin * (out.size // count))
+            return out
+        each = self.whole.shape[0] // len(self)  # rows of the file in one of ours: a head has H
+        lines, first = out.reshape(count * each, self.whole.shape[1]), begin * each
+        for i, part in enumerate(self.whole.parts):
+            rows, columns = part.shape
+            if self.whole.axis:
+                read_block(part, lines[:, i * columns :][:, :columns], first)
+                continue
+            start, stop = max(first, i * rows), min(first + len(lines), (i + 1) * rows)
+            if start < stop:
+                block = lines[start - first : stop - first]
+                read_block(part, in_pairs(block, self.whole.H) if self.whole.H else block, start - i * rows)
+        return out
+
+
+Change = Callable[[np.ndarray], np.ndarray]  # of a slice: it may reorder what lies behind the leading axis
+
+
+def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, change: Change | None = None) -> Entry:
+    """An array as a tensor of `shape` (the axes as a file joins them). ValueError where float16 cannot hold it."""
+    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype, change))
+    if dtype == np.float16 and value.dtype != dtype:
+        for _ in entry.chunks():  # all of it is converted once for the check alone: before anything is written
+            pass
+    return entry
+
+
+def stored_entry(tensor: Tensor) -> Entry:
+    """A tensor of another checkpoint, byte for byte."""
+    return Entry(tensor.name, tensor.dtype, tensor.shape, partial(chunks, tensor))
+
+
+def array_bytes(name: str, value: Any, dtype: np.dtype, change: Change | None = None) -> Iterator[np.ndarray]:
+    """The bytes of an array in the type wanted, about SLICE at a time; whole rows of the leading axis."""
+    rows = max(1, SLICE * len(value) // value.nbytes)
+    for begin in range(0, len(value), rows):
+        part = _rows(value, begin, min(rows, len(value) - begin))
+        part = _converted(name, part if change is None else change(part), dtype)
+        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+
+
+def _rows(value: Any, begin: int, count: int) -> np.ndarray:
+    """Some rows of an array in host memory: a view where they lie there already."""
+    if isinstance(value, Stored):
+        return value.rows(begin, count)
+    # Of an array on several devices numpy would make one whole, and jax would keep it.
+    if isinstance(value, jax.Array) and (len(value.devices()) > 1 or next(iter(value.devices())).platform != "cpu"):
+        return np.asarray(_cut(value, begin, count))
+    return np.asarray(value)[begin : begin + count]
+
+
+_cut = jax.jit(lambda value, begin, count: jax.lax.dynamic_slice_in_dim(value, begin, count), static_argnums=2)
+
+
+def _converted(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if part.dtype == dtype:
+        return part
+    with np.errstate(all="ignore"):
+        out = part.astype(dtype)
+    if dtype == np.float16 and (np.isinf(out) & np.isfinite(part)).any():
+        raise ValueError(f"{name} has values beyond float16's 65,504: export in another type (--dtype bfloat16)")
+    return out
+
+
+# Files
+
+
+def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
+    """model.safetensors, or shards with an index, named as transformers names them."""
+    groups: list[list[Entry]] = [[]]
+    for entry in entries:
+        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > SHARD:
+            groups.append([])
+        groups[-1].append(entry)
+    if len(groups) == 1:
+        return write_safetensors(folder / "model.safetensors", entries, advance)
+    where: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        write_safetensors(folder / file, group, advance)
+        where |= dict.fromkeys((entry.name for entry in group), file)
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": where}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
+    """One file. `advance` hears of bytes as they are written."""
+    # As the format's own library sorts them: wide types first, for a reader may rely on a tensor's alignment.
+    entries = sorted(entries, key=lambda entry: (-BITS[entry.dtype], entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    at = 0
+    for entry in entries:
+        offsets = [at, at + entry.nbytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            written = sum(file.write(part.data) for part in counted(entry.chunks(), advance))
+            if written != entry.nbytes:  # a fault of the caller's shapes; every later tensor would be displaced
+                raise AssertionError(f"{entry.name} has {written} bytes instead of {entry.nbytes}")
+
+
+def counted(parts: Iterable[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for part in parts:
+        yield part
+        advance(part.nbytes)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Folders
+
+
+def check_target(out: Path, sources: Iterable[Path], force: bool) -> None:
+    """Refuses a folder that must not be replaced. `out` and the sources (folders and files that are read) are real
+    paths, without links. With `force` a checkpoint may be replaced, and nothing else."""
+    if any(out == path or out in path.parents for path in sources):
+        raise FileExistsError(f"{out} holds the files that this model was loaded from: choose another folder")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose the name of a folder")
+    names = sorted(path.name for path in out.iterdir())
+    if not names:
+        return
+    weights = any(name.endswith((".safetensors", ".pth")) for name in names)
+    if not (weights and {"config.json", "params.json"} & set(names)):
+        raise FileExistsError(f"{out} is in use and no checkpoint, it holds {listed(names)}: choose another folder")
+    if not force:
+        raise FileExistsError(f"{out} is a checkpoint already: --force (force=True) replaces all of the folder")
+
+
+@contextmanager
+def staged(out: Path, needed: int, replace: bool) -> Iterator[Path]:
+    """A hidden folder beside `out`, on the same file system. When the block ends its files are flushed to the disk and
+    it takes the name; when the block fails it is removed. OSError where the disk lacks the `needed` bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(out, needed)
+    made = _beside(out, "partial")
+    try:
+        made.mkdir()
+        yield made
+        for path in (*made.rglob("*"), made):
+            _flush(path)
+        _take_name(made, out, replace)
+    except BaseException as error:
+        shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"the disk of {out.parent} is full, nothing was left on it: {_ROOM}") from error
+        raise
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{what}")
+
+
+def _require_room(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if 0 < free < needed:  # some network file systems say 0 and mean that they do not know
+        names = (path.name for path in out.parent.iterdir())
+        left = [name for name in names if name.startswith(f".{out.name}.") and name.endswith(".partial")]
+        killed = f"; an export that was killed left {listed(left)} there" if left else ""
+        needs = f"{out} needs {count_bytes(needed)} and its disk has {count_bytes(free)} free"
+        raise OSError(f"{needs}: {_ROOM}{killed}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(made: Path, out: Path, replace: bool) -> None:
+    """Renames; what stands there makes way only for a moment, and comes back where the renaming fails."""
+    old = _beside(out, "old")
+    if replace and out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(made, out)  # over an empty folder too, and an OSError over any other
+        _flush(out.parent)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

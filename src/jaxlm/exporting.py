@@ -1,0 +1,180 @@
+"""`export`: a model as a checkpoint folder."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm import export_texts as beside
+from jaxlm import params
+from jaxlm.checkpoint import export as files
+from jaxlm.checkpoint import meta
+from jaxlm.checkpoint.export import Entry
+from jaxlm.checkpoint.pth import write_pth
+from jaxlm.checkpoint.safetensors import DTYPES, listed
+from jaxlm.loading import find, loading_bar, wanted_dtype
+from jaxlm.model import Model
+
+FORMATS = ("hf", "meta")
+SMALL = 32 << 20  # bytes: room for headers, and for a tokenizer that is written anew
+
+
+class Exported(NamedTuple):
+    """What was written: the folder, how many tensors, and their bytes."""
+
+    folder: Path
+    tensors: int
+    nbytes: int
+
+
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    dtype: Any = None,
+    force: bool = False,
+    config: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Exported:
+    """Writes a model as a checkpoint folder, which takes its name when it is whole and on the disk.
+
+    format: "hf", Hugging Face's, or for a Llama "meta", the form of Meta's originals. Tensors keep the names and types
+    of the checkpoint that the model came from, also where it was loaded in another type; those that were not read
+    (vision) and the tokenizer's files are copied. dtype: "float32", "bfloat16" or "float16" for all tensors that were
+    read. force: replace a checkpoint that stands at `out`, the whole folder. config: the contents of config.json, for a
+    model that was made without a checkpoint (`Model.init`). progress: show a bar on stderr (default: when it is a
+    terminal). Raises ValueError, FileExistsError or OSError (no room), each with what to do; then nothing is left.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    out = Path(os.path.realpath(os.path.expanduser(out)))
+    files.check_target(out, _sources(model), force)
+    wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
+    told = partial(beside.config_json, dtype=_named_dtype(model, wanted)) if format == "hf" else beside.params_json
+    texts = beside.other_texts(model, format) | told(model, config)
+    entries = _entries(model, wanted, format)
+    nbytes = sum(entry.nbytes for entry in entries)
+    copied = sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
+    room = nbytes + copied + SMALL
+    with files.staged(out, room, force) as folder, loading_bar(nbytes, progress, "writing") as advance:
+        _write_texts(folder, texts, model if format == "hf" and beside.lacks_tokenizer(model, texts) else None)
+        if format == "meta":
+            tensors = ((e.name, e.dtype, e.shape, files.counted(e.chunks(), advance)) for e in entries)
+            write_pth(folder / "consolidated.00.pth", tensors)
+        else:
+            files.write_weights(folder, entries, advance)
+    return Exported(out, len(entries), nbytes)
+
+
+def _write_texts(folder: Path, texts: beside.Texts, speaking: Model | None) -> None:
+    """Copies and writes small files; `speaking` is a model whose tokenizer has to be written anew."""
+    if speaking and speaking.tokenizer:
+        speaking.tokenizer.hf.save_pretrained(folder)
+        texts.pop("tokenizer.model", None)  # Meta's form, which transformers would take for another one
+    for name, text in texts.items():
+        if isinstance(text, Path):
+            shutil.copyfile(text, folder / name)
+        else:
+            files.write_json(folder / name, text)
+
+
+def open_model(name: str | Path, **options: Any) -> Model:
+    """A model that can be exported and nothing else: its weights stay on the disk, so that memory does not matter.
+
+    Arguments as `loading.find` takes them.
+    """
+    found = find(name, **options)
+    weights: dict[str, Any] = {}
+    for row, tensor in found.checkpoint.tensors.pairs:
+        params.put(weights, row.path, files.Stored(tensor, row.shape))
+    return Model(
+        found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
+    )
+
+
+def _sources(model: Model) -> set[Path]:
+    """The folders and the files that a model came from, without links."""
+    found = model.checkpoint
+    if found is None:
+        return set()
+    read = [*(tensor for _, tensor in found.tensors.pairs), *found.tensors.heads, *found.tensors.unread]
+    places = {part.file for tensor in read for part in getattr(tensor, "parts", (tensor,))} | {found.folder}
+    return {path.resolve() for path in places | ({found.tokenizer} if found.tokenizer else set())}
+
+
+# Tensors
+
+
+def _entries(model: Model, wanted: np.dtype | None, format: str) -> list[Entry]:
+    """Every tensor to write, in the type of the source unless another one is wanted."""
+    leaves, found = _leaves(model), model.checkpoint
+    source = {row.path: tensor for row, tensor in found.tensors.pairs} if found else {}
+    entries = []
+
+    def add(name: str, path: str, shape: tuple[int, ...], tensor: Any, change: Any = None) -> None:
+        leaf = leaves[path]
+        entries.append(files.array_entry(name, leaf, shape, wanted or _stored_dtype(tensor, leaf), change))
+
+    for row in params.rows(model.family.PARAMS, model.config):
+        tensor = source.get(row.path)
+        if format == "meta":
+            layer, general = _general(row.path)
+            change = partial(meta.to_pairs, H=model.config.H) if general in meta.ROTARY else None
+            add(meta.NAMES[general].format(layer), row.path, row.stored, tensor, change)
+        else:  # in the source's own spelling
+            add(tensor.name if tensor and tensor.name in row.names else row.names[0], row.path, row.stored, tensor)
+    if format == "meta" and model.config.tied:  # a tied head is stored there
+        add(meta.NAMES["head"], "embed", (model.config.V, model.config.D), source.get("embed"))
+    if format == "hf" and found and found.format == "hf":
+        for head in found.tensors.heads:  # a copy of the embedding follows it
+            add(head.name, "embed", head.shape, head)
+        entries += map(files.stored_entry, found.tensors.unread)
+    return entries
+
+
+def _general(path: str) -> tuple[str, str]:
+    """`layers.3.q` -> its number and its key in a table, `layers.q`."""
+    first, _, rest = path.partition(".")
+    layer, _, name = rest.partition(".")
+    return (layer, f"{first}.{name}") if rest else ("", path)
+
+
+def _stored_dtype(tensor: Any, leaf: Any) -> np.dtype:
+    """The type to write where none is wanted: the source's, else the array's own."""
+    dtype = DTYPES[tensor.dtype] if tensor else np.dtype(leaf.dtype)
+    if dtype not in files.KINDS:
+        known = ", ".join(dtype.name for dtype in files.KINDS)
+        raise ValueError(f"a weight has type {dtype}: name the type to write (dtype=, --dtype): {known}")
+    return dtype
+
+
+def _named_dtype(model: Model, wanted: np.dtype | None) -> str | None:
+    """The type that config.json is to name, None where the source's own says it."""
+    found = model.checkpoint
+    if wanted is None and (found is None or found.format == "meta"):
+        wanted = _stored_dtype(found.tensors.pairs[0][1] if found else None, model.weights["embed"])
+    return None if wanted is None else wanted.name
+
+
+def _leaves(model: Model) -> dict[str, Any]:
+    """path -> array of every weight; ValueError unless they are those that the config asks for."""
+    weights = model.weights
+    if isinstance(weights["layers"], dict):  # stacked for scans
+        weights = params.unstack(weights)
+    leaves = {path: leaf for path, leaf in weights.items() if path != "layers"}
+    for i, layer in enumerate(weights["layers"]):
+        leaves |= {f"layers.{i}.{name}": leaf for name, leaf in layer.items()}
+    shapes = {row.path: row.shape for row in params.rows(model.family.PARAMS, model.config)}
+    faults = [f"{path} missing" for path in shapes.keys() - leaves.keys()]
+    faults += [f"{path} unknown" for path in leaves.keys() - shapes.keys()]
+    for path in shapes.keys() & leaves.keys():
+        shape = getattr(leaves[path], "shape", None)
+        if shape != shapes[path]:
+            faults.append(f"{path} has shape {shape} instead of {shapes[path]}")
+    if faults:
+        raise ValueError(f"the weights are not those of the config: {listed(sorted(faults))}")
+    return leaves

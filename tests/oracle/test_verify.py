@@ -1,0 +1,167 @@
+"""`verify` against transformers and Meta's code: what is right passes, every planted fault fails."""
+
+import json
+from copy import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import faults, reference
+from oracle.cases import gemma_rope, llama3_rope, shape
+from oracle.reference import FULL, SLIDING
+
+import jaxlm
+from jaxlm import Model
+from jaxlm.ops import attention
+from jaxlm.verification import ours, probes, torch_models
+from jaxlm.verification.checks import compare
+
+pytestmark = pytest.mark.oracle
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama3": shape(N=6, K=3, D=96, tie_word_embeddings=True, **llama3_rope(32.0)),
+    "qwen3": shape(L=3, head_dim=20),
+    "olmo2": shape(N=3, K=3),
+    "gemma3": shape(L=3, layer_types=[SLIDING, FULL, SLIDING], **gemma_rope(rope_type="linear", factor=8.0)),
+}
+
+
+class Tried(NamedTuple):
+    model: Model
+    probes: probes.Probes
+    traces: list[list[probes.Trace]]
+
+
+@pytest.fixture(scope="module", params=reference.FAMILIES)
+def tried(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    return make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make(family: str, folder: Path) -> Tried:
+    """A random-weight model as transformers saved it, with transformers' answers."""
+    with reference.quiet():
+        model = jaxlm.load(reference.save(reference.build(family, **FIELDS[family]), folder), dtype="float32")
+    subject = ours.subject_of(model, {})
+    asked = probes.probes_for(model.config, None)
+    return Tried(model, asked, [torch_models.RUNS["transformers"](subject, asked, "float32")])
+
+
+def test_what_is_right_passes(tried: Tried) -> None:
+    report = compare(*tried)
+    assert report.passed, str(report)
+    worst = {check.what: check.figure for check in report.checks}
+    assert worst["logits, worst"] < 3e-5
+    assert worst["greedy text, 64 tokens"] == 0  # test_greedy.py looks after text that varies
+
+
+def window_off_when_decoding(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    whole = attention.attend
+
+    def attend(q, k, v, pos, cache=None, *, window=None, scale=None):
+        return whole(q, k, v, pos, cache, window=window if cache is None else None, scale=scale)
+
+    patch.setattr(model.family, "attend", attend)
+    return faults.config(context=model.config.context - 1)(model, patch)  # so that it is compiled
+
+
+def position_when_decoding(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    """Positions doubled in steps of one token, as a cache that counts twice would have them."""
+    whole = model.family.rope
+    patch.setattr(model.family, "rope", lambda x, pos, freqs: whole(x, pos * (1 + (x.shape[1] == 1)), freqs))
+    return faults.config(context=model.config.context - 1)(model, patch)
+
+
+def norm_offset_forgotten(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    return faults.norm_without_one(model, patch)
+
+
+def one_token_of_padding_seen(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    """The embedding of one id changed: a wrong row of the table."""
+    embed = model.weights["embed"].at[0].set(0)
+    return faults._with(model, weights={**model.weights, "embed": embed})
+
+
+def late_layer(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    """Only the last layer is wrong: the report must name it."""
+    layers = [*model.weights["layers"][:-1], {**model.weights["layers"][-1]}]
+    layers[-1]["down"] = layers[-1]["down"] * jnp.float32(1.01)
+    return faults._with(model, weights={**model.weights, "layers": layers})
+
+
+PLANTED = [
+    ("llama3", "rope factor 8 for 32", faults.rope(factor=8.0)),
+    ("llama3", "rope factor dropped", faults.rope(type="default")),
+    ("llama3", "q and k permuted", faults.interleaved),
+    ("llama3", "kv heads rolled", faults.rolled_kv_heads),
+    ("llama3", "a layer skipped", faults.skipped_layer),
+    ("llama3", "tied head ignored", faults.tied_head_ignored),
+    ("llama3", "norms swapped", faults.swapped_norms),
+    ("llama3", "eps", faults.config(eps=1e-4)),
+    ("llama3", "a row of the embedding", one_token_of_padding_seen),
+    ("qwen3", "q and k norms forgotten", faults.weights("q_norm", lambda w: w * 0 + 1)),
+    ("qwen3", "the last layer", late_layer),
+    ("qwen3", "position when decoding", position_when_decoding),
+    ("olmo2", "norm of each head", faults.norm_of_each_head),
+    ("gemma3", "norm without the +1", norm_offset_forgotten),
+    ("gemma3", "window off when decoding", window_off_when_decoding),
+    ("gemma3", "window wider by one", faults.window(1)),
+    ("gemma3", "local theta is global", faults.local_theta_is_global),
+    ("gemma3", "factor on local layers", faults.scaling_everywhere),
+    ("gemma3", "query scale", faults.query_scale_of_width),
+    ("gemma3", "embedding unscaled", faults.embedding_unscaled),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tried]:
+    return {}
+
+
+@pytest.mark.parametrize(("family", "name", "fault"), PLANTED, ids=[f"{f}: {n}" for f, n, _ in PLANTED])
+def test_every_planted_fault_fails(
+    family: str,
+    name: str,
+    fault: faults.Fault,
+    made: dict[str, Tried],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if family not in made:
+        made[family] = make(family, tmp_path_factory.mktemp(family))
+    model, asked, traces = made[family]
+    if "decoding" not in name:  # the rest shows in the plain forward pass: what is not needed is not compiled
+        monkeypatch.setattr(ours, "itself", lambda model: {})
+        monkeypatch.setattr(ours, "greedy", lambda model, probes: traces[0][0].greedy)
+    report = compare(fault(copy(model), monkeypatch), asked, traces)
+    assert not report.passed
+    assert report.verdict().startswith("FAILED")
+    if name == "the last layer":
+        assert f"the paths part at layer {model.config.L - 1} + norm" in report.verdict()
+    if "factor" in name or "theta" in name:
+        assert any(check.what.startswith("frequencies") and not check.passed for check in report.checks)
+
+
+def test_both_at_once_on_metas_form(tmp_path: Path) -> None:
+    """Llama with scaled rope, factor 32: Meta's files, transformers and Meta's code, one table of ids."""
+    model = make("llama3", tmp_path / "hf").model
+    jaxlm.export(model, tmp_path / "meta", format="meta")
+    assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"]
+    report = jaxlm.verify(tmp_path / "meta", "transformers,meta", rope_factor=32.0)
+    assert report.passed, str(report)
+    assert list(report.tokens) == ["jaxlm", *(name for name in report.tokens if name != "jaxlm")]
+    assert len(report.tokens) == 3
+    assert any("factor 32 patched in" in name for name in report.tokens)
+    assert not jaxlm.verify(faults.interleaved(model, None), "meta").passed
+
+
+def test_a_type_is_held_against_the_references_own_error(tmp_path: Path) -> None:
+    model = make("qwen3", tmp_path / "hf").model
+    for dtype in ("bfloat16", "float16"):
+        report = jaxlm.verify(tmp_path / "hf", "transformers", dtype=dtype)
+        assert report.passed, str(report)
+        assert report.dtype == dtype
+    assert not np.isnan([check.figure for check in report.checks]).any()
+    half = faults.weights("gate", lambda w: w * 1.05)(jaxlm.load(tmp_path / "hf", dtype="bfloat16"), None)
+    assert not jaxlm.verify(half, "transformers").passed
+    assert model.dtype == jnp.float32
