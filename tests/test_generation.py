@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_chat import quick_compilation
 
 import jaxlm
-from jaxlm import devices
+from jaxlm import devices, engine
 from jaxlm.generation import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.ops import Rope
@@ -91,6 +92,41 @@ def test_sampled_text_does_not_depend_on_the_batch():
     assert [a.tokens for a in together] == [a.tokens for a in jaxlm.generate(model, many[::-1], **how)[::-1]]
 
 
+@pytest.mark.parametrize(("family", "steps"), [("llama", 4), ("gemma", 1)])
+def test_a_cache_that_grows_changes_no_token(family, steps, monkeypatch):
+    """From less than the window to all, with rows that end and join at all lengths; beside a cache of full length."""
+    monkeypatch.setitem(devices.STEPS, "cpu", steps)
+    model = llama() if family == "llama" else gemma(window=24)
+    many, grown = [PROMPT[:2], PROMPT, PROMPT[3:]], growths(monkeypatch)
+    for how in ({"temperature": 0}, {"temperature": 0.9, "top_p": 0.9, "seed": 11}):
+        texts = []
+        for room in (1, 512):
+            grown.clear()
+            monkeypatch.setattr(engine, "ROOM", room)
+            with quick_compilation():
+                answers = jaxlm.generate(model, many, max_tokens=58, batch_size=2, **how)
+            texts.append([a.tokens for a in answers])
+            assert grown == ([32, 96] if room == 1 else [])
+        assert texts[0] == texts[1]
+
+
+def growths(monkeypatch):
+    """The lengths that caches will have been made longer to."""
+    grown, grow = [], engine.grow
+    monkeypatch.setattr(engine, "grow", lambda model, kv, n, chunk: grown.append(n) or grow(model, kv, n, chunk))
+    return grown
+
+
+def test_a_cache_grows_when_a_text_is_long_not_when_it_may_be(monkeypatch):
+    monkeypatch.setattr(engine, "ROOM", 16)
+    model, grown = llama(), growths(monkeypatch)
+    tokens = jaxlm.generate(model, PROMPT, max_tokens=30, temperature=0).tokens
+    assert grown == [48]  # from 24
+    end = next(t for i, t in enumerate(tokens) if i > 3 and t not in tokens[:i])
+    assert len(jaxlm.generate(model, PROMPT, max_tokens=240, temperature=0, stop_token_ids=end).tokens) < 17
+    assert grown == [48]
+
+
 def test_copies_of_a_prompt_differ_and_repeat_with_the_seed():
     model = llama()
     how = {"max_tokens": 16, "temperature": 1.0}
@@ -132,6 +168,16 @@ def test_prefill_computes_logits_of_one_position():
     assert "9973]" in texts["first token"]
 
 
+def test_a_completion_has_the_counts_and_speeds_of_its_last_piece():
+    model = llama()
+    answer = jaxlm.generate(model, PROMPT, max_tokens=9, temperature=0)
+    (*_, last) = jaxlm.stream(model, PROMPT, max_tokens=9, temperature=0)
+    assert (answer.prompt_tokens, answer.generation_tokens) == (7, 9) == (last.prompt_tokens, last.generation_tokens)
+    assert answer.tokens_per_second > 0
+    assert answer.first_token_seconds > 0
+    assert answer.compile_seconds >= 0
+
+
 def test_logprobs_are_of_the_raw_logits():
     model = llama()
     answer = jaxlm.generate(model, PROMPT, max_tokens=5, temperature=0.7, top_k=3, seed=1, logprobs=4)
@@ -163,6 +209,14 @@ def test_stop_tokens_end_an_answer_and_ignore_eos_does_not():
     answer = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0)
     assert answer.tokens == plain[: plain.index(end) + 1]
     assert answer.finish_reason == "stop"
+    model.generation_config["eos_token_id"] = 96
+    assert jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0).tokens == plain
+    for more in ({}, {"ignore_eos": True}):  # an id that the caller names counts beside the model's, and alone
+        stopped = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0, stop_token_ids=[95, end], **more)
+        assert (stopped.tokens, stopped.finish_reason) == (answer.tokens, "stop")
+    with pytest.raises(ValueError, match=r"stop_token_ids has 97; this model's ids are 0 to 96"):
+        jaxlm.generate(model, PROMPT, stop_token_ids=[97])
+    model.generation_config["eos_token_id"] = end
     longer = jaxlm.generate(model, PROMPT, max_tokens=20, temperature=0, ignore_eos=True)
     assert (longer.tokens, longer.finish_reason) == (plain, "length")
 
@@ -195,6 +249,10 @@ BAD = [
     (list(range(90)) * 3, ValueError, "256"),
     ("text", ValueError, "no tokenizer"),
     ([{"role": "user", "content": "hi"}], ValueError, "no tokenizer"),
+    ([1.5, 2], ValueError, r"prompts\[0\]: a prompt is a text, a list of messages or a list of token ids, not 1.5"),
+    ([[5], ["a"]], ValueError, r"prompts\[1\]: a prompt is .*, not \['a'\]"),
+    ([[5], {"role": "user"}], ValueError, r"prompts\[1\]: a prompt is"),
+    ([[5], [97]], ValueError, r"prompts\[1\]: the prompt has token id 97"),
 ]
 
 
@@ -243,6 +301,16 @@ def test_the_models_own_max_new_tokens_never_exceed_the_context():
     assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == 256 - len(PROMPT)
     model.generation_config = {"max_new_tokens": 3}
     assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == 3
+
+
+def test_memory_counts_the_cache_that_grows(monkeypatch):
+    """While a cache of 48 becomes one of 192 there are both."""
+    model = llama()
+    monkeypatch.setattr(engine, "ROOM", 16)
+    grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1)
+    monkeypatch.setattr(devices, "available_memory", lambda device: grown - 1)
+    with pytest.raises(MemoryError, match=r"1 sequences of 137 tokens"):
+        jaxlm.generate(model, PROMPT, max_tokens=130)
 
 
 def test_forward_by_hand():

@@ -80,6 +80,8 @@ def test_length_and_stops_come_from_the_file_too():
     mine = Options(max_tokens=3, stop=("x",), seed=9, logprobs=2, ignore_eos=True, logit_bias={1: 2.0}).resolve(file)
     assert (mine.max_tokens, mine.stop, mine.seed, mine.logprobs, mine.ignore_eos) == (3, ("x",), 9, 2, True)
     assert mine.logit_bias == {1: 2.0}
+    assert Options(stop=()).resolve(file).stop == ()  # said to be none, unlike left out
+    assert Options().resolve({}).stop == ()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,8 @@ def test_length_and_stops_come_from_the_file_too():
         ("logit_bias", [5], "token ids"),
         ("stop", ("a", ""), "texts, none of them empty (--stop)"),
         ("stop", 5, "texts"),
+        ("stop_token_ids", (3, -1), "token ids (integers, 0 or more) (--stop-token-ids)"),
+        ("stop_token_ids", "5", "integers"),
         ("seed", -1, "an integer from 0 to 4294967295 (--seed)"),
         ("seed", 2**32, "from 0 to 4294967295"),
         ("ignore_eos", 1, "True or False (--ignore-eos)"),
@@ -192,7 +196,9 @@ def test_from_kwargs():
     options = from_kwargs(temperature=0.5, stop="END", logit_bias={3: -1.0})
     assert options == Options(temperature=0.5, stop=("END",), logit_bias={3: -1.0})
     assert from_kwargs(stop=["a", "b"]).stop == ("a", "b")
-    assert from_kwargs(stop=None).stop == ()
+    assert from_kwargs(stop=None).stop is None
+    assert from_kwargs(stop_token_ids=5).stop_token_ids == from_kwargs(stop_token_ids=[5]).stop_token_ids == (5,)
+    assert from_kwargs(stop_token_ids=None).stop_token_ids == ()
     with pytest.raises(ValueError, match="top_p=2: must be"):
         from_kwargs(top_p=2)
 
@@ -218,9 +224,16 @@ def test_command_line(capsys):
     import tyro
 
     line = "--temperature 0.5 --stop END ### --logit-bias 5 -1.5 7 2 --ignore-eos --top-k 3 --seed 0"
+    line += " --stop-token-ids 7 9"
     options = tyro.cli(Options, args=line.split())
     assert options == Options(
-        temperature=0.5, stop=("END", "###"), logit_bias={5: -1.5, 7: 2.0}, ignore_eos=True, top_k=3, seed=0
+        temperature=0.5,
+        stop=("END", "###"),
+        stop_token_ids=(7, 9),
+        logit_bias={5: -1.5, 7: 2.0},
+        ignore_eos=True,
+        top_k=3,
+        seed=0,
     )
     with pytest.raises(SystemExit):
         tyro.cli(Options, args=["--help"])

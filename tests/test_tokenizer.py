@@ -344,6 +344,10 @@ def test_no_template(tmp_path):
         ([], "empty"),
         ("Hi", "'role' and 'content', got 'H'"),
         ([{"content": "Hi"}], "'role' and 'content'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "part of type 'image': images and other .* not supported"),
+        ([{"role": "user", "content": {"type": "image_url", "image_url": {}}}], "part of type 'image_url'"),
+        ([{"role": "user", "content": [{"text": "Hi"}]}], "a part of a message's content is {'type': 'text'"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "a part of a message's content is"),
     ],
 )
 def test_what_a_template_refuses(tmp_path, messages, message):
@@ -352,6 +356,14 @@ def test_what_a_template_refuses(tmp_path, messages, message):
         tok.hf.chat_template = "{% for m in messages %}{{ 'x' + m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=message):
         tok.chat(messages)
+
+
+def test_text_parts_are_put_together(tmp_path):
+    """Whatever the template does with a list: most write its repr, or leave it out."""
+    tok = load(byte_level(tmp_path, chat_template=CHATML))
+    parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}], "name": "x"}
+    assert tok.render([parts]) == tok.render([USER])
+    assert isinstance(parts["content"], list)
 
 
 def test_broken_templates_and_tools(tmp_path):

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import decoding, devices, engine, generation, params
+from jaxlm import decoding, devices, engine, generation, params, prompts
 from jaxlm.detokenize import THINKING, split_thinking
 from jaxlm.generation import Piece
 from jaxlm.ops import cache as caches
@@ -111,7 +110,7 @@ class Conversation:
             self._running = None
 
     def save(self, path: str | Path) -> None:
-        """Writes messages, system message, options and template arguments as JSON."""
+        """Writes messages, system message, options and template arguments as JSON. OSError says why it cannot."""
         self.stop()
         state = {
             "model": self.model.source,
@@ -120,10 +119,15 @@ class Conversation:
             "options": _given(self.options),
             "template_args": self.template_args,
         }
-        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        try:
+            Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            way_out = "name a file in a folder that is there and may be written to"
+            raise type(error)(f"{path} cannot be written ({error.strerror}): {way_out}") from None
 
     def load(self, path: str | Path) -> None:
-        """Goes on with a conversation written by `save`, of this model or another. ValueError names a bad file."""
+        """Goes on with a conversation written by `save`, of this model or another. ValueError or OSError names a bad
+        file."""
         try:
             state = json.loads(Path(path).read_text("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
@@ -132,6 +136,9 @@ class Conversation:
                 options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
             options = from_kwargs(**options)
             template_args = dict(state.get("template_args") or {})
+        except OSError as error:
+            way_out = "name a file that /save (Conversation.save) wrote"
+            raise type(error)(f"{path} cannot be read ({error.strerror}): {way_out}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no conversation that jaxlm saved ({error!r})") from None
         self.reset()
@@ -142,7 +149,7 @@ class Conversation:
         """Prepares the answer to `messages`; the work begins with the first piece that is asked for."""
         model = self.model
         text = self._render(messages)
-        ids = generation.to_ids(model, self._ids(text), {})
+        ids = prompts.to_ids(model, self._ids(text), {})
         left = model.config.context - len(ids)
         if left < 1:
             raise ValueError(
@@ -153,15 +160,15 @@ class Conversation:
         seed = ((options.seed or 0) + self._turns) % 2**32
         options = replace(options, seed=seed)
         self._turns += 1
-        most = options.max_tokens or (left if self.tokenizer.has_template else generation.DEFAULT_TOKENS)
-        stops = frozenset() if options.ignore_eos else generation.stop_ids(model)
+        self.opened = self._thinks and text.rstrip().endswith(THINKING[0])
+        most = options.max_tokens or (left if self.tokenizer.has_template else prompts.room(model, ids, None))
+        stops = prompts.stop_ids(model, options)
         key = jax.random.fold_in(jax.random.key(seed), 0)  # as jaxlm.generate: piece.seed serves there too
         self._running = self._answer(messages, text, engine.Request(ids, options, min(most, left), stops, key))
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[Piece]:
         answer, made, shown = generation.Answer(self.model, 0, request), [], ""
-        self.opened = self._thinks and text.rstrip().endswith(THINKING[0])
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):
@@ -260,15 +267,15 @@ class Conversation:
         while length < need:
             length *= 2
         length = min(length, context)
-        make = partial(model.init_kv, 1, length, chunk=devices.CHUNK[model.device.platform])
+        chunk = devices.CHUNK[model.device.platform]
+        make = partial(model.init_kv, 1, length, chunk=chunk)
         way_out = "begin anew with /reset (Conversation.reset), or use a smaller model"
         devices.require(
             params.nbytes(jax.eval_shape(make)), model.device, f"{length:,} tokens of conversation", way_out
         )
         if kv is None:
             return make()
-        args = (make(), kv, jnp.zeros(1, jnp.int32))
-        return model.programs.grow(*args)(*args)
+        return engine.grow(model, kv, length, chunk)
 
 
 def _given(options: Options) -> dict[str, Any]:

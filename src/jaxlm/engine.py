@@ -2,6 +2,8 @@
 
 A row that ends makes room for the next request. Programs are dispatched one ahead of the tokens that are read, so the
 device never waits for the host: a row that has ended is noticed one program late, and what it made since is dropped.
+The cache has room for the prompts and ROOM tokens at first, and doubles when a row has come to its end: few answers are
+as long as they may be, and a step costs what the cache is long.
 """
 
 import time
@@ -15,10 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import decoding, devices, sampling
+from jaxlm.ops import cache as caches
 from jaxlm.options import Options
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
+
+
+ROOM = 512  # tokens behind the longest prompt for which a cache has slots from the start
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Token(NamedTuple):
 @dataclass
 class _Row:
     request: int
+    pos: int  # of the newest token that was dispatched
     left: int  # tokens that may still be dispatched
 
 
@@ -63,7 +70,8 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
     flight: deque[tuple[decoding.Made, list[tuple[int, int]]]] = deque()
-    state, k = empty_state(model, requests, slots)
+    lengths = cache_lengths(requests)
+    state, k = empty_state(model, requests, slots, lengths[0])
     steps = devices.STEPS[model.device.platform]
     while True:
         rows = _unfinished(rows, requests)
@@ -72,17 +80,21 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
             batch = _alike(waiting, requests, len(free))
             state, made = _join(model, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
-                rows[row] = _Row(request, requests[request].max_tokens - 1)
+                rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
             flight.append((made, list(enumerate(batch))))
             while flight:  # a first token is shown at once, not after the next program is compiled or done
                 yield from read(requests, *flight.popleft())
             rows = _unfinished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
+            last = max(row.pos + min(steps, row.left) for _, row in busy)  # what is past the last wanted token drops
+            if last > state.kv.length:
+                longer = next(length for length in lengths if length >= last)
+                state = state._replace(kv=grow(model, state.kv, longer, 1))
             state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
             flight.append((made, [(i, row.request) for i, row in busy]))
             for _, row in busy:
-                row.left -= steps
+                row.pos, row.left = row.pos + steps, row.left - steps
         if len(flight) > 1 or (flight and not busy):
             yield from read(requests, *flight.popleft())
         elif not flight and not waiting:
@@ -130,9 +142,26 @@ def _logprobs(chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Logpro
     return Logprobs(float(chosen), [(int(i), float(v)) for i, v in zip(ids, values)])
 
 
-def empty_state(model: "Model", requests: Sequence[Request], slots: int) -> tuple[decoding.State, int | None]:
-    """A state in which no row is used, roomy enough for every request; and how many likeliest tokens to report."""
-    length = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
+def cache_lengths(requests: Sequence[Request]) -> list[int]:
+    """The buckets that the cache may have, one after the other: twice as long each time, the last for all tokens."""
+    most = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
+    lengths = [decoding.bucket(max(len(r.ids) for r in requests) + ROOM)]
+    while 2 * lengths[-1] <= most:
+        lengths.append(2 * lengths[-1])
+    return [*lengths[:-1], most]
+
+
+def grow(model: "Model", kv: caches.Cache, length: int, chunk: int) -> caches.Cache:
+    """A cache of this length with the contents of a shorter one."""
+    rows = next(iter(kv.at.values())).shape[0]
+    args = (model.init_kv(rows, length, chunk=chunk), kv, jnp.arange(rows, dtype=jnp.int32))
+    return model.programs.grow(*args)(*args)
+
+
+def empty_state(
+    model: "Model", requests: Sequence[Request], slots: int, length: int
+) -> tuple[decoding.State, int | None]:
+    """A state in which no row is used, with a cache of this length; and how many likeliest tokens to report."""
     asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
     kv = model.init_kv(slots, length, chunk=1)
     blank = [Request([], NEUTRAL, 1, key=requests[0].key)] * slots

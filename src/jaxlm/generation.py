@@ -3,18 +3,17 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from jaxlm import decoding, devices, engine, params
 from jaxlm.detokenize import TextStream
 from jaxlm.options import Options, from_kwargs
+from jaxlm.prompts import room, split, stop_ids, to_ids
 from jaxlm.sampling import bias_of
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 # A text, a chat, token ids; or a list of them.
 Prompt = str | Sequence[Any]
-DEFAULT_TOKENS = 256  # when max_tokens is not given and the context has room
 
 
 class Piece(str):
@@ -51,12 +49,16 @@ class Piece(str):
 
 
 class Completion(str):
-    """The whole text of an answer: a str with `tokens`, `logprobs`, `finish_reason`, `prompt_tokens` and `seed`."""
+    """The whole text of an answer: a str with what a Piece has, of the whole."""
 
     tokens: list[int]
     logprobs: list[engine.Logprobs] | None
     finish_reason: str
     prompt_tokens: int
+    generation_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+    compile_seconds: float
     seed: int
 
     @property
@@ -72,8 +74,8 @@ def generate(
     prompt: a str (continued as it stands), a list of messages {"role", "content"} (put through the chat template), a
     list of token ids; or a list of any of these, decoded `batch_size` at a time, which gives a list. Options are those
     of `jaxlm.options.Options`: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-    frequency_penalty, logit_bias, stop, seed, ignore_eos, logprobs; what is left out comes from the checkpoint's
-    generation_config.json. Returns a Completion (a str), or a list of them.
+    frequency_penalty, logit_bias, stop, stop_token_ids, seed, ignore_eos, logprobs; what is left out comes from the
+    checkpoint's generation_config.json. Returns a Completion (a str), or a list of them.
     """
     prompts, single = split(prompt)
     answers: list[list[Piece]] = [[] for _ in prompts]
@@ -93,22 +95,6 @@ def stream(
     return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
 
 
-def split(prompt: Any) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether it was only one."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    if isinstance(prompt, Mapping):  # what a tokenizer of transformers returns
-        if "input_ids" not in prompt:
-            raise ValueError("a chat is a list of messages: [{'role': 'user', 'content': …}]")
-        prompt = prompt["input_ids"]
-    if not isinstance(prompt, list | tuple):
-        prompt = np.asarray(prompt).tolist()
-    if not len(prompt):
-        raise ValueError("the list of prompts is empty")
-    single = isinstance(prompt[0], Integral | Mapping)
-    return [prompt] if single else list(prompt), single
-
-
 def resolve(model: "Model", options: dict[str, Any]) -> Options:
     """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
     where none is given."""
@@ -117,64 +103,25 @@ def resolve(model: "Model", options: dict[str, Any]) -> Options:
     return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
 
 
-def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
-    """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
-    if not len(prompt):
-        ids = []
-    elif isinstance(prompt, str) or isinstance(prompt[0], Mapping):
-        if model.tokenizer is None:
-            raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
-        chat = not isinstance(prompt, str)
-        ids = model.tokenizer.chat(list(prompt), **template_args) if chat else model.tokenizer.encode(prompt)
-    else:
-        ids = [int(i) for i in prompt]
-    if not ids:
-        begin = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
-        hint = f", or {begin!r} to begin from nothing" if begin else ""
-        raise ValueError(f"the prompt is empty: give some text{hint}")
-    if min(ids) < 0 or max(ids) >= model.config.V:
-        raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
-                         f"this model's ids are 0 to {model.config.V - 1}")  # fmt: skip
-    return ids
-
-
-def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
-    """How many tokens may be made after `ids`; ValueError where the context has no room for them."""
-    context = model.config.context
-    left = context - len(ids)
-    if left < 1:
-        raise ValueError(f"the prompt has {len(ids):,} tokens, the context of {model.source} {context:,}: shorten it")
-    if max_tokens is not None and max_tokens > left:
-        raise ValueError(
-            f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context of {model.source}, "
-            f"{context:,} tokens: shorten the prompt, or ask for at most {left:,} (--max-tokens {left})"
-        )
-    return max_tokens or min(model.generation_config.get("max_new_tokens") or DEFAULT_TOKENS, left)
-
-
 def requests_for(model: "Model", prompts: list[Any], options: Options, template_args: Any) -> list[engine.Request]:
     """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
     that a sequence's text does not depend on what shares its batch."""
     if options.stop and model.tokenizer is None:
         raise ValueError(f"stop strings need a tokenizer, and {model.source} has none")
     bias_of([options.logit_bias], model.config.V)  # refuses ids outside the vocabulary
-    stops = frozenset() if options.ignore_eos else stop_ids(model)
+    stops = stop_ids(model, options)
     seed, repeats = jax.random.key(options.seed or 0), Counter[tuple[int, ...]]()
     requests = []
-    for prompt in prompts:
-        ids = to_ids(model, prompt, template_args)
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = to_ids(model, prompt, template_args)
+            most = room(model, ids, options.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
         key = jax.random.fold_in(seed, repeats[tuple(ids)])
         repeats[tuple(ids)] += 1
-        requests.append(engine.Request(ids, options, room(model, ids, options.max_tokens), stops, key))
+        requests.append(engine.Request(ids, options, most, stops, key))
     return requests
-
-
-def stop_ids(model: "Model") -> frozenset[int]:
-    """The tokens that end an answer: of the tokenizer, its template and generation_config.json together."""
-    if model.tokenizer is not None:
-        return frozenset(model.tokenizer.stop_ids)
-    ends = model.generation_config.get("eos_token_id")
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
 def _stream(
@@ -195,7 +142,10 @@ def _stream(
 def _check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
     """Refuses a cache that cannot be allocated, and says what could."""
     longest = max(len(r.ids) + r.max_tokens for r in requests)
-    row = cache_bytes(model, longest, 1) + cache_bytes(model, max(len(r.ids) for r in requests), None)
+    prompts = cache_bytes(model, max(len(r.ids) for r in requests), None)
+    # Beside the cache at its longest there is that of new prompts, or while it grows the one that it was.
+    before = [cache_bytes(model, length, 1) for length in engine.cache_lengths(requests)[:-1]]
+    row = cache_bytes(model, longest, 1) + max([prompts, *before])
     free = devices.available_memory(model.device)
     fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
     if free is not None and row <= free:
@@ -221,7 +171,7 @@ class Answer:
 
     def __init__(self, model: "Model", index: int, request: engine.Request):
         self.index, self.request = index, request
-        stop = request.options.stop
+        stop = request.options.stop or ()
         self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
@@ -268,10 +218,11 @@ class Answer:
 
 def join(pieces: list[Piece]) -> Completion:
     """The pieces of one answer as one."""
-    whole = Completion("".join(pieces))
+    whole, last = Completion("".join(pieces)), pieces[-1]
     whole.tokens = [token for piece in pieces for token in piece.tokens]
-    whole.logprobs = None if pieces[0].logprobs is None else [x for piece in pieces for x in piece.logprobs or []]
-    whole.finish_reason = pieces[-1].finish_reason or "length"
-    whole.prompt_tokens = pieces[-1].prompt_tokens
-    whole.seed = pieces[-1].seed
+    whole.logprobs = None if last.logprobs is None else [x for piece in pieces for x in piece.logprobs or []]
+    whole.finish_reason = last.finish_reason or "length"
+    whole.prompt_tokens, whole.generation_tokens = last.prompt_tokens, last.generation_tokens
+    whole.first_token_seconds, whole.tokens_per_second = last.first_token_seconds, last.tokens_per_second
+    whole.compile_seconds, whole.seed = last.compile_seconds, last.seed
     return whole

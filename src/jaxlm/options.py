@@ -6,7 +6,7 @@ Imports neither JAX nor transformers, so that `--help` is quick.
 from __future__ import annotations
 
 import difflib
-import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -25,7 +25,7 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to continue a prompt. A number left at None is the model's own (its generation_config.json), else neutral."""
+    """How to continue a prompt. What is left at None is the model's own (its generation_config.json), else neutral."""
 
     max_tokens: int | None = None
     """Most tokens to generate; 256, or as many as the context has room for, when not given."""
@@ -45,8 +45,10 @@ class Options:
     """Taken off the logit of a token once for each time it was generated, -2 to 2; 0 is off."""
     logit_bias: dict[int, float] | None = None
     """Token ids and what to add to their logits: 100 all but forces a token, -100 all but bans it."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = None
     """Texts that end the answer; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, beside the model's own; their text is not part of it."""
     seed: int | None = None
     """Makes the draws repeatable; without it they differ from run to run."""
     ignore_eos: bool = False
@@ -55,15 +57,15 @@ class Options:
     """Return the log-probability of each token and of this many likeliest ones, 0 to 20."""
 
     def __post_init__(self) -> None:
-        stop = () if self.stop is None else self.stop
-        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, list | tuple) else (stop,))
+        object.__setattr__(self, "stop", None if self.stop is None else _tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple(() if self.stop_token_ids is None else self.stop_token_ids))
 
     def validate(self) -> Options:
         """Itself. ValueError names the first field out of its range, the range, and its flag."""
         for name, (allowed, text) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed(value):
-                raise ValueError(f"{name}={value!r}: must be {text} (--{name.replace('_', '-')})")
+                raise ValueError(f"{name}={reprlib.repr(value)}: must be {text} (--{name.replace('_', '-')})")
         return self
 
     def resolve(self, generation_config: Mapping[str, Any]) -> Options:
@@ -71,7 +73,8 @@ class Options:
 
         As in transformers, a model samples by itself only where its file says `do_sample`; asking for a temperature,
         top_k, top_p or min_p samples too. `max_tokens` and `stop` fall back to the file's `max_new_tokens` and
-        `stop_strings`. `unsupported` names what else the file asks for. ValueError for a value out of range.
+        `stop_strings` (`stop=()` is none at all). `unsupported` names what else the file asks for. ValueError for a
+        value out of range.
         """
         self.validate()
         given = {name: value for name, value in generation_config.items() if value is not None}
@@ -80,7 +83,7 @@ class Options:
         model["max_tokens"] = given.get("max_new_tokens")
         model["stop"] = given.get("stop_strings", ())
         try:
-            return replace(self, **{k: v for k, v in model.items() if getattr(self, k) in (None, ())}).validate()
+            return replace(self, **{k: v for k, v in model.items() if getattr(self, k) is None}).validate()
         except ValueError as error:
             raise ValueError(f"in the model's generation_config.json, {error}; give a value of your own") from None
 
@@ -125,24 +128,31 @@ def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
-    """Whether a value is a finite number in [low, high], or above low."""
+def _tuple(value: Any) -> tuple[Any, ...]:
+    """Several values, or the one that was given alone."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _number(low: float, high: float = 3e38, *, above: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a number in [low, high], or above low; float32 ends soon after 3e38."""
 
     def allowed(x: Any) -> bool:
-        number = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-        return number and (low < float(x) if above else low <= float(x)) and float(x) <= high
+        if not isinstance(x, Real) or isinstance(x, bool):
+            return False
+        number: Any = x  # not float(x), which overflows
+        return (low < number if above else low <= number) and number <= high
 
     return allowed
 
 
-def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-    """Whether a value is an integer in [low, high]."""
+def _integer(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
+    """Whether a value is an integer in [low, high]; ids and counts are int32."""
     return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and low <= int(x) <= high
 
 
 def _biases(value: Any) -> bool:
     """Whether a value maps token ids to finite numbers."""
-    token, bias = _integer(0), _number(-math.inf)
+    token, bias = _integer(0), _number(-3e38)
     return isinstance(value, Mapping) and all(token(key) and bias(added) for key, added in value.items())
 
 
@@ -157,6 +167,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2; 0 is off"),
     "logit_bias": (_biases, "token ids (integers, 0 or more) with finite numbers"),
     "stop": (lambda stop: all(isinstance(text, str) and text for text in stop), "texts, none of them empty"),
+    "stop_token_ids": (lambda ids: all(map(_integer(0), ids)), "token ids (integers, 0 or more)"),
     # JAX keeps 32 bits of a seed: a longer one would repeat the draws of another.
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
     "ignore_eos": (lambda value: isinstance(value, bool), "True or False"),

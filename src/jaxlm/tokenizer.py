@@ -4,17 +4,19 @@ The tokenizer is transformers' own (attribute `hf`; it needs no PyTorch). What i
 beginning-of-sequence token exactly once, every id that ends an answer, and template errors that say what is wrong.
 """
 
-import base64
-import json
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxlm.checkpoint.safetensors import read_json
+from jaxlm.checkpoint.tokenizer_json import check_growth
 from jaxlm.detokenize import THINKING, TextStream, split_thinking
+from jaxlm.messages import plain, template_errors
 
 __all__ = ["TextStream", "Tokenizer", "import_transformers", "split_thinking"]
 
@@ -37,37 +39,41 @@ class Tokenizer:
     def load(
         cls, folder: str | Path, generation_config: dict | None = None, config: dict | None = None
     ) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint folder, or None where the folder holds none.
+        """The tokenizer of a checkpoint folder, or of one tokenizer.model; None where the folder holds none.
 
         tokenizer.json is read as it stands; else tokenizer.model in the form of Meta's Llama 3; else whatever
         transformers' AutoTokenizer makes of tokenizer.model or vocab.json. Code in the folder never runs.
 
         Args:
             folder: a local folder; a chat template may lie in chat_template.jinja, tokenizer_config.json or
-                chat_template.json.
+                chat_template.json. Of a tokenizer.json its folder, of a tokenizer.model the file is read alone.
             generation_config, config: contents of generation_config.json and config.json, for their `eos_token_id`.
                 None reads the folder's.
 
         Raises:
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError: there is no such folder or file.
             ValueError: a file cannot be read; the message names it.
         """
         folder = Path(folder)
+        if folder.is_file():
+            if folder.name != "tokenizer.json":
+                return cls(_from_model(folder), eos_ids(generation_config or {}, config or {}))
+            folder = folder.parent
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             return None
-        eos_ids = _eos_ids(folder / "generation_config.json", generation_config)
-        eos_ids |= _eos_ids(folder / "config.json", config)
+        files = ("generation_config.json", generation_config), ("config.json", config)
+        ends = eos_ids(*(_read_json(folder / name) if given is None else given for name, given in files))
         hf = _load_hf(folder)
         if not hf.chat_template:
             hf.chat_template = _read_json(folder / "chat_template.json").get("chat_template")
         # A folder without tokenizer_config.json does not name these two, and its template would leave them out.
         if hf.bos_token is None and (bos := _leading_id(hf)) is not None:
             hf.bos_token = hf.convert_ids_to_tokens(bos)
-        if hf.eos_token is None and len(eos_ids) == 1:
-            hf.eos_token = hf.convert_ids_to_tokens(*eos_ids)
-        return cls(hf, eos_ids)
+        if hf.eos_token is None and len(ends) == 1:
+            hf.eos_token = hf.convert_ids_to_tokens(*ends)
+        return cls(hf, ends)
 
     def __getattr__(self, name: str) -> Any:
         if name == "hf":  # not set yet: a copy or an unpickled object under construction
@@ -105,8 +111,12 @@ class Tokenizer:
         The union of `eos_token_id` in generation_config.json and in config.json, the tokenizer's own, and the token
         with which the chat template closes an assistant's turn: files of one checkpoint often name different ones.
         """
-        ids = {*self.eos_ids, self.hf.eos_token_id, self._end_of_turn()}
-        return tuple(sorted(token_id for token_id in ids if token_id is not None))
+        return self.stop_ids_beside(self.eos_ids)
+
+    def stop_ids_beside(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """`stop_ids` with these in the place of what the configuration files say."""
+        ends = {*ids, self.hf.eos_token_id, self._end_of_turn()}
+        return tuple(sorted(token_id for token_id in ends if token_id is not None))
 
     def _end_of_turn(self) -> int | None:
         marker = "ananswer"
@@ -123,15 +133,16 @@ class Tokenizer:
 
         A tokenizer that adds BOS adds it only where the text does not begin with it already.
         """
-        ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        with _errors_named(f"the tokenizer {self.hf.name_or_path} cannot encode this text"):
+            ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == _leading_id(self.hf)
         return ids[1:] if doubled else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids, with its spaces as they are. Ids outside the vocabulary have no text."""
-        return self.hf.decode(
-            [int(token_id) for token_id in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
+        ids = [int(token_id) for token_id in ids]
+        with _errors_named(f"the tokenizer {self.hf.name_or_path} cannot decode these ids"):
+            return self.hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     @property
     def has_template(self) -> bool:
@@ -143,25 +154,26 @@ class Tokenizer:
         """The text of a conversation as the checkpoint's chat template writes it.
 
         Args:
-            messages: dicts with "role" and "content", oldest first.
+            messages: dicts with "role" and "content" (a text, or a list of text parts), oldest first.
             tools: JSON schemas, or functions with type hints and a docstring.
             add_generation_prompt: open the assistant's turn at the end.
             template_args: variables of the template (`enable_thinking=False`); see `template_accepts`.
 
         Raises:
-            ValueError: there is no template, or it refuses these messages or tools; the message is the template's own.
+            ValueError: there is no template, or a message holds what is no text (images are not supported yet), or the
+                template refuses these messages or tools; the message is the template's own then.
         """
         if not self.has_template:
             raise ValueError(
                 "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model with one: "
                 "Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
             )
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f"a message is a dict with 'role' and 'content', got {message!r}")
+        from jaxlm.sandbox import bounded
+
+        texts = plain(messages)
         options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **template_args}
-        with _template_errors():
-            return self.hf.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+        with template_errors(), bounded([texts, options]):
+            return self.hf.apply_chat_template(texts, tokenize=False, **options)
 
     def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:
         """Token ids of `render(...)`, same arguments. BOS is there if the template writes it, never a second time."""
@@ -173,10 +185,12 @@ class Tokenizer:
             return False
         import jinja2.meta
 
+        from jaxlm.sandbox import short
+
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-        # transformers' own tag, which marks the assistant's words for training
-        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", self.hf.get_chat_template())
-        with _template_errors():
+        with template_errors():
+            # transformers' own tag, which marks the assistant's words for training
+            source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", short(self.hf.get_chat_template()))
             return name in jinja2.meta.find_undeclared_variables(environment.parse(source))
 
     @property
@@ -198,56 +212,65 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
-@contextmanager
-def _template_errors() -> Iterator[None]:
-    import jinja2
-    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-
-    try:
-        yield
-    except (DocstringParsingException, TypeHintParsingException) as error:
-        raise ValueError(f"a tool cannot be described to the model: {error}") from error
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
-
-
 def _leading_id(hf: Any) -> int | None:
     """The id that this tokenizer puts in front of every text."""
     ids = hf.encode("a")
     return ids[0] if ids[:1] != hf.encode("a", add_special_tokens=False)[:1] else None
 
 
-def _eos_ids(path: Path, config: dict | None) -> set[int]:
-    found = (_read_json(path) if config is None else config).get("eos_token_id")
-    return set() if found is None else set(found) if isinstance(found, list) else {found}
+def eos_ids(*configs: Mapping[str, Any]) -> list[int]:
+    """The ids in the `eos_token_id` of any of these, which may be an id, a list or null; sorted."""
+    given = [ids if isinstance(ids, list) else [ids] for config in configs for ids in [config.get("eos_token_id")]]
+    found = [token_id for ids in given for token_id in ids if token_id is not None]
+    for token_id in found:
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise ValueError(
+                f"config.json or generation_config.json: {reprlib.repr(token_id)} in eos_token_id is no token id"
+            )
+    return sorted(set(found))
 
 
 def _read_json(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _load_hf(folder: Path) -> Any:
     transformers = import_transformers()
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        _read_json(folder / name)  # transformers reads these itself, but its errors name no file
+        # transformers reads these itself, but its errors name no file, and adding tokens takes as long as their square.
+        if long := [
+            k for k, value in _read_json(folder / name).items() if isinstance(value, list) and len(value) > 9999
+        ]:
+            raise ValueError(f"{folder / name}: {reprlib.repr(long[0])} has more than 9,999 entries")
     if (path := folder / "tokenizer.json").exists():
         # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
-        try:
-            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+        with _errors_named(f"{path}, or a file beside it, cannot be read: download it again"):
+            check_growth(path)
+            hf = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+            hf.encode("a")  # what is wrong may not show before
+            return hf
     if (path := folder / "tokenizer.model").exists():
-        is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
-        return _from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
-    try:
+        return _from_model(path)
+    with _errors_named(f"no tokenizer can be made of {folder / 'vocab.json'}"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be made of {folder / 'vocab.json'}: {error}") from error
+
+
+@contextmanager
+def _errors_named(what: str) -> Iterator[None]:
+    """ValueError for whatever the tokenizers library raises: bare Exceptions, and PanicExceptions that are none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
+        raise
+
+
+def _from_model(path: Path) -> Any:
+    from jaxlm.meta_tokenizer import from_tiktoken
+
+    is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
+    return from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
 
 
 def _from_sentencepiece(path: Path) -> Any:
@@ -266,34 +289,3 @@ def _from_sentencepiece(path: Path) -> Any:
     if hf.encode(probe, add_special_tokens=False) != processor.encode(probe):
         raise ValueError(f"transformers does not read {path} as SentencePiece does: a tokenizer.json is needed")
     return hf
-
-
-def _from_tiktoken(path: Path) -> Any:
-    """Meta's tokenizer.model of Llama 3: a line a token (base64, rank), the 256 special tokens and the chat not in it.
-
-    Source: `Tokenizer` and `ChatFormat` in meta-llama/llama-models, models/llama3; special tokens named as in 3.1.
-    """
-    from tokenizers.processors import TemplateProcessing
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    class Converter(TikTokenConverter):
-        @staticmethod
-        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:  # transformers' own wants the tiktoken package for this
-            pairs = (line.split() for line in Path(path).read_bytes().splitlines())
-            return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-    names = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
-    names += "reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag"
-    special = [f"<|{name}|>" for name in names.split()] + [f"<|reserved_special_token_{n}|>" for n in range(3, 248)]
-    tokenizer = Converter(str(path), extra_special_tokens=special).converted()
-    bos, eos = special[:2]
-    tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    fast = import_transformers().PreTrainedTokenizerFast
-    return fast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=_LLAMA3_CHAT)
-
-
-_LLAMA3_CHAT = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)

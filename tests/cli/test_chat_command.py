@@ -69,7 +69,7 @@ def test_from_a_pipe_each_line_is_answered_and_nothing_else_is_on_stdout(lines):
     assert status == 0
     assert out == answers
     assert len(answers) == 2
-    assert re.search(r"\d+ of \d+ tokens new · 5 generated · \d+\.\d tokens/s · first after", err)
+    assert re.search(r"\d+ of \d+ tokens new · 5 generated · \d+\.\d tokens/s · first after .* · peak memory", err)
     assert "cut off at max_tokens: /set max_tokens VALUE allows more" in err
     assert ">" not in err
 
@@ -123,7 +123,8 @@ def test_what_goes_wrong_is_told_and_the_chat_goes_on(lines, tmp_path):
         "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
         "/set top_p": "expected /set NAME VALUE",
         "/save": "expected /save FILE",
-        f"/load {tmp_path / 'none.json'}": "No such file or directory",
+        f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory): name a file that /save",
+        f"/save {tmp_path / 'a/b'}": "a/b cannot be written (No such file or directory): name a file in a folder",
         "x" * 200: "context is full: the conversation has 20",
     }
     status, out, err = lines(*wrong, "hi")

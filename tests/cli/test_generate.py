@@ -1,5 +1,6 @@
 """The generate command as a user types it."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from jaxlm import decoding
-from jaxlm.cli import main
+from jaxlm.cli import main, parse
 
 
 @pytest.fixture
@@ -43,6 +44,15 @@ def test_without_a_model_it_says_what_it_uses(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) in err
 
 
+def test_without_a_model_it_shows_little_unless_asked(capsys):
+    assert main(["generate", "Once upon a time", "--ignore-eos", "--seed", "1"]) == 0
+    assert "64 generated" in capsys.readouterr().err
+    assert main(["generate", "x" * 2000, "--ignore-eos", "--seed", "1"]) == 0  # a context of 2048 has no room for 64
+    assert "2,001 prompt tokens · 47 generated" in capsys.readouterr().err
+    assert main(["generate", "Once upon a time", "--ignore-eos", "--max-tokens", "70"]) == 0
+    assert "70 generated" in capsys.readouterr().err
+
+
 def test_a_file_of_prompts(stories, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"Once upon"\n\n{"prompt": "The dog"}\n"Lily"\n')
@@ -71,14 +81,20 @@ FAILS = [
     (["x" * 4000], 1, "context"),
     ([""], 1, "<s>"),
     ([], 2, "give a prompt"),
-    (["a", "--prompts", "b.jsonl"], 2, "give a prompt"),
+    (["a", "--prompts", "b.jsonl"], 2, "not both"),
     (["hi", "--prompt-file", "b"], 2, "prompt-file"),
     (["hi", "--dtype", "int4"], 2, "int4"),
+    (["--prompts", "nowhere.jsonl"], 1, "nowhere.jsonl cannot be read (No such file or directory): --prompts takes"),
+    (["--prompts", "/"], 1, "/ cannot be read (Is a directory): --prompts takes a file of JSON values, one a line"),
+    (["hi", "--top-k", "many"], 2, "jaxlm generate --help"),
+    (["hi", "--nonsense"], 2, "jaxlm generate --help"),
+    (["hi", "--stop-token-ids", "512"], 1, "stop_token_ids has 512; this model's ids are 0 to 511"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "status", "words"), FAILS, ids=lambda x: str(x)[:40])
-def test_bad_input_gets_one_message(stories, capsys, arguments, status, words):
+def test_bad_input_gets_one_message(stories, capsys, monkeypatch, arguments, status, words):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     try:
         got = main(["generate", "-m", stories, *arguments])
     except SystemExit as end:
@@ -92,13 +108,25 @@ def test_bad_input_gets_one_message(stories, capsys, arguments, status, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "line 1 is not JSON"), ('"a"\n5\n', "line 2"), ("", "no prompts"), ('{"text": "x"}', "line 1")],
+    [
+        ("{", ", line 1 is not JSON"),
+        ('"a"\n5\n', ", line 2: expected a text"),
+        ("", " holds no prompts"),
+        ('{"text": "x"}', ", line 1: expected a text"),
+        (b'"\xff"', " is not UTF-8"),
+        # What only the model can tell.
+        ('"a"\n\n[1, 512]\n', ", line 3: the prompt has token id 512"),
+        ('"a"\n["b"]\n', ", line 2: a prompt is a text, a list of messages or a list of token ids"),
+        ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
+        (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
+    ],
+    ids=lambda x: str(x)[:20],
 )
 def test_bad_prompt_files(stories, tmp_path, capsys, content, words):
     file = tmp_path / "prompts.jsonl"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert main(["generate", "-m", stories, "--prompts", str(file)]) == 1
-    assert words in capsys.readouterr().err
+    assert f"jaxlm: {file}{words}" in capsys.readouterr().err
 
 
 def test_unknown_model_type_lists_what_is_known(tmp_path, capsys):
@@ -125,6 +153,38 @@ def test_module_reads_stdin(stories):
     arguments = ["generate", "-", "-m", stories, "--temperature", "0", "--max-tokens", "4"]
     done = run("-m", "jaxlm", *arguments, input="Once upon")
     assert (done.returncode, done.stdout) == (0, " a time, there\n")
+
+
+def test_a_pipe_needs_no_dash(stories, monkeypatch, capsys):
+    command = ["generate", "-m", stories, "--temperature", "0", "--max-tokens", "4"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
+    assert main(command) == 0
+    assert capsys.readouterr().out == " a time, there\n"
+    for empty in (io.StringIO(""), None):  # None: a process without stdin
+        monkeypatch.setattr("sys.stdin", empty)
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == 2
+        assert "give a prompt, as an argument or on stdin" in capsys.readouterr().err
+
+
+def test_flags_that_may_be_repeated():
+    line = "generate None --stop a --stop b --logit-bias 5 -1.5 --logit-bias 7 2 --stop-token-ids 3 --stop-token-ids 4"
+    command = parse(line.split())
+    assert command.prompt == "None"  # a text like others
+    assert command.sampling() == {"stop": ("a", "b"), "logit_bias": {5: -1.5, 7: 2.0}, "stop_token_ids": (3, 4),
+                                  "ignore_eos": False}  # fmt: skip
+    assert parse(["chat", "--top-k", "0"]).sampling() == {"top_k": 0, "ignore_eos": False}
+
+
+def test_help_names_plain_types(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert "usage: jaxlm generate [-h] [OPTIONS] [PROMPT]" in out
+    assert "--system STR" in out
+    assert "None}" not in out
+    assert "Texts that end the answer" in out
 
 
 def test_a_reader_that_leaves(stories):

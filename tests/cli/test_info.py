@@ -72,6 +72,16 @@ def test_the_tree(folder, capsys):
     assert any(" ".join(line.split()) == "q N H D 4 × 16 × 64 4,096" for line in text)
 
 
+def test_a_narrow_terminal(capsys, tmp_path, monkeypatch):
+    """Below the width of the columns each tensor still has a line of its own."""
+    write_gemma(tmp_path / "g")
+    for columns, q in ((45, "q  N H D  4 × 8 × 32  1,024"), (80, "q              N H D  4 × 8 × 32  1,024")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = drawn(capsys, str(tmp_path / "g")).splitlines()
+        assert all(len(line) <= columns for line in lines)
+        assert f"│   │   ├── {q}" in lines
+
+
 def test_json_counts_what_the_file_holds(folder, capsys):
     facts = told(capsys, "-m", str(folder))
     tensors = safetensors.read_header(folder / "model.safetensors")
@@ -150,6 +160,9 @@ def test_what_cannot_be_told(tmp_path, folder, capsys):
     (tmp_path / "moe.json").write_text('{"model_type": "mixtral"}')
     assert main(["info", str(tmp_path / "moe.json")]) == 1
     assert "moe.json: model_type 'mixtral' is not supported; jaxlm knows gemma3" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"name": "jaxlm"}')
+    assert main(["info", str(tmp_path / "other.json")]) == 1
+    assert "other.json: this is no config.json of a model: it has no model_type\n" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "nowhere")]) == 1
     assert "there is no folder" in capsys.readouterr().err
 

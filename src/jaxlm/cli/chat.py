@@ -9,21 +9,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
-from jaxlm.cli.generate import template_args, warn_ignored
+from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
 from jaxlm.options import Options
 
 if TYPE_CHECKING:
     from jaxlm.chat import Conversation
     from jaxlm.generation import Piece
 
-DIM, RESET = "\033[2m", "\033[0m"
 CHATTING = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
             "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Chat(Options, ModelFlags):
+class Chat(SamplingFlags, ModelFlags):
     """Talk with a model; /help lists what can be typed besides messages.
 
     Only the new words of each message are computed. Ctrl-C stops an answer, Ctrl-D ends the chat. Lines from a pipe are
@@ -44,8 +44,7 @@ class Chat(Options, ModelFlags):
         warn_ignored(model)
         from jaxlm.chat import Conversation
 
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
-        talk = Talk(Conversation(model, template_args=args, **options), self.debug)
+        talk = Talk(Conversation(model, template_args=args, **self.sampling()), self.debug)
         if self.system is not None:
             talk.set_system(self.system)
         return talk.run()
@@ -92,7 +91,7 @@ class Talk:
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
-            print(RESET if sys.stdout.isatty() else "", flush=True)
+            print(flush=True)
             self.conversation.stop()
             note("/retry answers again, /exit or Ctrl-D ends the chat")
         except Exception as error:
@@ -134,35 +133,15 @@ class Talk:
             self.show(self.conversation.send(line))
 
     def show(self, pieces: "Iterator[Piece]") -> None:
-        """Streams an answer; what a model thinks is dim on a terminal."""
-        tags = self.conversation.tokenizer.thinking if sys.stdout.isatty() else None
-        piece, text, begun = None, "", False
-        for piece in pieces:
-            text = str(piece)
-            if tags:
-                begins = self.conversation.opened and not begun
-                text = (DIM if begins else "") + text.replace(tags[0], DIM + tags[0]).replace(tags[1], tags[1] + RESET)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            begun = True
-        print(RESET if tags else "", flush=True)
+        """Streams an answer, then says what is to be said of it."""
+        piece = print_answer(pieces, self.conversation.tokenizer, self.conversation.opened)
         if piece is None:
             return
-        note(self.statistics(piece))
+        note(statistics(piece, self.conversation.prefilled))
         if piece.prompt_tokens + piece.generation_tokens >= self.model.config.context:
             note(f"the context of {self.model.config.context:,} tokens is full: /reset begins anew")
         elif piece.finish_reason == "length" and self.chats:
             note("cut off at max_tokens: /set max_tokens VALUE allows more")
-
-    def statistics(self, piece: "Piece") -> str:
-        new, made = self.conversation.prefilled, piece.generation_tokens
-        parts = [f"{new:,} of {piece.prompt_tokens:,} tokens new", f"{made:,} generated"]
-        if piece.tokens_per_second:
-            parts.append(f"{piece.tokens_per_second:.1f} tokens/s")
-        parts.append(f"first after {piece.first_token_seconds:.2f} s")
-        if piece.compile_seconds >= 0.05:
-            parts.append(f"compiled {piece.compile_seconds:.1f} s")
-        return " · ".join(parts)
 
     def fail(self, error: Exception) -> None:
         """What went wrong in a turn; the chat goes on."""

@@ -1,16 +1,19 @@
 """`jaxlm generate`: text from a prompt, or from a file of them."""
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note, statistics
+from jaxlm.cli.answer import print_answer, statistics
+from jaxlm.cli.common import ModelFlags, note
+from jaxlm.detokenize import THINKING
 from jaxlm.options import Options, unsupported
 
 if TYPE_CHECKING:
@@ -19,14 +22,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Generate(Options, ModelFlags):
+class SamplingFlags(Options):
+    """Options as flags. tyro repeats no flag whose type is `… | None`: here what is empty was not given."""
+
+    stop: tuple[str, ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+    def sampling(self) -> dict[str, Any]:
+        """The options that were given, as arguments of jaxlm.generate."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
+        return {name: value for name, value in given.items() if value not in (None, (), {})}
+
+
+@dataclass(frozen=True)
+class Generate(SamplingFlags, ModelFlags):
     """Continue or answer a prompt, streamed to stdout.
 
     With a chat template the prompt becomes a user's message; --raw (or a model without template) continues it as text.
     """
 
-    prompt: tyro.conf.Positional[str | None] = None
-    """The prompt; - reads it from stdin."""
+    prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[PROMPT]")]] = None
+    """The prompt; - reads it from stdin, and so does a pipe without it."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Many prompts, one a line: a JSON string, {"prompt": …} or {"messages": […]}. Answers come as JSON lines."""
     batch_size: int | None = None
@@ -46,29 +62,43 @@ class Generate(Options, ModelFlags):
         self.validate()
         lines = self._lines()
         model = self.load()
-        prompts = [prompt_of(line, model, self.system, self.raw) for line in lines]
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
         args = template_args(model, self.template_arg, self.no_think)
         warn_ignored(model)
         from jaxlm.generation import stream
 
-        pieces = stream(model, prompts, batch_size=self.batch_size, template_args=args, **options)
+        prompts = [self._ids(model, where, line, args) for where, line in lines]
+        pieces = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
         if self.prompts or self.json or self.logprobs is not None:
             print_json(pieces, len(prompts), model)
         else:
-            print_text(pieces)
+            print_text(pieces, prompts[0], model)
         return 0
 
-    def _lines(self) -> list[Any]:
-        """The prompts as given: texts or JSON objects."""
-        if (self.prompt is None) == (self.prompts is None):
-            usage("give a prompt, - to read it from stdin, or --prompts FILE.jsonl" + ", not both" * bool(self.prompts))
+    def _lines(self) -> list[tuple[str, Any]]:
+        """The prompts as given, texts or JSON values, each with where it stands."""
+        if self.prompt is not None and self.prompts is not None:
+            usage("give a prompt or --prompts FILE.jsonl, not both")
         if self.prompts is not None:
             return read_prompts(self.prompts)
-        text = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
+        text, stdin = self.prompt, sys.stdin or io.StringIO()  # a process may have none
+        if text == "-" or (text is None and not stdin.isatty()):
+            text = stdin.read().removesuffix("\n")
+        if not text and self.prompt is None:
+            usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl")
         if not text:
             raise ValueError("the prompt is empty: give some text, or the model's begin token (such as <s>) with --raw")
-        return [text]
+        return [("", text)]
+
+    def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
+        """The token ids of a prompt; ValueError for what cannot be one, with the place in the file."""
+        from jaxlm.prompts import room, to_ids
+
+        try:
+            ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)
+            room(model, ids, self.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        return ids
 
 
 def usage(text: str) -> NoReturn:
@@ -77,21 +107,29 @@ def usage(text: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_prompts(path: Path) -> list[Any]:
-    """The lines of a JSONL file; ValueError names the first bad one."""
+def read_prompts(path: Path) -> list[tuple[str, Any]]:
+    """The lines of a JSONL file, each with its place; ValueError names the first bad one."""
+    way_out = "--prompts takes a file of JSON values, one a line"
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 too
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}): {way_out}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): {way_out}") from None
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            raise ValueError(f"{where} is not JSON: {error}") from None
         if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
             (value,) = value.values()
         if not value or not isinstance(value, str | list):
-            raise ValueError(f'{path}, line {number}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
-        prompts.append(value)
+            raise ValueError(f'{where}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
+        prompts.append((where, value))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
@@ -138,15 +176,14 @@ def warn_ignored(model: "Model") -> None:
         note(f"generation_config.json asks for what jaxlm does not do: {', '.join(ignored)}")
 
 
-def print_text(pieces: "Iterator[Piece]") -> None:
+def print_text(pieces: "Iterator[Piece]", prompt: list[int], model: "Model") -> None:
     """Streams one answer to stdout, then the counts to stderr."""
-    piece = None
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    tokenizer = model.tokenizer
+    end = "" if tokenizer is None else tokenizer.decode(prompt[-16:], skip_special=False)
+    piece = print_answer(pieces, tokenizer, opened=end.rstrip().endswith(THINKING[0]))
     if piece is not None:
-        print(flush=True)
-        note(statistics(piece))
+        ended = " · ended by --max-tokens or the context" if piece.finish_reason == "length" else ""
+        note(statistics(piece) + ended)
 
 
 def print_json(pieces: "Iterator[Piece]", count: int, model: "Model") -> None:

@@ -43,17 +43,18 @@ class Info(ModelFlags):
         else:
             from rich.console import Console
 
-            Console(highlight=False).print(draw(told))
+            console = Console(highlight=False)
+            console.print(draw(told, console.width))
         return 0
 
 
-def draw(told: dict[str, Any]) -> "Tree":
-    """The facts as a tree for a terminal."""
+def draw(told: dict[str, Any], columns: int) -> "Tree":
+    """The facts as a tree for a terminal that is so many characters wide."""
     from rich.text import Text
     from rich.tree import Tree
 
     tree = Tree(Text(f"{told['model']} ({told['family']})", style="bold"), guide_style="dim")
-    for title, beside, lines in sections(told):
+    for title, beside, lines in sections(told, columns):
         branch = tree.add(Text.assemble((title, "bold"), f"  {beside}" if beside else ""))
         for line in lines:
             if isinstance(line, str):
@@ -65,7 +66,7 @@ def draw(told: dict[str, Any]) -> "Tree":
     return tree
 
 
-def sections(told: dict[str, Any]) -> list[tuple[str, str, list[Any]]]:
+def sections(told: dict[str, Any], columns: int) -> list[tuple[str, str, list[Any]]]:
     """Title, what stands beside it, and the lines below; a line may have lines below it."""
     counts = told["parameters"]
     sizes = ", ".join(f"{letter} {size:,}" for letter, size in told["sizes"].items())
@@ -75,7 +76,7 @@ def sections(told: dict[str, Any]) -> list[tuple[str, str, list[Any]]]:
         ]),
         ("weights", *_weights(told["weights"])),
         ("sizes", sizes, []),
-        ("tensors", "", _tensors(told)),
+        ("tensors", "", _tensors(told, columns)),
         ("context", f"{told['context']:,} tokens", [_rope(*item) for item in told["rope"].items()]),
         ("cache", *_cache(told)),
         ("tokenizer", *_tokenizer(told["tokenizer"])),
@@ -100,18 +101,20 @@ def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
     return f"{size}, {weights['files']} file{'s' * (weights['files'] > 1)}", lines
 
 
-def _tensors(told: dict[str, Any]) -> list[Any]:
-    """One line a tensor; those of a layer below a line that says how many layers there are, and of which kind."""
+def _tensors(told: dict[str, Any], columns: int) -> list[Any]:
+    """One line a tensor, its parts below each other where the terminal is wide enough for that; those of a layer below
+    a line that says how many layers there are, and of which kind."""
     layer = [t for t in told["tensors"] if t["path"].startswith("layers.")]
     begin = told["tensors"].index(layer[0])
-    width = max(len(t["path"]) for t in told["tensors"]) - len("layers.")
-    letters = 2 * max(len(t["letters"]) for t in told["tensors"])
+    name, letters, shape, count = (max(map(len, part)) for part in zip(*map(_parts, told["tensors"])))
+    guides = 3 * 4  # four columns a level
+    wide = guides + name + letters + shape + count + 6 <= columns
 
     def line(t: dict[str, Any], indent: int) -> str:
-        shape = " × ".join(f"{n:,}" for n in t["shape"])
-        name = t["path"].removeprefix("layers.")
-        # The guides of the tree take four columns a level: counts stand below each other.
-        return f"{name:{width + indent}}  {' '.join(t['letters']):{letters}} {shape:22} {math.prod(t['shape']):>13,}"
+        parts = _parts(t)
+        if not wide:
+            return "  ".join(parts)
+        return f"{parts[0]:{name + indent}}  {parts[1]:{letters}}  {parts[2]:{shape}}  {parts[3]:>{count}}"
 
     first = [line(t, 4) for t in told["tensors"][:begin]]
     last = [line(t, 4) for t in told["tensors"][begin + len(layer) :]]
@@ -119,6 +122,12 @@ def _tensors(told: dict[str, Any]) -> list[Any]:
     title = f"layers × {told['sizes']['L']}"
     kinds = [_kind(kind) for kind in told["layers"]] if len(told["layers"]) > 1 or told["layers"][0]["window"] else []
     return [*first, (title + "".join(f"; {kind}" for kind in kinds), [line(t, 0) for t in layer]), *last, *tied]
+
+
+def _parts(t: dict[str, Any]) -> tuple[str, str, str, str]:
+    """A tensor's name, letters, shape and count."""
+    shape = " × ".join(f"{n:,}" for n in t["shape"])
+    return t["path"].removeprefix("layers."), " ".join(t["letters"]), shape, f"{math.prod(t['shape']):,}"
 
 
 def _kind(kind: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ A family is a module with Config, PARAMS, NORM, UNREAD, forward and logits; llam
 from functools import partial
 from typing import Any
 
+from jaxlm.config import brief
 from jaxlm.models import gemma3, llama3, olmo2, qwen3
 
 FAMILIES: dict[str, Any] = {}
@@ -26,9 +27,11 @@ def _load(family: Any, name: Any, **options: Any) -> Any:
 
 def family_of(model_type: Any) -> Any:
     """The family of a model_type, or a ValueError that lists what is supported."""
-    if model_type not in FAMILIES:
+    if model_type is None:
+        raise ValueError("this is no config.json of a model: it has no model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; jaxlm knows {', '.join(sorted(FAMILIES))}. "
+            f"model_type {brief(model_type)} is not supported; jaxlm knows {', '.join(sorted(FAMILIES))}. "
             "Another family joins with jaxlm.models.register(model_type, module)."
         )
     return FAMILIES[model_type]

@@ -37,8 +37,8 @@ class Config:
     def from_hf(cls, hf, allow=()):
         text = hf
         if "text_config" in hf:  # the models that also see; their language half
-            text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **hf["text_config"]}
             outer = Fields(hf, allow)
+            text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **outer.section("text_config")}
             for name in SEEING:
                 outer(name, None)
             outer.done(None)
@@ -47,10 +47,10 @@ class Config:
         V, D = f.number("vocab_size", 262208), f.number("hidden_size", 2304)
         F, L = f.number("intermediate_size", 9216), f.number("num_hidden_layers", 26)
         N, K, H = f.heads(D, 256, default_N=8, default_K=4)
-        eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", True), f.context(131072)
-        windows, scale = f.windows(L, 4096, 6), f("query_pre_attn_scalar", 256) ** -0.5
+        eps, tied, context = f.real("rms_norm_eps", 1e-6), f.flag("tie_word_embeddings", True), f.context(131072)
+        windows, scale = f.windows(L, 4096, 6), f.real("query_pre_attn_scalar", 256) ** -0.5
         sections = f.rope_sections()  # the newer spelling holds one for each kind of layer
-        wide = {"rope_theta": f("rope_theta", 1e6), **f("rope_scaling", {}), **sections["full_attention"]}
+        wide = {"rope_theta": f("rope_theta", 1e6), **f.section("rope_scaling"), **sections["full_attention"]}
         local = {"rope_theta": f("rope_local_base_freq", 1e4), **sections["sliding_attention"]}
         ropes = read_rope(wide, context, allow), read_rope(local, context, allow)
         return f.done(cls(V, D, F, L, N, K, H, eps, *ropes, windows, scale, context, tied))

@@ -34,7 +34,7 @@ class Config:
         f.must("hidden_act", "silu")
         V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
         N, K, H = f.heads(D)
-        eps, tied, context = f("rms_norm_eps", 1e-6), f("tie_word_embeddings", False), f.context()
+        eps, tied, context = f.real("rms_norm_eps", 1e-6), f.flag("tie_word_embeddings", False), f.context()
         return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context), context, tied))
 
     @property

@@ -1,0 +1,51 @@
+"""Chat messages as a template may be given them, and what a template has against them.
+
+A template that is handed content of a shape it does not expect writes its Python repr, or nothing, and says nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+def plain(messages: Iterable[Any]) -> list[dict[str, Any]]:
+    """Copies of messages whose content is text; content that is a list of text parts is put together.
+
+    ValueError for what is no message, and for parts that are no text ({"type": "image", …}).
+    """
+    return [_plain(message) for message in messages]
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise ValueError(f"a message is a dict with 'role' and 'content', got {message!r}")
+    content = message.get("content")
+    if not isinstance(content, list | tuple | Mapping):
+        return dict(message)
+    parts = [content] if isinstance(content, Mapping) else content
+    return {**message, "content": "".join(_text(part) for part in parts)}
+
+
+def _text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in (None, "text"):
+        raise ValueError(
+            f"the content of a message has a part of type {kind!r}: images and other media are not supported yet, "
+            "give its text alone"
+        )
+    if kind is None or not isinstance(part.get("text"), str):
+        raise ValueError(f"a part of a message's content is {{'type': 'text', 'text': …}}, got {part!r}")
+    return part["text"]
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """ValueError for what goes wrong inside a chat template, in the template's own words."""
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+    try:
+        yield
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"a tool cannot be described to the model: {error}") from error
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(f"the chat template refuses these messages: {error or type(error).__name__}") from error

@@ -1,0 +1,238 @@
+"""Bounds for chat templates, which are programs and come with a checkpoint from a stranger.
+
+transformers renders them in jinja2's sandbox. It keeps them from files, modules and the insides of Python, but not from
+running for ever or filling the memory. Here every step pays for itself and for what it makes, out of LIMIT, and all end
+with SECONDS. No step may be large in itself, for nothing interrupts it: an operation can make, and take, as much as the
+sizes of its operands multiplied, and runs only where that is left.
+"""
+
+import functools
+import re
+import string
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FunctionType, GeneratorType
+from typing import Any
+
+from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError
+from jinja2.nodes import Call, EnvironmentAttribute, Slice
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 10.0
+LIMIT, SHARE = 20_000_000, 1000  # characters; and so many times those of the messages
+ITEM = 100  # characters for which an item of a list counts, and a step
+SOURCE = 250_000  # characters of a template
+# Not needed for a chat, and slow in ways that the sizes of their operands do not show.
+ABSENT = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "encode", "to_bytes"}
+
+
+class _Meter:
+    """What is left to a template."""
+
+    def __init__(self, given: Any):
+        self.left = LIMIT + SHARE * _size(given)
+        self.end = time.monotonic() + SECONDS
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount + ITEM
+        self.check(0)
+
+    def check(self, amount: int) -> None:
+        if amount > self.left:
+            raise SecurityError("it makes more text, or takes more steps, than a chat can need")
+        if time.monotonic() > self.end:
+            raise SecurityError(f"it takes more than {SECONDS:g} seconds")
+
+
+_meter: ContextVar[_Meter] = ContextVar("meter")
+
+
+def _size(value: Any) -> int:
+    """Characters and items, counted as often as they can be reached: as many as a copy or a comparison meets."""
+    size, todo = 0, [value]
+    while todo and size < 1000 * LIMIT:
+        one = todo.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, Mapping):
+            todo += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | Set | ValuesView):
+            todo += one
+        elif isinstance(one, range):
+            size += ITEM * len(one)
+        size += ITEM
+    return size
+
+
+def _check(subject: Any, operands: Iterable[Any]) -> None:
+    """May an operation run that makes so much of its subject? Whole numbers count by value: they may be widths."""
+    amounts = (abs(x) if isinstance(x, int) else _size(x) for x in operands)
+    _meter.get().check(_size(subject) * sum(amounts))
+
+
+def _made(value: Any) -> Any:
+    """What a step has made, when it is paid for."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise SecurityError("it makes a number of more than 1,000 bits")
+    length = len(value) * (1 if isinstance(value, str) else ITEM) if isinstance(value, str | list | tuple | dict) else 0
+    _meter.get().spend(length)
+    _meter.get().check(_size(value))
+    return value
+
+
+def _check_format(text: str, named: bool) -> None:
+    """Widths are numbers written as text: in `%` formats, or (named) in braces."""
+    specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)] if named else [text]
+    if any(re.search(r"[0-9]{5}|%[^a-zA-Z%]*\*" + r"|\{" * named, spec) for spec in specs):
+        raise SecurityError("it has a format with a width above 9,999, or with one that is computed")
+
+
+def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or a test under the bounds."""
+    skipped = int(hasattr(function, "jinja_pass_arg"))  # it is handed its environment first
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first, value, more = args[:skipped], args[skipped], [*args[skipped + 1 :], *kwargs.values()]
+        value = _made(list(value)) if isinstance(value, GeneratorType) else value
+        if name == "format":
+            _check_format(str(value), named=False)
+        if name == "round" and any(isinstance(x, int) and abs(x) > 300 for x in more):
+            raise SecurityError("it rounds to more than 300 digits")
+        _check(value, [value, *more] if name == "sum" else more)  # a sum of lists copies them again and again
+        return _made(function(*first, value, *args[skipped + 1 :], **kwargs))
+
+    return run
+
+
+class _Code(CodeGenerator):
+    """Python for a template, with a step counted in every loop and a price on everything that it builds."""
+
+    def visit_For(self, node: Any, frame: Any) -> None:
+        node.iter = Call(EnvironmentAttribute("steps"), [node.iter], [], None, None)
+        super().visit_For(node, frame)
+
+    def visit_Concat(self, node: Any, frame: Any) -> None:
+        self.write("environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+    def visit_Getitem(self, node: Any, frame: Any) -> None:
+        self._priced(super().visit_Getitem, node, frame, isinstance(node.arg, Slice))
+
+    def visit_Tuple(self, node: Any, frame: Any) -> None:
+        self._priced(super().visit_Tuple, node, frame, node.ctx == "load")
+
+    def visit_List(self, node: Any, frame: Any) -> None:
+        self._priced(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: Any, frame: Any) -> None:
+        self._priced(super().visit_Dict, node, frame)
+
+    def _priced(self, visit: Callable[..., None], node: Any, frame: Any, priced: bool = True) -> None:
+        self.write("environment.made(" * priced)
+        visit(node, frame)
+        self.write(")" * priced)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox with the bounds of this module."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _Code
+    made = staticmethod(_made)
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        kept = []
+        for part in parts:
+            _meter.get().spend(len(part))
+            kept.append(part)
+        return "".join(kept)
+
+    def steps(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            _meter.get().spend(0)
+            yield value
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in ABSENT and super().is_safe_attribute(obj, attr, value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, named=False)
+            _check(left, [[right]])
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _meter.get().check(left.bit_length() * abs(right) * 20_000)
+        elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
+            _check(*(left, [right]) if isinstance(right, int) else (right, [left]))
+        return _made(super().call_binop(context, operator, left, right))
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        operands = [*args, *(value for name, value in kwargs.items() if not name.startswith("_"))]
+        if isinstance(subject, str):
+            if function.__name__ in ("format", "format_map"):
+                _check_format(subject, named=True)
+            _check(subject, operands)
+        elif isinstance(function, FunctionType):
+            _meter.get().check(256 * _size(operands))  # strftime stops there
+        elif isinstance(function, LoopContext):  # of a recursive loop
+            args = (self.steps(args[0]), *args[1:])
+        return _made(super().call(context, function, *args, **kwargs))
+
+
+@contextmanager
+def bounded(given: Any) -> Iterator[None]:
+    """Chat templates that are rendered within, by transformers, keep to the bounds. given: what they are rendered with.
+
+    Raises what a template raises, and jinja2's SecurityError where it would pass a bound.
+    """
+    from transformers.utils import chat_template_utils as theirs
+
+    if theirs._compile_jinja_template is not _compile:
+        _stock.append(theirs._compile_jinja_template)
+        theirs._compile_jinja_template = _compile
+    token = _meter.set(_Meter(given))
+    try:
+        yield
+    finally:
+        _meter.reset(token)
+
+
+def short(source: str) -> str:
+    """A template that is not too long to be parsed."""
+    if len(source) > SOURCE:
+        raise SecurityError(f"it has {len(source):,} characters, more than {SOURCE:,}")
+    return source
+
+
+_stock: list[Callable[[str], Any]] = []  # transformers' own compiler, from then on behind ours
+
+
+def _compile(source: str) -> Any:
+    """transformers' compiler of chat templates as it is, except within `bounded`."""
+    if _meter.get(None) is None:
+        return _stock[0](source)
+    return _bounded_compile(short(source))
+
+
+@functools.lru_cache(16)
+def _bounded_compile(source: str) -> Any:
+    # A copy of transformers' environment, for its functions, filters and tags.
+    environment = _stock[0]("").environment.overlay(cache_size=0)
+    environment.__class__ = Sandbox
+    kept = {name: filter for name, filter in environment.filters.items() if name not in ABSENT}
+    environment.filters = {name: _metered(name, filter) for name, filter in kept.items()}
+    environment.tests = {name: _metered(name, test) for name, test in environment.tests.items()}
+    theirs = environment.globals["namespace"]  # whose repr would follow namespaces in each other
+    namespace = type("namespace", (theirs,), {"__repr__": lambda self: "<namespace>"})
+    environment.globals = {**environment.globals, "namespace": namespace}
+    environment.globals.pop("lipsum")
+    return environment.from_string(source)
