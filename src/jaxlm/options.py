@@ -156,6 +156,11 @@ def _biases(value: Any) -> bool:
     return isinstance(value, Mapping) and all(token(key) and bias(added) for key, added in value.items())
 
 
+def _texts(stop: Any) -> bool:
+    """Whether these are texts that may be looked for after every token."""
+    return all(isinstance(text, str) and text for text in stop) and sum(map(len, stop)) <= 10_000
+
+
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (_integer(1), "an integer, 1 or more"),
     "temperature": (_number(0), "a finite number, 0 (greedy) or more"),
@@ -166,7 +171,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": (_number(-2, 2), "a number from -2 to 2; 0 is off"),
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2; 0 is off"),
     "logit_bias": (_biases, "token ids (integers, 0 or more) with finite numbers"),
-    "stop": (lambda stop: all(isinstance(text, str) and text for text in stop), "texts, none of them empty"),
+    "stop": (_texts, "at most 10,000 characters in texts, none of them empty"),
     "stop_token_ids": (lambda ids: all(map(_integer(0), ids)), "token ids (integers, 0 or more)"),
     # JAX keeps 32 bits of a seed: a longer one would repeat the draws of another.
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),

@@ -23,9 +23,9 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 10.0
-LIMIT, SHARE = 20_000_000, 1000  # characters; and so many times those of the messages
+LIMIT, SHARE = 20_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
 ITEM = 100  # characters for which an item of a list counts, and a step
-SOURCE = 250_000  # characters of a template
+SOURCE = 100_000  # characters of a template
 # Not needed for a chat, and slow in ways that the sizes of their operands do not show.
 ABSENT = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "encode", "to_bytes"}
 
@@ -70,8 +70,8 @@ def _size(value: Any) -> int:
 
 def _check(subject: Any, operands: Iterable[Any]) -> None:
     """May an operation run that makes so much of its subject? Whole numbers count by value: they may be widths."""
-    amounts = (abs(x) if isinstance(x, int) else _size(x) for x in operands)
-    _meter.get().check(_size(subject) * sum(amounts))
+    if amount := sum(abs(x) if isinstance(x, int) else _size(x) for x in operands):
+        _meter.get().check(_size(subject) * amount)
 
 
 def _made(value: Any) -> Any:
@@ -197,7 +197,7 @@ def bounded(given: Any) -> Iterator[None]:
     from transformers.utils import chat_template_utils as theirs
 
     if theirs._compile_jinja_template is not _compile:
-        _stock.append(theirs._compile_jinja_template)
+        _stock[:] = [theirs._compile_jinja_template]
         theirs._compile_jinja_template = _compile
     token = _meter.set(_Meter(given))
     try:

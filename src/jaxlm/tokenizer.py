@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxlm.checkpoint.safetensors import read_json
-from jaxlm.checkpoint.tokenizer_json import check_growth
+from jaxlm.checkpoint.tokenizer_json import check_growth, check_special
 from jaxlm.detokenize import THINKING, TextStream, split_thinking
 from jaxlm.messages import plain, template_errors
 
@@ -237,11 +237,9 @@ def _read_json(path: Path) -> dict:
 def _load_hf(folder: Path) -> Any:
     transformers = import_transformers()
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        # transformers reads these itself, but its errors name no file, and adding tokens takes as long as their square.
-        if long := [
-            k for k, value in _read_json(folder / name).items() if isinstance(value, list) and len(value) > 9999
-        ]:
-            raise ValueError(f"{folder / name}: {reprlib.repr(long[0])} has more than 9,999 entries")
+        check_special(
+            folder / name, _read_json(folder / name)
+        )  # transformers reads these itself; its errors name no file
     if (path := folder / "tokenizer.json").exists():
         # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
         with _errors_named(f"{path}, or a file beside it, cannot be read: download it again"):

@@ -104,9 +104,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if kind is None:
             raise broken(f"the entry of {quoted(name)} makes no sense")
         if kind not in BITS:
-            raise ValueError(
-                f"{path}: tensor {quoted(name)} has type {quoted(kind)}, which jaxlm cannot read: convert it to BF16"
-            )
+            what = f"{path}: tensor {quoted(name)} has type {quoted(kind)}"
+            raise ValueError(f"{what}, which jaxlm cannot read: convert it to BF16")
         if (end - begin) * 8 != math.prod(shape) * BITS[kind]:
             raise broken(f"{quoted(name)} of type {kind} and shape {list(shape)} cannot have {end - begin:,} bytes")
         tensors[name] = Tensor(name, path, kind, shape, 8 + length + begin, end - begin)

@@ -1,4 +1,4 @@
-"""What is looked at in a tokenizer.json before the tokenizers library reads it, which cannot be stopped any more."""
+"""What is looked at in a tokenizer's files before transformers and tokenizers read them: nothing can stop them then."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+SPECIAL = 10_000  # special tokens: adding one takes as long as there are others
 GROWTH = 100  # times that a text may become longer on its way through the tokenizer
 # As a value, or with letters written as escapes; most files have neither and need no parsing.
 _GROWS = re.compile(rb':\s*"(Replace|TemplateProcessing)"|\\u00[4-7]')
@@ -20,6 +21,13 @@ def check_growth(path: Path) -> None:
     for name in ("normalizer", "decoder", "post_processor"):
         if (grown := _growth(whole.get(name))) > GROWTH:
             raise ValueError(f"its {name} may make a text {grown:,.0f} times longer, more than {GROWTH}")
+
+
+def check_special(path: Path, content: dict[str, Any]) -> None:
+    """ValueError for more special tokens than any model has, in the fields of a file or as its fields."""
+    lists = [value for name, value in content.items() if name != "added_tokens_decoder"]
+    if any(isinstance(value, list | dict) and len(value) > SPECIAL for value in [content, *lists]):
+        raise ValueError(f"{path} names more than {SPECIAL:,} special tokens, or holds as many of something else")
 
 
 def _growth(step: Any) -> float:

@@ -31,9 +31,9 @@ def apart(a: np.ndarray, b: np.ndarray) -> Apart:
 
 def apart_logits(a: np.ndarray, b: np.ndarray) -> Apart:
     p, q = _log_softmax(b), _log_softmax(a)
-    kl = max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean()))  # rounding may leave it below zero
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
     top1 = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Apart(*apart(a, b)[:2], kl if np.isfinite(kl) else np.inf, top1)
+    return Apart(*apart(a, b)[:2], max(kl, 0.0) if np.isfinite(kl) else np.inf, top1)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
