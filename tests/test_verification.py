@@ -2,7 +2,9 @@
 
 import json
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ import jaxlm
 from jaxlm.cli import main
 from jaxlm.cli import tiny as tiny_checkpoint
 from jaxlm.decoding import Programs
-from jaxlm.ops import attention
-from jaxlm.verification import checks, ours, probes, recordings, report
+from jaxlm.ops import Rope, attention
+from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "checkpoints" / "stories260K"
 RECORDED = Path(__file__).parent / "recordings" / "verify" / "stories260K.npz"
@@ -148,6 +150,32 @@ def test_greedy_text_may_part_at_a_tie_alone(gemma) -> None:
     assert "at a tie" in check.note
 
 
+def test_a_recording_in_another_type_proves_nothing(gemma, tmp_path) -> None:
+    asked = probes.probes_for(gemma.config, None)
+    exact = ours.trace(gemma, asked, None)
+    rounded = copy(exact)
+    rounded.dtype, rounded.logits = "bfloat16", exact.logits + 0.5
+    recordings.write(tmp_path / "both.npz", asked, [exact, rounded], gemma.config)
+    limits = {check.what: check.limit for check in jaxlm.verify(gemma, str(tmp_path / "both.npz")).checks}
+    assert limits["logits, worst"] == 1e-4
+    with pytest.raises(ValueError, match="holds no answers in float16: record with --dtype float16"):
+        recordings.read(tmp_path / "both.npz", gemma.config, "float16")
+
+
+def test_text_that_ends_early_fails(gemma) -> None:
+    theirs = ours.trace(gemma, probes.probes_for(gemma.config, None), None)
+    mine = copy(theirs)
+    mine.greedy = theirs.greedy[:3]
+    [check] = checks._text(mine, theirs)
+    assert (check.figure, check.passed) == (61, False)
+
+
+def test_names_are_no_markup(gemma) -> None:
+    odd = copy(gemma)
+    odd.source = "models/[/x] [beta]"
+    assert "models/[/x] [beta]" in str(jaxlm.verify(odd))
+
+
 def test_the_report(gemma, tmp_path) -> None:
     found = jaxlm.verify(changed(gemma, 0, "gate", 1.2), str(recording_of(gemma, tmp_path / "twin.npz")))
     text = str(found)
@@ -189,3 +217,16 @@ def test_stories260k_against_what_transformers_computed() -> None:
     assert any("transformers" in check.against for check in found.checks)
     assert [check for check in found.checks if "token ids of 10 texts" in check.what]
     assert len(set(found.tokens["jaxlm"])) > 30
+
+
+@pytest.mark.parametrize("changed", [{"low_freq_factor": 2.0}, {"high_freq_factor": 8.0}, {"original_context": 4096}])
+def test_metas_code_has_one_rope(changed, monkeypatch) -> None:
+    monkeypatch.setattr(meta_code.importlib.util, "find_spec", lambda name: name)
+    rope = Rope(type="llama3", factor=8.0, original_context=8192)
+    subject = SimpleNamespace(
+        config=SimpleNamespace(rope=rope, H=4, N=2, D=8), checkpoint=SimpleNamespace(config={"model_type": "llama"})
+    )
+    meta_code.Meta().require(subject)
+    subject.config.rope = replace(rope, **changed)
+    with pytest.raises(ValueError, match=r"low, high and original of 1, 4 and 8192 alone, not .*: compare with"):
+        meta_code.Meta().require(subject)

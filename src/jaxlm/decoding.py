@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, sampling
+from jaxlm import devices, mesh, sampling
 from jaxlm.ops import cache as caches
 from jaxlm.sampling import Counts, Sampling
 
@@ -39,6 +39,12 @@ class Made(NamedTuple):
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
+def held(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
+    """`put(array, letters)` over every array of a state: rows over the mesh's `data`, vocabulary over `model`."""
+    rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
+    return rest._replace(kv=caches.held(state.kv, put))
+
+
 NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
 
 
@@ -56,7 +62,8 @@ def prefill(family: Any, cfg: Any, weights: Any, kv: caches.Cache, last: jax.Arr
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     x = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
-    return kv, jnp.where((pos >= 0).any(axis=1)[:, None], x, last)
+    kv = caches.held(kv, mesh.constrain)
+    return kv, mesh.constrain(jnp.where((pos >= 0).any(axis=1)[:, None], x, last), "BD")
 
 
 def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array) -> tuple[State, Made]:
@@ -69,7 +76,7 @@ def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: ja
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
     made = jax.tree.map(lambda a: a[None], Made(token, chosen))
-    return state._replace(token=token, pos=pos, counts=counts), made
+    return held(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
 
 
 def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: State) -> tuple[State, Made]:
@@ -89,7 +96,8 @@ def insert(state: State, rows: jax.Array, part: State) -> State:
     """Puts the rows of `part` (batch b) into rows [b] of a state; a row number past the end is dropped."""
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
-    return State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
+    state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
+    return held(state, mesh.constrain)
 
 
 @cache
@@ -129,9 +137,10 @@ class Programs:
         if key not in self.compiled:
             self.notify(name)
             start = time.perf_counter()
-            options = devices.COMPILER_OPTIONS.get(leaves[0].devices().pop().platform)
+            options = devices.COMPILER_OPTIONS.get(next(iter(leaves[0].devices())).platform)
             program = jax.jit(function, donate_argnums=donate, compiler_options=options)
-            self.compiled[key] = program.lower(*args).compile()
+            with mesh.on(args):
+                self.compiled[key] = program.lower(*args).compile()
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.notify(name, seconds)

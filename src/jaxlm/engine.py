@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import decoding, devices, sampling
+from jaxlm import decoding, devices, mesh, sampling
 from jaxlm.ops import cache as caches
 from jaxlm.options import Options
 
@@ -193,7 +193,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
     if shared.bias:
         rows = sampling.bias_of([r.options.logit_bias for r in requests], V)
         bias = jnp.zeros((len(requests), V), jnp.float32) if rows is None else jnp.asarray(rows)
-    return decoding.State(
+    state = decoding.State(
         kv=kv,
         token=jnp.zeros(len(requests), jnp.int32),
         pos=jnp.asarray([len(r.ids) - 1 for r in requests], jnp.int32),
@@ -202,6 +202,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         counts=counts,
         bias=bias,
     )
+    return decoding.held(state, lambda a, letters: mesh.place(a, letters, model.mesh))
 
 
 def _join(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
@@ -223,7 +224,7 @@ def _join(model: "Model", requests: list[Request], rows: list[int], state: decod
 
 def extend(model: "Model", kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
     """Prefills token ids of each row at positions from `start` on -> the cache and the last hidden states [B,D]."""
-    last = jnp.zeros((len(ids), model.config.D), model.dtype)
+    last = mesh.place(jnp.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
     for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):
         args = (model.weights, kv, last, jnp.asarray(tokens), jnp.asarray(pos))
         kv, last = model.programs.prefill(*args)(*args)

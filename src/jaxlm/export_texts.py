@@ -12,6 +12,7 @@ from jaxlm.models import llama3
 
 GENERATION = "generation_config.json"
 FOLDERS_OWN = (GENERATION, "preprocessor_config.json", "processor_config.json")  # the others are the tokenizer's
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # one of which makes a tokenizer
 Texts = dict[str, Any]  # a file's name -> its contents as JSON, or the path of the file to copy
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,11 @@ def other_texts(model: Model, format: str) -> Texts:
         texts = {name: path for name, path in paths.items() if path.is_file()}
     if told and (found is None or "meta" in (format, found.format)):  # params.json has no tokens that end a text
         texts.setdefault(GENERATION, told)
+    if format == "meta" and model.tokenizer is not None and not texts.keys() & TOKENIZERS:
+        _log.warning(
+            "the tokenizer is not written: it came from no file that could be copied. "
+            "model.tokenizer.hf.save_pretrained(folder) puts it beside the weights"
+        )
     return texts
 
 

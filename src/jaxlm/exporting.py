@@ -52,7 +52,8 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     out = Path(os.path.realpath(os.path.expanduser(out)))
-    files.check_target(out, _sources(model), force)
+    check = partial(files.check_target, out, _sources(model), force)
+    check()
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
     told = partial(beside.config_json, dtype=_named_dtype(model, wanted)) if format == "hf" else beside.params_json
     texts = beside.other_texts(model, format) | told(model, config)
@@ -60,7 +61,7 @@ def export(
     nbytes = sum(entry.nbytes for entry in entries)
     copied = sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
     room = nbytes + copied + SMALL
-    with files.staged(out, room, force) as folder, loading_bar(nbytes, progress, "writing") as advance:
+    with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
         _write_texts(folder, texts, model if format == "hf" and beside.lacks_tokenizer(model, texts) else None)
         if format == "meta":
             tensors = ((e.name, e.dtype, e.shape, files.counted(e.chunks(), advance)) for e in entries)

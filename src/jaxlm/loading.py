@@ -96,16 +96,16 @@ def find(
 
 
 def _original(folder: Path, family: Any, rope_factor: float | None, allow: Collection[str]) -> tuple[Any, Any]:
-    """Config and Checkpoint of Meta's files. The head is tied where it is the embedding byte for byte, or absent."""
+    """Config and Checkpoint of Meta's files. They always have the head: tied is one that is the embedding, byte for
+    byte."""
     given = hf.read_json(folder / meta.PARAMS)
     shards = meta.read_shards(folder, given)
     raw = meta.hf_config(given, meta.vocabulary(shards, given), rope_factor, allow)
-    raw["tie_word_embeddings"] = meta.NAMES["head"] not in shards[0]
     config = family.Config.from_hf(raw)
     table = {path: (family.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
     joined, faults = meta.join(shards, config.D, config.H)
     tensors = {row.path: tensor for row, tensor in hf.match(table, config, joined, (), faults, meta.PARAMS).pairs}
-    if not config.tied and hf.same(tensors["head"], tensors["embed"]):
+    if hf.same(tensors["head"], tensors["embed"]):
         raw["tie_word_embeddings"] = True
         config = family.Config.from_hf(raw)
     pairs = [(row, tensors[row.path]) for row in params.rows(family.PARAMS, config)]
@@ -123,7 +123,7 @@ def _with_text(found: Found, given: str | Path | None) -> Found:
     # Meta's files name no end; those beside the tokenizer may.
     named = (None, None) if original and not ends else ({"eos_token_id": ends}, {})
     tokenizer = None
-    for place in [Path(given).expanduser()] if given else beside:
+    for place in [_place(given)] if given else beside:
         if (tokenizer := Tokenizer.load(place, *named)) is not None:
             checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
             break
@@ -133,6 +133,12 @@ def _with_text(found: Found, given: str | Path | None) -> Found:
         tokenizer, checkpoint, ends = _with_ends(tokenizer, checkpoint)
     generation_config = {**checkpoint.generation_config, "eos_token_id": ends}
     return found._replace(checkpoint=checkpoint, tokenizer=tokenizer, generation_config=generation_config)
+
+
+def _place(given: str | Path) -> Path:
+    """The folder of a tokenizer.json, for it is read with the files beside it; else the path itself."""
+    path = Path(given).expanduser()
+    return path.parent if path.name == "tokenizer.json" and path.is_file() else path
 
 
 def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:

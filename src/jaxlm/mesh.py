@@ -6,6 +6,7 @@ the vocabulary. A letter whose size an axis does not divide is replicated there:
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -53,10 +54,11 @@ def default(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
 
 
 def spec(letters: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """The axis of each letter, None where it has none or its size is not divided."""
-    sizes = dict(mesh.shape)
+    """The axis of each letter, None where it has none or its size is not divided. An axis of one device divides
+    nothing, and is left out so that equal places have one name."""
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     axes = [ON.get(letter) for letter in letters]
-    return PartitionSpec(*(a if a and not n % sizes.get(a, 1) else None for a, n in zip(axes, shape, strict=True)))
+    return PartitionSpec(*(a if a in sizes and not n % sizes[a] else None for a, n in zip(axes, shape, strict=True)))
 
 
 def sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -73,3 +75,22 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 def active() -> bool:
     """Whether the program that is being traced runs on a mesh."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def of(tree: Any) -> Mesh | None:
+    """The mesh on which the arrays of a tree lie; None where they lie on one device."""
+    leaf = jax.tree.leaves(tree)[0]
+    if isinstance(leaf, jax.core.Tracer):  # within another program, whose maker has said where it runs
+        return None
+    return leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1 else None
+
+
+def on(tree: Any) -> AbstractContextManager[Any]:
+    """What is traced within runs on the mesh of these arrays."""
+    mesh = of(tree)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def place(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
+    """Puts an array where its letters say."""
+    return x if mesh is None else jax.device_put(x, sharding(letters, x.shape, mesh))

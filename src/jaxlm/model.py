@@ -1,14 +1,14 @@
 """Model: a family's functions bound to weights."""
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, params
+from jaxlm import devices, mesh, params
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.decoding import Programs
 from jaxlm.ops import cache as caches
@@ -59,7 +59,8 @@ class Model:
         if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a cache of {kv.length}")
         pos = pos if pos is None else jnp.asarray(pos, jnp.int32)
-        return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
+        with mesh.on(weights):
+            return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
 
     def _ids(self, tokens: Any) -> jax.Array:
         if not isinstance(tokens, jax.Array):
@@ -75,14 +76,19 @@ class Model:
         """The residual stream [B,T,D] before the first layer and after each, the last one normed: L + 1 arrays, as
         transformers' `output_hidden_states` counts them."""
         weights = self.weights if weights is None else weights
-        return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
+        with mesh.on(weights):
+            return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
 
     def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.Cache:
         """An empty cache for `batch` rows of up to `length` tokens. With `chunk`, at most so many are written a call,
         and layers with a sliding window keep window + chunk - 1 positions instead of all."""
         cfg = self.config
         dtype = dtype or devices.cache_dtype(self.dtype, self.device.platform)
-        return caches.init(batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
+        made = partial(caches.init, batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
+        if (over := self.mesh) is None:
+            return made()
+        where = caches.held(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
+        return jax.jit(made, out_shardings=where)()  # no device ever holds the whole
 
     @property
     def unread(self) -> list[str]:
@@ -93,6 +99,11 @@ class Model:
     def dtype(self) -> Any:
         """The type of the activations: the embedding's."""
         return self.weights["embed"].dtype
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh over which the weights are spread, None for one device."""
+        return mesh.of(self.weights)
 
     @property
     def device(self) -> Any:

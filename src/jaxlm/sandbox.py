@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Call, EnvironmentAttribute, Slice
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -206,11 +207,10 @@ def bounded(given: Any) -> Iterator[None]:
         _meter.reset(token)
 
 
-def short(source: str) -> str:
-    """A template that is not too long to be parsed."""
-    if len(source) > SOURCE:
-        raise SecurityError(f"it has {len(source):,} characters, more than {SOURCE:,}")
-    return source
+def variables(source: str) -> set[str]:
+    """The names that a template reads and does not set itself: what a caller can give it."""
+    with bounded(None):  # jinja2 computes what is constant on the way
+        return find_undeclared_variables(_environment().parse(_short(source)))
 
 
 _stock: list[Callable[[str], Any]] = []  # transformers' own compiler, from then on behind ours
@@ -218,14 +218,23 @@ _stock: list[Callable[[str], Any]] = []  # transformers' own compiler, from then
 
 def _compile(source: str) -> Any:
     """transformers' compiler of chat templates as it is, except within `bounded`."""
-    if _meter.get(None) is None:
-        return _stock[0](source)
-    return _bounded_compile(short(source))
+    return _stock[0](source) if _meter.get(None) is None else _bounded_compile(_short(source))
+
+
+def _short(source: str) -> str:
+    if len(source) > SOURCE:
+        raise SecurityError(f"it has {len(source):,} characters, more than {SOURCE:,}")
+    return source
 
 
 @functools.lru_cache(16)
 def _bounded_compile(source: str) -> Any:
-    # A copy of transformers' environment, for its functions, filters and tags.
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _environment() -> Sandbox:
+    """A copy of transformers' environment, for its functions, filters and tags, under the bounds."""
     environment = _stock[0]("").environment.overlay(cache_size=0)
     environment.__class__ = Sandbox
     kept = {name: filter for name, filter in environment.filters.items() if name not in ABSENT}
@@ -235,4 +244,4 @@ def _bounded_compile(source: str) -> Any:
     namespace = type("namespace", (theirs,), {"__repr__": lambda self: "<namespace>"})
     environment.globals = {**environment.globals, "namespace": namespace}
     environment.globals.pop("lipsum")
-    return environment.from_string(source)
+    return environment

@@ -5,7 +5,6 @@ beginning-of-sequence token exactly once, every id that ends an answer, and temp
 """
 
 import logging
-import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,15 +182,10 @@ class Tokenizer:
         """Whether the chat template reads a variable of this name: a template ignores arguments it does not know."""
         if not self.has_template:
             return False
-        import jinja2.meta
+        from jaxlm.sandbox import variables
 
-        from jaxlm.sandbox import short
-
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         with template_errors():
-            # transformers' own tag, which marks the assistant's words for training
-            source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", short(self.hf.get_chat_template()))
-            return name in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            return name in variables(self.hf.get_chat_template())
 
     @property
     def thinking(self) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -384,6 +385,91 @@ def test_a_renaming_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch)
     with pytest.raises(PermissionError):
         jaxlm.export(model, old, force=True)
     assert digests(old) == before
+    assert names(tmp_path) == ["in", "old"]
+
+
+def interrupted_after_the_first(monkeypatch):
+    """Ctrl-C when the old folder has just made way."""
+    rename, done = os.rename, []
+
+    def renamed(a, b):
+        rename(a, b)
+        done.append(a)
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", renamed)
+    return KeyboardInterrupt
+
+
+def failing_folder(monkeypatch, number=errno.EIO):
+    """Folders cannot be flushed."""
+    fsync = os.fsync
+
+    def flush(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "no")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    return OSError
+
+
+def failing_last(monkeypatch):
+    """The folder around the new one cannot be flushed, when it has its name already."""
+    flush = files._flush
+
+    def failing(path):
+        if path.name != "old" and list(path.glob("old")):
+            raise OSError(errno.EIO, "no")
+        flush(path)
+
+    monkeypatch.setattr(files, "_flush", failing)
+    return OSError
+
+
+@pytest.mark.parametrize("fault", [interrupted_after_the_first, failing_folder, failing_last])
+def test_the_old_folder_comes_back(fault, tmp_path, monkeypatch):
+    model = jaxlm.load(checkpoint(tmp_path / "in"))
+    old = checkpoint(tmp_path / "old", kind="F16")
+    before = digests(old)
+    with pytest.raises(fault(monkeypatch)):
+        jaxlm.export(model, old, force=True)
+    assert digests(old) == before
+    assert names(tmp_path) == ["in", "old"]
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    model = jaxlm.load(checkpoint(tmp_path / "in"))
+    failing_folder(monkeypatch, errno.EINVAL)
+    jaxlm.export(model, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "in")
+
+
+def test_a_file_that_cannot_be_flushed(tmp_path, monkeypatch):
+    def flush(descriptor):
+        raise OSError(errno.EINVAL, "no")
+
+    model = jaxlm.load(checkpoint(tmp_path / "in"))
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(OSError, match="no"):
+        jaxlm.export(model, tmp_path / "out")
+    assert names(tmp_path) == ["in"]
+
+
+def test_what_came_to_stand_there_meanwhile_is_kept(tmp_path, monkeypatch):
+    model = jaxlm.load(checkpoint(tmp_path / "in"))
+    old, write = checkpoint(tmp_path / "old"), files.write_weights
+
+    def meanwhile(*args):
+        write(*args)
+        (old / "config.json").unlink()
+        (old / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(files, "write_weights", meanwhile)
+    with pytest.raises(FileExistsError, match="old is in use and no checkpoint"):
+        jaxlm.export(model, old, force=True)
+    assert (old / "notes.txt").read_text() == "mine"
     assert names(tmp_path) == ["in", "old"]
 
 

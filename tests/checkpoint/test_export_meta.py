@@ -8,6 +8,7 @@ import logging
 import jax
 import made
 import numpy as np
+import original
 import pytest
 from recordings.tiny import from_config, tiny
 
@@ -19,6 +20,7 @@ from jaxlm.checkpoint.meta_params import params_of
 from jaxlm.checkpoint.pth import read_pth, write_pth
 from jaxlm.exporting import open_model
 from jaxlm.models import llama3
+from jaxlm.tokenizer import Tokenizer
 
 LLAMA = {
     **made.LLAMA, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -242,6 +244,30 @@ def test_a_tokenizer_that_lies_elsewhere(with_tiktoken, tmp_path):
     model = jaxlm.load(with_tiktoken, tokenizer=elsewhere)
     jaxlm.export(model, tmp_path / "out", format="meta")
     assert (tmp_path / "out/tokenizer.model").read_bytes() == elsewhere.read_bytes()
+
+
+def test_a_tokenizer_json_that_lies_elsewhere(tmp_path):
+    vocabulary = original.tokenizer(tmp_path / "vocabulary")
+    folder = made.folder(tmp_path / "in", LLAMA, made.tensors(LLAMA))
+    model = jaxlm.load(folder, tokenizer=vocabulary / "tokenizer.json")
+    for form in ("hf", "meta"):
+        jaxlm.export(model, tmp_path / form, format=form)
+        assert not (tmp_path / form / "tokenizer.model").exists()
+        written = (tmp_path / form / "tokenizer.json").read_bytes()
+        assert written == (vocabulary / "tokenizer.json").read_bytes()
+        assert jaxlm.load(tmp_path / form).tokenizer.encode("a b") == [0, 1]
+
+
+def test_a_tokenizer_that_comes_from_no_file_is_told(tmp_path, caplog):
+    model = from_config(LLAMA)
+    model.tokenizer = Tokenizer.load(original.tokenizer(tmp_path / "vocabulary"))
+    with caplog.at_level(logging.WARNING):
+        jaxlm.export(model, tmp_path / "meta", format="meta")
+        jaxlm.export(model, tmp_path / "hf", config=LLAMA)  # which writes it
+    (message,) = caplog.messages
+    assert message.startswith("the tokenizer is not written")
+    model.tokenizer.hf.save_pretrained(tmp_path / "meta")
+    assert jaxlm.load(tmp_path / "meta").tokenizer.encode("a b") == [0, 1]
 
 
 def test_the_ends_of_a_text_are_kept(tmp_path):

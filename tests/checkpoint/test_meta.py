@@ -184,10 +184,11 @@ def test_a_head_that_is_the_embedding_is_tied(shards, tmp_path):
     assert [row.path for row, _ in model.checkpoint.tensors.pairs if row.path in ("embed", "head")] == ["embed"]
 
 
-def test_a_head_that_is_not_stored_is_tied(tmp_path):
-    model = heads(tmp_path, lambda a: a.pop("output.weight"))
-    assert model.config.tied
-    assert model.checkpoint.config["tie_word_embeddings"] is True
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_that_is_not_stored_is_missing(shards, tmp_path):
+    """Meta's files have it also where it is the embedding."""
+    with pytest.raises(ValueError, match=r"the weights do not fit params\.json\. missing: 1 \(output\.weight\)"):
+        heads(tmp_path, lambda a: a.pop("output.weight"), shards)
 
 
 def test_a_head_that_differs_in_one_bit_is_not(tmp_path):
@@ -239,15 +240,23 @@ def test_the_largest_model():
 
 
 def test_what_params_json_leaves_out():
-    """The defaults of Meta's ModelArgs."""
-    config = meta.hf_config({"dim": 64, "n_layers": 2, "n_heads": 4}, vocabulary=10)
+    """The defaults of Meta's ModelArgs, but for the rope's."""
+    config = meta.hf_config({"dim": 64, "n_layers": 2, "n_heads": 4, "rope_theta": 1e4}, vocabulary=10)
     assert config["num_key_value_heads"] == 4
     assert config["head_dim"] == 16
     assert config["intermediate_size"] == 256  # 170, up to a multiple of 256
     assert config["rms_norm_eps"] == 1e-5
-    assert config["rope_theta"] == 500000
+    assert config["rope_theta"] == 10000
     assert config["max_position_embeddings"] == 8192
     assert config["rope_scaling"] is None
+
+
+@pytest.mark.parametrize("given", [{}, {"rope_theta": None}])
+def test_files_of_llama_2(given):
+    params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1}
+    message = r"no rope_theta: these look like the files of Llama 1 or 2, which are not supported in this form\. Use"
+    with pytest.raises(ValueError, match=message):
+        meta.hf_config({**params, **given}, vocabulary=32000)
 
 
 @pytest.mark.parametrize("factor", [1, 8, 32.0])
@@ -304,7 +313,7 @@ def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
         ("n_kv_heads", [4] * 10**5, "n_kv_heads is [4, 4, 4, 4, 4, 4, ...], but must"),
         ("dim", 10**4000, "at least 1 and at most 2,147,483,647"),
         ("dim", 2**31 - 8, "lacks"),
-        ("n_layers", 10**9, "n_layers is 1000000000, but must be a whole number of at least 1 and at most 10,000"),
+        ("n_layers", 10**9, "n_layers is 1000000000, but must be a whole number of at least 1 and at most 2,000"),
         ("norm_eps", 1e300, "norm_eps is 1e+300, but must be a number above 0 (1e-15 to 1e15)"),
         ("use_scaled_rope", "no", "use_scaled_rope is 'no', but must be true or false"),
         ("multiple_of", 0, "multiple_of is 0"),
@@ -523,7 +532,7 @@ def test_a_tokenizer_beside_the_weights(vocabulary, tmp_path):
 def test_a_tokenizer_elsewhere(place, vocabulary, tmp_path):
     model = jaxlm.load(original.folder(tmp_path / "x"), tokenizer=vocabulary / place)
     assert model.tokenizer.encode("a b") == [0, 1]
-    assert model.checkpoint.tokenizer == vocabulary / place
+    assert model.checkpoint.tokenizer == vocabulary  # the files beside tokenizer.json belong to it
     theirs = jaxlm.load(made.folder(tmp_path / "hf", original.RAW, original.weights()), tokenizer=str(vocabulary))
     assert theirs.tokenizer.encode("a b") == [0, 1]
 

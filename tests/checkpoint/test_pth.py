@@ -213,6 +213,7 @@ PICKLES = {
     "a dict in the dict": (opcodes(b"}", text(b"model"), b"}s"), "'model' is no tensor"),
     "a key that is no name": (opcodes(b"}K\x01", tensor(), b"s"), "keys are not names"),
     "a key twice": (opcodes(b"}", text(b"w"), tensor(), b"s", text(b"w"), tensor(), b"s"), "each once"),
+    "a key twice at once": (opcodes(b"}(", text(b"w"), tensor(), text(b"w"), tensor(), b"u"), "each once"),
     "an odd dict": (opcodes(b"}(", text(b"w"), b"u"), "keys are not names"),
     "huge memo": (opcodes(b"K\x01r\xff\xff\xff\xff" * 3), "holds a int"),
     "absent memo": (opcodes(b"j\xff\xff\xff\x7f"), "never stored"),

@@ -72,6 +72,30 @@ def test_the_tree(folder, capsys):
     assert any(" ".join(line.split()) == "q N H D 4 × 16 × 64 4,096" for line in text)
 
 
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_a_tokenizer_elsewhere_brings_nothing_but_itself(form, folder, tmp_path, capsys):
+    """Not its folder's generation_config.json: `load` does not take that either."""
+    import jaxlm
+
+    model, there = str(tmp_path / "model"), tmp_path / "there"
+    jaxlm.export(jaxlm.load(folder), model, format=form)
+    own = Path(model, "generation_config.json")
+    own.write_text(json.dumps({"top_k": 3, "do_sample": True, "eos_token_id": 257}))
+    there.mkdir()
+    for path in Path(model).glob("tokenizer*"):
+        path.rename(there / path.name)
+    (there / "generation_config.json").write_text('{"top_k": 7, "do_sample": true, "eos_token_id": 5}')
+    assert told(capsys, model)["tokenizer"] is None
+    facts = told(capsys, model, "--tokenizer", str(there))
+    assert facts["generation"]["options"]["top_k"] == 3
+    loaded = jaxlm.load(model, tokenizer=there)
+    assert loaded.generation_config["top_k"] == 3
+    assert sorted(facts["tokenizer"]["stop"].values()) == list(loaded.tokenizer.stop_ids) == [257]
+    (tmp_path / "empty").mkdir()
+    assert main(["info", model, "--tokenizer", str(tmp_path / "empty")]) == 1
+    assert "empty holds no tokenizer" in capsys.readouterr().err
+
+
 def test_a_narrow_terminal(capsys, tmp_path, monkeypatch):
     """Below the width of the columns each tensor still has a line of its own."""
     write_gemma(tmp_path / "g")

@@ -198,9 +198,10 @@ def check_target(out: Path, sources: Iterable[Path], force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, needed: int, replace: bool) -> Iterator[Path]:
+def staged(out: Path, needed: int, replace: bool, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A hidden folder beside `out`, on the same file system. When the block ends its files are flushed to the disk and
-    it takes the name; when the block fails it is removed. OSError where the disk lacks the `needed` bytes."""
+    it takes the name; when the block fails it is removed. `check` may refuse at the last moment: writing takes long,
+    and `out` may be another one by then. OSError where the disk lacks the `needed` bytes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _require_room(out, needed)
     made = _beside(out, "partial")
@@ -209,6 +210,7 @@ def staged(out: Path, needed: int, replace: bool) -> Iterator[Path]:
         yield made
         for path in (*made.rglob("*"), made):
             _flush(path)
+        check()
         _take_name(made, out, replace)
     except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
@@ -235,19 +237,24 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush a folder
+            raise
     finally:
         os.close(descriptor)
 
 
 def _take_name(made: Path, out: Path, replace: bool) -> None:
-    """Renames; what stands there makes way only for a moment, and comes back where the renaming fails."""
+    """Renames; what stands there makes way only for a moment, and comes back where anything fails or interrupts."""
     old = _beside(out, "old")
-    if replace and out.exists():
-        os.rename(out, old)
     try:
+        if replace and out.exists():
+            os.rename(out, old)
         os.rename(made, out)  # over an empty folder too, and an OSError over any other
         _flush(out.parent)
     except BaseException:
+        if old.exists() and not made.exists():  # it has the name already
+            os.rename(out, made)
         if old.exists() and not out.exists():
             os.rename(old, out)
         raise

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import Tensor, chunks, listed
+from jaxlm.config import LAYERS
 
 PARAMS = "params.json"
 # Our path -> Meta's name.
@@ -43,7 +44,6 @@ ENDS = (
     "<|eom_id|>",
     "<|eot_id|>",
 )  # that end a text, as generation_config.json from 3.1 on has them
-LAYERS = 10_000  # so that what walks the layers of a config stays quick
 # Fields of params.json that do not change what the forward pass computes.
 HARMLESS = ("max_batch_size", "max_seq_len")
 
@@ -102,7 +102,7 @@ def hf_config(
         "hidden_act": "silu",
         "max_position_embeddings": 131072 if scaled else 8192,
         "rms_norm_eps": _real(left.pop("norm_eps", 1e-5), "norm_eps"),
-        "rope_theta": _real(left.pop("rope_theta", 500000.0), "rope_theta"),
+        "rope_theta": _theta(left.pop("rope_theta", None)),
         "rope_scaling": _scaling(scaled, (D, L, N), rope_factor),
         "attention_bias": False,
         "mlp_bias": False,
@@ -134,6 +134,17 @@ def _real(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not 1e-15 < value < 1e15:
         raise ValueError(f"{PARAMS}: {name} is {reprlib.repr(value)}, but must be a number above 0 (1e-15 to 1e15)")
     return float(value)
+
+
+def _theta(value: Any) -> float:
+    """Llama 1 and 2 leave it out and mean 10,000, Meta's code for Llama 3 means 500,000: neither is taken for granted."""
+    if value is None:
+        raise ValueError(
+            f"{PARAMS} has no rope_theta: these look like the files of Llama 1 or 2, which are not supported in this "
+            "form. Use that model in Hugging Face's form (config.json, *.safetensors); if it is a Llama 3 after all, "
+            f'write "rope_theta": 500000.0 into {PARAMS}'
+        )
+    return _real(value, "rope_theta")
 
 
 def _mlp_width(D: int, multiple: Any, factor: Any) -> int:

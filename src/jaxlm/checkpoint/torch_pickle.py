@@ -160,7 +160,8 @@ def _fill(stack: list[Any], name: str) -> None:
     if name == "BUILD":
         return
     keys = values[::2]
-    if len(values) % 2 or not all(type(key) is str and key not in target for key in keys):
+    named = all(type(key) is str and key not in target for key in keys)
+    if len(values) % 2 or not named or len(set(keys)) < len(keys):
         raise ValueError("data.pkl has a dict whose keys are not names, each once")
     target.update(zip(keys, values[1::2]))
 

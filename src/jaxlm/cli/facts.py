@@ -13,16 +13,23 @@ LENGTHS = (1024, 8192)  # for which the cache's size is told, beside the whole c
 
 
 class Found(NamedTuple):
-    """Where a model's facts lie: config.json as read, the folder of the small files, the headers' tensors by name."""
+    """Where a model's facts lie: config.json as read, the folder of the small files, the headers' tensors by name;
+    where the tokenizer lies, None for that folder."""
 
     config: dict[str, Any]
     folder: Path | None
     tensors: dict[str, Any] | None
     absent: str  # why there are no tensors
+    tokenizer: Path | None = None
 
 
 def find(name: str, flags: ModelFlags) -> Found:
     """Reads or fetches what is needed."""
+    found = _find(name, flags)
+    return found._replace(tokenizer=flags.tokenizer.expanduser()) if flags.tokenizer else found
+
+
+def _find(name: str, flags: ModelFlags) -> Found:
     from jaxlm.checkpoint import hub
     from jaxlm.checkpoint.download import http_error
     from jaxlm.checkpoint.safetensors import read_json
@@ -75,7 +82,7 @@ def _original(name: str, flags: ModelFlags) -> Found:
 
     found = loading.find(name, **flags.options()).checkpoint
     tensors = {row.names[0]: tensor for row, tensor in found.tensors.pairs}
-    return Found(found.config, found.tokenizer or found.folder, tensors, "")
+    return Found(found.config, found.folder, tensors, "", found.tokenizer)
 
 
 def _remote(repo: str, revision: str | None, token: str | None) -> Found:
@@ -212,14 +219,17 @@ def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
 
 
 def _tokenizer(found: Found) -> dict[str, Any] | None:
-    """None where there is none; an unreadable one is told, not raised."""
+    """None where there is none; an unreadable one is told, not raised. Its ends are the model's, as `load` has them."""
     from jaxlm.tokenizer import Tokenizer
 
+    place = found.tokenizer or found.folder
     try:
-        tokenizer = found.folder and Tokenizer.load(found.folder, config=found.config)
+        tokenizer = place and Tokenizer.load(place, _generation_config(found), found.config)
     except ValueError as error:
         return {"error": str(error)}
     if not tokenizer:
+        if found.tokenizer:
+            raise FileNotFoundError(f"{place} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
         return None
     return {
         "vocabulary": tokenizer.vocab_size,
@@ -232,11 +242,9 @@ def _tokenizer(found: Found) -> dict[str, Any] | None:
 
 def _generation(found: Found) -> dict[str, Any]:
     """What generation does without options: generation_config.json as jaxlm reads it."""
-    from jaxlm.checkpoint.safetensors import read_json
     from jaxlm.options import NEUTRAL, Options, unsupported
 
-    path = found.folder and found.folder / "generation_config.json"
-    raw = read_json(path) if path and path.exists() else {}
+    raw = _generation_config(found)
     try:
         options = Options().resolve(raw)
     except ValueError as error:
@@ -245,3 +253,11 @@ def _generation(found: Found) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in ("temperature", *neutral)}
     given = {name: value for name, value in given.items() if name == "temperature" or value != neutral[name]}
     return {"file": bool(raw), "options": given, "unsupported": unsupported(raw)}
+
+
+def _generation_config(found: Found) -> dict[str, Any]:
+    """generation_config.json of the model's own folder."""
+    from jaxlm.checkpoint.safetensors import read_json
+
+    path = found.folder and found.folder / "generation_config.json"
+    return read_json(path) if path and path.exists() else {}

@@ -32,10 +32,10 @@ class Verify(ModelFlags):
     """Print the report as JSON."""
 
     def run(self) -> int:
-        name = self.name or self.model
-        if name is None:
+        if (self.name is None) == (self.model is None):
             print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
             return 2
+        name = str(self.name or self.model)
         set_up_process()
         if self.report is not None:
             from jaxlm.verification.report import require_plots
@@ -61,4 +61,4 @@ class Verify(ModelFlags):
         console.print(report.table())
         if len(report.tokens) > 2 or len({tuple(ids) for ids in report.tokens.values()}) > 1:
             console.print(report.token_table())
-        console.print(report.verdict(), style=None if report.passed else "bold red")
+        console.print(report.verdict(), markup=False, style=None if report.passed else "bold red")

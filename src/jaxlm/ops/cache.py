@@ -47,6 +47,12 @@ def init(
     return Cache(at, layers, length, chunk)
 
 
+def held(cache: Cache, put: Callable[[jax.Array, str], jax.Array]) -> Cache:
+    """`put(array, letters)` over every array of a cache: holds them to a mesh."""
+    at = {S: put(a, "BS") for S, a in cache.at.items()}
+    return replace(cache, at=at, layers=[{n: put(a, "BKSH") for n, a in w.items()} for w in cache.layers])
+
+
 def slot(pos: jax.Array, S: int, length: int) -> jax.Array:
     """The slot [B,T] of each position. Padding (and what is past the cache) goes past the end, where writes are
     dropped: a negative index would wrap. No two tokens of a row share a slot, so the scatter may assume as much."""

@@ -5,7 +5,8 @@ jaxlm over the same probes and compares: rotary frequencies, the residual stream
 token ids. It also holds jaxlm against itself: cached, chunked, batched and rewound runs must equal the plain one.
 
     probes.py        what is asked of every model, and what it answers
-    torch_models.py  transformers and Meta's code; the one place of the package that imports torch
+    torch_models.py  transformers
+    meta_code.py     Meta's own; with torch_models.py the one place of the package that imports torch
     recordings.py    a reference's answers in a file, for machines without torch
     ours.py          jaxlm's answers, and jaxlm against itself
     tolerances.py    how far apart two answers may be, and why
@@ -51,6 +52,8 @@ def verify(
     names = _references(against, subject)
     if record is not None and names[0] not in RUNS:
         raise ValueError("--record writes down a reference that runs: name transformers or meta with --against")
+    if record is not None and not Path(record).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--record {record}: there is no folder {Path(record).absolute().parent}")
     probes, traces = _answers(names, subject, ours.dtype_of(model, dtype), progress)
     if record is not None:
         recordings.write(record, probes, traces[0], subject.config)
@@ -69,7 +72,7 @@ def _answers(
             traces.append(RUNS[name](subject, probes, dtype))
             gc.collect()
         elif name != "self":
-            probes, recorded = recordings.read(name, subject.config)
+            probes, recorded = recordings.read(name, subject.config, dtype)
             traces.append(recorded)
     return probes, traces
 

@@ -129,12 +129,13 @@ def _logits(mine: Trace, theirs: list[Trace]) -> list[Check]:
 
 def _text(mine: Trace, theirs: Trace) -> list[Check]:
     """Greedy text: equal in float32, unless the reference itself stood between two tokens where they part."""
-    same = next((i for i, (a, b) in enumerate(zip(mine.greedy, theirs.greedy)) if a != b), len(theirs.greedy))
-    title, missing = f"greedy text, {len(theirs.greedy)} tokens", len(theirs.greedy) - same
+    shorter = min(len(mine.greedy), len(theirs.greedy))
+    same = next((i for i, (a, b) in enumerate(zip(mine.greedy, theirs.greedy)) if a != b), shorter)
+    title, missing = f"greedy text, {len(theirs.greedy)} tokens", max(len(mine.greedy), len(theirs.greedy)) - same
     if missing and mine.dtype != "float32":
         return [Check(theirs.name, title, missing, None, "differ", "rounding alone parts text in this type")]
     tie = 2 * tolerances.EXACT.worst * float(theirs.logits.std())
-    if missing and theirs.gaps and theirs.gaps[same] <= tie:
+    if missing and same < len(theirs.gaps) and theirs.gaps[same] <= tie and same < shorter:
         return [Check(theirs.name, title, missing, None, "differ", f"at a tie of {theirs.gaps[same]:.1e}")]
     return [Check(theirs.name, title, missing, 0, "differ")]
 
@@ -143,7 +144,7 @@ def _tokens(mine: Trace, theirs: Trace) -> list[Check]:
     checks = []
     for what, texts, a, b in (("texts", TEXTS, mine.ids, theirs.ids), ("chats", CHATS, mine.chats, theirs.chats)):
         if a is not None and b is not None:
-            wrong = [text for text, x, y in zip(texts, a, b) if list(x) != list(y)]
+            wrong = [text for text, x, y in zip(texts, a, b, strict=True) if list(x) != list(y)]
             note = f"first: {str(wrong[0])[:60]!r}" if wrong else ""
             checks.append(Check(theirs.name, f"token ids of {len(texts)} {what}", len(wrong), 0, "differ", note))
     return checks

@@ -48,6 +48,12 @@ class Meta:
         cfg = found.config
         if found.checkpoint.config.get("model_type") != "llama" or cfg.rope.type not in ("default", "llama3"):
             raise ValueError("Meta's code computes Llama 3 with its own rope alone: compare with transformers")
+        fixed = (cfg.rope.low_freq_factor, cfg.rope.high_freq_factor, cfg.rope.original_context)
+        if cfg.rope.type == "llama3" and fixed != (1, 4, 8192):
+            raise ValueError(
+                f"Meta's code stretches the rope with low, high and original of 1, 4 and 8192 alone, not {fixed}: "
+                "compare with transformers"
+            )
         if cfg.H * cfg.N != cfg.D:
             raise ValueError("Meta's code computes heads of width D / N alone: compare with transformers")
 

@@ -35,8 +35,9 @@ def write(path: str | Path, probes: Probes, traces: list[Trace], config: Any) ->
     beside.replace(path)
 
 
-def read(path: str | Path, config: Any) -> tuple[Probes, list[Trace]]:
-    """The probes and answers of a recording made of a model with this config; ValueError where it is another's."""
+def read(path: str | Path, config: Any, dtype: str) -> tuple[Probes, list[Trace]]:
+    """The probes and the answers (in float32, then in `dtype` where that is another) of a recording made of a model
+    with this config; ValueError where it is another's, or lacks that type."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
@@ -51,7 +52,10 @@ def read(path: str | Path, config: Any) -> tuple[Probes, list[Trace]]:
         raise ValueError(
             f"{path} was recorded of another architecture ({', '.join(changed) or 'more fields'}): record this model"
         )
-    traces = [_trace(arrays, i, fields) for i, fields in enumerate(about["traces"])]
+    recorded = {fields["dtype"]: _trace(arrays, i, fields) for i, fields in enumerate(about["traces"])}
+    if dtype not in recorded:
+        raise ValueError(f"{path} holds no answers in {dtype}: record with --dtype {dtype}, or verify in float32")
+    traces = [recorded[name] for name in dict.fromkeys(("float32", dtype))]
     prompt, steps = arrays["prompt"].tolist(), int(arrays["steps"])
     return Probes(arrays["tokens"], arrays["pos"], arrays["kept"], prompt, steps), traces
 

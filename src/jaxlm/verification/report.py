@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,11 +80,11 @@ class Report:
 
     def table(self) -> "Table":
         """The checks, one a row."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(
-            title=f"{self.model}\n{', '.join(f'{k} {v}' for k, v in self.about.items())}", title_justify="left"
-        )
+        title = f"{self.model}\n{', '.join(f'{k} {v}' for k, v in self.about.items())}"
+        table = Table(title=escape(title), title_justify="left")
         for column, justify in (("against", "left"), ("what", "left"), ("figure", "right"), ("limit", "right")):
             table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
         table.add_column("unit")
@@ -94,27 +95,33 @@ class Report:
                 table.add_section()
             against = check.against if before != check.against else ""
             mark = "[red]FAILED[/]" if not check.passed else "[green]ok[/]" if check.limit is not None else "[dim]–[/]"
-            cells = (against, check.what, number(check.figure), number(check.limit), check.unit)
-            table.add_row(*cells, f"{mark}{f' [dim]{check.note}[/]' if check.note else ''}")
+            cells = (escape(against), escape(check.what), number(check.figure), number(check.limit), check.unit)
+            table.add_row(*cells, f"{mark} [dim]{escape(check.note)}[/]".rstrip() if check.note else mark)
             before = check.against
         return table
 
     def token_table(self) -> "Table":
         """Greedy token ids, a column a model; a row in which they differ is marked."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="greedy text, token ids", title_justify="left")
         table.add_column("step", justify="right")
         for name in self.tokens:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for step, row in enumerate(zip(*self.tokens.values())):
             style = "red" if len(set(row)) > 1 else None
             table.add_row(str(step), *(str(token) for token in row), style=style)
         return table
 
     def json(self) -> dict[str, Any]:
-        checks = [{**check._asdict(), "passed": check.passed} for check in self.checks]
-        return {**vars(self), "checks": checks, "passed": self.passed}
+        """As JSON can hold it: a figure that is not finite is null."""
+        checks = [
+            {**check._asdict(), "figure": check.figure if isfinite(check.figure) else None, "passed": check.passed}
+            for check in self.checks
+        ]
+        layers = {name: [x if isfinite(x) else None for x in errors] for name, errors in self.layers.items()}
+        return {**vars(self), "checks": checks, "layers": layers, "passed": self.passed}
 
     def markdown(self) -> str:
         """The page, without the plot."""
@@ -171,6 +178,9 @@ def require_plots() -> None:
 
 
 def number(value: float | None) -> str:
+    """A figure for a table: counts as they are, the rest with two digits."""
     if value is None:
         return "–"
+    if not isfinite(value):
+        return str(value)
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.1e}"

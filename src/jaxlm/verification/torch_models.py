@@ -1,7 +1,7 @@
 """The references that run on PyTorch: transformers, and Meta's own code. They run in float32 on the CPU, and once more
 in jaxlm's type where that is another, so that its error can be told from ours.
 
-Only this file of the package imports torch. Each reference reads the checkpoint with its own loader; where the files
+Only this file and meta_code.py import torch. Each reference reads the checkpoint with its own loader; where the files
 are in the other one's form, tensors are renamed and permuted here, with torch alone.
 """
 
@@ -65,6 +65,8 @@ class Transformers:
                 output_hidden_states=True,
                 logits_to_keep=torch.from_numpy(probes.kept).long(),
             )
+            # Where ours says nothing, generate would follow the checkpoint's own: penalties change greedy text.
+            model.generation_config = import_transformers().GenerationConfig()
             text = model.generate(
                 torch.tensor([probes.prompt]),
                 attention_mask=torch.ones(1, len(probes.prompt), dtype=torch.long),
