@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
+from jaxlm import config
 from jaxlm.checkpoint import hf, meta
 from jaxlm.checkpoint.safetensors import Tensor
 from jaxlm.models import llama3
@@ -249,6 +250,10 @@ def test_what_params_json_leaves_out():
     assert config["rope_theta"] == 10000
     assert config["max_position_embeddings"] == 8192
     assert config["rope_scaling"] is None
+
+
+def test_as_many_layers_as_a_config_may_have():
+    assert meta.LAYERS == config.LAYERS
 
 
 @pytest.mark.parametrize("given", [{}, {"rope_theta": None}])

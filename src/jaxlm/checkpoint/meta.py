@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import Tensor, chunks, listed
-from jaxlm.config import LAYERS
 
 PARAMS = "params.json"
 # Our path -> Meta's name.
@@ -44,6 +43,7 @@ ENDS = (
     "<|eom_id|>",
     "<|eot_id|>",
 )  # that end a text, as generation_config.json from 3.1 on has them
+LAYERS = 2_000  # jaxlm.config's bound, which refuses what passes here
 # Fields of params.json that do not change what the forward pass computes.
 HARMLESS = ("max_batch_size", "max_seq_len")
 
@@ -137,7 +137,7 @@ def _real(value: Any, name: str) -> float:
 
 
 def _theta(value: Any) -> float:
-    """Llama 1 and 2 leave it out and mean 10,000, Meta's code for Llama 3 means 500,000: neither is taken for granted."""
+    """Llama 1 and 2 leave it out and mean 10,000, Meta's code for Llama 3 means 500,000: it must be said."""
     if value is None:
         raise ValueError(
             f"{PARAMS} has no rope_theta: these look like the files of Llama 1 or 2, which are not supported in this "
