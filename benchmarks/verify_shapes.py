@@ -1,4 +1,4 @@
-"""`jaxlm verify` at the width of a published model: its config with fewer layers, random weights, every other size kept.
+"""`jaxlm verify` at the width of a published model: its config with fewer layers, random weights, all other sizes kept.
 
     python benchmarks/verify_shapes.py CONFIG.json [--layers 2] [--against transformers,meta] [--dtype float32]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recordings.tiny import tiny
 from tiny_chat import quick_compilation
 
 import jaxlm
@@ -338,3 +339,18 @@ def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
     with pytest.raises(MemoryError, match="batch_size=2"):
         jaxlm.generate(model, [PROMPT] * 3, max_tokens=100)
     assert len(jaxlm.generate(model, [PROMPT] * 3, max_tokens=100, batch_size=2)) == 3
+
+
+def test_what_is_no_model_and_what_are_no_tokens() -> None:
+    model = tiny("llama3")
+    with pytest.raises(ValueError, match=r"not a name: jaxlm.generate\(jaxlm.load\('a/b'\)"):
+        jaxlm.generate("a/b", "Once")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="two axes"):
+        model.forward([[]], model.weights)
+    with pytest.raises(ValueError, match="whole numbers, not float32"):
+        model.forward([[1.5]], model.weights)
+    with pytest.raises(ValueError, match="2 rows of tokens do not fit a cache of 1"):
+        model.forward([[1], [2]], model.weights, model.init_kv(1, 8))
+    with pytest.raises(ValueError, match="at least one row"):
+        model.init_kv(0, 8)
+    assert {"load", "generate", "verify"} <= set(dir(jaxlm))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -75,8 +76,11 @@ def generate(
     list of token ids; or a list of any of these, decoded `batch_size` at a time, which gives a list. Options are those
     of `jaxlm.options.Options`: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
     frequency_penalty, logit_bias, stop, stop_token_ids, seed, ignore_eos, logprobs; what is left out comes from the
-    checkpoint's generation_config.json. Returns a Completion (a str), or a list of them.
+    checkpoint's generation_config.json. Returns a Completion (a str), or a list of them. Raises ValueError for what a
+    prompt or an option cannot be.
     """
+    if isinstance(model, str | Path):
+        raise ValueError(f"generate takes a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
     prompts, single = split(prompt)
     answers: list[list[Piece]] = [[] for _ in prompts]
     resolved = resolve(model, options)

@@ -56,6 +56,8 @@ class Model:
         on a device is not looked at).
         """
         tokens = self._ids(tokens)
+        if kv is not None and (rows := next(iter(kv.at.values())).shape[0]) != tokens.shape[0]:
+            raise ValueError(f"{tokens.shape[0]} rows of tokens do not fit a cache of {rows}: init_kv(batch, length)")
         if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a cache of {kv.length}")
         pos = pos if pos is None else jnp.asarray(pos, jnp.int32)
@@ -68,8 +70,10 @@ class Model:
             if ids.size and (ids.min() < 0 or ids.max() >= self.config.V):
                 raise ValueError(f"tokens must be ids from 0 to {self.config.V - 1}, not {ids.min()} to {ids.max()}")
         tokens = jnp.asarray(tokens)
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 or not tokens.size:
             raise ValueError(f"tokens must have two axes [B,T] (a batch of one is [[…]]), not shape {tokens.shape}")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers, not {tokens.dtype}")
         return tokens
 
     def hidden_states(self, tokens: Any, weights: Weights | None = None, pos: Any = None) -> list[jax.Array]:
@@ -83,6 +87,8 @@ class Model:
         """An empty cache for `batch` rows of up to `length` tokens. With `chunk`, at most so many are written a call,
         and layers with a sliding window keep window + chunk - 1 positions instead of all."""
         cfg = self.config
+        if batch < 1 or length < 1:
+            raise ValueError(f"a cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or devices.cache_dtype(self.dtype, self.device.platform)
         made = partial(caches.init, batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
         if (over := self.mesh) is None:

@@ -24,7 +24,7 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 10.0
-LIMIT, SHARE = 20_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
+LIMIT, SHARE = 5_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
 ITEM = 100  # characters for which an item of a list counts, and a step
 SOURCE = 100_000  # characters of a template
 # Not needed for a chat, and slow in ways that the sizes of their operands do not show.
@@ -35,7 +35,7 @@ class _Meter:
     """What is left to a template."""
 
     def __init__(self, given: Any):
-        self.left = LIMIT + SHARE * _size(given)
+        self.left = LIMIT + SHARE * _size(given, most=10**9)
         self.end = time.monotonic() + SECONDS
 
     def spend(self, amount: int) -> None:
@@ -52,10 +52,11 @@ class _Meter:
 _meter: ContextVar[_Meter] = ContextVar("meter")
 
 
-def _size(value: Any) -> int:
-    """Characters and items, counted as often as they can be reached: as many as a copy or a comparison meets."""
-    size, todo = 0, [value]
-    while todo and size < 1000 * LIMIT:
+def _size(value: Any, most: int | None = None) -> int:
+    """Characters and items, counted as often as they can be reached: as many as a copy or a comparison meets. The count
+    ends where it is above `most`, or what is left."""
+    size, todo, most = 0, [value], _meter.get().left if most is None else most
+    while todo and size <= most:
         one = todo.pop()
         if isinstance(one, str):
             size += len(one)
@@ -79,10 +80,14 @@ def _made(value: Any) -> Any:
     """What a step has made, when it is paid for."""
     if isinstance(value, int) and value.bit_length() > 1000:
         raise SecurityError("it makes a number of more than 1,000 bits")
-    length = len(value) * (1 if isinstance(value, str) else ITEM) if isinstance(value, str | list | tuple | dict) else 0
-    _meter.get().spend(length)
+    _meter.get().spend(_length(value))
     _meter.get().check(_size(value))
     return value
+
+
+def _length(value: Any) -> int:
+    """What the value itself takes, without its items."""
+    return len(value) if isinstance(value, str) else ITEM * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _check_format(text: str, named: bool) -> None:
@@ -136,6 +141,15 @@ class _Code(CodeGenerator):
     def visit_Dict(self, node: Any, frame: Any) -> None:
         self._priced(super().visit_Dict, node, frame)
 
+    def _output_child_pre(self, node: Any, frame: Any, finalize: Any) -> None:
+        # Within macros and blocks that are captured, texts wait in a list: `concat` would count them too late.
+        self.write("environment.made(" * (frame.buffer is not None))
+        super()._output_child_pre(node, frame, finalize)
+
+    def _output_child_post(self, node: Any, frame: Any, finalize: Any) -> None:
+        super()._output_child_post(node, frame, finalize)
+        self.write(")" * (frame.buffer is not None))
+
     def _priced(self, visit: Callable[..., None], node: Any, frame: Any, priced: bool = True) -> None:
         self.write("environment.made(" * priced)
         visit(node, frame)
@@ -171,8 +185,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _check(left, [[right]])
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _meter.get().check(left.bit_length() * abs(right) * 20_000)
-        elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
-            _check(*(left, [right]) if isinstance(right, int) else (right, [left]))
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                _meter.get().check(_length(value) * times if isinstance(times, int) else 0)
         return _made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -197,8 +212,9 @@ def bounded(given: Any) -> Iterator[None]:
     """
     from transformers.utils import chat_template_utils as theirs
 
-    if theirs._compile_jinja_template is not _compile:
-        _stock[:] = [theirs._compile_jinja_template]
+    found = theirs._compile_jinja_template  # read once: another thread may exchange it at any moment
+    if found is not _compile:
+        _stock[:] = [found]
         theirs._compile_jinja_template = _compile
     token = _meter.set(_Meter(given))
     try:

@@ -462,7 +462,7 @@ def test_no_network(dead: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
     monkeypatch.setattr(time, "sleep", no_retry)
-    with pytest.raises(ConnectionError, match=f"no connection to {dead} for gpt2 .* run again"):
+    with pytest.raises(ConnectionError, match=f"no folder 'gpt2' here, and no connection to {dead} .* run again"):
         resolve("gpt2")
     with pytest.raises(ConnectionError, match="a copy is cached, add --offline"):
         resolve("org/single")

@@ -28,7 +28,8 @@ def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> E
         return _refused(error, repo, revision)
     if isinstance(error, http_error()):
         return ConnectionError(
-            f"no connection to {constants.ENDPOINT} for {repo} ({error or type(error).__name__}): check the network, "
+            f"there is no folder {repo!r} here, and no connection to {constants.ENDPOINT} "
+            f"({error or type(error).__name__}): check the network, "
             f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {AGAIN}'}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -41,6 +42,8 @@ class Verify(ModelFlags):
             from jaxlm.verification.report import require_plots
 
             require_plots()  # before minutes of work
+            if Path(self.report).exists() and not Path(self.report).is_dir():
+                raise FileExistsError(f"--report {self.report} is a file: name a folder")
         import jaxlm
 
         report = jaxlm.verify(name, self.against, record=self.record, dtype=self.dtype, progress=note, **self.options())
