@@ -102,7 +102,7 @@ OUT_OF_BOUNDS = {
     grown("{% set ns.y = ns.y + ns.y %}", "{{ ns.y }}"): MUCH,
     "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}": MUCH,
     "{% set x = 'a' * 9999 ~ messages[0].content %}" + "{{ x }}" * 999: MUCH,
-    "{% set x = 'a' * 99999 %}" + "".join(f"{{% set x{i} = x[{i}:] %}}" for i in range(999)): MUCH,
+    "{% set x = 'a' * 99999 %}" + "".join(f"{{% set x{i} = x[{i}:] %}}" for i in range(299)): MUCH,
     # not even well-formed
     "{{ 1 / 0 }}": "division by zero",
     "{{ 'a'.index('b') }}": "substring not found",
