@@ -42,7 +42,7 @@ class Made(NamedTuple):
 def held(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
     """`put(array, letters)` over every array of a state: rows over the mesh's `data`, vocabulary over `model`."""
     rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
-    return rest._replace(kv=caches.held(state.kv, put))
+    return rest if state.kv is None else rest._replace(kv=caches.held(state.kv, put))
 
 
 NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite

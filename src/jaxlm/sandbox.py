@@ -27,6 +27,8 @@ SECONDS = 10.0
 LIMIT, SHARE = 5_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
 ITEM = 100  # characters for which an item of a list counts, and a step
 SOURCE = 100_000  # characters of a template
+# Filters that make more of a value, by what else they are given; the others pick or change its parts.
+GROWING = {"batch", "center", "format", "indent", "join", "replace", "slice", "sum", "tojson", "truncate", "xmlattr"}
 # Not needed for a chat, and slow in ways that the sizes of their operands do not show.
 ABSENT = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "encode", "to_bytes"}
 
@@ -64,24 +66,28 @@ def _size(value: Any, most: int | None = None) -> int:
             todo += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | Set | ValuesView):
             todo += one
-        elif isinstance(one, range):
-            size += ITEM * len(one)
         size += ITEM
     return size
 
 
 def _check(subject: Any, operands: Iterable[Any]) -> None:
     """May an operation run that makes so much of its subject? Whole numbers count by value: they may be widths."""
-    if amount := sum(abs(x) if isinstance(x, int) else _size(x) for x in operands):
+    if amount := sum(map(_amount, operands)):
         _meter.get().check(_size(subject) * amount)
+
+
+def _amount(operand: Any) -> int:
+    if isinstance(operand, int):
+        return abs(operand)
+    return len(operand) + 1 if isinstance(operand, str) else _size(operand)
 
 
 def _made(value: Any) -> Any:
     """What a step has made, when it is paid for."""
     if isinstance(value, int) and value.bit_length() > 1000:
         raise SecurityError("it makes a number of more than 1,000 bits")
-    _meter.get().spend(_length(value))
     _meter.get().check(_size(value))
+    _meter.get().spend(_length(value))
     return value
 
 
@@ -104,12 +110,13 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         first, value, more = args[:skipped], args[skipped], [*args[skipped + 1 :], *kwargs.values()]
-        value = _made(list(value)) if isinstance(value, GeneratorType) else value
+        value = _made(list(value)) if isinstance(value, GeneratorType | range) else value
         if name == "format":
             _check_format(str(value), named=False)
         if name == "round" and any(isinstance(x, int) and abs(x) > 300 for x in more):
             raise SecurityError("it rounds to more than 300 digits")
-        _check(value, [value, *more] if name == "sum" else more)  # a sum of lists copies them again and again
+        if name in GROWING:
+            _check(value, more)
         return _made(function(*first, value, *args[skipped + 1 :], **kwargs))
 
     return run
