@@ -85,7 +85,7 @@ def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: in
 
     folder.mkdir(parents=True, exist_ok=True)
     raw = {"dim": 1024, "n_layers": layers, "n_heads": 16, "n_kv_heads": 8, "vocab_size": vocabulary,
-           "ffn_dim_multiplier": 1.1, "multiple_of": 256, "use_scaled_rope": False}  # fmt: skip
+           "ffn_dim_multiplier": 1.1, "multiple_of": 256, "rope_theta": 5e5, "use_scaled_rope": False}  # fmt: skip
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(kind).tobytes()
     table = {path: (llama3.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
