@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
@@ -80,9 +81,10 @@ def active() -> bool:
 def of(tree: Any) -> Mesh | None:
     """The mesh on which the arrays of a tree lie; None where they lie on one device."""
     leaf = jax.tree.leaves(tree)[0]
-    if isinstance(leaf, jax.core.Tracer):  # within another program, whose maker has said where it runs
+    if isinstance(leaf, Tracer):  # within another program, whose maker has said where it runs
         return None
-    return leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1 else None
+    over = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    return over if isinstance(over, Mesh) and over.size > 1 else None
 
 
 def on(tree: Any) -> AbstractContextManager[Any]:

@@ -47,7 +47,7 @@ def init(
     return Cache(at, layers, length, chunk)
 
 
-def held(cache: Cache, put: Callable[[jax.Array, str], jax.Array]) -> Cache:
+def held(cache: Cache, put: Callable[[Any, str], Any]) -> Cache:
     """`put(array, letters)` over every array of a cache: holds them to a mesh."""
     at = {S: put(a, "BS") for S, a in cache.at.items()}
     return replace(cache, at=at, layers=[{n: put(a, "BKSH") for n, a in w.items()} for w in cache.layers])
