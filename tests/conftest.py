@@ -11,7 +11,8 @@ CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{CACHE.name}/xla"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Eight devices made of one CPU, for meshes; everything else runs on the first.
+# Eight devices made of one CPU, for meshes; everything else runs on the first, for a default device is no mesh.
+os.environ["JAX_DEFAULT_DEVICE"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 

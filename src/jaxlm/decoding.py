@@ -22,7 +22,7 @@ from jaxlm.sampling import Counts, Sampling
 class State(NamedTuple):
     """What decoding carries from step to step."""
 
-    kv: caches.Cache
+    kv: Any  # caches.Cache; None while rows are made or picked apart from it
     token: jax.Array  # [B] int32: the newest token, not in the cache yet
     pos: jax.Array  # [B] int32: its position
     keys: jax.Array  # [B] typed keys, one a sequence
@@ -75,7 +75,7 @@ def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: ja
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
-    made = jax.tree.map(lambda a: a[None], Made(token, chosen))
+    made = jax.tree.map(lambda a: mesh.constrain(a[None], ""), Made(token, chosen))  # every process reads all of it
     return held(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
 
 
@@ -137,7 +137,7 @@ class Programs:
         if key not in self.compiled:
             self.notify(name)
             start = time.perf_counter()
-            options = devices.COMPILER_OPTIONS.get(next(iter(leaves[0].devices())).platform)
+            options = devices.COMPILER_OPTIONS.get(next(iter(leaves[0].sharding.device_set)).platform)
             program = jax.jit(function, donate_argnums=donate, compiler_options=options)
             with mesh.on(args):
                 self.compiled[key] = program.lower(*args).compile()

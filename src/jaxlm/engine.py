@@ -66,7 +66,7 @@ class _Row:
 
 def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Token]:
     """Decodes all requests, at most `slots` at once, and yields their tokens. Stop tokens are yielded too."""
-    slots = min(slots, len(requests))
+    slots = mesh.rounded(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
     flight: deque[tuple[decoding.Made, list[tuple[int, int]]]] = deque()
@@ -154,7 +154,8 @@ def cache_lengths(requests: Sequence[Request]) -> list[int]:
 def grow(model: "Model", kv: caches.Cache, length: int, chunk: int) -> caches.Cache:
     """A cache of this length with the contents of a shorter one."""
     rows = next(iter(kv.at.values())).shape[0]
-    args = (model.init_kv(rows, length, chunk=chunk), kv, jnp.arange(rows, dtype=jnp.int32))
+    every = mesh.place(np.arange(rows, dtype=np.int32), "", model.mesh)
+    args = (model.init_kv(rows, length, chunk=chunk), kv, every)
     return model.programs.grow(*args)(*args)
 
 
@@ -194,7 +195,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         rows = sampling.bias_of([r.options.logit_bias for r in requests], V)
         bias = jnp.zeros((len(requests), V), jnp.float32) if rows is None else jnp.asarray(rows)
     state = decoding.State(
-        kv=kv,
+        kv=None,
         token=jnp.zeros(len(requests), jnp.int32),
         pos=jnp.asarray([len(r.ids) - 1 for r in requests], jnp.int32),
         keys=jnp.stack([r.key for r in requests]),
@@ -202,7 +203,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         counts=counts,
         bias=bias,
     )
-    return decoding.held(state, lambda a, letters: mesh.place(a, letters, model.mesh))
+    return decoding.held(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
 
 
 def _join(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
@@ -218,14 +219,14 @@ def _join(model: "Model", requests: list[Request], rows: list[int], state: decod
     kv, last = extend(model, kv, [r.ids for r in padded], 0)
     part = new_rows(model, padded, kv, shared)
     part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
-    where = jnp.asarray(target, jnp.int32)
+    where = mesh.place(np.array(target, np.int32), "", model.mesh)
     return model.programs.insert(state, where, part)(state, where, part), made
 
 
 def extend(model: "Model", kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
     """Prefills token ids of each row at positions from `start` on -> the cache and the last hidden states [B,D]."""
-    last = mesh.place(jnp.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
+    last = mesh.place(np.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
     for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):
-        args = (model.weights, kv, last, jnp.asarray(tokens), jnp.asarray(pos))
+        args = (model.weights, kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
         kv, last = model.programs.prefill(*args)(*args)
     return kv, last

@@ -1,5 +1,6 @@
 """`export`: a model as a checkpoint folder."""
 
+import itertools
 import os
 import shutil
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import export_texts as beside
-from jaxlm import params
+from jaxlm import params, processes
 from jaxlm.checkpoint import export as files
 from jaxlm.checkpoint import meta
 from jaxlm.checkpoint.export import Entry
@@ -47,7 +48,8 @@ def export(
     (vision) and the tokenizer's files are copied. dtype: "float32", "bfloat16" or "float16" for all tensors that were
     read. force: replace a checkpoint that stands at `out`, the whole folder. config: the contents of config.json, for a
     model that was made without a checkpoint (`Model.init`). progress: show a bar on stderr (default: when it is a
-    terminal). Raises ValueError, FileExistsError or OSError (no room), each with what to do; then nothing is left.
+    terminal). Of several processes, all of which must call it, the first writes. Raises ValueError, FileExistsError or
+    OSError (no room), each with what to do; then nothing is left.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
@@ -61,6 +63,11 @@ def export(
     nbytes = sum(entry.nbytes for entry in entries)
     copied = sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
     room = nbytes + copied + SMALL
+    processes.gather("checked")  # by all, before any of them writes
+    if not processes.first():
+        _follow(entries, format)
+        processes.gather("written")
+        return Exported(out, len(entries), nbytes)
     with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
         _write_texts(folder, texts, model if format == "hf" and beside.lacks_tokenizer(model, texts) else None)
         if format == "meta":
@@ -68,7 +75,16 @@ def export(
             write_pth(folder / "consolidated.00.pth", tensors)
         else:
             files.write_weights(folder, entries, advance)
+    processes.gather("written")
     return Exported(out, len(entries), nbytes)
+
+
+def _follow(entries: list[Entry], format: str) -> None:
+    """What the other processes do while the first one writes: their devices hold parts of what it asks for."""
+    for entry in entries if format == "meta" else itertools.chain(*files.in_files(entries)):
+        if entry.spread:
+            for _ in entry.chunks():
+                pass
 
 
 def _write_texts(folder: Path, texts: beside.Texts, speaking: Model | None) -> None:

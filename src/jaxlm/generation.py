@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxlm import decoding, devices, engine, params
+from jaxlm import decoding, devices, engine, params, processes
 from jaxlm.detokenize import TextStream
 from jaxlm.options import Options, from_kwargs
 from jaxlm.prompts import room, split, stop_ids, to_ids
@@ -103,7 +103,7 @@ def resolve(model: "Model", options: dict[str, Any]) -> Options:
     """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
     where none is given."""
     asked = from_kwargs(**options)
-    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
+    seed = int(processes.from_first(str(int.from_bytes(os.urandom(4))))) if asked.seed is None else asked.seed
     return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
 
 

@@ -1,5 +1,6 @@
 """`load`: a model from a checkpoint."""
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from jaxlm import devices, models, params
+from jaxlm import devices, models, params, processes
+from jaxlm import mesh as meshes
 from jaxlm.checkpoint import hf, hub, meta
 from jaxlm.model import Model, Weights
 from jaxlm.tokenizer import Tokenizer, eos_ids
@@ -29,6 +32,7 @@ def load(
     offline: bool = False,
     allow_fields: Collection[str] = (),
     family: Any = None,
+    mesh: Any = None,
     device: Any = None,
     progress: bool | None = None,
 ) -> Model:
@@ -39,14 +43,17 @@ def load(
     rope_factor: what params.json does not say of a shape that Meta did not publish: 8 as in Llama 3.1 and 3.3, 32 as in
     3.2. dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16".
     revision: branch, tag or commit. offline: the local cache alone. allow_fields: names of config fields that may pass
-    although the code does not know them. family: a module of jaxlm.models that must compute it. device: where the
-    weights go, jax's default if left out. progress: show a bar on stderr (default: when it is a terminal). Raises
+    although the code does not know them. family: a module of jaxlm.models that must compute it. mesh: over which
+    devices the weights are spread, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these axes; where
+    there are several devices the default is all of them, on `model` as far as the heads divide. device: one device
+    instead (or jax_default_device says one). progress: show a bar on stderr (default: when it is a terminal). Raises
     ValueError, FileNotFoundError or MemoryError, each with what to do.
     """
-    device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device or _default_device()
     form = {"format": format, "tokenizer": tokenizer, "rope_factor": rope_factor, "allow_fields": allow_fields}
     found = find(name, **form, family=family, revision=revision, token=token, offline=offline)
-    weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, device, progress)
+    where = placement(found.config, mesh, device)
+    _agree(str(name), found, dtype, where)
+    weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, where, progress)
     return Model(
         found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
     )
@@ -150,15 +157,56 @@ def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokeniz
     return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config), ends
 
 
-def _read_weights(name: str, pairs: Any, dtype: Any, device: Any, progress: bool | None) -> Weights:
-    stored = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
-    kept = [wanted_dtype(dtype, d, device.platform) for d in stored]
-    elements = [math.prod(row.shape) for row, _ in pairs]
-    total = sum(n * d.itemsize for n, d in zip(elements, kept))
-    smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if kept and kept[0].itemsize == 4 else ""
-    devices.require(total, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
-    with loading_bar(sum(tensor.nbytes for _, tensor in pairs), progress) as advance:
-        return hf.load_weights(pairs, lambda d: wanted_dtype(dtype, d, device.platform), device, advance)
+def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
+    """The sharding of each weight, from what `load` was given as `mesh` and `device`."""
+    one = device if device is not None else jax.config.values["jax_default_device"]
+    if mesh is None and one is None and jax.device_count() > 1:
+        mesh = meshes.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
+    if mesh is None:
+        one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
+        return lambda row: SingleDeviceSharding(one)
+    if device is not None:
+        raise ValueError("give mesh= or device=, not both")
+    over = meshes.grouped(mesh, cfg.K) if isinstance(mesh, Mesh) else meshes.make(mesh, cfg.K)
+    if over.size == 1:
+        return lambda row: SingleDeviceSharding(over.devices.item())
+    return lambda row: meshes.sharding(row.letters, row.shape, over)
+
+
+def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], Any]) -> None:
+    """ValueError unless every process is about to load the same model into the same places."""
+    if not processes.several():
+        return
+    family = found.family.__name__.rpartition(".")[2]
+    stored = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in found.checkpoint.tensors.pairs]
+    digest = hashlib.sha256(repr((found.config, stored)).encode()).hexdigest()[:8]
+    processes.agree("the model", (family, digest), f"{name} ({family}, {found.checkpoint.format}, {digest})")
+    processes.agree("the type of the weights", dtype, f"{dtype}")
+    place = where(found.checkpoint.tensors.pairs[0][0])
+    over = str(dict(place.mesh.shape)) if isinstance(place, NamedSharding) else "one device each"
+    processes.agree("the mesh", over, over)
+
+
+def _read_weights(
+    name: str, pairs: Any, dtype: Any, where: Callable[[params.Row], Any], progress: bool | None
+) -> Weights:
+    device = next(iter(where(pairs[0][0]).addressable_devices))
+
+    def kept(stored: np.dtype) -> np.dtype:
+        return wanted_dtype(dtype, stored, device.platform)
+
+    # Of each tensor: the elements on one device, and those of all different blocks that this process holds.
+    shares = [
+        (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
+    ]
+    elements = [n * blocks if device.platform == "cpu" else n for n, blocks in shares]
+    types = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
+    smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if pairs and kept(types[0]).itemsize == 4 else ""
+    needed = sum(n * kept(stored).itemsize for n, stored in zip(elements, types))
+    devices.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
+    total = sum(n * blocks * stored.itemsize for (n, blocks), stored in zip(shares, types))
+    with loading_bar(total, progress) as advance:
+        return hf.load_weights(pairs, kept, where, advance)
 
 
 def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
@@ -169,11 +217,6 @@ def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
         if (wanted := np.dtype(jnp.dtype(dtype))) in hf.DTYPES.values():
             return wanted
     raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-
-
-def _default_device() -> Any:
-    default = jax.config.values["jax_default_device"]
-    return jax.devices(default)[0] if isinstance(default, str) else default or jax.local_devices()[0]
 
 
 @contextmanager

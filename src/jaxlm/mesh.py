@@ -2,64 +2,118 @@
 
 Two axes: `data` holds the batch (and, in training, a part of every weight), `model` divides heads, the MLP's width and
 the vocabulary. A letter whose size an axis does not divide is replicated there: each device then computes it whole.
+
+More devices on `model` than kv heads (8 heads over 16 devices) go in groups: `model` is split into `model` times
+`group`, kv heads lie on the first alone, so that each is kept by the devices whose query heads read it and by no other.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.core import Tracer
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA, MODEL = "data", "model"
-# Letter -> axis. T, S, D and H are not divided when a model runs: attention and norms then need no exchange, and a
-# layer's two sums over devices are those behind `o` and `down`.
-ON: dict[str, str] = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL}
-
-
-def make(sizes: Mapping[str, int] | str, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh from {"data": 2, "model": 4} or "data=2,model=4"; an axis left out has size 1.
-
-    ValueError when an axis is unknown, or the devices are fewer or more than the sizes multiply to.
-    """
-    sizes = parse(sizes) if isinstance(sizes, str) else dict(sizes)
-    if unknown := set(sizes) - {DATA, MODEL}:
-        raise ValueError(f"mesh: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
-    devices = jax.devices() if devices is None else list(devices)
-    shape = (sizes.get(DATA, 1), sizes.get(MODEL, 1))
-    if math.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh {DATA}={shape[0]},{MODEL}={shape[1]} is for {math.prod(shape)} devices, but there are "
-            f"{len(devices)}: the sizes must multiply to that"
-        )
-    return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+DATA, MODEL, GROUP = "data", "model", "group"
+# Letter -> axes, all of them or the first alone. T, S, D and H are not divided when a model runs: attention and norms
+# then need no exchange, and a layer's two sums over devices are those behind `o` and `down`.
+WIDE = (MODEL, GROUP)
+ON: dict[str, tuple[str, ...]] = {"B": (DATA,), "K": (MODEL,), "N": WIDE, "F": WIDE, "V": WIDE}
 
 
 def parse(text: str) -> dict[str, int]:
-    """ "data=2,model=4" -> {"data": 2, "model": 4}."""
+    """ "data=2,model=4" -> {"data": 2, "model": 4}; an axis left out has size 1."""
     sizes = {}
     for part in text.split(","):
-        name, equals, size = part.partition("=")
-        if not equals or not size.strip().isdigit() or int(size) < 1 or name.strip() in sizes:
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or not size.isdecimal() or int(size) < 1 or name in sizes:
             raise ValueError(f"mesh {text!r}: write {DATA}=2,{MODEL}=4 (each axis once, sizes of at least 1)")
-        sizes[name.strip()] = int(size)
-    return sizes
+        sizes[name] = int(size)
+    if unknown := set(sizes) - {DATA, MODEL}:
+        raise ValueError(
+            f"mesh {text!r}: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}"
+        )
+    return {DATA: sizes.get(DATA, 1), MODEL: sizes.get(MODEL, 1)}
 
 
-def default(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
-    """For running a model: as many devices on `model` as divide its kv heads, heads, MLP width, the rest on `data`."""
-    wide = max(n for n in range(1, len(devices) + 1) if not len(devices) % n and not any(sizes[x] % n for x in "NKF"))
-    return make({DATA: len(devices) // wide, MODEL: wide}, devices)
+def default(letters: Mapping[str, int], count: int) -> dict[str, int]:
+    """For running a model on so many devices: as many on `model` as divide its heads and MLP width, the rest on
+    `data`. letters: the sizes of N and F."""
+    wide = max(n for n in range(1, count + 1) if not count % n and not any(letters[x] % n for x in "NF"))
+    return {DATA: count // wide, MODEL: wide}
+
+
+def split(sizes: Mapping[str, int], K: int) -> dict[str, int]:
+    """The axes with which a model of K kv heads runs: what does not divide them goes from `model` to `group`."""
+    wide = math.gcd(sizes[MODEL], K)
+    groups = {GROUP: sizes[MODEL] // wide} if wide < sizes[MODEL] else {}
+    return {DATA: sizes[DATA], MODEL: wide, **groups}
+
+
+def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh from {"data": 2, "model": 4} or "data=2,model=4" for a model of K kv heads, over all devices; one process
+    may take the first of its devices where the sizes multiply to a divisor of their number.
+
+    ValueError when an axis is unknown, or the sizes do not multiply to what there is.
+    """
+    text = sizes if isinstance(sizes, str) else ",".join(f"{name}={size}" for name, size in sizes.items())
+    axes = split(parse(text), K)
+    devices = jax.devices() if devices is None else list(devices)
+    count = math.prod(axes.values())
+    if count > len(devices) or len(devices) % count or (jax.process_count() > 1 and count != len(devices)):
+        several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        raise ValueError(
+            f"mesh {text} is for {count} devices, but there are {len(devices)}{several}: "
+            "the sizes must multiply to that"
+        )
+    return grouped(Mesh(arranged(devices[:count], axes[DATA]), (DATA, MODEL)), K)  # `group`: innermost part of `model`
+
+
+def arranged(devices: Sequence[Any], data: int) -> np.ndarray:
+    """Devices [data, model], neighbours along `model`. jax.make_mesh would refuse several hosts of GPUs and several
+    slices of TPUs, and a slice of which `model` takes a part of a side (32 of v6e's 16 x 16 chips)."""
+    slices: dict[int, list[Any]] = {}
+    for device in sorted(devices, key=lambda device: device.id):
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    parts = [slices[index] for index in sorted(slices)]
+    if data % len(parts) or len(set(map(len, parts))) > 1:  # `model` reaches from one into the next
+        return np.array([device for part in parts for device in part]).reshape(data, -1)
+    shape = (data // len(parts), len(devices) // data)
+    return np.concatenate([create_device_mesh(shape, part, allow_split_physical_axes=True) for part in parts])
+
+
+def grouped(over: Mesh, K: int) -> Mesh:
+    """A mesh with axes `data` and `model` (each may be missing), `model` split as `split` says."""
+    if unknown := set(over.axis_names) - {DATA, MODEL, GROUP}:
+        raise ValueError(f"mesh: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
+    order = [over.axis_names.index(axis) for axis in (DATA, MODEL, GROUP) if axis in over.axis_names]
+    axes = split({DATA: over.shape.get(DATA, 1), MODEL: over.size // over.shape.get(DATA, 1)}, K)
+    devices = over.devices.transpose(order).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def spec(letters: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """The axis of each letter, None where it has none or its size is not divided. An axis of one device divides
-    nothing, and is left out so that equal places have one name."""
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    axes = [ON.get(letter) for letter in letters]
-    return PartitionSpec(*(a if a in sizes and not n % sizes[a] else None for a, n in zip(axes, shape, strict=True)))
+    """The axes of each letter, None where it has none or they do not divide its size; axes beyond the letters are not
+    divided. An axis of one device divides nothing, and is left out so that equal places have one name."""
+    names = letters.ljust(len(shape), " ")
+    axes = [_axes(letter, n, mesh.shape) for letter, n in zip(names, shape, strict=True)]
+    while axes and axes[-1] is None:  # as jax names the places of what its programs give
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def _axes(letter: str, n: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    axes = tuple(axis for axis in ON.get(letter, ()) if sizes.get(axis, 1) > 1)
+    if len(axes) > 1 and n % math.prod(sizes[axis] for axis in axes) == 0:
+        return axes
+    return next((axis for axis in axes[:1] if n % sizes[axis] == 0), None)
 
 
 def sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -70,7 +124,13 @@ def sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Within `jax.set_mesh`, holds an activation to the axes of its letters; elsewhere does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+    return x if mesh.empty else lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+
+
+def divided(letters: str, shape: Sequence[int]) -> PartitionSpec:
+    """The axes of each letter in the program that is being traced; none where it runs on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec() if mesh.empty else spec(letters, shape, mesh)
 
 
 def active() -> bool:
@@ -93,6 +153,52 @@ def on(tree: Any) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def place(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
-    """Puts an array where its letters say."""
-    return x if mesh is None else jax.device_put(x, sharding(letters, x.shape, mesh))
+def rounded(rows: int, mesh: Mesh | None) -> int:
+    """As many rows, or a few more, so that `data` divides them."""
+    each = 1 if mesh is None else mesh.shape[DATA]
+    return -(-rows // each) * each
+
+
+def place(x: Any, letters: str, mesh: Mesh | None) -> jax.Array:
+    """Puts an array (jax's or numpy's, the same in every process) where its letters say."""
+    if mesh is None:
+        return jnp.asarray(x)
+    if is_key := jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    where = sharding(letters, x.shape, mesh)
+    if where.is_fully_addressable:
+        out = jax.device_put(x, where)
+    else:  # device_put would ask all processes whether they have the same values, each time
+        host = np.asarray(x)
+        out = jax.make_array_from_callback(x.shape, where, lambda index: host[index])
+    return jax.random.wrap_key_data(out) if is_key else out
+
+
+def rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
+    """Some rows of the leading axis, in host memory, the same in every process: all of them must ask. No device and no
+    process ever holds more than these of an array that is divided."""
+    bits = np.asarray(_rows(x.sharding, count)(x, begin))
+    return bits.astype(f"u{x.dtype.itemsize}").view(x.dtype)
+
+
+@cache
+def _rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
+    """The rows as numbers of 32 bits, which every device adds up alike: what a device does not hold it counts as 0."""
+    first, *rest = (*where.spec, None)
+
+    def local(part: jax.Array, begin: jax.Array) -> jax.Array:
+        index = begin + jnp.arange(count)
+        if first is not None:
+            index -= lax.axis_index(first) * part.shape[0]
+        whole = jnp.uint32 if part.dtype.itemsize == 4 else jnp.uint16
+        out = (
+            lax.bitcast_convert_type(part, whole).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        )
+        out = out.astype(jnp.uint32)
+        out = out if first is None else lax.psum(out, first)
+        for axis, over in enumerate(rest, 1):
+            out = out if over is None else lax.all_gather(out, over, axis=axis, tiled=True)
+        return out
+
+    specs = (where.spec, PartitionSpec())
+    return jax.jit(jax.shard_map(local, mesh=where.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False))

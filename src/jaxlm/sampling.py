@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlm import mesh
+
 if TYPE_CHECKING:
     from jaxlm.options import Options
 
@@ -139,8 +141,27 @@ def logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> tuple[jax.Array, j
     """
     logits = logits - jnp.max(logits, -1, keepdims=True)
     total = jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))
-    values, ids = lax.top_k(logits, n)
+    values, ids = _top_k(logits, n)
     return jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0] - total[:, 0], ids, values - total
+
+
+def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """The n largest of each row [B, n] and their places; of equal ones the first. On a mesh every device offers the n
+    largest of its part, so that nothing but those is gathered."""
+    places = mesh.divided("BV", x.shape)
+    if len(places) < 2:
+        return lax.top_k(x, n)
+    rows, axes = places
+
+    def local(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = lax.top_k(part, min(n, part.shape[1]))
+        ids += lax.axis_index(axes) * part.shape[1]
+        values, ids = (lax.all_gather(a, axes, axis=1, tiled=True) for a in (values, ids))
+        values, best = lax.top_k(values, n)
+        return values, jnp.take_along_axis(ids, best, -1)
+
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(local, in_specs=spec(rows, axes), out_specs=spec(rows), check_vma=False)(x)
 
 
 def _filtered(x: jax.Array, s: Sampling) -> jax.Array:

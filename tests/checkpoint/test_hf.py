@@ -22,13 +22,17 @@ CPU = jax.devices("cpu")[0]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def there(row):
+    return jax.sharding.SingleDeviceSharding(CPU)
+
+
 def pairs(folder, raw=made.LLAMA):
     family = made.FAMILY[raw["model_type"]]
     return hf.match(family.PARAMS, made.config(raw), hf.read_index(folder), family.UNREAD)[0]
 
 
 def load(folder, raw=made.LLAMA, dtype=None, advance=lambda n: None):
-    return hf.load_weights(pairs(folder, raw), lambda stored: np.dtype(dtype or stored), CPU, advance)
+    return hf.load_weights(pairs(folder, raw), lambda stored: np.dtype(dtype or stored), there, advance)
 
 
 def bits(array):
@@ -179,7 +183,7 @@ def test_file_cut_while_reading(tmp_path, small):
     file, found = folder / "model.safetensors", pairs(folder)
     os.truncate(file, file.stat().st_size - 5)
     with pytest.raises(ValueError) as caught:
-        hf.load_weights(found, lambda stored: stored, CPU)
+        hf.load_weights(found, lambda stored: stored, there)
     assert str(file) in str(caught.value)
     assert "has become shorter: it ends within lm_head.weight. Download it again" in str(caught.value)
 
@@ -208,7 +212,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch, small):
     monkeypatch.setattr(hf, "read_into", read_into)
     monkeypatch.setattr(hf, "AHEAD", 5000)
     with pytest.raises(KeyboardInterrupt) as caught:
-        hf.load_weights(found, lambda stored: stored, CPU, interrupted)
+        hf.load_weights(found, lambda stored: stored, there, interrupted)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("jaxlm-read")]
     assert 60 < len(read) < 100  # of some 250 that were asked for
     read.clear()

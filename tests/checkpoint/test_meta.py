@@ -158,7 +158,9 @@ def test_a_tensor_of_several_parts_is_filled_by_slices(tmp_path, small_slices):
             ("layers.0.attention.wq.weight", 4),
             ("norm.weight", 1),
         ):
-            value, futures = hf.read_tensor(joined[name], joined[name].shape, np.dtype(np.float32), pool)
+            shape = joined[name].shape
+            whole = (slice(None),) * len(shape)
+            value, futures = hf.read_array(joined[name], shape, whole, np.dtype(np.float32), pool)
             read = sum(future.result() for future in futures)
             assert read == joined[name].nbytes == arrays[name].nbytes
             assert len(joined[name].parts) == parts

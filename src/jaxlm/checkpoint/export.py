@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlm import mesh
 from jaxlm.checkpoint.download import count_bytes
-from jaxlm.checkpoint.hf import read_block
-from jaxlm.checkpoint.meta import Joined, in_pairs
+from jaxlm.checkpoint.hf import pieces_of, read_block
+from jaxlm.checkpoint.meta import Joined
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes taken from an array at a time
@@ -37,6 +38,7 @@ class Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[np.ndarray]]
+    spread: bool = False  # over several processes: all of them must ask for its bytes
 
     @property
     def nbytes(self) -> int:
@@ -47,10 +49,8 @@ class Stored:
     """A tensor on the disk in an array's place, in our shape and order: its rows are read when they are asked for."""
 
     def __init__(self, tensor: Tensor | Joined, shape: tuple[int, ...]):
-        self.whole = (
-            tensor if isinstance(tensor, Joined) else Joined(tensor.name, tensor.dtype, tensor.shape, (tensor,))
-        )
-        self.shape, self.dtype, self.nbytes = shape, DTYPES[tensor.dtype], tensor.nbytes
+        self.tensor, self.shape, self.nbytes = tensor, shape, tensor.nbytes
+        self.dtype = DTYPES[tensor.dtype]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,20 +58,11 @@ class Stored:
     def rows(self, begin: int, count: int) -> np.ndarray:
         """Rows of the leading axis, [count,...]."""
         out = np.empty((count, *self.shape[1:]), self.dtype)
-        if len(self.whole.shape) == 1:
-            read_block(self.whole.parts[0], out.reshape(-1), column=begin * (out.size // count))
-            return out
-        each = self.whole.shape[0] // len(self)  # rows of the file in one of ours: a head has H
-        lines, first = out.reshape(count * each, self.whole.shape[1]), begin * each
-        for i, part in enumerate(self.whole.parts):
-            rows, columns = part.shape
-            if self.whole.axis:
-                read_block(part, lines[:, i * columns :][:, :columns], first)
-                continue
-            start, stop = max(first, i * rows), min(first + len(lines), (i + 1) * rows)
-            if start < stop:
-                block = lines[start - first : stop - first]
-                read_block(part, in_pairs(block, self.whole.H) if self.whole.H else block, start - i * rows)
+        each = math.prod(self.tensor.shape) // len(self)  # elements of the file in one of our rows
+        height = 1 if len(self.tensor.shape) == 1 else out.size // math.prod(self.tensor.shape[1:])
+        row, column = (0, begin * each) if len(self.tensor.shape) == 1 else (begin * height // count, 0)
+        for piece in pieces_of(self.tensor, out.reshape(height, -1), row, column):
+            read_block(*piece)
         return out
 
 
@@ -80,7 +71,8 @@ Change = Callable[[np.ndarray], np.ndarray]  # of a slice: it may reorder what l
 
 def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, change: Change | None = None) -> Entry:
     """An array as a tensor of `shape` (the axes as a file joins them). ValueError where float16 cannot hold it."""
-    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype, change))
+    spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype, change), spread)
     if dtype == np.float16 and value.dtype != dtype:
         for _ in entry.chunks():  # all of it is converted once for the check alone: before anything is written
             pass
@@ -105,8 +97,10 @@ def _rows(value: Any, begin: int, count: int) -> np.ndarray:
     """Some rows of an array in host memory: a view where they lie there already."""
     if isinstance(value, Stored):
         return value.rows(begin, count)
-    # Of an array on several devices numpy would make one whole, and jax would keep it.
-    if isinstance(value, jax.Array) and (len(value.devices()) > 1 or next(iter(value.devices())).platform != "cpu"):
+    # Of an array on other devices numpy would make one whole, and jax would keep it.
+    if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
+        return mesh.rows(value, begin, count)
+    if isinstance(value, jax.Array) and next(iter(value.devices())).platform != "cpu":
         return np.asarray(_cut(value, begin, count))
     return np.asarray(value)[begin : begin + count]
 
@@ -127,15 +121,22 @@ def _converted(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
 # Files
 
 
-def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
-    """model.safetensors, or shards with an index, named as transformers names them."""
+def in_files(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The tensors of each file, in the order in which they are written."""
     groups: list[list[Entry]] = [[]]
     for entry in entries:
         if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > SHARD:
             groups.append([])
         groups[-1].append(entry)
+    # As the format's own library sorts them: wide types first, for a reader may rely on a tensor's alignment.
+    return [sorted(group, key=lambda entry: (-BITS[entry.dtype], entry.name)) for group in groups]
+
+
+def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
+    """model.safetensors, or shards with an index, named as transformers names them."""
+    groups = in_files(entries)
     if len(groups) == 1:
-        return write_safetensors(folder / "model.safetensors", entries, advance)
+        return write_safetensors(folder / "model.safetensors", groups[0], advance)
     where: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
@@ -147,8 +148,6 @@ def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int
 
 def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
     """One file. `advance` hears of bytes as they are written."""
-    # As the format's own library sorts them: wide types first, for a reader may rely on a tensor's alignment.
-    entries = sorted(entries, key=lambda entry: (-BITS[entry.dtype], entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     at = 0
     for entry in entries:

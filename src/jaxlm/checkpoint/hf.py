@@ -117,27 +117,53 @@ def same(a: Tensor | Joined, b: Tensor | Joined) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(chunks(a), chunks(b)))
 
 
-def read_tensor(
-    tensor: Tensor | Joined, shape: tuple[int, ...], dtype: np.dtype, pool: ThreadPoolExecutor
+Index = tuple[slice, ...]  # a block of an array: one slice an axis
+
+
+def read_array(
+    tensor: Tensor | Joined, shape: tuple[int, ...], index: Index, dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, list[Future[int]]]:
-    """A tensor in host memory, in the type wanted, filled when the futures are done: each gives the bytes it read."""
-    out = aligned(math.prod(tensor.shape) * dtype.itemsize).view(dtype)
-    pieces = _pieces(tensor, out.reshape(_matrix(tensor.shape)))
-    return out.reshape(shape), [pool.submit(read_block, *piece) for piece in pieces]
+    """A block of a tensor, which has our `shape`, in host memory, in the type wanted, filled when the futures are done:
+    each gives the bytes that it read."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    out = aligned(math.prod(stop - start for start, stop in bounds) * dtype.itemsize).view(dtype)
+    rows = _matrix(tensor.shape)[0]
+    inner = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) * rows == math.prod(shape))
+    (row, height), (column, width) = _run(bounds[:inner], shape[:inner]), _run(bounds[inner:], shape[inner:])
+    pieces = pieces_of(tensor, out.reshape(height, width), row, column)
+    return out.reshape([stop - start for start, stop in bounds]), [pool.submit(read_block, *piece) for piece in pieces]
 
 
-def _pieces(tensor: Tensor | Joined, out: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray, int]]:
-    """What `read_block` is to be given so that a tensor fills `out`, [rows, columns]: about SLICE bytes at a time."""
+def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Where a block begins along axes that a file joins into one, and how far it reaches: only the first is divided."""
+    if any((start, stop) != (0, n) for (start, stop), n in zip(bounds[1:], shape[1:])):
+        raise AssertionError(f"the block {bounds} of {shape} is not contiguous in its file")
+    start, stop = bounds[0] if bounds else (0, 1)
+    each = math.prod(shape[1:])
+    return start * each, (stop - start) * each
+
+
+def pieces_of(
+    tensor: Tensor | Joined, out: np.ndarray, row: int, column: int
+) -> Iterator[tuple[Tensor, np.ndarray, int, int]]:
+    """What `read_block` is to be given, about SLICE bytes at a time, so that `out` becomes the block of a stored tensor
+    that begins at a row and a column of it as a matrix."""
     joined = tensor if isinstance(tensor, Joined) else Joined(tensor.name, tensor.dtype, tensor.shape, (tensor,))
     for i, part in enumerate(joined.parts):
-        rows, columns = _matrix(part.shape)
-        whole = out[:, i * columns :][:, :columns] if joined.axis else out[i * rows :][:rows]
-        step = max(1, SLICE * rows // part.nbytes)
+        height, width = _matrix(part.shape)
+        above, beside = (0, i * width) if joined.axis else (i * height, 0)
+        # The part of `out` that lies in this part, and where it begins in both.
+        top, left = max(row, above), max(column, beside)
+        whole = out[top - row : max(above + height - row, 0), left - column : max(beside + width - column, 0)]
+        if not whole.size:
+            continue
+        step = max(1, SLICE // (whole.shape[1] * DTYPES[part.dtype].itemsize))
         if joined.H:
             step = max(step // joined.H, 1) * joined.H
-        for row in range(0, rows, step):
-            block = whole[row : row + step]
-            yield part, in_pairs(block, joined.H) if joined.H else block, row
+        for begin in range(0, len(whole), step):
+            block = whole[begin : begin + step]
+            block = in_pairs(block, joined.H) if joined.H else block
+            yield part, block, top - above + begin, left - beside
 
 
 def read_block(tensor: Tensor, out: np.ndarray, row: int = 0, column: int = 0) -> int:
@@ -187,33 +213,50 @@ _fill = jax.jit(
 def load_weights(
     pairs: list[tuple[params.Row, Tensor | Joined]],
     kept: Callable[[np.dtype], np.dtype],
-    device: Any,
+    where: Callable[[params.Row], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, Any]:
-    """Reads every tensor into its place, in the type that `kept` gives for the stored one. `advance` hears of bytes
-    as they are read."""
+    """Reads every tensor into its place, in the type that `kept` gives for the stored one and with the sharding that
+    `where` gives for its row: of each, a process reads the blocks that its devices hold, once. `advance` hears of
+    bytes as they are read."""
     weights: dict[str, Any] = {}
-    reading: deque[tuple[str, np.ndarray, list[Future[int]]]] = deque()
+    reading: deque[tuple[params.Row, list[tuple[list[Any], np.ndarray, list[Future[int]]]]]] = deque()
     placed = None
 
     def finish() -> None:
         nonlocal placed
-        path, value, futures = reading.popleft()
-        for future in futures:
-            advance(future.result())
-        jax.block_until_ready(placed)  # an accelerator copies while the next tensor is read, and no more than that
-        placed = place(value, device)
-        params.put(weights, path, placed)
+        row, blocks = reading.popleft()
+        arrays = []
+        for holders, value, futures in blocks:
+            for future in futures:
+                advance(future.result())
+            jax.block_until_ready(placed)  # an accelerator copies while the next block is read, and no more than that
+            placed = [place(value, device) for device in holders]
+            arrays += placed
+        params.put(weights, row.path, jax.make_array_from_single_device_arrays(row.shape, where(row), arrays))
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
         # In the order of the files: a slow disk is read from front to back.
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
-            reading.append((row.path, *read_tensor(tensor, row.shape, kept(DTYPES[tensor.dtype]), pool)))
-            while sum(value.nbytes for _, value, _ in reading) > AHEAD:
+            dtype = kept(DTYPES[tensor.dtype])
+            blocks = [
+                (holders, *read_array(tensor, row.shape, index, dtype, pool))
+                for index, holders in local_blocks(where(row), row.shape)
+            ]
+            reading.append((row, blocks))
+            while sum(value.nbytes for _, blocks in reading for _, value, _ in blocks) > AHEAD:
                 finish()
         while reading:
             finish()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error no more is read
     return weights
+
+
+def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
+    """The different blocks of an array that this process's devices hold, each with those that hold it."""
+    found: dict[str, tuple[Index, list[Any]]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        found.setdefault(str(index), (index, []))[1].append(device)
+    return list(found.values())

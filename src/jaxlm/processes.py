@@ -1,0 +1,114 @@
+"""Several processes that run one program together: how they find each other, agree, and end together.
+
+jax.distributed does the work: it knows SLURM, Open MPI, GKE and Cloud TPUs, and ends a process whose partner has died.
+Every process runs the same program on the same input; what only one of them can know (a seed that was drawn, what
+stands on stdin) is process 0's. Only process 0 prints and writes.
+"""
+
+import json
+import os
+from typing import Any
+
+# jax is imported where it is used: a command asks `launched` before it knows whether it needs jax.
+CONNECT = 120  # seconds to wait for all processes at the start
+HEARTBEAT = 20  # seconds after which a silent process is taken for dead, and the others end
+# What a launcher tells each of the processes that it starts: how many there are.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def launched() -> int:
+    """How many processes a launcher says that it has started; 1 where none has."""
+    counts = [os.environ.get(name, "") for name in COUNTS]
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return max([len(hosts), *(int(count) for count in counts if count.isdecimal())])
+
+
+def start(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None, detect: bool = False
+) -> None:
+    """Joins the other processes, before the first use of a device: as the arguments say (the address HOST:PORT of
+    process 0, how many there are, which one this is), else as the cluster says where a launcher has started several
+    (or `detect` asks to look). ConnectionError where the others do not come.
+    """
+    given = (coordinator, count, index)
+    if any(value is not None for value in given):
+        if None in given:
+            raise ValueError(
+                "--coordinator HOST:PORT, --num-processes and --process-id belong together: give all three"
+            )
+        _check(str(coordinator), count or 0, index or 0)
+    elif not detect and launched() < 2:
+        return
+    import jax
+
+    options: dict[str, Any] = {"initialization_timeout": CONNECT, "heartbeat_timeout_seconds": HEARTBEAT}
+    if coordinator is not None:
+        options["cluster_detection_method"] = "deactivate"
+        if coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost"):  # by default it would listen everywhere
+            options["coordinator_bind_address"] = coordinator
+    try:
+        jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=HEARTBEAT, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"no cluster was found ({error}): give --coordinator HOST:PORT, --num-processes and --process-id"
+        ) from None
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"the {count or launched()} processes did not meet within {CONNECT} s at {coordinator or 'their cluster'}: "
+            f"{why}. Has each been started, and can they reach process 0?"
+        ) from None
+
+
+def _check(coordinator: str, count: int, index: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--coordinator {coordinator}: write HOST:PORT, the address of process 0")
+    if not 0 <= index < count:
+        raise ValueError(f"--process-id {index} of --num-processes {count}: they are numbered 0 to {count - 1}")
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    import jax
+
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process prints and writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """What each process says, in their order. All of them must call it."""
+    if not several():
+        return [text]
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(process_allgather(np.int32(len(data)))).reshape(-1)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(process_allgather(padded)).reshape(len(lengths), -1)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
+
+
+def from_first(text: str) -> str:
+    """What process 0 says. All of them must call it."""
+    return gather(text if first() else "")[0]
+
+
+def agree(what: str, value: Any, told: str) -> None:
+    """ValueError unless a value (its repr) is the same in all processes, with what the first two that differ `told` of
+    it. All of them must call it."""
+    sides = [json.loads(side) for side in gather(json.dumps([repr(value), told]))]
+    for number, side in enumerate(sides):
+        if side[0] != sides[0][0]:
+            raise ValueError(
+                f"the processes disagree about {what}: process 0 has {sides[0][1]}, process {number} has {side[1]}. "
+                "Start all of them with the same command and the same files"
+            )
