@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,22 +62,24 @@ def export(
     texts = beside.other_texts(model, format) | told(model, config)
     entries = _entries(model, wanted, format)
     nbytes = sum(entry.nbytes for entry in entries)
-    copied = sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
-    room = nbytes + copied + SMALL
+    room = nbytes + SMALL + sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
     processes.gather("checked")  # by all, before any of them writes
-    if not processes.first():
+    if processes.first():
+        with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
+            _write_texts(folder, texts, model, format)
+            _write_tensors(folder, entries, format, advance)
+    else:
         _follow(entries, format)
-        processes.gather("written")
-        return Exported(out, len(entries), nbytes)
-    with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
-        _write_texts(folder, texts, model if format == "hf" and beside.lacks_tokenizer(model, texts) else None)
-        if format == "meta":
-            tensors = ((e.name, e.dtype, e.shape, files.counted(e.chunks(), advance)) for e in entries)
-            write_pth(folder / "consolidated.00.pth", tensors)
-        else:
-            files.write_weights(folder, entries, advance)
     processes.gather("written")
     return Exported(out, len(entries), nbytes)
+
+
+def _write_tensors(folder: Path, entries: list[Entry], format: str, advance: Callable[[int], None]) -> None:
+    if format == "meta":
+        tensors = ((e.name, e.dtype, e.shape, files.counted(e.chunks(), advance)) for e in entries)
+        write_pth(folder / "consolidated.00.pth", tensors)
+    else:
+        files.write_weights(folder, entries, advance)
 
 
 def _follow(entries: list[Entry], format: str) -> None:
@@ -87,10 +90,10 @@ def _follow(entries: list[Entry], format: str) -> None:
                 pass
 
 
-def _write_texts(folder: Path, texts: beside.Texts, speaking: Model | None) -> None:
-    """Copies and writes small files; `speaking` is a model whose tokenizer has to be written anew."""
-    if speaking and speaking.tokenizer:
-        speaking.tokenizer.hf.save_pretrained(folder)
+def _write_texts(folder: Path, texts: beside.Texts, model: Model, format: str) -> None:
+    """Copies and writes small files, and a tokenizer anew where none can be copied."""
+    if format == "hf" and model.tokenizer and beside.lacks_tokenizer(model, texts):
+        model.tokenizer.hf.save_pretrained(folder)
         texts.pop("tokenizer.model", None)  # Meta's form, which transformers would take for another one
     for name, text in texts.items():
         if isinstance(text, Path):

@@ -26,6 +26,7 @@ from jaxlm.checkpoint.meta import Joined
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes taken from an array at a time
+SPREAD = 2 << 20  # the same of an array on several devices: each of them makes a wider copy
 SHARD = 5 * 10**9  # bytes of a file at most, unless one tensor alone is larger
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _ROOM = "free some, or choose a folder on another disk"
@@ -86,7 +87,8 @@ def stored_entry(tensor: Tensor) -> Entry:
 
 def array_bytes(name: str, value: Any, dtype: np.dtype, change: Change | None = None) -> Iterator[np.ndarray]:
     """The bytes of an array in the type wanted, about SLICE at a time; whole rows of the leading axis."""
-    rows = max(1, SLICE * len(value) // value.nbytes)
+    size = SPREAD if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1 else SLICE
+    rows = max(1, size * len(value) // value.nbytes)
     for begin in range(0, len(value), rows):
         part = _rows(value, begin, min(rows, len(value) - begin))
         part = _converted(name, part if change is None else change(part), dtype)

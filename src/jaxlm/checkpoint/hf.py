@@ -220,19 +220,11 @@ def load_weights(
     `where` gives for its row: of each, a process reads the blocks that its devices hold, once. `advance` hears of
     bytes as they are read."""
     weights: dict[str, Any] = {}
-    reading: deque[tuple[params.Row, list[tuple[list[Any], np.ndarray, list[Future[int]]]]]] = deque()
-    placed = None
+    reading: deque[tuple[params.Row, list[Block]]] = deque()
 
     def finish() -> None:
-        nonlocal placed
         row, blocks = reading.popleft()
-        arrays = []
-        for holders, value, futures in blocks:
-            for future in futures:
-                advance(future.result())
-            jax.block_until_ready(placed)  # an accelerator copies while the next block is read, and no more than that
-            placed = [place(value, device) for device in holders]
-            arrays += placed
+        arrays = [array for block in blocks for array in _placed(block, advance)]
         params.put(weights, row.path, jax.make_array_from_single_device_arrays(row.shape, where(row), arrays))
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
@@ -240,11 +232,8 @@ def load_weights(
         # In the order of the files: a slow disk is read from front to back.
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
             dtype = kept(DTYPES[tensor.dtype])
-            blocks = [
-                (holders, *read_array(tensor, row.shape, index, dtype, pool))
-                for index, holders in local_blocks(where(row), row.shape)
-            ]
-            reading.append((row, blocks))
+            blocks = local_blocks(where(row), row.shape)
+            reading.append((row, [(on, *read_array(tensor, row.shape, at, dtype, pool)) for at, on in blocks]))
             while sum(value.nbytes for _, blocks in reading for _, value, _ in blocks) > AHEAD:
                 finish()
         while reading:
@@ -252,6 +241,18 @@ def load_weights(
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error no more is read
     return weights
+
+
+# The devices that hold a part of an array, the part, and what tells that it has been read.
+Block = tuple[list[Any], np.ndarray, list[Future[int]]]
+
+
+def _placed(block: Block, advance: Callable[[int], None]) -> list[jax.Array]:
+    """A block on its devices. An accelerator copies while others are read: one is on the way at a time."""
+    devices, value, futures = block
+    for future in futures:
+        advance(future.result())
+    return jax.block_until_ready([place(value, device) for device in devices])
 
 
 def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:

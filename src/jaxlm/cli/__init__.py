@@ -23,16 +23,26 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv or ["--help"])
         return command.run() or 0
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        return end(command, "\ninterrupted", 130)
     except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if command is None or command.debug:
             raise
-        print(f"jaxlm: {explain(error)}", file=sys.stderr)
-        return 1
+        return end(command, f"jaxlm: {explain(error)}", 1)
+
+
+def end(command: Any, text: str, status: int) -> int:
+    """Tells why the command ends. One of several processes ends at once: a normal end would wait for the others, and
+    they for this one."""
+    if command is None or command.alone:
+        print(text, file=sys.stderr)
+        return status
+    from jaxlm.processes import number
+
+    print(text if number() is None else f"process {number()}: {text.strip()}", file=sys.__stderr__, flush=True)
+    os._exit(status)
 
 
 def parse(argv: list[str]) -> Any:
@@ -63,4 +73,6 @@ def explain(error: Exception) -> str:
             f"out of memory on the device: {text.splitlines()[0]}. Use --dtype bfloat16, fewer --max-tokens, "
             "a smaller --batch-size or a smaller model"
         )
+    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
+        return f"another process has ended or cannot be reached, its own message says why ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text} (--debug shows where; please report it)"

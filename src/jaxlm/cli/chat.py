@@ -39,6 +39,8 @@ class Chat(SamplingFlags, ModelFlags):
 
     def run(self) -> int:
         self.validate()
+        if not self.alone:
+            raise ValueError("a chat is with one process: use jaxlm generate, which reads many prompts from --prompts")
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
         warn_ignored(model)

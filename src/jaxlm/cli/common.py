@@ -5,7 +5,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -35,6 +35,17 @@ class ModelFlags:
     """Use the local cache only, never the network."""
     allow_field: tuple[str, ...] = ()
     """Let a field of config.json pass that jaxlm does not know."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
+    """How the devices share the work: copies for different rows of a batch, and parts of the weights. Default: all on
+    model as far as the heads divide."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Several processes, started by hand: the address of process 0, with the next two."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    distributed: bool = False
+    """Several processes, on a cluster that jax knows and whose launcher does not say so."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -50,9 +61,37 @@ class ModelFlags:
             "allow_fields": self.allow_field,
         }
 
+    def begin(self) -> None:
+        """Settings of the process; one of several meets the others, and is silent unless it is the first."""
+        from jaxlm import processes
+
+        set_up_process()
+        if not self.alone and processes.number() is None:
+            where = f" at {self.coordinator}" if self.coordinator else ""
+            note(f"waiting for {self.num_processes or processes.launched()} processes{where} …")
+            processes.start(self.coordinator, self.num_processes, self.process_id, self.distributed)
+            one_voice(processes.first())
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process, as far as flags and launcher say."""
+        from jaxlm import processes
+
+        by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
+        return not (by_hand or self.distributed or processes.launched() > 1)
+
+    def stdin(self) -> str:
+        """What stands on stdin; of several processes, on that of the first."""
+        if self.alone:
+            return sys.stdin.read()
+        from jaxlm import processes
+
+        self.begin()
+        return processes.from_first(sys.stdin.read() if processes.first() else "")
+
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
-        set_up_process()
+        self.begin()
         import jaxlm
         from jaxlm.devices import unseen_accelerator
 
@@ -64,7 +103,7 @@ class ModelFlags:
             note(f"No model named (-m): using {name}, a tiny model with random weights. Its text means nothing.")
         if unseen := unseen_accelerator():
             note(unseen)
-        model = jaxlm.load(name, dtype=self.dtype, **self.options())
+        model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **self.options())
         if model.unread:
             note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
         if self.model is None:  # meant as a first look: enough to see that it runs
@@ -83,6 +122,19 @@ def set_up_process() -> None:
     signal.signal(signal.SIGINT, before)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def nowhere() -> IO[str]:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def one_voice(speaks: bool) -> None:
+    """What libraries print on stdout goes to stderr (Gloo does), and of several processes one is heard. Errors are
+    written to sys.__stderr__ by all of them."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if speaks else nowhere()
+    os.dup2(2, 1)
+    if not speaks:
+        sys.stderr = nowhere()
 
 
 def cache_folder() -> Path:

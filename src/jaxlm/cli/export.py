@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note, set_up_process
+from jaxlm.cli.common import ModelFlags, note
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Export(ModelFlags):
         if len(given) != 2:
             print("jaxlm: name a model and the folder to write: jaxlm export MODEL OUT (--help)", file=sys.stderr)
             return 2
-        set_up_process()
+        self.begin()
         from jaxlm.devices import gigabytes
         from jaxlm.exporting import export, open_model
 

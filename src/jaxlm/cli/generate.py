@@ -82,7 +82,7 @@ class Generate(SamplingFlags, ModelFlags):
             return read_prompts(self.prompts)
         text, stdin = self.prompt, sys.stdin or io.StringIO()  # a process may have none
         if text == "-" or (text is None and not stdin.isatty()):
-            text = stdin.read().removesuffix("\n")
+            text = self.stdin().removesuffix("\n") if sys.stdin else ""
         if not text and self.prompt is None:
             usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl")
         if not text:

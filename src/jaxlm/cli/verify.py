@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note, set_up_process
+from jaxlm.cli.common import ModelFlags, note
 
 if TYPE_CHECKING:
     from jaxlm.verification import Report
@@ -37,7 +37,7 @@ class Verify(ModelFlags):
             print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
             return 2
         name = str(self.name or self.model)
-        set_up_process()
+        self.begin()
         if self.report is not None:
             from jaxlm.verification.report import require_plots
 

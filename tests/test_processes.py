@@ -1,0 +1,166 @@
+"""Two processes of four virtual devices each, on loopback: they load, generate and export as one, and end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint import made
+
+import jaxlm
+from jaxlm import processes
+from jaxlm.checkpoint.safetensors import chunks, read_index
+
+RAW = {**made.LLAMA, "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+       "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+ENV = {key: value for key, value in os.environ.items() if key != "JAX_DEFAULT_DEVICE"}
+HEARTBEAT = 5  # seconds
+ENV["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def two(*commands: list[str]) -> list[subprocess.Popen[str]]:
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([sys.executable, *command], env=ENV, text=True, **pipes) for command in commands]
+
+
+def ended(started: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each; a process that does not end fails the test."""
+    try:
+        out = [process.communicate(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, out)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: b"".join(map(bytes, chunks(tensor))) for name, tensor in read_index(folder).items()}
+
+
+def generate(folders: list[Path], *flags: str) -> list[list[str]]:
+    """The command line of each process."""
+    joint = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(len(folders)), *flags]
+    return [
+        ["-m", "jaxlm", "generate", "Once", "-m", str(f), *joint, "--process-id", str(i)] for i, f in enumerate(folders)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return made.folder(tmp_path_factory.mktemp("model"), RAW, made.tensors(RAW))
+
+
+def test_two_processes_are_as_one(folder, tmp_path):
+    """Text, drawn text and the exported files are those of one process; each reads its own part alone."""
+    script, port = str(Path(__file__).with_name("together.py")), free_port()
+    for status, _, err in ended(two(*([script, port, str(i), str(folder), str(tmp_path)] for i in range(2)))):
+        assert status == 0, err
+    model = jaxlm.load(folder)
+    texts = jaxlm.generate(model, [[1, 5, 9], [4, 4]], max_tokens=6, temperature=0, ignore_eos=True)
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert first == second
+    for mesh, part in (("model=8", 0.5), ("data=2,model=4", 1.0)):
+        assert first[mesh] == {"texts": [text.tokens for text in texts], "part": part}
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True, "seed": first["drawn"]["seed"]}
+    assert first["drawn"]["tokens"] == jaxlm.generate(model, [1, 5, 9], **options).tokens
+    assert contents(tmp_path / "exported") == contents(folder)
+
+
+def test_processes_that_disagree_name_both_sides(folder, tmp_path):
+    other = made.folder(tmp_path / "other", {**RAW, "rope_theta": 5e5}, made.tensors(RAW))
+    for status, out, err in ended(two(*generate([folder, other]))):
+        assert (status, out) == (1, "")
+        assert "the processes disagree about the model: process 0 has" in err
+        assert str(folder) in err
+        assert str(other) in err
+
+
+def test_a_mesh_that_does_not_fit_both(folder):
+    for status, _, err in ended(two(*generate([folder, folder], "--mesh", "model=4"))):
+        assert status == 1
+        assert "mesh model=4 is for 4 devices, but there are 8 in 2 processes: the sizes must multiply to that" in err
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_other(folder, tmp_path, dead):
+    """Killed while the other waits for it."""
+    code = (
+        f"import sys; from jaxlm import processes as p; p.HEARTBEAT = {HEARTBEAT};"
+        "p.start(sys.argv[1], 2, int(sys.argv[2]));"
+        "p.gather('here'); print('here', file=sys.stderr, flush=True);"
+        "import time; time.sleep(600 * (p.number() == int(sys.argv[3]))); p.gather('there')"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    started = two(*(["-c", code, address, str(i), str(dead)] for i in range(2)))
+    for line in iter(started[dead].stderr.readline, ""):
+        if line.strip() == "here":
+            break
+    time.sleep(0.5)
+    began = time.monotonic()
+    started[dead].send_signal(signal.SIGKILL)
+    status, _, err = ended(started, 4 * HEARTBEAT)[1 - dead]
+    assert status != 0
+    assert "distributed service detected fatal errors" in err or "Gloo" in err
+    assert time.monotonic() - began < 4 * HEARTBEAT
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coordinator": "127.0.0.1:1"}, "belong together: give all three"),
+        ({"coordinator": "127.0.0.1", "count": 2, "index": 0}, "write HOST:PORT"),
+        ({"coordinator": "127.0.0.1:1", "count": 2, "index": 2}, "numbered 0 to 1"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message):
+    with pytest.raises(ValueError, match=message):
+        processes.start(**flags)
+
+
+def test_others_that_do_not_come(folder):
+    command = f"from jaxlm import cli, processes; processes.CONNECT = 1; cli.main({generate([folder, folder])[0][2:]})"
+    [(status, out, err)] = ended(two(["-c", command]))
+    assert status != 0
+    assert not out
+    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "distributed service detected fatal errors" in err
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ({}, 1),
+        ({"SLURM_NTASKS": "4"}, 1),  # a batch script: srun has not started anything
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+    ],
+)
+def test_what_launchers_say(monkeypatch, names, count):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert processes.launched() == count
+
+
+def test_a_chat_is_with_one_process(folder, monkeypatch, capsys):
+    from jaxlm.cli import main
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        main(["chat", "-m", str(folder)])
+    assert "a chat is with one process: use jaxlm generate" in capsys.readouterr().err
