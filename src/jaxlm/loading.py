@@ -173,6 +173,15 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
     return lambda row: meshes.sharding(row.letters, row.shape, over)
 
 
+def spread(model: Model, mesh: Any) -> Model:
+    """The same model over a mesh, as `load` takes it."""
+    where, weights = placement(model.config, mesh, None), {}
+    for row in params.rows(model.family.PARAMS, model.config):
+        params.put(weights, row.path, jax.device_put(params.get(model.weights, row.path), where(row)))
+    more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
+    return Model(model.family, model.config, weights, *more)
+
+
 def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], Any]) -> None:
     """ValueError unless every process is about to load the same model into the same places."""
     if not processes.several():

@@ -116,6 +116,12 @@ def _axes(letter: str, n: int, sizes: Mapping[str, int]) -> str | tuple[str, ...
     return next((axis for axis in axes[:1] if n % sizes[axis] == 0), None)
 
 
+def parts(letters: str, shape: Sequence[int], mesh: Any) -> int:
+    """Into how many parts an array is divided: each device holds one."""
+    axes = [axis for axes in spec(letters, shape, mesh) for axis in ([axes] if isinstance(axes, str) else axes or ())]
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where an array of these letters and this shape lies."""
     return NamedSharding(mesh, spec(letters, shape, mesh))

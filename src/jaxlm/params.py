@@ -67,6 +67,14 @@ def put(weights: dict[str, Any], path: str, value: Any) -> None:
     layers[int(layer)][name] = value
 
 
+def get(weights: Mapping[str, Any], path: str) -> Any:
+    """The leaf under a path; layers are a list."""
+    if not path.startswith("layers."):
+        return weights[path]
+    _, layer, name = path.split(".")
+    return weights["layers"][int(layer)][name]
+
+
 def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """The weights as jax.ShapeDtypeStruct: nothing is allocated."""
     weights: dict[str, Any] = {}

@@ -284,3 +284,35 @@ def test_what_the_hub_refuses(hub, capsys, name, message):
 def test_offline_without_a_copy(hub, capsys):
     assert main(["info", "org/tiny", "--offline"]) == 1
     assert "offline, and org/tiny lacks config.json in the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "lines"),
+    [
+        (
+            "data=2,model=4",
+            ["data 2 × model 4, 8 devices", "K  2 of 8 on each device\n", "N  8 of 32 on each device\n"],
+        ),
+        ("model=16", ["K  1 of 8 on each device, 2 devices hold the same", "F  896 of 14,336 on each device"]),
+        ("model=3", ["N  all 32 on each device: 3 does not divide it", "V  42,752 of 128,256 on each device\n"]),
+    ],
+)
+def test_a_mesh(shared, capsys, mesh, lines):
+    """No device is needed to ask what each would hold."""
+    config = str(shared / "configs/meta-llama-Llama-3.1-8B.json")
+    assert main(["info", config, "--mesh", mesh]) == 0
+    out = capsys.readouterr().out
+    for line in lines:
+        assert line in out
+
+
+def test_bytes_on_a_device_of_a_mesh(shared, capsys):
+    config = str(shared / "configs/meta-llama-Llama-3.1-8B.json")
+    assert main(["info", config, "--mesh", "data=2,model=16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    heads, norms = 2 * 32 * 8 * 128 * 4096, 65 * 4096  # k and v go over 8 of 16; norms are whole
+    divided = told["parameters"]["total"] - heads - norms
+    assert told["mesh"]["weights"] == 2 * (divided // 16 + heads // 8 + norms)
+    assert told["mesh"]["kv"]["8192"] == 2 * 32 * 128 * 2 * 8192
+    assert main(["info", config, "--mesh", "model=16,rows=2"]) == 1
+    assert "there is no axis rows; the axes are data and model" in capsys.readouterr().err

@@ -143,14 +143,16 @@ def test_every_planted_fault_fails(
 
 
 def test_both_at_once_on_metas_form(tmp_path: Path) -> None:
-    """Llama with scaled rope, factor 32: Meta's files, transformers and Meta's code, one table of ids."""
+    """Llama with scaled rope, factor 32: Meta's files, transformers, Meta's code and four devices: one table of ids."""
     model = make("llama3", tmp_path / "hf").model
     jaxlm.export(model, tmp_path / "meta", format="meta")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"]
-    report = jaxlm.verify(tmp_path / "meta", "transformers,meta", rope_factor=32.0)
+    report = jaxlm.verify(tmp_path / "meta", "transformers,meta", rope_factor=32.0, mesh="model=4")
     assert report.passed, str(report)
     assert list(report.tokens) == ["jaxlm", *(name for name in report.tokens if name != "jaxlm")]
-    assert len(report.tokens) == 3
+    assert len(report.tokens) == 4
+    assert len({tuple(ids) for ids in report.tokens.values()}) == 1
+    assert {"on data=1,model=4 = on one device, logits, rms"} <= {check.what for check in report.checks}
     assert any("factor 32 patched in" in name for name in report.tokens)
     assert not jaxlm.verify(faults.interleaved(model, None), "meta").passed
 

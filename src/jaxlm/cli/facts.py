@@ -143,6 +143,7 @@ def describe(name: str, found: Found, flags: ModelFlags) -> dict[str, Any]:
             for window in sorted(set(cfg.windows), key=lambda w: (w is None, w or 0))
         ],
         "kv": _kv(cfg, dtype),
+        "mesh": _mesh(family, cfg, dtype, flags.mesh) if flags.mesh else None,
         "context": cfg.context,
         "rope": _ropes(cfg),
         "tokenizer": _tokenizer(found),
@@ -203,6 +204,27 @@ def _kv(cfg: Any, dtype: Any) -> dict[str, Any]:
         "bytes_per_token": layer * len(cfg.windows),
         "bytes_per_token_past_the_window": layer * cfg.windows.count(None),
         "bytes": {n: layer * sum(n if w is None else min(n, w) for w in cfg.windows) for n in lengths},
+    }
+
+
+def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
+    """What one device of a mesh holds: bytes of weights and of the cache of one row, and how each letter is divided."""
+    from jax.sharding import AbstractMesh
+
+    from jaxlm import mesh, params
+
+    asked = mesh.parse(text)
+    axes = mesh.split(asked, cfg.K)
+    over = AbstractMesh(tuple(axes.values()), tuple(axes))
+    rows = params.rows(family.PARAMS, cfg)
+    elements = sum(math.prod(row.shape) // mesh.parts(row.letters, row.shape, over) for row in rows)
+    heads = mesh.parts("K", (cfg.K,), over)
+    return {
+        **asked,
+        "devices": math.prod(asked.values()),
+        "weights": elements * dtype.itemsize,
+        "kv": {length: nbytes // heads for length, nbytes in _kv(cfg, dtype)["bytes"].items()},
+        "over": {x: mesh.parts(x, (getattr(cfg, x),), over) for x in "NKFV"},
     }
 
 

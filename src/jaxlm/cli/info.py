@@ -79,6 +79,7 @@ def sections(told: dict[str, Any], columns: int) -> list[tuple[str, str, list[An
         ("tensors", "", _tensors(told, columns)),
         ("context", f"{told['context']:,} tokens", [_rope(*item) for item in told["rope"].items()]),
         ("cache", *_cache(told)),
+        *([("mesh", *_mesh(told))] if told["mesh"] else []),
         ("tokenizer", *_tokenizer(told["tokenizer"])),
         ("generation", _generation(told["generation"]), []),
     ]  # fmt: skip
@@ -157,6 +158,23 @@ def _cache(told: dict[str, Any]) -> tuple[str, list[str]]:
         lines.append(f"past {max(windows):,} tokens {kv['bytes_per_token_past_the_window']:,} bytes a token")
     lines += [f"{length:>9,} tokens  {gigabytes(nbytes)}" for length, nbytes in kv["bytes"].items()]
     return beside, lines
+
+
+def _mesh(told: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a device holds, and which letters are divided over how many of the devices on `model`."""
+    from jaxlm.devices import gigabytes
+
+    mesh, whole = told["mesh"], told["weights"]["bytes"]
+    lines = [f"weights  {gigabytes(mesh['weights'])} a device ({mesh['weights'] / whole:.1%} of them)"]
+    lines += [f"cache of {length:,} tokens  {gigabytes(nbytes)} a device" for length, nbytes in mesh["kv"].items()]
+    for letter, over in mesh["over"].items():
+        size, copies = told["sizes"][letter], mesh["model"] // over
+        divided = f"{size // over:,} of {size:,} on each device" if over > 1 else f"all {size:,} on each device"
+        why = "" if copies == 1 else f", {copies} devices hold the same"
+        if over == 1 and mesh["model"] > 1:
+            why = f": {mesh['model']} does not divide it"
+        lines.append(f"{letter}  {divided}{why}")
+    return f"data {mesh['data']} × model {mesh['model']}, {mesh['devices']} devices", lines
 
 
 def _tokenizer(tokenizer: dict[str, Any] | None) -> tuple[str, list[str]]:

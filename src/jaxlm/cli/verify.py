@@ -1,6 +1,8 @@
 """`jaxlm verify`: proof that a model computes what its authors published."""
 
 import json
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,16 @@ from jaxlm.cli.common import ModelFlags, note
 
 if TYPE_CHECKING:
     from jaxlm.verification import Report
+
+
+def on_virtual_devices(mesh: str) -> None:
+    """Lets a CPU count as as many devices as the mesh needs: what is computed is the same."""
+    import jax
+
+    from jaxlm.mesh import parse
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", math.prod(parse(mesh).values()))
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,11 @@ class Verify(ModelFlags):
             print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
             return 2
         name = str(self.name or self.model)
+        if not self.alone:
+            raise ValueError("verify runs in one process: it holds a model against references that do")
         self.begin()
+        if self.mesh is not None:
+            on_virtual_devices(self.mesh)
         if self.report is not None:
             from jaxlm.verification.report import require_plots
 
@@ -46,7 +62,9 @@ class Verify(ModelFlags):
                 raise FileExistsError(f"--report {self.report} is a file: name a folder")
         import jaxlm
 
-        report = jaxlm.verify(name, self.against, record=self.record, dtype=self.dtype, progress=note, **self.options())
+        report = jaxlm.verify(
+            name, self.against, record=self.record, dtype=self.dtype, mesh=self.mesh, progress=note, **self.options()
+        )
         if self.json:
             print(json.dumps(report.json(), indent=2, ensure_ascii=False))
         else:

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.loading import Found
+import jax
+
+from jaxlm.loading import Found, spread
 from jaxlm.verification import ours, recordings
-from jaxlm.verification.checks import Check, compare
+from jaxlm.verification.checks import Check, compare, compare_places
 from jaxlm.verification.probes import Probes, Trace, probes_for
 from jaxlm.verification.report import Report
 from jaxlm.verification.torch_models import RUNS
@@ -36,6 +38,7 @@ def verify(
     *,
     record: str | Path | None = None,
     dtype: str = "float32",
+    mesh: Any = None,
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> Report:
@@ -45,8 +48,9 @@ def verify(
     "transformers", "meta", a file that `record` wrote, "self", or several; the default is transformers where torch is
     installed and the checkpoint is at hand, else "self". record: a file for the answers of the first reference. dtype:
     of jaxlm's weights; float32 proves the mathematics, another type is held against the reference's own error in that
-    type. progress hears what is being done. options go to `load`. Raises what `load` raises, and ValueError for a
-    reference that cannot run.
+    type. mesh: as `load` takes it; the model then runs there too, and is held against itself on one device. progress
+    hears what is being done. options go to `load`. Raises what `load` raises, and ValueError for a reference that
+    cannot run.
     """
     subject = ours.subject_of(model, options)
     names = _references(against, subject)
@@ -58,7 +62,16 @@ def verify(
     if record is not None:
         recordings.write(record, probes, traces[0], subject.config)
     progress("running jaxlm …")
-    return compare(ours.loaded(model, dtype, options), probes, traces)
+    alone = {} if mesh is None else {"device": jax.local_devices()[0]}
+    one = ours.loaded(model, dtype, options | alone)
+    report = compare(one, probes, traces)
+    if mesh is not None:
+        there = spread(one, mesh)
+        if there.mesh is None:
+            raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")
+        progress(f"running jaxlm on {mesh} …")
+        compare_places(report, one, there, probes)
+    return report
 
 
 def _answers(

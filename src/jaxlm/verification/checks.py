@@ -62,6 +62,18 @@ def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report
     return report
 
 
+def compare_places(report: Report, one: Any, spread: Any, probes: Probes) -> None:
+    """Adds what a model computes on a mesh, held against what it computes on one device."""
+    alone, there = ours.trace(one, probes, None), ours.trace(spread, probes, None)
+    rows, devices = spread.mesh.shape["data"], spread.mesh.size
+    on = f"on data={rows},model={devices // rows}"
+    report.tokens[f"jaxlm {on}"] = there.greedy
+    far = apart(there.logits, alone.logits).rms
+    check = Check("itself", f"{on} = on one device, logits, rms", far, tolerances.ITSELF[report.dtype], "deviations")
+    texts = [text._replace(against="itself", what=f"{on}: {text.what}") for text in _text(there, alone)]
+    report.checks += [check, *texts]
+
+
 def _limits(theirs: list[Trace], figures: Apart | None) -> tolerances.Limits:
     """The table's limits in float32; else a multiple of the reference's own error in the model's type."""
     if figures is None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import loading
+from jaxlm import loading, mesh
 from jaxlm.model import Model
 from jaxlm.ops import frequencies
 from jaxlm.ops.rotary import Frequencies
@@ -48,7 +48,7 @@ def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
         states = [state[:, kept].astype(jnp.float32) for state in [*states[:-1], x]]
         return states, family.logits(cfg, x[:, kept], weights)
 
-    with _shared_frequencies(model, reference):
+    with _shared_frequencies(model, reference), mesh.on(model.weights):
         hidden, logits = jax.device_get(answers(jnp.asarray(probes.tokens), jnp.asarray(probes.pos), model.weights))
     ropes = {name: frequencies(getattr(cfg, name), cfg.H) for name in ROPES if hasattr(cfg, name)}
     return Trace(
