@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,7 +26,11 @@ DATA, MODEL, GROUP = "data", "model", "group"
 # Letter -> axes, all of them or the first alone. T, S, D and H are not divided when a model runs: attention and norms
 # then need no exchange, and a layer's two sums over devices are those behind `o` and `down`.
 WIDE = (MODEL, GROUP)
-ON: dict[str, tuple[str, ...]] = {"B": (DATA,), "K": (MODEL,), "N": WIDE, "F": WIDE, "V": WIDE}
+Table = Mapping[str, tuple[str, ...]]
+ON: Table = {"B": (DATA,), "K": (MODEL,), "N": WIDE, "F": WIDE, "V": WIDE}
+# Weights that are trained, and what the optimiser keeps of them, are also divided over `data` (FSDP, arXiv:2304.11277):
+# each is gathered before it is used.
+ON_TRAINED: Table = {**ON, "D": (DATA,)}
 
 
 def parse(text: str) -> dict[str, int]:
@@ -99,18 +104,18 @@ def grouped(over: Mesh, K: int) -> Mesh:
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def spec(letters: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+def spec(letters: str, shape: Sequence[int], mesh: Any, on: Table = ON) -> PartitionSpec:
     """The axes of each letter, None where it has none or they do not divide its size; axes beyond the letters are not
     divided. An axis of one device divides nothing, and is left out so that equal places have one name."""
     names = letters.ljust(len(shape), " ")
-    axes = [_axes(letter, n, mesh.shape) for letter, n in zip(names, shape, strict=True)]
+    axes = [_axes(on.get(letter, ()), n, mesh.shape) for letter, n in zip(names, shape, strict=True)]
     while axes and axes[-1] is None:  # as jax names the places of what its programs give
         axes.pop()
     return PartitionSpec(*axes)
 
 
-def _axes(letter: str, n: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
-    axes = tuple(axis for axis in ON.get(letter, ()) if sizes.get(axis, 1) > 1)
+def _axes(of_letter: tuple[str, ...], n: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    axes = tuple(axis for axis in of_letter if sizes.get(axis, 1) > 1)
     if len(axes) > 1 and n % math.prod(sizes[axis] for axis in axes) == 0:
         return axes
     return next((axis for axis in axes[:1] if n % sizes[axis] == 0), None)
@@ -122,15 +127,24 @@ def parts(letters: str, shape: Sequence[int], mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding(letters: str, shape: Sequence[int], mesh: Mesh, on: Table = ON) -> NamedSharding:
     """Where an array of these letters and this shape lies."""
-    return NamedSharding(mesh, spec(letters, shape, mesh))
+    return NamedSharding(mesh, spec(letters, shape, mesh, on))
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Within `jax.set_mesh`, holds an activation to the axes of its letters; elsewhere does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+
+
+GATHERED = "gathered"  # what the backward pass must not keep: it gathers again
+
+
+def gathered(w: jax.Array, letters: str) -> jax.Array:
+    """A weight as a product wants it: where training divides it over `data` it is gathered here, under a name that
+    policies of jax.checkpoint know."""
+    return checkpoint_name(constrain(w, letters), GATHERED) if active() else w
 
 
 def divided(letters: str, shape: Sequence[int]) -> PartitionSpec:

@@ -83,6 +83,17 @@ def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     return weights
 
 
+def letters(table: Table, weights: Any) -> Any:
+    """A tree like the weights, listed or stacked, that holds the letters of each; stacked ones begin with L."""
+
+    def of(path: Any, leaf: Any) -> str:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
+        return "L" * ("stacked" in names) + own
+
+    return jax.tree_util.tree_map_with_path(of, weights)
+
+
 def init(table: Table, cfg: Any, key: jax.Array, neutral: float, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Random weights: norms at their neutral value, the embedding with deviation 1 / sqrt(D) (so that a tied head
     gives logits of deviation 1), every product with deviation 1 / sqrt(inputs)."""

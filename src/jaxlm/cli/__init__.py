@@ -53,11 +53,14 @@ def parse(argv: list[str]) -> Any:
     from jaxlm.cli.export import Export
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
+    from jaxlm.cli.train import Train, with_file
     from jaxlm.cli.verify import Verify
 
-    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
+    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export, "train": Train}
+    markers = (tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
     markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
+    if argv[0] == "train":
+        argv = ["train", *with_file(argv[1:])]
     if argv[0] in commands:  # by itself, so that errors point to the help of the command
         return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
     return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)

@@ -17,8 +17,9 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
-    y = multiply(spec, x, w.astype(x.dtype)).astype(dtype or x.dtype)
-    return mesh.constrain(y, spec.split("->")[1])
+    inputs, out = spec.split("->")
+    w = mesh.gathered(w.astype(x.dtype), inputs.split(",")[1])
+    return mesh.constrain(multiply(spec, x, w).astype(dtype or x.dtype), out)
 
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -59,4 +60,4 @@ def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def embed(tokens: jax.Array, w: jax.Array) -> jax.Array:
     """Rows [B,T,D] of the table w [V,D]."""
-    return mesh.constrain(w[tokens], "BTD")
+    return mesh.constrain(mesh.gathered(w, "VD")[tokens], "BTD")

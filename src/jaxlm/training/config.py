@@ -1,0 +1,136 @@
+"""What a training run is: one tree of dataclasses, at once the Python argument, the YAML file and the flags."""
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from."""
+
+    train: tuple[str, ...] = ()
+    """Files (.txt, .jsonl, .json, .parquet), folders, globs, or one hub dataset."""
+    valid: tuple[str, ...] = ()
+    """The same, for the loss on what is not learned."""
+    form: str | None = None
+    """text, messages, prompt, instruction or conversations; default: what the first rows look like."""
+    learn: Literal["assistant", "completion", "all"] | None = None
+    """Which tokens count; default: answers where there are any, else all."""
+    packing: Literal["split", "whole", "none"] | None = None
+    """Rows are filled with documents cut where a row ends, with whole documents, or with one each."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What happens at a row that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """How weights follow their gradients."""
+
+    name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
+    """The method; muon (Jordan 2024) is for the matrices of layers, the rest then goes by adam without decay."""
+    lr: float = 3e-4
+    """Learning rate at its highest."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: down along a cosine or a line, or (wsd) stable and then down."""
+    warmup: float = 0.02
+    """Steps in which the rate rises from 0; below 1 a part of all steps."""
+    decay: float = 0.2
+    """wsd: the part of all steps in which the rate goes down at the end."""
+    final: float = 0.1
+    """The rate at the end, relative to `lr`."""
+    weight_decay: float = 0.1
+    """Decoupled decay of weights that are multiplied (not of norms)."""
+    b1: float = 0.9
+    """Decay of the mean of gradients."""
+    b2: float = 0.95
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """What is added to the denominator."""
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run. Its folder holds all of it: configuration, metrics, checkpoints, the model at the end."""
+
+    out: Path = Path("run")
+    """The run's folder."""
+    model: str | None = None
+    """Checkpoint to go on from: hub id or folder."""
+    shape: Path | None = None
+    """config.json of a model that begins with random weights."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, where no checkpoint brings one."""
+    data: Data = field(default_factory=Data)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    steps: int = 1000
+    """Steps in all."""
+    batch: int = 32
+    """Rows of a step, over all devices."""
+    length: int = 512
+    """Tokens of a row."""
+    accumulate: int = 1
+    """Parts into which a batch is cut to save memory; the gradient is that of the whole."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of products and activations; weights and optimiser are float32."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again: nothing, all, or all but products."""
+    z_loss: float = 0.0
+    """Weight of the squared log-denominator of the softmax."""
+    mesh: str | None = None
+    """data=4,model=2; default: all devices on data."""
+    seed: int = 0
+    """Of the first weights and of the order of the data."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    eval_every: int = 200
+    """Steps between losses on `data.valid` and sample texts; 0: at the end alone."""
+    eval_batches: int = 16
+    """Batches of an evaluation at most."""
+    samples: tuple[str, ...] = ()
+    """Prompts that are continued at each evaluation."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on where the folder's last checkpoint ends."""
+
+    def check(self) -> "Run":
+        """Raises ValueError for what cannot be run."""
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("name a checkpoint (--model) or a config.json for random weights (--shape), one of them")
+        if not self.data.train:
+            raise ValueError("name what to learn from: --data.train FILES")
+        for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} cannot be cut into {self.accumulate} equal parts (accumulate)")
+        return self
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass tree as plain values, for YAML and JSON."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_dict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flags(values: dict[str, Any], given: Collection[str] = (), before: str = "") -> list[str]:
+    """The fields of a YAML file as flags of the command, which checks names and types; those `given` there win."""
+    found = []
+    for name, value in values.items():
+        flag = f"--{before}{name}".replace("_", "-")
+        if isinstance(value, dict):
+            found += flags(value, given, f"{before}{name}.")
+        elif value is not None and flag not in given:
+            for item in value if isinstance(value, list) else [value]:
+                found += [flag, str(item)]
+    return found

@@ -1,0 +1,57 @@
+"""Checkpoints of a run: Orbax writes them while training goes on, each device its own part.
+
+A checkpoint appears under its number when it is whole; one that was being written when the process died is not there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Checkpoints:
+    """Those of one run, in its folder `checkpoints`, named by how many steps had been taken."""
+
+    def __init__(self, folder: Path, keep: int):
+        import orbax.checkpoint as ocp
+
+        self.folder, self._ocp = folder.absolute() / "checkpoints", ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole one; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state to host memory and returns; the rest happens beside the next steps. An error of the save
+        before is raised here."""
+        if step != self.latest:
+            self._manager.save(step, args=self._ocp.args.StandardSave(state), force=True)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, in the places and types of `like` (arrays or jax.ShapeDtypeStruct with sharding)."""
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+        return self._manager.restore(step, args=self._ocp.args.StandardRestore(shapes))
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+@contextmanager
+def opened(folder: Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of a run; on leaving, what is being written is finished. An error on the way out of a block that
+    has failed itself does not hide the block's."""
+    checkpoints = Checkpoints(folder, keep)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    finally:
+        checkpoints.close()

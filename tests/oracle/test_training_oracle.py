@@ -1,0 +1,135 @@
+"""Ten steps of AdamW beside torch: the same weights, batches and rule must lead to the same place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle.reference import FAMILIES, V, build, masks, share_frequencies
+
+import jaxlm
+from jaxlm import params
+from jaxlm.training import optimisers, step
+from jaxlm.training.batches import Batch
+from jaxlm.training.config import Optimiser
+from jaxlm.training.loss import loss
+
+pytestmark = pytest.mark.oracle
+STEPS, RATE, DECAY, CLIP = 10, 1e-3, 0.1, 1.0
+
+
+def batches() -> list[Batch]:
+    """Two rows of 24 tokens: one whole, one of two packed documents; a fifth of the targets do not count."""
+    rng = np.random.default_rng(0)
+    pos = np.stack([np.arange(24), [*range(14), *range(10)]]).astype(np.int32)
+    out = []
+    for _ in range(STEPS):
+        tokens = rng.integers(0, V, (2, 25)).astype(np.int32)
+        learned = rng.random((2, 24)) < 0.8
+        learned[1, 13] = False  # the first token of the next document is no target
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], pos, learned))
+    return out
+
+
+def torch_loss(oracle: Any, batch: Batch) -> Any:
+    import torch
+
+    pos = batch.pos.copy()
+    pos[1, 14:] += 1000  # for the masks alone, which go by position: past every window, and not seen before
+    mask = masks(oracle, pos)
+    apart = np.zeros((2, 1, 24, 24), bool)
+    apart[1, :, 14:, :14] = True
+    lowest = torch.finfo(torch.float32).min
+    kinds = mask if isinstance(mask, dict) else {"": mask}
+    kinds = {kind: m.masked_fill(torch.from_numpy(apart), lowest) for kind, m in kinds.items()}
+    out = oracle(
+        input_ids=torch.from_numpy(batch.tokens).long(),
+        position_ids=torch.from_numpy(batch.pos).long(),
+        attention_mask=kinds if isinstance(mask, dict) else kinds[""],
+        use_cache=False,
+    )
+    nats = torch.nn.functional.cross_entropy(
+        out.logits.reshape(-1, V), torch.from_numpy(batch.targets).long().reshape(-1), reduction="none"
+    )
+    counts = torch.from_numpy(batch.learned).float().reshape(-1)
+    return (nats * counts).sum() / counts.sum()
+
+
+def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The losses, and the gradients of the first step before clipping."""
+    import torch
+
+    named = dict(oracle.named_parameters())
+    flat = [p for name, p in named.items() if p.ndim < 2]
+    wide = [p for name, p in named.items() if p.ndim >= 2]
+    groups = [{"params": wide, "weight_decay": DECAY}, {"params": flat, "weight_decay": 0.0}]
+    rule = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    losses, first = [], {}
+    for batch in batches():
+        rule.zero_grad()
+        value = torch_loss(oracle, batch)
+        value.backward()
+        first = first or {name: p.grad.numpy().copy() for name, p in named.items()}
+        torch.nn.utils.clip_grad_norm_(list(named.values()), CLIP)
+        rule.step()
+        losses.append(value.item())
+    return losses, first
+
+
+def by_name(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
+    """Our arrays under the checkpoint's names and in its shapes."""
+    rows = params.rows(model.family.PARAMS, model.config)
+    return {row.names[0]: np.asarray(params.get(tree, row.path)).reshape(row.stored) for row in rows}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps(family: str, tmp_path: Any) -> None:
+    # Where there is a padding id, torch's embedding gives that row no gradient.
+    oracle = build(family, tie_word_embeddings=family == "gemma3", pad_token_id=None)
+    oracle.save_pretrained(tmp_path)
+    model = jaxlm.load(tmp_path)
+    share_frequencies(oracle, model)
+    start = by_name(model, model.weights)
+    losses, gradients = torch_run(oracle)
+
+    of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    stacked = params.stack(model.weights, len(params.period(model.config.windows)))
+    rule = optimisers.make(of, STEPS, params.letters(model.family.PARAMS, stacked))
+    run = jax.jit(step.make(model.family, model.config, rule))
+    state, found = step.start(rule, stacked), []
+    first = jax.grad(lambda w, b: (s := loss(model.family, model.config, w, b)).loss / s.tokens)(
+        model.weights, batches()[0]
+    )
+    for batch in batches():
+        state, metrics = run(state, batch)
+        found.append(float(metrics.loss))
+    assert np.allclose(found, losses, rtol=1e-5, atol=0)
+    for name, gradient in by_name(model, first).items():
+        far = np.linalg.norm(gradient - gradients[name]) / np.linalg.norm(gradients[name])
+        assert far <= 1e-4, (name, far)
+    ours = by_name(model, params.unstack(state.weights))
+    theirs = {name: p.detach().numpy() for name, p in oracle.named_parameters()}
+    apart = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
+    travelled = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
+    assert travelled > 0.05
+    assert apart <= 1e-3 * travelled
+
+
+def test_a_wrong_rule_shows(tmp_path: Any) -> None:
+    """Decay left out, or norms decayed too, is far beyond what the comparison lets pass."""
+    oracle = build("llama3")
+    oracle.save_pretrained(tmp_path)
+    model = jaxlm.load(tmp_path)
+    letters = params.letters(model.family.PARAMS, model.weights)
+    ends = []
+    for decay, told in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
+        of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
+        rule = optimisers.make(of, STEPS, told)
+        run, state = jax.jit(step.make(model.family, model.config, rule)), step.start(rule, model.weights)
+        for batch in batches():
+            state, _ = run(state, batch)
+        ends.append(jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(state.weights)]))
+    start = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(model.weights)])
+    for other in ends[1:]:
+        assert jnp.linalg.norm(other - ends[0]) > 3e-3 * jnp.linalg.norm(ends[0] - start)
