@@ -149,7 +149,7 @@ class Loop:
                     self._check(waiting)
                     seconds, clock = time.perf_counter() - clock, time.perf_counter()
                     line = {"step": number, **{n: float(x) for n, x in found._asdict().items()}}
-                    line |= {"rate": float(self.rate(number - 1)), "tokens_per_second": counted / seconds}
+                    line |= {"rate": float(np.asarray(self.rate(number - 1))), "tokens_per_second": counted / seconds}
                     counted = 0.0
                     metrics.add(line)
                     self.last = line
