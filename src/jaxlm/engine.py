@@ -217,8 +217,10 @@ def _join(model: "Model", requests: list[Request], rows: list[int], state: decod
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
     shared = Optionals(state.counts is not None, state.bias is not None)
     kv, last = extend(model, kv, [r.ids for r in padded], 0)
-    part = new_rows(model, padded, kv, shared)
+    # Without the cache in it the first program does not depend on the prompts' length.
+    part = new_rows(model, padded, None, shared)
     part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
+    part = part._replace(kv=kv)
     where = mesh.place(np.array(target, np.int32), "", model.mesh)
     return model.programs.insert(state, where, part)(state, where, part), made
 

@@ -267,4 +267,7 @@ def _environment() -> Sandbox:
     namespace = type("namespace", (theirs,), {"__repr__": lambda self: "<namespace>"})
     environment.globals = {**environment.globals, "namespace": namespace}
     environment.globals.pop("lipsum")
+    # {% generation %} is followed by an extension, of which the copy has its own.
+    tracker = next(found for found in environment.extensions.values() if hasattr(found, "activate_tracker"))
+    environment.activate_tracker = tracker.activate_tracker  # pyright: ignore[reportAttributeAccessIssue]
     return environment

@@ -53,10 +53,12 @@ def parse(argv: list[str]) -> Any:
     from jaxlm.cli.export import Export
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
+    from jaxlm.cli.tokenizer import Tokenizer
     from jaxlm.cli.train import Train, with_file
     from jaxlm.cli.verify import Verify
 
-    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export, "train": Train}
+    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
+    commands |= {"train": Train, "tokenizer": Tokenizer}
     markers = (tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
     markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
     if argv[0] == "train":

@@ -127,7 +127,9 @@ def load(path: Path) -> Corpus | None:
     """The corpus in a folder; None where there is none, or not all of it."""
     try:
         about = json.loads((path / "corpus.json").read_text())
-        arrays = {name: np.memmap(path / f"{name}.bin", dtype, "r") for name, dtype in about["arrays"].items()}
+        arrays: dict[str, Any] = {
+            name: np.memmap(path / f"{name}.bin", dtype, "r") for name, dtype in about["arrays"].items()
+        }
     except (OSError, ValueError, KeyError):
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())

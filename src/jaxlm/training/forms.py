@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from jaxlm.messages import plain
 
 # form -> the fields that tell it, and what is learned by default. The first that fits is taken.
-FORMS = {
+FORMS: dict[str, tuple[tuple[str, ...], str]] = {
     "messages": (("messages",), "assistant"),
     "conversations": (("conversations",), "assistant"),
     "prompt": (("prompt", "completion"), "completion"),
@@ -40,7 +40,11 @@ class TextOptions:
 
     def fields(self, form: str) -> tuple[str, ...]:
         """The names that the fields of a form have here."""
-        names = {"text": self.text_field, "prompt": self.prompt_field, "completion": self.completion_field}
+        names: dict[str, str] = {
+            "text": self.text_field,
+            "prompt": self.prompt_field,
+            "completion": self.completion_field,
+        }
         return tuple(names.get(name, name) for name in FORMS[form][0])
 
     def form_of(self, value: Any) -> str | None:
