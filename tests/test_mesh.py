@@ -14,6 +14,7 @@ from recordings.tiny import tiny
 import jaxlm
 from jaxlm import Model, mesh, params, sampling
 from jaxlm.decoding import compiled_for
+from jaxlm.ops import cache as caches
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
@@ -154,6 +155,13 @@ def test_kv_heads_go_in_groups() -> None:
         program = jax.jit(lambda w, kv, t, p: there.family.forward(there.config, t, w, kv, p), donate_argnums=1)
         found = collectives(program.lower(there.weights, kv, tokens, tokens).compile())
     assert found == Counter({"all-reduce": 2 * model.config.L})  # the odd vocabulary is whole: no sum for it
+
+
+def test_a_cache_grows_where_it_lies() -> None:
+    there = spread(tiny("gemma3", num_attention_heads=8, num_key_value_heads=4), make("data=2,model=4"))
+    short, long = (there.init_kv(4, length, chunk=1) for length in (16, 32))
+    with mesh.on(there.weights):
+        assert not collectives(jax.jit(caches.grow).lower(long, short).compile())
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Programs:
         return self._get("insert", insert, (), (0,), args)
 
     def grow(self, *args: Any) -> Callable[..., Any]:
-        return self._get("larger cache", caches.insert, (), (0,), args)
+        return self._get("larger cache", caches.grow, (), (0,), args)
 
     def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)

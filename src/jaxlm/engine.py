@@ -154,8 +154,7 @@ def cache_lengths(requests: Sequence[Request]) -> list[int]:
 def grow(model: "Model", kv: caches.Cache, length: int, chunk: int) -> caches.Cache:
     """A cache of this length with the contents of a shorter one."""
     rows = next(iter(kv.at.values())).shape[0]
-    every = mesh.place(np.arange(rows, dtype=np.int32), "", model.mesh)
-    args = (model.init_kv(rows, length, chunk=chunk), kv, every)
+    args = (model.init_kv(rows, length, chunk=chunk), kv)
     return model.programs.grow(*args)(*args)
 
 

@@ -118,3 +118,15 @@ def insert(cache: Cache, part: Cache, rows: jax.Array) -> Cache:
         put = {n: new[n].at[rows[:, None], :, index].set(old[n].swapaxes(1, 2), mode="drop") for n in ("k", "v")}
         layers.append(put)
     return replace(cache, at=at, layers=layers)
+
+
+def grow(cache: Cache, part: Cache) -> Cache:
+    """An empty cache with the contents of a shorter one of as many rows; no row leaves its device."""
+    at, layers = dict(cache.at), []
+    for new, old in zip(cache.layers, part.layers, strict=True):
+        S, held = new["k"].shape[2], part.at[str(old["k"].shape[2])]
+        index = slot(held, S, cache.length)
+        view = write(Slots(new["k"], new["v"], index, held), old["k"].swapaxes(1, 2), old["v"].swapaxes(1, 2))
+        at[str(S)] = _by_row(_put_at, cache.at[str(S)], held, index)
+        layers.append({"k": view.k, "v": view.v})
+    return replace(cache, at=at, layers=layers)

@@ -1,0 +1,142 @@
+"""The collectives of a compiled program, read from its HLO text."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+WIDTH = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+         "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """One collective on the way through a program. tensors: what each device holds of its results, as (type, shape);
+    groups: devices that exchange, by their place in the mesh, None where the text could not be read."""
+
+    kind: str
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: tuple[tuple[int, ...], ...] | None
+    conditional: bool  # within a branch, so not on every way
+
+    @property
+    def nbytes(self) -> int:
+        return sum(WIDTH[dtype] * math.prod(shape) for dtype, shape in self.tensors)
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {', '.join(f'{dtype}{list(shape)}' for dtype, shape in self.tensors)}"
+
+
+class Instruction(NamedTuple):
+    shape: str
+    op: str
+    rest: str  # operands and attributes
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective that a run of the program can meet. What a computation does counts at each of its calls (an
+    asynchronous start, a fusion, a branch); the body of a loop counts once, however often it runs."""
+    computations, entry = parse(text)
+    return list(_walk(computations, entry, False, _partitions(text)))
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of every computation, and the name of the one that a run begins with."""
+    computations: dict[str, list[Instruction]] = {"": []}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = []
+        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)", line):
+            computations[name].append(Instruction(*found.groups()))  # no shape has a name between space and bracket
+    if not entry:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY")
+    return computations, entry
+
+
+def _walk(
+    computations: dict[str, list[Instruction]], name: str, conditional: bool, devices: int
+) -> Iterator[Collective]:
+    for step in computations[name]:
+        kind = step.op.removesuffix("-start")
+        if kind in KINDS:
+            tensors = tuple(_tensors(step.shape))
+            if kind != step.op and kind != "all-reduce":  # the shape of a start holds its operands too
+                tensors = (max(tensors, key=lambda tensor: math.prod(tensor[1])),)
+            yield Collective(kind, tensors, _groups(step.rest, devices), conditional)
+            continue
+        branches = step.op == "conditional"
+        for called in _called(step.rest):
+            if called in computations:
+                yield from _walk(computations, called, conditional or branches, devices)
+
+
+def _called(rest: str) -> list[str]:
+    one = re.findall(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
+    several = re.findall(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}", rest)
+    return one + [name.strip().lstrip("%") for names in several for name in names.split(",") if name.strip()]
+
+
+def _tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+        yield dtype, tuple(int(size) for size in sizes.split(",") if size)
+
+
+def _partitions(text: str) -> int:
+    found = re.search(r"num_partitions=(\d+)", text)
+    return int(found[1]) if found else 1
+
+
+def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...] | None:
+    """Groups from any of XLA's notations: lists and pairs, an iota that is transposed, axes of a mesh."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", rest):
+        lists = json.loads("[" + (found[1] or "").replace("{", "[").replace("}", "]") + "]")
+        return tuple(map(tuple, lists)) or (tuple(range(devices)),)
+    if found := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={IOTA}", rest):
+        return _rows(_iota(*found.groups()[2:]).reshape(int(found[1]), int(found[2])))
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", rest):
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
+        return _rows(_along(ids, sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4])))
+    return None
+
+
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 in this shape, transposed
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _along(ids: np.ndarray, sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> np.ndarray:
+    """Devices that differ along these axes of a mesh alone, a group each row. An axis is named whole, or a part of it:
+    what lies outside that part, and its size."""
+    dims, within = [], []
+    for name, size in sizes.items():
+        parts = [(int(pre or 1), int(pre or 1) * int(n or size)) for axis, pre, n in axes if axis == name]
+        for low, high in pairwise(sorted({1, size, *(edge for part in parts for edge in part)})):
+            dims.append(high // low)
+            within.append(any(begin <= low and high <= end for begin, end in parts))
+    order = sorted(range(len(dims)), key=within.__getitem__)
+    count = math.prod(n for n, inside in zip(dims, within) if inside)
+    return ids.reshape(dims).transpose(order).reshape(-1, count)
+
+
+def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, ids.tolist()))
