@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from checkpoint import made
 import jaxlm
 from jaxlm import processes
 from jaxlm.checkpoint.safetensors import chunks, read_index
+from jaxlm.cli import main
 
 RAW = {**made.LLAMA, "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
        "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
@@ -30,12 +32,12 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def two(*commands: list[str]) -> list[subprocess.Popen[str]]:
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen([sys.executable, *command], env=ENV, text=True, **pipes) for command in commands]
+def two(*commands: list[str], stdin: Any = (subprocess.DEVNULL,) * 2) -> list[Any]:
+    pipes: Any = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([sys.executable, *c], stdin=s, **pipes) for c, s in zip(commands, stdin)]
 
 
-def ended(started: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+def ended(started: list[Any], seconds: float = 120) -> list[tuple[int, str, str]]:
     """Exit status, stdout and stderr of each; a process that does not end fails the test."""
     try:
         out = [process.communicate(timeout=seconds) for process in started]
@@ -76,6 +78,41 @@ def test_two_processes_are_as_one(folder, tmp_path):
     options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True, "seed": first["drawn"]["seed"]}
     assert first["drawn"]["tokens"] == jaxlm.generate(model, [1, 5, 9], **options).tokens
     assert contents(tmp_path / "exported") == contents(folder)
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory, shared) -> Path:
+    """A model with a tokenizer."""
+    raw = {**RAW, "vocab_size": 512}
+    folder = made.folder(tmp_path_factory.mktemp("speaking"), raw, made.tensors(raw))
+    shutil.copy(shared / "checkpoints/stories260K/tokenizer.json", folder)
+    return folder
+
+
+def test_the_command_speaks_once(speaking, capsys):
+    """Text comes from process 0 alone; the prompt may stand on its stdin alone."""
+    flags = ["--max-tokens", "4", "--temperature", "0", "--ignore-eos"]
+    commands = generate([speaking, speaking], *flags)
+    for command in commands:
+        command[3] = "-"
+    started = two(*commands, stdin=[subprocess.PIPE, subprocess.DEVNULL])
+    started[0].stdin.write("Once upon a time")
+    started[0].stdin.close()
+    started[0].stdin = None
+    (first, text, err), (second, silence, _) = ended(started)
+    assert (first, second) == (0, 0), err
+    assert silence == ""
+    assert main(["generate", "Once upon a time", "-m", str(speaking), *flags]) == 0
+    assert text == capsys.readouterr().out
+    assert "waiting for 2 processes at 127.0.0.1:" in err
+
+
+def test_processes_that_were_asked_different_things(speaking):
+    commands = generate([speaking, speaking])
+    commands[1][3] = "Twice"
+    for status, _, err in ended(two(*commands)):
+        assert status == 1
+        assert "the processes disagree about what is to be generated: process 0 has 1 prompts of" in err
 
 
 def test_processes_that_disagree_name_both_sides(folder, tmp_path):
@@ -156,8 +193,6 @@ def test_what_launchers_say(monkeypatch, names, count):
 
 
 def test_a_chat_is_with_one_process(folder, monkeypatch, capsys):
-    from jaxlm.cli import main
-
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     monkeypatch.setattr(os, "_exit", sys.exit)

@@ -270,9 +270,8 @@ class Conversation:
         chunk = devices.CHUNK[model.device.platform]
         make = partial(model.init_kv, 1, length, chunk=chunk)
         way_out = "begin anew with /reset (Conversation.reset), or use a smaller model"
-        devices.require(
-            params.nbytes(jax.eval_shape(make)), model.device, f"{length:,} tokens of conversation", way_out
-        )
+        needed = params.nbytes(jax.eval_shape(make)) // generation.memories(model)[1]
+        devices.require(needed, model.device, f"{length:,} tokens of conversation", way_out)
         if kv is None:
             return make()
         return engine.grow(model, kv, length, chunk)

@@ -208,7 +208,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
 def _join(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
     """Prefills requests as one batch, makes their first tokens and puts them into `rows` of the state."""
     # Batches come in powers of two; the rows that fill one up repeat the last request and are dropped by `insert`.
-    b = 1 << (len(requests) - 1).bit_length()
+    b = mesh.rounded(1 << (len(requests) - 1).bit_length(), model.mesh)
     padded = requests + [requests[-1]] * (b - len(requests))
     target = rows + [state.pos.shape[0]] * (b - len(requests))
     width = max(len(r.ids) for r in requests)

@@ -48,30 +48,44 @@ def export(
     of the checkpoint that the model came from, also where it was loaded in another type; those that were not read
     (vision) and the tokenizer's files are copied. dtype: "float32", "bfloat16" or "float16" for all tensors that were
     read. force: replace a checkpoint that stands at `out`, the whole folder. config: the contents of config.json, for a
-    model that was made without a checkpoint (`Model.init`). progress: show a bar on stderr (default: when it is a
-    terminal). Of several processes, all of which must call it, the first writes. Raises ValueError, FileExistsError or
-    OSError (no room), each with what to do; then nothing is left.
+    model that was made without one (`Model.init`). progress: show a bar on stderr (default: when it is a terminal).
+    Where the weights lie with several processes all must call it, and the first writes: if that fails, the others must
+    end too. Raises ValueError, FileExistsError or OSError (no room), each with what to do; then nothing is left.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     out = Path(os.path.realpath(os.path.expanduser(out)))
     check = partial(files.check_target, out, _sources(model), force)
-    check()
+    _agreed(check, model.shared)
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
-    told = partial(beside.config_json, dtype=_named_dtype(model, wanted)) if format == "hf" else beside.params_json
-    texts = beside.other_texts(model, format) | told(model, config)
+    texts = _texts(model, format, wanted, config)
     entries = _entries(model, wanted, format)
     nbytes = sum(entry.nbytes for entry in entries)
     room = nbytes + SMALL + sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
-    processes.gather("checked")  # by all, before any of them writes
-    if processes.first():
+    if not model.shared or processes.first():
         with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
             _write_texts(folder, texts, model, format)
             _write_tensors(folder, entries, format, advance)
     else:
         _follow(entries, format)
-    processes.gather("written")
+    if model.shared:
+        processes.gather("written")
     return Exported(out, len(entries), nbytes)
+
+
+def _agreed(check: Callable[[], None], shared: bool) -> None:
+    """Raises what is in the way: where several processes write together, in all of them if in one."""
+    problem = None
+    try:
+        check()
+    except OSError as error:
+        problem = error
+    told = processes.gather(str(problem or "")) if shared else []
+    if problem:
+        raise problem
+    for number, text in enumerate(told):
+        if text:
+            raise OSError(f"process {number} found: {text}")
 
 
 def _write_tensors(folder: Path, entries: list[Entry], format: str, advance: Callable[[int], None]) -> None:
@@ -88,6 +102,12 @@ def _follow(entries: list[Entry], format: str) -> None:
         if entry.spread:
             for _ in entry.chunks():
                 pass
+
+
+def _texts(model: Model, format: str, wanted: np.dtype | None, config: dict[str, Any] | None) -> beside.Texts:
+    """What stands beside the weights."""
+    told = partial(beside.config_json, dtype=_named_dtype(model, wanted)) if format == "hf" else beside.params_json
+    return beside.other_texts(model, format) | told(model, config)
 
 
 def _write_texts(folder: Path, texts: beside.Texts, model: Model, format: str) -> None:

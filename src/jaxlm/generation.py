@@ -1,5 +1,6 @@
 """generate and stream: from prompts in any form to text, with the counts and speeds that belong to it."""
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxlm import decoding, devices, engine, params, processes
+from jaxlm import decoding, devices, engine, mesh, params, processes
 from jaxlm.detokenize import TextStream
 from jaxlm.options import Options, from_kwargs
 from jaxlm.prompts import room, split, stop_ids, to_ids
@@ -103,7 +104,8 @@ def resolve(model: "Model", options: dict[str, Any]) -> Options:
     """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
     where none is given."""
     asked = from_kwargs(**options)
-    seed = int(processes.from_first(str(int.from_bytes(os.urandom(4))))) if asked.seed is None else asked.seed
+    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
+    seed = int(processes.from_first(str(seed))) if asked.seed is None and model.shared else seed
     return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
 
 
@@ -132,6 +134,11 @@ def _stream(
     model: "Model", prompts: list[Any], options: Options, batch_size: int | None, template_args: Any
 ) -> Iterator[Piece]:
     requests = requests_for(model, prompts, options, template_args)
+    if model.shared:
+        asked = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]
+        digest = hashlib.sha256(repr((asked, options, batch_size)).encode()).hexdigest()[:8]
+        told = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
+        processes.agree("what is to be generated", digest, told)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or devices.BATCH[model.device.platform])
@@ -152,15 +159,23 @@ def _check_memory(model: "Model", requests: list[engine.Request], slots: int) ->
     row = cache_bytes(model, longest, 1) + max([prompts, *before])
     free = devices.available_memory(model.device)
     fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
+    copies, _ = memories(model)  # each takes its part of the rows
     if free is not None and row <= free:
-        fits = f"{free // row} at a time would fit (batch_size={free // row}, --batch-size {free // row}), or " + fits
-    devices.require(slots * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
+        some = copies * (free // row)
+        fits = f"{some} at a time would fit (batch_size={some}, --batch-size {some}), or " + fits
+    devices.require(-(-slots // copies) * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
 
 
 def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
-    """Bytes of the cache that is made for one sequence of `length` tokens, `chunk` written at once."""
+    """Bytes on one device of the cache that is made for one sequence of `length` tokens, `chunk` written at once."""
     make = partial(model.init_kv, 1, decoding.bucket(length), chunk=chunk or devices.CHUNK[model.device.platform])
-    return params.nbytes(jax.eval_shape(make))
+    return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
+
+
+def memories(model: "Model") -> tuple[int, int]:
+    """Over how many memories rows are divided, and kv heads. Virtual devices of a CPU share one."""
+    over = None if model.device.platform == "cpu" else model.mesh
+    return (1, 1) if over is None else (over.shape[mesh.DATA], mesh.parts("K", (model.config.K,), over))
 
 
 def kv_bytes(model: "Model", length: int) -> int:

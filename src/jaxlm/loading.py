@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import devices, models, params, processes
 from jaxlm import mesh as meshes
@@ -54,9 +54,12 @@ def load(
     where = placement(found.config, mesh, device)
     _agree(str(name), found, dtype, where)
     weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, where, progress)
-    return Model(
+    model = Model(
         found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
     )
+    if model.shared:
+        processes.gather("loaded")  # one may have read longer than a program's first exchange waits
+    return model
 
 
 class Found(NamedTuple):
@@ -184,16 +187,14 @@ def spread(model: Model, mesh: Any) -> Model:
 
 def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], Any]) -> None:
     """ValueError unless every process is about to load the same model into the same places."""
-    if not processes.several():
+    if where(found.checkpoint.tensors.pairs[0][0]).is_fully_addressable:
         return
     family = found.family.__name__.rpartition(".")[2]
     stored = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in found.checkpoint.tensors.pairs]
     digest = hashlib.sha256(repr((found.config, stored)).encode()).hexdigest()[:8]
-    processes.agree("the model", (family, digest), f"{name} ({family}, {found.checkpoint.format}, {digest})")
-    processes.agree("the type of the weights", dtype, f"{dtype}")
-    place = where(found.checkpoint.tensors.pairs[0][0])
-    over = str(dict(place.mesh.shape)) if isinstance(place, NamedSharding) else "one device each"
-    processes.agree("the mesh", over, over)
+    over = dict(where(found.checkpoint.tensors.pairs[0][0]).mesh.shape)
+    told = f"{name} ({family}, {found.checkpoint.format}, {digest}) as {dtype} over {over}"
+    processes.agree("the model", (family, digest, str(dtype), over), told)
 
 
 def _read_weights(

@@ -68,6 +68,8 @@ def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None =
 
     ValueError when an axis is unknown, or the sizes do not multiply to what there is.
     """
+    if not isinstance(sizes, str | Mapping):
+        raise ValueError(f'mesh {sizes!r}: give "{DATA}=2,{MODEL}=4", {{"{DATA}": 2, "{MODEL}": 4}} or a jax Mesh')
     text = sizes if isinstance(sizes, str) else ",".join(f"{name}={size}" for name, size in sizes.items())
     axes = split(parse(text), K)
     devices = jax.devices() if devices is None else list(devices)

@@ -90,11 +90,8 @@ class Model:
         if batch < 1 or length < 1:
             raise ValueError(f"a cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or devices.cache_dtype(self.dtype, self.device.platform)
-        made = partial(caches.init, batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
-        if (over := self.mesh) is None:
-            return made()
-        where = caches.held(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
-        return jax.jit(made, out_shardings=where)()  # no device ever holds the whole
+        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
+        return caches.init(*sizes) if self.mesh is None else _empty(self.mesh, *sizes)()
 
     @property
     def unread(self) -> list[str]:
@@ -110,6 +107,12 @@ class Model:
     def mesh(self) -> Any:
         """The mesh over which the weights are spread, None for one device."""
         return mesh.of(self.weights)
+
+    @property
+    def shared(self) -> bool:
+        """Whether parts of the weights lie with other processes, which then must do all that this one does."""
+        embed = self.weights["embed"]
+        return isinstance(embed, jax.Array) and not embed.is_fully_addressable
 
     @property
     def device(self) -> Any:
@@ -138,6 +141,14 @@ def positions(tokens: jax.Array, kv: caches.Cache | None, pos: Any) -> jax.Array
     else:
         raise ValueError(f"pos has shape {jnp.shape(pos)}; it must be one int or have the tokens' shape {(B, T)}")
     return jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32), (B, T))
+
+
+@cache
+def _empty(over: Any, *sizes: Any) -> Any:
+    """What makes an empty cache over a mesh: no device ever holds the whole."""
+    made = partial(caches.init, *sizes)
+    where = caches.held(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
+    return jax.jit(made, out_shardings=where)
 
 
 @cache

@@ -220,22 +220,25 @@ def load_weights(
     `where` gives for its row: of each, a process reads the blocks that its devices hold, once. `advance` hears of
     bytes as they are read."""
     weights: dict[str, Any] = {}
-    reading: deque[tuple[params.Row, list[Block]]] = deque()
+    reading: deque[tuple[params.Row, Block]] = deque()
+    placed: list[jax.Array] = []  # of the tensor whose blocks come now
 
     def finish() -> None:
-        row, blocks = reading.popleft()
-        arrays = [array for block in blocks for array in _placed(block, advance)]
-        params.put(weights, row.path, jax.make_array_from_single_device_arrays(row.shape, where(row), arrays))
+        row, block = reading.popleft()
+        placed.extend(_placed(block, advance))
+        if len(placed) == len(where(row).addressable_devices):
+            params.put(weights, row.path, jax.make_array_from_single_device_arrays(row.shape, where(row), placed))
+            placed.clear()
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
         # In the order of the files: a slow disk is read from front to back.
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
             dtype = kept(DTYPES[tensor.dtype])
-            blocks = local_blocks(where(row), row.shape)
-            reading.append((row, [(on, *read_array(tensor, row.shape, at, dtype, pool)) for at, on in blocks]))
-            while sum(value.nbytes for _, blocks in reading for _, value, _ in blocks) > AHEAD:
-                finish()
+            for index, devices in local_blocks(where(row), row.shape):
+                reading.append((row, (devices, *read_array(tensor, row.shape, index, dtype, pool))))
+                while sum(value.nbytes for _, (_, value, _) in reading) > AHEAD:
+                    finish()
         while reading:
             finish()
     finally:

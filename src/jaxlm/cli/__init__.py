@@ -5,6 +5,7 @@ Nothing here imports jax at the top: `jaxlm --help` must answer at once.
 
 import os
 import sys
+import traceback
 from typing import Any
 
 from jaxlm import __version__
@@ -26,23 +27,26 @@ def main(argv: list[str] | None = None) -> int:
         return end(command, "\ninterrupted", 130)
     except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return end(command, "", 0)
     except Exception as error:
-        if command is None or command.debug:
+        if command is None or (command.debug and command.alone):
             raise
-        return end(command, f"jaxlm: {explain(error)}", 1)
+        trace = traceback.format_exc() if command.debug else ""
+        return end(command, f"{trace}jaxlm: {explain(error)}", 1)
 
 
 def end(command: Any, text: str, status: int) -> int:
     """Tells why the command ends. One of several processes ends at once: a normal end would wait for the others, and
     they for this one."""
-    if command is None or command.alone:
-        print(text, file=sys.stderr)
-        return status
-    from jaxlm.processes import number
+    alone = command is None or command.alone
+    if text:
+        from jaxlm.processes import number
 
-    print(text if number() is None else f"process {number()}: {text.strip()}", file=sys.__stderr__, flush=True)
-    os._exit(status)
+        who = "" if alone or number() is None else f"process {number()}: "
+        print(f"{who}{text.strip() if who else text}", file=sys.stderr if alone else sys.__stderr__, flush=True)
+    if not alone:
+        os._exit(status)
+    return status
 
 
 def parse(argv: list[str]) -> Any:

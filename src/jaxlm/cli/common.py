@@ -71,6 +71,7 @@ class ModelFlags:
             note(f"waiting for {self.num_processes or processes.launched()} processes{where} …")
             processes.start(self.coordinator, self.num_processes, self.process_id, self.distributed)
             one_voice(processes.first())
+            processes.gather("here")  # the first exchange waits 30 s (Gloo), later ones as long as it takes
 
     @property
     def alone(self) -> bool:

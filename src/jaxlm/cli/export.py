@@ -34,6 +34,8 @@ class Export(ModelFlags):
         if len(given) != 2:
             print("jaxlm: name a model and the folder to write: jaxlm export MODEL OUT (--help)", file=sys.stderr)
             return 2
+        if not self.alone:
+            raise ValueError("export copies from file to file, which is one process's work: start it alone")
         self.begin()
         from jaxlm.devices import gigabytes
         from jaxlm.exporting import export, open_model

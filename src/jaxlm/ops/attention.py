@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm import mesh
 from jaxlm.ops import cache as caches
 
 # Largest block of scores that the reference forms at once, in float32 numbers over all rows and heads.
@@ -151,7 +152,9 @@ def _cudnn_applies(q: jax.Array, k: jax.Array) -> bool:
     if "cuda" not in device.client.platform_version.lower():
         return False
     hopper = float(device.compute_capability) >= 9.0
-    shapes = T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
+    # Over a mesh its heads must lie alike: kv heads in groups, or a single one, do not.
+    alike = mesh.divided("N", q.shape[2:3]) == mesh.divided("K", k.shape[1:2])
+    shapes = alike and T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
     return shapes and q.dtype != jnp.float32 and B * T * S <= 1 << 28
 
 

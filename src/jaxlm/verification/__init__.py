@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.loading import Found, spread
+from jaxlm import params
+from jaxlm.loading import Found, placement, spread
 from jaxlm.verification import ours, recordings
 from jaxlm.verification.checks import Check, compare, compare_places
 from jaxlm.verification.probes import Probes, Trace, probes_for
@@ -53,6 +54,8 @@ def verify(
     cannot run.
     """
     subject = ours.subject_of(model, options)
+    if mesh is not None:
+        _require(mesh, subject.config)
     names = _references(against, subject)
     if record is not None and names[0] not in RUNS:
         raise ValueError("--record writes down a reference that runs: name transformers or meta with --against")
@@ -66,12 +69,16 @@ def verify(
     one = ours.loaded(model, dtype, options | alone)
     report = compare(one, probes, traces)
     if mesh is not None:
-        there = spread(one, mesh)
-        if there.mesh is None:
-            raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")
         progress(f"running jaxlm on {mesh} …")
-        compare_places(report, one, there, probes)
+        compare_places(report, one, spread(one, mesh), probes)
     return report
+
+
+def _require(mesh: Any, cfg: Any) -> None:
+    """Refuses, before minutes of work, a mesh that cannot be or on which there is nothing to compare."""
+    row = params.Row("embed", "VD", (cfg.V, cfg.D), (), ())
+    if len(placement(cfg, mesh, None)(row).device_set) == 1:
+        raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")
 
 
 def _answers(
