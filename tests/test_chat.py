@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ GEMMA = gemma3.Config(
     **SIZES, L=2, rope=Rope(1e4), local_rope=Rope(1e3), windows=(WINDOW, None), scale=8**-0.5, context=256
 )
 LLAMA = llama3.Config(**SIZES, L=2, rope=Rope(1e4), context=256)
+LENGTH = 256  # of every forward pass of the slow twin
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,19 +58,22 @@ def talk(model: Model, **options) -> Conversation:
 
 def twin(model: Model, ids: list[int], count: int, bias: dict[int, float], repetition: float = 1.0) -> list[int]:
     """Greedy tokens, each from a forward pass over everything before it."""
-    ids, start = list(ids), len(ids)
-    extra = np.zeros(model.config.V)
-    extra[list(bias)] = list(bias.values())
-    stops = model.tokenizer.stop_ids
-    T = model.config.context
-    while len(ids) < start + count and not (len(ids) > start and ids[-1] in stops):
-        padding = [0] * (T - len(ids)), [-1] * (T - len(ids))
-        tokens, pos = jnp.asarray([ids + padding[0]]), jnp.asarray([[*range(len(ids)), *padding[1]]])
-        logits, _ = model.forward(tokens, model.weights, None, pos)
-        last = np.asarray(logits[0, len(ids) - 1]) + extra
-        last[ids] = np.where(last[ids] > 0, last[ids] / repetition, last[ids] * repetition)
-        ids.append(int(np.argmax(last)))
-    return ids[start:]
+    made: list[int] = []
+    while len(made) < count and not (made and made[-1] in model.tokenizer.stop_ids):
+        made.append(likeliest(model, (*ids, *made), tuple(bias.items()), repetition))
+    return made
+
+
+@cache  # many turns begin alike
+def likeliest(model: Model, ids: tuple[int, ...], bias: tuple[tuple[int, float], ...], repetition: float) -> int:
+    tokens, pos = np.zeros((1, LENGTH), np.int32), np.full((1, LENGTH), -1)
+    tokens[0, : len(ids)], pos[0, : len(ids)] = ids, np.arange(len(ids))
+    logits, _ = model.forward(tokens, model.weights, None, jnp.asarray(pos))
+    last, seen = np.array(logits[0])[len(ids) - 1], list(ids)
+    for token, more in bias:
+        last[token] += more
+    last[seen] = np.where(last[seen] > 0, last[seen] / repetition, last[seen] * repetition)
+    return int(np.argmax(last))
 
 
 def made_by(pieces) -> list[int]:

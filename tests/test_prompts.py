@@ -2,9 +2,8 @@
 
 import json
 
-import jax
 import pytest
-from tiny_chat import SIZES, TEMPLATE, tokenizer_of
+from tiny_chat import SIZES, TEMPLATE, model_of, tokenizer_of
 
 import jaxlm
 from jaxlm.cli import tiny
@@ -17,14 +16,10 @@ from jaxlm.tokenizer import Tokenizer
 CONFIG = llama3.Config(**SIZES, L=1, rope=Rope(), context=400)
 
 
-def model_of(tokenizer, **more) -> jaxlm.Model:
-    return jaxlm.Model.init(llama3, CONFIG, jax.random.key(0), tokenizer=tokenizer, **more)
-
-
 def test_what_ends_an_answer_follows_generation_config():
     tokenizer = tokenizer_of(TEMPLATE)
     end = tokenizer.convert_tokens_to_ids("<end>")  # by the word of the tokenizer, and of its template
-    model = model_of(Tokenizer(tokenizer.hf, [3]))
+    model = model_of(llama3, CONFIG, Tokenizer(tokenizer.hf, [3]))
     assert stop_ids(model, Options()) == {3, end}
     model.generation_config["eos_token_id"] = [5, 6]
     assert stop_ids(model, Options()) == {5, 6, end}
@@ -47,7 +42,7 @@ def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
 
 
 def test_messages_with_text_parts_are_prompts_and_images_are_refused():
-    model = model_of(tokenizer_of(TEMPLATE))
+    model = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE))
     plain = [{"role": "user", "content": "one two"}]
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     assert to_ids(model, [{"role": "user", "content": parts}], {}) == to_ids(model, plain, {})
@@ -56,7 +51,7 @@ def test_messages_with_text_parts_are_prompts_and_images_are_refused():
 
 
 def test_room():
-    model = model_of(None)
+    model = model_of(llama3, CONFIG)
     assert room(model, [1] * 10, None) == DEFAULT_TOKENS
     assert room(model, [1] * 390, None) == 10
     assert room(model, [1] * 390, 10) == 10

@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings.tiny import tiny
+from recordings.tiny import CONFIGS, tiny
 
 import jaxlm
+from jaxlm import loading
 from jaxlm.cli import main
-from jaxlm.cli import tiny as tiny_checkpoint
 from jaxlm.decoding import Programs
 from jaxlm.ops import Rope, attention
 from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
@@ -28,12 +28,12 @@ def gemma() -> jaxlm.Model:
     return tiny("gemma3")
 
 
-def recording_of(model: jaxlm.Model, path: Path) -> Path:
-    """A file as --record writes it, in which the reference is another name for jaxlm."""
+def recording_of(model: jaxlm.Model, path: Path, **config: Any) -> Path:
+    """A file as --record writes it, in which the reference is another name for jaxlm, of these fields of the config."""
     asked = probes.probes_for(model.config, None)
     trace = ours.trace(model, asked, None)
     trace.name, trace.gaps = "a twin", [1.0] * len(trace.greedy)
-    recordings.write(path, asked, [trace], model.config)
+    recordings.write(path, asked, [trace], replace(model.config, **config))
     return path
 
 
@@ -80,6 +80,16 @@ def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
     assert "decoded = whole, logits, rms" in failed
 
 
+def test_a_mesh_that_computes_something_else_fails() -> None:
+    model = tiny("llama3", num_hidden_layers=1)
+    found = report.Report.of(model)
+    there = loading.spread(changed(model, 0, "v", 1.01), "model=2")
+    checks.compare_places(found, model, there, probes.probes_for(model.config, None))
+    failed = [check.what for check in found.checks if not check.passed]
+    assert "on data=1,model=2 = on one device, logits, rms" in failed
+    assert list(found.tokens) == ["jaxlm on data=1,model=2"]
+
+
 def test_recordings(gemma, tmp_path) -> None:
     path = recording_of(gemma, tmp_path / "twin.npz")
     found = jaxlm.verify(gemma, str(path))
@@ -94,7 +104,7 @@ def test_recordings(gemma, tmp_path) -> None:
 
 
 def test_a_recording_of_another_model_is_refused(gemma, tmp_path) -> None:
-    path = recording_of(tiny("gemma3", sliding_window=6), tmp_path / "other.npz")
+    path = recording_of(gemma, tmp_path / "other.npz", windows=(6, None))
     with pytest.raises(ValueError, match=r"recorded of another architecture \(windows\)"):
         jaxlm.verify(gemma, str(path))
     path.write_bytes(b"PK\x03\x04 not a recording")
@@ -190,15 +200,13 @@ def test_the_report(gemma, tmp_path) -> None:
     assert (tmp_path / "report" / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command(tmp_path, capsys) -> None:
+def test_the_command(gemma, tmp_path, capsys) -> None:
     folder = tmp_path / "tiny"
-    folder.mkdir()
-    tiny_checkpoint.write(folder)
+    jaxlm.export(gemma, folder, config=CONFIGS["gemma3"])
     assert main(["verify", str(folder), "--against", "self", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["passed"] is True
-    model = jaxlm.load(folder)
-    other = recording_of(changed(model, 0, "q", 2.0), tmp_path / "other.npz")
+    other = recording_of(changed(gemma, 0, "mlp_out_norm", 2.0), tmp_path / "other.npz")
     assert main(["verify", str(folder), "--against", str(other)]) == 1
     shown = capsys.readouterr()
     assert "FAILED" in shown.out

@@ -49,7 +49,7 @@ def tokenizer_of(template: str | None, thinking: bool = False) -> Tokenizer:
     return Tokenizer(fast)
 
 
-def model_of(family, config, tokenizer: Tokenizer) -> Model:
+def model_of(family, config, tokenizer: Tokenizer | None = None) -> Model:
     weights: dict = {}
     for row in params.rows(family.PARAMS, config):
         value = draw(row.names[0], row.stored, 3, family.NORM).reshape(row.shape)

@@ -11,6 +11,9 @@ import pytest
 from jaxlm import decoding
 from jaxlm.cli import main, parse
 
+# As many tokens in every test, so that they share their programs.
+GREEDY = ["--temperature", "0", "--max-tokens", "200"]
+
 
 @pytest.fixture
 def stories(shared):
@@ -19,7 +22,7 @@ def stories(shared):
 
 def test_the_published_text_through_the_command(stories, shared, capsys):
     reference = json.loads((shared / "checkpoints/stories260K/greedy_reference.json").read_text())
-    assert main(["generate", "<s>", "-m", stories, "--temperature", "0", "--max-tokens", "200", "--json"]) == 0
+    assert main(["generate", "<s>", "-m", stories, *GREEDY, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert [1, *out["tokens"]] == reference["greedy_ids"]
     assert (out["finish_reason"], out["prompt_tokens"], out["generation_tokens"]) == ("length", 1, 200)
@@ -27,17 +30,17 @@ def test_the_published_text_through_the_command(stories, shared, capsys):
 
 def test_streamed_text_and_statistics(stories, capsys):
     decoding.compiled_for.cache_clear()  # other tests may have compiled the same programs
-    assert main(["generate", "-m", stories, "Once upon", "--temperature", "0", "--max-tokens", "8"]) == 0
+    assert main(["generate", "-m", stories, "Once upon", *GREEDY, "--stop", "irl"]) == 0
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"
-    assert "8 generated" in err
+    assert "10 generated" in err
     assert "peak memory" in err
     assert "compiling prefill" in err
 
 
 def test_without_a_model_it_says_what_it_uses(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert main(["generate", "Once upon a time", "--max-tokens", "4", "--seed", "1"]) == 0
+    assert main(["generate", "Once upon a time", "--max-tokens", "64", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
     assert out
     assert "random weights" in err
@@ -56,19 +59,18 @@ def test_without_a_model_it_shows_little_unless_asked(capsys):
 def test_a_file_of_prompts(stories, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"Once upon"\n\n{"prompt": "The dog"}\n"Lily"\n')
-    command = ["generate", "-m", stories, "--prompts", str(file), "--temperature", "0", "--max-tokens", "6"]
-    assert main([*command, "--batch-size", "2"]) == 0
+    assert main(["generate", "-m", stories, "--prompts", str(file), *GREEDY, "--batch-size", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     for line, prompt in zip(lines, ("Once upon", "The dog", "Lily")):
-        assert main(["generate", "-m", stories, prompt, "--temperature", "0", "--max-tokens", "6", "--json"]) == 0
+        assert main(["generate", "-m", stories, prompt, *GREEDY, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["text"] == line["text"]
 
 
 def test_logprobs(stories, capsys):
-    assert main(["generate", "-m", stories, "Once", "--temperature", "0", "--max-tokens", "3", "--logprobs", "2"]) == 0
+    assert main(["generate", "-m", stories, "Once", *GREEDY, "--logprobs", "2"]) == 0
     logprobs = json.loads(capsys.readouterr().out)["logprobs"]
-    assert len(logprobs) == 3
+    assert len(logprobs) == 200
     assert logprobs[0]["logprob"] == logprobs[0]["top"][0]["logprob"] > logprobs[0]["top"][1]["logprob"]
 
 
@@ -150,13 +152,13 @@ def test_help_does_not_import_jax():
 
 
 def test_module_reads_stdin(stories):
-    arguments = ["generate", "-", "-m", stories, "--temperature", "0", "--max-tokens", "4"]
+    arguments = ["generate", "-", "-m", stories, *GREEDY, "--stop", " was"]
     done = run("-m", "jaxlm", *arguments, input="Once upon")
     assert (done.returncode, done.stdout) == (0, " a time, there\n")
 
 
 def test_a_pipe_needs_no_dash(stories, monkeypatch, capsys):
-    command = ["generate", "-m", stories, "--temperature", "0", "--max-tokens", "4"]
+    command = ["generate", "-m", stories, *GREEDY, "--stop", " was"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
     assert main(command) == 0
     assert capsys.readouterr().out == " a time, there\n"
@@ -189,7 +191,7 @@ def test_help_names_plain_types(capsys):
 
 def test_a_reader_that_leaves(stories):
     """`jaxlm generate … | head -c 1` ends quietly."""
-    command = f'"{sys.executable}" -m jaxlm generate "Once" -m "{stories}" --max-tokens 100 | head -c 1'
+    command = f'"{sys.executable}" -m jaxlm generate "Once" -m "{stories}" --max-tokens 200 | head -c 1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
     assert len(done.stdout) == 1
     assert "Traceback" not in done.stderr

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import models, params
+from jaxlm import Model, models, params
+from jaxlm.ops import Rope
 
 # Files of configs/ -> keys of param_counts.json.
 KEYS = {
@@ -74,6 +75,20 @@ def test_counts_and_shapes_at_full_size(shared: Path) -> None:
         stacked = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
         logits = jax.eval_shape(program, tokens, stacked)
         assert (logits.shape, logits.dtype) == ((1, 8, cfg.V), jnp.float32), stem
+
+
+def test_random_weights_have_the_deviations_that_keep_activations_level() -> None:
+    D = 32
+    cfg = models.llama3.Config(V=D, D=D, F=D, L=1, N=4, K=4, H=8, eps=1e-6, rope=Rope(), context=64, tied=False)
+    weights = Model.init(models.llama3, cfg, jax.random.key(0), jnp.bfloat16).weights
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("bfloat16")}
+    for path, leaf in leaves.items():
+        if "norm" in path:
+            assert (leaf == 1).all()
+        else:
+            assert float(leaf.astype("float32").std()) == pytest.approx(D**-0.5, rel=0.1), path
+    assert len({float(leaf.ravel()[0]) for leaf in leaves.values()}) == 10  # nine draws, all apart, and 1
 
 
 def test_mixtures_of_experts_are_refused_by_name(shared: Path) -> None:

@@ -71,9 +71,9 @@ def test_gradients_are_the_same_in_every_form(family: str) -> None:
 def test_stacked_layers_out_of_order_show() -> None:
     """The planted fault: a period of the wrong length mixes local with global layers."""
     model, _ = deep("gemma3")
-    expected, _ = model.forward(TOKENS, model.weights)
+    *_, expected = model.hidden_states(TOKENS)
     swapped = [model.weights["layers"][i] for i in (1, 0, 2, 3, 4)]
-    out, _ = model.forward(TOKENS, {**model.weights, "layers": swapped})
+    *_, out = model.hidden_states(TOKENS, {**model.weights, "layers": swapped})
     assert np.abs(out - expected).max() > 0.1
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
         model.forward(TOKENS, params.stack(model.weights, 1))

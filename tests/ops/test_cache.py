@@ -14,9 +14,12 @@ from jaxlm.ops import cache as caches
 TEXT = np.random.RandomState(1).randint(0, 199, (3, 24)).astype(np.int32)
 
 
+advance, insert = jax.jit(caches.advance), jax.jit(caches.insert)
+
+
 def written(cache: caches.Cache, *calls: list[list[int]]) -> caches.Cache:
     for pos in calls:
-        cache, _ = caches.advance(cache, jnp.asarray(pos, jnp.int32))
+        cache, _ = advance(cache, jnp.asarray(pos, jnp.int32))
     return cache
 
 
@@ -74,42 +77,47 @@ def gemma() -> Model:
     return tiny("gemma3")  # window 5
 
 
+POS = np.tile(np.arange(12), (3, 1))
+POS[2, 7:] = -1
+
+
+def prefilled(gemma: Model) -> caches.Cache:
+    """Rows 0 and 2 in a cache of their own, 12 and 7 tokens."""
+    return gemma.forward(TEXT[[0, 2], :12], gemma.weights, gemma.init_kv(2, 16, chunk=12), POS[[0, 2]])[1]
+
+
 @pytest.mark.parametrize("chunk", [4, 12, None], ids=["smaller ring", "same ring", "no ring"])
 def test_insert_equals_direct_prefill(gemma: Model, chunk: int | None) -> None:
     """Two rows, prefilled in a cache of their own, join a batch of three; row 1 stays as it was."""
-    tokens = TEXT[:, :12]
-    pos = np.tile(np.arange(12), (3, 1))
-    pos[2, 7:] = -1
-    direct = gemma.forward(tokens, gemma.weights, gemma.init_kv(3, 24, chunk=12), pos)[1]
-    part = gemma.forward(tokens[[0, 2]], gemma.weights, gemma.init_kv(2, 16, chunk=12), pos[[0, 2]])[1]
+    direct = gemma.forward(TEXT[:, :12], gemma.weights, gemma.init_kv(3, 24, chunk=12), POS)[1]
+    part = prefilled(gemma)
     target = gemma.init_kv(3, 24, chunk=chunk)
     for begin in range(0, 12, 4):
-        target = gemma.forward(tokens[:, begin : begin + 4], gemma.weights, target, pos[:, begin : begin + 4])[1]
+        target = gemma.forward(TEXT[:, begin : begin + 4], gemma.weights, target, POS[:, begin : begin + 4])[1]
     before = jax.tree.map(lambda a: np.asarray(a[1]), (target.at, target.layers))
     stale = gemma.forward(TEXT[:, 3:7], gemma.weights, target, np.array([[12, 13, 14, 15], [-1] * 4, [9] + [-1] * 3]))[
         1
     ]
-    joined = jax.jit(caches.insert)(stale, part, jnp.array([0, 2]))
+    joined = insert(stale, part, jnp.array([0, 2]))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((joined.at, joined.layers))):
         np.testing.assert_array_equal(a, b[1])
     np.testing.assert_array_equal(caches.next_position(joined), [12, 12, 7])
     after = [12, 12, 7]
     np.testing.assert_allclose(step(gemma, joined, [5, 6, 7], after), step(gemma, direct, [5, 6, 7], after), atol=1e-5)
-    swapped = jax.jit(caches.insert)(stale, part, jnp.array([2, 0]))
+    swapped = insert(stale, part, jnp.array([2, 0]))
     assert np.abs(step(gemma, swapped, [5, 6, 7], after) - step(gemma, direct, [5, 6, 7], after)).max() > 0.1
 
 
 def test_insert_drops_rows_past_the_end(gemma: Model) -> None:
-    part = gemma.forward(TEXT[:2, :6], gemma.weights, gemma.init_kv(2, 8, chunk=6))[1]
-    joined = caches.insert(gemma.init_kv(2, 8, chunk=2), part, jnp.array([1, 7]))
-    assert (joined.at["8"][0] == -1).all()
-    np.testing.assert_array_equal(joined.at["8"][1], [0, 1, 2, 3, 4, 5, -1, -1])
+    joined = insert(gemma.init_kv(2, 16, chunk=2), prefilled(gemma), jnp.array([1, 7]))
+    assert (joined.at["16"][0] == -1).all()
+    np.testing.assert_array_equal(joined.at["16"][1], [*range(12), -1, -1, -1, -1])
 
 
 def test_the_newest_positions_win_where_the_target_ring_is_smaller() -> None:
     part = caches.init(2, 30, [5], K=1, H=2, dtype=jnp.float32, chunk=4)  # 8 slots
     part = written(part, *([[*range(i, i + 4)]] * 2 for i in range(0, 20, 4)))  # 12 to 19, 16 in the first
-    target = caches.insert(caches.init(2, 30, [5], K=1, H=2, dtype=jnp.float32, chunk=1), part, jnp.array([0, 1]))
+    target = insert(caches.init(2, 30, [5], K=1, H=2, dtype=jnp.float32, chunk=1), part, jnp.array([0, 1]))
     np.testing.assert_array_equal(target.at["5"], [[15, 16, 17, 18, 19]] * 2)
 
 
@@ -118,9 +126,9 @@ def test_a_ring_of_window_slots_alone_shows(gemma: Model) -> None:
 
     def last_logits(kv: caches.Cache) -> np.ndarray:
         for begin in range(0, 12, 4):
-            out, kv = gemma.forward(TEXT[:1, begin : begin + 4], gemma.weights, kv)
-        return np.asarray(out)
+            out, kv = gemma.forward(TEXT[:, begin : begin + 4], gemma.weights, kv, POS[:, begin : begin + 4])
+        return np.asarray(out)[:2]
 
-    whole = np.asarray(gemma.forward(TEXT[:1, :12], gemma.weights)[0])[:, 8:]
-    np.testing.assert_allclose(last_logits(gemma.init_kv(1, 12, chunk=4)), whole, atol=1e-5)
-    assert np.abs(last_logits(replace(gemma.init_kv(1, 12, chunk=1), chunk=4)) - whole).max() > 0.1
+    whole = np.asarray(gemma.forward(TEXT[:, :12], gemma.weights, gemma.init_kv(3, 24, chunk=12), POS)[0])[:2, 8:]
+    np.testing.assert_allclose(last_logits(gemma.init_kv(3, 24, chunk=4)), whole, atol=1e-5)
+    assert np.abs(last_logits(replace(gemma.init_kv(3, 24, chunk=1), chunk=4)) - whole).max() > 0.1

@@ -60,11 +60,11 @@ def test_decoding_equals_the_full_forward(models: tuple[Any, jaxlm.Model], chunk
 
 
 def chunked(call: Any, kv: Any, size: int, tokens: np.ndarray) -> np.ndarray:
-    """Logits of a text [T] written `size` tokens a call; the last call is filled up with padding."""
+    """Logits of a text [T] written `size` tokens a call; a call is filled up with padding to what the cache takes."""
     T, outs = len(tokens), []
     for begin in range(0, T, size):
-        pos = begin + np.arange(size)
-        pos[pos >= T] = -1
+        pos = begin + np.arange(kv.chunk)
+        pos[(pos >= T) | (pos >= begin + size)] = -1
         out, kv = call(tokens[None, np.maximum(pos, 0)], pos[None], kv)
         outs.append(out[0, pos >= 0])
     return np.concatenate(outs)

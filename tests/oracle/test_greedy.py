@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from oracle import faults, reference
-from oracle.reference import FAMILIES
+from oracle.reference import FAMILIES, FULL, SLIDING
 
 import jaxlm
 
@@ -18,7 +18,7 @@ def test_greedy_text(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     fields = {"num_hidden_layers": 3}
     if family == "gemma3":  # tied, these weights repeat themselves
-        fields = {"num_hidden_layers": 6, "layer_types": None, "tie_word_embeddings": False}
+        fields |= {"layer_types": [SLIDING, SLIDING, FULL], "tie_word_embeddings": False}
     with reference.quiet():
         oracle = reference.build(family, seed=3, **fields)
         model = reference.pair(oracle, tmp_path)
