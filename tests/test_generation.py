@@ -119,13 +119,16 @@ def growths(monkeypatch):
 
 
 def test_a_cache_grows_when_a_text_is_long_not_when_it_may_be(monkeypatch):
-    monkeypatch.setattr(engine, "ROOM", 16)
-    model, grown = llama(), growths(monkeypatch)
-    tokens = jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0).tokens
-    assert grown == [64]  # from 24
-    end = next(t for i, t in enumerate(tokens) if i > 3 and t not in tokens[:i])
-    assert len(jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0, stop_token_ids=end).tokens) < 17
-    assert grown == [64]
+    monkeypatch.setitem(devices.STEPS, "cpu", 4)
+    monkeypatch.setattr(engine, "ROOM", 1)
+    model, grown, two = llama(), growths(monkeypatch), [PROMPT, PROMPT[3:]]
+    with quick_compilation():
+        long = jaxlm.generate(model, two, max_tokens=REST, temperature=0)
+        assert grown == [32, 64]  # from 16
+        ends = [text.tokens[4] for text in long]
+        short = jaxlm.generate(model, two, max_tokens=REST, temperature=0, stop_token_ids=ends)
+    assert all(len(text.tokens) <= 5 for text in short)
+    assert grown == [32, 64]
 
 
 def test_copies_of_a_prompt_differ_and_repeat_with_the_seed():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoint import made
+from together import DRAWN, GREEDY, PROMPTS
 
 import jaxlm
 from jaxlm import processes
@@ -64,19 +65,21 @@ def folder(tmp_path_factory) -> Path:
     return made.folder(tmp_path_factory.mktemp("model"), RAW, made.tensors(RAW))
 
 
-def test_two_processes_are_as_one(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("mesh", "part"), [("model=8", 0.5), pytest.param("data=2,model=4", 1.0, marks=pytest.mark.slow)]
+)
+def test_two_processes_are_as_one(folder, tmp_path, mesh, part):
     """Text, drawn text and the exported files are those of one process; each reads its own part alone."""
     script, port = str(Path(__file__).with_name("together.py")), free_port()
-    for status, _, err in ended(two(*([script, port, str(i), str(folder), str(tmp_path)] for i in range(2)))):
+    commands = ([script, port, str(i), str(folder), str(tmp_path), mesh] for i in range(2))
+    for status, _, err in ended(two(*commands)):
         assert status == 0, err
     model = jaxlm.load(folder)
-    texts = jaxlm.generate(model, [[1, 5, 9], [4, 4]], max_tokens=6, temperature=0, ignore_eos=True)
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     assert first == second
-    for mesh, part in (("model=8", 0.5), ("data=2,model=4", 1.0)):
-        assert first[mesh] == {"texts": [text.tokens for text in texts], "part": part}
-    options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True, "seed": first["drawn"]["seed"]}
-    assert first["drawn"]["tokens"] == jaxlm.generate(model, [1, 5, 9], **options).tokens
+    assert first["part"] == part
+    assert first["texts"] == [text.tokens for text in jaxlm.generate(model, PROMPTS, **GREEDY)]
+    assert first["drawn"] == [text.tokens for text in jaxlm.generate(model, PROMPTS, seed=first["seed"], **DRAWN)]
     assert contents(tmp_path / "exported") == contents(folder)
 
 

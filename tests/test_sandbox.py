@@ -78,6 +78,7 @@ OUT_OF_BOUNDS = {
     "{{ ('a' * 9999).replace('a', 'b' * 9999) }}": MUCH,
     "{{ ('a' * 9999) | replace('', 'b' * 9999) }}": MUCH,
     "{{ range(9999) | join('a' * 9999) }}": MUCH,
+    "{{ range(9999) | map('string') | join('a' * 9999) }}": MUCH,
     "{{ range(9999) | map(attribute='x', default='a' * 9999) | join }}": MUCH,
     "{{ ([[1]] * 999) | sum(start=[]) }}": MUCH,
     "{{ range(8000) | select('gt', 9999) | list }}": MUCH,
@@ -137,16 +138,6 @@ def test_what_a_template_may_not_do(template, tmp_path, monkeypatch):
     assert chat == CHAT
 
 
-def test_a_text_is_not_made_before_it_is_too_long():
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=MUCH):
-            render("{{ range(9999) | map('string') | join('a' * 9000) }}")
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
-    finally:
-        tracemalloc.stop()
-
-
 def test_namespaces_in_each_other_are_not_written_out():
     """Each twice in the one before: the last would be written four million times."""
     chain = "".join(f"{{% set n{i} = namespace() %}}" for i in range(23))
@@ -173,16 +164,6 @@ def test_bounds_are_met_soon(template):
     began = time.monotonic()
     with pytest.raises(ValueError, match=MUCH):
         render(template)
-    assert time.monotonic() - began < 5
-
-
-@pytest.mark.parametrize("template", ["{{ 99999 ** 999999999 }}", "{{ 'a' | center(9999999999) }}", "a" * 100_001])
-def test_looking_for_variables_computes_nothing_large(template):
-    began = time.monotonic()
-    try:
-        assert not tokenizer_of(template).template_accepts("tools")
-    except ValueError as error:
-        assert "the chat template refuses" in str(error)  # noqa: PT017
     assert time.monotonic() - began < 5
 
 

@@ -49,9 +49,9 @@ def test_what_is_captured_is_as_it_was():
     assert tok.render(USER) == "<a&, ['a&', 1]>&lt;&lt;bos&gt;"
 
 
-@pytest.mark.parametrize(
-    "constant", ["('a' * 500000000)|length", "(7 ** 3000000) % 3", "'a'|center(500000000)", "'%500000000d' % 1"]
-)
+@pytest.mark.parametrize("constant", [
+    "('a' * 500000000)|length", "(7 ** 3000000) % 3", "99999 ** 999999999", "'a'|center(500000000)", "'%500000000d' % 1"
+])  # fmt: skip
 def test_names_are_found_without_computing_constants(constant):
     tok = tokenizer_of(f"{{{{ {constant} }}}}{{{{ wanted }}}}{{% autoescape {constant} %}}{{% endautoescape %}}")
     began = time.monotonic()

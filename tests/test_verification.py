@@ -3,6 +3,7 @@
 import json
 from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +31,19 @@ def gemma() -> jaxlm.Model:
 
 def recording_of(model: jaxlm.Model, path: Path, **config: Any) -> Path:
     """A file as --record writes it, in which the reference is another name for jaxlm, of these fields of the config."""
-    asked = probes.probes_for(model.config, None)
-    trace = ours.trace(model, asked, None)
+    trace = traced(model)
     trace.name, trace.gaps = "a twin", [1.0] * len(trace.greedy)
-    recordings.write(path, asked, [trace], replace(model.config, **config))
+    recordings.write(path, probes.probes_for(model.config, None), [trace], replace(model.config, **config))
     return path
+
+
+def traced(model: jaxlm.Model) -> probes.Trace:
+    return copy(answers(model))
+
+
+@cache
+def answers(model: jaxlm.Model) -> probes.Trace:
+    return ours.trace(model, probes.probes_for(model.config, None), None)
 
 
 def changed(model: jaxlm.Model, layer: int, name: str, factor: float) -> jaxlm.Model:
@@ -147,8 +156,7 @@ def test_what_counts_as_apart() -> None:
 
 
 def test_greedy_text_may_part_at_a_tie_alone(gemma) -> None:
-    asked = probes.probes_for(gemma.config, None)
-    theirs = ours.trace(gemma, asked, None)
+    theirs = traced(gemma)
     mine = copy(theirs)
     mine.greedy = [*theirs.greedy[:10], 7, *theirs.greedy[11:]]
     theirs.gaps = [1.0] * 64
@@ -162,7 +170,7 @@ def test_greedy_text_may_part_at_a_tie_alone(gemma) -> None:
 
 def test_a_recording_in_another_type_proves_nothing(gemma, tmp_path) -> None:
     asked = probes.probes_for(gemma.config, None)
-    exact = ours.trace(gemma, asked, None)
+    exact = traced(gemma)
     rounded = copy(exact)
     rounded.dtype, rounded.logits = "bfloat16", exact.logits + 0.5
     recordings.write(tmp_path / "both.npz", asked, [exact, rounded], gemma.config)
@@ -173,7 +181,7 @@ def test_a_recording_in_another_type_proves_nothing(gemma, tmp_path) -> None:
 
 
 def test_text_that_ends_early_fails(gemma) -> None:
-    theirs = ours.trace(gemma, probes.probes_for(gemma.config, None), None)
+    theirs = traced(gemma)
     mine = copy(theirs)
     mine.greedy = theirs.greedy[:3]
     [check] = checks._text(mine, theirs)

@@ -34,6 +34,7 @@ def test_streamed_text_and_statistics(stories, capsys):
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"
     assert "10 generated" in err
+    assert "ended by --max-tokens" in err
     assert "peak memory" in err
     assert "compiling prefill" in err
 

@@ -182,7 +182,8 @@ def print_text(pieces: "Iterator[Piece]", prompt: list[int], model: "Model") -> 
     end = "" if tokenizer is None else tokenizer.decode(prompt[-16:], skip_special=False)
     piece = print_answer(pieces, tokenizer, opened=end.rstrip().endswith(THINKING[0]))
     if piece is not None:
-        ended = " · ended by --max-tokens or the context" if piece.finish_reason == "length" else ""
+        full = len(prompt) + piece.generation_tokens >= model.config.context
+        ended = f" · ended by {'the context' if full else '--max-tokens'}" if piece.finish_reason == "length" else ""
         note(statistics(piece) + ended)
 
 
