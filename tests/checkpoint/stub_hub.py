@@ -167,8 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.request_log.sent = len(body[:cut])  # noted before: whoever has read it all may look at once
         self.wfile.write(body[:cut])
-        self.request_log.sent = len(body[:cut])
         if cut is not None and cut < len(body):
             self.close_connection = True
             if self.hub.hang:
