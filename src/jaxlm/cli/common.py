@@ -68,7 +68,12 @@ class ModelFlags:
         set_up_process()
         if not self.alone and processes.number() is None:
             where = f" at {self.coordinator}" if self.coordinator else ""
-            note(f"waiting for {self.num_processes or processes.launched()} processes{where} …")
+            if self.coordinator is None or None not in (self.num_processes, self.process_id):
+                count = self.num_processes or processes.launched()
+                note(f"waiting for {count} processes{where}, {processes.CONNECT} s at most …")
+            import jax
+
+            jax.config.update("jax_enable_preemption_service", False)  # it would catch a SIGTERM and go on
             processes.start(self.coordinator, self.num_processes, self.process_id, self.distributed)
             one_voice(processes.first())
             processes.gather("here")  # the first exchange waits 30 s (Gloo), later ones as long as it takes
