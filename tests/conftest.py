@@ -1,20 +1,31 @@
 """Fixtures for every tier. The folder of this file is on sys.path: `from recordings.weights import draw` works."""
 
+import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-# The tests leave the user's caches alone, and compile a program once a run: all processes of a run share a folder, and
-# several runs one that is set beforehand.
+# The tests leave the user's caches alone. Programs are compiled once for all processes and runs: compiling is three
+# quarters of a first run. Another folder may be set beforehand.
 CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ["XDG_CACHE_HOME"] = CACHE.name
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{CACHE.name}/xla")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Eight devices made of one CPU, for meshes; everything else runs on the first, for a default device is no mesh.
 os.environ["JAX_DEFAULT_DEVICE"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+
+def pytest_configure() -> None:
+    """Programs of days ago, most of them of code that has changed since, make room."""
+    for path in PROGRAMS.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - 3 * 24 * 3600:
+                path.unlink()
 
 
 @pytest.fixture(scope="session")
