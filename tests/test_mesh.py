@@ -13,6 +13,7 @@ from recordings.tiny import tiny
 
 import jaxlm
 from jaxlm import Model, mesh, params, sampling
+from jaxlm.checkpoint.rows import rows
 from jaxlm.decoding import compiled_for
 from jaxlm.ops import cache as caches
 
@@ -205,4 +206,4 @@ def test_rows_of_a_divided_array_come_bit_by_bit() -> None:
     for dtype, letters in ((np.float32, "NHD"), (jnp.bfloat16, "DHN"), (np.float16, "DHB"), (jnp.bfloat16, "NHB")):
         there = mesh.place(x.astype(dtype), letters, over)
         for begin, count in ((0, 5), (2, 5), (7, 5)):
-            assert mesh.rows(there, begin, count).tobytes() == x.astype(dtype)[begin : begin + count].tobytes()
+            assert rows(there, begin, count).tobytes() == x.astype(dtype)[begin : begin + count].tobytes()

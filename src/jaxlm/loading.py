@@ -53,7 +53,7 @@ def load(
     found = find(name, **form, family=family, revision=revision, token=token, offline=offline)
     where = placement(found.config, mesh, device)
     _agree(str(name), found, dtype, where)
-    weights = _read_weights(str(name), found.checkpoint.tensors.pairs, dtype, where, progress)
+    weights = read_weights(str(name), found.checkpoint.tensors.pairs, dtype, where, progress)
     model = Model(
         found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
     )
@@ -197,7 +197,7 @@ def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], An
     processes.agree("the model", (family, digest, str(dtype), over), told)
 
 
-def _read_weights(
+def read_weights(
     name: str, pairs: Any, dtype: Any, where: Callable[[params.Row], Any], progress: bool | None
 ) -> Weights:
     device = next(iter(where(pairs[0][0]).addressable_devices))

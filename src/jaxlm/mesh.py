@@ -8,9 +8,8 @@ More devices on `model` than kv heads (8 heads over 16 devices) go in groups: `m
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import jax
@@ -171,7 +170,11 @@ def of(tree: Any) -> Mesh | None:
 
 def on(tree: Any) -> AbstractContextManager[Any]:
     """What is traced within runs on the mesh of these arrays."""
-    mesh = of(tree)
+    return on_mesh(of(tree))
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What is traced within runs on this mesh, or on one device."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -194,33 +197,3 @@ def place(x: Any, letters: str, mesh: Mesh | None) -> jax.Array:
         host = np.asarray(x)
         out = jax.make_array_from_callback(x.shape, where, lambda index: host[index])
     return jax.random.wrap_key_data(out) if is_key else out
-
-
-def rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
-    """Some rows of the leading axis, in host memory, the same in every process: all of them must ask. No device and no
-    process ever holds more than these of an array that is divided."""
-    bits = np.asarray(_rows(x.sharding, count)(x, begin))
-    return bits.astype(f"u{x.dtype.itemsize}").view(x.dtype)
-
-
-@cache
-def _rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
-    """The rows as numbers of 32 bits, which every device adds up alike: what a device does not hold it counts as 0."""
-    first, *rest = (*where.spec, None)
-
-    def local(part: jax.Array, begin: jax.Array) -> jax.Array:
-        index = begin + jnp.arange(count)
-        if first is not None:
-            index -= lax.axis_index(first) * part.shape[0]
-        whole = jnp.uint32 if part.dtype.itemsize == 4 else jnp.uint16
-        out = (
-            lax.bitcast_convert_type(part, whole).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        )
-        out = out.astype(jnp.uint32)
-        out = out if first is None else lax.psum(out, first)
-        for axis, over in enumerate(rest, 1):
-            out = out if over is None else lax.all_gather(out, over, axis=axis, tiled=True)
-        return out
-
-    specs = (where.spec, PartitionSpec())
-    return jax.jit(jax.shard_map(local, mesh=where.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False))

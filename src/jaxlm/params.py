@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Table = Mapping[str, tuple[str, ...]]
+NORMS = ("D", "H", "NH", "KH")  # letters of what is multiplied element by element
 
 
 class Row(NamedTuple):
@@ -83,12 +84,20 @@ def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     return weights
 
 
+def inputs(letters: str) -> str:
+    """Those of a weight's letters over which its product sums: they come last."""
+    return _axes(letters.lstrip("L"))[-1]
+
+
 def letters(table: Table, weights: Any) -> Any:
     """A tree like the weights, listed or stacked, that holds the letters of each; stacked ones begin with L."""
 
     def of(path: Any, leaf: Any) -> str:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
+        if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b"):  # of a Lora
+            last = inputs(own)
+            own = f"r{last}" if path[-1].name == "a" else f"{own.removesuffix(last)}r"
         return "L" * ("stacked" in names) + own
 
     return jax.tree_util.tree_map_with_path(of, weights)
@@ -111,6 +120,11 @@ def init(table: Table, cfg: Any, key: jax.Array, neutral: float, dtype: Any = jn
 def count(table: Table, cfg: Any) -> int:
     """How many parameters a model has; a tied head counts once."""
     return sum(math.prod(row.shape) for row in rows(table, cfg))
+
+
+def elements(weights: Any) -> int:
+    """How many numbers a tree holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
 
 
 def nbytes(weights: Any) -> int:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm import mesh
 from jaxlm.checkpoint.download import count_bytes
 from jaxlm.checkpoint.hf import pieces_of, read_block
 from jaxlm.checkpoint.meta import Joined
+from jaxlm.checkpoint.rows import rows as divided_rows
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes taken from an array at a time
@@ -101,7 +101,7 @@ def _rows(value: Any, begin: int, count: int) -> np.ndarray:
         return value.rows(begin, count)
     # Of an array on other devices numpy would make one whole, and jax would keep it.
     if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
-        return mesh.rows(value, begin, count)
+        return divided_rows(value, begin, count)
     if isinstance(value, jax.Array) and next(iter(value.devices())).platform != "cpu":
         return np.asarray(_cut(value, begin, count))
     return np.asarray(value)[begin : begin + count]

@@ -33,7 +33,7 @@ class Train(Run):
         except ImportError as error:
             raise ValueError(f"training needs {error.name}: pip install 'jaxlm[train]'") from None
 
-        done = train(self, lambda line: print(told(line, self.steps), flush=True))
+        done = train(self, lambda line: print(told(line, self.steps), flush=True) if len(line)>1 else None)
         note(f"the model is in {done.model}: jaxlm generate -m {done.model} …")
         return 0
 
@@ -42,6 +42,7 @@ def told(line: dict[str, Any], steps: int) -> str:
     """A line of metrics for people and grep."""
     if "valid_loss" in line:
         return f"step {line['step']}/{steps} valid_loss {line['valid_loss']:.4f}"
+    steps = steps or 12
     names = {"loss": ".4f", "rate": ".3g", "gradient": ".3g", "tokens_per_second": ".0f"}
     return f"step {line['step']}/{steps} " + " ".join(f"{name} {line[name]:{form}}" for name, form in names.items())
 

@@ -66,6 +66,7 @@ def _scan(period: Sequence[Layer], x: jax.Array, stacked: list[Any], hidden: lis
 
 def unstacked(layers: dict[str, Any]) -> list[Any]:
     """The list form of stacked layers."""
-    count = jax.tree.leaves(layers["stacked"])[0].shape[0] if layers["stacked"] else 0
+    leaves = jax.tree.leaves(layers["stacked"])
+    count = leaves[0].shape[0] if leaves else 0
     scanned = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(count) for w in layers["stacked"]]
     return scanned + list(layers["rest"])

@@ -17,9 +17,22 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
-    inputs, out = spec.split("->")
-    w = mesh.gathered(w.astype(x.dtype), inputs.split(",")[1])
-    return mesh.constrain(multiply(spec, x, w).astype(dtype or x.dtype), out)
+    return mesh.constrain(product(spec, x, w).astype(dtype or x.dtype), spec.split("->")[1])
+
+
+class Form:
+    """A weight in another form than one array: a pytree node with its own rule for products."""
+
+    def product(self, spec: str, x: jax.Array) -> jax.Array:
+        """What `multiply` gives for the array that this stands for: float32."""
+        raise NotImplementedError
+
+
+def product(spec: str, x: jax.Array, w: Any) -> jax.Array:
+    """One product with a weight in any form, float32 out."""
+    if isinstance(w, Form):
+        return w.product(spec, x)
+    return multiply(spec, x, mesh.gathered(w.astype(x.dtype), spec.split("->")[0].split(",")[1]))
 
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

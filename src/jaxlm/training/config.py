@@ -54,6 +54,22 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
+class LoraOptions:
+    """What is trained beside frozen weights (--method lora)."""
+
+    rank: int = 16
+    """r, the inner width of what is added."""
+    alpha: float = 32.0
+    """What is added is weighed by alpha / rank."""
+    dropout: float = 0.0
+    """Part of an adapter's inputs that is dropped at each step."""
+    rslora: bool = False
+    """Weigh by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Weights by name (q or q_proj, …, head); all-linear is every product of the layers."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run. Its folder holds all of it: configuration, metrics, checkpoints, the model at the end."""
 
@@ -65,10 +81,17 @@ class Run:
     """config.json of a model that begins with random weights."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where no checkpoint brings one."""
+    method: Literal["full", "lora"] = "full"
+    """Train all weights, or an adapter."""
+    adapter: Path | None = None
+    """Adapter in PEFT's format to go on from."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
     data: Data = field(default_factory=Data)
     optimiser: Optimiser = field(default_factory=Optimiser)
-    steps: int = 1000
-    """Steps in all."""
+    steps: int | None = None
+    """Steps in all; default: as `epochs` says, 1000 where it says nothing."""
+    epochs: float | None = None
+    """Instead of steps: how often all data are seen."""
     batch: int = 32
     """Rows of a step, over all devices."""
     length: int = 512
@@ -94,9 +117,13 @@ class Run:
     eval_every: int = 200
     """Steps between losses on `data.valid` and sample texts; 0: at the end alone."""
     eval_batches: int = 16
-    """Batches of an evaluation at most."""
+    """Batches of an evaluation at most; the one at the end sees all of `data.valid`."""
     samples: tuple[str, ...] = ()
     """Prompts that are continued at each evaluation."""
+    sample_tokens: int = 64
+    """Length of these texts at most."""
+    report: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics also go."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on where the folder's last checkpoint ends."""
 
@@ -104,11 +131,21 @@ class Run:
         """Raises ValueError for what cannot be run."""
         if (self.model is None) == (self.shape is None):
             raise ValueError("name a checkpoint (--model) or a config.json for random weights (--shape), one of them")
+        if self.method == "lora" and self.model is None:
+            raise ValueError("LoRA adapts a checkpoint: name it (--model)")
+        if self.adapter is not None and self.method != "lora":
+            raise ValueError("an adapter goes on with --method lora; to train all weights, jaxlm fuse it first")
         if not self.data.train:
             raise ValueError("name what to learn from: --data.train FILES")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give --steps or --epochs, not both")
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if (self.epochs or 1) <= 0:
+            raise ValueError(f"epochs is {self.epochs}, but must be above 0")
+        if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
+            raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} cannot be cut into {self.accumulate} equal parts (accumulate)")
         return self

@@ -1,15 +1,17 @@
 """The training loop: from a `Run` to a trained model, resumable at every checkpoint.
 
-    begin    weights (random or a checkpoint's), tokenizer, data, optimiser; the state, or that of the last checkpoint
+    set up   what the run describes, checked (setup.py)
+    begin    the first state, or that of the last checkpoint
     go on    batch of this step -> step -> metrics; lines, evaluations and checkpoints at their intervals
-    end      the last checkpoint, the model as a Hugging Face folder, the curve of the loss
+    end      the last checkpoint, the model (or adapter) in the form that others read, the curve of the loss
 
 The batch of a step is a function of (seed, step), so the state of the data is the step.
 """
 
-import json
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import loading, mesh, models, params
+from jaxlm import flops, mesh, params, processes
 from jaxlm.exporting import export
-from jaxlm.model import Model
-from jaxlm.tokenizer import Tokenizer
-from jaxlm.training import optimisers, saving, step
+from jaxlm.training import metrics, optimisers, saving, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.loss import loss
+from jaxlm.training.setup import Progress, Setup, begin, set_up, settle
 
-FREE = ("log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "resume", "mesh", "out")
+# What may change when a run goes on: it does not change what is learned.
+FREE = ("log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
+        "out", "report")  # fmt: skip
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -34,139 +37,134 @@ class Diverged(ValueError):
 
 
 class Trained(NamedTuple):
-    """What a run made: its folder, the model in it, and the last line of its metrics."""
+    """What a run made: its folder, the model (or adapter) in it, and the last line of its metrics."""
 
     folder: Path
     model: Path
     last: dict[str, Any]
 
 
-def train(run: Run, tell: Tell = lambda line: None) -> Trained:
-    """Trains, or goes on. `tell` hears of every line of metrics. Raises ValueError, OSError or Diverged; what the
-    folder held before stays good."""
-    run.check()
-    model = first_model(run)
-    data, valid = (_batches(run, model.tokenizer, sources) for sources in (run.data.train, run.data.valid))
-    period = len(params.period(model.config.windows))
-    weights = params.stack(jax.tree.map(lambda w: w.astype(jnp.float32), model.weights), period)
-    rule = optimisers.make(run.optimiser, run.steps, params.letters(model.family.PARAMS, weights))
-    state = jax.jit(lambda w: step.start(rule, w))(weights)
-    over = _mesh(run, model)
-    if over is not None:
-        state = jax.device_put(state, step.places(jax.eval_shape(lambda s: s, state), over, model.family.PARAMS))
-    _settle(run)
+def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = None) -> Trained:
+    """Trains, or goes on. `tell` hears of every line of metrics, and between them {"step": n}; `progress` of documents
+    and tokens while they are prepared. Raises ValueError, OSError or Diverged; what the folder held before stays good.
+    """
+    setup = set_up(run, progress)
+    run = setup.run
+    settle(run, FREE)
     with saving.opened(run.out, run.keep) as saved:
-        if run.resume == "auto" and saved.latest is not None:
-            state = saved.restore(saved.latest, state)
-        elif saved.latest is not None:
+        if saved.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} holds a run already: --resume auto goes on with it, or choose another --out")
-        loop = Loop(run, model, rule, saved, tell)
-        state = loop.run(state, data, valid)
-        saved.save(run.steps, state)
-    done = Model(model.family, model.config, params.unstack(state.weights), model.tokenizer, **_kept(model))
-    config = None if model.checkpoint else json.loads(Path(str(run.shape)).read_text())
-    written = export(done, run.out / "model", force=True, config=config, dtype=run.dtype)
-    return Trained(run.out, written.folder, loop.last)
+        state, frozen = begin(setup)
+        if saved.latest is not None:
+            state = saved.restore(saved.latest, state)
+        loop = Loop(setup, frozen, saved, tell)
+        state = loop.run(state)
+        saved.save(run.steps or 0, state)
+    return Trained(run.out, finish(setup, state), loop.last)
 
 
-def first_model(run: Run) -> Model:
-    """The model as the run finds it: a checkpoint, or random weights in a config.json's shape."""
-    if run.model is not None:
-        return loading.load(run.model, dtype="float32", tokenizer=run.tokenizer)
-    raw = json.loads(Path(str(run.shape)).read_text())
-    family = models.family_of(raw.get("model_type"))
-    cfg = family.Config.from_hf(raw)
-    tokenizer = Tokenizer.load(run.tokenizer) if run.tokenizer else None
-    if tokenizer is None:
-        raise ValueError(f"{run.tokenizer or 'a new model'}: give the folder of a tokenizer (--tokenizer)")
-    if tokenizer.vocab_size > cfg.V:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {run.shape} room for {cfg.V} (vocab_size)")
-    return Model.init(family, cfg, jax.random.key(run.seed), tokenizer=tokenizer, source=str(run.shape))
+def finish(setup: Setup, state: step.State) -> Path:
+    """Writes the model, or the adapter, and the curve."""
+    run = setup.run
+    if run.method == "lora":
+        from jaxlm.training.adapters import write_adapter
 
-
-def _kept(model: Model) -> dict[str, Any]:
-    return {"generation_config": model.generation_config, "source": model.source, "checkpoint": model.checkpoint}
-
-
-def _mesh(run: Run, model: Model) -> Any:
-    """The mesh of a run: by default all devices on `data`."""
-    count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
-    if run.mesh is None and count == 1:
-        return None
-    return mesh.make(run.mesh or {mesh.DATA: count}, model.config.K)
-
-
-def _batches(run: Run, tokenizer: Any, sources: tuple[str, ...]) -> Any:
-    from jaxlm.training.batches import Batches
-    from jaxlm.training.corpus import prepare
-    from jaxlm.training.texts import TextOptions
-
-    if not sources:
-        return None
-    options = TextOptions(form=run.data.form, learn=run.data.learn)
-    corpus = prepare(sources, tokenizer, options, on_bad=run.data.on_bad)
-    place = (jax.process_index(), jax.process_count())
-    return Batches(corpus, run.batch, run.length, run.seed, run.data.packing, *place)
-
-
-def _settle(run: Run) -> None:
-    """The run's folder, with the configuration in it; ValueError where another run stands there."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    path, told = run.out / "run.json", to_dict(run)
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name in told if name not in FREE and told[name] != before.get(name)]
-        if changed:
-            raise ValueError(f"{run.out} holds a run with another {', '.join(changed)}: choose another --out")
-    path.write_text(json.dumps(told, indent=2) + "\n")
+        made = write_adapter(setup, state.weights, run.out / "adapter")
+    else:
+        config = None if setup.checkpoint else setup.raw
+        dtype = None if setup.checkpoint else run.dtype
+        made = export(setup.model(state.weights), run.out / "model", force=True, config=config, dtype=dtype).folder
+    if processes.first():
+        title = f"{run.out.resolve().name}: {run.steps:,} steps of {run.batch} x {run.length} tokens"
+        metrics.draw(metrics.read(run.out / "metrics.jsonl"), run.out / "loss.png", title)
+    return made
 
 
 class Loop:
     """The steps of a run, and what is told of them."""
 
-    def __init__(self, run: Run, model: Model, rule: Any, saved: saving.Checkpoints, tell: Tell):
-        self.run_, self.model, self.saved, self.tell = run, model, saved, tell
-        family, cfg = model.family, model.config
-        how = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
-        self.step = jax.jit(step.make(family, cfg, rule, **how), donate_argnums=0)
-        self.loss = jax.jit(lambda weights, batch: loss(family, cfg, weights, batch))
-        self.rate = optimisers.schedule(run.optimiser, run.steps)
+    def __init__(self, setup: Setup, frozen: Any, saved: saving.Checkpoints, tell: Tell):
+        run, family, cfg = setup.run, setup.family, setup.config
+        self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
+        dtype = jnp.dtype(run.dtype)
+        how = {"dtype": dtype, "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
+        how |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
+        self.step = jax.jit(step.make(family, cfg, setup.rule(), **how), donate_argnums=0)
+        self.whole = jax.jit(lambda trained, frozen: step.whole(trained, frozen, dtype))
+        self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
+        self.rate = optimisers.schedule(run.optimiser, run.steps or 0)
         self.last: dict[str, Any] = {}
+        self.cost = flops_a_token(setup)
 
-    def run(self, state: Any, data: Any, valid: Any) -> Any:
+    def run(self, state: step.State) -> step.State:
         """From the state's step to the last. Metrics of a step are read when the next one is under way."""
-        run, begin = self.run_, int(state.step)
-        metrics = Lines(run.out / "metrics.jsonl", begin)
+        run, first = self.setup.run, int(state.step)
+        steps = run.steps or 0
+        self.begin(first)
         waiting: tuple[int, Any] | None = None
-        clock, counted = time.perf_counter(), 0.0
-        with mesh.on(state.weights):
-            for number, batch in zip(range(begin + 1, run.steps + 1), data.iterate(begin)):
-                state, found = self.step(state, self._placed(batch, state))
-                self._check(waiting)
-                waiting = number, found
-                counted += batch.learned.size
-                if number % run.log_every == 0 or number == run.steps:
-                    self._check(waiting)
-                    seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                    line = {"step": number, **{n: float(x) for n, x in found._asdict().items()}}
-                    line |= {"rate": float(np.asarray(self.rate(number - 1))), "tokens_per_second": counted / seconds}
-                    counted = 0.0
-                    metrics.add(line)
-                    self.last = line
-                    self.tell(line)
-                if number % run.save_every == 0 and number < run.steps:
-                    self._check(waiting)
-                    self.saved.save(number, state)
-                if valid is not None and (number == run.steps or (run.eval_every and number % run.eval_every == 0)):
-                    line = {"step": number, "valid_loss": self.evaluate(state.weights, valid)}
-                    metrics.add(line)
-                    self.tell(line)
+        try:
+            with mesh.on(state.weights):
+                for number, batch in zip(range(first + 1, steps + 1), self.setup.data.iterate(first)):
+                    state, found = self.step(state, self.placed(batch), self.frozen)
+                    self.check(waiting)
+                    waiting = number, found
+                    self.count(number)
+                    if number % run.log_every == 0 or number == steps:
+                        self.check(waiting)
+                        self.report(number, found)
+                    if number % run.save_every == 0 and number < steps:
+                        self.check(waiting)
+                        self.saved.save(number, state)
+                    if number == steps or (run.eval_every and number % run.eval_every == 0):
+                        self.check(waiting)
+                        self.look(number, state)
+        finally:
+            for service in self.services:
+                service.close()
         return state
 
-    def _placed(self, batch: Any, state: Any) -> Any:
-        return jax.tree.map(lambda a: mesh.place(a, "BT", mesh.of(state.weights)), batch)
+    def begin(self, first: int) -> None:
+        """Opens what lines are written to."""
+        run = self.setup.run
+        leads = processes.first()
+        self.lines = [metrics.Lines(run.out / "metrics.jsonl", first)] if leads else []
+        self.services = metrics.services(run.report, run.out, to_dict(run)) if leads else []
+        device = jax.local_devices()[0]
+        self.peak = flops.peak(device)[0] * (1 if self.setup.over is None else self.setup.over.size)
+        self.clock, self.counted = time.perf_counter(), 0
 
-    def _check(self, waiting: tuple[int, Any] | None) -> None:
+    def count(self, number: int) -> None:
+        self.counted += self.setup.run.batch * self.setup.run.length
+        self.tell({"step": number})
+
+    def report(self, number: int, found: step.Metrics) -> None:
+        """The line of a step."""
+        line = {"step": number, **{name: float(x) for name, x in found._asdict().items()}}
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        speed, self.counted = self.counted / seconds, 0
+        line |= {"rate": float(np.asarray(self.rate(number - 1))), "epoch": round(self.setup.data.epoch(number), 4)}
+        self.add(line | {"tokens_per_second": speed, "mfu": speed * self.cost / self.peak})
+
+    def add(self, line: dict[str, Any]) -> None:
+        for place in [*self.lines, *self.services]:
+            place.add(line)
+        self.last = self.last | line
+        self.tell(line)
+
+    def placed(self, batch: Any) -> Any:
+        """This process's rows, as part of what all have."""
+        over, shape = self.setup.over, (self.setup.run.batch, self.setup.run.length)
+        if over is None:
+            return jax.tree.map(jnp.asarray, batch)
+        where, before = mesh.sharding("BT", shape, over), self.setup.data.share.start
+
+        def rows(a: np.ndarray, index: Any) -> np.ndarray:
+            begin, end, _ = index[0].indices(shape[0])
+            return a[begin - before : end - before]
+
+        return jax.tree.map(lambda a: jax.make_array_from_callback(shape, where, partial(rows, a)), batch)
+
+    def check(self, waiting: tuple[int, Any] | None) -> None:
         """Raises Diverged for a step that was not taken: its loss or its gradient is no number."""
         if waiting is None or np.isfinite([waiting[1].loss, waiting[1].gradient]).all():
             return
@@ -177,28 +175,33 @@ class Loop:
         what = f"the loss of step {number} is {float(found.loss)}, the norm of its gradient {float(found.gradient)}"
         raise Diverged(f"{what}: {way}; lower the learning rate (optimiser.lr) or clip (optimiser.clip)")
 
-    def evaluate(self, weights: Any, valid: Any) -> float:
-        """Nats a learned token over the first batches of the validation data."""
-        sums = [self.loss(weights, jax.tree.map(jnp.asarray, valid.batch(i))) for i in range(self.run_.eval_batches)]
-        return float(sum(s.nats for s in sums) / sum(s.tokens for s in sums))
+    def look(self, number: int, state: step.State) -> None:
+        """The loss on what is not learned, and sample texts, from the weights as they are."""
+        run, begun = self.setup.run, time.perf_counter()
+        if self.setup.valid is not None:
+            most = None if number == run.steps else run.eval_batches
+            self.add({"step": number, "valid_loss": self.evaluate(state.weights, most)})
+        if run.samples:
+            from jaxlm.generation import generate
+
+            model = self.setup.model(self.whole(state.weights, self.frozen))
+            for prompt in run.samples:
+                told = generate(model, prompt, max_tokens=run.sample_tokens, temperature=0.8, seed=run.seed)
+                self.add({"step": number, "prompt": prompt, "text": told.text})
+        self.clock += time.perf_counter() - begun  # this is no training time
+
+    def evaluate(self, trained: Any, most: int | None) -> float:
+        """Nats a learned token over the validation data, or its first batches."""
+        nats = tokens = 0.0
+        for batch in itertools.islice(self.setup.valid.once(), most):
+            sums = self.loss(trained, self.frozen, self.placed(batch))
+            nats, tokens = nats + float(sums.nats), tokens + float(sums.tokens)
+        return nats / tokens
 
 
-class Lines:
-    """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first."""
-
-    def __init__(self, path: Path, begin: int):
-        self.path = path
-        kept = [line for line in self._whole(path) if json.loads(line)["step"] <= begin]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(kept))
-        beside.replace(path)
-
-    @staticmethod
-    def _whole(path: Path) -> Iterator[str]:
-        """The lines that were written to their end."""
-        if path.exists():
-            yield from (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-
-    def add(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+def flops_a_token(setup: Setup) -> float:
+    """FLOPs of training a token, analytic."""
+    run, adapter = setup.run, None
+    if run.method == "lora":
+        adapter = params.elements(setup.trained(jax.random.key(0), shapes=True))
+    return flops.training(setup.family.PARAMS, setup.config, run.length, adapter)

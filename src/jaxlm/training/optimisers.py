@@ -7,11 +7,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from jaxlm import params
 from jaxlm.training.config import Optimiser
-
-NORMS = ("D", "H", "NH", "KH")  # multiplied element by element: they do not decay
-# The matrices of layers, and over how many of their last axes a product sums.
-INPUTS = {"NHD": 1, "KHD": 1, "FD": 1, "DNH": 2, "DF": 1}
 
 
 def schedule(of: Optimiser, steps: int) -> optax.Schedule:
@@ -50,16 +47,17 @@ def make(of: Optimiser, steps: int, letters: Any) -> optax.GradientTransformatio
 
 def decaying(letters: Any) -> Any:
     """Which weights decay: all but norms."""
-    return jax.tree.map(lambda name: name.lstrip("L") not in NORMS, letters)
+    return jax.tree.map(lambda name: name.lstrip("L") not in params.NORMS, letters)
 
 
 def _muon(of: Optimiser, rate: optax.Schedule, letters: Any, decays: Any) -> optax.GradientTransformation:
     """Muon on the matrices of layers, whose axes are joined as their product sees them; a leading L is a batch."""
 
     def axes(name: str) -> MuonDimensionNumbers | None:
-        if (plain := name.lstrip("L")) not in INPUTS:
+        plain = name.lstrip("L")
+        if plain in params.NORMS or "V" in plain:
             return None
-        first, split = len(name) - len(plain), len(name) - INPUTS[plain]
+        first, split = len(name) - len(plain), len(name) - len(params.inputs(name))
         return MuonDimensionNumbers(tuple(range(split, len(name))), tuple(range(first, split)))
 
     numbers = jax.tree.map(axes, letters)

@@ -11,6 +11,9 @@ from typing import Any
 import jax
 
 
+FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
 class Checkpoints:
     """Those of one run, in its folder `checkpoints`, named by how many steps had been taken."""
 
@@ -30,7 +33,8 @@ class Checkpoints:
         """Copies the state to host memory and returns; the rest happens beside the next steps. An error of the save
         before is raised here."""
         if step != self.latest:
-            self._manager.save(step, args=self._ocp.args.StandardSave(state), force=True)
+            with self._explained():
+                self._manager.save(step, args=self._ocp.args.StandardSave(state), force=True)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, in the places and types of `like` (arrays or jax.ShapeDtypeStruct with sharding)."""
@@ -39,10 +43,28 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the disk come in many types: from the operating system, from TensorStore, from Orbax."""
+        try:
+            yield
+        except Exception as error:
+            reason = next((text for text in FULL if text in str(error)), None)
+            if reason is None and not isinstance(error, OSError):
+                raise
+            steps = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+            kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier one"
+            why = f"the disk is full ({reason})" if reason else str(error)
+            raise OSError(
+                f"a checkpoint could not be saved in {self.folder}: {why}. Nothing older is lost: {kept}; make room, "
+                "and the same command goes on from there"
+            ) from error
 
 
 @contextmanager

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import mesh, params
+from jaxlm import lora, mesh, params
 from jaxlm.training.loss import Sums, loss
-from jaxlm.training.optimisers import NORMS
 
 # What the backward pass keeps of the forward one; the rest is computed again. No policy keeps a gathered weight.
 REMAT: dict[str, Any] = {
@@ -21,7 +20,8 @@ REMAT: dict[str, Any] = {
 
 
 class State(NamedTuple):
-    """What training carries from step to step. Weights are float32 whatever is computed in."""
+    """What training carries from step to step. What is trained (all weights, or an adapter) is float32 whatever is
+    computed in."""
 
     weights: Any
     optimiser: Any  # optax's state
@@ -50,18 +50,27 @@ def make(
     dtype: Any = jnp.float32,
     remat: str = "none",
     z_loss: float = 0.0,
-) -> Callable[[State, Any], tuple[State, Metrics]]:
-    """The step of a run: (state, batch) -> (state, metrics).
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Callable[..., tuple[State, Metrics]]:
+    """The step of a run: (state, batch, frozen) -> (state, metrics). frozen: None, or the weights to which the state's
+    are an adapter; they get no gradient.
 
     accumulate: into how many parts a batch is cut, one after the other; the gradient is that of the whole. dtype: of
-    products and activations; weights are cast to it for each use and their gradients come back in float32. A step
-    whose loss is not finite leaves weights and optimiser as they were.
+    products and activations; weights are cast to it for each use and their gradients come back in float32. dropout: of
+    what adapters see, drawn from (seed, step). A step whose loss is not finite leaves weights and optimiser as they
+    were.
     """
     sum_of = partial(loss, family, cfg, z_loss=z_loss, remat=REMAT[remat])
 
-    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any, frozen: Any = None) -> tuple[State, Metrics]:
+        def total(trained: Any, part: Any, number: jax.Array) -> tuple[jax.Array, Sums]:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
+            sums = sum_of(whole(lora.keyed(trained, key, dropout), frozen, dtype), part)
+            return sums.loss, sums
+
         parts = jax.tree.map(partial(_parts, accumulate), batch)
-        gradient, sums = _gradient(sum_of, state.weights, parts, dtype)
+        gradient, sums = _gradient(total, state.weights, parts)
         count = jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         metrics = Metrics(sums.nats / count, optax.tree.norm(gradient), sums.tokens)
@@ -73,48 +82,58 @@ def make(
     return step
 
 
-def _gradient(sum_of: Callable[[Any, Any], Sums], weights: Any, parts: Any, dtype: Any) -> tuple[Any, Sums]:
+def whole(trained: Any, frozen: Any, dtype: Any) -> Any:
+    """The weights with which a model computes, what is trained of them in `dtype`."""
+    trained = jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, trained)
+    return trained if frozen is None else lora.join(frozen, trained)
+
+
+def _gradient(total: Callable[..., Any], weights: Any, parts: Any) -> tuple[Any, Sums]:
     """The gradient of the summed loss, and the sums, over all parts (a leading axis) of a batch."""
+    gradient_of = jax.value_and_grad(total, has_aux=True)
+    count = jax.tree.leaves(parts)[0].shape[0]
 
-    def total(weights: Any, part: Any) -> tuple[jax.Array, Sums]:
-        sums = sum_of(jax.tree.map(lambda w: w.astype(dtype), weights), part)
-        return sums.loss, sums
-
-    def add(before: Any, part: Any) -> tuple[Any, None]:
-        (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(weights, part)
+    def add(before: Any, numbered: Any) -> tuple[Any, None]:
+        (_, sums), gradient = gradient_of(weights, *numbered)
         return jax.tree.map(jnp.add, before, (gradient, sums)), None
 
-    if jax.tree.leaves(parts)[0].shape[0] == 1:
-        (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(weights, jax.tree.map(lambda x: x[0], parts))
+    if count == 1:
+        (_, sums), gradient = gradient_of(weights, jax.tree.map(lambda x: x[0], parts), jnp.zeros((), jnp.int32))
         return gradient, sums
     zero = jax.tree.map(jnp.zeros_like, weights), Sums(*[jnp.zeros(())] * 3)
-    return jax.lax.scan(add, zero, parts)[0]
+    return jax.lax.scan(add, zero, (parts, jnp.arange(count)))[0]
 
 
 def places(state: Any, over: Any, table: Any) -> Any:
     """The sharding of each array of a state (given as shapes): moments lie where their weight does, what is no weight's
     is whole on every device."""
     named = {
-        jax.tree_util.keystr(path): mesh.sharding(letters, leaf.shape, over, _axes(letters))
+        jax.tree_util.keystr(path): (leaf.shape, place(letters, leaf.shape, over))
         for (path, leaf), letters in zip(
             jax.tree_util.tree_leaves_with_path(state.weights),
             jax.tree.leaves(params.letters(table, state.weights)),
             strict=True,
         )
     }
-    shapes = {jax.tree_util.keystr(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(state.weights)}
 
     def of(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path)
-        owner = next((n for n in named if name.endswith(n) and shapes[n] == leaf.shape), None)
-        return mesh.sharding("", leaf.shape, over) if owner is None else named[owner]
+        found = next((where for n, (shape, where) in named.items() if name.endswith(n) and shape == leaf.shape), None)
+        return mesh.sharding("", leaf.shape, over) if found is None else found
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def _axes(letters: str) -> mesh.Table:
-    """Norms are small, and whole on every device."""
-    return mesh.ON if letters.lstrip("L") in NORMS else mesh.ON_TRAINED
+def weight_places(weights: Any, over: Any, table: Any) -> Any:
+    """The sharding of each weight alone (given as shapes), stacked or listed."""
+    return jax.tree.map(lambda letters, w: place(letters, w.shape, over), params.letters(table, weights), weights)
+
+
+def place(letters: str, shape: tuple[int, ...], over: Any) -> Any:
+    """Where a weight in training lies. Norms are small, and whole on every device."""
+    if over is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return mesh.sharding(letters, shape, over, mesh.ON if letters.lstrip("L") in params.NORMS else mesh.ON_TRAINED)
 
 
 def _parts(count: int, x: jax.Array) -> jax.Array:

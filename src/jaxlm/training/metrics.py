@@ -1,0 +1,125 @@
+"""What a run tells while it goes on, in its folder and elsewhere: lines, a curve, and the services that take them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Line = dict[str, Any]
+
+
+class Lines:
+    """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first."""
+
+    def __init__(self, path: Path, begin: int):
+        self.path = path
+        kept = [line for line in self._whole(path) if json.loads(line)["step"] <= begin]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(kept))
+        beside.replace(path)
+
+    @staticmethod
+    def _whole(path: Path) -> Iterator[str]:
+        """The lines that were written to their end."""
+        if path.exists():
+            yield from (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+
+    def add(self, line: Line) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class TensorBoard:
+    """The numbers of each line as events, in the run's folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError("--report tensorboard needs tensorboardX: pip install 'jaxlm[tensorboard]'") from None
+        self._writer = SummaryWriter(str(folder))
+
+    def add(self, line: Line) -> None:
+        for name, value in line.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, line["step"])
+            elif name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """The same for Weights & Biases, under the folder's name; goes on with a run that was resumed."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--report wandb needs wandb: pip install 'jaxlm[wandb]'") from None
+        name = folder.resolve().name
+        self._run = wandb.init(project="jaxlm", name=name, id=name, dir=str(folder), config=config, resume="allow")
+
+    def add(self, line: Line) -> None:
+        self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def services(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Any]:
+    """What --report names; ValueError where a package is missing."""
+    made = {"tensorboard": lambda: TensorBoard(folder), "wandb": lambda: Wandb(folder, config)}
+    return [made[name]() for name in names]
+
+
+def draw(lines: list[Line], path: Path, title: str) -> bool:
+    """The curve of the loss as a PNG: each step that was told, their running mean, and the validation loss. False
+    where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps, losses = _column(lines, "loss")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if len(losses) > 20:
+        axes.plot(steps, losses, linewidth=0.6, alpha=0.35, color="C0")
+        axes.plot(steps, running_mean(losses, 0.9), color="C0", label="training (running mean)")
+    else:
+        axes.plot(steps, losses, color="C0", marker="o", markersize=3, label="training")
+    at, valid = _column(lines, "valid_loss")
+    if len(valid):
+        axes.plot(at, valid, marker="o", markersize=3, color="C1", label=f"validation, {valid[-1]:.3f} at the end")
+    shown = losses[len(losses) // 50 :]  # the first steps, from a random start, would set the scale
+    if len(shown) > 1:
+        low, high = min([*shown, *valid]), max(shown)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _column(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    steps, values = zip(*found) if found else ((), ())
+    return np.array(steps), np.array(values)
+
+
+def running_mean(values: np.ndarray, keep: float) -> np.ndarray:
+    """Exponential mean in which the past weighs `keep`, without the pull towards 0 at the beginning."""
+    mean, weight, found = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        found.append(mean / weight)
+    return np.array(found)

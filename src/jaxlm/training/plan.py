@@ -1,0 +1,106 @@
+"""What a run will take and what it will see, before it begins: memory a device, steps, tokens, and examples."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import devices, flops, mesh, params
+from jaxlm.training import step
+from jaxlm.training.setup import Setup
+
+
+class Plan(NamedTuple):
+    """Bytes on one device, of what is trained, what is frozen, the optimiser's state, gradients, and all else that a
+    step needs at once (activations); peak: what the compiler says of the whole program."""
+
+    weights: int
+    frozen: int
+    optimiser: int
+    gradients: int
+    activations: int
+    peak: int
+    free: int | None
+
+
+def plan(setup: Setup, program: Any, dtype: Any) -> Plan:
+    """The plan of a run from its step's program, which is compiled and not run."""
+    state, frozen = setup.state_shapes(), setup.frozen_shapes()
+    over, table = setup.over, setup.family.PARAMS
+    if over is not None:
+        state = _placed(state, step.places(state, over, table))
+        frozen = None if frozen is None else _placed(frozen, step.weight_places(frozen, over, table))
+    shape = (setup.run.batch, setup.run.length)
+    where = None if over is None else mesh.sharding("BT", shape, over)
+    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    batch = type(setup.data.batch(0))(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where))
+    with mesh.on_mesh(over):
+        found = program.lower(state, batch, frozen).compile().memory_analysis()
+    weights, gradients = _bytes(state.weights), _bytes(state.weights)
+    peak = found.argument_size_in_bytes + found.temp_size_in_bytes
+    peak += found.output_size_in_bytes - found.alias_size_in_bytes
+    optimiser, frozen = _bytes(state.optimiser), _bytes(frozen)
+    rest = max(peak - weights - frozen - optimiser - gradients, 0)
+    free = devices.available_memory(jax.local_devices()[0])
+    return Plan(weights, frozen, optimiser, gradients, rest, peak, free)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places)
+
+
+def _bytes(tree: Any) -> int:
+    """On one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += int(np.prod(shape)) * np.dtype(leaf.dtype).itemsize
+    return total
+
+
+def told(setup: Setup, found: Plan) -> Iterator[str]:
+    """The plan in lines."""
+    run, cfg, data = setup.run, setup.config, setup.data
+    trained = params.elements(setup.state_shapes().weights)
+    every = params.count(setup.family.PARAMS, cfg)
+    what = f"{every:,} parameters" if run.method == "full" else f"{trained:,} of an adapter to {every:,} parameters"
+    yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimiser.name}, {run.dtype} products"
+    yield f"data        {data.corpus}"
+    if setup.valid is not None:
+        yield f"validation  {setup.valid.corpus}"
+    if data.note:
+        yield f"            {data.note}"
+    steps = run.steps or 0
+    yield (
+        f"steps       {steps:,} of {run.batch} rows x {run.length} tokens: {steps * run.batch * run.length:,} tokens, "
+        f"{data.epoch(steps):.2f} epochs; rows are {data.fill():.0%} full"
+    )
+    from jaxlm.training.loop import flops_a_token
+
+    cost = flops_a_token(setup)
+    yield f"work        {cost / 1e6:,.1f} MFLOP a token, {cost * steps * run.batch * run.length / 1e15:,.3f} PFLOP in all"
+    over = setup.over
+    yield "mesh        " + ("one device" if over is None else ", ".join(f"{n}={s}" for n, s in over.shape.items()))
+    names = ("weights", "frozen", "optimiser", "gradients", "activations", "peak")
+    parts = [f"{name} {devices.gigabytes(getattr(found, name))}" for name in names if getattr(found, name)]
+    yield "memory      " + ", ".join(parts) + " a device"
+    if found.free is not None:
+        fits = "it fits" if found.peak <= found.free else "IT DOES NOT FIT: smaller batch, more accumulate, remat full"
+        yield f"            {devices.gigabytes(found.free)} are free: {fits}"
+
+
+def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple[str, bool]]]:
+    """The first rows of step 0 as pieces of text, each with whether it is learned."""
+    batch, tokenizer = setup.data.batch(0), setup.tokenizer
+    for row in range(min(count, len(batch.tokens))):
+        length = int(np.argmax(batch.pos[row] < 0)) or len(batch.pos[row])
+        length = min(length, tokens)
+        # A document's first token is nobody's target; each other one is the target of its left neighbour.
+        learned = np.concatenate([[False], batch.learned[row, : length - 1]]) & (batch.pos[row, :length] > 0)
+        ids = batch.tokens[row, :length].tolist()
+        pairs = zip(ids, learned.tolist(), (batch.pos[row, :length] == 0).cumsum().tolist())
+        pieces = groupby(pairs, key=lambda pair: pair[1:])
+        yield [(tokenizer.decode([token for token, *_ in part], skip_special=False), bool(key[0])) for key, part in pieces]

@@ -1,0 +1,205 @@
+"""From a `Run` to what its loop needs: the model's functions, its data, its optimiser, and a first state in its place.
+
+Nothing that is large is made before all that a user can get wrong has been checked, and `shapes` alone tells what a run
+takes.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import loading, lora, mesh, models, params, processes
+from jaxlm.checkpoint import hf
+from jaxlm.model import Model
+from jaxlm.tokenizer import Tokenizer
+from jaxlm.training import optimisers, step
+from jaxlm.training.config import Run, to_dict
+
+Progress = Callable[[int, int], None]  # documents, tokens
+
+
+class Setup(NamedTuple):
+    """A run before its first step. run: with its steps resolved; raw: the contents of config.json; checkpoint: where
+    the model came from, None where it begins with random weights; over: the mesh, None for one device."""
+
+    run: Run
+    family: Any
+    config: Any
+    raw: dict[str, Any]
+    tokenizer: Tokenizer
+    generation_config: dict[str, Any]
+    checkpoint: hf.Checkpoint | None
+    data: Any
+    valid: Any
+    over: Any
+
+    @property
+    def period(self) -> int:
+        """How many unlike layers there are."""
+        return len(params.period(self.config.windows))
+
+    def model(self, weights: Any) -> Model:
+        """These weights (stacked) as a model."""
+        more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
+        return Model(
+            self.family, self.config, params.unstack(weights), self.tokenizer, self.generation_config, **more
+        )
+
+    def rule(self) -> Any:
+        """The optimiser."""
+        letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
+        return optimisers.make(self.run.optimiser, int(self.run.steps or 0), letters)
+
+    def trained(self, key: jax.Array, shapes: bool = False) -> Any:
+        """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
+        read by `begin`. Or their shapes alone."""
+        table, cfg, run = self.family.PARAMS, self.config, self.run
+
+        def made(key: jax.Array) -> Any:
+            if run.method == "full":
+                return params.stack(params.init(table, cfg, key, self.family.NORM), self.period)
+            rows = lora.targets(table, cfg, run.lora.targets)
+            scale = lora.scale(run.lora.alpha, run.lora.rank, run.lora.rslora)
+            return params.stack(lora.init(rows, cfg.L, run.lora.rank, scale, key), self.period)
+
+        if shapes:
+            return jax.eval_shape(made, key)
+        where = None if self.over is None else step.weight_places(jax.eval_shape(made, key), self.over, table)
+        return jax.jit(made, out_shardings=where)(key)
+
+    def state_shapes(self) -> step.State:
+        """The state as jax.ShapeDtypeStruct."""
+        rule = self.rule()
+        return jax.eval_shape(lambda w: step.start(rule, w), self.trained(jax.random.key(0), shapes=True))
+
+    def frozen_shapes(self) -> Any:
+        """The weights beside an adapter, None where all are trained."""
+        if self.run.method == "full":
+            return None
+        weights = params.shapes(self.family.PARAMS, self.config, jnp.dtype(self.run.dtype))
+        return jax.eval_shape(lambda w: params.stack(w, self.period), weights)
+
+
+def set_up(run: Run, progress: Progress | None = None) -> Setup:
+    """Checks and prepares all but the weights. Raises ValueError or OSError with what is wrong and the way out."""
+    run.check()
+    family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
+    if run.method == "lora":
+        lora.targets(family.PARAMS, cfg, run.lora.targets)
+    over = _mesh(run, cfg)
+    if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
+        raise ValueError(
+            f"a part of {run.batch // run.accumulate} rows (batch / accumulate) cannot be shared by "
+            f"{over.shape[mesh.DATA]} devices on {mesh.DATA}: make the batch a multiple, or the mesh smaller"
+        )
+    data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "valid"))
+    steps = run.steps or (data.steps(run.epochs) if run.epochs else 1000)
+    run = replace(run, steps=steps, epochs=None)
+    return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
+
+
+def _described(run: Run) -> tuple[Any, ...]:
+    """Family, config, config.json, tokenizer, generation_config and checkpoint, before a weight is read."""
+    if run.model is not None:
+        found = loading.find(run.model, tokenizer=run.tokenizer)
+        raw, tokenizer, checkpoint = found.checkpoint.config, found.tokenizer, found.checkpoint
+        family, cfg, generation_config = found.family, found.config, found.generation_config
+    else:
+        raw, checkpoint, generation_config = hf.read_json(Path(str(run.shape))), None, {}
+        family = models.family_of(raw.get("model_type"))
+        cfg = family.Config.from_hf(raw)
+        tokenizer = Tokenizer.load(run.tokenizer) if run.tokenizer else None
+    if tokenizer is None:
+        where = run.tokenizer or run.model or "a new model"
+        raise ValueError(f"{where}: there is no tokenizer: name its folder (--tokenizer), or make one from the texts "
+                         "(jaxlm tokenizer train)")  # fmt: skip
+    if tokenizer.vocab_size > cfg.V:
+        where = run.shape or run.model
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {where} room for {cfg.V} (vocab_size)")
+    if run.length > cfg.context:
+        raise ValueError(f"rows of {run.length} tokens (length), but the model is made for {cfg.context}")
+    return family, cfg, raw, tokenizer, generation_config, checkpoint
+
+
+def _mesh(run: Run, cfg: Any) -> Any:
+    """The mesh of a run: by default all devices on `data`."""
+    count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
+    over = mesh.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
+    return None if over is None or over.size == 1 else over
+
+
+def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress | None) -> Any:
+    """The batches of some sources. One process tokenises, the others find its corpus in the cache."""
+    from jaxlm.training.batches import Batches
+    from jaxlm.training.corpus import prepare
+    from jaxlm.training.texts import TextOptions
+
+    names = getattr(run.data, part)
+    if not names:
+        return None
+    options = TextOptions(form=run.data.form, learn=run.data.learn)
+
+    def prepared() -> Any:
+        return prepare(names, tokenizer, options, split=part, on_bad=run.data.on_bad, progress=progress)
+
+    if processes.first():
+        prepared()
+    processes.gather("prepared")
+    batches = Batches(prepared(), run.batch, run.length, run.seed, run.data.packing)
+    batches.share = rows_here(run.batch, over)
+    return batches
+
+
+def rows_here(B: int, over: Any) -> slice:
+    """Which rows of a batch this process makes: those that its devices hold, and what lies between them."""
+    if over is None:
+        return slice(0, B)
+    where = mesh.sharding("BT", (B, 1), over)
+    found = [index[0].indices(B) for index in where.addressable_devices_indices_map((B, 1)).values() if index]
+    return slice(min(begin for begin, _, _ in found), max(end for _, end, _ in found))
+
+
+def begin(setup: Setup) -> tuple[step.State, Any]:
+    """The first state, and the frozen weights (None where all are trained), in their places."""
+    run, table = setup.run, setup.family.PARAMS
+    weights = None if setup.checkpoint is None else _read(setup)
+    trained = setup.trained(jax.random.key(run.seed)) if weights is None or run.method == "lora" else weights
+    rule, where = setup.rule(), None
+    if setup.over is not None:
+        where = step.places(setup.state_shapes(), setup.over, table)
+    state = jax.jit(lambda w: step.start(rule, w), out_shardings=where)(trained)
+    return state, weights if run.method == "lora" else None
+
+
+def _read(setup: Setup) -> Any:
+    """A checkpoint's weights, stacked: float32 where they are trained, else in the type of the run."""
+    run, over, checkpoint = setup.run, setup.over, setup.checkpoint
+    assert checkpoint is not None
+
+    def where(row: params.Row) -> Any:
+        return step.place(row.letters, row.shape, over)
+
+    dtype = "float32" if run.method == "full" else run.dtype
+    weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, where, None)
+    shapes = jax.eval_shape(lambda w: params.stack(w, setup.period), weights)
+    places = None if over is None else step.weight_places(shapes, over, setup.family.PARAMS)
+    return jax.jit(lambda w: params.stack(w, setup.period), out_shardings=places)(weights)
+
+
+def settle(run: Run, free: tuple[str, ...]) -> None:
+    """The run's folder, with the configuration in it; ValueError where another run stands there. `free` are fields that
+    may change when a run goes on."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    path, told = run.out / "run.json", to_dict(run)
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name in told if name not in free and told[name] != before.get(name)]
+        if changed:
+            raise ValueError(f"{run.out} holds a run with another {', '.join(changed)}: choose another --out")
+    if processes.first():
+        path.write_text(json.dumps(told, indent=2) + "\n")
