@@ -5,46 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from recordings.tiny import SIZES
+from training.runs import Stopped, lines, made, run_of, stopping
 
 import jaxlm
 from jaxlm.cli import main
 from jaxlm.training import loop
-from jaxlm.training.config import Data, Optimiser, Run
-
-SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
+from jaxlm.training.config import Optimiser
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, shared) -> dict[str, str]:
-    """A config.json, a tokenizer, and two texts."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "shape.json").write_text(json.dumps(SHAPE))
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "dog", "sat", "ran", "home", "and", "a", "big", "red"]
-    for name in ("train", "valid"):
-        stories = [" ".join(rng.choice(words, 30)) for _ in range(40)]
-        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories))
-    return {"shape": str(folder / "shape.json"), "tokenizer": str(shared / "checkpoints/stories260K"),
-            "train": str(folder / "train.txt"), "valid": str(folder / "valid.txt")}  # fmt: skip
-
-
-def run_of(files: dict[str, str], out: Path, **fields: Any) -> Run:
-    data = Data(train=(files["train"],), valid=(files["valid"],))
-    sizes: dict[str, Any] = {"steps": 12, "batch": 4, "length": 32, "log_every": 2, "save_every": 5, "eval_every": 6}
-    given = {"shape": Path(files["shape"]), "tokenizer": Path(files["tokenizer"]), "data": data, **sizes}
-    return Run(out=out, **{**given, "optimiser": Optimiser(lr=1e-2), "eval_batches": 2, **fields})
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if name not in ("tokens_per_second", "mfu")} for line in found]
+    return made(tmp_path_factory.mktemp("files"), shared)
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +49,13 @@ def test_what_a_run_leaves(whole) -> None:
     assert len(jaxlm.generate(model, "the cat", max_tokens=4, temperature=0).tokens) > 0
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [4, 10])
 def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_path, at) -> None:
     """Before the first checkpoint, and after one: the lines and the weights are those of the undisturbed run."""
 
-    def stop(line: dict[str, Any]) -> None:
-        if line["step"] == at:
-            raise Stopped
-
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
-        loop.train(run, stop)
+        loop.train(run, stopping(at))
     loop.train(run)
     assert lines(run.out) == lines(whole)
     assert weights(run.out) == weights(whole)
@@ -98,24 +67,73 @@ def test_a_finished_run_says_the_same_again(files, whole) -> None:
     assert (weights(whole), lines(whole)) == before
 
 
+def command(files: dict[str, str], out: Path) -> list[str]:
+    """`run_of` as flags."""
+    return ["--shape", files["shape"], "--tokenizer", files["tokenizer"], "--data.train", files["train"],
+            "--data.valid", files["valid"], "--optimiser.lr", "0.01", "--steps", "12", "--batch", "4", "--length", "32",
+            "--log-every", "2", "--save-every", "5", "--eval-every", "6", "--eval-batches", "2",
+            "--out", str(out)]  # fmt: skip
+
+
 def test_sigkill_at_any_moment(files, whole, tmp_path) -> None:
     """The process dies while it saves and steps; the same command ends where the undisturbed run did."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "jaxlm", "train", "--shape", files["shape"], "--tokenizer", files["tokenizer"],
-               "--data.train", files["train"], "--data.valid", files["valid"], "--optimiser.lr", "0.01",
-               "--steps", "12", "--batch", "4", "--length", "32", "--log-every", "2", "--save-every", "5",
-               "--eval-every", "6", "--eval-batches", "2", "--out", str(out)]  # fmt: skip
-    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    line = [sys.executable, "-m", "jaxlm", "train", *command(files, out)]
+    killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be on its way
+    for said in killed.stdout:
+        if said.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be on its way
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"the model is in {out / 'model'}" in done.stderr
+    assert lines(out) == lines(whole)
+    assert weights(out) == weights(whole)
+
+
+def test_a_run_goes_on_over_a_mesh(files, whole, tmp_path) -> None:
+    """From one device to eight, on both axes: sums over devices are made in another order, so the losses agree to
+    float32's rounding over seven steps, not bit by bit."""
+    run = run_of(files, tmp_path / "run")
+    with pytest.raises(Stopped):
+        loop.train(run, stopping(6))
+    loop.train(replace(run, mesh="data=4,model=2"))
+    for line, other in zip(lines(run.out), lines(whole), strict=True):
+        assert line.keys() == other.keys()
+        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-4)
+    ours, theirs = (jaxlm.load(out / "model").weights for out in (run.out, whole))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+FULL = """
+import pathlib, resource, sys, time
+from jaxlm.cli import main, train
+tell = train.Display.tell
+def then_full(self, line):
+    if line["step"] == 7:
+        while not pathlib.Path(sys.argv[-1], "checkpoints/5").exists():  # under this name it is whole
+            time.sleep(0.05)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    tell(self, line)
+train.Display.tell = then_full
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
+    """The run ends with 1 and says what is whole; with room it goes on to the same end."""
+    out = tmp_path / "run"
+    flags = command(files, out)
+    full = subprocess.run([sys.executable, "-c", FULL, *flags], capture_output=True, text=True)
+    assert full.returncode == 1, full.stderr
+    assert "a checkpoint could not be saved" in full.stderr
+    assert "Nothing older is lost: the checkpoint of step 5 is whole" in full.stderr
+    assert "Traceback" not in full.stderr, full.stderr
+    assert main(["train", *flags]) == 0
     assert lines(out) == lines(whole)
     assert weights(out) == weights(whole)
 
@@ -139,7 +157,10 @@ def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path) -> None:
     [
         ([], "name a checkpoint (--model) or a config.json for random weights (--shape)"),
         (["--model", "x"], "name what to learn from: --data.train FILES"),
-        (["--model", "x", "--data.train", "y", "--steps", "0"], "steps is 0, but must be at least 1"),
+        (["--model", "x", "--data.train", "y", "--save-every", "0"], "save_every is 0, but must be at least 1"),
+        (["--model", "x", "--data.train", "y", "--steps", "-1"], "steps is -1, but must be above 0"),
+        (["--shape", "x", "--data.train", "y", "--method", "lora"], "LoRA adapts a checkpoint: name it (--model)"),
+        (["--model", "x", "--data.train", "y", "--adapter", "z"], "an adapter goes on with --method lora"),
         (
             ["--model", "x", "--data.train", "y", "--batch", "3", "--accumulate", "2"],
             "batch 3 cannot be cut into 2 equal",

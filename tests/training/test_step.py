@@ -183,7 +183,8 @@ def test_what_decays_and_what_is_a_matrix(family) -> None:
     model = tiny(family)
     for weights in (model.weights, jax.eval_shape(lambda: params.stack(model.weights, 2))):
         letters = params.letters(model.family.PARAMS, weights)
-        assert {name.lstrip("L") for name in jax.tree.leaves(letters)} <= {*params.NORMS, "NHD", "KHD", "DNH", "FD", "DF", "VD"}
+        known = {*params.NORMS, "NHD", "KHD", "DNH", "FD", "DF", "VD"}
+        assert {name.lstrip("L") for name in jax.tree.leaves(letters)} <= known
         for path, decays in jax.tree_util.tree_leaves_with_path(optimisers.decaying(letters)):
             assert decays == ("norm" not in jax.tree_util.keystr(path))
 

@@ -88,14 +88,14 @@ class Run:
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: Data = field(default_factory=Data)
     optimiser: Optimiser = field(default_factory=Optimiser)
-    steps: int | None = None
-    """Steps in all; default: as `epochs` says, 1000 where it says nothing."""
-    epochs: float | None = None
-    """Instead of steps: how often all data are seen."""
+    steps: int = 0
+    """Steps in all; 0: as many as `epochs` says, or 1000."""
+    epochs: float = 0.0
+    """How often all data are seen, where no steps are given."""
     batch: int = 32
     """Rows of a step, over all devices."""
-    length: int = 512
-    """Tokens of a row."""
+    length: int = 0
+    """Tokens of a row; 0: as many as the model is made for, 1024 at most."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; the gradient is that of the whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -137,13 +137,12 @@ class Run:
             raise ValueError("an adapter goes on with --method lora; to train all weights, jaxlm fuse it first")
         if not self.data.train:
             raise ValueError("name what to learn from: --data.train FILES")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give --steps or --epochs, not both")
-        for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
-        if (self.epochs or 1) <= 0:
-            raise ValueError(f"epochs is {self.epochs}, but must be above 0")
+        for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("steps", "epochs", "length"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
         if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
             raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
         if self.batch % self.accumulate:

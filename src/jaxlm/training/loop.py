@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import flops, mesh, params, processes
+from jaxlm.checkpoint import peft
 from jaxlm.exporting import export
 from jaxlm.training import metrics, optimisers, saving, step
 from jaxlm.training.config import Run, to_dict
@@ -59,7 +60,7 @@ def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = 
             state = saved.restore(saved.latest, state)
         loop = Loop(setup, frozen, saved, tell)
         state = loop.run(state)
-        saved.save(run.steps or 0, state)
+        saved.save(run.steps, state)
     return Trained(run.out, finish(setup, state), loop.last)
 
 
@@ -67,9 +68,10 @@ def finish(setup: Setup, state: step.State) -> Path:
     """Writes the model, or the adapter, and the curve."""
     run = setup.run
     if run.method == "lora":
-        from jaxlm.training.adapters import write_adapter
-
-        made = write_adapter(setup, state.weights, run.out / "adapter")
+        made, table = run.out / "adapter", setup.family.PARAMS
+        how = {"base": run.model, "rslora": run.lora.rslora, "dropout": run.lora.dropout, "writes": processes.first()}
+        seeing = "text_config" in setup.raw
+        peft.write(made, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **how)
     else:
         config = None if setup.checkpoint else setup.raw
         dtype = None if setup.checkpoint else run.dtype
@@ -80,6 +82,14 @@ def finish(setup: Setup, state: step.State) -> Path:
     return made
 
 
+def program(setup: Setup) -> Any:
+    """The step of a run, jitted; the state that goes in is used up."""
+    run = setup.run
+    how = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
+    how |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
+    return jax.jit(step.make(setup.family, setup.config, setup.rule(), **how), donate_argnums=0)
+
+
 class Loop:
     """The steps of a run, and what is told of them."""
 
@@ -87,19 +97,17 @@ class Loop:
         run, family, cfg = setup.run, setup.family, setup.config
         self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
         dtype = jnp.dtype(run.dtype)
-        how = {"dtype": dtype, "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
-        how |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
-        self.step = jax.jit(step.make(family, cfg, setup.rule(), **how), donate_argnums=0)
+        self.step = program(setup)
         self.whole = jax.jit(lambda trained, frozen: step.whole(trained, frozen, dtype))
         self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
-        self.rate = optimisers.schedule(run.optimiser, run.steps or 0)
+        self.rate = optimisers.schedule(run.optimiser, run.steps)
         self.last: dict[str, Any] = {}
         self.cost = flops_a_token(setup)
 
     def run(self, state: step.State) -> step.State:
         """From the state's step to the last. Metrics of a step are read when the next one is under way."""
         run, first = self.setup.run, int(state.step)
-        steps = run.steps or 0
+        steps = run.steps
         self.begin(first)
         waiting: tuple[int, Any] | None = None
         try:
@@ -129,8 +137,11 @@ class Loop:
         leads = processes.first()
         self.lines = [metrics.Lines(run.out / "metrics.jsonl", first)] if leads else []
         self.services = metrics.services(run.report, run.out, to_dict(run)) if leads else []
-        device = jax.local_devices()[0]
-        self.peak = flops.peak(device)[0] * (1 if self.setup.over is None else self.setup.over.size)
+        devices = 1 if self.setup.over is None else self.setup.over.size
+        peak, source = flops.peak(jax.local_devices()[0])
+        self.peak = peak * devices
+        how = f"goes on after step {first:,}" if first else f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
+        self.tell({"step": first, "steps": run.steps, "note": f"{how}; MFU against {devices} x {source}"})
         self.clock, self.counted = time.perf_counter(), 0
 
     def count(self, number: int) -> None:

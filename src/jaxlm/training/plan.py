@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, flops, mesh, params
+from jaxlm import devices, mesh, params
 from jaxlm.training import step
+from jaxlm.training.loop import flops_a_token
 from jaxlm.training.setup import Setup
 
 
@@ -26,7 +27,7 @@ class Plan(NamedTuple):
     free: int | None
 
 
-def plan(setup: Setup, program: Any, dtype: Any) -> Plan:
+def plan(setup: Setup, program: Any) -> Plan:
     """The plan of a run from its step's program, which is compiled and not run."""
     state, frozen = setup.state_shapes(), setup.frozen_shapes()
     over, table = setup.over, setup.family.PARAMS
@@ -73,15 +74,13 @@ def told(setup: Setup, found: Plan) -> Iterator[str]:
         yield f"validation  {setup.valid.corpus}"
     if data.note:
         yield f"            {data.note}"
-    steps = run.steps or 0
+    tokens = run.steps * run.batch * run.length
     yield (
-        f"steps       {steps:,} of {run.batch} rows x {run.length} tokens: {steps * run.batch * run.length:,} tokens, "
-        f"{data.epoch(steps):.2f} epochs; rows are {data.fill():.0%} full"
+        f"steps       {run.steps:,} of {run.batch} rows x {run.length} tokens: {tokens:,} tokens, "
+        f"{data.epoch(run.steps):.2f} epochs; rows are {data.fill():.0%} full"
     )
-    from jaxlm.training.loop import flops_a_token
-
     cost = flops_a_token(setup)
-    yield f"work        {cost / 1e6:,.1f} MFLOP a token, {cost * steps * run.batch * run.length / 1e15:,.3f} PFLOP in all"
+    yield f"work        {cost / 1e6:,.1f} MFLOP a token, {cost * tokens / 1e15:,.3f} PFLOP in all"
     over = setup.over
     yield "mesh        " + ("one device" if over is None else ", ".join(f"{n}={s}" for n, s in over.shape.items()))
     names = ("weights", "frozen", "optimiser", "gradients", "activations", "peak")
@@ -103,4 +102,5 @@ def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple
         ids = batch.tokens[row, :length].tolist()
         pairs = zip(ids, learned.tolist(), (batch.pos[row, :length] == 0).cumsum().tolist())
         pieces = groupby(pairs, key=lambda pair: pair[1:])
-        yield [(tokenizer.decode([token for token, *_ in part], skip_special=False), bool(key[0])) for key, part in pieces]
+        texts = ((tokenizer.decode([token for token, *_ in part], skip_special=False), key[0]) for key, part in pieces)
+        yield list(texts)

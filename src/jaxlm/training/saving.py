@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import loading, lora, mesh, models, params, processes
-from jaxlm.checkpoint import hf
+from jaxlm.checkpoint import hf, peft
 from jaxlm.model import Model
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training import optimisers, step
 from jaxlm.training.config import Run, to_dict
 
+LENGTH, STEPS = 1024, 1000  # where a run says nothing
 Progress = Callable[[int, int], None]  # documents, tokens
 
 
@@ -46,14 +48,12 @@ class Setup(NamedTuple):
     def model(self, weights: Any) -> Model:
         """These weights (stacked) as a model."""
         more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
-        return Model(
-            self.family, self.config, params.unstack(weights), self.tokenizer, self.generation_config, **more
-        )
+        return Model(self.family, self.config, params.unstack(weights), self.tokenizer, self.generation_config, **more)
 
     def rule(self) -> Any:
         """The optimiser."""
         letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
-        return optimisers.make(self.run.optimiser, int(self.run.steps or 0), letters)
+        return optimisers.make(self.run.optimiser, self.run.steps, letters)
 
     def trained(self, key: jax.Array, shapes: bool = False) -> Any:
         """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
@@ -89,6 +89,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     """Checks and prepares all but the weights. Raises ValueError or OSError with what is wrong and the way out."""
     run.check()
     family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
+    run = replace(run, length=run.length or min(LENGTH, cfg.context))
     if run.method == "lora":
         lora.targets(family.PARAMS, cfg, run.lora.targets)
     over = _mesh(run, cfg)
@@ -98,8 +99,8 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
             f"{over.shape[mesh.DATA]} devices on {mesh.DATA}: make the batch a multiple, or the mesh smaller"
         )
     data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "valid"))
-    steps = run.steps or (data.steps(run.epochs) if run.epochs else 1000)
-    run = replace(run, steps=steps, epochs=None)
+    steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
+    run = replace(run, steps=steps, epochs=0.0)
     return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
 
 
@@ -168,7 +169,12 @@ def begin(setup: Setup) -> tuple[step.State, Any]:
     """The first state, and the frozen weights (None where all are trained), in their places."""
     run, table = setup.run, setup.family.PARAMS
     weights = None if setup.checkpoint is None else _read(setup)
-    trained = setup.trained(jax.random.key(run.seed)) if weights is None or run.method == "lora" else weights
+    if run.adapter is not None:
+        trained = _adapter(setup)
+    elif run.method == "lora" or weights is None:
+        trained = setup.trained(jax.random.key(run.seed))
+    else:
+        trained = weights
     rule, where = setup.rule(), None
     if setup.over is not None:
         where = step.places(setup.state_shapes(), setup.over, table)
@@ -189,6 +195,26 @@ def _read(setup: Setup) -> Any:
     shapes = jax.eval_shape(lambda w: params.stack(w, setup.period), weights)
     places = None if over is None else step.weight_places(shapes, over, setup.family.PARAMS)
     return jax.jit(lambda w: params.stack(w, setup.period), out_shardings=places)(weights)
+
+
+def _adapter(setup: Setup) -> Any:
+    """The adapter that a run goes on from, stacked; its rank, scale and targets are those of its file."""
+    run, table = setup.run, setup.family.PARAMS
+    found = peft.find(Path(str(run.adapter)), table, setup.config)
+
+    def where(row: params.Row) -> Any:
+        return step.place(row.letters, row.shape, setup.over)
+
+    tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), where)
+    stacked = params.stack(tree, setup.period)
+    like = setup.trained(jax.random.key(0), shapes=True)
+    same = jax.tree.structure(stacked) == jax.tree.structure(like)
+    if not same or any(a.shape != b.shape for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(like))):
+        raise ValueError(
+            f"{run.adapter} has another rank, alpha or targets than this run: give its own (--lora.rank, --lora.alpha, "
+            "--lora.targets)"
+        )
+    return stacked
 
 
 def settle(run: Run, free: tuple[str, ...]) -> None:

@@ -25,13 +25,14 @@ EMPTY = "empty text"
 
 class Document(NamedTuple):
     """ids [n] int32, BOS and EOS included where the tokenizer has them. learned [n] bool: whether predicting this id
-    counts in the loss. ends: the document is complete (False: the next one goes on with it)."""
+    counts in the loss. ends: the document is complete (False: the next one goes on with it). text: what is learned."""
 
     source: str
     number: int
     ids: np.ndarray
     learned: np.ndarray
     ends: bool = True
+    text: str = ""
 
 
 class Prepared(NamedTuple):
@@ -59,7 +60,7 @@ class Texts:
         self.form: str | None = None
         self.learn = self.options.learn
         self.turns = Turns(tokenizer, self.options.template_args) if tokenizer.has_template else None
-        self.before, self.after = _added(tokenizer)
+        self.before, self.after = added(tokenizer)
 
     @cached_property
     def rust(self) -> Any:
@@ -170,7 +171,8 @@ class Texts:
         row = item.row
         if item.spans is not None and not learned[1:].any():
             return Bad(row.source, row.number, "nothing to learn", "what is to be learned of this row is empty")
-        return Document(row.source, row.number, ids, learned, row.ends)
+        text = item.text if item.spans is None else "".join(item.text[a:b] for a, b in item.spans)
+        return Document(row.source, row.number, ids, learned, row.ends, text)
 
     def _learned(self, item: Prepared, encoding: Any) -> tuple[list[int], np.ndarray]:
         """Which tokens lie within the spans. Where a token reaches over the edge of one, the text is tokenised in
@@ -203,7 +205,7 @@ def _check(text: str, whole: bool = True) -> None:
         raise Fault("invalid UTF-8", "half of a surrogate pair (\\ud800 to \\udfff) stands alone in it") from None
 
 
-def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids before and after every document: what the tokenizer adds to a text, and at its end EOS."""
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
