@@ -1,7 +1,6 @@
 """What a run will take and what it will see, before it begins: memory a device, steps, tokens, and examples."""
 
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +99,8 @@ def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple
         # A document's first token is nobody's target; each other one is the target of its left neighbour.
         learned = np.concatenate([[False], batch.learned[row, : length - 1]]) & (batch.pos[row, :length] > 0)
         ids = batch.tokens[row, :length].tolist()
-        pairs = zip(ids, learned.tolist(), (batch.pos[row, :length] == 0).cumsum().tolist())
-        pieces = groupby(pairs, key=lambda pair: pair[1:])
-        texts = ((tokenizer.decode([token for token, *_ in part], skip_special=False), key[0]) for key, part in pieces)
-        yield list(texts)
+        kinds = list(zip(learned.tolist(), (batch.pos[row, :length] == 0).cumsum().tolist()))
+        begins = [i for i in range(length) if i == 0 or kinds[i] != kinds[i - 1]]
+        # Not piece by piece: some tokenizers leave out the space at the beginning of what they decode.
+        texts = [tokenizer.decode(ids[:end], skip_special=False) for end in [*begins, length]]
+        yield [(texts[n + 1][len(texts[n]) :], kinds[begin][0]) for n, begin in enumerate(begins)]

@@ -1,0 +1,158 @@
+"""Fine-tuning by adapters: what is trained and what is not, and that it resumes, scans and drops as it says."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from recordings.tiny import tiny
+from training.runs import Stopped, lines, stopping
+
+import jaxlm
+from jaxlm import lora, params
+from jaxlm.cli import main
+from jaxlm.training import loop, optimisers, step
+from jaxlm.training.batches import Batch
+from jaxlm.training.config import Data, LoraOptions, Optimiser, Run
+
+
+def batch_of(seed: int = 0) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 199, (4, 17)).astype(np.int32)
+    pos = np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16))
+    return Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((4, 16), bool))
+
+
+def begun(model: Any, stacked: bool, dropout: float = 0.0, names: tuple[str, ...] = ("all-linear",)) -> tuple[Any, ...]:
+    """A step of an adapter of rank 2 with random b (zero would hide a), its state, and the frozen weights."""
+    table, cfg = model.family.PARAMS, model.config
+    adapter = lora.init(lora.targets(table, cfg, names), cfg.L, 2, 0.5, jax.random.key(1))
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    adapter = jax.tree.map(
+        lambda leaf: replace(leaf, b=jax.random.normal(next(keys), leaf.b.shape)), adapter, is_leaf=lora.is_lora
+    )
+    form = (lambda w: params.stack(w, len(params.period(cfg.windows)))) if stacked else (lambda w: w)
+    weights = form(adapter)
+    rule = optimisers.make(Optimiser(lr=1e-2), 10, params.letters(table, weights))
+    take = jax.jit(step.make(model.family, cfg, rule, dropout=dropout))
+    return take, step.start(rule, weights), form(model.weights)
+
+
+@pytest.mark.parametrize("family", ["llama3", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_an_adapter_is_trained_as_the_weights_it_stands_for(family) -> None:
+    """Its gradient follows from that of the formed weight w + s b a by the chain rule; scanned layers give the same."""
+    model = tiny(family)
+    _, state, frozen = begun(model, stacked=False)
+    joined = lora.join(frozen, state.weights)
+
+    def total(weights: Any) -> jax.Array:
+        return step.loss(model.family, model.config, weights, batch_of()).loss / 64
+
+    dense = jax.grad(total)(lora.fused(joined))
+    own = jax.grad(lambda adapter: total(lora.join(frozen, adapter)))(state.weights)
+    for path, leaf in lora.leaves(joined):
+        g, found = params.get(dense, path), params.get(own, path)
+        flat = g.reshape(*leaf.b.shape[:-1], -1)  # outputs, then inputs as one
+        a = leaf.a.reshape(leaf.a.shape[0], -1)
+        expected = 0.5 * jnp.einsum("...i,ri->...r", flat, a, precision="highest")
+        np.testing.assert_allclose(found.b, expected, rtol=1e-3, atol=1e-5 * float(jnp.abs(expected).max()))
+    take, state, frozen = begun(model, stacked=True)
+    new, scanned = take(state, batch_of(), frozen)
+    np.testing.assert_allclose(scanned.gradient, optax.tree.norm(own), rtol=1e-5)
+    assert int(new.step) == 1
+
+
+def test_dropout_is_a_function_of_seed_and_step() -> None:
+    """The same step again gives the same bits, the next step other ones, and no dropout the mean."""
+    take, state, frozen = begun(tiny("llama3"), stacked=True, dropout=0.5)
+    first, again = (take(state, batch_of(), frozen)[1].loss for _ in range(2))
+    later = take(state._replace(step=state.step + 1), batch_of(), frozen)[1].loss
+    assert first == again != later
+    plain, state, frozen = begun(tiny("llama3"), stacked=True)
+    assert plain(state, batch_of(), frozen)[1].loss != first
+
+
+def test_each_layer_of_a_scan_drops_for_itself() -> None:
+    _, state, _ = begun(tiny("llama3"), stacked=True)
+    keys = [leaf.key for leaf in jax.tree.leaves(lora.keyed(state.weights, jax.random.key(0), 0.5),
+                                                 is_leaf=lora.is_lora)]  # fmt: skip
+    drawn = np.concatenate([jax.random.key_data(key).reshape(-1, 2) for key in keys])
+    assert len(np.unique(drawn, axis=0)) == len(drawn) == 7 * 2
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"What is {i}?", "completion": f" It is {i}, a number."} for i in range(24)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "train.jsonl"
+
+
+def run_of(chats: Path, shared: Path, out: Path, **fields: Any) -> Run:
+    sizes: dict[str, Any] = {"steps": 8, "batch": 4, "length": 48, "log_every": 2, "save_every": 3, "eval_every": 0}
+    options = LoraOptions(rank=4, dropout=0.1, targets=("q_proj", "v"))
+    given = {"lora": options, "optimiser": Optimiser(lr=1e-2), "data": Data(train=(str(chats),)), **sizes}
+    return Run(out=out, model=str(shared / "checkpoints/stories260K"), method="lora", **{**given, **fields})
+
+
+def test_a_run_of_an_adapter(chats, shared, tmp_path) -> None:
+    """It learns, goes on bit by bit after an end, saves the adapter alone, and `load` joins it with its base."""
+    run = run_of(chats, shared, tmp_path / "run")
+    done = loop.train(run)
+    losses = [line["loss"] for line in lines(done.folder)]
+    assert losses[-1] < losses[0] - 0.3
+    other = replace(run, out=tmp_path / "other")
+    with pytest.raises(Stopped):
+        loop.train(other, stopping(6))
+    loop.train(other)
+    assert lines(other.out) == lines(run.out)
+    saved = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (run.out, other.out)]
+    assert saved[0] == saved[1]
+    assert sum(p.stat().st_size for p in (run.out / "checkpoints").rglob("*") if p.is_file()) < 500_000  # no base
+    base, model = jaxlm.load(run.model or ""), jaxlm.load(run.model or "", adapter=done.model)
+    adapted = dict(lora.leaves(model.weights))
+    assert {path.split(".")[-1] for path in adapted} == {"q", "v"}
+    assert len(adapted) == 2 * model.config.L
+    for path, leaf in adapted.items():
+        assert jnp.array_equal(leaf.w, params.get(base.weights, path))
+        assert leaf.scale == 8
+        assert float(jnp.abs(leaf.b).max()) > 0
+
+
+def test_an_adapter_goes_on(chats, shared, tmp_path) -> None:
+    """Trained further it begins where it ended; with another rank it says what to give."""
+    first = loop.train(run_of(chats, shared, tmp_path / "first"))
+    fields: dict[str, Any] = {"adapter": first.model, "steps": 2, "log_every": 1}
+    second = loop.train(run_of(chats, shared, tmp_path / "second", **fields))
+    assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3
+    with pytest.raises(ValueError, match=r"has another rank, alpha or targets than this run: give its own"):
+        loop.train(run_of(chats, shared, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
+
+
+def test_a_dry_run_shows_what_is_learned(chats, shared, tmp_path, capsys) -> None:
+    flags = ["finetune", "--model", str(shared / "checkpoints/stories260K"), "--data.train", str(chats)]
+    assert main([*flags, "--dry-run", "--out", str(tmp_path / "run"), "--length", "64"]) == 0
+    told = capsys.readouterr().out
+    assert "of an adapter to 260,032 parameters (llama3), adamw, float32 products" in told
+    assert "24 documents (prompt)" in told
+    assert re.search(r"3\.\d\d epochs", told)
+    assert "it fits" in told
+    assert "example 2" in told
+    assert "?⟧ It is" in told  # the prompt is not learned, the completion is
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(("q", "embed"), "LoRA has no target embed: choose from q, k, v, o, gate, up, down, all-linear"),
+     (("lm_head",), "LoRA has no target lm_head (the head is tied to the embedding)")],
+)  # fmt: skip
+def test_targets_that_are_none(chats, shared, tmp_path, targets, message) -> None:
+    with pytest.raises(ValueError) as caught:
+        loop.train(run_of(chats, shared, tmp_path / "run", lora=LoraOptions(targets=targets)))
+    assert message in str(caught.value)
