@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxlm.adapters import fuse as fuse
     from jaxlm.chat import Conversation as Conversation
+    from jaxlm.evaluation import evaluate as evaluate
     from jaxlm.exporting import export as export
     from jaxlm.generation import generate as generate
     from jaxlm.generation import stream as stream
@@ -15,13 +17,15 @@ __version__ = "0.1.0"
 _HOME = {
     "Conversation": "jaxlm.chat",
     "Model": "jaxlm.model",
+    "evaluate": "jaxlm.evaluation",
     "export": "jaxlm.exporting",
+    "fuse": "jaxlm.adapters",
     "generate": "jaxlm.generation",
     "load": "jaxlm.loading",
     "stream": "jaxlm.generation",
     "verify": "jaxlm.verification",
 }
-__all__ = ["Conversation", "Model", "__version__", "export", "generate", "load", "stream", "verify"]
+__all__ = ["Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "verify"]
 
 
 def __getattr__(name: str) -> Any:

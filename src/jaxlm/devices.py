@@ -15,6 +15,8 @@ STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
 CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 # Sequences that are decoded together when a caller gives more prompts than that.
 BATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
+# Tokens of texts to be scored that go through the model at once; on accelerators a guess, for none was at hand.
+TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
 
 # Options of the compiler for the programs of generation. fast_math lets jax 0.12 on CPU add up a product of one row in
 # vector registers: 41 GB/s of bfloat16 weights instead of 4 (jax 0.10 needs nothing). Infinities keep their meaning.

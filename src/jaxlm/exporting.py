@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm import adapters, lora, params, processes
 from jaxlm import export_texts as beside
-from jaxlm import params, processes
 from jaxlm.checkpoint import export as files
 from jaxlm.checkpoint import meta
 from jaxlm.checkpoint.export import Entry
@@ -52,8 +52,7 @@ def export(
     Where the weights lie with several processes all must call it, and the first writes: if that fails, the others must
     end too. Raises ValueError, FileExistsError or OSError (no room), each with what to do; then nothing is left.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    _check(model, format)
     out = Path(os.path.realpath(os.path.expanduser(out)))
     check = partial(files.check_target, out, _sources(model), force)
     _agreed(check, model.shared)
@@ -71,6 +70,13 @@ def export(
     if model.shared:
         processes.gather("written")
     return Exported(out, len(entries), nbytes)
+
+
+def _check(model: Model, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if lora.count(model.weights):
+        raise ValueError(f"{model.source} has an adapter beside its weights: jaxlm.fuse(model) first, or `jaxlm fuse`")
 
 
 def _agreed(check: Callable[[], None], shared: bool) -> None:
@@ -122,18 +128,25 @@ def _write_texts(folder: Path, texts: beside.Texts, model: Model, format: str) -
             files.write_json(folder / name, text)
 
 
-def open_model(name: str | Path, **options: Any) -> Model:
+def open_model(name: str | Path, *, fuse: bool = False, **options: Any) -> Model:
     """A model that can be exported and nothing else: its weights stay on the disk, so that memory does not matter.
 
-    Arguments as `loading.find` takes them.
+    fuse: with an adapter, which is added in as they are read. Other arguments as `loading.find` takes them.
     """
     found = find(name, **options)
+    adapter = found.checkpoint.adapter
+    if fuse and adapter is None:
+        raise ValueError(f"{name} is no adapter and none is named: jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER")
+    if adapter is not None and not fuse:
+        raise ValueError(
+            f"an adapter stands beside the weights of {found.checkpoint.folder}: jaxlm fuse writes both as one"
+        )
     weights: dict[str, Any] = {}
     for row, tensor in found.checkpoint.tensors.pairs:
         params.put(weights, row.path, files.Stored(tensor, row.shape))
-    return Model(
-        found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
-    )
+    weights = adapters.fused_on_disk(weights, found.checkpoint)
+    whole = adapters.without_adapter(found.checkpoint)
+    return Model(found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), whole)
 
 
 def _sources(model: Model) -> set[Path]:

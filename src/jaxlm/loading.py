@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxlm import devices, models, params, processes
+from jaxlm import adapters, devices, models, params, processes
 from jaxlm import mesh as meshes
-from jaxlm.checkpoint import hf, hub, meta
+from jaxlm.checkpoint import hf, hub, meta, peft, peft_hub
+from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.model import Model, Weights
 from jaxlm.tokenizer import Tokenizer, eos_ids
 
@@ -23,6 +25,7 @@ from jaxlm.tokenizer import Tokenizer, eos_ids
 def load(
     name: str | Path,
     *,
+    adapter: str | Path | None = None,
     format: str | None = None,
     tokenizer: str | Path | None = None,
     rope_factor: float | None = None,
@@ -38,25 +41,24 @@ def load(
 ) -> Model:
     """A model from a Hugging Face hub id or a folder.
 
-    format: "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; on the hub in
-    `original/`); None goes by what a folder holds. tokenizer: a folder or tokenizer.model, where it lies elsewhere.
-    rope_factor: what params.json does not say of a shape that Meta did not publish: 8 as in Llama 3.1 and 3.3, 32 as in
-    3.2. dtype: "auto" keeps the file's type (devices.auto_dtype says why), or "float32", "bfloat16", "float16".
-    revision: branch, tag or commit. offline: the local cache alone. allow_fields: names of config fields that may pass
-    although the code does not know them. family: a module of jaxlm.models that must compute it. mesh: over which
-    devices the weights are spread, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these axes; where
-    there are several devices the default is all of them, on `model` as far as the heads divide. device: one device
-    instead (or jax_default_device says one). progress: show a bar on stderr (default: when it is a terminal). Raises
-    ValueError, FileNotFoundError or MemoryError, each with what to do.
+    adapter: a LoRA adapter in PEFT's form, a hub id or a folder; as `name` it brings the base that it names. format:
+    "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; on the hub in `original/`); None
+    goes by what a folder holds. tokenizer: a folder or tokenizer.model, where it lies elsewhere. rope_factor: what
+    params.json does not say of a shape that Meta did not publish: 8 as in Llama 3.1 and 3.3, 32 as in 3.2. dtype:
+    "auto" keeps the file's type, or "float32", "bfloat16", "float16". revision: branch, tag or commit of `name`.
+    offline: the local cache alone. allow_fields: names of config fields that may pass although the code does not know
+    them. family: a module of jaxlm.models that must compute it. mesh: over which devices the weights are spread, as
+    "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these axes; where there are several devices the default
+    is all of them, on `model` as far as the heads divide. device: one device instead (or jax_default_device says one).
+    progress: show a bar on stderr (default: when it is a terminal). ValueError, OSError or MemoryError say what to do.
     """
     form = {"format": format, "tokenizer": tokenizer, "rope_factor": rope_factor, "allow_fields": allow_fields}
-    found = find(name, **form, family=family, revision=revision, token=token, offline=offline)
-    where = placement(found.config, mesh, device)
-    _agree(str(name), found, dtype, where)
-    weights = read_weights(str(name), found.checkpoint.tensors.pairs, dtype, where, progress)
-    model = Model(
-        found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), found.checkpoint
-    )
+    found = find(name, adapter=adapter, **form, family=family, revision=revision, token=token, offline=offline)
+    source, where = str(name) + (f" with {adapter}" if adapter else ""), placement(found.config, mesh, device)
+    _agree(source, found, dtype, where)
+    weights = read_weights(source, found.checkpoint.tensors.pairs, dtype, where, progress)
+    weights = adapters.adapted(weights, found.checkpoint, partial(wanted_dtype, dtype), where)
+    model = Model(found.family, found.config, weights, *found[3:], source, found.checkpoint)
     if model.shared:
         processes.gather("loaded")  # one may have read longer than a program's first exchange waits
     return model
@@ -75,6 +77,7 @@ class Found(NamedTuple):
 def find(
     name: str | Path,
     *,
+    adapter: str | Path | None = None,
     format: str | None = None,
     tokenizer: str | Path | None = None,
     rope_factor: float | None = None,
@@ -85,7 +88,45 @@ def find(
     family: Any = None,
 ) -> Found:
     """What `load` would load, with every check but the reading of weights; arguments as there."""
-    folder = hub.resolve(name, format=format, revision=revision, token=token, offline=offline)
+    where = {"token": token, "offline": offline}
+    try:
+        folder = hub.resolve(name, format=format, revision=revision, **where)
+        found = _found(name, folder, format, rope_factor, allow_fields, family)
+    except FileNotFoundError:
+        alone = None
+        if format != "meta":
+            with suppress(OSError, ValueError):
+                alone = peft_hub.resolve(name, revision=revision, **where)
+        if alone is None:
+            raise
+        if adapter is not None:
+            raise ValueError(f"{name} is an adapter: name its base beside {adapter}, or {name} alone") from None
+        return _with_base(name, alone, tokenizer=tokenizer, allow_fields=allow_fields, family=family, **where)
+    if adapter is not None:
+        known, place = found.family, peft_hub.resolve(adapter, **where)
+        own = {row.path: tensor for row, tensor in found.checkpoint.tensors.pairs}
+        beside = peft.find(place, known.PARAMS, found.config, known.UNREAD, allow_fields, own)
+        found = found._replace(checkpoint=replace(found.checkpoint, adapter=beside))
+    return _with_text(found, tokenizer)
+
+
+def _with_base(name: str | Path, alone: Path, **more: Any) -> Found:
+    """An adapter that was named where a model should be, with the base that its config names."""
+    settings = read_settings(alone, more["allow_fields"])
+    if settings.base is None:
+        raise ValueError(f"{name} is an adapter and does not say of which model: name it (-m BASE --adapter {name})")
+    revision = None if Path(settings.base).exists() else settings.revision
+    try:
+        return find(settings.base, adapter=alone, revision=revision, **more)
+    except FileNotFoundError as error:
+        way_out = f"if the base lies elsewhere, name it (-m BASE --adapter {name})"
+        raise FileNotFoundError(f"{name} is an adapter of {settings.base}, and {error}; {way_out}") from None
+
+
+def _found(
+    name: str | Path, folder: Path, format: str | None, rope_factor: float | None, allow: Collection[str], family: Any
+) -> Found:
+    """Config and tensors of a folder, checked."""
     original = format == "meta" or not (folder / hub.CONFIG).is_file()
     raw = {"model_type": "llama"} if original else hf.read_json(folder / hub.CONFIG)
     known = models.family_of(raw.get("model_type"))
@@ -93,16 +134,16 @@ def find(
         raise ValueError(f"{name} has model_type {raw['model_type']!r}, which {family.__name__} does not compute")
     try:
         if original:
-            config, checkpoint = _original(folder, known, rope_factor, allow_fields)
+            config, checkpoint = _original(folder, known, rope_factor, allow)
         elif rope_factor is not None:
             raise ValueError("--rope-factor (rope_factor=) is for Meta's own files, config.json names the factor")
         else:
-            config = known.Config.from_hf(raw, allow_fields)
+            config = known.Config.from_hf(raw, allow)
             tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.UNREAD)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return _with_text(Found(known, config, checkpoint, None, {}), tokenizer)
+    return Found(known, config, checkpoint, None, {})
 
 
 def _original(folder: Path, family: Any, rope_factor: float | None, allow: Collection[str]) -> tuple[Any, Any]:
@@ -180,7 +221,7 @@ def spread(model: Model, mesh: Any) -> Model:
     """The same model over a mesh, as `load` takes it."""
     where, weights = placement(model.config, mesh, None), {}
     for row in params.rows(model.family.PARAMS, model.config):
-        params.put(weights, row.path, jax.device_put(params.get(model.weights, row.path), where(row)))
+        params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
     more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
     return Model(model.family, model.config, weights, *more)
 
@@ -191,7 +232,9 @@ def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], An
         return
     family = found.family.__name__.rpartition(".")[2]
     stored = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in found.checkpoint.tensors.pairs]
-    digest = hashlib.sha256(repr((found.config, stored)).encode()).hexdigest()[:8]
+    beside = found.checkpoint.adapter
+    scales = [(pair.a.name, pair.a.shape, pair.scale) for pair in beside.pairs] if beside else None
+    digest = hashlib.sha256(repr((found.config, stored, scales)).encode()).hexdigest()[:8]
     over = dict(where(found.checkpoint.tensors.pairs[0][0]).mesh.shape)
     told = f"{name} ({family}, {found.checkpoint.format}, {digest}) as {dtype} over {over}"
     processes.agree("the model", (family, digest, str(dtype), over), told)

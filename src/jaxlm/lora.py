@@ -46,6 +46,8 @@ class Lora(Form):
 
     def merged(self) -> jax.Array:
         """The array that does the same, in w's dtype; the sum is made in float32."""
+        if self.a.ndim + self.b.ndim > self.w.ndim + 2:  # layers stacked for a scan
+            return jax.vmap(Lora.merged)(self)
         thick = jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1, precision="highest")
         return (self.w.astype(jnp.float32) + self.scale * thick).astype(self.w.dtype)
 
@@ -65,23 +67,27 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+def products(table: params.Table, cfg: Any) -> Iterator[params.Row]:
+    """The weights that can be adapted: those that are multiplied by, not looked up in."""
+    return (row for row in params.rows(table, cfg) if row.path != "embed" and row.letters not in params.NORMS)
+
+
 def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[params.Row]:
     """The weights of these names: ours (`q`), a checkpoint's (`q_proj`, `lm_head`), or `all-linear` for every product
     of the layers. ValueError for a name that is none, with those that are."""
     found, left = [], set(names)
-    for row in params.rows(table, cfg):
-        if row.path == "embed" or row.letters in params.NORMS:
-            continue
+    for row in products(table, cfg):
         known = {row.path.split(".")[-1], row.names[0].removesuffix(".weight").split(".")[-1]}
         known |= {"all-linear"} if row.path.startswith("layers.") else set()
         if known & set(names):
             found.append(row)
             left -= known
     if left:
-        some = dict.fromkeys(path.split(".")[-1] for path, (letters, *_) in table.items()
-                             if letters not in params.NORMS and path != "embed")  # fmt: skip
+        some = dict.fromkeys(row.path.split(".")[-1] for row in products(table, cfg))
         tied = " (the head is tied to the embedding)" if cfg.tied and left & {"head", "lm_head"} else ""
-        raise ValueError(f"LoRA has no target {', '.join(sorted(left))}{tied}: choose from {', '.join(some)}, all-linear")
+        raise ValueError(
+            f"LoRA has no target {', '.join(sorted(left))}{tied}: choose from {', '.join(some)}, all-linear"
+        )
     return found
 
 
@@ -90,17 +96,21 @@ def init(rows: Collection[params.Row], L: int, rank: int, scale: float, key: jax
     1 / sqrt(inputs), b zero. float32."""
     adapter: dict[str, Any] = {"layers": [{} for _ in range(L)]}
     for i, row in enumerate(rows):
-        shape_a, shape_b = shapes(row, rank)
-        bound = math.prod(shape_a[1:]) ** -0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), shape_a, jnp.float32, -bound, bound)
-        params.put(adapter, row.path, Lora(None, a, jnp.zeros(shape_b, jnp.float32), None, scale))
+        half_a, half_b = halves(row, rank)
+        bound = math.prod(half_a.shape[1:]) ** -0.5
+        a = jax.random.uniform(jax.random.fold_in(key, i), half_a.shape, jnp.float32, -bound, bound)
+        params.put(adapter, row.path, Lora(None, a, jnp.zeros(half_b.shape, jnp.float32), None, scale))
     return adapter
 
 
-def shapes(row: params.Row, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a and b beside a weight."""
-    split = len(row.shape) - len(params.inputs(row.letters))
-    return (rank, *row.shape[split:]), (*row.shape[:split], rank)
+def halves(row: params.Row, rank: int) -> tuple[params.Row, params.Row]:
+    """a and b beside a weight: its row with their letters and shapes."""
+    inputs = params.inputs(row.letters)
+    split = len(row.letters) - len(inputs)
+    return (
+        row._replace(letters=f"r{inputs}", shape=(rank, *row.shape[split:])),
+        row._replace(letters=f"{row.letters[:split]}r", shape=(*row.shape[:split], rank)),
+    )
 
 
 def join(weights: Any, adapter: Any) -> Any:
@@ -126,14 +136,15 @@ def keyed(adapter: Any, key: jax.Array, rate: float) -> Any:
 
 
 def leaves(weights: Any) -> Iterator[tuple[str, Lora]]:
-    """Path and leaf of every adapted weight; layers are a list."""
-    for name, value in weights.items():
-        if isinstance(value, Lora):
-            yield name, value
-    for i, layer in enumerate(weights.get("layers", [])):
-        for name, value in layer.items():
-            if isinstance(value, Lora):
-                yield f"layers.{i}.{name}", value
+    """Path (`layers.3.q`) and leaf of every adapted weight."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_lora):
+        if is_lora(leaf):
+            yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def count(weights: Any) -> int:
+    """Parameters of the adapter in a model's weights, 0 where there is none."""
+    return sum(leaf.a.size + leaf.b.size for _, leaf in leaves(weights))
 
 
 def fused(weights: Any) -> Any:

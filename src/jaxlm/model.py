@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, mesh, params
+from jaxlm import devices, lora, mesh, params
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.decoding import Programs
 from jaxlm.ops import cache as caches
@@ -95,8 +95,11 @@ class Model:
 
     @property
     def unread(self) -> list[str]:
-        """Names of the checkpoint's tensors that are known and not used."""
-        return [tensor.name for tensor in self.checkpoint.tensors.unread] if self.checkpoint else []
+        """Names of the checkpoint's and the adapter's tensors that are known and not used."""
+        if self.checkpoint is None:
+            return []
+        adapter = self.checkpoint.adapter
+        return [t.name for t in (*self.checkpoint.tensors.unread, *(adapter.unread if adapter else ()))]
 
     @property
     def dtype(self) -> Any:
@@ -125,8 +128,10 @@ class Model:
         return cls(family, config, params.init(family.PARAMS, config, key, family.NORM, dtype), **more)
 
     def __repr__(self) -> str:
-        count = params.count(self.family.PARAMS, self.config)
-        return f"Model({self.source}: {self.family.__name__.rpartition('.')[2]}, {count:,} parameters, {self.dtype})"
+        count, added = params.count(self.family.PARAMS, self.config), lora.count(self.weights)
+        beside = f" and {added:,} of an adapter" if added else ""
+        name = self.family.__name__.rpartition(".")[2]
+        return f"Model({self.source}: {name}, {count:,} parameters{beside}, {self.dtype})"
 
 
 def positions(tokens: jax.Array, kv: caches.Cache | None, pos: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -179,9 +179,16 @@ def write_json(path: Path, value: Any) -> None:
 # Folders
 
 
-def check_target(out: Path, sources: Iterable[Path], force: bool) -> None:
+def check_target(
+    out: Path,
+    sources: Iterable[Path],
+    force: bool,
+    configs: Collection[str] = ("config.json", "params.json"),
+    what: str = "a checkpoint",
+) -> None:
     """Refuses a folder that must not be replaced. `out` and the sources (folders and files that are read) are real
-    paths, without links. With `force` a checkpoint may be replaced, and nothing else."""
+    paths, without links. With `force` a checkpoint (what has weights and one of `configs`) may be replaced, and nothing
+    else."""
     if any(out == path or out in path.parents for path in sources):
         raise FileExistsError(f"{out} holds the files that this model was loaded from: choose another folder")
     if not out.exists():
@@ -192,10 +199,10 @@ def check_target(out: Path, sources: Iterable[Path], force: bool) -> None:
     if not names:
         return
     weights = any(name.endswith((".safetensors", ".pth")) for name in names)
-    if not (weights and {"config.json", "params.json"} & set(names)):
-        raise FileExistsError(f"{out} is in use and no checkpoint, it holds {listed(names)}: choose another folder")
+    if not (weights and set(configs) & set(names)):
+        raise FileExistsError(f"{out} is in use and not {what}, it holds {listed(names)}: choose another folder")
     if not force:
-        raise FileExistsError(f"{out} is a checkpoint already: --force (force=True) replaces all of the folder")
+        raise FileExistsError(f"{out} is {what} already: --force (force=True) replaces all of the folder")
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class Checkpoint:
     format: str = "hf"
     params: dict[str, Any] | None = None
     tokenizer: Path | None = None
+    adapter: Any = None  # a peft.Adapter, where one was loaded with it
 
 
 def match(

@@ -54,19 +54,21 @@ def parse(argv: list[str]) -> Any:
     import tyro
 
     from jaxlm.cli.chat import Chat
+    from jaxlm.cli.eval import Eval
     from jaxlm.cli.export import Export
+    from jaxlm.cli.fuse import Fuse
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
     from jaxlm.cli.tokenizer import Tokenizer
-    from jaxlm.cli.train import Train, with_file
+    from jaxlm.cli.train import Finetune, Train, with_file
     from jaxlm.cli.verify import Verify
 
     commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    commands |= {"train": Train, "tokenizer": Tokenizer}
+    commands |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
     markers = (tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
     markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
-    if argv[0] == "train":
-        argv = ["train", *with_file(argv[1:])]
+    if argv[0] in ("train", "finetune"):
+        argv = [argv[0], *with_file(argv[1:])]
     if argv[0] in commands:  # by itself, so that errors point to the help of the command
         return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
     return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)

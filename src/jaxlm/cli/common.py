@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelFlags:
+class _ModelFlags:
     """Which model, and how it is loaded."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="NAME|FOLDER")] = None
-    """Hugging Face hub id or a local folder."""
+    """Hugging Face hub id or a local folder; that of a LoRA adapter loads the base that it names."""
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="NAME|FOLDER")] = None
+    """LoRA adapter in PEFT's form, beside the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; auto keeps the file's."""
     format: Literal["hf", "meta"] | None = None
@@ -38,6 +40,12 @@ class ModelFlags:
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
     """How the devices share the work: copies for different rows of a batch, and parts of the weights. Default: all on
     model as far as the heads divide."""
+
+
+@dataclass(frozen=True)
+class ProcessFlags:
+    """How the process meets others, and what it tells of errors. Named before other bases: its flags then come last."""
+
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """Several processes, started by hand: the address of process 0, with the next two."""
     num_processes: int | None = None
@@ -48,18 +56,6 @@ class ModelFlags:
     """Several processes, on a cluster that jax knows and whose launcher does not say so."""
     debug: bool = False
     """Show the traceback of an error."""
-
-    def options(self) -> dict[str, Any]:
-        """The arguments of jaxlm.load beside the name and the type."""
-        return {
-            "format": self.format,
-            "tokenizer": self.tokenizer,
-            "rope_factor": self.rope_factor,
-            "revision": self.revision,
-            "token": self.token,
-            "offline": self.offline,
-            "allow_fields": self.allow_field,
-        }
 
     def begin(self) -> None:
         """Settings of the process; one of several meets the others, and is silent unless it is the first."""
@@ -86,6 +82,24 @@ class ModelFlags:
         by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
         return not (by_hand or self.distributed or processes.launched() > 1)
 
+
+@dataclass(frozen=True)
+class ModelFlags(ProcessFlags, _ModelFlags):
+    """Which model, how it is loaded, and in which process."""
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of jaxlm.load beside the name and the type."""
+        return {
+            "adapter": self.adapter,
+            "format": self.format,
+            "tokenizer": self.tokenizer,
+            "rope_factor": self.rope_factor,
+            "revision": self.revision,
+            "token": self.token,
+            "offline": self.offline,
+            "allow_fields": self.allow_field,
+        }
+
     def stdin(self) -> str:
         """What stands on stdin; of several processes, on that of the first."""
         if self.alone:
@@ -101,7 +115,9 @@ class ModelFlags:
         import jaxlm
         from jaxlm.devices import unseen_accelerator
 
-        name = self.model
+        name, options = self.model, self.options()
+        if name is None and self.adapter is not None:  # it names its base
+            name, options["adapter"] = self.adapter, None
         if name is None:
             from jaxlm.cli.tiny import tiny_model
 
@@ -109,10 +125,10 @@ class ModelFlags:
             note(f"No model named (-m): using {name}, a tiny model with random weights. Its text means nothing.")
         if unseen := unseen_accelerator():
             note(unseen)
-        model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **self.options())
+        model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
         if model.unread:
             note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
-        if self.model is None:  # meant as a first look: enough to see that it runs
+        if (self.model, self.adapter) == (None, None):  # meant as a first look: enough to see that it runs
             model.generation_config["max_new_tokens"] = 64
         model.programs.notify = compiling
         return model

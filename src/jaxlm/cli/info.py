@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxlm.cli import facts
+from jaxlm.cli import adapter_facts, facts
 from jaxlm.cli.common import ModelFlags
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ class Info(ModelFlags):
     """Print JSON."""
 
     def run(self) -> int:
-        if (self.name is None) == (self.model is None):
+        if (self.name is not None and self.model is not None) or (self.name, self.model, self.adapter) == (None,) * 3:
             print("jaxlm: name one model: a hub id, a folder or a config.json (jaxlm info --help)", file=sys.stderr)
             return 2
-        name = str(self.name or self.model)
+        name, adapter = adapter_facts.split(self.name or self.model, self)
         found = facts.find(name, self)
         try:
             told = facts.describe(name, found, self)
+            if adapter is not None:
+                told["adapter"] = adapter_facts.describe(adapter, found.config, found.tensors, self.allow_field)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if self.json:
@@ -80,6 +82,7 @@ def sections(told: dict[str, Any], columns: int) -> list[tuple[str, str, list[An
         ("context", f"{told['context']:,} tokens", [_rope(*item) for item in told["rope"].items()]),
         ("cache", *_cache(told)),
         *([("mesh", *_mesh(told))] if told["mesh"] else []),
+        *([("adapter", *adapter_facts.lines(told["adapter"]))] if "adapter" in told else []),
         ("tokenizer", *_tokenizer(told["tokenizer"])),
         ("generation", _generation(told["generation"]), []),
     ]  # fmt: skip

@@ -99,14 +99,17 @@ def _answers(
 
 def _references(against: str | Sequence[str] | None, subject: Found) -> list[str]:
     """The names asked for, checked; recordings are paths."""
+    adapted = subject.checkpoint is not None and subject.checkpoint.adapter is not None
     if against is None:
-        has_torch = importlib.util.find_spec("torch") is not None and subject.checkpoint is not None
+        has_torch = not adapted and importlib.util.find_spec("torch") is not None and subject.checkpoint is not None
         return ["transformers" if has_torch else "self"]
     names = [name.strip() for name in (against.split(",") if isinstance(against, str) else against)]
     for name in names:
         if name in RUNS:
             if subject.checkpoint is None:
                 raise ValueError(f"{name} reads a checkpoint, and this model came from none: save it first")
+            if adapted:
+                raise ValueError(f"{name} runs models without adapters: jaxlm fuse it first, or --against self")
             RUNS[name].require(subject)
         elif name != "self" and not Path(name).is_file():
             known = ", ".join([*RUNS, "self"])

@@ -1,0 +1,113 @@
+"""`jaxlm eval` as a user types it. Its tasks are in tests/oracle/test_lm_eval.py."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+
+from jaxlm.cli import main, tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write(path)
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "Once upon a time"}\n{"text": ""}\n{"text": "é"}\n')
+    return str(path)
+
+
+def test_the_figures(folder, text, capsys):
+    assert main(["eval", "-m", folder, text, "--length", "16"]) == 0
+    out, err = capsys.readouterr()
+    lines = dict(line.split(maxsplit=1) for line in out.replace("bits per byte", "bits").splitlines())
+    assert list(lines) == ["documents", "tokens", "bytes", "perplexity", "bits"]
+    assert (lines["documents"], lines["tokens"], lines["bytes"]) == ("2", "18", "18")
+    perplexity, unit = lines["perplexity"].split(maxsplit=1)
+    assert unit == "a token"
+    assert float(lines["bits"]) == pytest.approx(math.log2(float(perplexity)), rel=1e-3)  # of bytes
+    assert err == "dropped: 1 empty text\n"
+
+
+def test_json(folder, text, capsys):
+    assert main(["eval", "-m", folder, text, "--json", "--length", "16", "--stride", "4", "--batch", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["files"], found["length"], found["stride"]) == (folder, [text], 16, 4)
+    assert (found["documents"], found["tokens"], found["bytes"]) == (2, 18, 18)
+    assert found["dropped"] == {"empty text": 1}
+    assert found["perplexity"] == pytest.approx(math.exp(found["nats"] / 18))
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2) / 18)
+    assert found["seconds"] > 0
+
+
+def test_several_files_and_forms(folder, text, tmp_path, capsys):
+    (tmp_path / "b.txt").write_text("abc")
+    assert main(["eval", "-m", folder, text, str(tmp_path / "b.txt"), "--json", "--length", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 21
+    (tmp_path / "c.jsonl").write_text('{"prompt": "ab", "completion": "c"}\n')
+    assert main(["eval", "-m", folder, str(tmp_path / "c.jsonl"), "--json", "--length", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 1
+    whole = ["--form", "prompt", "--learn", "all"]
+    assert main(["eval", "-m", folder, str(tmp_path / "c.jsonl"), "--json", "--length", "16", *whole]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 4  # and the line's end between them
+
+
+def test_progress_on_a_terminal(folder, text, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["eval", "-m", folder, text, "--length", "16"]) == 0
+    shown, _, after = terminal.getvalue().partition("\r\033[K")
+    assert shown.endswith("\r\033[2m2 documents, 16 tokens\033[0m")
+    assert "dropped" in after
+
+
+def test_bad_rows(folder, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": \n')
+    assert main(["eval", "-m", folder, str(path), "--length", "16"]) == 1
+    assert f"{path}:2: the line is no JSON" in capsys.readouterr().err
+    assert main(["eval", "-m", folder, str(path), "--length", "16", "--on-bad", "skip"]) == 0
+    assert capsys.readouterr().err == "dropped: 1 invalid JSON\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name files to predict, or --tasks, one of them"),
+        (["a.txt", "--tasks", "x"], "name files to predict, or --tasks, one of them"),
+        (["a.txt", "--shots", "2"], "--shots is for --tasks"),
+        (["a.txt", "--tasks-folder", "x"], "--tasks-folder is for --tasks"),
+        (["--tasks", "x", "--stride", "2"], "--stride is for files"),
+        (["--tasks", "x", "--on-bad", "skip"], "--on-bad is for files"),
+        (["--tasks", "x", "--limit", "0"], "--limit is 0, but must be at least 1"),
+        (["--tasks", "x", "--shots", "-1"], "--shots is -1, but must be at least 0"),
+        (["a.txt", "--batch", "0"], "--batch is 0, but must be at least 1"),
+        (["a.txt", "--length", "0"], "--length is 0, but must be at least 1"),
+    ],
+)
+def test_usage(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["eval", *argv])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"jaxlm: {message} (jaxlm eval --help)\n"
+
+
+def test_what_cannot_be_done(folder, text, capsys, monkeypatch):
+    assert main(["eval", "-m", folder, "no.txt"]) == 1
+    assert capsys.readouterr().err == "jaxlm: there is no file or folder no.txt\n"
+    assert main(["eval", "-m", folder, text, "--length", "4096"]) == 1
+    assert f"length is 4,096: give 1 to 2,048, the context of {folder} (--length)" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", "-m", folder, "--tasks", "hellaswag"]) == 1
+    assert capsys.readouterr().err == "jaxlm: this needs lm_eval: pip install 'jaxlm[eval]'\n"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["eval", "-m", folder, "wikitext"]) == 1
+    assert capsys.readouterr().err == "jaxlm: this needs datasets: pip install 'jaxlm[train]'\n"

@@ -1,0 +1,166 @@
+"""`jaxlm fuse`, and --adapter of the commands that run a model, as a user types them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import loading, lora, verification
+from jaxlm.checkpoint import peft, safetensors
+from jaxlm.cli import main, tiny
+from jaxlm.models import llama3
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base"
+    path.mkdir()
+    tiny.write(path)
+    return path
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter that changes the text."""
+    cfg = llama3.Config.from_hf(tiny.CONFIG)
+    rows = lora.targets(llama3.PARAMS, cfg, ["all-linear"])
+    tree = lora.init(rows, cfg.L, 4, 0.5, jax.random.key(0))
+    tree = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), tree)
+    peft.write(tmp_path / "adapter", tree, llama3.PARAMS, cfg, base=str(base))
+    return tmp_path / "adapter"
+
+
+def text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["generate", *argv, "Once upon a time", "--max-tokens", "12", "--temperature", "0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_fused_model_says_what_the_adapted_one_says(base, adapter, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["fuse", "-m", str(base), "--adapter", str(adapter), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"wrote {out}: 20 tensors, 0.4 MB\n")
+    for path in base.iterdir():
+        same = (out / path.name).read_bytes() == path.read_bytes()
+        assert same == (path.name != "model.safetensors"), path.name
+    texts = {text(capsys, "-m", str(base), "--adapter", str(adapter)), text(capsys, "-m", str(out))}
+    texts |= {text(capsys, "-m", str(adapter)), text(capsys, "--adapter", str(adapter))}
+    assert len(texts) == 1
+    assert texts != {text(capsys, "-m", str(base))}
+    ours = jaxlm.fuse(jaxlm.load(base, adapter=adapter))
+    for a, b in zip(jax.tree.leaves(ours.weights), jax.tree.leaves(jaxlm.load(out).weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    jaxlm.export(ours, tmp_path / "again")  # as from Python
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(path.name for path in out.iterdir())
+
+
+def test_the_base_that_the_adapter_names_and_another_type(adapter, tmp_path, capsys) -> None:
+    for i, argv in enumerate((["-m", str(adapter)], ["--adapter", str(adapter)])):
+        assert main(["fuse", *argv, "--out", str(tmp_path / str(i)), "--dtype", "bfloat16"]) == 0
+    first, second = (tmp_path / str(i) / "model.safetensors" for i in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    assert {tensor.dtype for tensor in safetensors.read_header(first).values()} == {"BF16"}
+    assert json.loads((tmp_path / "0/config.json").read_text()) == {**tiny.CONFIG, "dtype": "bfloat16"}
+    exact = jaxlm.fuse(jaxlm.load(adapter)).weights
+    rounded = jaxlm.load(tmp_path / "0", dtype="float32").weights
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        assert np.abs(a - b).max() <= 2**-8 * np.abs(a).max()  # rounded once
+
+
+def test_metas_form(base, adapter, tmp_path) -> None:
+    assert (
+        main(["fuse", "-m", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "m"), "--format", "meta"])
+        == 0
+    )
+    ours, meta = jaxlm.fuse(jaxlm.load(adapter)), jaxlm.load(tmp_path / "m")
+    assert meta.checkpoint.format == "meta"
+    for a, b in zip(jax.tree.leaves(ours.weights), jax.tree.leaves(meta.weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    again = jaxlm.load(tmp_path / "m", adapter=adapter)  # Meta's files take adapters too
+    assert lora.count(again.weights) == lora.count(jaxlm.load(adapter).weights)
+
+
+def test_a_base_in_half_precision_is_rounded_once(base, adapter, tmp_path) -> None:
+    half = tmp_path / "half"
+    assert main(["export", str(base), str(half), "--dtype", "bfloat16"]) == 0
+    assert main(["fuse", "-m", str(half), "--adapter", str(adapter), "--out", str(tmp_path / "out")]) == 0
+    ours = jaxlm.fuse(jaxlm.load(half, adapter=adapter)).weights
+    theirs = jaxlm.load(tmp_path / "out").weights
+    assert ours["layers"][0]["q"].dtype == "bfloat16"
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert (a != b).mean() < 1e-3  # sums of another order, on the border of two values
+
+
+@pytest.mark.parametrize("argv", [[], ["-m", "base"], ["-m", "base", "--adapter", "a"], ["--out", "x"]])
+def test_usage(argv, capsys) -> None:
+    assert main(["fuse", *argv]) == 2
+    assert "jaxlm: name all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER" in capsys.readouterr().err
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()
+    assert main([str(arg) for arg in argv]) == 1
+    return capsys.readouterr().err
+
+
+def test_what_is_in_the_way(base, adapter, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    told = failure(capsys, "fuse", "-m", base, "--out", out)
+    assert (
+        told == f"jaxlm: {base} is no adapter and none is named: jaxlm fuse -m {base} --adapter ADAPTER --out FOLDER\n"
+    )
+    assert main(["fuse", "-m", str(adapter), "--out", str(out)]) == 0
+    assert f"jaxlm: {out} is a checkpoint already: --force" in failure(capsys, "fuse", "-m", adapter, "--out", out)
+    assert main(["fuse", "-m", str(adapter), "--out", str(out), "--force"]) == 0
+    told = failure(capsys, "fuse", "-m", adapter, "--out", base, "--force")
+    assert f"jaxlm: {base} holds the files that this model was loaded from" in told
+    told = failure(capsys, "fuse", "-m", adapter, "--out", adapter, "--force")
+    assert f"jaxlm: {adapter} is in use and not a checkpoint" in told
+
+
+def test_commands_that_take_whole_models_say_so(base, adapter, tmp_path, capsys) -> None:
+    told = failure(capsys, "export", "-m", base, "--adapter", adapter, tmp_path / "out")
+    assert f"jaxlm: an adapter stands beside the weights of {base}: jaxlm fuse writes both as one" in told
+    assert "jaxlm fuse writes both as one" in failure(capsys, "export", adapter, tmp_path / "out")
+    told = failure(capsys, "verify", "-m", base, "--adapter", adapter, "--against", "transformers")
+    assert told == "jaxlm: transformers runs models without adapters: jaxlm fuse it first, or --against self\n"
+    assert not (tmp_path / "out").exists()
+    subject = loading.find(base, adapter=adapter)
+    assert verification._references(None, subject) == ["self"]  # also where torch is installed
+
+
+def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
+    config = {**tiny.CONFIG, "intermediate_size": 96}
+    (base / "config.json").write_text(json.dumps(config))
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(base / "model.safetensors")
+    arrays = {name: a[:96] if "gate" in name or "up" in name else a[:, :96] if "down" in name else a
+              for name, a in arrays.items()}  # fmt: skip
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, base / "model.safetensors")
+    told = failure(capsys, "generate", "-m", base, "--adapter", adapter, "Once")
+    name = "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"
+    assert f"{adapter}: the adapter does not fit the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
+    assert told.endswith(f"Is it one of another base? It names the base {base}.\n")
+
+
+def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:
+    named = [["-m", str(base), "--adapter", str(adapter)], [str(adapter)], ["--adapter", str(adapter)]]
+    for argv in named:
+        assert main(["info", *argv, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["model"] == str(base)
+        assert told["adapter"]["parameters"] == lora.count(jaxlm.load(adapter).weights)
+        assert told["adapter"]["weights"]["q"] == {"count": 2, "ranks": [4], "scales": [0.5]}
+    assert main(["info", *named[0]]) == 0
+    shown = capsys.readouterr().out
+    assert "q, k, v, o, gate, up, down: rank 4, scale 0.5, 2 of each" in shown
+    assert main(["info", str(base), "--json"]) == 0
+    assert "adapter" not in json.loads(capsys.readouterr().out)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert f"{adapter} is an adapter and does not say of which model" in failure(capsys, "info", adapter)
+    assert main(["info"]) == 2

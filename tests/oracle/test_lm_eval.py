@@ -1,0 +1,302 @@
+"""jaxlm.harness beside the class that the lm-eval harness itself has for transformers' models: equal figures, equal
+answers, equal tables."""
+
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import reference
+from tiny_chat import TEMPLATE, tokenizer_of
+
+import jaxlm
+from jaxlm.cli import main
+
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")]
+LENGTH = 64  # of the model without BOS
+LIMIT = {"rel": 1e-5, "abs": 1e-4}
+YAML = {
+    "choices": """
+        output_type: multiple_choice
+        doc_to_text: "{{question}}"
+        doc_to_choice: "{{answers}}"
+        doc_to_target: "{{right}}"
+        metric_list: [{metric: acc}, {metric: acc_norm}]""",
+    "rolling": """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{question}}"
+        metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]""",
+    "written": """
+        output_type: generate_until
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{answers[right]}}"
+        generation_kwargs: {until: [".", "\\n"], max_gen_toks: 12}
+        metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]""",
+}
+ROWS = [
+    {"question": "Once upon a time, there was a little", "answers": [" girl", " boy", " table named"], "right": 0},
+    {"question": "Lily saw a big", "answers": [" dog", " ball", "ger"], "right": 2},
+    {"question": "The cat sat on the", "answers": [" mat.", " sky of"], "right": 0},
+    {"question": "Tom and Tim went to the", "answers": [" park", " lake", " red", " is"], "right": 1},
+    {"question": "Mom said: do not", "answers": [" go", " be sad"], "right": 1},
+]
+LONG = "The cat and the dog ran to the park and saw a big red ball. " * 60
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    import datasets
+    import lm_eval.evaluator
+    import lm_eval.tasks
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    # Seconds each: the 14,000 tasks of the harness are looked through, and pip is asked what is installed.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="module", params=["stories260K", "qwen3"])
+def folder(request, tmp_path_factory, shared) -> Path:
+    """A trained model whose tokenizer adds BOS, and a random one without BOS and with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    if request.param == "stories260K":
+        shutil.copytree(shared / "checkpoints/stories260K", folder)
+        folder.chmod(0o755)
+        # Without these names the harness' own class cannot read it.
+        names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        return folder
+    with reference.quiet():
+        reference.save(reference.build("qwen3", max_position_embeddings=LENGTH, eos_token_id=156), folder)
+    tokenizer = tokenizer_of(TEMPLATE.replace("{{ bos_token }}", ""))
+    tokenizer.hf.backend_tokenizer.post_processor = None
+    tokenizer.hf.bos_token = None
+    assert tokenizer.hf.eos_token_id == 156
+    tokenizer.hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(folder) -> tuple[Any, Any]:
+    """Our adapter and the harness' own."""
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxlm.harness import Harness
+
+    with reference.quiet():
+        theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+    return Harness(jaxlm.load(folder)), theirs
+
+
+def requests(kind: str, *arguments: Any) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def test_what_is_asked_of_the_tokenizer(pair) -> None:
+    ours, theirs = pair
+    assert ours.max_length == theirs.max_length == (LENGTH if theirs.tokenizer.bos_token is None else 512)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+    begin = theirs.tokenizer.decode([theirs.prefix_token_id])
+    for text in ("Once upon a time", " a ", "", f"{begin}Once", begin):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+        assert ours._encode_pair(text or "x", " b") == theirs._encode_pair(text or "x", " b")
+
+
+def test_tokenizers_that_name_no_tokens(shared) -> None:
+    """What stands in the configuration files, or is added to a text, will do; nothing will not."""
+    from jaxlm.harness import Harness
+
+    model = jaxlm.load(shared / "checkpoints/stories260K")
+    model.tokenizer.hf.bos_token = model.tokenizer.hf.eos_token = None
+    assert (Harness(model).prefix_token_id, Harness(model).eot_token_id) == (1, 2)
+    model.tokenizer.eos_ids = frozenset()
+    with pytest.raises(ValueError, match=r"has no EOS, .* name it in its tokenizer_config.json \(eos_token\)"):
+        Harness(model)
+
+
+PAIRS = [
+    ("", "Once upon a time"),
+    ("Once upon a time,", " there was a girl"),
+    ("Once upon a time, ", "there was a girl"),
+    *(("Lily saw a", answer) for answer in (" dog", " cat", " big", " big dog", " a")),
+    (LONG, " And then"),
+    (LONG[: len(LONG) // 2], " The dog was sad."),
+    ("The cat", " and the dog ran to the park and saw a"),
+]
+
+
+def test_log_likelihoods(pair) -> None:
+    ours, theirs = pair
+    asked = requests("loglikelihood", *PAIRS)
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    found = ours.loglikelihood(asked, disable_tqdm=True)
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], **LIMIT)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    ours.tok_encode = lambda text, **kwargs: type(ours).tok_encode(ours, text, **kwargs)[1:]  # a planted fault
+    wrong = ours.loglikelihood(asked[1:8], disable_tqdm=True)
+    del ours.tok_encode
+    assert max(abs(one - right) for (one, _), (right, _) in zip(wrong, expected[1:])) > 0.1
+
+
+def test_greedy_continuations_are_known_as_such(pair) -> None:
+    ours, theirs = pair
+    context = "Once upon a time"
+    (text,) = theirs.generate_until(
+        requests("generate_until", (context, {"until": [], "max_gen_toks": 6})), disable_tqdm=True
+    )
+    ids = ours.tok_encode(context)
+    tokens = jaxlm.generate(ours.model, ids, max_tokens=6, temperature=0).tokens
+    asked = [(None, ids, tokens), (None, ids, tokens[:1]), (None, ids, [*tokens[:3], 5, *tokens[4:]])]
+    for one in (ours, theirs):
+        assert [greedy for _, greedy in one._loglikelihood_tokens(asked, disable_tqdm=True)] == [True, True, False]
+    assert ours.tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
+def test_rolling_log_likelihoods(pair) -> None:
+    ours, theirs = pair
+    asked = requests("loglikelihood_rolling", ("Once upon a time",), (LONG,), ("A",), (LONG[:700],))
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx(expected, **LIMIT)
+
+
+def test_evaluate_gives_what_the_harness_would(pair, tmp_path) -> None:
+    """Of texts that fit the context: from BOS or EOS, without an EOS at their ends."""
+    ours, theirs = pair
+    texts = [row["question"] for row in ROWS]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts))
+    asked = [(None, [theirs.prefix_token_id], theirs.tok_encode(text, add_special_tokens=False)) for text in texts]
+    nats = -sum(one for one, _ in theirs._loglikelihood_tokens(asked, disable_tqdm=True))
+    found = jaxlm.evaluate(ours.model, tmp_path / "a.txt")
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(map(len, texts)), rel=1e-5)
+    assert found.tokens == sum(len(ids) for *_, ids in asked)
+
+
+def test_answers(pair) -> None:
+    ours, theirs = pair
+    contexts = ["Once upon a time", "Lily", "The cat sat on the mat. It"]
+    kwargs: list[dict[str, Any]] = [
+        {"until": ["."], "max_gen_toks": 20},
+        {"until": ["\n\n", " the"], "max_gen_toks": 20, "do_sample": False},
+        {"until": "t", "max_new_tokens": 9, "temperature": 0.0},
+        {"max_gen_toks": 20, "repetition_penalty": 1.3, "num_beams": 1},
+    ]
+    pairs = [(context, dict(how)) for how in kwargs for context in contexts]
+    asked = requests("generate_until", *pairs, (LONG, dict(kwargs[0])))
+    expected = theirs.generate_until(asked, disable_tqdm=True)
+    assert ours.generate_until(asked, disable_tqdm=True) == expected
+    assert len(set(expected)) > 8
+    drawn = requests("generate_until", *[("Once", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 20})] * 3)
+    texts = ours.generate_until(drawn, disable_tqdm=True)
+    assert len(set(texts)) == 3
+    assert ours.generate_until(drawn, disable_tqdm=True) == texts
+
+
+def test_chats(pair) -> None:
+    ours, theirs = pair
+    if not ours.model.tokenizer.has_template:
+        with pytest.raises(ValueError, match="no chat template"):
+            ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+        return
+    chat = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is"}]
+    for history, opens in ((chat[:1], True), (chat, True), (chat, False)):
+        assert ours.apply_chat_template(history, opens) == theirs.apply_chat_template(history, opens)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.tokenizer_name == theirs.tokenizer_name
+    refused = [{"role": "system", "content": "refuse"}, *chat[:1]]
+    assert ours.apply_chat_template(refused) == ours.apply_chat_template(chat[:1])
+    with pytest.raises(ValueError, match="no such words"):
+        ours.apply_chat_template([{"role": "user", "content": "refuse"}])
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """YAML files of three tasks, and the rows that they read."""
+    for split, rows in (("train", ROWS[:2]), ("test", ROWS)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = "".join(f"\n    {split}: {tmp_path}/{split}.jsonl" for split in ("train", "test"))
+    for name, text in YAML.items():
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: jaxlm_{name}\ndataset_path: json\ntest_split: test\nfewshot_split: train\n"
+            f"dataset_kwargs:\n  cache_dir: {tmp_path}/cache\n  data_files:{files}\n"
+            + text.replace("\n        ", "\n").lstrip()
+            + "\n"
+        )
+    return tmp_path
+
+
+NAMES = ["jaxlm_choices", "jaxlm_rolling", "jaxlm_written"]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_fewshot": 1, "limit": 3, "apply_chat_template": True}])
+def test_the_same_results(how, pair, tasks) -> None:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from jaxlm.harness import RESAMPLED, run
+
+    ours, theirs = pair
+    if how and not ours.model.tokenizer.has_template:
+        how = {**how, "apply_chat_template": False}
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    expected = simple_evaluate(theirs, tasks=NAMES, task_manager=manager, bootstrap_iters=RESAMPLED, **how)
+    given = {"shots": how.get("num_fewshot"), "limit": how.get("limit"), "chat": how.get("apply_chat_template", False)}
+    found = run(ours.model, ["jaxlm_*"], folder=tasks, **given)
+    assert found["n-samples"] == expected["n-samples"]
+    assert list(found["results"]) == NAMES
+    for name, scores in expected["results"].items():
+        words = {key: value for key, value in scores.items() if isinstance(value, str)}
+        numbers = {key: value for key, value in scores.items() if key not in words}
+        assert {key: found["results"][name].pop(key) for key in words} == words
+        assert found["results"][name] == pytest.approx(numbers, rel=1e-5)
+
+
+def test_the_command(pair, tasks, capsys) -> None:
+    model = ["-m", pair[0].model.source, "--tasks-folder", str(tasks)]
+    assert main(["eval", *model, "--tasks", "jaxlm_choices,jaxlm_rolling", "--limit", "2"]) == 0
+    out, _ = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("|    Tasks    |Version|Filter|n-shot|    Metric     |")
+    assert [line.split("|")[5].strip() for line in lines[2:]] == [
+        "acc", "acc_norm", "bits_per_byte", "byte_perplexity", "word_perplexity",
+    ]  # fmt: skip
+    assert main(["eval", *model, "--tasks", "jaxlm_written", "--json", "--shots", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["n-shot"] == {"jaxlm_written": 1}
+    assert 0 <= told["results"]["jaxlm_written"]["exact_match,none"] <= 1
+
+
+def test_what_cannot_be_done(pair, tasks, capsys) -> None:
+    from jaxlm.harness import Harness, run
+
+    model = pair[0].model
+    small = Harness(model, length=16)
+    with pytest.raises(
+        ValueError, match="asks for answers of 16 tokens, and with what they answer there is room for 16"
+    ):
+        small.generate_until(requests("generate_until", ("Once", {"max_gen_toks": 16})))
+    for how, name in (({"num_beams": 4}, "num_beams"), ({"max_length": 20}, "max_length")):
+        with pytest.raises(ValueError, match=f"generation_kwargs ask for {name}, which jaxlm does not do"):
+            small.generate_until(requests("generate_until", ("Once", {"max_gen_toks": 2, **how})))
+    for continuation in ([], [5] * 17):
+        with pytest.raises(ValueError, match=f"asks for {len(continuation)} tokens after 1: there must be one of each"):
+            small._loglikelihood_tokens([(None, [3], continuation)])
+    with pytest.raises(ValueError, match="has no tokenizer: load it with tokenizer=FOLDER"):
+        Harness(jaxlm.Model(model.family, model.config, model.weights))
+    with pytest.raises(ValueError, match=r"lm-eval has no task 'jaxlm_choice': did you mean jaxlm_choices"):
+        run(model, ["jaxlm_choice"], folder=tasks)
+    with pytest.raises(ValueError, match=r"no.such is no folder: name one with YAML files of tasks \(--tasks-folder\)"):
+        run(model, ["jaxlm_choice"], folder="no.such")
+    if not model.tokenizer.has_template:
+        assert main(["eval", "-m", model.source, "--tasks", "jaxlm_choices", "--chat"]) == 1
+        assert "has no chat template: leave --chat out" in capsys.readouterr().err
