@@ -196,6 +196,9 @@ def test_unknown_words_have_to_be_paid_for() -> None:
     assert unknown in Marks(PLAIN).ids
     assert unknown not in Marks(tokenizer).ids
     assert Marks(tokenizer).names.sub("", "<system>a<end>") == "<system>a"
+    tokenizer.hf.unk_token = "<end>"  # EOS too
+    assert Marks(tokenizer).ids.tolist() == Marks(PLAIN).ids.tolist()
+    assert Marks(tokenizer).names.sub("", "<system>a<end>") == "a"
 
 
 def test_of_a_chat_what_the_assistant_says_counts(tmp_path) -> None:

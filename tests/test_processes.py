@@ -4,15 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoint import made
+from pairs import HEARTBEAT, ended, free_port, two
 from together import DRAWN, GREEDY, PROMPTS
 
 import jaxlm
@@ -22,30 +21,6 @@ from jaxlm.cli import main
 
 RAW = {**made.LLAMA, "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
        "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
-ENV = {key: value for key, value in os.environ.items() if key != "JAX_DEFAULT_DEVICE"}
-HEARTBEAT = 5  # seconds
-ENV["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def two(*commands: list[str], stdin: Any = (subprocess.DEVNULL,) * 2) -> list[Any]:
-    pipes: Any = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen([sys.executable, *c], stdin=s, **pipes) for c, s in zip(commands, stdin)]
-
-
-def ended(started: list[Any], seconds: float = 120) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of each; a process that does not end fails the test."""
-    try:
-        out = [process.communicate(timeout=seconds) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, out)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

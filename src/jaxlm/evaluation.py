@@ -67,7 +67,8 @@ class Marks:
         hf = tokenizer.hf
         before, after = added(tokenizer)
         spelled = {i: str(token) for i, token in hf.added_tokens_decoder.items() if i in tokenizer.special_ids}
-        spelled.pop(hf.unk_token_id, None)  # which stands for text, and has to be predicted
+        if hf.unk_token_id not in (*before, *after):  # some vocabularies have one token for all three
+            spelled.pop(hf.unk_token_id, None)  # it stands for text, and has to be predicted
         self.tokenizer, self.ids = tokenizer, np.array(sorted({*spelled, *before, *after}), int)
         names = sorted(map(re.escape, spelled.values()), key=len, reverse=True)
         self.names = re.compile("|".join(names) or "(?!)")

@@ -336,6 +336,14 @@ def test_a_head_that_is_tied(tmp_path: Path) -> None:
         find(folder, {**made.LLAMA, "tie_word_embeddings": True})
 
 
+def test_a_copy_of_a_tied_head_passes(tmp_path: Path) -> None:
+    place = base(tmp_path / "base", {**made.LLAMA, "tie_word_embeddings": True})
+    value = np.empty((24, 8), np.float32)
+    hf.read_block(hf.read_index(place)["model.embed_tokens.weight"], value)
+    copies = {f"base_model.model.{name}.weight": value for name in ("lm_head", "model.embed_tokens")}
+    assert jaxlm.load(place, adapter=adapter(tmp_path / "a", {**tensors(), **copies})).checkpoint.adapter
+
+
 def test_copies_of_the_base_pass(tmp_path: Path) -> None:
     """PEFT stores a head that it adapts, in the type of the training; another one would be lost silently."""
     place = base(tmp_path / "base")

@@ -70,7 +70,7 @@ def find(
     others = [tensor for tensor in left.values() if tensor not in passed]
     if unexpected := [tensor.name for tensor in others if not _copied(tensor, table, cfg, base)]:
         faults["unexpected, or unlike the base's own"] = unexpected
-    if cfg.tied and any(".lm_head." in name for name in left):
+    if cfg.tied and any(".lm_head." in name for name in unexpected):
         faults["for a head of its own, but this one is the embedding"] = []
     if not pairs and not faults:
         faults["missing"] = [f"{PREFIX}…{A}"]
