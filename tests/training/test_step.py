@@ -1,5 +1,7 @@
 """The training step against its plain twins: chunks, accumulation, scans, recomputation, meshes, half precision."""
 
+import math
+import re
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from recordings.tiny import tiny
 
 from jaxlm import mesh, params
+from jaxlm.ops import attention
 from jaxlm.training import optimisers, step
 from jaxlm.training.batches import Batch
 from jaxlm.training.config import Optimiser
@@ -101,6 +104,42 @@ def test_on_a_mesh(model, expected, spec) -> None:
     near(model, taken(model, stacked, batch(), over, accumulate=1), expected)
     q = step.places(jax.eval_shape(lambda: step.State(stacked, (), jnp.zeros(()))), over, model.family.PARAMS)
     assert q.weights["layers"]["stacked"][0]["q"].spec == jax.sharding.PartitionSpec(None, "model", None, "data")
+
+
+def test_where_trained_weights_lie() -> None:
+    """Divided over `data` once: along V where it goes, else along D; norms are whole."""
+    over = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+
+    def lies(letters: str, *shape: int) -> Any:
+        return tuple(step.place(letters, shape, over).spec)
+
+    assert lies("VD", 64, 32) == (("model", "data"),)
+    assert lies("VD", 66, 32) == ("model", "data")
+    assert lies("VD", 199, 32) == (None, "data")
+    assert lies("LDNH", 3, 32, 8, 4) == (None, "data", "model")
+    assert lies("LD", 3, 32) == ()
+
+
+def test_chunks_of_logits_are_of_one_device(small) -> None:
+    """Of 4 rows in chunks of 8 tokens a device alone has 2 tokens a row, each of 4 devices 8 of its row."""
+    over = mesh.make("data=4", small.config.K, jax.devices()[:4])
+    x = jnp.ones((B, T, small.config.D))
+    find = partial(token_logprobs, small.family, small.config, chunk=8)
+    assert f"f32[{B},2,{V}]" in str(jax.make_jaxpr(find)(small.weights, x, batch().targets))
+    with jax.set_mesh(over):
+        assert f"f32[1,8,{V}]" in str(jax.make_jaxpr(find)(small.weights, x, batch().targets))
+
+
+def test_masks_are_made_block_by_block(model, monkeypatch) -> None:
+    """Layers of a scan share the positions: jax would make the masks of all blocks and heads before it."""
+    N = model.config.N
+    monkeypatch.setattr(attention, "SCORES", B * N * T * 4)
+    stacked = params.stack(model.weights, len(params.period(model.config.windows)))
+    text = str(jax.make_jaxpr(jax.grad(lambda w: loss(model.family, model.config, w, batch()).loss))(stacked))
+    shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"bool\[([\d,]+)\]", text)]
+    sizes = [math.prod(shape) for shape in shapes if shape[-1] == T]
+    assert B * N * 4 * T in sizes
+    assert max(sizes) < B * N * T * T
 
 
 def test_chunks_give_what_the_whole_gives(small) -> None:

@@ -1,5 +1,6 @@
 """Attention over structure: positions and windows instead of masks, grouped heads, the cache, and the backends."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from jaxlm import mesh
 from jaxlm.ops import cache as caches
 
-# Largest block of scores that the reference forms at once, in float32 numbers over all rows and heads.
+# Largest block of scores that the reference forms at once, in float32 numbers over a device's rows and heads.
 SCORES = 1 << 25
+PARTS = 4  # of the queries of a row on CPU, where each meets the keys up to its end
 NOTHING = -1e30  # a masked score: finite, so that a row that sees nothing gives numbers, not NaN
 
 Backend = Callable[..., jax.Array]  # (q, k, v, query, key, window, scale): see `reference`
@@ -42,16 +44,24 @@ def attend(
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cache is None:
         places = Places(pos, segments(pos))
-        return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, factor), None
+        return _best(q, k.swapaxes(1, 2), v.swapaxes(1, 2), places, places, window, factor, in_order=True), None
     cache = caches.write(cache, k, v)
     query, key = Places(pos, jnp.zeros_like(pos)), Places(cache.at, jnp.zeros_like(cache.at))
     return _best(q, cache.k, cache.v, query, key, window, factor), cache
 
 
 def _best(
-    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query: Places,
+    key: Places,
+    window: int | None,
+    scale: float,
+    in_order: bool = False,
 ) -> jax.Array:
-    """The first backend that applies, chosen for the platform for which the program is lowered."""
+    """The first backend that applies, chosen for the platform for which the program is lowered. in_order: keys are the
+    queries' own, so that none is seen by one that stands before it."""
 
     def with_structure(run: Backend) -> Callable[..., jax.Array]:
         return lambda q, k, v, query, key: run(q, k, v, query, key, window, scale)
@@ -59,8 +69,11 @@ def _best(
     runs = {"default": with_structure(reference)}
     if q.shape[1] == 1:
         runs["cpu"] = with_structure(_one_query)
+    elif in_order and q.shape[1] % PARTS == 0 and math.prod(q.shape[:3]) * k.shape[2] <= SCORES:
+        runs["cpu"] = with_structure(_in_parts)
     elif q.dtype != jnp.float32:
         runs["cpu"] = with_structure(_in_float32)
+    if q.shape[1] > 1 and q.dtype != jnp.float32:
         if jax.default_backend() == "gpu" and (fast := [run for applies, run in GPU_BACKENDS if applies(q, k)]):
             runs["cuda"] = with_structure(fast[0])
     if len(runs) == 1:
@@ -72,6 +85,26 @@ def _in_float32(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Arr
     """`reference` for CPU: XLA compiles batched bfloat16 products there that it cannot run (jax 0.10 and 0.12)."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     return reference(q32, k32, v32, *rest).astype(q.dtype)
+
+
+def _in_parts(
+    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: int | None, scale: float
+) -> jax.Array:
+    """`reference` for CPU where keys are the queries' own: each part of the queries meets the keys up to its end. Heads
+    that share keys are one product, and sums come after products: three times as fast with its gradient."""
+    (B, T, N, H), K = q.shape, k.shape[1]
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), k, v))
+    seen, out = visible(query, key, window), []
+    for end in range(T // PARTS, T + 1, T // PARTS):
+        part = slice(end - T // PARTS, end)
+        folded = q32[:, :, :, part].reshape(B, K, -1, H)
+        scores = jnp.einsum("BKTH,BKSH->BKTS", folded, k32[:, :, :end], precision=jax.lax.Precision.HIGHEST) * scale
+        mask = jnp.tile(seen[:, part, :end], (1, N // K, 1))[:, None]
+        scores = jnp.where(mask, scores, NOTHING)
+        exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        sums = jnp.einsum("BKTS,BKSH->BKTH", exps, v32[:, :, :end], precision=jax.lax.Precision.HIGHEST)
+        out.append((sums / jnp.sum(exps, axis=-1, keepdims=True)).reshape(B, K, N // K, -1, H))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
 def _one_query(
@@ -110,7 +143,7 @@ def reference(
     """q [B,T,N,H], k, v [B,K,S,H] -> [B,T,N,H] in plain XLA. Long T goes block by block: [B,N,T,S] never exists."""
     B, T, N, H = q.shape
     S = k.shape[2]
-    rows = max(1, SCORES // (B * N * S))
+    rows = max(1, SCORES // (mesh.held("BN", (B, N)) * S))
     if rows >= T:
         return _block(q, k, v, query, key, window, scale)
     blocks = -(-T // rows)
@@ -121,7 +154,10 @@ def reference(
         return x.reshape(B, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
 
     def one(block: tuple[jax.Array, Places]) -> jax.Array:
-        return _block(block[0], k, v, block[1], key, window, scale)
+        # Tied to the queries, masks are made where they are used. In a scan over layers, which share the positions, jax
+        # would else make all of them before it: [B,N,T,S] again.
+        q, query = jax.lax.optimization_barrier(block)
+        return _block(q, k, v, query, key, window, scale)
 
     places = Places(split(query.pos, -1), split(query.segment, 0))
     out = jax.lax.map(jax.checkpoint(one), (split(q, 0), places))

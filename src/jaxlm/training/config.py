@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -12,9 +14,15 @@ class Data:
     """What is learned from."""
 
     train: tuple[str, ...] = ()
-    """Files (.txt, .jsonl, .json, .parquet), folders, globs, or one hub dataset."""
+    """Files (.txt, .jsonl, .json, .parquet), folders, globs, or hub datasets."""
     valid: tuple[str, ...] = ()
-    """The same, for the loss on what is not learned."""
+    """The same, for the loss on what is not learned; of a folder or dataset with splits the one for validation."""
+    dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
+    """A hub dataset by name (wikitext, org/name), to learn from."""
+    config: str | None = None
+    """Of a hub dataset that has several configurations."""
+    revision: str | None = None
+    """Of a hub dataset: branch, tag or commit."""
     form: str | None = None
     """text, messages, prompt, instruction or conversations; default: what the first rows look like."""
     learn: Literal["assistant", "completion", "all"] | None = None
@@ -135,8 +143,8 @@ class Run:
             raise ValueError("LoRA adapts a checkpoint: name it (--model)")
         if self.adapter is not None and self.method != "lora":
             raise ValueError("an adapter goes on with --method lora; to train all weights, jaxlm fuse it first")
-        if not self.data.train:
-            raise ValueError("name what to learn from: --data.train FILES")
+        if not self.data.train and not self.data.dataset:
+            raise ValueError("name what to learn from: --data.train FILES, or --dataset NAME from the hub")
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -62,7 +62,7 @@ class Wandb:
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError("--report wandb needs wandb: pip install 'jaxlm[wandb]'") from None
         name = folder.resolve().name

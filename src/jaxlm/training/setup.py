@@ -58,19 +58,23 @@ class Setup(NamedTuple):
     def trained(self, key: jax.Array, shapes: bool = False) -> Any:
         """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
         read by `begin`. Or their shapes alone."""
-        table, cfg, run = self.family.PARAMS, self.config, self.run
+        table = self.family.PARAMS
 
         def made(key: jax.Array) -> Any:
-            if run.method == "full":
-                return params.stack(params.init(table, cfg, key, self.family.NORM), self.period)
-            rows = lora.targets(table, cfg, run.lora.targets)
-            scale = lora.scale(run.lora.alpha, run.lora.rank, run.lora.rslora)
-            return params.stack(lora.init(rows, cfg.L, run.lora.rank, scale, key), self.period)
+            if self.run.method == "lora":
+                return params.stack(self.adapter(key), self.period)
+            return params.stack(params.init(table, self.config, key, self.family.NORM), self.period)
 
         if shapes:
             return jax.eval_shape(made, key)
         where = None if self.over is None else step.weight_places(jax.eval_shape(made, key), self.over, table)
         return jax.jit(made, out_shardings=where)(key)
+
+    def adapter(self, key: jax.Array) -> Any:
+        """A new adapter, its layers listed."""
+        of, cfg = self.run.lora, self.config
+        rows = lora.targets(self.family.PARAMS, cfg, of.targets)
+        return lora.init(rows, cfg.L, of.rank, lora.scale(of.alpha, of.rank, of.rslora), key)
 
     def state_shapes(self) -> step.State:
         """The state as jax.ShapeDtypeStruct."""
@@ -98,7 +102,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
             f"a part of {run.batch // run.accumulate} rows (batch / accumulate) cannot be shared by "
             f"{over.shape[mesh.DATA]} devices on {mesh.DATA}: make the batch a multiple, or the mesh smaller"
         )
-    data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "valid"))
+    data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
     run = replace(run, steps=steps, epochs=0.0)
     return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
@@ -140,13 +144,15 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
     from jaxlm.training.corpus import prepare
     from jaxlm.training.texts import TextOptions
 
-    names = getattr(run.data, part)
+    data = run.data
+    names = (*data.train, *filter(None, [data.dataset])) if part == "train" else data.valid
     if not names:
         return None
-    options = TextOptions(form=run.data.form, learn=run.data.learn)
+    options = TextOptions(form=data.form, learn=data.learn)
+    where = {"split": part, "config": data.config, "revision": data.revision}
 
     def prepared() -> Any:
-        return prepare(names, tokenizer, options, split=part, on_bad=run.data.on_bad, progress=progress)
+        return prepare(names, tokenizer, options, **where, on_bad=data.on_bad, progress=progress)
 
     if processes.first():
         prepared()
@@ -200,21 +206,20 @@ def _read(setup: Setup) -> Any:
 def _adapter(setup: Setup) -> Any:
     """The adapter that a run goes on from, stacked; its rank, scale and targets are those of its file."""
     run, table = setup.run, setup.family.PARAMS
-    found = peft.find(Path(str(run.adapter)), table, setup.config)
+    found = peft.find(Path(str(run.adapter)), table, setup.config, setup.family.UNREAD)
 
     def where(row: params.Row) -> Any:
         return step.place(row.letters, row.shape, setup.over)
 
     tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), where)
-    stacked = params.stack(tree, setup.period)
-    like = setup.trained(jax.random.key(0), shapes=True)
-    same = jax.tree.structure(stacked) == jax.tree.structure(like)
-    if not same or any(a.shape != b.shape for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(like))):
+    like = jax.eval_shape(setup.adapter, jax.random.key(0))
+    same = jax.tree.structure(tree) == jax.tree.structure(like)
+    if not same or any(a.shape != b.shape for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like))):
         raise ValueError(
             f"{run.adapter} has another rank, alpha or targets than this run: give its own (--lora.rank, --lora.alpha, "
             "--lora.targets)"
         )
-    return stacked
+    return params.stack(tree, setup.period)
 
 
 def settle(run: Run, free: tuple[str, ...]) -> None:

@@ -1,0 +1,102 @@
+"""Training speed beside torch: the same model, batches, optimiser and type, in one run.
+
+    python benchmarks/train.py [--shape stories | FILE] [--batch 8] [--length 256] [--steps 6] [--rounds 2]
+                               [--torch-python PYTHON] [--compile]
+
+Rounds alternate between the two, so that a noisy machine is noisy for both; the median step of the best round counts,
+after two that are not timed. MFU is analytic and causal (jaxlm.flops: work that is done twice counts once) against a
+large float32 product timed in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import Model, export, flops, models, params
+from jaxlm.training import optimisers, step
+from jaxlm.training.batches import Batch
+from jaxlm.training.config import Optimiser
+
+STORIES = Path(__file__).parents[1] / "examples/stories/shape.json"
+WARM = 2
+
+
+def batches(V: int, B: int, T: int, steps: int) -> dict[str, np.ndarray]:
+    """Random rows: speed does not depend on what they hold."""
+    rows = np.random.default_rng(0).integers(0, V, (steps, B, T + 1)).astype(np.int32)
+    pos = np.broadcast_to(np.arange(T, dtype=np.int32), (steps, B, T))
+    return {"tokens": rows[..., :-1], "targets": rows[..., 1:], "pos": pos, "learned": np.ones((steps, B, T), bool)}
+
+
+def ours(model: Model, data: dict[str, np.ndarray], of: Optimiser, remat: str) -> list[float]:
+    """Seconds of each step."""
+    weights = params.stack(model.weights, len(params.period(model.config.windows)))
+    rule = optimisers.make(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
+    state = jax.jit(lambda w: step.start(rule, w))(weights)
+    take = jax.jit(step.make(model.family, model.config, rule, remat=remat), donate_argnums=0)
+    seconds = []
+    for i in range(len(data["tokens"])):
+        batch = Batch(**{name: jnp.asarray(a[i]) for name, a in data.items()})
+        begin = time.perf_counter()
+        state, metrics = take(state, batch)
+        metrics.loss.block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def theirs(python: str, folder: Path) -> list[float]:
+    done = subprocess.run([python, str(Path(__file__).with_name("train_torch.py")), str(folder)],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default=str(STORIES), help="a config.json")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6, help="that are timed, a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--remat", default="none", choices=list(step.REMAT))
+    parser.add_argument("--torch-python", help="an interpreter with torch and transformers; default: this one")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    args = parser.parse_args()
+    raw = json.loads(Path(args.shape).read_text())
+    family = models.family_of(raw["model_type"])
+    model = Model.init(family, family.Config.from_hf(raw), jax.random.key(0))
+    data, of = batches(model.config.V, args.batch, args.length, args.steps + WARM), Optimiser()
+    best: dict[str, float] = {}
+    peak, source = 0.0, ""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = export(model, Path(temporary) / "model", config=raw).folder
+        np.savez(folder / "batches.npz", **data)
+        run = {name: getattr(of, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
+        run |= {"rates": [1e-4] * len(data["tokens"]), "evaluate": [], "at": [], "compile": args.compile}
+        (folder / "run.json").write_text(json.dumps(run))
+        for _ in range(args.rounds):
+            peak, source = max((peak, source), flops.peak(jax.devices()[0]))
+            found = {"jaxlm": ours(model, data, of, args.remat)}
+            found["torch"] = theirs(args.torch_python or sys.executable, folder)
+            for name, seconds in found.items():
+                best[name] = min(best.get(name, 1e9), statistics.median(seconds[WARM:]))
+    cost = flops.training(family.PARAMS, model.config, args.length) * args.batch * args.length
+    print(f"{params.count(family.PARAMS, model.config):,} parameters, {args.batch} x {args.length} tokens, float32, "
+          f"jax {jax.__version__}, {source}, {cost / 1e9:.1f} GFLOP a step")  # fmt: skip
+    print("| | s a step | tokens/s | MFU | against torch |\n| --- | --- | --- | --- | --- |")
+    for name, seconds in best.items():
+        speed = args.batch * args.length / seconds
+        ratio = f"{best['torch'] / seconds:.2f} x"
+        print(f"| {name} | {seconds:.3f} | {speed:,.0f} | {cost / seconds / peak:.1%} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What a run tells: lines that survive, events, the service that is called, the curve, and analytic FLOPs."""
+
+import json
+import struct
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from recordings.tiny import tiny
+
+from jaxlm import flops, params
+from jaxlm.training import metrics
+
+LINES = [{"step": n, "loss": 5 / n, "rate": 0.1} for n in range(1, 30)] + [{"step": 29, "valid_loss": 0.3}]
+
+
+def test_lines_past_the_step_and_lines_cut_short_are_gone(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES[:9]) + '{"step": 10, "lo')
+    lines = metrics.Lines(path, 5)
+    lines.add({"step": 6, "loss": 1.0})
+    assert [line["step"] for line in metrics.read(path)] == [1, 2, 3, 4, 5, 6]
+    assert metrics.read(path)[-1]["loss"] == 1.0
+
+
+def test_events_for_tensorboard(tmp_path) -> None:
+    """A file of records (length, its checksum, event, its checksum) that holds names, steps and numbers."""
+    [service] = metrics.services(("tensorboard",), tmp_path, {})
+    service.add({"step": 7, "loss": 2.5, "text": "Once"})
+    service.close()
+    [path] = tmp_path.glob("events.out.tfevents.*")
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(data[12 : 12 + length])
+        data = data[16 + length :]
+    assert any(b"loss" in event and struct.pack("<f", 2.5) in event for event in events)
+    assert any(b"Once" in event for event in events)
+
+
+def test_weights_and_biases_is_told_each_line(tmp_path, monkeypatch) -> None:
+    """Through a stand-in: the run has the folder's name, so that a resumed one goes on."""
+    told: list[Any] = []
+    run = SimpleNamespace(log=lambda line, step: told.append((step, line)), finish=lambda: told.append("end"))
+    fake = SimpleNamespace(init=lambda **how: told.append(how) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    [service] = metrics.services(("wandb",), tmp_path / "myrun", {"steps": 3})
+    service.add({"step": 2, "loss": 1.5})
+    service.close()
+    assert (told[0]["id"], told[0]["resume"], told[0]["config"]) == ("myrun", "allow", {"steps": 3})
+    assert told[1:] == [(2, {"loss": 1.5}), "end"]
+
+
+@pytest.mark.parametrize(("name", "module", "extra"), [("wandb", "wandb", "wandb"),
+                                                       ("tensorboard", "tensorboardX", "tensorboard")])  # fmt: skip
+def test_a_service_that_is_not_installed(name, module, extra, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"pip install 'jaxlm\[{extra}\]'"):
+        metrics.services((name,), tmp_path, {})
+
+
+def test_the_curve_shows_the_losses(tmp_path) -> None:
+    """The picture has the two curves' colours; without matplotlib there is none."""
+    from matplotlib import colors
+    from matplotlib.image import imread
+
+    assert metrics.draw(LINES, tmp_path / "loss.png", "a run")
+    pixels = imread(tmp_path / "loss.png")[..., :3].reshape(-1, 3)
+    assert len(pixels) == 960 * 540
+    for color in ("C0", "C1"):
+        near = np.abs(pixels - np.array(colors.to_rgb(color))).max(axis=1) < 0.02
+        assert near.sum() > 50
+
+
+def test_no_curve_without_matplotlib(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not metrics.draw(LINES, tmp_path / "loss.png", "a run")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_the_running_mean_begins_at_the_first_value() -> None:
+    np.testing.assert_allclose(metrics.running_mean(np.array([2.0, 2.0, 5.0]), 0.5), [2, 2, 3.25 / 0.875])
+
+
+def test_flops_of_a_token() -> None:
+    """By hand for an untied Llama of 2 layers, D 48, F 72, N 4, K 2, H 12, V 199 in rows of 10."""
+    model = tiny("llama3")
+    table, cfg = model.family.PARAMS, model.config
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72 + 2 * 48
+    weights = 2 * layer + 48 + 199 * 48
+    assert flops.multiplied(table, cfg) == weights == params.count(table, cfg) - 199 * 48
+    attention = 6 * 2 * 12 * 4 * 10
+    assert flops.training(table, cfg, 10) == 6 * weights + attention
+    assert flops.training(table, cfg, 10, adapter=100) == 4 * weights + 600 + attention
+
+
+def test_flops_of_a_window() -> None:
+    """A window counts what it shows: on average fewer keys than half a row."""
+    cfg = tiny("gemma3").config
+    assert cfg.windows == (5, None)
+    seen = np.mean([min(i + 0.5, 5) for i in range(100)])
+    table = tiny("gemma3").family.PARAMS
+    attention = flops.training(table, cfg, 100) - 6 * flops.multiplied(table, cfg)
+    np.testing.assert_allclose(attention, 12 * cfg.N * cfg.H * (seen + 50), rtol=1e-3)
