@@ -8,9 +8,11 @@ import optax
 import pytest
 from oracle.reference import FAMILIES, V, build, masks, share_frequencies
 from recordings.tiny import tiny
+from tiny_adapter import drawn
 
 import jaxlm
-from jaxlm import params
+from jaxlm import lora, params
+from jaxlm.checkpoint import peft
 from jaxlm.training import optimisers, step
 from jaxlm.training.batches import Batch
 from jaxlm.training.config import Optimiser
@@ -61,7 +63,7 @@ def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
     """The losses, and the gradients of the first step before clipping."""
     import torch
 
-    named = dict(oracle.named_parameters())
+    named = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
     flat = [p for name, p in named.items() if p.ndim < 2]
     wide = [p for name, p in named.items() if p.ndim >= 2]
     groups = [{"params": wide, "weight_decay": DECAY}, {"params": flat, "weight_decay": 0.0}]
@@ -114,6 +116,50 @@ def test_ten_steps(family: str, tmp_path: Any) -> None:
     travelled = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
     assert travelled > 0.05
     assert apart <= 1e-3 * travelled
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
+    """Beside the peft package, from an adapter that it reads: frozen weights, the same losses and the same end."""
+    from peft import PeftModel
+
+    oracle = build(family, tie_word_embeddings=family == "gemma3", pad_token_id=None)
+    oracle.save_pretrained(tmp_path / "base")
+    model = jaxlm.load(tmp_path / "base")
+    share_frequencies(oracle, model)
+    table, cfg, period = model.family.PARAMS, model.config, len(params.period(model.config.windows))
+    tree = drawn(model)
+    peft.write(tmp_path / "adapter", tree, table, cfg)
+    losses, _ = torch_run(PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True).get_base_model())
+
+    of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    stacked = params.stack(tree, period)
+    rule = optimisers.make(of, STEPS, params.letters(table, stacked))
+    run = jax.jit(step.make(model.family, cfg, rule))
+    state, found = step.start(rule, stacked), []
+    for batch in batches():
+        state, metrics = run(state, batch, params.stack(model.weights, period))
+        found.append(float(metrics.loss))
+    assert np.allclose(found, losses, rtol=1e-5, atol=0)
+    theirs = {name: p.detach().numpy() for name, p in oracle.named_parameters() if p.requires_grad}
+    start, ours = halves(model, tree), halves(model, params.unstack(state.weights))
+    assert ours.keys() == theirs.keys()
+    apart = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
+    travelled = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
+    assert travelled > 0.05
+    assert apart <= 1e-3 * travelled
+
+
+def halves(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
+    """An adapter's arrays under the names that peft gives them while it trains."""
+    rows = {row.path: row for row in params.rows(model.family.PARAMS, model.config)}
+    found = {}
+    for path, leaf in lora.leaves(tree):
+        row, rank = rows[path], leaf.a.shape[0]
+        module = row.names[0].removesuffix(".weight")
+        found[f"{module}.lora_A.default.weight"] = np.asarray(leaf.a).reshape(rank, row.stored[1])
+        found[f"{module}.lora_B.default.weight"] = np.asarray(leaf.b).reshape(row.stored[0], rank)
+    return found
 
 
 def test_a_wrong_rule_shows() -> None:

@@ -188,3 +188,25 @@ def test_a_file_of_flags(tmp_path, capsys) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.parse(["train", "-c", str(path)])
         assert message in capsys.readouterr().err
+
+
+def test_a_hub_dataset_by_name(files, monkeypatch, tmp_path) -> None:
+    """`--dataset wikitext` is learned from; for the validation of a name its own split is asked for."""
+    from jaxlm import cli
+    from jaxlm.training import corpus, setup
+
+    asked = []
+
+    def prepare(names, *rest, split, config, revision, **more):
+        asked.append((names, split, config, revision))
+        return theirs((files["train"],), *rest, split="train", **more)
+
+    theirs = corpus.prepare
+    monkeypatch.setattr(corpus, "prepare", prepare)
+    flags = ["--shape", files["shape"], "--tokenizer", files["tokenizer"], "--data.config", "small"]
+    run = cli.parse(["train", *flags, "--dataset", "wikitext", "--data.valid", "wikitext", "--data.revision", "abc"])
+    assert setup.set_up(run).run.steps == 1000
+    assert list(dict.fromkeys(asked)) == [
+        (("wikitext",), "train", "small", "abc"),
+        (("wikitext",), "validation", "small", "abc"),
+    ]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from jaxlm import mesh
 from jaxlm.models import llama3
 from jaxlm.ops import products
 
@@ -180,7 +179,8 @@ def test_a_whole_square_of_chips_sums_whole_gradients(tpu: Any) -> None:
 def test_kept_weights_and_sums_in_a_loop_are_found(tpu: Any, monkeypatch: Any) -> None:
     fake = SimpleNamespace(**{**vars(products.jax), "checkpoint": lambda run, **how: run})
     monkeypatch.setattr(products, "jax", fake)
-    monkeypatch.setattr(mesh, "by_rows", lambda run, rows, weights: run(rows, weights))
+    loss = importlib.import_module("jaxlm.training.loss")
+    monkeypatch.setattr(loss, "_by_rows", lambda run, rows, weights: run(rows, weights))
     wrong = faults(tpu, "v5e", "2x4", "data=8", remat="none")
     assert any("forward and backward" in text for text in wrong)
     assert any(f"{128256 * 4096}: 3" in text for text in wrong), wrong  # of the head one a chunk, of the embedding one
