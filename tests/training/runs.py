@@ -46,7 +46,7 @@ def stopping(at: int) -> Any:
     """A listener that ends the run at a step."""
 
     def tell(line: dict[str, Any]) -> None:
-        if line["step"] == at and len(line) > 1 and "steps" not in line:
+        if line["step"] == at and len(line) > 1 and "note" not in line:
             raise Stopped
 
     return tell

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from training.runs import Stopped, lines, made, run_of, stopping
 import jaxlm
 from jaxlm.cli import main
 from jaxlm.training import loop
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Data, Optimiser
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +211,24 @@ def test_a_hub_dataset_by_name(files, monkeypatch, tmp_path) -> None:
         (("wikitext",), "train", "small", "abc"),
         (("wikitext",), "validation", "small", "abc"),
     ]
+
+
+def test_what_was_dropped_is_told(files, tmp_path, capsys) -> None:
+    """Rows that cannot be used end the run with file and line, or are counted."""
+    told: list[str] = []
+
+    def first(line: dict[str, Any]) -> None:
+        told.append(line["note"])
+        raise Stopped
+
+    bad = tmp_path / "bad.jsonl"
+    rows = [{"text": "the cat sat home"}, {"txt": "no"}, {"text": "the dog ran home"}] * 4
+    bad.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    flags = command({**files, "train": str(bad)}, tmp_path / "run")
+    assert main(["train", *flags]) == 1
+    assert f"{bad}:2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(Stopped):
+        loop.train(run_of({**files, "train": str(bad)}, tmp_path / "run", data=Data((str(bad),), on_bad="skip")), first)
+    assert "8 documents (text)" in told[0]
+    assert "dropped: 4 " in told[0]

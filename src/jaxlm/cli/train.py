@@ -108,16 +108,17 @@ class Display:
         self.bar.update(self.task, told=f"{documents:,} documents, {tokens:,} tokens")
 
     def tell(self, line: dict[str, Any]) -> None:
+        if "note" in line:
+            note(line["note"])
         if "steps" in line:  # the beginning, or where an earlier run ended
             self.steps = line["steps"]
             self.bar.reset(self.task, total=self.steps, completed=line["step"], description="step", told="compiling …")
-            note(line["note"])
-        elif len(line) > 1:
+        elif line.keys() == {"step"}:
+            self.bar.update(self.task, completed=line["step"])
+        elif "note" not in line:
             if "loss" in line:
                 self.bar.update(self.task, told=facts(line))
             print(told(line, self.steps), flush=True)
-        else:
-            self.bar.update(self.task, completed=line["step"])
 
 
 def hush() -> None:

@@ -46,11 +46,13 @@ class Trained(NamedTuple):
 
 
 def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = None) -> Trained:
-    """Trains, or goes on. `tell` hears of every line of metrics, and between them {"step": n}; `progress` of documents
-    and tokens while they are prepared. Raises ValueError, OSError or Diverged; what the folder held before stays good.
+    """Trains, or goes on. `tell` hears of every line of metrics, between them of {"step": n}, and before them of notes
+    (what was read, what was dropped); `progress` of documents and tokens while they are prepared. Raises ValueError, OSError or Diverged; what the folder held before stays good.
     """
     setup = set_up(run, progress)
     run = setup.run
+    for batches in filter(None, (setup.data, setup.valid)):
+        tell({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
     settle(run, FREE)
     with saving.opened(run.out, run.keep) as saved:
         if saved.latest is not None and run.resume == "never":
