@@ -52,6 +52,72 @@ def collectives(text: str) -> list[Collective]:
     return list(_walk(computations, entry, False, _partitions(text)))
 
 
+class Met(NamedTuple):
+    """A collective as a run of the program meets it. loops: the bodies of the loops around it, the outermost first;
+    times: how often they run it."""
+
+    collective: Collective
+    loops: tuple[str, ...]
+    times: int
+
+
+def met(text: str) -> list[Met]:
+    """Every collective of a program with the loops around it.
+
+    TPUs run some beside other work: a start, steps (also of a loop within) and an end each name the collective, and a
+    channel counts once. A reduce-scatter is there mostly a fusion of a sum with the slice that a device keeps; it is
+    given as what it is. The tensors of a reduce-scatter are here those that are summed, whole.
+    """
+    computations, entry = parse(text)
+    seen: set[tuple[tuple[str, ...], str, str]] = set()
+
+    def walk(name: str, loops: tuple[str, ...], times: int) -> Iterator[Met]:
+        for step in computations[name]:
+            kind = step.op.removesuffix("-start")
+            if kind in KINDS:
+                channel = re.search(r"channel_id=(\d+)", step.rest)
+                around = [(loops[:depth], kind, channel[1]) for depth in range(len(loops) + 1)] if channel else []
+                if seen.isdisjoint(around):
+                    yield Met(_whole(kind, step, partitions), loops, times)
+                seen.update(around[-1:])
+                continue
+            if step.op == "while":
+                body, condition = (re.findall(rf"{part}=%?([\w.\-]+)", step.rest)[0] for part in ("body", "condition"))
+                yield from walk(body, (*loops, body), times * _trips(computations, condition))
+                continue
+            for called in _called(step.rest):
+                if called.startswith("all-reduce-scatter"):
+                    yield Met(_fused(computations[called], partitions), loops, times)
+                elif called in computations:
+                    yield from walk(called, loops, times)
+
+    partitions = _partitions(text)
+    return list(walk(entry, (), 1))
+
+
+def _whole(kind: str, step: Instruction, devices: int) -> Collective:
+    tensors, groups = tuple(_tensors(step.shape)), _groups(step.rest, devices)
+    if kind != step.op and kind != "all-reduce":  # the shape of a start holds its operands too
+        tensors = (max(tensors, key=lambda tensor: math.prod(tensor[1])),)
+    if kind == "reduce-scatter":
+        size = len(groups[0]) if groups else 1
+        tensors = tuple((dtype, (size, *shape)) for dtype, shape in tensors)
+    return Collective(kind, tensors, groups, False)
+
+
+def _fused(steps: list[Instruction], devices: int) -> Collective:
+    """The reduce-scatter that a fusion stands for; within, its operands may be padded."""
+    tensors = tuple(tensor for step in steps if step.op == "parameter" for tensor in _tensors(step.shape))
+    groups = next(_groups(step.rest, devices) for step in steps if step.op == "all-reduce")
+    return Collective("reduce-scatter", tensors, groups, False)
+
+
+def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
+    """How often a loop runs: scans count to a constant."""
+    found = [re.match(r"(\d+)\)", step.rest) for step in computations[condition] if step.op == "constant"]
+    return max((int(number[1]) for number in found if number), default=1)
+
+
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The instructions of every computation, and the name of the one that a run begins with."""
     computations: dict[str, list[Instruction]] = {"": []}

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm import mesh, params
-from jaxlm.ops.products import Form, multiply, product
+from jaxlm import params
+from jaxlm.ops.products import Form, product
 
 
 @jax.tree_util.register_dataclass
@@ -38,11 +38,9 @@ class Lora(Form):
         summed = "".join(letter for letter in letters if letter not in out)
         kept = "".join(letter for letter in letters if letter in out)
         rows = seen.removesuffix(summed)
-        a = mesh.gathered(self.a.astype(x.dtype), f"r{summed}")
-        b = mesh.gathered(self.b.astype(x.dtype), f"{kept}r")
         y = x if self.key is None else dropped(x, self.key, self.rate)
-        y = multiply(f"{seen},r{summed}->{rows}r", y, a).astype(x.dtype)
-        return product(spec, x, self.w) + self.scale * multiply(f"{rows}r,{kept}r->{out}", y, b)
+        y = product(f"{seen},r{summed}->{rows}r", y, self.a).astype(x.dtype)
+        return product(spec, x, self.w) + self.scale * product(f"{rows}r,{kept}r->{out}", y, self.b)
 
     def merged(self) -> jax.Array:
         """The array that does the same, in w's dtype; the sum is made in float32."""

@@ -16,20 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL, GROUP = "data", "model", "group"
-# Letter -> axes, all of them or the first alone. T, S, D and H are not divided when a model runs: attention and norms
-# then need no exchange, and a layer's two sums over devices are those behind `o` and `down`.
+# Letter -> axes: as many, from the first on, as divide its size. T, S, D and H are not divided when a model runs:
+# attention and norms then need no exchange, and a layer's two sums over devices are those behind `o` and `down`.
 WIDE = (MODEL, GROUP)
 Table = Mapping[str, tuple[str, ...]]
 ON: Table = {"B": (DATA,), "K": (MODEL,), "N": WIDE, "F": WIDE, "V": WIDE}
 # Weights that are trained, and what the optimiser keeps of them, are also divided over `data` (FSDP, arXiv:2304.11277):
-# each is gathered before it is used.
-ON_TRAINED: Table = {**ON, "D": (DATA,)}
+# each is gathered before it is used. Embedding and head along V where that goes: TPUs then scatter their gradients in
+# more cases (docs/scaling.md).
+ON_TRAINED: Table = {**ON, "V": (*WIDE, DATA), "D": (DATA,)}
 
 
 def parse(text: str) -> dict[str, int]:
@@ -107,19 +107,24 @@ def grouped(over: Mesh, K: int) -> Mesh:
 
 def spec(letters: str, shape: Sequence[int], mesh: Any, on: Table = ON) -> PartitionSpec:
     """The axes of each letter, None where it has none or they do not divide its size; axes beyond the letters are not
-    divided. An axis of one device divides nothing, and is left out so that equal places have one name."""
+    divided. An axis of one device divides nothing, and is left out so that equal places have one name; so is one that
+    shard_map has divided already."""
     names = letters.ljust(len(shape), " ")
-    axes = [_axes(on.get(letter, ()), n, mesh.shape) for letter, n in zip(names, shape, strict=True)]
-    while axes and axes[-1] is None:  # as jax names the places of what its programs give
+    free = {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
+    axes: list[tuple[str, ...]] = []
+    for letter, n in zip(names, shape, strict=True):
+        axes.append(_axes(on.get(letter, ()), n, free))
+        free = {axis: size for axis, size in free.items() if axis not in axes[-1]}
+    while axes and not axes[-1]:  # as jax names the places of what its programs give
         axes.pop()
-    return PartitionSpec(*axes)
+    return PartitionSpec(*[found if len(found) > 1 else next(iter(found), None) for found in axes])
 
 
-def _axes(of_letter: tuple[str, ...], n: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+def _axes(of_letter: tuple[str, ...], n: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
     axes = tuple(axis for axis in of_letter if sizes.get(axis, 1) > 1)
-    if len(axes) > 1 and n % math.prod(sizes[axis] for axis in axes) == 0:
-        return axes
-    return next((axis for axis in axes[:1] if n % sizes[axis] == 0), None)
+    while axes and n % math.prod(sizes[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def parts(letters: str, shape: Sequence[int], mesh: Any) -> int:
@@ -133,25 +138,22 @@ def sharding(letters: str, shape: Sequence[int], mesh: Mesh, on: Table = ON) -> 
     return NamedSharding(mesh, spec(letters, shape, mesh, on))
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Within `jax.set_mesh`, holds an activation to the axes of its letters; elsewhere does nothing."""
+def constrain(x: jax.Array, letters: str, on: Table = ON) -> jax.Array:
+    """Within `jax.set_mesh`, holds an array to the axes of its letters; elsewhere does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
-
-
-GATHERED = "gathered"  # what the backward pass must not keep: it gathers again
-
-
-def gathered(w: jax.Array, letters: str) -> jax.Array:
-    """A weight as a product wants it: where training divides it over `data` it is gathered here, under a name that
-    policies of jax.checkpoint know."""
-    return checkpoint_name(constrain(w, letters), GATHERED) if active() else w
+    return x if mesh.empty else lax.with_sharding_constraint(x, spec(letters, x.shape, mesh, on))
 
 
 def divided(letters: str, shape: Sequence[int]) -> PartitionSpec:
     """The axes of each letter in the program that is being traced; none where it runs on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return PartitionSpec() if mesh.empty else spec(letters, shape, mesh)
+
+
+def held(letters: str, shape: Sequence[int]) -> int:
+    """How many numbers of such an array one device holds in the program that is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(shape) // (1 if mesh.empty else parts(letters, shape, mesh))
 
 
 def active() -> bool:

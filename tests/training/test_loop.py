@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from training.runs import Stopped, lines, made, run_of, stopping
 import jaxlm
 from jaxlm.cli import main
 from jaxlm.training import loop
-from jaxlm.training.config import Data, Optimiser
+from jaxlm.training.config import Data, Optimiser, Run
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,36 @@ def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_pat
     loop.train(run)
     assert lines(run.out) == lines(whole)
     assert weights(run.out) == weights(whole)
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(files, tmp_path) -> None:
+    """Where a checkpoint and an evaluation fall on one step, an end between them loses no line."""
+    fields = {"save_every": 6, "eval_every": 6}
+    loop.train(run_of(files, tmp_path / "whole", **fields))
+    run = run_of(files, tmp_path / "cut", **fields)
+    broken = pytest.MonkeyPatch()
+    broken.setattr(loop.Loop, "evaluate", lambda *_: (_ for _ in ()).throw(Stopped))
+    with broken.context(), pytest.raises(Stopped):
+        loop.train(run)
+    broken.undo()
+    loop.train(run)
+    assert lines(run.out) == lines(tmp_path / "whole")
+
+
+def test_the_resolved_configuration_is_a_configuration(files, whole) -> None:
+    """run.json is a file that -c takes, booleans too, and says the same run."""
+    from jaxlm import cli
+
+    run = cli.parse(["train", "-c", str(whole / "run.json")])
+    assert {field.name: getattr(run, field.name) for field in fields(Run)} == {
+        field.name: getattr(replace(run_of(files, whole), dtype="float32", log_every=2), field.name)
+        for field in fields(Run)
+    }
+    path = whole.parent / "lora.yaml"
+    path.write_text("lora: {rslora: true}\nmodel: x\n")
+    assert cli.parse(["finetune", "-c", str(path)]).lora.rslora
+    path.write_text("lora: {rslora: false}\nmodel: x\n")
+    assert not cli.parse(["finetune", "-c", str(path)]).lora.rslora
 
 
 def test_a_finished_run_says_the_same_again(files, whole) -> None:
@@ -140,8 +170,15 @@ def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
 
 
 def test_another_run_in_the_folder_is_refused(files, whole) -> None:
-    with pytest.raises(ValueError, match="holds a run with another batch, seed: choose another --out"):
-        loop.train(run_of(files, whole, seed=1, batch=8))
+    with pytest.raises(ValueError, match="holds a run with another batch, seed, optimiser.b1: choose another --out"):
+        loop.train(run_of(files, whole, seed=1, batch=8, optimiser=Optimiser(lr=1e-2, b1=0.8)))
+    text = Path(files["train"]).read_text()
+    try:
+        Path(files["train"]).write_text(text.replace("cat", "bat"))
+        with pytest.raises(ValueError, match=r"another data \(contents\): choose another --out"):
+            loop.train(run_of(files, whole))
+    finally:
+        Path(files["train"]).write_text(text)
     with pytest.raises(ValueError, match="holds a run already: --resume auto goes on with it"):
         loop.train(run_of(files, whole, resume="never"))
 
@@ -151,6 +188,22 @@ def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path) -> None:
     with pytest.raises(loop.Diverged, match=r"the loss of step \d+ is .*, the norm of its gradient nan: ") as caught:
         loop.train(run)
     assert "there is no checkpoint yet; lower the learning rate" in str(caught.value)
+    done = loop.train(run_of(files, run.out))  # nothing stands in the way of a better rate
+    assert done.last["step"] == 12
+
+
+def test_a_rate_that_was_too_high(files, tmp_path) -> None:
+    """With a checkpoint before it the message names that, and the same command with a lower rate goes on."""
+    wild = Optimiser(lr=1e38, clip=0.0, warmup=11, schedule="linear")  # 0 at the first step, then ever more
+    run = run_of(files, tmp_path / "run", optimiser=wild, save_every=1)
+    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/\d; with a lower --optimiser.lr"):
+        loop.train(run)
+    notes = []
+    tell = lambda line: notes.append(line["note"]) if "note" in line else None  # noqa: E731
+    calm = replace(run, optimiser=replace(wild, lr=1e-3))
+    last = loop.train(calm, tell).last
+    assert np.isfinite(last["loss"])
+    assert "goes on with another optimiser.lr: 0.001" in notes
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,18 @@ def test_decay_is_of_the_weight_itself() -> None:
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, weights), rule.init(weights), weights)
     assert (updates["embed"] == -0.5).all()
     assert (updates["norm"] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
+def test_decay_follows_the_rate(name) -> None:
+    """Without a gradient a matrix of a layer shrinks by rate x decay, and a norm stays."""
+    model = tiny("llama3")
+    rule = optimisers.make(
+        Optimiser(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
+        10, params.letters(model.family.PARAMS, model.weights),
+    )  # fmt: skip
+    zero = jax.tree.map(jnp.zeros_like, model.weights)
+    updates, _ = jax.jit(rule.update)(zero, rule.init(model.weights), model.weights)
+    layer, update = model.weights["layers"][0], updates["layers"][0]
+    np.testing.assert_allclose(update["q"], -1e-3 * layer["q"], rtol=1e-5)
+    assert not jnp.any(update["attn_norm"])

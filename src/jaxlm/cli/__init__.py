@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if command is None or (command.debug and command.alone):
             raise
         trace = traceback.format_exc() if command.debug else ""
-        return end(command, f"{trace}jaxlm: {explain(error)}", 1)
+        return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
 
 
 def end(command: Any, text: str, status: int) -> int:
@@ -74,16 +74,18 @@ def parse(argv: list[str]) -> Any:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, command: Any = None) -> str:
     """What went wrong, in a line for a person; --debug shows the traceback."""
-    text = str(error)
+    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
     if isinstance(error, ValueError | OSError | MemoryError):
         return text
     if "RESOURCE_EXHAUSTED" in text:
-        return (
-            f"out of memory on the device: {text.splitlines()[0]}. Use --dtype bfloat16, fewer --max-tokens, "
-            "a smaller --batch-size or a smaller model"
-        )
+        from jaxlm.cli.train import Train
+
+        way_out = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
+        if isinstance(command, Train):
+            way_out = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
+        return f"out of memory on the device: {text.splitlines()[0]}. Use {way_out}"
     if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
         return f"another process has ended or cannot be reached, its own message says why ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text} (--debug shows where; please report it)"

@@ -3,7 +3,7 @@
 import logging
 import sys
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,8 @@ import tyro
 
 from jaxlm.cli.common import ProcessFlags, note
 from jaxlm.training.config import Optimiser, Run, flags
+
+RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, where none is given
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Train(ProcessFlags, Run):
         self.check()
         self.begin()
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
+        if not run.optimiser.lr:
+            run = replace(run, optimiser=replace(run.optimiser, lr=RATES[run.method]))
         try:
             from jaxlm.training.loop import train
         except ImportError as error:
@@ -63,7 +67,8 @@ class Finetune(Train):
     """How often all data are seen, where no steps are given."""
     batch: int = 8
     """Rows of a step, over all devices."""
-    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-4, weight_decay=0.0, warmup=0.05))
+    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=0.0, weight_decay=0.0, warmup=0.05))
+    """lr 0: 2e-4 for an adapter, 1e-5 for all weights."""
 
 
 def rehearse(run: Run) -> int:

@@ -106,8 +106,9 @@ class Run:
     """Tokens of a row; 0: as many as the model is made for, 1024 at most."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; the gradient is that of the whole."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of products and activations; weights and optimiser are float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of products and activations, and of frozen weights; what is trained is float32. auto: bfloat16 on
+    accelerators, float32 on CPU."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again: nothing, all, or all but products."""
     z_loss: float = 0.0
@@ -148,9 +149,12 @@ class Run:
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("steps", "epochs", "length"):
+        for name in ("steps", "epochs", "length", "eval_every", "sample_tokens", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("lr", "warmup", "decay", "final", "weight_decay", "eps", "clip"):
+            if getattr(self.optimiser, name) < 0:
+                raise ValueError(f"optimiser.{name} is {getattr(self.optimiser, name)}, but must not be below 0")
         if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
             raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
         if self.batch % self.accumulate:
@@ -174,6 +178,8 @@ def flags(values: dict[str, Any], given: Collection[str] = (), before: str = "")
         flag = f"--{before}{name}".replace("_", "-")
         if isinstance(value, dict):
             found += flags(value, given, f"{before}{name}.")
+        elif isinstance(value, bool):
+            found += [flag] if value and flag not in given else []
         elif value is not None and flag not in given:
             for item in value if isinstance(value, list) else [value]:
                 found += [flag, str(item)]

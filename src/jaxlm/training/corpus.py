@@ -39,8 +39,9 @@ class Corpus:
     Attributes:
         ids: [tokens] of all documents, unsigned 16 bits or int32. learned: [tokens] bool, or None: all.
         ends: [documents] int64, where each ends in ids.
-        about: what corpus.json holds: form, learn, documents, tokens, learned (tokens that count in a loss),
-            vocabulary (one more than the largest id), dropped (why -> rows), first_bad, sources.
+        about: digest (of all that it was made from), and what corpus.json holds: form, learn, documents, tokens,
+            learned (tokens that count in a loss), vocabulary (one more than the largest id), dropped (why -> rows),
+            first_bad, sources.
     """
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -133,7 +134,7 @@ def load(path: Path) -> Corpus | None:
     except (OSError, ValueError, KeyError):
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
-    return Corpus(about, arrays) if complete else None
+    return Corpus(about | {"digest": path.name}, arrays) if complete else None
 
 
 def write(

@@ -19,17 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import flops, mesh, params, processes
+from jaxlm import flops, lora, mesh, params, processes
 from jaxlm.checkpoint import peft
 from jaxlm.exporting import export
 from jaxlm.training import metrics, optimisers, saving, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.loss import loss
-from jaxlm.training.setup import Progress, Setup, begin, set_up, settle
+from jaxlm.training.record import settle
+from jaxlm.training.setup import Progress, Setup, begin, frozen, set_up
 
-# What may change when a run goes on: it does not change what is learned.
-FREE = ("log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
-        "out", "report")  # fmt: skip
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -47,22 +45,20 @@ class Trained(NamedTuple):
 
 def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = None) -> Trained:
     """Trains, or goes on. `tell` hears of every line of metrics, between them of {"step": n}, and before them of notes
-    (what was read, what was dropped); `progress` of documents and tokens while they are prepared. Raises ValueError, OSError or Diverged; what the folder held before stays good.
-    """
+    (what was read, what was dropped); `progress` of documents and tokens while they are prepared. Raises ValueError,
+    OSError or Diverged; what the folder held before stays good."""
     setup = set_up(run, progress)
     run = setup.run
     for batches in filter(None, (setup.data, setup.valid)):
         tell({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
-    settle(run, FREE)
     with saving.opened(run.out, run.keep) as saved:
         if saved.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} holds a run already: --resume auto goes on with it, or choose another --out")
-        state, frozen = begin(setup)
-        if saved.latest is not None:
-            state = saved.restore(saved.latest, state)
-        loop = Loop(setup, frozen, saved, tell)
+        for change in settle(setup, saved.latest is not None):
+            tell({"step": 0, "note": change})
+        state = begin(setup) if saved.latest is None else saved.restore(saved.latest, setup.state_like())
+        loop = Loop(setup, frozen(setup), saved, tell)
         state = loop.run(state)
-        saved.save(run.steps, state)
     return Trained(run.out, finish(setup, state), loop.last)
 
 
@@ -100,7 +96,7 @@ class Loop:
         self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
         dtype = jnp.dtype(run.dtype)
         self.step = program(setup)
-        self.whole = jax.jit(lambda trained, frozen: step.whole(trained, frozen, dtype))
+        self.cast = jax.jit(lambda trained: step.whole(trained, None, dtype))
         self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
         self.rate = optimisers.schedule(run.optimiser, run.steps)
         self.last: dict[str, Any] = {}
@@ -114,6 +110,8 @@ class Loop:
         waiting: tuple[int, Any] | None = None
         try:
             with mesh.on(state.weights):
+                if self.due(first):  # what an earlier run may have been cut off from
+                    self.look(first, state)
                 for number, batch in zip(range(first + 1, steps + 1), self.setup.data.iterate(first)):
                     state, found = self.step(state, self.placed(batch), self.frozen)
                     self.check(waiting)
@@ -122,10 +120,10 @@ class Loop:
                     if number % run.log_every == 0 or number == steps:
                         self.check(waiting)
                         self.report(number, found)
-                    if number % run.save_every == 0 and number < steps:
+                    if number % run.save_every == 0 or number == steps:
                         self.check(waiting)
                         self.saved.save(number, state)
-                    if number == steps or (run.eval_every and number % run.eval_every == 0):
+                    if self.due(number):
                         self.check(waiting)
                         self.look(number, state)
         finally:
@@ -133,15 +131,22 @@ class Loop:
                 service.close()
         return state
 
+    def due(self, number: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        run = self.setup.run
+        return number > 0 and (number == run.steps or (run.eval_every > 0 and number % run.eval_every == 0))
+
     def begin(self, first: int) -> None:
         """Opens what lines are written to."""
         run = self.setup.run
         leads = processes.first()
         self.lines = [metrics.Lines(run.out / "metrics.jsonl", first)] if leads else []
+        for line in self.lines[0].kept if leads else ():
+            self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run)) if leads else []
         devices = 1 if self.setup.over is None else self.setup.over.size
         peak, source = flops.peak(jax.local_devices()[0])
-        self.peak = peak * devices
+        self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # of a CPU all devices are parts
         how = f"goes on after step {first:,}" if first else f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
         self.tell({"step": first, "steps": run.steps, "note": f"{how}; MFU against {devices} x {source}"})
         self.clock, self.counted = time.perf_counter(), 0
@@ -181,12 +186,17 @@ class Loop:
         """Raises Diverged for a step that was not taken: its loss or its gradient is no number."""
         if waiting is None or np.isfinite([waiting[1].loss, waiting[1].gradient]).all():
             return
-        good, (number, found) = self.saved.latest, waiting
-        way = (
-            "there is no checkpoint yet" if good is None else f"the last checkpoint is {self.saved.folder / str(good)}"
-        )
+        number, found = waiting
+        self.saved.wait()
+        good = self.saved.latest
         what = f"the loss of step {number} is {float(found.loss)}, the norm of its gradient {float(found.gradient)}"
-        raise Diverged(f"{what}: {way}; lower the learning rate (optimiser.lr) or clip (optimiser.clip)")
+        way = "there is no checkpoint yet; lower the learning rate (--optimiser.lr)"
+        if good is not None:
+            way = (
+                f"the last checkpoint is {self.saved.folder / str(good)}; with a lower --optimiser.lr the same command "
+            )
+            way += "goes on from there"
+        raise Diverged(f"{what}: {way}")
 
     def look(self, number: int, state: step.State) -> None:
         """The loss on what is not learned, and sample texts, from the weights as they are."""
@@ -197,7 +207,8 @@ class Loop:
         if run.samples:
             from jaxlm.generation import generate
 
-            model = self.setup.model(self.whole(state.weights, self.frozen))
+            trained = self.cast(state.weights)
+            model = self.setup.model(trained if self.frozen is None else lora.join(self.frozen, trained))
             for prompt in run.samples:
                 told = generate(model, prompt, max_tokens=run.sample_tokens, temperature=0.8, seed=run.seed)
                 self.add({"step": number, "prompt": prompt, "text": told.text})

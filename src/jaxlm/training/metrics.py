@@ -11,13 +11,15 @@ Line = dict[str, Any]
 
 
 class Lines:
-    """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first."""
+    """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first, and
+    what it found when it looked at that step's weights: it looks again."""
 
     def __init__(self, path: Path, begin: int):
         self.path = path
-        kept = [line for line in self._whole(path) if json.loads(line)["step"] <= begin]
+        found = [json.loads(line) for line in self._whole(path)]
+        self.kept = [line for line in found if line["step"] < begin or (line["step"] == begin and "loss" in line)]
         beside = path.with_suffix(".partial")
-        beside.write_text("".join(kept))
+        beside.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         beside.replace(path)
 
     @staticmethod

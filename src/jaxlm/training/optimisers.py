@@ -39,7 +39,9 @@ def make(of: Optimiser, steps: int, letters: Any) -> optax.GradientTransformatio
     elif of.name == "lion":
         rule = optax.lion(rate, of.b1, of.b2, **common)
     elif of.name == "adafactor":
-        rule = optax.adafactor(rate, weight_decay_rate=of.weight_decay or None, weight_decay_mask=decays)
+        # Its own decay would not follow the rate: 0.1 would take a tenth off each weight at each step.
+        decay = optax.add_decayed_weights(-of.weight_decay, decays)
+        rule = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(rate))
     else:
         rule = _muon(of, rate, letters, decays)
     return optax.chain(optax.clip_by_global_norm(of.clip), rule) if of.clip else rule

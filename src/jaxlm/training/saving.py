@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -20,7 +18,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.folder, self._ocp = folder.absolute() / "checkpoints", ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
@@ -36,9 +34,8 @@ class Checkpoints:
                 self._manager.save(step, args=self._ocp.args.StandardSave(state), force=True)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, in the places and types of `like` (arrays or jax.ShapeDtypeStruct with sharding)."""
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(shapes))
+        """The state of a step, in the places and types of `like` (jax.ShapeDtypeStruct with sharding)."""
+        return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
 
     def wait(self) -> None:
         """Until what was saved is on the disk."""
@@ -46,7 +43,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -69,10 +67,15 @@ class Checkpoints:
 @contextmanager
 def opened(folder: Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of a run; on leaving, what is being written is finished. An error on the way out of a block that
-    has failed itself does not hide the block's."""
+    has failed itself is a note to the block's."""
     checkpoints = Checkpoints(folder, keep)
     try:
         yield checkpoints
         checkpoints.wait()
-    finally:
-        checkpoints.close()
+    except BaseException as error:
+        try:
+            checkpoints.close()
+        except Exception as other:
+            error.add_note(str(other))
+        raise
+    checkpoints.close()

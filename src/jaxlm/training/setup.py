@@ -81,6 +81,15 @@ class Setup(NamedTuple):
         rule = self.rule()
         return jax.eval_shape(lambda w: step.start(rule, w), self.trained(jax.random.key(0), shapes=True))
 
+    def state_like(self) -> step.State:
+        """The same, each array with its place: what a checkpoint is restored into."""
+        shapes = self.state_shapes()
+        if self.over is None:
+            places = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+        else:
+            places = step.places(shapes, self.over, self.family.PARAMS)
+        return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places)
+
     def frozen_shapes(self) -> Any:
         """The weights beside an adapter, None where all are trained."""
         if self.run.method == "full":
@@ -93,7 +102,8 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     """Checks and prepares all but the weights. Raises ValueError or OSError with what is wrong and the way out."""
     run.check()
     family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
-    run = replace(run, length=run.length or min(LENGTH, cfg.context))
+    dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
     if run.method == "lora":
         lora.targets(family.PARAMS, cfg, run.lora.targets)
     over = _mesh(run, cfg)
@@ -104,7 +114,9 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
         )
     data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
-    run = replace(run, steps=steps, epochs=0.0)
+    run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
+    if processes.several():
+        processes.agree("the run", to_dict(run), json.dumps(to_dict(run)))
     return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
 
 
@@ -114,6 +126,8 @@ def _described(run: Run) -> tuple[Any, ...]:
         found = loading.find(run.model, tokenizer=run.tokenizer)
         raw, tokenizer, checkpoint = found.checkpoint.config, found.tokenizer, found.checkpoint
         family, cfg, generation_config = found.family, found.config, found.generation_config
+        if checkpoint.adapter is not None:
+            raise ValueError(f"{run.model} is an adapter: give its base as --model and it as --adapter, or fuse them")
     else:
         raw, checkpoint, generation_config = hf.read_json(Path(str(run.shape))), None, {}
         family = models.family_of(raw.get("model_type"))
@@ -154,10 +168,9 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
     def prepared() -> Any:
         return prepare(names, tokenizer, options, **where, on_bad=data.on_bad, progress=progress)
 
-    if processes.first():
-        prepared()
+    corpus = prepared() if processes.first() else None
     processes.gather("prepared")
-    batches = Batches(prepared(), run.batch, run.length, run.seed, run.data.packing)
+    batches = Batches(corpus or prepared(), run.batch, run.length, run.seed, run.data.packing)
     batches.share = rows_here(run.batch, over)
     return batches
 
@@ -171,24 +184,26 @@ def rows_here(B: int, over: Any) -> slice:
     return slice(min(begin for begin, _, _ in found), max(end for _, end, _ in found))
 
 
-def begin(setup: Setup) -> tuple[step.State, Any]:
-    """The first state, and the frozen weights (None where all are trained), in their places."""
-    run, table = setup.run, setup.family.PARAMS
-    weights = None if setup.checkpoint is None else _read(setup)
+def begin(setup: Setup) -> step.State:
+    """The first state, in its place: random weights, those of a checkpoint, or an adapter."""
+    run = setup.run
     if run.adapter is not None:
         trained = _adapter(setup)
-    elif run.method == "lora" or weights is None:
+    elif run.method == "lora" or setup.checkpoint is None:
         trained = setup.trained(jax.random.key(run.seed))
     else:
-        trained = weights
-    rule, where = setup.rule(), None
-    if setup.over is not None:
-        where = step.places(setup.state_shapes(), setup.over, table)
-    state = jax.jit(lambda w: step.start(rule, w), out_shardings=where)(trained)
-    return state, weights if run.method == "lora" else None
+        trained = read(setup)
+    rule = setup.rule()
+    where = None if setup.over is None else step.places(setup.state_shapes(), setup.over, setup.family.PARAMS)
+    return jax.jit(lambda w: step.start(rule, w), out_shardings=where)(trained)
 
 
-def _read(setup: Setup) -> Any:
+def frozen(setup: Setup) -> Any:
+    """The weights beside an adapter; None where all are trained."""
+    return read(setup) if setup.run.method == "lora" else None
+
+
+def read(setup: Setup) -> Any:
     """A checkpoint's weights, stacked: float32 where they are trained, else in the type of the run."""
     run, over, checkpoint = setup.run, setup.over, setup.checkpoint
     assert checkpoint is not None
@@ -220,17 +235,3 @@ def _adapter(setup: Setup) -> Any:
             "--lora.targets)"
         )
     return params.stack(tree, setup.period)
-
-
-def settle(run: Run, free: tuple[str, ...]) -> None:
-    """The run's folder, with the configuration in it; ValueError where another run stands there. `free` are fields that
-    may change when a run goes on."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    path, told = run.out / "run.json", to_dict(run)
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name in told if name not in free and told[name] != before.get(name)]
-        if changed:
-            raise ValueError(f"{run.out} holds a run with another {', '.join(changed)}: choose another --out")
-    if processes.first():
-        path.write_text(json.dumps(told, indent=2) + "\n")

@@ -11,9 +11,10 @@ import optax
 from jaxlm import lora, mesh, params
 from jaxlm.training.loss import Sums, loss
 
-# What the backward pass keeps of the forward one; the rest is computed again. No policy keeps a gathered weight.
+# What the backward pass keeps of the forward one (a policy of `fold`); the rest is computed again. Under none of them
+# does it keep gathered weights (ops/products.py) or blocks of scores (ops/attention.py).
 REMAT: dict[str, Any] = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(mesh.GATHERED),
+    "none": None,
     "full": True,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -69,8 +70,9 @@ def make(
             sums = sum_of(whole(lora.keyed(trained, key, dropout), frozen, dtype), part)
             return sums.loss, sums
 
+        letters = params.letters(family.PARAMS, state.weights)
         parts = jax.tree.map(partial(_parts, accumulate), batch)
-        gradient, sums = _gradient(total, state.weights, parts)
+        gradient, sums = _gradient(total, state.weights, letters, parts)
         count = jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         metrics = Metrics(sums.nats / count, optax.tree.norm(gradient), sums.tokens)
@@ -88,9 +90,14 @@ def whole(trained: Any, frozen: Any, dtype: Any) -> Any:
     return trained if frozen is None else lora.join(frozen, trained)
 
 
-def _gradient(total: Callable[..., Any], weights: Any, parts: Any) -> tuple[Any, Sums]:
+def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any) -> tuple[Any, Sums]:
     """The gradient of the summed loss, and the sums, over all parts (a leading axis) of a batch."""
-    gradient_of = jax.value_and_grad(total, has_aux=True)
+
+    def gradient_of(weights: Any, part: Any, number: jax.Array) -> tuple[Any, Any]:
+        found, gradient = jax.value_and_grad(total, has_aux=True)(weights, part, number)
+        # Divided as the weights are: where nothing says so, a gradient may be summed whole on every device.
+        return found, jax.tree.map(lambda g, name: mesh.constrain(g, name, _on(name)), gradient, letters)
+
     count = jax.tree.leaves(parts)[0].shape[0]
 
     def add(before: Any, numbered: Any) -> tuple[Any, None]:
@@ -133,7 +140,11 @@ def place(letters: str, shape: tuple[int, ...], over: Any) -> Any:
     """Where a weight in training lies. Norms are small, and whole on every device."""
     if over is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return mesh.sharding(letters, shape, over, mesh.ON if letters.lstrip("L") in params.NORMS else mesh.ON_TRAINED)
+    return mesh.sharding(letters, shape, over, _on(letters))
+
+
+def _on(letters: str) -> mesh.Table:
+    return mesh.ON if letters.lstrip("L") in params.NORMS else mesh.ON_TRAINED
 
 
 def _parts(count: int, x: jax.Array) -> jax.Array:

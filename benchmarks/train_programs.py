@@ -1,0 +1,255 @@
+"""The training step compiled for TPU slices, on a machine without a TPU: what it takes and what it sends.
+
+    pip install "jax[tpu]" optax
+    python benchmarks/train_programs.py                                           # the table of docs/scaling.md
+    python benchmarks/train_programs.py --chip v6e --slice 2x4 --mesh data=8 [--model llama-3.1-8b] [--rows 1]
+                                        [--length 8192] [--accumulate 1] [--remat full] [--json]
+
+The state (float32 weights, AdamW's moments) and a batch are shapes with a place on the slice's devices; nothing is
+allocated. The program is that of `jaxlm train --dtype bfloat16`, over all layers. Meant is that each matrix of a layer
+is gathered over `data` in bfloat16 once forward and once backward, embedding and head once, and that each gradient is
+reduce-scattered once for each part of a batch. Exit status 1 where a program does not fit or does otherwise. A case
+takes some minutes.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from hlo import Met, met
+from programs import chips, share
+from published import CHIPS, MODELS
+
+from jaxlm import devices, mesh, models, params
+from jaxlm.training import optimisers, step
+from jaxlm.training.batches import Batch
+from jaxlm.training.config import Optimiser
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program on one slice. rows: of each part of `data`, of each of the `accumulate` parts of a batch; layers:
+    fewer than the model has."""
+
+    model: str
+    chip: str
+    slice: str
+    mesh: str
+    length: int = 8192
+    rows: int = 1
+    accumulate: int = 1
+    remat: str = "full"
+    layers: int | None = None
+
+
+TABLE = [
+    Case("llama-3.1-8b", "v6e", "2x4", "data=8"),
+    Case("llama-3.1-8b", "v6e", "2x4", "data=8", accumulate=4),
+    Case("llama-3.1-8b", "v6e", "2x4", "data=8", rows=2),
+    Case("llama-3.1-8b", "v5e", "16x16", "data=128,model=2"),
+    Case("llama-3.1-8b", "v5e", "16x16", "data=64,model=4"),
+    Case("llama-3.1-8b", "v5e", "16x16", "data=256"),
+]
+
+
+class Setting(NamedTuple):
+    """What a case compiles for: the state and a batch as shapes in their places."""
+
+    family: Any
+    cfg: Any
+    over: jax.sharding.Mesh
+    rule: Any
+    state: step.State
+    batch: Batch
+
+
+def setting(case: Case) -> Setting:
+    hf = MODELS[case.model]
+    family = models.family_of(hf["model_type"])
+    cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
+    over = mesh.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
+    shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
+    weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
+    rule = optimisers.make(Optimiser(), 1000, params.letters(family.PARAMS, weights))
+    state = jax.eval_shape(lambda w: step.start(rule, w), weights)
+    places = step.places(state, over, family.PARAMS)
+    state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
+    shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
+    to = mesh.sharding("BT", shape, over)
+    row, learned = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
+    return Setting(family, cfg, over, rule, state, Batch(row, row, row, learned))  # type: ignore[arg-type]
+
+
+def compiled(case: Case, where: Setting) -> Any:
+    """The program, as `training.loop` compiles it."""
+    how = {"accumulate": case.accumulate, "dtype": jnp.bfloat16, "remat": case.remat}
+    run = step.make(where.family, where.cfg, where.rule, **how)
+    with jax.set_mesh(where.over):
+        return jax.jit(run, donate_argnums=0).lower(where.state, where.batch, None).compile()
+
+
+def matrices(where: Setting, layers: bool) -> Counter[int]:
+    """How many matrices of each size (numbers that a part of `model` holds) one layer has; or those outside layers, a
+    tied embedding twice."""
+    found: Counter[int] = Counter()
+    for row in params.rows(where.family.PARAMS, where.cfg):
+        if row.letters not in params.NORMS and row.path.startswith("layers.0." if layers else ("embed", "head")):
+            uses = 2 if where.cfg.tied and row.path == "embed" else 1
+            found[math.prod(row.shape) // mesh.parts(row.letters, row.shape, where.over)] += uses
+    return found
+
+
+class Exchanged(NamedTuple):
+    """What crosses parts of `data`, by numbers of a tensor: gathered in each loop that gathers (the loops' bodies; how
+    often each runs), of these in another type than bfloat16 (wide), scattered and summed whole in all; sent: bytes that
+    a device sends in a step, by kind, on all axes."""
+
+    gathered: dict[tuple[str, ...], Counter[int]]
+    runs: dict[tuple[str, ...], int]
+    wide: Counter[int]
+    scattered: Counter[int]
+    summed: Counter[int]
+    sent: Counter[str]
+
+
+def exchanged(where: Setting, found: list[Met]) -> Exchanged:
+    """Sorts a program's collectives. Tensors smaller than any matrix are not looked at."""
+    wide = where.over.size // where.over.shape[mesh.DATA]
+    least = min(matrices(where, True))
+    out = Exchanged({}, {}, Counter(), Counter(), Counter(), Counter())
+    for one, loops, times in found:
+        size = len(one.groups[0]) if one.groups else where.over.size
+        ways = 2 if one.kind == "all-reduce" else 1
+        out.sent[one.kind] += ways * times * one.nbytes * (size - 1) // size
+        across = one.groups is None or any(len({i // wide for i in group}) > 1 for group in one.groups)
+        sizes = Counter(n for n in (math.prod(shape) for _, shape in one.tensors) if across and n >= least)
+        if one.kind == "all-gather" and sizes:
+            out.gathered.setdefault(loops, Counter()).update(sizes)
+            out.runs[loops] = times
+            if any(dtype != "bf16" for dtype, _ in one.tensors):
+                out.wide.update(sizes)
+        elif one.kind in ("reduce-scatter", "all-reduce"):
+            into = out.scattered if one.kind == "reduce-scatter" else out.summed
+            into.update({n: count * times for n, count in sizes.items()})
+    return out
+
+
+def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
+    """What a program exchanges otherwise than is meant."""
+    layer, apart, wrong = matrices(where, True), matrices(where, False), []
+    period = len(params.period(where.cfg.windows))
+    turns = case.accumulate * (where.cfg.L // period)
+    wanted = Counter({n: count * period for n, count in layer.items()})
+    loops = [sizes for name, sizes in found.gathered.items() if found.runs[name] == turns]
+    if loops != [wanted, wanted]:
+        wrong.append(f"layers gather {[dict(sizes) for sizes in loops]}, not {dict(wanted)} forward and backward")
+    # Of a batch in parts the compiler may gather some of these once for all.
+    rest = [sizes for name, sizes in found.gathered.items() if found.runs[name] in (1, case.accumulate)]
+    if sum(rest, Counter()) != apart:
+        wrong.append(f"outside layers {dict(sum(rest, Counter()))} are gathered, not {dict(apart)}")
+    if len(loops) + len(rest) < len(found.gathered):
+        wrong.append("a loop within gathers weights")
+    meant = Counter({n: count * where.cfg.L * case.accumulate for n, count in layer.items()})
+    meant.update({n: count * case.accumulate for n, count in apart.items()})
+    if found.scattered != meant:
+        wrong.append(f"{dict(found.scattered)} are scattered, not {dict(meant)}")
+    if found.wide:
+        wrong.append(f"{dict(found.wide)} are not gathered in bfloat16")
+    if found.summed:
+        wrong.append(f"{dict(found.summed)} are summed whole")
+    return wrong
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Compiles a case; what docs/scaling.md shows of it, and more. Bytes are of one device."""
+    where, start = setting(case), time.perf_counter()
+    row = {**asdict(case), "chips": where.over.size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
+    held = share(where.state.weights) + share(where.state.optimiser)
+    try:
+        program = compiled(case, where)
+    except jax.errors.JaxRuntimeError as error:  # newer compilers refuse what they see does not fit
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = round(time.perf_counter() - start, 1)
+        return {**row, "state": held, "faults": [str(error).splitlines()[0]], "compile_seconds": seconds}
+    used, seconds = program.memory_analysis(), round(time.perf_counter() - start, 1)
+    peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    peak += used.output_size_in_bytes - used.alias_size_in_bytes
+    found = exchanged(where, met(program.as_text()))
+    wrong = faults(case, where, found)
+    if peak > CHIPS[case.chip].hbm:
+        wrong.insert(0, f"{devices.gigabytes(peak)} do not fit")
+    return {
+        **row,
+        "state": held,
+        "temporaries": used.temp_size_in_bytes,
+        "peak": peak,
+        "gathered": [[found.runs[name], sum(sizes.values())] for name, sizes in found.gathered.items()],
+        "scattered": found.scattered.total(),
+        "summed": found.summed.total(),
+        "sent": dict(found.sent),
+        "faults": wrong,
+        "compile_seconds": seconds,
+    }
+
+
+HEADS = ("model", "slice", "mesh", "rows x length a device", "remat", "state", "temporaries", "peak", "of the memory",
+         "gathered (times x matrices)", "scattered", "summed whole", "GB sent", "compiled in s", "checked")  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> list[str]:
+    """A row of the table; GB of 10^9 bytes."""
+    parts = f"{row['accumulate']} x " if row["accumulate"] > 1 else ""
+    known = "peak" in row
+    return [
+        row["model"],
+        f"{row['chip']} {row['slice']}",
+        row["mesh"],
+        f"{parts}{row['rows']} x {row['length']:,}",
+        row["remat"],
+        f"{row['state'] / 1e9:.2f}",
+        *(f"{row[name] / 1e9:.2f}" if known else "" for name in ("temporaries", "peak")),
+        f"{row['peak'] / row['hbm']:.0%} of {row['hbm'] / 1e9:.0f}" if known else "",
+        " + ".join(f"{times} x {count}" for times, count in row.get("gathered", ())),
+        str(row.get("scattered", "")),
+        str(row.get("summed", "")),
+        ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in row.get("sent", {}).items() if n > 5e7),
+        f"{row['compile_seconds']:.0f}",
+        "; ".join(row["faults"]) or "as meant",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--chip", choices=("v5e", "v6e", "v5p"))
+    parser.add_argument("--slice", help="chips along each side: 2x4, 16x16; v5p 4x8x8")
+    parser.add_argument("--mesh", help="data=…,model=…")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=1, help="of each part of data, of each part of a batch")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--remat", choices=tuple(step.REMAT), default="full")
+    parser.add_argument("--json", action="store_true", help="results as JSON lines on stdout")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for
+    if len({bool(args.chip), bool(args.slice), bool(args.mesh)}) > 1:
+        parser.error("--chip, --slice and --mesh go together; without them the whole table is compiled")
+    given = {name: value for name, value in vars(args).items() if name in Case.__dataclass_fields__}
+    rows = []
+    if not args.json:
+        print(f"| {' | '.join(HEADS)} |\n|{' --- |' * len(HEADS)}")
+    for case in [Case(**given)] if args.chip else TABLE:
+        rows.append(measure(case))
+        print(json.dumps(rows[-1]) if args.json else f"| {' | '.join(line(rows[-1]))} |", flush=True)
+    return 1 if any(row["faults"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
