@@ -15,7 +15,7 @@ import jax
 from programs import Setting, cache, share, weights
 from published import CHIPS, MODELS
 
-from jaxlm import mesh, models, params
+from jaxlm import mesh, models, params, topology
 
 ORDER = ("llama-3.1-8b", "qwen3-14b", "gemma-3-27b", "qwen3-32b", "llama-3.1-70b")
 COUNTS = {
@@ -32,8 +32,8 @@ def setting(name: str, count: int, wide: int | None = None) -> Setting:
     """So many devices, `wide` of them along `model`, without more said the default."""
     family = models.family_of(MODELS[name]["model_type"])
     cfg = family.Config.from_hf(MODELS[name])
-    sizes = {mesh.DATA: count // wide, mesh.MODEL: wide} if wide else mesh.default({"N": cfg.N, "F": cfg.F}, count)
-    axes = mesh.split(sizes, cfg.K)
+    sizes = {mesh.DATA: count // wide, mesh.MODEL: wide} if wide else topology.default({"N": cfg.N, "F": cfg.F}, count)
+    axes = topology.split(sizes, cfg.K)
     return Setting(family, cfg, jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes)), axes[mesh.DATA])
 
 

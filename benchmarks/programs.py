@@ -33,7 +33,7 @@ from hlo import Collective, collectives
 from jax.experimental import topologies
 from published import CHIPS, MODELS
 
-from jaxlm import decoding, devices, engine, mesh, models, params
+from jaxlm import decoding, devices, engine, mesh, models, params, topology
 from jaxlm.ops import cache as caches
 
 # libtpu asks the cloud what machine this is, complains when nobody answers, and lets one process load it.
@@ -102,7 +102,7 @@ def setting(case: Case) -> Setting:
     family = models.family_of(hf["model_type"])
     cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
     slice_ = chips(f"{case.chip}:{case.slice}")
-    over = mesh.make(case.mesh or mesh.default({"N": cfg.N, "F": cfg.F}, len(slice_)), cfg.K, slice_)
+    over = topology.make(case.mesh or topology.default({"N": cfg.N, "F": cfg.F}, len(slice_)), cfg.K, slice_)
     return Setting(family, cfg, over, case.batch or 8 * over.shape[mesh.DATA])
 
 

@@ -27,7 +27,7 @@ from hlo import Met, met
 from programs import chips, share
 from published import CHIPS, MODELS
 
-from jaxlm import devices, mesh, models, params
+from jaxlm import devices, mesh, models, params, topology
 from jaxlm.training import optimisers, step
 from jaxlm.training.batches import Batch
 from jaxlm.training.config import Optimiser
@@ -74,7 +74,7 @@ def setting(case: Case) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
-    over = mesh.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
+    over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
     shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
     rule = optimisers.make(Optimiser(), 1000, params.letters(family.PARAMS, weights))

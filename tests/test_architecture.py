@@ -16,6 +16,7 @@ ALLOWED = {
     "config": {"ops"},
     "params": {"ops", "mesh"},
     "mesh": set(),
+    "topology": {"mesh"},
     "lora": {"ops", "mesh", "params"},
     "checkpoint": {"checkpoint", "params", "mesh", "devices", "lora"},  # an adapter's files hold LoRA leaves
 }

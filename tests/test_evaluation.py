@@ -17,7 +17,7 @@ from recordings.tiny import tiny
 from tiny_chat import TEMPLATE, tokenizer_of
 
 import jaxlm
-from jaxlm import evaluation, lora, mesh, params, scoring
+from jaxlm import evaluation, lora, mesh, params, scoring, topology
 from jaxlm.cli import tiny as bytes_model
 from jaxlm.evaluation import Marks, evaluate
 from jaxlm.scoring import Piece, scores, windows
@@ -239,7 +239,7 @@ def test_text_in_parts_and_in_blocks_gives_the_same(model, tmp_path, monkeypatch
 def test_on_a_mesh(spec, tmp_path) -> None:
     model = model_of(num_attention_heads=8, num_key_value_heads=4, hidden_size=64, vocab_size=200)
     path = file(tmp_path, *TEXTS, *TEXTS)
-    alone, over = evaluate(model, path, length=32), mesh.make(spec, model.config.K)
+    alone, over = evaluate(model, path, length=32), topology.make(spec, model.config.K)
     model.weights = jax.tree.map(
         lambda w, letters: mesh.place(w, letters, over),
         model.weights,

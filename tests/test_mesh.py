@@ -12,7 +12,7 @@ import pytest
 from recordings.tiny import tiny
 
 import jaxlm
-from jaxlm import Model, mesh, params, sampling
+from jaxlm import Model, mesh, params, sampling, topology
 from jaxlm.checkpoint.rows import rows
 from jaxlm.decoding import compiled_for
 from jaxlm.ops import cache as caches
@@ -24,7 +24,7 @@ TEXT: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 
 
 def make(spec: str, K: int = 4) -> Any:
-    return mesh.make(spec, K)
+    return topology.make(spec, K)
 
 
 def model_of(family: str) -> Model:
@@ -178,7 +178,7 @@ def test_a_cache_grows_where_it_lies() -> None:
 )
 def test_a_mesh_that_cannot_be(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mesh.make(spec, 4)
+        topology.make(spec, 4)
 
 
 def test_what_is_not_divided_is_replicated() -> None:
@@ -194,9 +194,9 @@ def test_what_is_not_divided_is_replicated() -> None:
 
 
 def test_the_default_divides_heads_first() -> None:
-    assert mesh.default({"N": 8, "F": 128}, 8) == {"data": 1, "model": 8}
-    assert mesh.default({"N": 12, "F": 128}, 8) == {"data": 2, "model": 4}
-    assert mesh.default({"N": 3, "F": 128}, 8) == {"data": 8, "model": 1}
+    assert topology.default({"N": 8, "F": 128}, 8) == {"data": 1, "model": 8}
+    assert topology.default({"N": 12, "F": 128}, 8) == {"data": 2, "model": 4}
+    assert topology.default({"N": 3, "F": 128}, 8) == {"data": 8, "model": 1}
 
 
 def test_rows_of_a_divided_array_come_bit_by_bit() -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import mesh, models, sampling
+from jaxlm import mesh, models, sampling, topology
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -211,17 +211,17 @@ def test_neighbours_lie_along_model(hosts: tuple[int, ...], data: int, expected:
     devices = [
         gpu(i, host) for host, count in enumerate(hosts) for i in range(host * hosts[0], host * hosts[0] + count)
     ]
-    found = mesh.arranged(devices[::-1], data)
+    found = topology.arranged(devices[::-1], data)
     assert [[device.id for device in group] for group in found] == expected
 
 
 @pytest.mark.slow
 def test_every_default_mesh_can_be_made(tpu: Any) -> None:
     """On slices of every shape, also where `model` takes a part of a side; each group of `model` stays together."""
-    for topology in ("v5e:8x8", "v6e:8x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8"):
-        chips = tpu.chips(topology)
+    for slice_ in ("v5e:8x8", "v6e:8x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8"):
+        chips = tpu.chips(slice_)
         for N, K, F in ((32, 8, 14336), (64, 8, 28672), (32, 16, 21504)):
-            over = mesh.make(mesh.default({"N": N, "F": F}, len(chips)), K, chips)
+            over = topology.make(topology.default({"N": N, "F": F}, len(chips)), K, chips)
             assert over.size == len(chips)
             groups = over.devices.reshape(over.shape["data"], -1)
             spans = [np.ptp([chip.coords for chip in group], axis=0) + 1 for group in groups]

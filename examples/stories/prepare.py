@@ -2,8 +2,8 @@
 
 CORPORA holds tinystories (machine-made stories of Eldan and Li, CDLA-Sharing-1.0) and stories (those, and books in the
 public domain, with an index). Held out: the 220 stories from TinyStories' own validation split, which end
-stories/tinystories.txt. Books whose authors are not certain, or protected somewhere (life + 70 years), are left out, and
-so are chapters with many words to a sentence.
+stories/tinystories.txt. Books whose authors are not certain, or protected somewhere (life + 70 years), are left out,
+and so are chapters with many words to a sentence.
 """
 
 import csv

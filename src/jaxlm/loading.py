@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxlm import adapters, devices, models, params, processes
+from jaxlm import adapters, devices, models, params, processes, topology
 from jaxlm import mesh as meshes
 from jaxlm.checkpoint import hf, hub, meta, peft, peft_hub
 from jaxlm.checkpoint.peft_config import read_settings
@@ -205,13 +205,13 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
     """The sharding of each weight, from what `load` was given as `mesh` and `device`."""
     one = device if device is not None else jax.config.values["jax_default_device"]
     if mesh is None and one is None and jax.device_count() > 1:
-        mesh = meshes.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
+        mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
     if mesh is None:
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
     if device is not None:
         raise ValueError("give mesh= or device=, not both")
-    over = meshes.grouped(mesh, cfg.K) if isinstance(mesh, Mesh) else meshes.make(mesh, cfg.K)
+    over = topology.grouped(mesh, cfg.K) if isinstance(mesh, Mesh) else topology.make(mesh, cfg.K)
     if over.size == 1:
         return lambda row: SingleDeviceSharding(over.devices.item())
     return lambda row: meshes.sharding(row.letters, row.shape, over)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import einsum
+from jaxlm.ops import einsum, embed
 
 SPECS = [("BTD,NHD->BTNH", (3, 8)), ("BTNH,DNH->BTD", (24,)), ("BTF,DF->BTD", (7,)), ("BTD,VD->BTV", (97,))]
 
@@ -27,3 +27,11 @@ def test_one_row_equals_the_product_in_float64(spec, out, width, dtype):
 def test_a_weight_whose_last_letters_are_not_summed_is_refused():
     with pytest.raises(ValueError, match="last letters"):
         einsum("BTD,DF->BTF", jnp.ones((1, 1, 4)), jnp.ones((4, 6)))
+
+
+def test_a_frequent_tokens_gradient_is_summed_in_float32() -> None:
+    """In bfloat16 256 + 1 is 256, and 4,096 tokens would count as so many."""
+    tokens = jnp.zeros((4, 1024), jnp.int32)
+    total = jax.grad(lambda w: embed(tokens, w).astype(jnp.float32).sum())(jnp.ones((3, 2), jnp.bfloat16))
+    assert total.dtype == jnp.bfloat16
+    assert total.tolist() == [[4096.0] * 2, [0.0] * 2, [0.0] * 2]

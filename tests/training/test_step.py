@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from recordings.tiny import tiny
 
-from jaxlm import mesh, params
+from jaxlm import mesh, params, topology
 from jaxlm.ops import attention
 from jaxlm.training import optimisers, step
 from jaxlm.training.batches import Batch
@@ -99,7 +99,7 @@ def test_listed_and_stacked_cut_and_computed_again(model, expected, how) -> None
 @pytest.mark.parametrize("spec", ["data=4,model=2", pytest.param("data=2,model=4", marks=pytest.mark.slow)])
 def test_on_a_mesh(model, expected, spec) -> None:
     """Weights divided over data and model, the batch over data: the same step."""
-    over = mesh.make(spec, model.config.K)
+    over = topology.make(spec, model.config.K)
     stacked = params.stack(model.weights, len(params.period(model.config.windows)))
     near(model, taken(model, stacked, batch(), over, accumulate=1), expected)
     q = step.places(jax.eval_shape(lambda: step.State(stacked, (), jnp.zeros(()))), over, model.family.PARAMS)
@@ -122,7 +122,7 @@ def test_where_trained_weights_lie() -> None:
 
 def test_chunks_of_logits_are_of_one_device(small) -> None:
     """Of 4 rows in chunks of 8 tokens a device alone has 2 tokens a row, each of 4 devices 8 of its row."""
-    over = mesh.make("data=4", small.config.K, jax.devices()[:4])
+    over = topology.make("data=4", small.config.K, jax.devices()[:4])
     x = jnp.ones((B, T, small.config.D))
     find = partial(token_logprobs, small.family, small.config, chunk=8)
     assert f"f32[{B},2,{V}]" in str(jax.make_jaxpr(find)(small.weights, x, batch().targets))
@@ -249,3 +249,21 @@ def test_decay_follows_the_rate(name) -> None:
     layer, update = model.weights["layers"][0], updates["layers"][0]
     np.testing.assert_allclose(update["q"], -1e-3 * layer["q"], rtol=1e-5)
     assert not jnp.any(update["attn_norm"])
+
+
+def test_gradients_in_half_precision() -> None:
+    """Each weight's is that of float32 to 6 %: a rounding of bfloat16 is 0.4 %, and sums over a thousand tokens of both
+    signs are a tenth as large as what they add up."""
+    model = tiny("llama3")
+    tokens = np.random.default_rng(0).zipf(1.3, (8, 129)) % 199
+    pos = np.broadcast_to(np.arange(128, dtype=np.int32), (8, 128))
+    batch = Batch(tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), pos, np.ones((8, 128), bool))
+
+    @partial(jax.jit, static_argnums=1)
+    def gradient(weights: Any, dtype: str) -> Any:
+        return jax.grad(lambda w: loss(model.family, model.config, step.whole(w, None, dtype), batch).loss)(weights)
+
+    exact, half = gradient(model.weights, "float32"), gradient(model.weights, "bfloat16")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(exact), jax.tree.leaves(half), strict=True):
+        far = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+        assert far < 0.06, (jax.tree_util.keystr(path), far)

@@ -211,10 +211,10 @@ def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
     """What one device of a mesh holds: bytes of weights and of the cache of one row, and how each letter is divided."""
     from jax.sharding import AbstractMesh
 
-    from jaxlm import mesh, params
+    from jaxlm import mesh, params, topology
 
-    asked = mesh.parse(text)
-    axes = mesh.split(asked, cfg.K)
+    asked = topology.parse(text)
+    axes = topology.split(asked, cfg.K)
     over = AbstractMesh(tuple(axes.values()), tuple(axes))
     rows = params.rows(family.PARAMS, cfg)
     elements = sum(math.prod(row.shape) // mesh.parts(row.letters, row.shape, over) for row in rows)

@@ -73,9 +73,9 @@ def _best(
         runs["cpu"] = with_structure(_in_parts)
     elif q.dtype != jnp.float32:
         runs["cpu"] = with_structure(_in_float32)
-    if q.shape[1] > 1 and q.dtype != jnp.float32:
-        if jax.default_backend() == "gpu" and (fast := [run for applies, run in GPU_BACKENDS if applies(q, k)]):
-            runs["cuda"] = with_structure(fast[0])
+    if q.shape[1] > 1 and q.dtype != jnp.float32 and jax.default_backend() == "gpu":
+        fast = [with_structure(run) for applies, run in GPU_BACKENDS if applies(q, k)]
+        runs |= {"cuda": fast[0]} if fast else {}
     if len(runs) == 1:
         return runs["default"](q, k, v, query, key)
     return jax.lax.platform_dependent(q, k, v, query, key, **runs)

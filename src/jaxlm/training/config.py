@@ -73,8 +73,8 @@ class LoraOptions:
     """Part of an adapter's inputs that is dropped at each step."""
     rslora: bool = False
     """Weigh by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Weights by name (q or q_proj, …, head); all-linear is every product of the layers."""
+    targets: tuple[str, ...] = ()
+    """Weights by name (q or q_proj, …, head); all-linear, or none named, is every product of the layers."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import loading, lora, mesh, models, params, processes
+from jaxlm import loading, lora, mesh, models, params, processes, topology
 from jaxlm.checkpoint import hf, peft
 from jaxlm.model import Model
 from jaxlm.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ class Setup(NamedTuple):
     def adapter(self, key: jax.Array) -> Any:
         """A new adapter, its layers listed."""
         of, cfg = self.run.lora, self.config
-        rows = lora.targets(self.family.PARAMS, cfg, of.targets)
+        rows = lora.targets(self.family.PARAMS, cfg, of.targets or ("all-linear",))
         return lora.init(rows, cfg.L, of.rank, lora.scale(of.alpha, of.rank, of.rslora), key)
 
     def state_shapes(self) -> step.State:
@@ -104,7 +104,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
     dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
     run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
-    if run.method == "lora":
+    if run.method == "lora" and run.lora.targets:
         lora.targets(family.PARAMS, cfg, run.lora.targets)
     over = _mesh(run, cfg)
     if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
@@ -148,7 +148,7 @@ def _described(run: Run) -> tuple[Any, ...]:
 def _mesh(run: Run, cfg: Any) -> Any:
     """The mesh of a run: by default all devices on `data`."""
     count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
-    over = mesh.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
+    over = topology.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
     return None if over is None or over.size == 1 else over
 
 
