@@ -1,5 +1,6 @@
 """einsum's way with a single token on CPU against the plain product."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

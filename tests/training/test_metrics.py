@@ -41,16 +41,19 @@ def test_events_for_tensorboard(tmp_path) -> None:
 
 
 def test_weights_and_biases_is_told_each_line(tmp_path, monkeypatch) -> None:
-    """Through a stand-in: the run has the folder's name, so that a resumed one goes on."""
+    """Through a stand-in: the run keeps its id in its folder, so that a resumed one goes on."""
     told: list[Any] = []
     run = SimpleNamespace(log=lambda line, step: told.append((step, line)), finish=lambda: told.append("end"))
     fake = SimpleNamespace(init=lambda **how: told.append(how) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    [service] = metrics.services(("wandb",), tmp_path / "myrun", {"steps": 3})
-    service.add({"step": 2, "loss": 1.5})
-    service.close()
-    assert (told[0]["id"], told[0]["resume"], told[0]["config"]) == ("myrun", "allow", {"steps": 3})
-    assert told[1:] == [(2, {"loss": 1.5}), "end"]
+    for _ in range(2):
+        [service] = metrics.services(("wandb",), tmp_path, {"steps": 3})
+        service.add({"step": 2, "loss": 1.5})
+        service.close()
+    assert told[0] == told[3]
+    assert (told[0]["name"], told[0]["resume"], told[0]["config"]) == (tmp_path.name, "allow", {"steps": 3})
+    assert len(told[0]["id"]) == 12
+    assert told[1:3] == [(2, {"loss": 1.5}), "end"]
 
 
 @pytest.mark.parametrize(("name", "module", "extra"), [("wandb", "wandb", "wandb"),

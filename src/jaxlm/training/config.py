@@ -27,8 +27,18 @@ class Data:
     """text, messages, prompt, instruction or conversations; default: what the first rows look like."""
     learn: Literal["assistant", "completion", "all"] | None = None
     """Which tokens count; default: answers where there are any, else all."""
+    text_field: str = "text"
+    """Field of a row that is a text."""
+    prompt_field: str = "prompt"
+    """Field of a prompt."""
+    completion_field: str = "completion"
+    """Field of its completion."""
+    template_arg: tuple[str, ...] = ()
+    """A variable of the chat template, NAME=VALUE (JSON, else text)."""
     packing: Literal["split", "whole", "none"] | None = None
     """Rows are filled with documents cut where a row ends, with whole documents, or with one each."""
+    long: Literal["truncate", "drop", "stop"] = "truncate"
+    """What happens to a document that is longer than a row, where it is not cut."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be used."""
 

@@ -143,7 +143,7 @@ class Loop:
         self.lines = [metrics.Lines(run.out / "metrics.jsonl", first)] if leads else []
         for line in self.lines[0].kept if leads else ():
             self.last |= line
-        self.services = metrics.services(run.report, run.out, to_dict(run)) if leads else []
+        self.services = metrics.services(run.report, run.out, to_dict(run), first) if leads else []
         devices = 1 if self.setup.over is None else self.setup.over.size
         peak, source = flops.peak(jax.local_devices()[0])
         self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # of a CPU all devices are parts

@@ -1,6 +1,7 @@
 """What a run tells while it goes on, in its folder and elsewhere: lines, a curve, and the services that take them."""
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ def read(path: Path) -> list[Line]:
 
 
 class TensorBoard:
-    """The numbers of each line as events, in the run's folder."""
+    """The numbers of each line as events, in the run's folder; what an earlier run told of later steps is not shown."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ValueError("--report tensorboard needs tensorboardX: pip install 'jaxlm[tensorboard]'") from None
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first + 1)
 
     def add(self, line: Line) -> None:
         for name, value in line.items():
@@ -60,15 +61,20 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same for Weights & Biases, under the folder's name; goes on with a run that was resumed."""
+    """The same for Weights & Biases, under the folder's name; goes on with a run that was resumed, whose id the folder
+    holds."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError("--report wandb needs wandb: pip install 'jaxlm[wandb]'") from None
-        name = folder.resolve().name
-        self._run = wandb.init(project="jaxlm", name=name, id=name, dir=str(folder), config=config, resume="allow")
+        path, name = folder / "wandb_id", folder.resolve().name
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project="jaxlm", name=name, id=path.read_text(), dir=str(folder), config=config, resume="allow"
+        )
 
     def add(self, line: Line) -> None:
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
@@ -77,9 +83,9 @@ class Wandb:
         self._run.finish()
 
 
-def services(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Any]:
-    """What --report names; ValueError where a package is missing."""
-    made = {"tensorboard": lambda: TensorBoard(folder), "wandb": lambda: Wandb(folder, config)}
+def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first: int = 0) -> list[Any]:
+    """What --report names, from step `first` on; ValueError where a package is missing."""
+    made = {"tensorboard": lambda: TensorBoard(folder, first), "wandb": lambda: Wandb(folder, config)}
     return [made[name]() for name in names]
 
 

@@ -162,7 +162,8 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
     names = (*data.train, *filter(None, [data.dataset])) if part == "train" else data.valid
     if not names:
         return None
-    options = TextOptions(form=data.form, learn=data.learn)
+    fields = {name: getattr(data, name) for name in ("form", "learn", "text_field", "prompt_field", "completion_field")}
+    options = TextOptions(**fields, template_args=dict(map(_variable, data.template_arg)))
     where = {"split": part, "config": data.config, "revision": data.revision}
 
     def prepared() -> Any:
@@ -170,9 +171,20 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
 
     corpus = prepared() if processes.first() else None
     processes.gather("prepared")
-    batches = Batches(corpus or prepared(), run.batch, run.length, run.seed, run.data.packing)
+    batches = Batches(corpus or prepared(), run.batch, run.length, run.seed, data.packing, long=data.long)
     batches.share = rows_here(run.batch, over)
     return batches
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a template's variable."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"data.template_arg {text!r}: write NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def rows_here(B: int, over: Any) -> slice:
