@@ -83,8 +83,11 @@ def test_no_curve_without_matplotlib(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_the_running_mean_begins_at_the_first_value() -> None:
-    np.testing.assert_allclose(metrics.running_mean(np.array([2.0, 2.0, 5.0]), 0.5), [2, 2, 3.25 / 0.875])
+def test_the_smooth_curve_does_not_lag() -> None:
+    """A line stays a line to its ends, and a peak is spread to both sides."""
+    line = np.arange(9.0)
+    np.testing.assert_allclose(metrics.smoothed(line, 3), line)
+    np.testing.assert_allclose(metrics.smoothed(np.array([0, 0, 0, 5.0, 0, 0, 0]), 2), [0, 0, 1, 1, 1, 0, 0])
 
 
 def test_flops_of_a_token() -> None:

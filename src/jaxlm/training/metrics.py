@@ -90,8 +90,8 @@ def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first
 
 
 def draw(lines: list[Line], path: Path, title: str) -> bool:
-    """The curve of the loss as a PNG: each step that was told, their running mean, and the validation loss. False
-    where there is no matplotlib."""
+    """The curve of the loss as a PNG: each step that was told, the mean of its neighbours, and the validation loss.
+    False where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -100,8 +100,8 @@ def draw(lines: list[Line], path: Path, title: str) -> bool:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if len(losses) > 20:
-        axes.plot(steps, losses, linewidth=0.6, alpha=0.35, color="C0")
-        axes.plot(steps, running_mean(losses, 0.9), color="C0", label="training (running mean)")
+        axes.plot(steps, losses, linewidth=0.6, alpha=0.4, color="C0")
+        axes.plot(steps, smoothed(losses, max(2, len(losses) // 50)), color="C0", label="training (mean of neighbours)")
     else:
         axes.plot(steps, losses, color="C0", marker="o", markersize=3, label="training")
     at, valid = _column(lines, "valid_loss")
@@ -124,10 +124,9 @@ def _column(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values)
 
 
-def running_mean(values: np.ndarray, keep: float) -> np.ndarray:
-    """Exponential mean in which the past weighs `keep`, without the pull towards 0 at the beginning."""
-    mean, weight, found = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        found.append(mean / weight)
-    return np.array(found)
+def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean of each value and up to `reach` on either side of it, as many on both: it does not lag behind."""
+    sums, n = np.concatenate([[0.0], np.cumsum(values)]), len(values)
+    at = np.arange(n)
+    near = np.minimum(reach, np.minimum(at, n - 1 - at))
+    return (sums[at + near + 1] - sums[at - near]) / (2 * near + 1)
