@@ -11,7 +11,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @dataclass
@@ -30,6 +33,19 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)  # branch or tag -> commit; `main` is there by itself
     gated: bool = False
     private: bool = False
+
+
+def turn_to(stub: "StubHub", monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """huggingface_hub asks this hub, with its cache in the folder and nobody logged in."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", stub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
 
 
 class StubHub:

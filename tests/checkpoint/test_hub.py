@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from checkpoint.stub_hub import Repo, StubHub
+from checkpoint.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm.checkpoint import download as download_module
 from jaxlm.checkpoint import hub as hub_module
@@ -71,19 +71,11 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
 
     repos = {"org/sharded": sharded(), "org/single": single(), "gpt2": single(commit="c" * 40)}
     with StubHub(repos) as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        turn_to(stub, monkeypatch, tmp_path)
         monkeypatch.setattr(download_module, "_WAITS", (0.05,))
         yield stub
         close_session()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import original
 import pytest
-from checkpoint.stub_hub import Repo, StubHub
+from checkpoint.stub_hub import Repo, StubHub, turn_to
 
 import jaxlm
 from jaxlm.checkpoint import download as download_module
@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     """org/one and org/two in one and in two shards, org/hf without original/."""
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
 
     repos = {"org/hf": Repo({"config.json": b"{}"})}
     for name, shards in (("org/one", 1), ("org/two", 2)):
@@ -40,15 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")
         repos[name] = Repo(files(folder))
     with StubHub(repos) as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        turn_to(stub, monkeypatch, tmp_path)
         monkeypatch.setattr(download_module, "_WAITS", (0.05,))
         yield stub
         close_session()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import made
 import numpy as np
 import pytest
-from checkpoint.stub_hub import Repo, StubHub
+from checkpoint.stub_hub import Repo, StubHub, turn_to
 from recordings.tiny import CONFIGS, tiny
 from tiny_adapter import beside, drawn
 
@@ -573,7 +573,7 @@ def test_an_adapter_on_a_mesh_is_written_as_from_one_device(tmp_path: Path) -> N
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
 
     place = base(tmp_path / "base")
     folder = adapter(tmp_path / "a", base_model_name_or_path="org/base")
@@ -583,15 +583,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "org/pickle": Repo({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, commit="b" * 40),
     }
     with StubHub(repos) as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
+        turn_to(stub, monkeypatch, tmp_path)
         yield stub
         close_session()
 

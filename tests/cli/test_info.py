@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint.stub_hub import Repo, StubHub
+from checkpoint.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm import models, params
 from jaxlm.checkpoint import safetensors
@@ -233,7 +233,7 @@ def test_a_published_vocabulary_and_template(shared, tmp_path, capsys):
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """org/tiny, in two shards with 400 kB between them."""
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
     from safetensors.numpy import load_file, save
 
     tensors = load_file(folder / "model.safetensors")
@@ -245,14 +245,7 @@ def hub(folder, tmp_path, monkeypatch):
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     repos = {"org/tiny": Repo(files), "org/gated": Repo(files, gated=True), "org/none": Repo({"README.md": b""})}
     with StubHub(repos) as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        turn_to(stub, monkeypatch, tmp_path)
         yield stub
         close_session()
 

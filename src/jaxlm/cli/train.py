@@ -31,7 +31,7 @@ class Train(ProcessFlags, Run):
         self.check()
         self.begin()
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
-        if not run.optimiser.lr:
+        if isinstance(self, Finetune) and not run.optimiser.lr:
             run = replace(run, optimiser=replace(run.optimiser, lr=RATES[run.method]))
         try:
             from jaxlm.training.loop import train

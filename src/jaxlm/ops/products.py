@@ -1,5 +1,6 @@
 """Products of activations and weights. A weight knows its form: each form brings its own rule to `einsum`."""
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,12 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     return mesh.constrain(product(spec, x, w).astype(dtype or x.dtype), spec.split("->")[1])
 
 
-class Form:
+class Form(ABC):
     """A weight in another form than one array: a pytree node with its own rule for products."""
 
+    @abstractmethod
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         """What `multiply` gives for the array that this stands for: float32."""
-        raise NotImplementedError
 
 
 def product(spec: str, x: jax.Array, w: Any) -> jax.Array:

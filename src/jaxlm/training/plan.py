@@ -28,11 +28,10 @@ class Plan(NamedTuple):
 
 def plan(setup: Setup, program: Any) -> Plan:
     """The plan of a run from its step's program, which is compiled and not run."""
-    state, frozen = setup.state_shapes(), setup.frozen_shapes()
-    over, table = setup.over, setup.family.PARAMS
-    if over is not None:
-        state = _placed(state, step.places(state, over, table))
-        frozen = None if frozen is None else _placed(frozen, step.weight_places(frozen, over, table))
+    state, frozen, over = setup.state_like(), setup.frozen_shapes(), setup.over
+    if over is not None and frozen is not None:
+        places = step.weight_places(frozen, over, setup.family.PARAMS)
+        frozen = jax.tree.map(lambda a, where: a.update(sharding=where), frozen, places)
     shape = (setup.run.batch, setup.run.length)
     where = None if over is None else mesh.sharding("BT", shape, over)
     row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
@@ -46,10 +45,6 @@ def plan(setup: Setup, program: Any) -> Plan:
     rest = max(peak - weights - frozen - optimiser - gradients, 0)
     free = devices.available_memory(jax.local_devices()[0])
     return Plan(weights, frozen, optimiser, gradients, rest, peak, free)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places)
 
 
 def _bytes(tree: Any) -> int:
