@@ -3,10 +3,10 @@
 import json
 
 import pytest
+import tiny_files
 from tiny_chat import SIZES, TEMPLATE, model_of, tokenizer_of
 
 import jaxlm
-from jaxlm.cli import tiny
 from jaxlm.models import llama3
 from jaxlm.ops import Rope
 from jaxlm.options import Options
@@ -32,7 +32,7 @@ def test_what_ends_an_answer_follows_generation_config():
 
 
 def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
-    tiny.write(tmp_path)  # whose config.json says 257
+    tiny_files.write(tmp_path)  # whose config.json says 257
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     model = jaxlm.load(tmp_path)
     assert model.generation_config["eos_token_id"] == [3, 4, 257]

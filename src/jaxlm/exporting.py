@@ -15,6 +15,7 @@ from jaxlm import export_texts as beside
 from jaxlm.checkpoint import export as files
 from jaxlm.checkpoint import meta
 from jaxlm.checkpoint.export import Entry
+from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.pth import write_pth
 from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.loading import find, loading_bar, wanted_dtype
@@ -54,7 +55,7 @@ def export(
     """
     _check(model, format)
     out = Path(os.path.realpath(os.path.expanduser(out)))
-    check = partial(files.check_target, out, _sources(model), force)
+    check = partial(files.check_target, out, sources(model.checkpoint), force)
     _agreed(check, model.shared)
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
     texts = _texts(model, format, wanted, config)
@@ -149,9 +150,8 @@ def open_model(name: str | Path, *, fuse: bool = False, **options: Any) -> Model
     return Model(found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), whole)
 
 
-def _sources(model: Model) -> set[Path]:
-    """The folders and the files that a model came from, without links."""
-    found = model.checkpoint
+def sources(found: Checkpoint | None) -> set[Path]:
+    """The folders and the files of a checkpoint, without links."""
     if found is None:
         return set()
     read = [*(tensor for _, tensor in found.tensors.pairs), *found.tensors.heads, *found.tensors.unread]

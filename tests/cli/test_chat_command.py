@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_files
 from tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 from jaxlm import cli
 from jaxlm.chat import Conversation
-from jaxlm.cli import tiny
 from jaxlm.cli.chat import Talk, parse
 from jaxlm.model import Model
 from jaxlm.models import llama3
@@ -190,7 +190,7 @@ def test_values_as_they_are_typed(name, typed, value):
 def folder(tmp_path_factory) -> Path:
     """A checkpoint that talks on for as long as it is let."""
     path = tmp_path_factory.mktemp("chatting")
-    tiny.write(path)
+    tiny_files.write(path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 17}))
     (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")

@@ -6,14 +6,15 @@ import math
 import sys
 
 import pytest
+import tiny_files
 
-from jaxlm.cli import main, tiny
+from jaxlm.cli import main
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tiny.write(path)
+    tiny_files.write(path)
     return str(path)
 
 

@@ -8,17 +8,18 @@ import sys
 import time
 
 import pytest
+import tiny_files
 
 import jaxlm
 from jaxlm.checkpoint import safetensors
-from jaxlm.cli import main, tiny
+from jaxlm.cli import main
 
 
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "in"
     path.mkdir()
-    tiny.write(path)
+    tiny_files.write(path)
     return path
 
 
@@ -35,7 +36,7 @@ def test_another_type_and_the_flag_m(folder, tmp_path):
     assert main(["export", "-m", str(folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     tensors = safetensors.read_header(tmp_path / "out/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {"BF16"}
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {**tiny.CONFIG, "dtype": "bfloat16"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {**tiny_files.CONFIG, "dtype": "bfloat16"}
     assert jaxlm.load(tmp_path / "out").dtype == "bfloat16"
 
 

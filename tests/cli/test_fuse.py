@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_files
 
 import jaxlm
 from jaxlm import loading, lora, verification
 from jaxlm.checkpoint import peft, safetensors
-from jaxlm.cli import main, tiny
+from jaxlm.cli import main
 from jaxlm.models import llama3
 
 
@@ -18,14 +19,14 @@ from jaxlm.models import llama3
 def base(tmp_path: Path) -> Path:
     path = tmp_path / "base"
     path.mkdir()
-    tiny.write(path)
+    tiny_files.write(path)
     return path
 
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     """An adapter that changes the text."""
-    cfg = llama3.Config.from_hf(tiny.CONFIG)
+    cfg = llama3.Config.from_hf(tiny_files.CONFIG)
     rows = lora.targets(llama3.PARAMS, cfg, ["all-linear"])
     tree = lora.init(rows, cfg.L, 4, 0.5, jax.random.key(0))
     tree = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), tree)
@@ -63,7 +64,7 @@ def test_the_base_that_the_adapter_names_and_another_type(adapter, tmp_path, cap
     first, second = (tmp_path / str(i) / "model.safetensors" for i in (0, 1))
     assert first.read_bytes() == second.read_bytes()
     assert {tensor.dtype for tensor in safetensors.read_header(first).values()} == {"BF16"}
-    assert json.loads((tmp_path / "0/config.json").read_text()) == {**tiny.CONFIG, "dtype": "bfloat16"}
+    assert json.loads((tmp_path / "0/config.json").read_text()) == {**tiny_files.CONFIG, "dtype": "bfloat16"}
     exact = jaxlm.fuse(jaxlm.load(adapter)).weights
     rounded = jaxlm.load(tmp_path / "0", dtype="float32").weights
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
@@ -134,7 +135,7 @@ def test_commands_that_take_whole_models_say_so(base, adapter, tmp_path, capsys)
 
 
 def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
-    config = {**tiny.CONFIG, "intermediate_size": 96}
+    config = {**tiny_files.CONFIG, "intermediate_size": 96}
     (base / "config.json").write_text(json.dumps(config))
     from safetensors.numpy import load_file, save_file
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -38,26 +39,12 @@ def test_streamed_text_and_statistics(stories, capsys):
     assert "compiling prefill" in err
 
 
-def test_without_a_model_it_says_what_it_uses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert main(["generate", "Once upon a time", "--max-tokens", "64", "--seed", "1"]) == 0
+def test_without_a_model_it_tells_a_story(capsys):
+    """The one in the package, and it says so."""
+    assert main(["generate", "Once upon a time", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
-    assert out
-    assert "random weights" in err
-    assert str(tmp_path) in err
-
-
-def test_without_a_model_it_shows_little_unless_asked(capsys):
-    assert main(["generate", "Once upon a time", "--ignore-eos", "--seed", "1"]) == 0
-    assert "64 generated" in capsys.readouterr().err
-    assert main(["generate", "x" * 2000, "--ignore-eos", "--seed", "1"]) == 0  # a context of 2048 has no room for 64
-    err = capsys.readouterr().err
-    assert "2,001 prompt tokens · 47 generated" in err
-    assert "ended by the context" in err
-    assert main(["generate", "Once upon a time", "--ignore-eos", "--max-tokens", "70"]) == 0
-    err = capsys.readouterr().err
-    assert "70 generated" in err
-    assert "ended by --max-tokens" in err
+    assert "using the story model that comes with jaxlm" in err
+    assert len(set(re.findall("[a-z]+", out))) > 20
 
 
 def test_a_file_of_prompts(stories, tmp_path, capsys):

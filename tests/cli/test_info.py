@@ -7,11 +7,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_files
 from checkpoint.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm import models, params
 from jaxlm.checkpoint import safetensors
-from jaxlm.cli import main, tiny
+from jaxlm.cli import main
 from jaxlm.ops import cache as caches
 
 GEMMA = {
@@ -30,7 +31,7 @@ def width(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "tiny"
     path.mkdir()
-    tiny.write(path)
+    tiny_files.write(path)
     return path
 
 

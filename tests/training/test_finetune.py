@@ -53,8 +53,8 @@ def test_an_adapter_is_trained_as_the_weights_it_stands_for(family) -> None:
     def total(weights: Any) -> jax.Array:
         return step.loss(model.family, model.config, weights, batch_of()).loss / 64
 
-    dense = jax.grad(total)(lora.fused(joined))
-    own = jax.grad(lambda adapter: total(lora.join(frozen, adapter)))(state.weights)
+    dense = jax.jit(jax.grad(total))(lora.fused(joined))
+    own = jax.jit(jax.grad(lambda adapter: total(lora.join(frozen, adapter))))(state.weights)
     for path, leaf in lora.leaves(joined):
         g, found = params.get(dense, path), params.get(own, path)
         flat = g.reshape(*leaf.b.shape[:-1], -1)  # outputs, then inputs as one

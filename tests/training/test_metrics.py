@@ -58,10 +58,10 @@ def test_weights_and_biases_is_told_each_line(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("name", "module", "extra"), [("wandb", "wandb", "wandb"),
                                                        ("tensorboard", "tensorboardX", "tensorboard")])  # fmt: skip
-def test_a_service_that_is_not_installed(name, module, extra, tmp_path, monkeypatch) -> None:
+def test_a_service_that_is_not_installed(name, module, extra, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"pip install 'jaxlm\[{extra}\]'"):
-        metrics.services((name,), tmp_path, {})
+        metrics.require((name,))
 
 
 def test_the_curve_shows_the_losses(tmp_path) -> None:

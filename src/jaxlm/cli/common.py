@@ -12,6 +12,8 @@ import tyro
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
+STORIES = Path(__file__).parents[1] / "stories"  # what runs where no model is named: a checkpoint in the package
+
 
 @dataclass(frozen=True)
 class _ModelFlags:
@@ -119,17 +121,13 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         if name is None and self.adapter is not None:  # it names its base
             name, options["adapter"] = self.adapter, None
         if name is None:
-            from jaxlm.cli.tiny import tiny_model
-
-            name = str(tiny_model())
-            note(f"No model named (-m): using {name}, a tiny model with random weights. Its text means nothing.")
+            name = str(STORIES)
+            note("No model named (-m): using the story model that comes with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():
             note(unseen)
         model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
         if model.unread:
             note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
-        if (self.model, self.adapter) == (None, None):  # meant as a first look: enough to see that it runs
-            model.generation_config["max_new_tokens"] = 64
         model.programs.notify = compiling
         return model
 

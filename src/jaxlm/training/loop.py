@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import flops, lora, mesh, params, processes
+from jaxlm import flops, mesh, params, processes
 from jaxlm.checkpoint import peft
 from jaxlm.exporting import export
 from jaxlm.training import metrics, optimisers, saving, step
@@ -73,7 +73,8 @@ def finish(setup: Setup, state: step.State) -> Path:
     else:
         config = None if setup.checkpoint else setup.raw
         dtype = None if setup.checkpoint else run.dtype
-        made = export(setup.model(state.weights), run.out / "model", force=True, config=config, dtype=dtype).folder
+        model = setup.model(params.unstack(state.weights))
+        made = export(model, run.out / "model", force=True, config=config, dtype=dtype).folder
     if processes.first():
         title = f"{run.out.resolve().name}: {run.steps:,} steps of {run.batch} x {run.length} tokens"
         metrics.draw(metrics.read(run.out / "metrics.jsonl"), run.out / "loss.png", title)
@@ -96,7 +97,7 @@ class Loop:
         self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
         dtype = jnp.dtype(run.dtype)
         self.step = program(setup)
-        self.cast = jax.jit(lambda trained: step.whole(trained, None, dtype))
+        self.listed = jax.jit(lambda trained, frozen: params.unstack(step.whole(trained, frozen, dtype)))
         self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
         self.rate = optimisers.schedule(run.optimiser, run.steps)
         self.last: dict[str, Any] = {}
@@ -207,8 +208,7 @@ class Loop:
         if run.samples:
             from jaxlm.generation import generate
 
-            trained = self.cast(state.weights)
-            model = self.setup.model(trained if self.frozen is None else lora.join(self.frozen, trained))
+            model = self.setup.model(self.listed(state.weights, self.frozen))
             for prompt in run.samples:
                 told = generate(model, prompt, max_tokens=run.sample_tokens, temperature=0.8, seed=run.seed)
                 self.add({"step": number, "prompt": prompt, "text": told.text})

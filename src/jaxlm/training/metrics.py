@@ -1,5 +1,6 @@
 """What a run tells while it goes on, in its folder and elsewhere: lines, a curve, and the services that take them."""
 
+import importlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -43,10 +44,8 @@ class TensorBoard:
     """The numbers of each line as events, in the run's folder; what an earlier run told of later steps is not shown."""
 
     def __init__(self, folder: Path, first: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError("--report tensorboard needs tensorboardX: pip install 'jaxlm[tensorboard]'") from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
 
     def add(self, line: Line) -> None:
@@ -65,10 +64,8 @@ class Wandb:
     holds."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ValueError("--report wandb needs wandb: pip install 'jaxlm[wandb]'") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         path, name = folder / "wandb_id", folder.resolve().name
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12])
@@ -83,8 +80,20 @@ class Wandb:
         self._run.finish()
 
 
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def require(names: tuple[str, ...]) -> None:
+    """ValueError where the package of a service is missing."""
+    for name in names:
+        try:
+            importlib.import_module(PACKAGES[name])
+        except ImportError:
+            raise ValueError(f"--report {name} needs {PACKAGES[name]}: pip install 'jaxlm[{name}]'") from None
+
+
 def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first: int = 0) -> list[Any]:
-    """What --report names, from step `first` on; ValueError where a package is missing."""
+    """What --report names, from step `first` on."""
     made = {"tensorboard": lambda: TensorBoard(folder, first), "wandb": lambda: Wandb(folder, config)}
     return [made[name]() for name in names]
 

@@ -12,7 +12,7 @@ from jaxlm.training.config import Optimiser
 
 
 def schedule(of: Optimiser, steps: int) -> optax.Schedule:
-    """Step -> learning rate."""
+    """Step -> learning rate. ValueError for a wsd whose warm-up and decay take more than all steps."""
     warm = min(steps, round(of.warmup * steps) if of.warmup < 1 else round(of.warmup))
     rest, end = max(steps - warm, 1), of.lr * of.final
     if of.schedule == "cosine":
@@ -21,6 +21,11 @@ def schedule(of: Optimiser, steps: int) -> optax.Schedule:
         after = optax.linear_schedule(of.lr, end, rest)
     elif of.schedule == "wsd":
         down = max(1, round(of.decay * steps))
+        if down > rest:
+            raise ValueError(
+                f"optimiser: wsd's warm-up ({warm} steps) and decay ({down}) leave nothing of {steps} steps between "
+                "them: lower optimiser.warmup or optimiser.decay"
+            )
         after = optax.join_schedules(
             [optax.constant_schedule(of.lr), optax.linear_schedule(of.lr, end, down)], [max(rest - down, 0)]
         )

@@ -23,8 +23,14 @@ def settle(setup: Setup, begun: bool) -> list[str]:
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     told, contents = flat(to_dict(run)), contents_of(setup)
-    verdict = json.dumps(_changes(run.out, told, contents) if begun and processes.first() else [])
-    changed = json.loads(processes.from_first(verdict))
+    problem, changed = None, []
+    try:
+        changed = _changes(run.out, told, contents) if begun and processes.first() else []
+    except ValueError as error:  # all must hear of it, or the others would wait
+        problem = str(error)
+    problem, changed = json.loads(processes.from_first(json.dumps([problem, changed])))
+    if problem:
+        raise ValueError(problem)
     if wrong := [name for name in changed if name not in FREE]:
         raise ValueError(f"{run.out} holds a run with another {', '.join(wrong)}: choose another --out")
     if processes.first():

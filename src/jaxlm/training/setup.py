@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import loading, lora, mesh, models, params, processes, topology
-from jaxlm.checkpoint import hf, peft
+from jaxlm.checkpoint import export, hf, peft
+from jaxlm.exporting import sources
 from jaxlm.model import Model
 from jaxlm.tokenizer import Tokenizer
-from jaxlm.training import optimisers, step
+from jaxlm.training import metrics, optimisers, step
 from jaxlm.training.config import Run, to_dict
 
 LENGTH, STEPS = 1024, 1000  # where a run says nothing
@@ -46,9 +47,9 @@ class Setup(NamedTuple):
         return len(params.period(self.config.windows))
 
     def model(self, weights: Any) -> Model:
-        """These weights (stacked) as a model."""
+        """These weights, their layers listed, as a model."""
         more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
-        return Model(self.family, self.config, params.unstack(weights), self.tokenizer, self.generation_config, **more)
+        return Model(self.family, self.config, weights, self.tokenizer, self.generation_config, **more)
 
     def rule(self) -> Any:
         """The optimiser."""
@@ -106,6 +107,8 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
     if run.method == "lora" and run.lora.targets:
         lora.targets(family.PARAMS, cfg, run.lora.targets)
+    metrics.require(run.report)
+    _room_at_the_end(run, checkpoint)
     over = _mesh(run, cfg)
     if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
         raise ValueError(
@@ -114,10 +117,19 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
         )
     data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
+    optimisers.schedule(run.optimiser, steps)
     run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
     if processes.several():
         processes.agree("the run", to_dict(run), json.dumps(to_dict(run)))
     return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
+
+
+def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
+    """FileExistsError where what the run makes could not take its place hours later."""
+    if run.method == "lora":
+        export.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
+    else:
+        export.check_target((run.out / "model").resolve(), sources(checkpoint), True)
 
 
 def _described(run: Run) -> tuple[Any, ...]:
@@ -225,9 +237,27 @@ def read(setup: Setup) -> Any:
 
     dtype = "float32" if run.method == "full" else run.dtype
     weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, where, None)
-    shapes = jax.eval_shape(lambda w: params.stack(w, setup.period), weights)
-    places = None if over is None else step.weight_places(shapes, over, setup.family.PARAMS)
-    return jax.jit(lambda w: params.stack(w, setup.period), out_shardings=places)(weights)
+    return _stacked(weights, setup)
+
+
+def _stacked(weights: Any, setup: Setup) -> Any:
+    """Listed weights, stacked name by name; those listed are used up, so that there is never a second copy of all."""
+
+    def stack(tree: Any) -> Any:
+        return params.stack(tree, setup.period)
+
+    layers = weights.pop("layers")
+    rest = len(layers) % setup.period
+    found: dict[str, Any] = {"stacked": [{} for _ in range(setup.period)], "rest": [{} for _ in range(rest)]}
+    for name in tuple(layers[0]):
+        column = {"layers": [{name: layer.pop(name)} for layer in layers]}
+        where = None
+        if setup.over is not None:
+            where = step.weight_places(jax.eval_shape(stack, column), setup.over, setup.family.PARAMS)
+        made = jax.jit(stack, out_shardings=where)(column)["layers"]
+        for whole, part in zip(found["stacked"] + found["rest"], made["stacked"] + made["rest"], strict=True):
+            whole |= part
+    return {**weights, "layers": found}
 
 
 def _adapter(setup: Setup) -> Any:

@@ -1,12 +1,7 @@
-"""A tiny model with random weights, made on the spot: something to run before any checkpoint is at hand."""
+"""The files of a tiny Llama with random weights, whose tokens are bytes."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
-
-from jaxlm.cli.common import cache_folder
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,21 +20,6 @@ CONFIG = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
-
-
-def tiny_model() -> Path:
-    """The folder of the tiny checkpoint; written the first time, beside and then renamed."""
-    folder = cache_folder() / "tiny-random-llama"
-    if (folder / "model.safetensors").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
-    write(made)
-    try:
-        os.replace(made, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(made)
-    return folder
 
 
 def write(folder: Path) -> None:

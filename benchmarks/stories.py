@@ -1,0 +1,70 @@
+"""Short runs of the story model with another size, tokenizer, optimiser or other texts: what decided its shape.
+
+    python benchmarks/stories.py [--steps 150] [--out build/stories_compared]
+
+Needs what examples/stories/config.yaml names in build/stories. Every run takes as many steps of 32 x 256 tokens; bits a
+byte of the held-out stories compare any two. A run that has ended is not repeated.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jaxlm
+from jaxlm import flops, params
+from jaxlm.cli import main as command
+
+STORIES = Path("build/stories")
+SHAPE = json.loads(Path("examples/stories/shape.json").read_text())
+SHAPES = {
+    "as it is": {},
+    "wider, fewer layers": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+                            "num_attention_heads": 8, "num_key_value_heads": 4},
+    "narrower, more layers": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 16,
+                              "num_attention_heads": 4, "num_key_value_heads": 2},
+    "4,096 tokens": {"vocab_size": 4096, "num_hidden_layers": 6},
+    "1,024 tokens": {"vocab_size": 1024, "num_hidden_layers": 8},
+    "adamw": {},
+    "with books": {},
+}  # fmt: skip
+
+
+def run(name: str, fields: dict[str, int], steps: int, out: Path) -> str:
+    """Trains a variant and evaluates it; -> a row of the table."""
+    folder = out / name.replace(",", "").replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    shape, size = {**SHAPE, **fields}, fields.get("vocab_size", SHAPE["vocab_size"])
+    (folder / "shape.json").write_text(json.dumps(shape))
+    tokenizer = STORIES / "tokenizer" if size == SHAPE["vocab_size"] else folder / "tokenizer"
+    if not tokenizer.exists():
+        assert command(["tokenizer", "train", str(STORIES / "tiny.txt"), "--vocab-size", str(size), "--out",
+                        str(tokenizer)]) == 0  # fmt: skip
+    if not (folder / "run/model").exists():
+        texts = [STORIES / "tiny.txt", *([STORIES / "books.txt"] if name == "with books" else [])]
+        how = ["muon", "0.004"] if name != "adamw" else ["adamw", "0.004"]
+        assert command(["train", "-c", "examples/stories/config.yaml", "--steps", str(steps), "--shape",
+                        str(folder / "shape.json"), "--tokenizer", str(tokenizer), "--data.train", *map(str, texts),
+                        "--optimiser.name", how[0], "--optimiser.lr", how[1], "--optimiser.warmup", "30",
+                        "--eval-every", "0", "--sample-tokens", "1", "--out", str(folder / "run")]) == 0  # fmt: skip
+    model = jaxlm.load(folder / "run/model")
+    found = jaxlm.evaluate(model, STORIES / "valid.txt")
+    count = params.count(model.family.PARAMS, model.config)
+    cost = flops.training(model.family.PARAMS, model.config, 256)
+    each = found.bytes / found.tokens
+    return f"| {name} | {count / 1e6:.2f} | {cost / 1e6:.1f} | {each:.2f} | {found.bits_per_byte:.4f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--out", type=Path, default=Path("build/stories_compared"))
+    args = parser.parse_args()
+    rows = [run(name, fields, args.steps, args.out) for name, fields in SHAPES.items()]
+    print(
+        "| | parameters, M | MFLOP a token | bytes a token | bits a byte, held out |\n| --- | --- | --- | --- | --- |"
+    )
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

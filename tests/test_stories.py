@@ -1,0 +1,43 @@
+"""The story model in the package: its size, its type, and that it learned what its card says."""
+
+import re
+
+import jax.numpy as jnp
+import pytest
+
+import jaxlm
+from jaxlm import params
+from jaxlm.cli.common import STORIES
+
+TEXT = """Once upon a time, there was a little boy named Tom. He loved to play with his red ball in the park. One day,
+the ball rolled under a big tree. Tom was sad. "Where is my ball?" he asked. A bird looked down and said, "It is here!"
+Tom was so happy that he hugged his mom."""  # ours
+
+
+@pytest.fixture(scope="module")
+def model() -> jaxlm.Model:
+    return jaxlm.load(STORIES, dtype="float32")
+
+
+def test_it_fits_in_the_package(model) -> None:
+    assert sum(path.stat().st_size for path in STORIES.iterdir()) <= 8_000_000
+    assert params.count(model.family.PARAMS, model.config) == 3_234_624
+    assert jaxlm.load(STORIES).dtype == jnp.bfloat16
+
+
+def test_it_knows_stories(model, tmp_path) -> None:
+    """Random weights would need 3 bits for a byte of a new story."""
+    (tmp_path / "story.txt").write_text(TEXT)
+    assert jaxlm.evaluate(model, tmp_path / "story.txt").bits_per_byte < 1.0
+
+
+@pytest.mark.slow
+def test_what_its_card_says(model, shared, tmp_path) -> None:
+    """Of the stories that were held out."""
+    stories = (shared / "corpora/stories/tinystories.txt").read_text().split("<|endoftext|>")
+    stories = [story.strip() for story in stories if story.strip()][-220:]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    found = jaxlm.evaluate(model, tmp_path / "stories.txt")
+    told = re.search(r"story model \| ([\d.]+) \|", (STORIES / "README.md").read_text())
+    assert told
+    assert found.bits_per_byte == pytest.approx(float(told[1]), abs=1e-3)  # the package's weights are bfloat16
