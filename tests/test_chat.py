@@ -24,7 +24,7 @@ WINDOW, CHUNK = 16, 8  # a ring of 23 slots
 GEMMA = gemma3.Config(
     **SIZES, L=2, rope=Rope(1e4), local_rope=Rope(1e3), windows=(WINDOW, None), scale=8**-0.5, context=256
 )
-LLAMA = llama3.Config(**SIZES, L=2, rope=Rope(1e4), context=256)
+LLAMA = llama3.Config(**SIZES, L=1, rope=Rope(1e4), context=256)
 LENGTH = 256  # of every forward pass of the slow twin
 
 

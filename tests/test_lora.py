@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,39 +36,50 @@ def leaf_for(spec: str, dtype: Any = jnp.float32, rank: int = 4) -> lora.Lora:
     letters = spec.split(",")[1].split("->")[0]
     row = params.Row("layers.0.w", letters, tuple(SIZES[x] for x in letters), (), ())
     shapes = [row.shape, *(half.shape for half in lora.halves(row, rank))]
-    keys = jax.random.split(jax.random.key(1), 3)
-    w, a, b = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes))
+    random = np.random.default_rng(1)
+    w, a, b = (jnp.asarray(random.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes)
     return lora.Lora(w, a, b, None, 0.7)
+
+
+def inputs_of(spec: str, dtype: Any = jnp.float32, **sizes: int) -> np.ndarray:
+    shape = tuple({**SIZES, **sizes}[letter] for letter in spec.split(",")[0])
+    return np.random.default_rng(2).standard_normal(shape, np.float32).astype(dtype)
+
+
+def whole_of(leaf: lora.Lora) -> np.ndarray:
+    """The array that a leaf stands for, as the paper has it, in float64."""
+    w, a, b = (np.asarray(part).astype(np.float64) for part in (leaf.w, leaf.a, leaf.b))
+    return w + 0.7 * (b.reshape(-1, len(a)) @ a.reshape(len(a), -1)).reshape(w.shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def product(spec: str, x: jax.Array, leaf: lora.Lora) -> tuple[jax.Array, jax.Array]:
+    """The product with a leaf, and the leaf's array."""
+    return ops.einsum(spec, x, leaf), leaf.merged()
 
 
 @pytest.mark.parametrize(("B", "T"), [(2, 3), (1, 1)])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_product_is_that_of_the_merged_array(spec: str, B: int, T: int) -> None:
-    leaf = leaf_for(spec)
-    sizes = {**SIZES, "B": B, "T": T}
-    x = jax.random.normal(jax.random.key(2), tuple(sizes[letter] for letter in spec.split(",")[0]))
+    leaf, x = leaf_for(spec), inputs_of(spec, B=B, T=T)
     with jax.numpy_dtype_promotion("strict"):
-        ours = jax.jit(lambda x, w: ops.einsum(spec, x, w))(x, leaf)
-    b = np.asarray(leaf.b, np.float64).reshape(-1, 4) @ np.asarray(leaf.a, np.float64).reshape(4, -1)
-    whole = np.asarray(leaf.w, np.float64) + 0.7 * b.reshape(leaf.w.shape)  # as the paper has it
-    exact = np.einsum(spec, np.asarray(x, np.float64), whole)
+        ours, merged = product(spec, x, leaf)
+    whole = whole_of(leaf)
+    exact = np.einsum(spec, x.astype(np.float64), whole)
     np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-6 * exact.std())
-    np.testing.assert_allclose(leaf.merged(), whole, rtol=0, atol=1e-6 * whole.std())
-    assert np.abs(np.asarray(ops.einsum(spec, x, leaf.w)) - exact).max() > exact.std() / 2
+    np.testing.assert_allclose(merged, whole, rtol=0, atol=1e-6 * whole.std())
+    assert np.abs(np.einsum(spec, x, np.asarray(leaf.w)) - exact).max() > exact.std() / 2
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_half_precision_adds_up_in_float32(spec: str) -> None:
     """Three roundings: of the inner product, and of the two results."""
-    leaf = leaf_for(spec, jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(2), tuple(SIZES[letter] for letter in spec.split(",")[0]), jnp.bfloat16)
+    leaf, x = leaf_for(spec, jnp.bfloat16), inputs_of(spec, jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
-        ours = ops.einsum(spec, x, leaf)
-    wide = jax.tree.map(lambda array: array.astype(jnp.float32), leaf)
-    exact = np.asarray(ops.einsum(spec, x.astype(jnp.float32), wide))
-    assert ours.dtype == jnp.bfloat16
+        ours, merged = product(spec, x, leaf)
+    exact = np.einsum(spec, x.astype(np.float64), whole_of(leaf))
+    assert ours.dtype == merged.dtype == jnp.bfloat16
     assert np.abs(np.asarray(ours, np.float32) - exact).max() < 3 * 2**-8 * np.abs(exact).max()
-    assert leaf.merged().dtype == jnp.bfloat16
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -76,7 +88,7 @@ def pair(request) -> tuple[Model, Model]:
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
     model = tiny(request.param, tie_word_embeddings=False, **(kinds if request.param == "gemma3" else {}))
     adapted = beside(model, drawn(model, ("all-linear", "head")))
-    return adapted, jaxlm.fuse(adapted)
+    return adapted, Model(model.family, model.config, jax.jit(lora.fused)(adapted.weights))
 
 
 def logits(model: Model, weights: Any = None) -> np.ndarray:
@@ -90,9 +102,9 @@ def test_a_model_with_an_adapter_is_the_fused_one(pair: tuple[Model, Model]) -> 
     bare = jax.tree.map(lambda leaf: leaf.w if lora.is_lora(leaf) else leaf, adapted.weights, is_leaf=lora.is_lora)
     assert np.abs(logits(adapted, bare) - expected).max() > expected.std()
     period = len(params.period(adapted.config.windows))
-    stacked = params.stack(adapted.weights, period)
+    stacked = jax.jit(params.stack, static_argnums=1)(adapted.weights, period)
     assert np.abs(logits(adapted, stacked) - expected).max() < 2e-5 * expected.std()
-    again = params.unstack(lora.fused(stacked))
+    again = jax.jit(lambda weights: params.unstack(lora.fused(weights)))(stacked)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), again, whole.weights)
 
 
@@ -120,8 +132,9 @@ def test_on_a_mesh() -> None:
     assert {"rNH", "NHr", "KHr", "rF", "Fr"} <= set(letters)
     expected = logits(model)
     assert np.abs(logits(there) - expected).max() < 2e-5 * expected.std()
-    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    assert jaxlm.generate(there, [1, 5, 9], **options).tokens == jaxlm.generate(model, [1, 5, 9], **options).tokens
+    text = [1, 5, 9, *jaxlm.generate(there, [1, 5, 9], max_tokens=9, temperature=0, ignore_eos=True).tokens]
+    whole_text, _ = model.forward(np.array([text] * 8), model.weights)
+    assert text[3:] == np.asarray(whole_text)[0, 2:-1].argmax(-1).tolist()
     whole = jaxlm.fuse(there)
     for own, leaf in zip(
         jax.tree.leaves(params.letters(model.family.PARAMS, whole.weights)), jax.tree.leaves(whole.weights)
@@ -221,11 +234,13 @@ def test_dropping_keeps_the_mean() -> None:
 
 def test_what_is_dropped_is_the_adapters_input_alone() -> None:
     leaf = leaf_for("BTD,FD->BTF")
-    x = jax.random.normal(jax.random.key(2), (2, 3, 16))
+    x = jnp.asarray(inputs_of("BTD,FD->BTF"))
     [keyed] = lora.keyed([leaf], jax.random.key(7), 0.5)
     y = lora.dropped(x, keyed.key, 0.5)
-    expected = ops.einsum("BTD,FD->BTF", x, leaf.w) + 0.7 * jnp.einsum("BTD,rD,Fr->BTF", y, leaf.a, leaf.b)
-    np.testing.assert_allclose(ops.einsum("BTD,FD->BTF", x, keyed), expected, rtol=0, atol=2e-6 * expected.std())
+    x, y = np.asarray(x), np.asarray(y)
+    expected = np.einsum("BTD,FD->BTF", x, leaf.w) + 0.7 * np.einsum("BTD,rD,Fr->BTF", y, leaf.a, leaf.b)
+    ours, _ = product("BTD,FD->BTF", x, keyed)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * expected.std())
     assert lora.keyed([leaf], jax.random.key(7), 0.0)[0] is leaf
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import Model, lora
 
@@ -11,9 +12,11 @@ from jaxlm import Model, lora
 def drawn(model: Model, targets: tuple[str, ...] = ("all-linear",), rank: int = 3, scale: float = 0.75) -> Any:
     """An adapter's tree that changes a model's text: products of about half the deviation of the weights."""
     rows = lora.targets(model.family.PARAMS, model.config, targets)
-    tree = lora.init(rows, model.config.L, rank, scale, jax.random.key(3))
-    keys = iter(jax.random.split(jax.random.key(5), 1000))
-    return jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape, jnp.float32) * 0.5 * a.shape[-1] ** -0.5, tree)
+    tree = jax.eval_shape(lambda key: lora.init(rows, model.config.L, rank, scale, key), jax.random.key(3))
+    random = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda a: jnp.asarray(random.standard_normal(a.shape, np.float32) * 0.5 * a.shape[-1] ** -0.5, a.dtype), tree
+    )
 
 
 def beside(model: Model, tree: Any) -> Model:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlm import params
 
-# Dense bfloat16 FLOP/s of one device, as its maker specifies it, by the beginning of jax's device_kind.
+# Dense bfloat16 FLOP/s of one device, as its maker specifies it, by the beginning of jax's device_kind. The first that
+# fits counts, so a longer name stands before a shorter one.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
@@ -17,7 +18,10 @@ PEAKS = {
     "TPU v6 lite": 918e12,  # v6e
     "TPU7x": 2307e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }

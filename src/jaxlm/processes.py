@@ -7,6 +7,7 @@ stands on stdin) is process 0's. Only process 0 prints and writes.
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 # jax is imported where it is used: a command asks `launched` before it knows whether it needs jax.
@@ -101,6 +102,25 @@ def gather(text: str) -> list[str]:
 def from_first(text: str) -> str:
     """What process 0 says. All of them must call it."""
     return gather(text if first() else "")[0]
+
+
+def on_first(act: Callable[[], Any]) -> Any:
+    """What `act` returns (as JSON) on process 0, which alone calls it; a ValueError or OSError there is raised in all.
+    All of them must call it."""
+    problem, value = None, None
+    if first():
+        try:
+            value = act()
+        except (ValueError, OSError) as error:
+            problem = error
+    if not several():
+        if problem:
+            raise problem
+        return value
+    told, value = json.loads(from_first(json.dumps([problem and str(problem), value])))
+    if told:
+        raise ValueError(told) from problem
+    return value
 
 
 def agree(what: str, value: Any, told: str) -> None:

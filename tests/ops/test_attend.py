@@ -1,5 +1,6 @@
 """Attention against a slow twin in numpy, block by block against whole, and what a long sequence costs in memory."""
 
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -53,6 +54,12 @@ def drawn(T: int, N: int, K: int, H: int = 8, B: int = 2) -> tuple[np.ndarray, .
     return tuple(random.standard_normal((B, T, heads, H)).astype(np.float32) * 1.5 for heads in (N, K, K))
 
 
+@cache
+def compiled(window: int | None, scores: int) -> Any:
+    """`attend` as it is traced while `scores` is the limit of a block."""
+    return jax.jit(partial(attend, window=window, scale=0.4))
+
+
 @pytest.mark.parametrize("T", [11, 8])  # 8 is cut into parts on CPU
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -62,22 +69,27 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
     expected = slow(q, k, v, pos, window, 0.4)
     for scores in (module.SCORES, 200):  # whole, and in blocks of one or two queries
         monkeypatch.setattr(module, "SCORES", scores)
-        out, cache = attend(*map(jnp.asarray, (q, k, v, pos)), window=window, scale=0.4)
-        assert cache is None
+        out, kv = compiled(window, scores)(q, k, v, pos)
+        out = np.asarray(out)
+        assert kv is None
         assert np.isfinite(out).all()
-        np.testing.assert_allclose(np.asarray(out)[pos >= 0], expected[pos >= 0], atol=3e-6)
+        np.testing.assert_allclose(out[pos >= 0], expected[pos >= 0], atol=3e-6)
 
 
 def test_scale_is_that_of_the_head_width_unless_given() -> None:
     q, k, v = map(jnp.asarray, drawn(5, 2, 1))
-    pos = jnp.arange(5, dtype=jnp.int32)[None].repeat(2, 0)
-    default, _ = attend(q, k, v, pos)
-    np.testing.assert_array_equal(default, attend(q, k, v, pos, scale=8**-0.5)[0])
-    assert np.abs(default - attend(q, k, v, pos, scale=0.4)[0]).max() > 0.01
+    pos = jnp.asarray(np.tile(np.arange(5, dtype=np.int32), (2, 1)))
+    default, same, other = map(np.asarray, jax.jit(lambda: [
+        attend(q, k, v, pos, **given)[0] for given in ({}, {"scale": 8**-0.5}, {"scale": 0.4})
+    ])())  # fmt: skip
+    np.testing.assert_array_equal(default, same)
+    assert np.abs(default - other).max() > 0.01
 
 
-@pytest.mark.parametrize("T", [37, 36])  # 36 is cut into parts on CPU
-@pytest.mark.parametrize("window", [None, 7])
+CUTS = [(None, 36), (7, 37), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(None, 37), (7, 36)])]
+
+
+@pytest.mark.parametrize(("window", "T"), CUTS)  # 36 is cut into parts on CPU
 def test_blocks_and_their_gradient_equal_the_whole(window: int | None, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = map(jnp.asarray, drawn(T, 4, 2))
     pos = np.tile(np.arange(T, dtype=np.int32), (2, 1))

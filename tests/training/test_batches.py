@@ -109,7 +109,7 @@ def test_the_order_is_the_same_with_every_numpy():
 def test_processes_share_a_batch(packing):
     corpus = corpus_of(np.arange(2, 60))
     whole = Batches(corpus, 6, 64, packing=packing)
-    shares = [Batches(corpus, 6, 64, packing=packing, process=p, processes=3) for p in range(3)]
+    shares = [Batches(corpus, 6, 64, packing=packing, share=slice(i, i + 2)) for i in (0, 2, 4)]
     for step in (0, 5, 17):
         parts = [share.batch(step) for share in shares]
         assert [part.tokens.shape for part in parts] == [(2, 64)] * 3
@@ -273,6 +273,23 @@ def test_long_documents_are_cut_or_dropped_and_counted():
     assert batches.note == ""
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_documents_of_one_token_are_left_out_and_counted(packing):
+    batches = Batches(corpus_of([5, 1, 1, 9, 1]), 2, 10, packing=packing)
+    assert batches.counts == {"left out": 3}
+    assert batches.note == "3 left out of 5 documents, for having one token (a.jsonl:2)"
+    assert sum((check(batches.corpus, batch) for batch in batches.once()), Counter()) == pairs(batches.corpus)
+
+
+def test_both_kinds_of_length_are_told():
+    batches = Batches(corpus_of([1, 30, 5]), 2, 10, packing="whole", long="drop")
+    assert batches.counts == {"left out": 1, "dropped": 1}
+    assert batches.note == (
+        "1 left out of 3 documents, for having one token (a.jsonl:1). "
+        "1 dropped of 3 documents, for their length (a.jsonl:2 has 29 tokens, a row 10)"
+    )
+
+
 def test_what_is_left_of_a_long_document_must_teach_something():
     corpus = corpus_of([5, 30, 30])
     corpus.learned = np.zeros(65, bool)
@@ -287,8 +304,8 @@ def test_what_is_left_of_a_long_document_must_teach_something():
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([5], {"B": 3, "processes": 2}, "a batch of 3 rows of 8 tokens cannot be shared by 2 processes"),
-        ([5], {"B": 0}, "a batch of 0 rows"),
+        ([5], {"B": 0}, "a batch of 0 rows of 8 tokens: there must be at least one of both"),
+        ([5], {"T": 0}, "a batch of 2 rows of 0 tokens: there must be at least one of both"),
         ([5], {"seed": -1}, "the seed -1 is not between 0 and"),
         ([5], {"packing": "best"}, r"packing is 'best' \(split, whole, none\)"),
         ([5], {"long": "cut"}, r"long 'cut' \(truncate, drop, stop\)"),

@@ -114,6 +114,35 @@ def test_found_again_and_made_again(tmp_path, cache, monkeypatch):
     assert len(folders(cache)) == 5
 
 
+def test_the_kind_of_a_file_counts(tmp_path, cache):
+    """JSON lines that were learned as they stand, under the name of a text, are rows under their own."""
+    path = write(tmp_path / "a.txt", *GOOD)
+    assert made(cache, path).about["form"] == "text"
+    corpus = made(cache, path.rename(tmp_path / "a.jsonl"))
+    assert (corpus.about["form"], len(corpus)) == ("prompt", 2)
+    assert len(folders(cache)) == 2
+
+
+def test_what_is_found_again_bears_the_names_given_now(tmp_path, cache):
+    """Also where a file gives no document, where two are alike, and where they changed places."""
+    a, b = (write(tmp_path / name, *GOOD, {"text": "x"}) for name in ("a.jsonl", "b.jsonl"))
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n")
+    made(cache, blank, a, b, on_bad="skip")
+    (tmp_path / "moved").mkdir()
+    a, b, blank = (path.rename(tmp_path / "moved" / path.name) for path in (a, b, blank))
+    again = made(cache, blank, a, b, on_bad="skip")
+    assert len(folders(cache)) == 1
+    assert [again.where(i) for i in range(4)] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:2"]
+    assert again.document(3).source == str(b)
+    with pytest.raises(ValueError, match=rf"^{a}:3: a row with prompt and completion is expected"):
+        made(cache, blank, a, b)
+    swapped = made(cache, blank, b, a, on_bad="skip")
+    assert [swapped.where(i) for i in range(4)] == [f"{b}:1", f"{b}:2", f"{a}:1", f"{a}:2"]
+    twice = made(cache, blank, a, a, on_bad="skip")
+    assert (len(folders(cache)), twice.where(3)) == (1, f"{a}:2")
+
+
 def test_an_incomplete_corpus_is_made_again(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", *GOOD)
     ids = made(cache, path).ids.tolist()
@@ -125,7 +154,7 @@ def test_an_incomplete_corpus_is_made_again(tmp_path, cache):
         lambda: (folder / "corpus.json").write_text("{}"),
     ):
         spoil()
-        assert load(folder) is None
+        assert load(folder, []) is None
         assert made(cache, path).ids.tolist() == ids
         assert folders(cache) == [folder.name]
 

@@ -68,7 +68,7 @@ def test_an_adapter_is_trained_as_the_weights_it_stands_for(family) -> None:
 
 
 def test_dropout_is_a_function_of_seed_and_step() -> None:
-    """The same step again gives the same bits, the next step other ones, and no dropout the mean."""
+    """The same step again gives the same bits, the next step other ones, and so does no dropout."""
     take, state, frozen = begun(tiny("llama3"), stacked=True, dropout=0.5)
     first, again = (take(state, batch_of(), frozen)[1].loss for _ in range(2))
     later = take(state._replace(step=state.step + 1), batch_of(), frozen)[1].loss
@@ -145,6 +145,21 @@ def test_a_dry_run_shows_what_is_learned(chats, shared, tmp_path, capsys) -> Non
     assert "example 2" in told
     assert "?⟧ It is" in told  # the prompt is not learned, the completion is
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_the_head_alone(chats, shared, tmp_path) -> None:
+    """Where the head is no embedding: there is then no adapted layer."""
+    model = jaxlm.load(shared / "checkpoints/stories260K")
+    raw = {**json.loads((shared / "checkpoints/stories260K/config.json").read_text()), "tie_word_embeddings": False}
+    config = replace(model.config, tied=False)
+    untied = jaxlm.Model(model.family, config, {**model.weights, "head": model.weights["embed"]}, model.tokenizer)
+    base = jaxlm.export(untied, tmp_path / "base", config=raw).folder
+    run = run_of(chats, shared, tmp_path / "run", lora=LoraOptions(targets=("lm_head",)), steps=2)
+    done = loop.train(replace(run, model=str(base)))
+    found = dict(lora.leaves(jaxlm.load(base, adapter=done.model).weights))
+    assert list(found) == ["head"]
+    with pytest.raises(ValueError, match=r"lora\.dropout does not go with the target head"):
+        loop.train(replace(run, model=str(base), lora=LoraOptions(targets=("head",), dropout=0.1)))
 
 
 @pytest.mark.parametrize(

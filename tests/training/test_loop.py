@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from training.runs import Stopped, lines, made, run_of, stopping
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.training import loop
+from jaxlm.training import loop, saving
 from jaxlm.training.config import Data, Optimiser, Run
 
 
@@ -207,13 +208,83 @@ def test_a_rate_that_was_too_high(files, tmp_path) -> None:
     assert "goes on with another optimiser.lr: 0.001" in notes
 
 
+def test_weights_that_a_step_ruined_are_not_gone_on_from(files, tmp_path) -> None:
+    """A checkpoint is taken before the loss of its weights is known: where that is no number, the one before it counts,
+    and where there is none the message says so."""
+    calm, wild = (Optimiser(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
+    often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
+    run = run_of(files, tmp_path / "run", optimiser=calm, **often)
+    with pytest.raises(Stopped):
+        loop.train(run, stopping(4))
+    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimiser.lr"):
+        loop.train(replace(run, optimiser=wild))
+    assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
+    assert loop.train(run).last["step"] == 12
+    alone = run_of(files, tmp_path / "alone", optimiser=wild, **often)
+    with pytest.raises(loop.Diverged, match=r"checkpoints/1 holds the weights that gave it, and there is no older"):
+        loop.train(alone)
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path) -> None:
+    def refused(error: Any, message: str, **fields: Any) -> None:
+        with pytest.raises(error, match=message):
+            loop.train(run_of(files, tmp_path / "run", **fields))
+        assert not (tmp_path / "run/checkpoints").exists()
+
+    optimiser = Optimiser(schedule="wsd", warmup=8, decay=0.5)
+    refused(ValueError, r"warm-up \(8 steps\) and decay \(6\) leave nothing of 12 steps", optimiser=optimiser)
+    refused(ValueError, "the prompt is empty", samples=("",))
+    refused(ValueError, "the prompt has .* tokens, the context of .*: shorten it", samples=("cat " * 40_000,))
+    with pytest.MonkeyPatch.context() as absent:
+        absent.setitem(sys.modules, "wandb", None)
+        refused(ValueError, r"pip install 'jaxlm\[wandb\]'", report=("wandb",))
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/diary.txt").write_text("dear")
+    refused(FileExistsError, "is in use and not a checkpoint, it holds .*diary.txt.: choose another folder")
+
+
+def test_two_runs_in_one_folder(files, whole) -> None:
+    with saving.opened(whole, 2), pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"):
+        loop.train(run_of(files, whole))
+
+
+def test_files_of_a_run_that_are_damaged(files, whole, tmp_path) -> None:
+    """run.json and metrics.jsonl: the message names the file."""
+    shutil.copytree(whole, tmp_path / "run")
+    run = run_of(files, tmp_path / "run")
+    (run.out / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run.json is damaged: take it away"):
+        loop.train(run)
+
+
+def test_validation_in_which_nothing_is_learned(files, whole, tmp_path) -> None:
+    """Its first batches are a long prompt: there is no loss of them to tell, and the run goes on."""
+    rows = [{"prompt": "the cat " * 60, "completion": " sat"}]
+    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Data((files["train"],), (str(tmp_path / "valid.jsonl"),), packing="split")
+    run = run_of(files, tmp_path / "run", data=data, steps=2, batch=1, length=16, eval_batches=1, eval_every=1)
+    loop.train(run)
+    assert [line["step"] for line in lines(run.out) if "valid_loss" in line] == [2]
+
+
+def test_samples_have_as_much_room_as_there_is(files, tmp_path) -> None:
+    shape = json.loads(Path(files["shape"]).read_text()) | {"max_position_embeddings": 32}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    run = run_of({**files, "shape": str(tmp_path / "shape.json")}, tmp_path / "run", steps=1, samples=("the cat",))
+    done = loop.train(run)
+    assert done.last["text"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "name a checkpoint (--model) or a config.json for random weights (--shape)"),
         (["--model", "x"], "name what to learn from: --data.train FILES"),
         (["--model", "x", "--data.train", "y", "--save-every", "0"], "save_every is 0, but must be at least 1"),
-        (["--model", "x", "--data.train", "y", "--steps", "-1"], "steps is -1, but must be above 0"),
+        (["--model", "x", "--data.train", "y", "--steps", "-1"], "steps is -1, but must not be below 0"),
+        (["--model", "x", "--data.train", "y", "--sample-tokens", "0"], "sample_tokens is 0, but must be at least 1"),
+        (["--model", "x", "--data.train", "y", "--seed", "4294967296"], "seed is 4294967296, but must be from 0 to"),
+        (["--model", "x", "--data.train", "y", "--optimiser.b1", "1"], "optimiser.b1 is 1.0, but must be from 0 to"),
         (["--shape", "x", "--data.train", "y", "--method", "lora"], "LoRA adapts a checkpoint: name it (--model)"),
         (["--model", "x", "--data.train", "y", "--adapter", "z"], "an adapter goes on with --method lora"),
         (

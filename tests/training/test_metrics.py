@@ -25,6 +25,17 @@ def test_lines_past_the_step_and_lines_cut_short_are_gone(tmp_path) -> None:
     assert metrics.read(path)[-1]["loss"] == 1.0
 
 
+@pytest.mark.parametrize("spoiled", [b"", b"\0\0", b'{"step": 3, "te\xff": 1}', b'{"step": 3', b"3", b'{"loss": 1.0}'])
+def test_a_spoiled_line_is_named(spoiled, tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + spoiled + b'\n{"step": 4, "loss": 1.0}\n'
+    path.write_bytes(before)
+    for look in (metrics.read, lambda path: metrics.Lines(path, 4)):
+        with pytest.raises(ValueError, match=rf"^{path}:3 is damaged: take the line away$"):
+            look(path)
+    assert path.read_bytes() == before
+
+
 def test_events_for_tensorboard(tmp_path) -> None:
     """A file of records (length, its checksum, event, its checksum) that holds names, steps and numbers."""
     [service] = metrics.services(("tensorboard",), tmp_path, {})
@@ -100,6 +111,15 @@ def test_flops_of_a_token() -> None:
     attention = 6 * 2 * 12 * 4 * 10
     assert flops.training(table, cfg, 10) == 6 * weights + attention
     assert flops.training(table, cfg, 10, adapter=100) == 4 * weights + 600 + attention
+
+
+def test_the_longest_name_of_a_device_counts() -> None:
+    """A card that is slower than its family has its own figure."""
+    kinds = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989,
+             "NVIDIA H200 NVL": 835, "NVIDIA A100-SXM4-80GB": 312, "TPU v5 lite": 197, "TPU v5": 459}  # fmt: skip
+    for kind, figure in kinds.items():
+        told = f"{kind}, {figure} TFLOP/s bfloat16 (specified)"
+        assert flops.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, told)
 
 
 def test_flops_of_a_window() -> None:

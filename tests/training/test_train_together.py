@@ -1,38 +1,62 @@
 """Two processes of four virtual devices each take the steps that one process of eight takes."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from pairs import ended, free_port, two
-from training.runs import lines, made, run_of
+from training.runs import lines, made
+from training.train_together import run_for
 
 import jaxlm
+from jaxlm import lora
 from jaxlm.training import loop
 
 SCRIPT = Path(__file__).with_name("train_together.py")
 
 
-@pytest.mark.parametrize("mesh", ["data=4,model=2", pytest.param("data=1,model=8", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(shared, tmp_path, mesh) -> None:
-    """Only the order of sums over devices differs: losses and weights agree to float32's rounding. Each process makes
-    the rows that its devices hold, and one writes."""
-    files = made(tmp_path, shared)
+@pytest.fixture
+def folder(shared, tmp_path) -> Path:
+    """Shape, texts, and a checkpoint that is also the tokenizer."""
+    made(tmp_path, shared)
     shutil.copytree(shared / "checkpoints/stories260K", tmp_path / "tokenizer")
-    both = tmp_path / "both"
+    return tmp_path
+
+
+def runs(folder: Path, mesh: str, *more: str) -> tuple[Path, Path]:
+    """The folders of a run by two processes and of the same by one; their metrics agree to float32's rounding, for only
+    the order of sums over devices differs."""
+    both, one = folder / "both", folder / "one"
     port = free_port()
-    commands = ([str(SCRIPT), port, str(i), str(tmp_path), str(both), mesh] for i in range(2))
+    commands = ([str(SCRIPT), port, str(i), str(folder), str(both), mesh, *more] for i in range(2))
     for status, _, err in ended(two(*commands), 240):
         assert status == 0, err
-    one = run_of(files, tmp_path / "one", batch=8, steps=6, save_every=4, eval_every=3, mesh=mesh)
-    loop.train(replace(one, samples=("the cat",), sample_tokens=3))
-    ours, theirs = lines(both), lines(tmp_path / "one")
-    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-    for line, other in zip(ours, theirs, strict=True):
+    loop.train(run_for(folder, one, mesh, bool(more)))
+    for line, other in zip(lines(both), lines(one), strict=True):
+        assert line.keys() == other.keys()
         numbers = [name for name, value in line.items() if not isinstance(value, str)]
         np.testing.assert_allclose([line[n] for n in numbers], [other[n] for n in numbers], rtol=1e-4)
-    for a, b in zip(*(jax.tree.leaves(jaxlm.load(out / "model").weights) for out in (both, tmp_path / "one"))):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+    return both, one
+
+
+def near(a: Any, b: Any) -> None:
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("mesh", ["data=4,model=2", pytest.param("data=1,model=8", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(folder, mesh) -> None:
+    """Each makes the rows that its devices hold, and one writes."""
+    ours, theirs = (jaxlm.load(out / "model").weights for out in runs(folder, mesh))
+    jax.tree.map(near, ours, theirs)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_two_processes_that_end_and_go_on(folder) -> None:
+    base, found = folder / "tokenizer", runs(folder, "data=4,model=2", "adapter")
+    ours, theirs = (jaxlm.load(base, adapter=out / "adapter").weights for out in found)
+    assert lora.count(ours) > 0
+    for (_, a), (_, b) in zip(lora.leaves(ours), lora.leaves(theirs), strict=True):
+        near(a.merged() - a.w, b.merged() - b.w)

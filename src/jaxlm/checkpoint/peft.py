@@ -201,7 +201,10 @@ def _named(
 
 def _has(adapter: Any, path: str) -> bool:
     first, *rest = path.split(".")
-    return rest[1] in adapter["layers"][int(rest[0])] if rest else first in adapter
+    if not rest:
+        return first in adapter
+    layers, number = adapter["layers"], int(rest[0])  # there are none where the head alone is adapted
+    return number < len(layers) and rest[1] in layers[number]
 
 
 def _entries(module: str, row: params.Row, leaf: lora.Lora) -> Iterator[files.Entry]:

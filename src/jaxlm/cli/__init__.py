@@ -65,10 +65,12 @@ def parse(argv: list[str]) -> Any:
 
     commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
     commands |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
-    markers = (tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff)
+    markers: tuple[Any, ...] = (tyro.conf.UseAppendAction,)
     markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
-    if argv[0] in ("train", "finetune"):
+    if argv[0] in ("train", "finetune"):  # each flag has its --no-: a file may have said yes
         argv = [argv[0], *with_file(argv[1:])]
+    else:
+        markers += (tyro.conf.FlagCreatePairsOff,)
     if argv[0] in commands:  # by itself, so that errors point to the help of the command
         return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
     return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)

@@ -4,8 +4,9 @@ import logging
 import sys
 import threading
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -166,18 +167,38 @@ def marked(text: str, learned: bool) -> str:
 
 
 def with_file(argv: list[str]) -> list[str]:
-    """The arguments, with those of the file that -c names before them."""
-    path = next((argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("-c", "--config")), None)
-    if path is None:
+    """The arguments, with those of the file that -c names before them; exits with 2 where there is no such file, or
+    more than one."""
+    paths = files(argv)
+    if not paths:
         return argv
+    if len(paths) > 1:
+        refuse(f"-c takes one file, not {' and '.join(paths)}; flags may stand beside it")
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        print(f"jaxlm: {path} cannot be read: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        values = yaml.safe_load(Path(paths[0]).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        refuse(f"{paths[0]} cannot be read: {error}")
     if not isinstance(values, dict):
-        print(f"jaxlm: {path} should hold fields and values (steps: 1000), not {values!r}", file=sys.stderr)
-        raise SystemExit(2)
-    return flags(values, [arg.partition("=")[0] for arg in argv]) + argv
+        refuse(f"{paths[0]} should hold fields and values (steps: 1000), not {values!r}")
+    if values.get("config"):
+        refuse(f"{paths[0]} names another file (config: {values['config']}), but one is read: put its lines here")
+    return flags(values, [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
+
+
+def refuse(text: str) -> NoReturn:
+    """Ends the process as wrong usage does."""
+    print(f"jaxlm: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def files(argv: list[str]) -> list[str]:
+    """What -c names, in every form that tyro reads: -c F, -c=F, -cF, --config F, --config=F."""
+    found, rest = [], iter(argv)
+    for arg in rest:
+        if arg in ("-c", "--config"):
+            found += islice(rest, 1)
+        elif arg.startswith(("-c", "--config=")):
+            found.append(arg.removeprefix("--config").removeprefix("-c").removeprefix("="))
+    return found

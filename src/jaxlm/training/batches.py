@@ -1,7 +1,7 @@
 """Packed rows and batches of a corpus: pure functions of (seed, step).
 
 Rows are numbered on over the epochs, and batch `step` has rows step*B to step*B+B-1, so the state of the data is one
-integer. The order is global: process p of P gets its P-th part of every batch. An epoch has its own order of documents
+integer. The order is global: a process makes its share of every batch. An epoch has its own order of documents
 and rows, so many rows as it needs, and every document once; the batch at its end takes its other rows from the next.
 
     split    documents, one after the other, cut every T tokens. What is cut goes on in another row, where positions
@@ -86,13 +86,13 @@ class Batches:
     Args:
         B, T: rows and tokens a row of a batch, all processes together.
         packing: "split", "whole" or "none"; None: split for texts, whole for all else.
-        process, processes: which rows `batch` gives.
+        share: which rows of a batch this process makes; None: all.
         long: what "whole" and "none" do with a document of more than T tokens: "truncate", "drop", or "stop" at the
             first (ValueError with its file and line).
 
     Attributes:
-        counts: documents that were cut or dropped for their length, by what happened to them.
-        note: the same in words, with the first of them; "" where there is none.
+        counts: documents of one token (left out), and those longer than a row, by what happened to them.
+        note: the same in words, with the first of each; "" where there is none.
     """
 
     def __init__(
@@ -102,36 +102,43 @@ class Batches:
         T: int,
         seed: int = 0,
         packing: Literal["split", "whole", "none"] | None = None,
-        process: int = 0,
-        processes: int = 1,
+        share: slice | None = None,
         long: Literal["truncate", "drop", "stop"] = "truncate",
     ):
         packing = packing or ("split" if corpus.about["form"] == "text" else "whole")
         if packing not in ("split", "whole", "none") or long not in ("truncate", "drop", "stop"):
             raise ValueError(f"packing is {packing!r} (split, whole, none), long {long!r} (truncate, drop, stop)")
-        if B < 1 or T < 1 or B % processes:
-            raise ValueError(f"a batch of {B} rows of {T} tokens cannot be shared by {processes} processes: "
-                             "the rows must be a multiple of them")  # fmt: skip
+        if B < 1 or T < 1:
+            raise ValueError(f"a batch of {B} rows of {T} tokens: there must be at least one of both")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"the seed {seed} is not between 0 and 2**64 - 1")
         self.corpus, self.B, self.T, self.seed, self.packing = corpus, B, T, seed, packing
-        self.share = slice(process * B // processes, (process + 1) * B // processes)
+        self.share = share or slice(0, B)
         self.counts: dict[str, int] = {}
-        self.note = ""
         self.lengths = np.maximum(corpus.lengths - 1, 0)  # tokens that have a target
-        if packing != "split":
-            self._shorten(long)
         if not self.lengths.any():
-            raise ValueError(f"no document is left ({self.note})" if self.note else "no document has two tokens")
+            raise ValueError("no document has two tokens")
+        self.note = ". ".join(filter(None, [self._short(), "" if packing == "split" else self._shorten(long)]))
+        if not self.lengths.any():
+            raise ValueError(f"no document is left ({self.note})")
         self._firsts = [0]  # of each epoch that was planned, its first row
         self._lock = threading.RLock()
         self._plan = lru_cache(2)(self._planned)
 
-    def _shorten(self, long: str) -> None:
+    def _short(self) -> str:
+        """Counts what has nothing to predict."""
+        alone = np.flatnonzero(self.lengths == 0)
+        if not len(alone):
+            return ""
+        self.counts["left out"] = len(alone)
+        where = self.corpus.where(alone[0])
+        return f"{len(alone):,} left out of {len(self.corpus):,} documents, for having one token ({where})"
+
+    def _shorten(self, long: str) -> str:
         """Cuts or drops what is longer than a row."""
         over = np.flatnonzero(self.lengths > self.T)
         if not len(over):
-            return
+            return ""
         where = f"{self.corpus.where(over[0])} has {self.lengths[over[0]]:,} tokens, a row {self.T:,}"
         if long == "stop":
             raise ValueError(f"{where}: make rows longer, or let long be truncate or drop")
@@ -139,12 +146,11 @@ class Batches:
         learned = self.corpus.learned
         kept = [long == "truncate" and (learned is None or bool(learned[b : b + self.T].any())) for b in begins]
         self.lengths[over] = np.where(kept, self.T, 0)
-        if sum(kept):
-            self.counts["truncated"] = sum(kept)
-        if sum(kept) < len(over):
-            self.counts["dropped"] = len(over) - sum(kept)
-        how = " and ".join(f"{count:,} {what}" for what, count in self.counts.items())
-        self.note = f"{how} of {len(self.corpus):,} documents, for their length ({where})"
+        found = {"truncated": sum(kept), "dropped": len(over) - sum(kept)}
+        found = {what: count for what, count in found.items() if count}
+        self.counts |= found
+        how = " and ".join(f"{count:,} {what}" for what, count in found.items())
+        return f"{how} of {len(self.corpus):,} documents, for their length ({where})"
 
     def _draw(self, epoch: int, purpose: int, n: int) -> np.ndarray:
         """n random numbers [n] uint64."""

@@ -62,7 +62,7 @@ class Optimiser:
     weight_decay: float = 0.1
     """Decoupled decay of weights that are multiplied (not of norms)."""
     b1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients; muon's matrices have their own, 0.95."""
     b2: float = 0.95
     """Decay of the mean of their squares."""
     eps: float = 1e-8
@@ -128,7 +128,7 @@ class Run:
     seed: int = 0
     """Of the first weights and of the order of the data."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; a tenth of all steps at most."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 2
@@ -156,15 +156,20 @@ class Run:
             raise ValueError("an adapter goes on with --method lora; to train all weights, jaxlm fuse it first")
         if not self.data.train and not self.data.dataset:
             raise ValueError("name what to learn from: --data.train FILES, or --dataset NAME from the hub")
-        for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches"):
+        for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("steps", "epochs", "length", "eval_every", "sample_tokens", "z_loss"):
+        for name in ("steps", "epochs", "length", "eval_every", "z_loss"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be below 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, but must be from 0 to {(1 << 32) - 1}")
         for name in ("lr", "warmup", "decay", "final", "weight_decay", "eps", "clip"):
             if getattr(self.optimiser, name) < 0:
                 raise ValueError(f"optimiser.{name} is {getattr(self.optimiser, name)}, but must not be below 0")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self.optimiser, name) < 1:
+                raise ValueError(f"optimiser.{name} is {getattr(self.optimiser, name)}, but must be from 0 to below 1")
         if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
             raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
         if self.batch % self.accumulate:
@@ -182,15 +187,16 @@ def to_dict(value: Any) -> Any:
 
 
 def flags(values: dict[str, Any], given: Collection[str] = (), before: str = "") -> list[str]:
-    """The fields of a YAML file as flags of the command, which checks names and types; those `given` there win."""
+    """The fields of a YAML file as flags of the command, which checks names and types; those `given` there win. A flag
+    and its value are one token, so that the value may begin with a hyphen."""
     found = []
     for name, value in values.items():
-        flag = f"--{before}{name}".replace("_", "-")
+        no = "no-" if value is False else ""
+        flag = f"--{before}{no}{name}".replace("_", "-")
         if isinstance(value, dict):
             found += flags(value, given, f"{before}{name}.")
         elif isinstance(value, bool):
-            found += [flag] if value and flag not in given else []
+            found.append(flag)
         elif value is not None and flag not in given:
-            for item in value if isinstance(value, list) else [value]:
-                found += [flag, str(item)]
+            found += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
     return found

@@ -4,9 +4,10 @@ A corpus is a folder: ids.bin (every document's ids, one after the other), learn
 are learned), ends.bin (where each document ends), places.bin (source and line or row of each) and corpus.json, which is
 written last. A folder appears under its name when it is complete.
 
-The cache has one such folder a digest: of the contents of the files (a hub dataset's commit, configuration and split),
-of the tokenizer with its chat template, and of the options. So nothing is tokenised twice, and nothing stale is read;
-reading the files once to know that is small beside tokenising them. Nothing is ever removed from the cache.
+The cache has one such folder a digest: of the contents and kinds of the files (a hub dataset's commit, configuration
+and split), of the tokenizer with its chat template, and of the options, but not of names: those given now are told. So
+nothing is tokenised twice, and nothing stale is read; reading the files once to know that is small beside tokenising
+them. Nothing is ever removed from the cache.
 """
 
 import errno
@@ -27,7 +28,7 @@ from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.sources import Bad, find, place
 from jaxlm.training.texts import EMPTY, Document, TextOptions, Texts
 
-FORMAT = 1  # of these files, and of what the code makes of rows
+FORMAT = 2  # of these files, and of what the code makes of rows
 FLUSH = 1 << 20  # tokens that wait in memory
 TYPES = {"ends": np.int64, "places": np.int64, "learned": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
@@ -39,9 +40,9 @@ class Corpus:
     Attributes:
         ids: [tokens] of all documents, unsigned 16 bits or int32. learned: [tokens] bool, or None: all.
         ends: [documents] int64, where each ends in ids.
-        about: digest (of all that it was made from), and what corpus.json holds: form, learn, documents, tokens,
-            learned (tokens that count in a loss), vocabulary (one more than the largest id), dropped (why -> rows),
-            first_bad, sources.
+        about: digest (of all that it was made from), sources (their names), and what corpus.json holds: form, learn,
+            documents, tokens, learned (tokens that count in a loss), vocabulary (one more than the largest id), dropped
+            (why -> rows), first_bad (a Bad, whose source is a number of sources; None).
     """
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -109,23 +110,24 @@ def prepare(
     key = {"format": FORMAT, "sources": [source.digest() for source in sources], **texts.identity()}
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
     path = (folder or cache_folder()) / digest
-    corpus = load(path)
+    called = [source.name for source in sources]
+    corpus = load(path, called)
     if corpus is None:
         found = texts.documents(row for source in sources for row in source.rows())
-        write(path, found, texts, on_bad, progress)
-        corpus = load(path)
+        write(path, found, texts, called, on_bad, progress)
+        corpus = load(path, called)
         assert corpus is not None
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
-        raise ValueError(_stopped(first))
+        raise ValueError(_stopped(Bad(called[first[0]], *first[1:])))
     return corpus
 
 
-def _stopped(first: str) -> str:
+def _stopped(first: Bad) -> str:
     return f"{first} (on_bad=skip leaves such rows out and counts them)"
 
 
-def load(path: Path) -> Corpus | None:
-    """The corpus in a folder; None where there is none, or not all of it."""
+def load(path: Path, sources: list[str]) -> Corpus | None:
+    """The corpus in a folder, made of `sources`; None where there is none, or not all of it."""
     try:
         about = json.loads((path / "corpus.json").read_text())
         arrays: dict[str, Any] = {
@@ -134,25 +136,27 @@ def load(path: Path) -> Corpus | None:
     except (OSError, ValueError, KeyError):
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
-    return Corpus(about | {"digest": path.name}, arrays) if complete else None
+    return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None
 
 
 def write(
     path: Path,
     documents: Iterable[Document | Bad],
     texts: Texts,
+    sources: list[str],
     on_bad: str = "stop",
     progress: Progress | None = None,
 ) -> None:
-    """Writes a corpus as it comes in, beside, and renames it. Raises as `prepare` does; then nothing is left of it."""
+    """Writes the corpus of `sources` as it comes in, beside, and renames it. Raises as `prepare` does; then nothing is
+    left of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=path.parent, prefix=".being-made-"))
     except OSError as error:
         raise OSError(f"the corpus cannot be written to {path.parent} ({error}): name another folder") from None
     try:
-        _Writer(made, texts, on_bad, progress).write(documents)
-        if load(path) is None:  # else another process was first
+        _Writer(made, texts, sources, on_bad, progress).write(documents)
+        if load(path, sources) is None:  # else another process was first
             shutil.rmtree(path, ignore_errors=True)
             os.replace(made, path)
     except OSError as error:
@@ -166,13 +170,13 @@ def write(
 class _Writer:
     """The files of a corpus while it is written."""
 
-    def __init__(self, folder: Path, texts: Texts, on_bad: str, progress: Progress | None):
+    def __init__(self, folder: Path, texts: Texts, sources: list[str], on_bad: str, progress: Progress | None):
         self.folder, self.texts, self.on_bad, self.progress = folder, texts, on_bad, progress
         self.id_type = np.uint16 if texts.tokenizer.vocab_size <= 1 << 16 else np.int32
         self.tokens = self.learned = self.documents = 0
-        self.sources: dict[str, int] = {}
+        self.sources = {name: i for i, name in enumerate(sources)}
         self.dropped: Counter[str] = Counter()
-        self.first_bad = ""
+        self.first_bad: Bad | None = None
 
     def write(self, documents: Iterable[Document | Bad]) -> None:
         waiting: dict[str, list[Any]] = {"ids": [], "learned": [], "ends": [], "places": []}
@@ -203,9 +207,9 @@ class _Writer:
         self.dropped[bad.why] += 1
         if bad.why == EMPTY:
             return
-        self.first_bad = self.first_bad or str(bad)
+        self.first_bad = self.first_bad or bad
         if self.on_bad == "stop":
-            raise ValueError(_stopped(str(bad)))
+            raise ValueError(_stopped(bad))
 
     def _add(self, document: Document, waiting: dict[str, list[Any]], begins: bool) -> None:
         waiting["ids"].append(document.ids.astype(self.id_type))
@@ -214,7 +218,7 @@ class _Writer:
         # The first id of a document is never predicted.
         self.learned += int(document.learned[1:].sum() if begins else document.learned.sum())
         if begins:
-            waiting["places"].append([self.sources.setdefault(document.source, len(self.sources)), document.number])
+            waiting["places"].append([self.sources[document.source], document.number])
         if document.ends:
             waiting["ends"].append(self.tokens)
             self.documents += 1
@@ -234,6 +238,7 @@ class _Writer:
         arrays = {name: np.dtype(TYPES.get(name, self.id_type)).str for name in sizes}
         about = {"form": self.texts.form, "learn": self.texts.learn, "documents": self.documents}
         about |= {"tokens": self.tokens, "learned": self.learned, "vocabulary": self.texts.tokenizer.vocab_size}
-        about |= {"dropped": self.dropped, "first_bad": self.first_bad, "sources": list(self.sources)}
+        first = self.first_bad and (self.sources[self.first_bad.source], *self.first_bad[1:])
+        about |= {"dropped": self.dropped, "first_bad": first}
         about |= {"arrays": arrays, "sizes": sizes}
         (self.folder / "corpus.json").write_text(json.dumps(about, indent=1))

@@ -23,10 +23,11 @@ from jaxlm import flops, mesh, params, processes
 from jaxlm.checkpoint import peft
 from jaxlm.exporting import export
 from jaxlm.training import metrics, optimisers, saving, step
+from jaxlm.training.begin import begin, frozen
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.loss import loss
 from jaxlm.training.record import settle
-from jaxlm.training.setup import Progress, Setup, begin, frozen, set_up
+from jaxlm.training.setup import Progress, Setup, set_up
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -70,6 +71,7 @@ def finish(setup: Setup, state: step.State) -> Path:
         how = {"base": run.model, "rslora": run.lora.rslora, "dropout": run.lora.dropout, "writes": processes.first()}
         seeing = "text_config" in setup.raw
         peft.write(made, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **how)
+        processes.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw
         dtype = None if setup.checkpoint else run.dtype
@@ -141,7 +143,8 @@ class Loop:
         """Opens what lines are written to."""
         run = self.setup.run
         leads = processes.first()
-        self.lines = [metrics.Lines(run.out / "metrics.jsonl", first)] if leads else []
+        self.lines: list[metrics.Lines] = []
+        processes.on_first(lambda: self.lines.append(metrics.Lines(run.out / "metrics.jsonl", first)))
         for line in self.lines[0].kept if leads else ():
             self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run), first) if leads else []
@@ -189,10 +192,14 @@ class Loop:
             return
         number, found = waiting
         self.saved.wait()
+        self.saved.spoiled(number - 1)  # its weights gave this loss, and would again at any rate
         good = self.saved.latest
         what = f"the loss of step {number} is {float(found.loss)}, the norm of its gradient {float(found.gradient)}"
         way = "there is no checkpoint yet; lower the learning rate (--optimiser.lr)"
-        if good is not None:
+        if good == number - 1:
+            way = f"{self.saved.folder / str(good)} holds the weights that gave it, and there is no older checkpoint: "
+            way += "begin again with a lower --optimiser.lr and another --out"
+        elif good is not None:
             way = (
                 f"the last checkpoint is {self.saved.folder / str(good)}; with a lower --optimiser.lr the same command "
             )
@@ -204,23 +211,26 @@ class Loop:
         run, begun = self.setup.run, time.perf_counter()
         if self.setup.valid is not None:
             most = None if number == run.steps else run.eval_batches
-            self.add({"step": number, "valid_loss": self.evaluate(state.weights, most)})
+            if (found := self.evaluate(state.weights, most)) is not None:
+                self.add({"step": number, "valid_loss": found})
         if run.samples:
             from jaxlm.generation import generate
+            from jaxlm.prompts import room, to_ids
 
             model = self.setup.model(self.listed(state.weights, self.frozen))
             for prompt in run.samples:
-                told = generate(model, prompt, max_tokens=run.sample_tokens, temperature=0.8, seed=run.seed)
+                most = min(run.sample_tokens, room(model, to_ids(model, prompt, {}), None))
+                told = generate(model, prompt, max_tokens=most, temperature=0.8, seed=run.seed)
                 self.add({"step": number, "prompt": prompt, "text": told.text})
         self.clock += time.perf_counter() - begun  # this is no training time
 
-    def evaluate(self, trained: Any, most: int | None) -> float:
-        """Nats a learned token over the validation data, or its first batches."""
+    def evaluate(self, trained: Any, most: int | None) -> float | None:
+        """Nats a learned token over the validation data, or its first batches; None if these hold no such token."""
         nats = tokens = 0.0
         for batch in itertools.islice(self.setup.valid.once(), most):
             sums = self.loss(trained, self.frozen, self.placed(batch))
             nats, tokens = nats + float(sums.nats), tokens + float(sums.tokens)
-        return nats / tokens
+        return nats / tokens if tokens else None
 
 
 def flops_a_token(setup: Setup) -> float:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,16 @@ Line = dict[str, Any]
 
 class Lines:
     """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first, and
-    what it found when it looked at that step's weights: it looks again."""
+    what it found when it looked at that step's weights: it looks again. ValueError for a line that is none."""
 
     def __init__(self, path: Path, begin: int):
         self.path = path
-        found = [json.loads(line) for line in self._whole(path)]
+        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        found = _parsed(path, [row for row in rows if row.endswith(b"\n")])  # that were written to their end
         self.kept = [line for line in found if line["step"] < begin or (line["step"] == begin and "loss" in line)]
         beside = path.with_suffix(".partial")
         beside.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         beside.replace(path)
-
-    @staticmethod
-    def _whole(path: Path) -> Iterator[str]:
-        """The lines that were written to their end."""
-        if path.exists():
-            yield from (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
 
     def add(self, line: Line) -> None:
         with open(self.path, "a") as file:
@@ -36,8 +30,19 @@ class Lines:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics.jsonl. ValueError with the first that is none."""
+    return _parsed(path, path.read_bytes().splitlines())
+
+
+def _parsed(path: Path, rows: list[bytes]) -> list[Line]:
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(json.loads(row))
+            found[-1]["step"]
+        except (ValueError, TypeError, LookupError):
+            raise ValueError(f"{path}:{number} is damaged: take the line away") from None
+    return found
 
 
 class TensorBoard:

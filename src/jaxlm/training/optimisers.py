@@ -1,6 +1,5 @@
 """Optimisers and schedules, from optax; which weights decay and which are matrices follows from their letters."""
 
-import math
 from typing import Any
 
 import jax
@@ -21,13 +20,15 @@ def schedule(of: Optimiser, steps: int) -> optax.Schedule:
         after = optax.linear_schedule(of.lr, end, rest)
     elif of.schedule == "wsd":
         down = max(1, round(of.decay * steps))
+        if of.warmup < 1 and of.warmup + of.decay <= 1:  # two roundings up
+            down = min(down, rest)
         if down > rest:
             raise ValueError(
                 f"optimiser: wsd's warm-up ({warm} steps) and decay ({down}) leave nothing of {steps} steps between "
                 "them: lower optimiser.warmup or optimiser.decay"
             )
         after = optax.join_schedules(
-            [optax.constant_schedule(of.lr), optax.linear_schedule(of.lr, end, down)], [max(rest - down, 0)]
+            [optax.constant_schedule(of.lr), optax.linear_schedule(of.lr, end, down)], [rest - down]
         )
     else:
         after = optax.constant_schedule(of.lr)
@@ -77,9 +78,3 @@ def _muon(of: Optimiser, rate: optax.Schedule, letters: Any, decays: Any) -> opt
         muon_weight_dimension_numbers=lambda _: numbers,
         consistent_rms=0.2,  # its updates are as large as adamw's, so that one rate serves both (arXiv:2502.16982)
     )
-
-
-def nbytes(rule: optax.GradientTransformation, weights: Any) -> int:
-    """Bytes of an optimiser's state for weights given as shapes."""
-    state = jax.eval_shape(rule.init, weights)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -42,6 +42,9 @@ def plan(setup: Setup, program: Any) -> Plan:
     peak = found.argument_size_in_bytes + found.temp_size_in_bytes
     peak += found.output_size_in_bytes - found.alias_size_in_bytes
     optimiser, frozen = _bytes(state.optimiser), _bytes(frozen)
+    if setup.run.samples:  # they are made by a copy of the weights, in the type of products
+        cast = weights * np.dtype(jnp.dtype(setup.run.dtype)).itemsize // 4
+        peak = max(peak, weights + optimiser + frozen + cast + frozen)
     rest = max(peak - weights - frozen - optimiser - gradients, 0)
     free = devices.available_memory(jax.local_devices()[0])
     return Plan(weights, frozen, optimiser, gradients, rest, peak, free)

@@ -23,14 +23,7 @@ def settle(setup: Setup, begun: bool) -> list[str]:
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     told, contents = flat(to_dict(run)), contents_of(setup)
-    problem, changed = None, []
-    try:
-        changed = _changes(run.out, told, contents) if begun and processes.first() else []
-    except ValueError as error:  # all must hear of it, or the others would wait
-        problem = str(error)
-    problem, changed = json.loads(processes.from_first(json.dumps([problem, changed])))
-    if problem:
-        raise ValueError(problem)
+    changed = processes.on_first(lambda: _changes(run.out, told, contents)) if begun else []
     if wrong := [name for name in changed if name not in FREE]:
         raise ValueError(f"{run.out} holds a run with another {', '.join(wrong)}: choose another --out")
     if processes.first():
@@ -47,7 +40,7 @@ def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> li
         if path.exists():
             try:
                 before = flat(json.loads(path.read_text()))
-            except ValueError:
+            except (ValueError, AttributeError):  # no JSON, or no names and values
                 raise ValueError(f"{path} is damaged: take it away, and the run goes on unchecked") from None
             found += [key for key, value in now.items() if key in before and before[key] != value]
     return found

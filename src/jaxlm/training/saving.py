@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm import processes
+
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -37,6 +39,11 @@ class Checkpoints:
         """The state of a step, in the places and types of `like` (jax.ShapeDtypeStruct with sharding)."""
         return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
 
+    def spoiled(self, step: int) -> None:
+        """Takes a step's checkpoint away if there is an older one to go on from."""
+        if step in (steps := self._manager.all_steps()) and min(steps) < step:
+            self._manager.delete(step)
+
     def wait(self) -> None:
         """Until what was saved is on the disk."""
         with self._explained():
@@ -65,17 +72,40 @@ class Checkpoints:
 
 
 @contextmanager
-def opened(folder: Path, keep: int) -> Iterator[Checkpoints]:
-    """The checkpoints of a run; on leaving, what is being written is finished. An error on the way out of a block that
-    has failed itself is a note to the block's."""
-    checkpoints = Checkpoints(folder, keep)
-    try:
-        yield checkpoints
-        checkpoints.wait()
-    except BaseException as error:
+def _alone(folder: Path) -> Iterator[None]:
+    """ValueError where another run is at work in the folder: each would take the other's half-written checkpoints for
+    what a crash has left."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+
+    def take() -> None:
         try:
-            checkpoints.close()
-        except Exception as other:
-            error.add_note(str(other))
-        raise
-    checkpoints.close()
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"another run is at work in {folder}: wait for its end, or choose another --out") from None
+
+    processes.on_first(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def opened(folder: Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, which no other may open meanwhile; on leaving, what is being written is finished. An
+    error on the way out of a block that has failed itself is a note to the block's."""
+    with _alone(folder):
+        checkpoints = Checkpoints(folder, keep)
+        try:
+            yield checkpoints
+            checkpoints.wait()
+        except BaseException as error:
+            try:
+                checkpoints.close()
+            except Exception as other:
+                error.add_note(str(other))
+            raise
+        checkpoints.close()

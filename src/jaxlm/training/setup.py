@@ -1,4 +1,4 @@
-"""From a `Run` to what its loop needs: the model's functions, its data, its optimiser, and a first state in its place.
+"""From a `Run` to what its loop needs: the model's functions, its data and its optimiser, all checked.
 
 Nothing that is large is made before all that a user can get wrong has been checked, and `shapes` alone tells what a run
 takes.
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm import loading, lora, mesh, models, params, processes, topology
 from jaxlm.checkpoint import export, hf, peft
 from jaxlm.exporting import sources
 from jaxlm.model import Model
+from jaxlm.prompts import room, to_ids
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimisers, step
 from jaxlm.training.config import Run, to_dict
@@ -75,7 +75,7 @@ class Setup(NamedTuple):
         """A new adapter, its layers listed."""
         of, cfg = self.run.lora, self.config
         rows = lora.targets(self.family.PARAMS, cfg, of.targets or ("all-linear",))
-        return lora.init(rows, cfg.L, of.rank, lora.scale(of.alpha, of.rank, of.rslora), key)
+        return lora.init(rows, cfg.L, of.rank, _scale(self.run), key)
 
     def state_shapes(self) -> step.State:
         """The state as jax.ShapeDtypeStruct."""
@@ -102,12 +102,14 @@ class Setup(NamedTuple):
 def set_up(run: Run, progress: Progress | None = None) -> Setup:
     """Checks and prepares all but the weights. Raises ValueError or OSError with what is wrong and the way out."""
     run.check()
+    paths = {name: getattr(run, name) for name in ("out", "shape", "tokenizer", "adapter")}
+    run = replace(run, **{name: path and Path(path).expanduser() for name, path in paths.items()})
     family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
     dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
     run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
-    if run.method == "lora" and run.lora.targets:
-        lora.targets(family.PARAMS, cfg, run.lora.targets)
-    metrics.require(run.report)
+    if run.method == "lora":
+        _check_adapter(run, family, cfg)
+    processes.on_first(lambda: metrics.require(run.report))
     _room_at_the_end(run, checkpoint)
     over = _mesh(run, cfg)
     if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
@@ -121,7 +123,32 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
     if processes.several():
         processes.agree("the run", to_dict(run), json.dumps(to_dict(run)))
-    return Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
+    setup = Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
+    for prompt in run.samples:
+        room(setup.model({}), to_ids(setup.model({}), prompt, {}), None)
+    return setup
+
+
+def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
+    """ValueError for targets that are none, and for an adapter to go on from that is another than the run's."""
+    rows = lora.targets(family.PARAMS, cfg, run.lora.targets or ("all-linear",))
+    if run.lora.dropout and any(row.path == "head" for row in rows):
+        raise ValueError("lora.dropout does not go with the target head, whose logits are computed in parts: leave one")
+    if run.adapter is None:
+        return
+    found = peft.find(run.adapter, family.PARAMS, cfg, family.UNREAD)
+    if found.unread:
+        raise ValueError(f"{run.adapter} also adapts the half of the model that sees, which is not read yet")
+    theirs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in found.pairs}
+    if theirs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
+        raise ValueError(
+            f"{run.adapter} has another rank, alpha or targets than this run: give its own (--lora.rank, --lora.alpha, "
+            "--lora.rslora, --lora.targets)"
+        )
+
+
+def _scale(run: Run) -> float:
+    return lora.scale(run.lora.alpha, run.lora.rank, run.lora.rslora)
 
 
 def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
@@ -183,9 +210,8 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
 
     corpus = prepared() if processes.first() else None
     processes.gather("prepared")
-    batches = Batches(corpus or prepared(), run.batch, run.length, run.seed, data.packing, long=data.long)
-    batches.share = rows_here(run.batch, over)
-    return batches
+    more = {"share": rows_here(run.batch, over), "long": data.long}
+    return Batches(corpus or prepared(), run.batch, run.length, run.seed, data.packing, **more)
 
 
 def _variable(text: str) -> tuple[str, Any]:
@@ -206,74 +232,3 @@ def rows_here(B: int, over: Any) -> slice:
     where = mesh.sharding("BT", (B, 1), over)
     found = [index[0].indices(B) for index in where.addressable_devices_indices_map((B, 1)).values() if index]
     return slice(min(begin for begin, _, _ in found), max(end for _, end, _ in found))
-
-
-def begin(setup: Setup) -> step.State:
-    """The first state, in its place: random weights, those of a checkpoint, or an adapter."""
-    run = setup.run
-    if run.adapter is not None:
-        trained = _adapter(setup)
-    elif run.method == "lora" or setup.checkpoint is None:
-        trained = setup.trained(jax.random.key(run.seed))
-    else:
-        trained = read(setup)
-    rule = setup.rule()
-    where = None if setup.over is None else step.places(setup.state_shapes(), setup.over, setup.family.PARAMS)
-    return jax.jit(lambda w: step.start(rule, w), out_shardings=where)(trained)
-
-
-def frozen(setup: Setup) -> Any:
-    """The weights beside an adapter; None where all are trained."""
-    return read(setup) if setup.run.method == "lora" else None
-
-
-def read(setup: Setup) -> Any:
-    """A checkpoint's weights, stacked: float32 where they are trained, else in the type of the run."""
-    run, over, checkpoint = setup.run, setup.over, setup.checkpoint
-    assert checkpoint is not None
-
-    def where(row: params.Row) -> Any:
-        return step.place(row.letters, row.shape, over)
-
-    dtype = "float32" if run.method == "full" else run.dtype
-    weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, where, None)
-    return _stacked(weights, setup)
-
-
-def _stacked(weights: Any, setup: Setup) -> Any:
-    """Listed weights, stacked name by name; those listed are used up, so that there is never a second copy of all."""
-
-    def stack(tree: Any) -> Any:
-        return params.stack(tree, setup.period)
-
-    layers = weights.pop("layers")
-    rest = len(layers) % setup.period
-    found: dict[str, Any] = {"stacked": [{} for _ in range(setup.period)], "rest": [{} for _ in range(rest)]}
-    for name in tuple(layers[0]):
-        column = {"layers": [{name: layer.pop(name)} for layer in layers]}
-        where = None
-        if setup.over is not None:
-            where = step.weight_places(jax.eval_shape(stack, column), setup.over, setup.family.PARAMS)
-        made = jax.jit(stack, out_shardings=where)(column)["layers"]
-        for whole, part in zip(found["stacked"] + found["rest"], made["stacked"] + made["rest"], strict=True):
-            whole |= part
-    return {**weights, "layers": found}
-
-
-def _adapter(setup: Setup) -> Any:
-    """The adapter that a run goes on from, stacked; its rank, scale and targets are those of its file."""
-    run, table = setup.run, setup.family.PARAMS
-    found = peft.find(Path(str(run.adapter)), table, setup.config, setup.family.UNREAD)
-
-    def where(row: params.Row) -> Any:
-        return step.place(row.letters, row.shape, setup.over)
-
-    tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), where)
-    like = jax.eval_shape(setup.adapter, jax.random.key(0))
-    same = jax.tree.structure(tree) == jax.tree.structure(like)
-    if not same or any(a.shape != b.shape for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like))):
-        raise ValueError(
-            f"{run.adapter} has another rank, alpha or targets than this run: give its own (--lora.rank, --lora.alpha, "
-            "--lora.targets)"
-        )
-    return params.stack(tree, setup.period)

@@ -58,15 +58,19 @@ class File:
 
     path: Path
 
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
     def rows(self) -> Iterator[Row | Bad]:
         if self.path.stat().st_size == 0:
-            return iter([Bad(str(self.path), 0, "empty file", "the file is empty")])
+            return iter([Bad(self.name, 0, "empty file", "the file is empty")])
         return READERS[self.path.suffix](self.path)
 
     def digest(self) -> str:
-        """Of the contents: a name, a size and a time may stay when a file changes."""
+        """Of the contents (a name, a size and a time may stay when a file changes) and of how they are read."""
         with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
+            return hashlib.file_digest(file, "blake2b").hexdigest() + self.path.suffix.lower()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""`jaxlm train -c FILE`: which file is read, what its fields become, and who wins."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm import cli
+
+
+@pytest.fixture
+def parsed(tmp_path) -> Any:
+    """What `train -c FILE` makes of a file's text and of flags."""
+    path = tmp_path / "a.yaml"
+
+    def parse(text: str, *argv: str) -> Any:
+        path.write_text(text)
+        return cli.parse(["train", "-c", str(path), *argv])
+
+    return parse
+
+
+def refused(capsys: Any, *argv: str) -> str:
+    """What is said on stderr, in one line."""
+    with pytest.raises(SystemExit) as end:
+        cli.parse(["train", *argv])
+    assert end.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_file_is_named_in_any_form(tmp_path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("steps: 7\n")
+    for argv in (["-c", str(path)], [f"-c={path}"], [f"-c{path}"], ["--config", str(path)], [f"--config={path}"]):
+        run = cli.parse(["train", *argv])
+        assert (run.steps, run.config) == (7, path), argv
+
+
+@pytest.mark.parametrize("second", [["-c", "b.yaml"], ["-c=b.yaml"], ["-cb.yaml"], ["--config=b.yaml"]])
+def test_a_second_file_is_refused(second, capsys) -> None:
+    said = refused(capsys, "--config", "a.yaml", *second)
+    assert said == "jaxlm: -c takes one file, not a.yaml and b.yaml; flags may stand beside it"
+
+
+def test_a_file_without_a_name(capsys) -> None:
+    assert "Missing value for argument '-c/--config'" in refused(capsys, "-c")
+
+
+def test_a_file_names_no_other_file(tmp_path, capsys) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("config: b.yaml\n")
+    said = refused(capsys, "-c", str(path))
+    assert said == f"jaxlm: {path} names another file (config: b.yaml), but one is read: put its lines here"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- steps", "should hold fields and values (steps: 1000), not ['steps']"),
+        (b"steps: [", "cannot be read: while parsing"),
+        (b"out: \xff", "cannot be read: 'utf-8' codec"),
+        (None, "cannot be read: [Errno 2] No such file"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content, message, tmp_path, capsys) -> None:
+    path = tmp_path / "a.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    assert refused(capsys, f"-c={path}").startswith(f"jaxlm: {path} {message}")
+
+
+def test_values_that_look_like_flags(parsed) -> None:
+    run = parsed("""
+samples: ["-hello", "--steps", "a=b", "", "two\\nlines"]
+out: -run
+optimiser: {lr: -1.0}
+data: {train: [-a.txt, b.txt], text_field: --text, template_arg: [x=-1]}
+report: [wandb, tensorboard]
+""")
+    assert run.samples == ("-hello", "--steps", "a=b", "", "two\nlines")
+    assert (run.out, run.optimiser.lr, run.report) == (Path("-run"), -1.0, ("wandb", "tensorboard"))
+    assert (run.data.train, run.data.text_field, run.data.template_arg) == (("-a.txt", "b.txt"), "--text", ("x=-1",))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--samples", "x", "--data.template-arg", "b=2", "--steps", "5", "--data.dataset", "d"],
+        ["--samples=x", "--data.template-arg=b=2", "--steps=5", "--dataset=d"],
+        ["--samples=x", "--data.template_arg", "b=2", "--steps=5", "--dataset", "d"],
+    ],
+)
+def test_flags_win(argv, parsed) -> None:
+    run = parsed("steps: 3\nsamples: [a, b]\ndata: {dataset: c, template_arg: [a=1], valid: [v]}", *argv)
+    assert (run.steps, run.samples) == (5, ("x",))
+    assert (run.data.dataset, run.data.template_arg, run.data.valid) == ("d", ("b=2",), ("v",))
+
+
+def test_booleans_can_be_turned_off(parsed) -> None:
+    text = "lora: {rslora: true}\ndry_run: true\ndebug: yes\n"
+    run = parsed(text)
+    assert (run.lora.rslora, run.dry_run, run.debug) == (True, True, True)
+    run = parsed(text, "--lora.no-rslora", "--no-dry-run", "--no-debug")
+    assert (run.lora.rslora, run.dry_run, run.debug) == (False, False, False)
+    assert parsed("lora: {rslora: false}", "--lora.rslora").lora.rslora
+
+
+def test_other_commands_have_no_such_flags(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["generate", "--help"])
+    assert "--no-" not in capsys.readouterr().out.replace("--no-think", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ("rslro: true", "--rslro"),
+        ("lora: {rslro: false}", "--lora.no-rslro"),
+        ("resume: false", "--no-resume"),
+        ("optimizer: {lr: 1}", "--optimizer.lr=1"),
+        ("optimiser: 3", "--optimiser=3"),
+    ],
+)
+def test_unknown_fields_are_named(text, flag, tmp_path, capsys) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    assert f"Unrecognized options: {flag} " in refused(capsys, "-c", str(path))
