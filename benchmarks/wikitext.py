@@ -92,15 +92,16 @@ def report(found: dict[str, list], steps: int, path: Path) -> None:
     print("| | test loss (nats a token), 3 seeds | mean | spread | tokens/s |\n| --- | --- | --- | --- | --- |")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for color, (name, runs) in enumerate(found.items()):
+    styles = {"jaxlm": {"color": "C0", "linewidth": 2.5, "alpha": 0.5}, "torch": {"color": "k", "linestyle": ":"}}
+    for name, runs in found.items():
         last = [valid[-1] for _, valid, _ in runs]
         speed = statistics.median(speed for *_, speed in runs)
         print(f"| {name} | {', '.join(f'{x:.4f}' for x in last)} | {statistics.mean(last):.4f} | "
               f"{max(last) - min(last):.4f} | {speed:,.0f} |")  # fmt: skip
         for losses, valid, _ in runs:
-            axes.plot(np.linspace(5, steps, len(losses)), losses, color=f"C{color}", linewidth=0.7, alpha=0.5)
-            axes.plot(steps, valid[-1], "o" if color else "x", color=f"C{color}")
-        axes.plot([], [], color=f"C{color}", label=f"{name}: training, and test at the end")
+            axes.plot(np.linspace(5, steps, len(losses)), losses, **styles[name])
+            axes.plot(steps, valid[-1], "o" if name == "jaxlm" else "x", color=styles[name]["color"])
+        axes.plot([], [], **styles[name], label=f"{name}: training, and test at the end")
     apart = [abs(a[1][-1] - b[1][-1]) for a, b in zip(*found.values())]
     each = max(abs(x - y) for a, b in zip(*found.values()) for x, y in zip(a[0], b[0]))
     print(f"same seed: test losses differ by {max(apart):.5f} at most, training losses by {each:.5f}")
