@@ -23,9 +23,9 @@ SHAPES = {
     "narrower, more layers": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 16,
                               "num_attention_heads": 4, "num_key_value_heads": 2},
     "4,096 tokens": {"vocab_size": 4096, "num_hidden_layers": 6},
-    "1,024 tokens": {"vocab_size": 1024, "num_hidden_layers": 8},
-    "adamw": {},
     "with books": {},
+    "adamw": {},
+    "1,024 tokens": {"vocab_size": 1024, "num_hidden_layers": 8},
 }  # fmt: skip
 
 
@@ -40,10 +40,11 @@ def run(name: str, fields: dict[str, int], steps: int, out: Path) -> str:
         assert command(["tokenizer", "train", str(STORIES / "tiny.txt"), "--vocab-size", str(size), "--out",
                         str(tokenizer)]) == 0  # fmt: skip
     if not (folder / "run/model").exists():
-        texts = [STORIES / "tiny.txt", *([STORIES / "books.txt"] if name == "with books" else [])]
+        names = ["tiny.txt", "books.txt"] if name == "with books" else ["tiny.txt"]
+        texts = [f"--data.train={STORIES / text}" for text in names]
         how = ["muon", "0.004"] if name != "adamw" else ["adamw", "0.004"]
         assert command(["train", "-c", "examples/stories/config.yaml", "--steps", str(steps), "--shape",
-                        str(folder / "shape.json"), "--tokenizer", str(tokenizer), "--data.train", *map(str, texts),
+                        str(folder / "shape.json"), "--tokenizer", str(tokenizer), *texts,
                         "--optimiser.name", how[0], "--optimiser.lr", how[1], "--optimiser.warmup", "30",
                         "--eval-every", "0", "--sample-tokens", "1", "--out", str(folder / "run")]) == 0  # fmt: skip
     model = jaxlm.load(folder / "run/model")

@@ -8,7 +8,7 @@ from typing import Any
 
 ENV = {key: value for key, value in os.environ.items() if key != "JAX_DEFAULT_DEVICE"}
 HEARTBEAT = 5  # seconds
-ENV["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+ENV["XLA_FLAGS"] = f"{ENV.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"  # of two, the last counts
 
 
 def free_port() -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def likeliest(model: Model, ids: tuple[int, ...], bias: tuple[tuple[int, float],
     tokens, pos = np.zeros((1, LENGTH), np.int32), np.full((1, LENGTH), -1)
     tokens[0, : len(ids)], pos[0, : len(ids)] = ids, np.arange(len(ids))
     logits, _ = model.forward(tokens, model.weights, None, jnp.asarray(pos))
-    last, seen = np.array(logits[0])[len(ids) - 1], list(ids)
+    last, seen = np.array(logits)[0, len(ids) - 1], list(ids)
     for token, more in bias:
         last[token] += more
     last[seen] = np.where(last[seen] > 0, last[seen] / repetition, last[seen] * repetition)
@@ -452,6 +453,6 @@ def test_holds_is_true_exactly_where_the_ring_has_what_is_looked_at():
     """A ring of window 4 and chunk 3 has 6 slots."""
     kv = caches.init(1, 32, (4, None), 1, 2, jnp.float32, 3)
     for start in range(0, 12, 3):
-        kv, _ = caches.advance(kv, jnp.arange(start, start + 3, dtype=jnp.int32)[None])
+        kv, _ = jax.jit(caches.advance)(kv, np.arange(start, start + 3, dtype=np.int32)[None])
     assert [holds(kv, (4, None), m) for m in range(13)] == [True] + [False] * 8 + [True] * 4
     assert [holds(kv, (None,), m) for m in (5, 13)] == [True, False] if len(kv.layers) == 1 else True

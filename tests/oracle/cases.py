@@ -87,7 +87,7 @@ LLAMA3 = [
     Case("llama3", "one layer, one kv head", shape(L=1, N=8, K=1, D=32), faults.norms_forgotten),
     Case("llama3", "epsilon", shape(rms_norm_eps=1e-5), faults.config(eps=1e-6), change=faint),
     Case("llama3", "bfloat16, sharded", shape(L=3, **TIED), faults.swapped_norms, shards=True, stored="bfloat16"),
-    Case("llama3", "float16, 8 layers", shape(L=8), faults.skipped_layer, shards=True, stored="float16", old=True),
+    Case("llama3", "float16, 4 layers", shape(L=4), faults.skipped_layer, shards=True, stored="float16", old=True),
     *ropes("llama3"),
 ]
 QWEN3 = [
@@ -118,7 +118,7 @@ OLMO2 = [
 ]
 GEMMA3 = [
     Case("gemma3", "pattern 6", shape(L=7, layer_types=None), faults.window_off),
-    Case("gemma3", "pattern 6, old spelling", shape(L=8, layer_types=None), faults.local_theta_is_global, old=True),
+    Case("gemma3", "pattern 6, old spelling", shape(L=6, layer_types=None), faults.local_theta_is_global, old=True),
     Case("gemma3", "pattern 2", shape(L=3, layer_types=None, sliding_window_pattern=2), faults.window(1), old=True),
     Case("gemma3", "kinds out of order", shape(L=3, layer_types=[FULL, SLIDING, SLIDING]), faults.window(-1)),
     Case("gemma3", "linear factor", shape(**gemma_rope(rope_type="linear", factor=8.0)), faults.rope(type="default")),
