@@ -1,7 +1,5 @@
 """`python -m jaxlm` is `jaxlm`."""
 
-import sys
+from jaxlm.cli import entry
 
-from jaxlm.cli import main
-
-sys.exit(main())
+entry()

@@ -154,6 +154,9 @@ def evaluate(
     batch: int | None = None,
     form: str | None = None,
     learn: Literal["assistant", "completion", "all"] | None = None,
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
     on_bad: Literal["stop", "skip"] = "stop",
     split: str = "test",
     offline: bool = False,
@@ -164,12 +167,14 @@ def evaluate(
     length: tokens that are read at once; the context, at most 2048, when not given. stride: tokens from one window of a
     longer document to the next; half of length when not given. Every token is predicted once, and after the first
     window sees at least length - stride tokens before it; documents do not see each other. batch: rows of `length`
-    tokens that are computed together. form, learn, on_bad, split: as in training (TextOptions, sources.find). progress:
-    is told documents and tokens so far. Raises ValueError or OSError with what is wrong, where, and the way out.
+    tokens that are computed together. form, learn, the fields, on_bad, split: as in training (TextOptions,
+    sources.find). progress: is told documents and tokens so far. Raises ValueError or OSError with what is wrong,
+    where, and the way out.
     """
     tokenizer = _tokenizer(model)
     T, step = sizes(model, length, stride, batch)
-    read = Reading(tokenizer, files, TextOptions(form=form, learn=learn), on_bad, split=split, offline=offline)
+    options = TextOptions(form, learn, text_field, prompt_field, completion_field)
+    read = Reading(tokenizer, files, options, on_bad, split=split, offline=offline)
     nats, tokens = 0.0, 0
     for block in read.blocks(T, step):
         for _, found in scores(model, block, batch):

@@ -42,7 +42,7 @@ class Stopped(Exception):
     pass
 
 
-def stopping(at: int) -> Any:
+def stopping_at(at: int) -> Any:
     """A listener that ends the run at a step."""
 
     def tell(line: dict[str, Any]) -> None:

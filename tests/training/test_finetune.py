@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from recordings.tiny import tiny
-from training.runs import Stopped, lines, stopping
+from training.runs import Stopped, lines, stopping_at
 
 import jaxlm
 from jaxlm import lora, params
@@ -108,7 +108,7 @@ def test_a_run_of_an_adapter(chats, shared, tmp_path) -> None:
     assert losses[-1] < losses[0] - 0.3
     other = replace(run, out=tmp_path / "other")
     with pytest.raises(Stopped):
-        loop.train(other, stopping(6))
+        loop.train(other, stopping_at(6))
     loop.train(other)
     assert lines(other.out) == lines(run.out)
     saved = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (run.out, other.out)]

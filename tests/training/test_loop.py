@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training.runs import Stopped, lines, made, run_of, stopping
+from training.runs import Stopped, lines, made, run_of, stopping_at
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.training import loop, saving
+from jaxlm.training import loop, plan, saving, stopping
 from jaxlm.training.config import Data, Optimiser, Run
+from jaxlm.training.setup import set_up
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,65 @@ def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_pat
 
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
-        loop.train(run, stopping(at))
+        loop.train(run, stopping_at(at))
     loop.train(run)
     assert lines(run.out) == lines(whole)
     assert weights(run.out) == weights(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
+    """It ends after the step under way with a checkpoint of it, and goes on from there bit by bit."""
+    run = run_of(files, tmp_path / "run")
+
+    def tell(line: dict[str, Any]) -> None:
+        if line == {"step": 7}:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(stopping.Ended, match="ended after step 7, which is saved: the same command goes on") as caught:
+        loop.train(run, tell)
+    assert caught.value.signal == number
+    assert signal.getsignal(number) == before
+    assert (run.out / "checkpoints/7").is_dir()
+    loop.train(run)
+    assert lines(run.out) == lines(whole)
+    assert weights(run.out) == weights(whole)
+
+
+def test_the_command_says_why_it_ended(monkeypatch, capsys) -> None:
+    def ends(self: Any) -> int:
+        raise stopping.Ended("ended after step 7, which is saved", signal.SIGTERM)
+
+    monkeypatch.setattr("jaxlm.cli.train.Train.run", ends)
+    assert main(["train"]) == 143
+    assert capsys.readouterr().err.strip() == "ended after step 7, which is saved"
+
+
+def test_a_new_model_ends_with_its_tokenizers_token(files, whole, tmp_path) -> None:
+    """Whatever ids its shape had, which may be another model's."""
+    shape = json.loads(Path(files["shape"]).read_text()) | {"bos_token_id": 7, "eos_token_id": 9}
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape/config.json").write_text(json.dumps(shape))
+    setup = set_up(run_of({**files, "shape": str(tmp_path / "shape")}, tmp_path / "run"))
+    assert (setup.raw["bos_token_id"], setup.raw["eos_token_id"]) == (1, 2)
+    told = json.loads((whole / "model/generation_config.json").read_text())
+    assert (told["eos_token_id"], told["do_sample"]) == (2, True)
+    assert json.loads((whole / "model/config.json").read_text())["eos_token_id"] == 2
+
+
+def test_an_example_shows_what_is_learned(files, tmp_path) -> None:
+    """The part of a long row around its first learned token, and the token that ends the answer."""
+    rows = [{"question": "the cat sat " * 40 + "home?", "answer": "the dog ran"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows * 4)))
+    data = Data((str(tmp_path / "data.jsonl"),), packing="none")
+    setup = set_up(run_of(files, tmp_path / "run", data=data, length=800))
+    [pieces] = plan.examples(setup, 1, tokens=60)
+    assert pieces[0] == ("… ", False)
+    learned = "".join(text for text, learned in pieces if learned)
+    assert "the dog ran" in learned
+    assert learned.endswith("</s>")
+    assert "cat" in "".join(text for text, learned in pieces if not learned)
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(files, tmp_path) -> None:
@@ -131,7 +187,7 @@ def test_a_run_goes_on_over_a_mesh(files, whole, tmp_path) -> None:
     float32's rounding over seven steps, not bit by bit."""
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
-        loop.train(run, stopping(6))
+        loop.train(run, stopping_at(6))
     loop.train(replace(run, mesh="data=4,model=2"))
     for line, other in zip(lines(run.out), lines(whole), strict=True):
         assert line.keys() == other.keys()
@@ -171,7 +227,9 @@ def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
 
 
 def test_another_run_in_the_folder_is_refused(files, whole) -> None:
-    with pytest.raises(ValueError, match=r"holds a run with another optimiser.b1, batch, seed: choose another --out"):
+    with pytest.raises(
+        ValueError, match=r"another optimiser.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\): choose"
+    ):
         loop.train(run_of(files, whole, seed=1, batch=8, optimiser=Optimiser(lr=1e-2, b1=0.8)))
     text = Path(files["train"]).read_text()
     try:
@@ -197,7 +255,7 @@ def test_a_rate_that_was_too_high(files, tmp_path) -> None:
     """With a checkpoint before it the message names that, and the same command with a lower rate goes on."""
     run, notes = run_of(files, tmp_path / "run"), []
     with pytest.raises(Stopped):
-        loop.train(run, stopping(6))
+        loop.train(run, stopping_at(6))
     wild = replace(run, optimiser=Optimiser(lr=1e38))
     with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/5; with a lower --optimiser.lr"):
         loop.train(wild)
@@ -215,7 +273,7 @@ def test_weights_that_a_step_ruined_are_not_gone_on_from(files, tmp_path) -> Non
     often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
     run = run_of(files, tmp_path / "run", optimiser=calm, **often)
     with pytest.raises(Stopped):
-        loop.train(run, stopping(4))
+        loop.train(run, stopping_at(4))
     with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimiser.lr"):
         loop.train(replace(run, optimiser=wild))
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]

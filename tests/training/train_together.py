@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.runs import Stopped, run_of, stopping
+from training.runs import Stopped, run_of, stopping_at
 
 from jaxlm import processes
 from jaxlm.training import loop
@@ -30,7 +30,7 @@ def main(port: str, index: str, folder: str, out: str, mesh: str, adapter: str =
     run = run_for(Path(folder), Path(out), mesh, bool(adapter))
     if adapter:  # an end in the middle, after a checkpoint
         try:
-            loop.train(replace(run, save_every=2), stopping(4))
+            loop.train(replace(run, save_every=2), stopping_at(4))
             raise AssertionError("it went on")
         except Stopped:
             pass

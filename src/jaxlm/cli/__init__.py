@@ -4,9 +4,10 @@ Nothing here imports jax at the top: `jaxlm --help` must answer at once.
 """
 
 import os
+import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxlm import __version__
 
@@ -14,7 +15,7 @@ ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, c
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; -> 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Runs a command; -> 0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + the signal)."""
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["--version"], ["-V"]):
         print(f"jaxlm {__version__}")
@@ -23,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(argv or ["--help"])
         return command.run() or 0
-    except KeyboardInterrupt:
-        return end(command, "\ninterrupted", 130)
+    except KeyboardInterrupt as error:
+        return end(command, f"\n{error or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return end(command, "", 0)
@@ -33,6 +34,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         trace = traceback.format_exc() if command.debug else ""
         return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
+
+
+def entry() -> NoReturn:
+    """The `jaxlm` command. After an interruption threads may still compute, and would fall over a normal end."""
+    status = main()
+    if status > 128:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def end(command: Any, text: str, status: int) -> int:

@@ -17,7 +17,7 @@ from jaxlm.cli.common import ModelFlags, note
 if TYPE_CHECKING:
     from jaxlm.evaluation import Evaluation
 
-OF_TEXTS = ("stride", "form", "learn", "on_bad", "split")
+OF_TEXTS = ("stride", "form", "learn", "text_field", "prompt_field", "completion_field", "on_bad", "split")
 OF_TASKS = ("tasks_folder", "shots", "limit", "chat")
 
 
@@ -38,9 +38,15 @@ class Eval(ModelFlags):
     batch: int | None = None
     """Rows that are computed together; default: as the device likes it."""
     form: str | None = None
-    """text, messages, prompt, instruction or conversations; default: what the first rows look like."""
+    """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
     learn: Literal["assistant", "completion", "all"] | None = None
     """Which tokens count; default: answers where there are any, else all."""
+    text_field: str = "text"
+    """Field of a row that is a text."""
+    prompt_field: str = "prompt"
+    """Field of a prompt."""
+    completion_field: str = "completion"
+    """Field of its completion."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be used."""
     split: str = "test"

@@ -24,7 +24,7 @@ class Data:
     revision: str | None = None
     """Of a hub dataset: branch, tag or commit."""
     form: str | None = None
-    """text, messages, prompt, instruction or conversations; default: what the first rows look like."""
+    """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
     learn: Literal["assistant", "completion", "all"] | None = None
     """Which tokens count; default: answers where there are any, else all."""
     text_field: str = "text"

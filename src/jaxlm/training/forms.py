@@ -13,6 +13,7 @@ FORMS: dict[str, tuple[tuple[str, ...], str]] = {
     "conversations": (("conversations",), "assistant"),
     "prompt": (("prompt", "completion"), "completion"),
     "instruction": (("instruction", "output"), "completion"),
+    "question": (("question", "answer"), "completion"),
     "text": (("text",), "all"),
 }
 ASSISTANT = "assistant"
@@ -25,7 +26,7 @@ class TextOptions:
     """How rows are read."""
 
     form: str | None = None
-    """text, messages, conversations, prompt or instruction. Default: what the first row looks like."""
+    """text, messages, conversations, prompt, instruction or question. Default: what the first row looks like."""
     learn: Literal["assistant", "completion", "all"] | None = None
     """What counts in the loss: every turn of the assistant, the completion (of messages: the last turn), or all.
     Default: all of a text, the assistant's turns of messages, the completion of a prompt."""
@@ -95,13 +96,13 @@ def conversation(value: Mapping[str, Any], form: str, options: TextOptions, lear
         messages = _messages(value[form], form)
         last = max((i for i, message in enumerate(messages) if message["role"] == ASSISTANT), default=0)
         return Chat(messages, _tools(value), last if learn == "completion" else 0)
-    if form == "prompt":
+    if form in ("prompt", "question"):
         given, said = (value[name] for name in options.fields(form))
     else:
         given, said = _instruction(value, template), _string(value, "output")
     if isinstance(given, str) and isinstance(said, str) and not template:
         return _apart(given, said)
-    fields = options.fields("prompt")
+    fields = options.fields("question" if form == "question" else "prompt")
     asked = [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given, fields[0])
     answer = [{"role": ASSISTANT, "content": said}] if isinstance(said, str) else _messages(said, fields[1])
     return Chat([*asked, *answer], _tools(value), len(asked) if learn == "completion" else 0)

@@ -22,7 +22,7 @@ import numpy as np
 from jaxlm import flops, mesh, params, processes
 from jaxlm.checkpoint import peft
 from jaxlm.exporting import export
-from jaxlm.training import metrics, optimisers, saving, step
+from jaxlm.training import metrics, optimisers, saving, step, stopping
 from jaxlm.training.begin import begin, frozen
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.loss import loss
@@ -112,11 +112,13 @@ class Loop:
         self.begin(first)
         waiting: tuple[int, Any] | None = None
         try:
-            with mesh.on(state.weights):
+            with stopping.listening() as asked, mesh.on(state.weights):
                 if self.due(first):  # what an earlier run may have been cut off from
                     self.look(first, state)
                 for number, batch in zip(range(first + 1, steps + 1), self.setup.data.iterate(first)):
                     state, found = self.step(state, self.placed(batch), self.frozen)
+                    if number == first + 1:  # the first call compiles, which is no step's time
+                        self.compiled(number)
                     self.check(waiting)
                     waiting = number, found
                     self.count(number)
@@ -129,10 +131,25 @@ class Loop:
                     if self.due(number):
                         self.check(waiting)
                         self.look(number, state)
+                    if signal := asked():
+                        self.check(waiting)
+                        self.end(number, state, signal)
         finally:
             for service in self.services:
                 service.close()
         return state
+
+    def compiled(self, number: int) -> None:
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self.tell({"step": number, "note": f"compiled in {seconds:.0f} s"})
+
+    def end(self, number: int, state: step.State, signal: int) -> None:
+        """The end that was asked for, unless the run ends here anyway."""
+        if number == self.setup.run.steps:
+            return
+        self.saved.save(number, state)
+        self.saved.wait()
+        raise stopping.Ended(f"ended after step {number}, which is saved: the same command goes on from there", signal)
 
     def due(self, number: int) -> bool:
         """Whether there is an evaluation after this step."""
@@ -152,6 +169,7 @@ class Loop:
         peak, source = flops.peak(jax.local_devices()[0])
         self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # of a CPU all devices are parts
         how = f"goes on after step {first:,}" if first else f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
+        how = "all steps have been taken" if first == run.steps else how
         self.tell({"step": first, "steps": run.steps, "note": f"{how}; MFU against {devices} x {source}"})
         self.clock, self.counted = time.perf_counter(), 0
 
@@ -218,9 +236,9 @@ class Loop:
             from jaxlm.prompts import room, to_ids
 
             model = self.setup.model(self.listed(state.weights, self.frozen))
-            for prompt in run.samples:
+            for i, prompt in enumerate(run.samples):
                 most = min(run.sample_tokens, room(model, to_ids(model, prompt, {}), None))
-                told = generate(model, prompt, max_tokens=most, temperature=0.8, seed=run.seed)
+                told = generate(model, prompt, max_tokens=most, temperature=0.8, seed=(run.seed + i) % (1 << 32))
                 self.add({"step": number, "prompt": prompt, "text": told.text})
         self.clock += time.perf_counter() - begun  # this is no training time
 

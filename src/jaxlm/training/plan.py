@@ -1,6 +1,7 @@
 """What a run will take and what it will see, before it begins: memory a device, steps, tokens, and examples."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -89,16 +90,28 @@ def told(setup: Setup, found: Plan) -> Iterator[str]:
 
 
 def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple[str, bool]]]:
-    """The first rows of step 0 as pieces of text, each with whether it is learned."""
-    batch, tokenizer = setup.data.batch(0), setup.tokenizer
+    """The first rows of step 0 as pieces of text, each with whether it is learned; of a long row the part around the
+    first token that is."""
+    batch, decode = setup.data.batch(0), setup.tokenizer.decode
     for row in range(min(count, len(batch.tokens))):
-        length = int(np.argmax(batch.pos[row] < 0)) or len(batch.pos[row])
-        length = min(length, tokens)
-        # A document's first token is nobody's target; each other one is the target of its left neighbour.
-        learned = np.concatenate([[False], batch.learned[row, : length - 1]]) & (batch.pos[row, :length] > 0)
-        ids = batch.tokens[row, :length].tolist()
-        kinds = list(zip(learned.tolist(), (batch.pos[row, :length] == 0).cumsum().tolist()))
-        begins = [i for i in range(length) if i == 0 or kinds[i] != kinds[i - 1]]
+        ids, kinds = _row(*(field[row] for field in batch))
+        first = next((i for i, (learned, _) in enumerate(kinds) if learned), 0)
+        start = 0 if first < tokens // 2 else first - tokens // 2
+        ids, kinds = ids[start : start + tokens], kinds[start : start + tokens]
+        begins = [i for i in range(len(ids)) if i == 0 or kinds[i] != kinds[i - 1]]
         # Not piece by piece: some tokenizers leave out the space at the beginning of what they decode.
-        texts = [tokenizer.decode(ids[:end], skip_special=False) for end in [*begins, length]]
-        yield [(texts[n + 1][len(texts[n]) :], kinds[begin][0]) for n, begin in enumerate(begins)]
+        texts = [decode(ids[:end], skip_special=False) for end in [*begins, len(ids)]]
+        before = [("… ", False)] if start else []
+        yield before + [(texts[n + 1][len(texts[n]) :], kinds[begin][0]) for n, begin in enumerate(begins)]
+
+
+def _row(tokens: Any, targets: Any, pos: Any, learned: Any) -> tuple[list[int], list[tuple[bool, int]]]:
+    """A row's documents, each with its last target, which is no input: ids, and whether each is learned, and in which
+    document."""
+    ids, kinds = [], []
+    begins = [*np.flatnonzero(pos == 0), int((pos >= 0).sum())]
+    for number, (begin, end) in enumerate(pairwise(begins)):
+        ids += [*tokens[begin:end].tolist(), int(targets[end - 1])]
+        # A document's first token is nobody's target; each other one is the target of its left neighbour.
+        kinds += [(flag, number) for flag in (False, *learned[begin:end].tolist())]
+    return ids, kinds

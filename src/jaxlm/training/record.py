@@ -23,18 +23,23 @@ def settle(setup: Setup, begun: bool) -> list[str]:
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     told, contents = flat(to_dict(run)), contents_of(setup)
-    changed = processes.on_first(lambda: _changes(run.out, told, contents)) if begun else []
+    changed = processes.on_first(lambda: _changes(run.out, told, contents)) if begun else {}
     if wrong := [name for name in changed if name not in FREE]:
-        raise ValueError(f"{run.out} holds a run with another {', '.join(wrong)}: choose another --out")
+        shown = [f"{name} ({changed[name]}, not {told[name]})" if name in told else name for name in wrong]
+        raise ValueError(
+            f"{run.out} holds a run with another {', '.join(shown)}: choose another --out (--model with the old one's "
+            "model goes on from its weights)"
+        )
     if processes.first():
         write(run.out / "run.json", to_dict(run))
         write(run.out / "contents.json", contents)
     return [f"goes on with another {name}: {told[name]}" for name in changed if name == "optimiser.lr"]
 
 
-def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> list[str]:
-    """Names that differ from what the folder's files say; a field that these do not know is new in this version."""
-    found = []
+def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
+    """Names that differ from what the folder's files say, which is given; a field that these do not know is new in this
+    version."""
+    found = {}
     for name, now in (("run.json", told), ("contents.json", contents)):
         path = folder / name
         if path.exists():
@@ -42,7 +47,7 @@ def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> li
                 before = flat(json.loads(path.read_text()))
             except (ValueError, AttributeError):  # no JSON, or no names and values
                 raise ValueError(f"{path} is damaged: take it away, and the run goes on unchecked") from None
-            found += [key for key, value in now.items() if key in before and before[key] != value]
+            found |= {key: before[key] for key, value in now.items() if key in before and before[key] != value}
     return found
 
 

@@ -23,6 +23,8 @@ from jaxlm.training import metrics, optimisers, step
 from jaxlm.training.config import Run, to_dict
 
 LENGTH, STEPS = 1024, 1000  # where a run says nothing
+# What a new model's generation_config.json says: small ones repeat themselves where the likeliest token is taken.
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 Progress = Callable[[int, int], None]  # documents, tokens
 
 
@@ -153,6 +155,8 @@ def _scale(run: Run) -> float:
 
 def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
     """FileExistsError where what the run makes could not take its place hours later."""
+    if run.out.exists() and not run.out.is_dir():
+        raise FileExistsError(f"{run.out} is a file: choose the name of a folder (--out)")
     if run.method == "lora":
         export.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
     else:
@@ -168,10 +172,12 @@ def _described(run: Run) -> tuple[Any, ...]:
         if checkpoint.adapter is not None:
             raise ValueError(f"{run.model} is an adapter: give its base as --model and it as --adapter, or fuse them")
     else:
-        raw, checkpoint, generation_config = hf.read_json(Path(str(run.shape))), None, {}
+        raw, checkpoint = _shape(Path(str(run.shape))), None
         family = models.family_of(raw.get("model_type"))
         cfg = family.Config.from_hf(raw)
         tokenizer = Tokenizer.load(run.tokenizer) if run.tokenizer else None
+        ids = _ids(tokenizer) if tokenizer else {}
+        raw, generation_config = {**raw, **ids}, {**SAMPLING, **ids}
     if tokenizer is None:
         where = run.tokenizer or run.model or "a new model"
         raise ValueError(f"{where}: there is no tokenizer: name its folder (--tokenizer), or make one from the texts "
@@ -182,6 +188,20 @@ def _described(run: Run) -> tuple[Any, ...]:
     if run.length > cfg.context:
         raise ValueError(f"rows of {run.length} tokens (length), but the model is made for {cfg.context}")
     return family, cfg, raw, tokenizer, generation_config, checkpoint
+
+
+def _shape(path: Path) -> dict[str, Any]:
+    """The contents of a config.json, or of a folder's."""
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} (--shape) is not there: it should be the config.json of a model")
+    return hf.read_json(path)
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which tokens begin and end a text: a new model's are its tokenizer's, whatever its shape was copied from."""
+    ends = sorted(tokenizer.eos_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
 
 def _mesh(run: Run, cfg: Any) -> Any:

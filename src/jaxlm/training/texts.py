@@ -121,7 +121,7 @@ class Texts:
             fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMS))
             seen = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
             raise Fault("fields are missing", f"a row with {fields} is expected, this {seen}: other names are given by "
-                        "text_field, or prompt_field and completion_field")  # fmt: skip
+                        "text_field, or prompt_field and completion_field (flags too)")  # fmt: skip
         if self.form is None:
             self.form, self.learn = form, self.learn or FORMS[form][1]
             if form == "text" and self.learn != "all":
