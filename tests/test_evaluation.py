@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_files as bytes_model
 from hypothesis import given
 from hypothesis import strategies as st
 from recordings.tiny import tiny
@@ -18,7 +19,6 @@ from tiny_chat import TEMPLATE, tokenizer_of
 
 import jaxlm
 from jaxlm import evaluation, lora, mesh, params, scoring, topology
-from jaxlm.cli import tiny as bytes_model
 from jaxlm.evaluation import Marks, evaluate
 from jaxlm.scoring import Piece, scores, windows
 from jaxlm.training import sources

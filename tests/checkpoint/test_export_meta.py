@@ -272,7 +272,7 @@ def test_a_tokenizer_that_comes_from_no_file_is_told(tmp_path, caplog):
 
 def test_the_ends_of_a_text_are_kept(tmp_path):
     """config.json has them, params.json has not."""
-    from jaxlm.cli import tiny as sample
+    import tiny_files as sample
 
     folder = tmp_path / "hf"
     folder.mkdir()

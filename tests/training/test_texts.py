@@ -319,6 +319,7 @@ def test_fields_with_other_names():
     value = {"question": "a", "answer": "b", "text": "c"}
     [made] = documents(value, prompt_field="question", completion_field="answer")
     assert text(made)[1] == "b<end>"
+    assert text(documents({"question": "a", "answer": "b"})[0])[1] == "b<end>"
     assert text(documents({"story": "a", "messages": []}, text_field="story")[0])[0] == "<bos>a<end>"
     assert text(documents({**PAIR, "text": "c"}, form="text")[0])[0] == "<bos>c<end>"
 
@@ -326,9 +327,9 @@ def test_fields_with_other_names():
 @pytest.mark.parametrize(
     ("value", "options", "why", "message"),
     [
-        ({"question": "a", "answer": "b"}, {}, "fields are missing",
-         "messages or conversations or prompt and completion or instruction and output or text is expected, this has "
-         "the fields question, answer: other names are given by text_field, or prompt_field and completion_field"),
+        ({"asked": "a", "answer": "b"}, {}, "fields are missing",
+         "prompt and completion or instruction and output or question and answer or text is expected, this has "
+         "the fields asked, answer: other names are given by text_field, or prompt_field and completion_field"),
         ({}, {}, "fields are missing", r"this has the fields \(none\)"),
         ({"text": "a"}, {"form": "messages"}, "fields are missing", "a row with messages is expected"),
         ("a", {"form": "messages"}, "fields are missing", "a row with messages is expected, this is a text"),

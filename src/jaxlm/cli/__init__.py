@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv or ["--help"])
         return command.run() or 0
     except KeyboardInterrupt as error:
-        return end(command, f"\n{error or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
+        return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return end(command, "", 0)
