@@ -307,7 +307,7 @@ def test_two_runs_in_one_folder(files, whole) -> None:
 
 
 def test_files_of_a_run_that_are_damaged(files, whole, tmp_path) -> None:
-    """run.json and metrics.jsonl: the message names the file."""
+    """run.json that is JSON and no record: the message names the file (metrics.jsonl: test_metrics.py)."""
     shutil.copytree(whole, tmp_path / "run")
     run = run_of(files, tmp_path / "run")
     (run.out / "run.json").write_text("[]")

@@ -126,8 +126,9 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     if processes.several():
         processes.agree("the run", to_dict(run), json.dumps(to_dict(run)))
     setup = Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
+    model = setup.model({})  # prompts need none of its weights
     for prompt in run.samples:
-        room(setup.model({}), to_ids(setup.model({}), prompt, {}), None)
+        room(model, to_ids(model, prompt, {}), None)
     return setup
 
 
