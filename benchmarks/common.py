@@ -33,7 +33,8 @@ def checkpoint(shape: str) -> Path:
     import ml_dtypes
     from safetensors.numpy import save_file
 
-    from jaxlm import models, params
+    from jaxlm import models
+    from jaxlm.nn import params
 
     folder = Path(tempfile.gettempdir()) / f"jaxlm-bench-{shape}"
     if (folder / "done").exists():

@@ -35,8 +35,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def ours(dtype: str):
     """-> (name, bytes a step, run): run gives tokens a second."""
     import jaxlm
-    from jaxlm import params
-    from jaxlm.generation import kv_bytes
+    from jaxlm.inference.generation import kv_bytes
+    from jaxlm.nn import params
 
     model = jaxlm.load(checkpoint(args.shape), dtype=dtype)
     prompts = [[(7 * i + row) % model.config.V for i in range(args.prompt)] for row in range(args.batch)]

@@ -15,7 +15,9 @@ import jax
 from programs import Setting, cache, share, weights
 from published import CHIPS, MODELS
 
-from jaxlm import mesh, models, params, topology
+from jaxlm import models
+from jaxlm.devices import mesh, topology
+from jaxlm.nn import params
 
 ORDER = ("llama-3.1-8b", "qwen3-14b", "gemma-3-27b", "qwen3-32b", "llama-3.1-70b")
 COUNTS = {

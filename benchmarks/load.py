@@ -43,8 +43,8 @@ def make(folder: Path, dtype: str, layers: int, vocabulary: int, shard: int = 25
     import ml_dtypes
     import numpy as np
 
-    from jaxlm import params
     from jaxlm.models import qwen3
+    from jaxlm.nn import params
 
     folder.mkdir(parents=True, exist_ok=True)
     raw = shape(layers, vocabulary)
@@ -78,10 +78,10 @@ def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: in
     import ml_dtypes
     import numpy as np
 
-    from jaxlm import params
     from jaxlm.checkpoint import meta
     from jaxlm.checkpoint.pth import write_pth
     from jaxlm.models import llama3
+    from jaxlm.nn import params
 
     folder.mkdir(parents=True, exist_ok=True)
     raw = {"dim": 1024, "n_layers": layers, "n_heads": 16, "n_kv_heads": 8, "vocab_size": vocabulary,
@@ -134,7 +134,7 @@ def child(folder: Path, dtype: str, speed: bool) -> dict[str, float]:
     import jax
 
     import jaxlm
-    from jaxlm import params
+    from jaxlm.nn import params
 
     jaxlm.load  # noqa: B018  the package is lazy: this is its import
     before, sampler = status(), Sampler()

@@ -26,11 +26,11 @@ def child(folder: Path, out: Path, port: int, index: int) -> dict[str, float]:
     import jax
 
     import jaxlm
-    from jaxlm import processes
+    from jaxlm.devices import distributed
 
     jaxlm.load, jaxlm.export  # noqa: B018  the package is lazy: this is its import
-    processes.start(f"127.0.0.1:{port}", 2, index)
-    processes.gather("here")
+    distributed.start(f"127.0.0.1:{port}", 2, index)
+    distributed.gather("here")
     before, read = status()["VmHWM"], asked()
     model = jaxlm.load(folder, mesh={"model": 2 * DEVICES}, progress=False)
     jax.block_until_ready(model.weights)

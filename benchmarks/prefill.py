@@ -72,8 +72,9 @@ for _ in range(args.rounds):
 
 import jax  # noqa: E402
 
-from jaxlm import models, params  # noqa: E402
+from jaxlm import models  # noqa: E402
 from jaxlm.checkpoint.hf import read_json  # noqa: E402
+from jaxlm.nn import params  # noqa: E402
 
 hf = read_json(checkpoint(args.shape) / "config.json")
 family = models.family_of(hf["model_type"])

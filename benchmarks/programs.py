@@ -33,8 +33,11 @@ from hlo import Collective, collectives
 from jax.experimental import topologies
 from published import CHIPS, MODELS
 
-from jaxlm import decoding, devices, engine, mesh, models, params, topology
-from jaxlm.ops import cache as caches
+from jaxlm import models
+from jaxlm.devices import hardware, mesh, topology
+from jaxlm.inference import decoding, engine
+from jaxlm.nn import kv_cache as caches
+from jaxlm.nn import params
 
 # libtpu asks the cloud what machine this is, complains when nobody answers, and lets one process load it.
 NO_TPU = {
@@ -133,7 +136,7 @@ def state(where: Setting, context: int) -> decoding.State:
 
 def tokens(case: Case, where: Setting) -> int:
     """Tokens of a row that a program takes at once, as the engine would give them."""
-    return 1 if case.program == "decode" else max(16, devices.CHUNK["tpu"] // where.batch)
+    return 1 if case.program == "decode" else max(16, hardware.CHUNK["tpu"] // where.batch)
 
 
 def compiled(case: Case, where: Setting) -> Any:
@@ -142,7 +145,7 @@ def compiled(case: Case, where: Setting) -> Any:
     programs.compiled = {}
     held = weights(where)
     if case.program == "decode":
-        return programs.step(case.logprobs, devices.STEPS["tpu"], held, state(where, case.context))
+        return programs.step(case.logprobs, hardware.STEPS["tpu"], held, state(where, case.context))
     chunk = tokens(case, where)
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), jnp.bfloat16), "BD")
@@ -217,7 +220,7 @@ def measure(case: Case) -> dict[str, Any]:
     kinds = Counter((str(one), one.nbytes, one.conditional) for one in found)
     hbm = CHIPS[case.chip].hbm
     if used["total"] > hbm:
-        wrong.insert(0, f"{devices.gigabytes(used['total'])} do not fit {devices.gigabytes(int(hbm))}")
+        wrong.insert(0, f"{hardware.gigabytes(used['total'])} do not fit {hardware.gigabytes(int(hbm))}")
     return {
         **asdict(case),
         "chips": where.over.size,

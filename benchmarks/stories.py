@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import jaxlm
-from jaxlm import flops, params
 from jaxlm.cli import main as command
+from jaxlm.nn import flops, params
 
 STORIES = Path("build/stories")
 SHAPE = json.loads(Path("examples/stories/shape.json").read_text())

@@ -4,7 +4,7 @@
                                [--torch-python PYTHON] [--compile]
 
 Rounds alternate between the two, so that a noisy machine is noisy for both; the median step of the best round counts,
-after two that are not timed. MFU is analytic and causal (jaxlm.flops: work that is done twice counts once) against a
+after two that are not timed. MFU is analytic and causal (jaxlm.nn.flops: work that is done twice counts once) against a
 large float32 product timed in the same run.
 """
 
@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import Model, export, flops, models, params
-from jaxlm.training import optimisers, step
-from jaxlm.training.batches import Batch
+from jaxlm import Model, export, models
+from jaxlm.data.packing import Batch
+from jaxlm.nn import flops, params
+from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimiser
 
 STORIES = Path(__file__).parents[1] / "examples/stories/shape.json"
@@ -40,7 +41,7 @@ def batches(V: int, B: int, T: int, steps: int) -> dict[str, np.ndarray]:
 def ours(model: Model, data: dict[str, np.ndarray], of: Optimiser, remat: str) -> list[float]:
     """Seconds of each step."""
     weights = params.stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimisers.make(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
+    rule = optimizers.make(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
     state = jax.jit(lambda w: step.start(rule, w))(weights)
     take = jax.jit(step.make(model.family, model.config, rule, remat=remat), donate_argnums=0)
     seconds = []

@@ -27,9 +27,11 @@ from hlo import Met, met
 from programs import chips, share
 from published import CHIPS, MODELS
 
-from jaxlm import devices, mesh, models, params, topology
-from jaxlm.training import optimisers, step
-from jaxlm.training.batches import Batch
+from jaxlm import models
+from jaxlm.data.packing import Batch
+from jaxlm.devices import hardware, mesh, topology
+from jaxlm.nn import params
+from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimiser
 
 
@@ -77,7 +79,7 @@ def setting(case: Case) -> Setting:
     over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
     shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
-    rule = optimisers.make(Optimiser(), 1000, params.letters(family.PARAMS, weights))
+    rule = optimizers.make(Optimiser(), 1000, params.letters(family.PARAMS, weights))
     state = jax.eval_shape(lambda w: step.start(rule, w), weights)
     places = step.places(state, over, family.PARAMS)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
@@ -185,7 +187,7 @@ def measure(case: Case) -> dict[str, Any]:
     found = exchanged(where, met(program.as_text()))
     wrong = faults(case, where, found)
     if peak > CHIPS[case.chip].hbm:
-        wrong.insert(0, f"{devices.gigabytes(peak)} do not fit")
+        wrong.insert(0, f"{hardware.gigabytes(peak)} do not fit")
     return {
         **row,
         "state": held,

@@ -15,8 +15,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxlm import models, params
+from jaxlm import models
 from jaxlm.cli import main
+from jaxlm.nn import params
 
 PART = 1 << 24  # numbers drawn at a time
 

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxlm import export, params
+from jaxlm import export
 from jaxlm.cli import main as jaxlm
-from jaxlm.training import loop, metrics, optimisers
+from jaxlm.nn import params
+from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.config import Data, Optimiser, Run
 from jaxlm.training.setup import set_up
 
@@ -50,7 +51,7 @@ def theirs(run: Run, python: str) -> tuple[list[float], list[float], float]:
         columns = zip(*batches, strict=True)
         fields = ("tokens", "targets", "pos", "learned")
         np.savez(folder / f"{name}.npz", **{field: np.stack(rows) for field, rows in zip(fields, columns)})
-    rate = optimisers.schedule(run.optimiser, run.steps)
+    rate = optimizers.schedule(run.optimiser, run.steps)
     told = {name: getattr(run.optimiser, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
     told |= {"rates": [float(rate(i)) for i in range(run.steps)], "compile": False, "evaluate": ["test"]}
     told |= {"at": [run.steps]}

@@ -13,15 +13,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from recordings.tiny import CONFIGS, tiny
-from tiny_adapter import beside, drawn
+from helpers.tiny_adapter import beside, drawn
+from helpers.tiny_models import CONFIGS, tiny
 
 import jaxlm
 import jaxlm.nnx
-from jaxlm import Model, mesh
+from jaxlm import Model
+from jaxlm.data.packing import Batch
+from jaxlm.devices import mesh
 from jaxlm.loading import spread
 from jaxlm.training import step
-from jaxlm.training.batches import Batch
 from jaxlm.training.loss import loss
 
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlm
-from jaxlm import params
 from jaxlm.cli.common import STORIES
+from jaxlm.nn import params
 
 TEXT = """Once upon a time, there was a little boy named Tom. He loved to play with his red ball in the park. One day,
 the ball rolled under a big tree. Tom was sad. "Where is my ball?" he asked. A bird looked down and said, "It is here!"

@@ -4,25 +4,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlm.adapters import fuse as fuse
-    from jaxlm.chat import Conversation as Conversation
-    from jaxlm.evaluation import evaluate as evaluate
+    from jaxlm.evaluation.perplexity import evaluate as evaluate
     from jaxlm.exporting import export as export
-    from jaxlm.generation import generate as generate
-    from jaxlm.generation import stream as stream
+    from jaxlm.inference.conversation import Conversation as Conversation
+    from jaxlm.inference.generation import generate as generate
+    from jaxlm.inference.generation import stream as stream
     from jaxlm.loading import load as load
     from jaxlm.model import Model as Model
     from jaxlm.verification import verify as verify
 
 __version__ = "0.1.0"
 _HOME = {
-    "Conversation": "jaxlm.chat",
+    "Conversation": "jaxlm.inference.conversation",
     "Model": "jaxlm.model",
-    "evaluate": "jaxlm.evaluation",
+    "evaluate": "jaxlm.evaluation.perplexity",
     "export": "jaxlm.exporting",
     "fuse": "jaxlm.adapters",
-    "generate": "jaxlm.generation",
+    "generate": "jaxlm.inference.generation",
     "load": "jaxlm.loading",
-    "stream": "jaxlm.generation",
+    "stream": "jaxlm.inference.generation",
     "verify": "jaxlm.verification",
 }
 __all__ = ["Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "verify"]

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm import lora, params
 from jaxlm.checkpoint import peft
-from jaxlm.checkpoint.export import Stored
 from jaxlm.checkpoint.hf import Checkpoint
+from jaxlm.checkpoint.writer import Stored
 from jaxlm.model import Model, Weights
+from jaxlm.nn import lora, params
 
 Where = Callable[[params.Row], Any]
 

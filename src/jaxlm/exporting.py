@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm import adapters, lora, params, processes
+from jaxlm import adapters
 from jaxlm import export_texts as beside
-from jaxlm.checkpoint import export as files
 from jaxlm.checkpoint import meta
-from jaxlm.checkpoint.export import Entry
+from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.pth import write_pth
 from jaxlm.checkpoint.safetensors import DTYPES, listed
+from jaxlm.checkpoint.writer import Entry
+from jaxlm.devices import distributed
 from jaxlm.loading import find, loading_bar, wanted_dtype
 from jaxlm.model import Model
+from jaxlm.nn import lora, params
 
 FORMATS = ("hf", "meta")
 SMALL = 32 << 20  # bytes: room for headers, and for a tokenizer that is written anew
@@ -62,14 +64,14 @@ def export(
     entries = _entries(model, wanted, format)
     nbytes = sum(entry.nbytes for entry in entries)
     room = nbytes + SMALL + sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
-    if not model.shared or processes.first():
+    if not model.shared or distributed.first():
         with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
             _write_texts(folder, texts, model, format)
             _write_tensors(folder, entries, format, advance)
     else:
         _follow(entries, format)
     if model.shared:
-        processes.gather("written")
+        distributed.gather("written")
     return Exported(out, len(entries), nbytes)
 
 
@@ -87,7 +89,7 @@ def _agreed(check: Callable[[], None], shared: bool) -> None:
         check()
     except OSError as error:
         problem = error
-    told = processes.gather(str(problem or "")) if shared else []
+    told = distributed.gather(str(problem or "")) if shared else []
     if problem:
         raise problem
     for number, text in enumerate(told):

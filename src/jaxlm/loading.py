@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxlm import adapters, devices, models, params, processes, topology
-from jaxlm import mesh as meshes
+from jaxlm import adapters, models
 from jaxlm.checkpoint import hf, hub, meta, peft, peft_hub
 from jaxlm.checkpoint.peft_config import read_settings
+from jaxlm.devices import distributed, hardware, topology
+from jaxlm.devices import mesh as meshes
 from jaxlm.model import Model, Weights
-from jaxlm.tokenizer import Tokenizer, eos_ids
+from jaxlm.nn import params
+from jaxlm.processing.tokenizer import Tokenizer, eos_ids
 
 
 def load(
@@ -60,7 +62,7 @@ def load(
     weights = adapters.adapted(weights, found.checkpoint, partial(wanted_dtype, dtype), where)
     model = Model(found.family, found.config, weights, *found[3:], source, found.checkpoint)
     if model.shared:
-        processes.gather("loaded")  # one may have read longer than a program's first exchange waits
+        distributed.gather("loaded")  # one may have read longer than a program's first exchange waits
     return model
 
 
@@ -237,7 +239,7 @@ def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], An
     digest = hashlib.sha256(repr((found.config, stored, scales)).encode()).hexdigest()[:8]
     over = dict(where(found.checkpoint.tensors.pairs[0][0]).mesh.shape)
     told = f"{name} ({family}, {found.checkpoint.format}, {digest}) as {dtype} over {over}"
-    processes.agree("the model", (family, digest, str(dtype), over), told)
+    distributed.agree("the model", (family, digest, str(dtype), over), told)
 
 
 def read_weights(
@@ -256,7 +258,7 @@ def read_weights(
     types = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
     smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if pairs and kept(types[0]).itemsize == 4 else ""
     needed = sum(n * kept(stored).itemsize for n, stored in zip(elements, types))
-    devices.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
+    hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
     total = sum(n * blocks * stored.itemsize for (n, blocks), stored in zip(shares, types))
     with loading_bar(total, progress) as advance:
         return hf.load_weights(pairs, kept, where, advance)
@@ -265,7 +267,7 @@ def read_weights(
 def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
     """The type to keep a tensor in: `dtype`, or for "auto" what devices.auto_dtype says of the stored type."""
     if isinstance(dtype, str) and dtype == "auto":
-        return devices.auto_dtype(stored, platform)
+        return hardware.auto_dtype(stored, platform)
     with suppress(TypeError):
         if (wanted := np.dtype(jnp.dtype(dtype))) in hf.DTYPES.values():
             return wanted

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import devices, lora, mesh, params
 from jaxlm.checkpoint.hf import Checkpoint
-from jaxlm.decoding import Programs
-from jaxlm.ops import cache as caches
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.devices import hardware, mesh
+from jaxlm.inference.decoding import Programs
+from jaxlm.nn import kv_cache as caches
+from jaxlm.nn import lora, params
+from jaxlm.processing.tokenizer import Tokenizer
 
 Weights = dict[str, Any]
 
@@ -89,7 +90,7 @@ class Model:
         cfg = self.config
         if batch < 1 or length < 1:
             raise ValueError(f"a cache needs at least one row and one position, not {batch} and {length}")
-        dtype = dtype or devices.cache_dtype(self.dtype, self.device.platform)
+        dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
         return caches.init(*sizes) if self.mesh is None else _empty(self.mesh, *sizes)()
 

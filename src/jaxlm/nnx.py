@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from jaxlm import mesh
+from jaxlm.devices import mesh
 from jaxlm.model import Model, Weights
-from jaxlm.ops import cache as caches
+from jaxlm.nn import kv_cache as caches
 
 try:
     from flax import nnx
@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 
 class Module(nnx.Module):
     """A model whose weights are nnx.Param, in the tree that `model.weights` has: `module.layers[3]["q"]`, and
-    `layers.3.q` as a path of nnx.state. Of an adapter (jaxlm.lora), a and b are nnx.LoRAParam: with
+    `layers.3.q` as a path of nnx.state. Of an adapter (jaxlm.nn.lora), a and b are nnx.LoRAParam: with
     `nnx.DiffState(0, nnx.LoRAParam)` for the gradient and `wrt=nnx.LoRAParam` for the optimiser it is trained alone.
     """
 

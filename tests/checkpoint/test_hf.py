@@ -9,14 +9,14 @@ import time
 import weakref
 
 import jax
-import made
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 
-from jaxlm import params
 from jaxlm.checkpoint import hf, safetensors
 from jaxlm.models import llama3
+from jaxlm.nn import params
 
 CPU = jax.devices("cpu")[0]
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -26,12 +26,12 @@ def there(row):
     return jax.sharding.SingleDeviceSharding(CPU)
 
 
-def pairs(folder, raw=made.LLAMA):
-    family = made.FAMILY[raw["model_type"]]
-    return hf.match(family.PARAMS, made.config(raw), hf.read_index(folder), family.UNREAD)[0]
+def pairs(folder, raw=checkpoint_files.LLAMA):
+    family = checkpoint_files.FAMILY[raw["model_type"]]
+    return hf.match(family.PARAMS, checkpoint_files.config(raw), hf.read_index(folder), family.UNREAD)[0]
 
 
-def load(folder, raw=made.LLAMA, dtype=None, advance=lambda n: None):
+def load(folder, raw=checkpoint_files.LLAMA, dtype=None, advance=lambda n: None):
     return hf.load_weights(pairs(folder, raw), lambda stored: np.dtype(dtype or stored), there, advance)
 
 
@@ -51,13 +51,13 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("kind", made.KINDS)
+@pytest.mark.parametrize("kind", checkpoint_files.KINDS)
 def test_every_tensor_arrives_bit_for_bit(kind, shards, tmp_path, small):
-    arrays = made.tensors(kind=kind)
-    folder = made.folder(tmp_path / "m", made.LLAMA, arrays, shards)
+    arrays = checkpoint_files.tensors(kind=kind)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays, shards)
     read: list[int] = []
     weights = load(folder, advance=read.append)
-    for row in params.rows(llama3.PARAMS, made.config()):
+    for row in params.rows(llama3.PARAMS, checkpoint_files.config()):
         layer, _, name = row.path.removeprefix("layers.").rpartition(".")
         value = weights["layers"][int(layer)][name] if layer else weights[name]
         assert value.shape == row.shape
@@ -66,9 +66,11 @@ def test_every_tensor_arrives_bit_for_bit(kind, shards, tmp_path, small):
 
 
 def test_every_bit_pattern_is_kept(tmp_path, small):
-    arrays = made.tensors(kind="BF16")
+    arrays = checkpoint_files.tensors(kind="BF16")
     arrays["model.embed_tokens.weight"][:4, :] = np.arange(0xFF70, 0xFF90, dtype=np.uint16).view(BF16).reshape(4, 8)
-    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays))  # infinities and every kind of NaN
+    weights = load(
+        checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays)
+    )  # infinities and every kind of NaN
     assert np.array_equal(bits(weights["embed"]), bits(arrays["model.embed_tokens.weight"]))
 
 
@@ -79,21 +81,21 @@ def nearest_bfloat16(x):
 
 
 def test_conversion_to_bfloat16_rounds_to_nearest_even(tmp_path, small):
-    arrays = made.tensors()
+    arrays = checkpoint_files.tensors()
     ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x00000001, 0x80018000, 0x7F7FFFFF, 0xFF800000])
     arrays["model.embed_tokens.weight"][:] = ties.astype(np.uint32).view(np.float32)
     arrays["model.embed_tokens.weight"][1:, :6] *= np.float32(1.37)
-    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays), dtype=BF16)
+    weights = load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays), dtype=BF16)
     assert np.array_equal(bits(weights["embed"]), nearest_bfloat16(arrays["model.embed_tokens.weight"]))
     assert weights["layers"][1]["q"].dtype == BF16
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
 def test_conversion_to_float32_is_exact(kind, tmp_path, small):
-    arrays = made.tensors(kind=kind)
+    arrays = checkpoint_files.tensors(kind=kind)
     embed = arrays["model.embed_tokens.weight"]
     embed[:] = np.random.default_rng(0).integers(0, 0x7C00, embed.shape, np.uint16).view(embed.dtype)
-    weights = load(made.folder(tmp_path / "m", made.LLAMA, arrays), dtype=np.float32)
+    weights = load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays), dtype=np.float32)
     wide = [struct.unpack("<f", b"\0\0" + struct.pack("<H", u))[0] for u in bits(embed).ravel()]
     half = [struct.unpack("<e", struct.pack("<H", u))[0] for u in bits(embed).ravel()]
     assert np.array_equal(np.asarray(weights["embed"]).ravel(), wide if kind == "BF16" else half)
@@ -101,12 +103,12 @@ def test_conversion_to_float32_is_exact(kind, tmp_path, small):
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
 def test_float16_refuses_what_it_cannot_hold(kind, tmp_path, small):
-    arrays = made.tensors(kind=kind)
+    arrays = checkpoint_files.tensors(kind=kind)
     arrays["model.layers.1.mlp.down_proj.weight"][7, 11] = -65280  # both types have it
-    folder = made.folder(tmp_path / "m", made.LLAMA, arrays)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays)
     assert load(folder, dtype=np.float16)["layers"][1]["down"][7, 11] == -65280
     arrays["model.layers.1.mlp.down_proj.weight"][7, 11] = -66048
-    made.write(folder / "model.safetensors", arrays)
+    checkpoint_files.write(folder / "model.safetensors", arrays)
     with pytest.raises(
         ValueError, match=r"model.safetensors: model.layers.1.mlp.down_proj.weight has .* another dtype"
     ):
@@ -114,12 +116,12 @@ def test_float16_refuses_what_it_cannot_hold(kind, tmp_path, small):
 
 
 def test_layer_1_is_not_layer_11(tmp_path):
-    raw = {**made.LLAMA, "num_hidden_layers": 12}
-    arrays = made.tensors(raw)
+    raw = {**checkpoint_files.LLAMA, "num_hidden_layers": 12}
+    arrays = checkpoint_files.tensors(raw)
     for name, array in arrays.items():
         if name.startswith("model.layers."):
             array[:] = int(name.split(".")[2])
-    weights = load(made.folder(tmp_path / "m", raw, arrays, shards=2), raw)
+    weights = load(checkpoint_files.folder(tmp_path / "m", raw, arrays, shards=2), raw)
     assert [{float(leaf.min()), float(leaf.max())} for w in weights["layers"] for leaf in w.values()] == [
         {float(i)} for i in range(12) for _ in range(9)
     ]
@@ -129,7 +131,7 @@ def test_layer_1_is_not_layer_11(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, np.float32, BF16])
-@pytest.mark.parametrize("kind", made.KINDS)
+@pytest.mark.parametrize("kind", checkpoint_files.KINDS)
 def test_on_cpu_the_buffer_is_the_array(kind, dtype, tmp_path, monkeypatch):
     made_buffers = []
 
@@ -138,8 +140,8 @@ def test_on_cpu_the_buffer_is_the_array(kind, dtype, tmp_path, monkeypatch):
         made_buffers.append(buffer.ctypes.data)
         return buffer
 
-    arrays = made.tensors(kind=kind)
-    folder = made.folder(tmp_path / "m", made.LLAMA, arrays)
+    arrays = checkpoint_files.tensors(kind=kind)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays)
     monkeypatch.setattr(hf, "aligned", aligned)
     leaves = jax.tree.leaves(load(folder, dtype=dtype))
     assert len(leaves) == len(arrays)
@@ -171,7 +173,7 @@ def test_pieces_make_the_whole(rows, monkeypatch):
 
 def test_file_removed_while_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "AHEAD", 0)
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=2)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(), shards=2)
     second = folder / "model-00002-of-00002.safetensors"
     with pytest.raises(FileNotFoundError) as caught:
         load(folder, advance=lambda n: second.unlink(missing_ok=True))
@@ -179,7 +181,7 @@ def test_file_removed_while_reading(tmp_path, monkeypatch):
 
 
 def test_file_cut_while_reading(tmp_path, small):
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors())
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors())
     file, found = folder / "model.safetensors", pairs(folder)
     os.truncate(file, file.stat().st_size - 5)
     with pytest.raises(ValueError) as caught:
@@ -206,7 +208,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch, small):
         if len(read) > 60:
             signal.raise_signal(signal.SIGINT)
 
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=2)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(), shards=2)
     files, found = sorted(folder.iterdir()), pairs(folder)
     monkeypatch.setattr(hf, "aligned", aligned)
     monkeypatch.setattr(hf, "read_into", read_into)

@@ -9,24 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hostile
-import made
 import pytest
-from hostile import READERS, ROPES, WORDS, judge, paths, replaced
+from helpers import checkpoint_files, hostile
+from helpers.hostile import READERS, ROPES, WORDS, judge, paths, replaced
+from helpers.tiny_models import CONFIGS, FULL, SLIDING
 from hypothesis import HealthCheck, given, settings
-from recordings.tiny import CONFIGS, FULL, SLIDING
 
-from jaxlm import models, sandbox
+from jaxlm import models
 from jaxlm.checkpoint import hub
 from jaxlm.cli import main
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.processing import template_sandbox
+from jaxlm.processing.tokenizer import Tokenizer
 
 fuzz = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -336,7 +336,7 @@ def test_commands_end_with_one_message(file, data, message, tmp_path, capsys):
     if file.endswith("index.json"):
         (tmp_path / "model.safetensors").unlink()
     path = tmp_path / file
-    path.write_bytes(data if isinstance(data, bytes) else hostile.dump({**made.LLAMA, **data}))
+    path.write_bytes(data if isinstance(data, bytes) else hostile.dump({**checkpoint_files.LLAMA, **data}))
     for command in (["generate", "-m", str(tmp_path), "Hi"], ["info", str(tmp_path)]):
         assert main(command) == 1
         said = capsys.readouterr()
@@ -350,7 +350,7 @@ def test_commands_end_with_one_message(file, data, message, tmp_path, capsys):
 def test_what_info_tells_of_odd_configs(tmp_path, capsys):
     path = tmp_path / "alone.json"
     for fields in ({"text_config": None}, {"text_config": False}, {"dtype": []}, {"num_hidden_layers": 2000}):
-        path.write_bytes(hostile.dump({**made.LLAMA, **fields}))
+        path.write_bytes(hostile.dump({**checkpoint_files.LLAMA, **fields}))
         assert main(["info", str(path)]) == 0
     assert "layers × 2000" in capsys.readouterr().out
 

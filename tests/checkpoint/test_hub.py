@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from checkpoint.stub_hub import Repo, StubHub, turn_to
+from helpers.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm.checkpoint import download as download_module
 from jaxlm.checkpoint import hub as hub_module

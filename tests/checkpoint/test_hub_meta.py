@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import original
 import pytest
-from checkpoint.stub_hub import Repo, StubHub, turn_to
+from helpers import meta_files
+from helpers.stub_hub import Repo, StubHub, turn_to
 
 import jaxlm
 from jaxlm.checkpoint import download as download_module
@@ -36,7 +36,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
 
     repos = {"org/hf": Repo({"config.json": b"{}"})}
     for name, shards in (("org/one", 1), ("org/two", 2)):
-        folder = original.folder(tmp_path / name, shards)
+        folder = meta_files.folder(tmp_path / name, shards)
         (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")
         repos[name] = Repo(files(folder))
     with StubHub(repos) as stub:
@@ -158,11 +158,11 @@ def test_repositories_without_them(hub: StubHub) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    return str(original.folder(tmp_path / "x", use_scaled_rope=True))
+    return str(meta_files.folder(tmp_path / "x", use_scaled_rope=True))
 
 
 def test_the_flags(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = original.tokenizer(tmp_path / "tokenizer")
+    tokenizer = meta_files.tokenizer(tmp_path / "tokenizer")
     command = ["generate", "a b", "-m", folder, "--tokenizer", str(tokenizer), "--max-tokens", "3", "--ignore-eos"]
     assert main([*command, "--rope-factor", "8", "--format", "meta", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 2

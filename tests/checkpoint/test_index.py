@@ -2,9 +2,9 @@
 
 import json
 
-import made
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +18,20 @@ def index(folder, where):
 
 
 def test_shards_are_read_through_the_index(tmp_path):
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=3)
-    assert {name: t.shape for name, t in read_index(folder).items()} == {n: a.shape for n, a in made.tensors().items()}
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(), shards=3)
+    assert {name: t.shape for name, t in read_index(folder).items()} == {
+        n: a.shape for n, a in checkpoint_files.tensors().items()
+    }
 
 
 def test_a_single_file_goes_before_an_index(tmp_path):
-    made.write(tmp_path / "model.safetensors", {"new": np.zeros(3, np.float32)})
+    checkpoint_files.write(tmp_path / "model.safetensors", {"new": np.zeros(3, np.float32)})
     index(tmp_path, {"old": "model-00001-of-00002.safetensors"})
     assert list(read_index(tmp_path)) == ["new"]
 
 
 def test_missing_shard(tmp_path):
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors(), shards=3)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError) as caught:
         read_index(folder)
@@ -49,8 +51,8 @@ def test_shard_outside_the_folder_or_of_another_kind(shard, tmp_path):
 
 
 def test_index_that_does_not_agree_with_its_shards(tmp_path):
-    made.write(tmp_path / "1.safetensors", {"a": np.zeros(2, np.float32)})
-    made.write(tmp_path / "2.safetensors", {"b": np.zeros(2, np.float32)})
+    checkpoint_files.write(tmp_path / "1.safetensors", {"a": np.zeros(2, np.float32)})
+    checkpoint_files.write(tmp_path / "2.safetensors", {"b": np.zeros(2, np.float32)})
     index(tmp_path, {"a": "2.safetensors", "b": "2.safetensors", "c": "1.safetensors"})
     with pytest.raises(
         ValueError, match=r"not where it says: 2 \(a, c\)\. .* not of one revision: download both again"
@@ -60,7 +62,9 @@ def test_index_that_does_not_agree_with_its_shards(tmp_path):
 
 def test_tensor_in_two_shards(tmp_path):
     for name in "12":
-        made.write(tmp_path / f"{name}.safetensors", {"a": np.zeros(2, np.float32), name: np.zeros(1, np.float32)})
+        checkpoint_files.write(
+            tmp_path / f"{name}.safetensors", {"a": np.zeros(2, np.float32), name: np.zeros(1, np.float32)}
+        )
     index(tmp_path, {"a": "1.safetensors", "1": "1.safetensors", "2": "2.safetensors"})
     with pytest.raises(ValueError, match=r"2.safetensors has 1 \(a\) again from another shard"):
         read_index(tmp_path)

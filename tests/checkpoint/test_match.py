@@ -1,25 +1,28 @@
 """Checkpoints against a family's table: everything fits, or all that does not is named at once."""
 
-import made
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 
 import jaxlm
 from jaxlm.checkpoint import hf, safetensors
 from jaxlm.models import gemma3
 
 
-def misfit(tmp_path, arrays, raw=made.LLAMA):
+def misfit(tmp_path, arrays, raw=checkpoint_files.LLAMA):
     """The message about arrays that do not fit the config."""
-    family, tensors = made.FAMILY[raw["model_type"]], hf.read_index(made.folder(tmp_path / "m", raw, arrays))
+    family, tensors = (
+        checkpoint_files.FAMILY[raw["model_type"]],
+        hf.read_index(checkpoint_files.folder(tmp_path / "m", raw, arrays)),
+    )
     with pytest.raises(ValueError) as caught:
-        hf.match(family.PARAMS, made.config(raw), tensors, family.UNREAD)
+        hf.match(family.PARAMS, checkpoint_files.config(raw), tensors, family.UNREAD)
     return str(caught.value)
 
 
 def test_all_misfits_are_reported_together_with_counts(tmp_path):
-    arrays = made.tensors()
+    arrays = checkpoint_files.tensors()
     del arrays["model.norm.weight"], arrays["model.layers.1.mlp.up_proj.weight"]
     arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(8, np.float32)
     arrays["model.layers.0.mlp.gate_proj.weight"] = np.zeros((8, 12), np.float32)
@@ -43,7 +46,7 @@ def test_many_misfits_are_counted_and_ten_are_named(tmp_path):
 
 
 def test_quantised_checkpoint(tmp_path):
-    arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in made.tensors().items()}
+    arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in checkpoint_files.tensors().items()}
     message = misfit(tmp_path, arrays)
     assert (
         "(it must be F32, BF16, F16; quantised checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
@@ -51,15 +54,15 @@ def test_quantised_checkpoint(tmp_path):
 
 
 def test_layers_beyond_the_config(tmp_path):
-    message = misfit(tmp_path, made.tensors({**made.LLAMA, "num_hidden_layers": 12}))
+    message = misfit(tmp_path, checkpoint_files.tensors({**checkpoint_files.LLAMA, "num_hidden_layers": 12}))
     assert "unexpected: 90 (model.layers.2.input_layernorm.weight, " in message
     assert "missing" not in message
-    message = misfit(tmp_path, made.tensors(), {**made.LLAMA, "num_hidden_layers": 3})
+    message = misfit(tmp_path, checkpoint_files.tensors(), {**checkpoint_files.LLAMA, "num_hidden_layers": 3})
     assert "missing: 9 (model.layers.2." in message
 
 
 def test_layer_11_does_not_stand_for_layer_1(tmp_path):
-    arrays = {name.replace("layers.1.", "layers.11."): array for name, array in made.tensors().items()}
+    arrays = {name.replace("layers.1.", "layers.11."): array for name, array in checkpoint_files.tensors().items()}
     message = misfit(tmp_path, arrays)
     assert "missing: 9 (model.layers.1.input_layernorm.weight, " in message
     assert "unexpected: 9 (model.layers.11.input_layernorm.weight, " in message
@@ -67,32 +70,32 @@ def test_layer_11_does_not_stand_for_layer_1(tmp_path):
 
 @pytest.mark.parametrize("spelling", range(3))
 def test_every_spelling_is_read(spelling, tmp_path):
-    arrays = made.tensors(made.GEMMA, spelling=spelling)
-    weights = jaxlm.load(made.folder(tmp_path / "m", made.GEMMA, arrays)).weights
+    arrays = checkpoint_files.tensors(checkpoint_files.GEMMA, spelling=spelling)
+    weights = jaxlm.load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays)).weights
     assert np.array_equal(weights["norm"], arrays[gemma3.PARAMS["norm"][1 + spelling]])
 
 
 def test_two_spellings_of_one_tensor(tmp_path):
-    arrays = made.tensors(made.GEMMA)
+    arrays = checkpoint_files.tensors(checkpoint_files.GEMMA)
     arrays["language_model.model.norm.weight"] = arrays["model.norm.weight"]
-    message = misfit(tmp_path, arrays, made.GEMMA)
+    message = misfit(tmp_path, arrays, checkpoint_files.GEMMA)
     assert "stored in two spellings: 1 (model.norm.weight and language_model.model.norm.weight)." in message
     assert "unexpected" not in message
 
 
 def test_tied_head_of_the_same_bytes_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
-    raw = {**made.LLAMA, "tie_word_embeddings": True}
-    arrays = made.tensors(raw)
+    raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
+    arrays = checkpoint_files.tensors(raw)
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-    assert "head" not in jaxlm.load(made.folder(tmp_path / "m", raw, arrays)).weights
+    assert "head" not in jaxlm.load(checkpoint_files.folder(tmp_path / "m", raw, arrays)).weights
 
 
 @pytest.mark.parametrize("fault", ["last bit", "shape", "type"])
 def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
-    raw = {**made.LLAMA, "tie_word_embeddings": True}
-    arrays = made.tensors(raw)
+    raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
+    arrays = checkpoint_files.tensors(raw)
     head = arrays["model.embed_tokens.weight"].copy()
     head.view(np.uint32)[-1, -1] ^= 1
     other = {"last bit": head, "shape": head[:3], "type": head.astype(np.float16)}
@@ -104,20 +107,20 @@ def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
 
 
 def test_untied_head_that_is_missing(tmp_path):
-    arrays = made.tensors()
+    arrays = checkpoint_files.tensors()
     del arrays["lm_head.weight"]
     assert "missing: 1 (lm_head.weight)." in misfit(tmp_path, arrays)
 
 
 def test_known_but_unread_tensors_are_listed(tmp_path):
-    arrays = made.tensors(made.GEMMA)
+    arrays = checkpoint_files.tensors(checkpoint_files.GEMMA)
     extra = ["vision_tower.a.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     arrays |= {name: np.zeros(2, np.float32) for name in extra}
-    tensors = hf.read_index(made.folder(tmp_path / "m", made.GEMMA, arrays))
-    assert hf.match(gemma3.PARAMS, made.config(made.GEMMA), tensors, gemma3.UNREAD).unread == [
+    tensors = hf.read_index(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays))
+    assert hf.match(gemma3.PARAMS, checkpoint_files.config(checkpoint_files.GEMMA), tensors, gemma3.UNREAD).unread == [
         tensors[name] for name in extra
     ]
-    message = misfit(tmp_path, {**arrays, "my_rotary_emb.inv_freq": arrays[extra[0]]}, made.GEMMA)
+    message = misfit(tmp_path, {**arrays, "my_rotary_emb.inv_freq": arrays[extra[0]]}, checkpoint_files.GEMMA)
     assert "unexpected: 1 (my_rotary_emb.inv_freq)." in message
 
 
@@ -126,7 +129,7 @@ def test_known_but_unread_tensors_are_listed(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "rms_norm_eps": NaN}'])
 def test_load_names_a_bad_config(text, tmp_path):
-    folder = made.folder(tmp_path / "m", made.LLAMA, made.tensors())
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors())
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError) as caught:
         jaxlm.load(folder)
@@ -134,12 +137,16 @@ def test_load_names_a_bad_config(text, tmp_path):
 
 
 def test_load_names_the_checkpoint_that_does_not_fit(tmp_path):
-    folder = made.folder(tmp_path / "m", {**made.LLAMA, "hidden_size": 16}, made.tensors())
+    folder = checkpoint_files.folder(
+        tmp_path / "m", {**checkpoint_files.LLAMA, "hidden_size": 16}, checkpoint_files.tensors()
+    )
     with pytest.raises(ValueError) as caught:
         jaxlm.load(folder)
     assert str(caught.value).startswith(f"{folder}: the weights do not fit config.json. misshapen: 21 (model.embed")
 
 
 def test_load_says_what_it_did_not_read(tmp_path):
-    arrays = {**made.tensors(made.GEMMA), "vision_tower.a.weight": np.zeros(2, np.float32)}
-    assert jaxlm.load(made.folder(tmp_path / "m", made.GEMMA, arrays)).unread == ["vision_tower.a.weight"]
+    arrays = {**checkpoint_files.tensors(checkpoint_files.GEMMA), "vision_tower.a.weight": np.zeros(2, np.float32)}
+    assert jaxlm.load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays)).unread == [
+        "vision_tower.a.weight"
+    ]

@@ -7,18 +7,17 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import made
 import numpy as np
-import original
 import pytest
+from helpers import checkpoint_files as made
+from helpers import meta_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
-from jaxlm import config
 from jaxlm.checkpoint import hf, meta
 from jaxlm.checkpoint.safetensors import Tensor
-from jaxlm.models import llama3
+from jaxlm.models import config, llama3
 
 TOKENS = np.arange(24).reshape(2, 12)[:, ::-1] % 24
 SCALED = {
@@ -49,8 +48,8 @@ def equal(a, b):
 @pytest.mark.parametrize("kind", made.KINDS)
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_weights_and_logits_are_those_of_hugging_faces_form(shards, kind, tmp_path, small_slices):
-    theirs = jaxlm.load(made.folder(tmp_path / "hf", original.RAW, original.weights(kind=kind)))
-    ours = jaxlm.load(original.folder(tmp_path / "meta", shards, kind))
+    theirs = jaxlm.load(made.folder(tmp_path / "hf", meta_files.RAW, meta_files.weights(kind=kind)))
+    ours = jaxlm.load(meta_files.folder(tmp_path / "meta", shards, kind))
     assert ours.config == theirs.config
     assert equal(ours, theirs)
     logits = [np.asarray(model.forward(TOKENS, model.weights)[0]) for model in (ours, theirs)]
@@ -61,38 +60,38 @@ def test_weights_and_logits_are_those_of_hugging_faces_form(shards, kind, tmp_pa
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", made.KINDS)
 def test_types_are_converted_on_the_way(kind, wanted, tmp_path, small_slices):
-    theirs = jaxlm.load(made.folder(tmp_path / "hf", original.RAW, original.weights(kind=kind)), dtype=wanted)
-    assert equal(jaxlm.load(original.folder(tmp_path / "meta", 2, kind), dtype=wanted), theirs)
+    theirs = jaxlm.load(made.folder(tmp_path / "hf", meta_files.RAW, meta_files.weights(kind=kind)), dtype=wanted)
+    assert equal(jaxlm.load(meta_files.folder(tmp_path / "meta", 2, kind), dtype=wanted), theirs)
 
 
 def test_values_beyond_float16_are_an_error(tmp_path):
-    arrays = original.renamed(original.weights())
+    arrays = meta_files.renamed(meta_files.weights())
     arrays["layers.1.attention.wo.weight"][0, 20] = 1e5
-    folder = original.write(tmp_path, original.cut(arrays, 2))
+    folder = meta_files.write(tmp_path, meta_files.cut(arrays, 2))
     with pytest.raises(ValueError, match=r"consolidated\.01\.pth: layers\.1\.attention\.wo\.weight has values beyond"):
         jaxlm.load(folder, dtype="float16")
 
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_an_embedding_that_is_cut_by_columns(shards, tmp_path):
-    whole = jaxlm.load(original.folder(tmp_path / "one"))
-    assert equal(jaxlm.load(original.folder(tmp_path / "older", shards, embed_axis=1)), whole)
-    assert equal(jaxlm.load(original.folder(tmp_path / "open", shards, embed_axis=1, vocab_size=-1)), whole)
+    whole = jaxlm.load(meta_files.folder(tmp_path / "one"))
+    assert equal(jaxlm.load(meta_files.folder(tmp_path / "older", shards, embed_axis=1)), whole)
+    assert equal(jaxlm.load(meta_files.folder(tmp_path / "open", shards, embed_axis=1, vocab_size=-1)), whole)
 
 
 @pytest.mark.parametrize("vocabulary", [{"vocab_size": -1}, {"vocab_size": None}])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_a_vocabulary_that_the_tensors_tell(shards, vocabulary, tmp_path):
-    folder = original.folder(tmp_path / "x", shards, **vocabulary)
+    folder = meta_files.folder(tmp_path / "x", shards, **vocabulary)
     assert jaxlm.load(folder).config.V == 24
-    params = {name: value for name, value in original.PARAMS.items() if name != "vocab_size"}
+    params = {name: value for name, value in meta_files.PARAMS.items() if name != "vocab_size"}
     (folder / "params.json").write_text(json.dumps(params))
     assert jaxlm.load(folder).config.V == 24
 
 
 def test_heads_are_reordered_by_the_row():
     w = np.arange(3 * 4 * 5).reshape(12, 5)
-    expected = original.pairs(w, 3)
+    expected = meta_files.pairs(w, 3)
     assert (meta.to_pairs(w, 4) == expected).all()
     assert (meta.to_halves(expected, 4) == w).all()
     assert (meta.to_pairs(w.reshape(3, 4, 5), 4) == expected.reshape(3, 4, 5)).all()
@@ -149,9 +148,9 @@ def test_a_block_reads_its_own_bytes_alone(tmp_path, monkeypatch):
 
 
 def test_a_tensor_of_several_parts_is_filled_by_slices(tmp_path, small_slices):
-    arrays = original.renamed(original.weights())
-    folder = original.write(tmp_path, original.cut(arrays, 4))
-    joined, _ = meta.join(meta.read_shards(folder, original.PARAMS), 32, 4)
+    arrays = meta_files.renamed(meta_files.weights())
+    folder = meta_files.write(tmp_path, meta_files.cut(arrays, 4))
+    joined, _ = meta.join(meta.read_shards(folder, meta_files.PARAMS), 32, 4)
     with ThreadPoolExecutor(2) as pool:
         for name, parts in (
             ("layers.0.attention.wo.weight", 4),
@@ -173,9 +172,9 @@ def test_a_tensor_of_several_parts_is_filled_by_slices(tmp_path, small_slices):
 
 
 def heads(tmp_path, change, shards=2):
-    arrays = original.renamed(original.weights(kind="BF16"))
+    arrays = meta_files.renamed(meta_files.weights(kind="BF16"))
     change(arrays)
-    return jaxlm.load(original.write(tmp_path, original.cut(arrays, shards)))
+    return jaxlm.load(meta_files.write(tmp_path, meta_files.cut(arrays, shards)))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -268,20 +267,20 @@ def test_files_of_llama_2(given):
 
 @pytest.mark.parametrize("factor", [1, 8, 32.0])
 def test_a_rope_factor_of_the_users(factor, tmp_path):
-    folder = original.folder(tmp_path / "x", use_scaled_rope=True)
+    folder = meta_files.folder(tmp_path / "x", use_scaled_rope=True)
     model = jaxlm.load(folder, rope_factor=factor)
-    raw = {**original.RAW, "rope_scaling": {**SCALED, "factor": float(factor)}, "max_position_embeddings": 131072}
+    raw = {**meta_files.RAW, "rope_scaling": {**SCALED, "factor": float(factor)}, "max_position_embeddings": 131072}
     assert model.config == llama3.Config.from_hf(raw)
 
 
 def test_a_published_shape_may_have_another_factor():
-    params = {**original.PARAMS, "dim": 2048, "n_layers": 16, "n_heads": 32, "use_scaled_rope": True}
+    params = {**meta_files.PARAMS, "dim": 2048, "n_layers": 16, "n_heads": 32, "use_scaled_rope": True}
     assert meta.hf_config(params)["rope_scaling"]["factor"] == 32
     assert meta.hf_config(params, rope_factor=8)["rope_scaling"]["factor"] == 8
 
 
 def test_a_scaled_rope_of_unknown_shape_asks_for_its_factor(tmp_path):
-    folder = original.folder(tmp_path / "x", use_scaled_rope=True)
+    folder = meta_files.folder(tmp_path / "x", use_scaled_rope=True)
     message = r"use_scaled_rope and not by how much.*\(32, 2, 8\)\): give --rope-factor \(rope_factor=\), 8 as in Llama"
     with pytest.raises(ValueError, match=message) as caught:
         jaxlm.load(folder)
@@ -291,13 +290,13 @@ def test_a_scaled_rope_of_unknown_shape_asks_for_its_factor(tmp_path):
 @pytest.mark.parametrize("factor", [0.5, 0, -8, math.nan, math.inf, "8"])
 def test_factors_that_are_none(factor):
     with pytest.raises(ValueError, match=r"--rope-factor .* must be a number of at least 1"):
-        meta.hf_config({**original.PARAMS, "use_scaled_rope": True}, rope_factor=factor)
+        meta.hf_config({**meta_files.PARAMS, "use_scaled_rope": True}, rope_factor=factor)
 
 
 def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
     with pytest.raises(ValueError, match=r"--rope-factor 8 .* is for a model whose params.json has use_scaled_rope"):
-        jaxlm.load(original.folder(tmp_path / "x"), rope_factor=8)
-    folder = made.folder(tmp_path / "hf", original.RAW, original.weights())
+        jaxlm.load(meta_files.folder(tmp_path / "x"), rope_factor=8)
+    folder = made.folder(tmp_path / "hf", meta_files.RAW, meta_files.weights())
     with pytest.raises(ValueError, match=r"is for Meta's own files, config\.json names the factor"):
         jaxlm.load(folder, rope_factor=8)
 
@@ -333,7 +332,7 @@ def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
     ],
 )
 def test_params_that_make_no_sense(field, value, message, tmp_path):
-    folder = original.folder(tmp_path / "x", **{field: value})
+    folder = meta_files.folder(tmp_path / "x", **{field: value})
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         jaxlm.load(folder)
     assert str(caught.value).startswith(f"{folder}: params.json" if message != "lacks" else str(folder))
@@ -343,15 +342,15 @@ def test_params_that_make_no_sense(field, value, message, tmp_path):
 
 def test_fields_that_pass(tmp_path):
     harmless = {"max_batch_size": 32, "max_seq_len": 2048, "lora_args": None, "vision_chunk_size": -1}
-    jaxlm.load(original.folder(tmp_path / "x", **harmless))
-    folder = original.folder(tmp_path / "y", trained_on="web")
+    jaxlm.load(meta_files.folder(tmp_path / "x", **harmless))
+    folder = meta_files.folder(tmp_path / "y", trained_on="web")
     with pytest.raises(ValueError, match=r"let it pass with --allow-field NAME"):
         jaxlm.load(folder)
     jaxlm.load(folder, allow_fields=["trained_on"])
 
 
 def test_params_that_are_no_json(tmp_path):
-    folder = original.folder(tmp_path / "x")
+    folder = meta_files.folder(tmp_path / "x")
     (folder / "params.json").write_text("{")
     with pytest.raises(ValueError, match=r"params\.json is not valid JSON"):
         jaxlm.load(folder)
@@ -361,9 +360,9 @@ def test_params_that_are_no_json(tmp_path):
 
 
 def refused(tmp_path, change, shards=2, **params):
-    arrays = original.cut(original.renamed(original.weights()), shards)
+    arrays = meta_files.cut(meta_files.renamed(meta_files.weights()), shards)
     change(arrays)
-    folder = original.write(tmp_path / "x", arrays, {**original.PARAMS, **params})
+    folder = meta_files.write(tmp_path / "x", arrays, {**meta_files.PARAMS, **params})
     with pytest.raises(ValueError) as caught:
         jaxlm.load(folder)
     assert str(caught.value).startswith(f"{folder}: the weights do not fit params.json. ")
@@ -418,15 +417,15 @@ def test_a_params_json_of_another_model(tmp_path):
 
 
 def test_frequencies_that_older_files_store_are_left(tmp_path):
-    arrays = original.cut(original.renamed(original.weights()), 2)
+    arrays = meta_files.cut(meta_files.renamed(meta_files.weights()), 2)
     for shard in arrays:
         shard["rope.freqs"] = np.ones(2, np.float32)
-    model = jaxlm.load(original.write(tmp_path, arrays))
+    model = jaxlm.load(meta_files.write(tmp_path, arrays))
     assert not model.unread
 
 
 def test_missing_shards_are_named(tmp_path):
-    folder = original.folder(tmp_path / "x", 4)
+    folder = meta_files.folder(tmp_path / "x", 4)
     hidden = tmp_path / "hidden.pth"
     for number in ("00", "01", "03"):
         os.rename(folder / f"consolidated.{number}.pth", hidden)
@@ -446,7 +445,7 @@ def test_missing_shards_are_named(tmp_path):
 
 
 def test_a_pickle_in_a_shard_is_refused_before_anything_is_read(tmp_path):
-    folder = original.folder(tmp_path / "x", 2)
+    folder = meta_files.folder(tmp_path / "x", 2)
     (folder / "consolidated.01.pth").write_bytes(b"\x80\x04\x95")
     with pytest.raises(ValueError, match=r"consolidated\.01\.pth is not read, and nothing in it was run"):
         jaxlm.load(folder)
@@ -457,14 +456,14 @@ def test_a_pickle_in_a_shard_is_refused_before_anything_is_read(tmp_path):
 
 def test_the_form_is_what_the_folder_holds(tmp_path):
     """Hugging Face's where it holds both."""
-    folder = original.folder(tmp_path / "x")
+    folder = meta_files.folder(tmp_path / "x")
     assert jaxlm.load(folder).checkpoint.format == "meta"
     assert jaxlm.load(folder, format="meta").checkpoint.format == "meta"
     with pytest.raises(
         FileNotFoundError, match=r"has no config\.json \(it holds .*Meta's form, which --format meta rea"
     ):
         jaxlm.load(folder, format="hf")
-    made.folder(folder, original.RAW, original.weights(seed=1))
+    made.folder(folder, meta_files.RAW, meta_files.weights(seed=1))
     assert jaxlm.load(folder).checkpoint.format == "hf"
     assert jaxlm.load(folder, format="hf").checkpoint.format == "hf"
     assert jaxlm.load(folder, format="meta").checkpoint.format == "meta"
@@ -474,14 +473,14 @@ def test_the_form_is_what_the_folder_holds(tmp_path):
 
 def test_the_folder_original(tmp_path):
     """As a snapshot of the hub has it: the folder itself, or the one it lies in."""
-    expected = jaxlm.load(original.folder(tmp_path / "plain"))
+    expected = jaxlm.load(meta_files.folder(tmp_path / "plain"))
     snapshot = tmp_path / "snapshot"
     shutil.copytree(tmp_path / "plain", snapshot / "original")
     for folder, format in ((snapshot, None), (snapshot, "meta"), (snapshot / "original", None)):
         model = jaxlm.load(folder, format=format)
         assert equal(model, expected)
         assert model.checkpoint.folder == snapshot / "original"
-    made.folder(snapshot, original.RAW, original.weights(seed=1))
+    made.folder(snapshot, meta_files.RAW, meta_files.weights(seed=1))
     assert not equal(jaxlm.load(snapshot), expected)
     assert equal(jaxlm.load(snapshot, format="meta"), expected)
 
@@ -497,14 +496,14 @@ def test_another_family_does_not_compute_it(tmp_path):
     from jaxlm.models import qwen3
 
     with pytest.raises(ValueError, match=r"has model_type 'llama', which jaxlm\.models\.qwen3 does not compute"):
-        qwen3.load(original.folder(tmp_path / "x"))
+        qwen3.load(meta_files.folder(tmp_path / "x"))
     assert llama3.load(tmp_path / "x").family is llama3
 
 
 def test_what_the_model_remembers(tmp_path):
-    found = jaxlm.load(original.folder(tmp_path / "x", 2)).checkpoint
-    assert (found.format, found.folder, found.params) == ("meta", tmp_path / "x", original.PARAMS)
-    assert llama3.Config.from_hf(found.config) == llama3.Config.from_hf(original.RAW)
+    found = jaxlm.load(meta_files.folder(tmp_path / "x", 2)).checkpoint
+    assert (found.format, found.folder, found.params) == ("meta", tmp_path / "x", meta_files.PARAMS)
+    assert llama3.Config.from_hf(found.config) == llama3.Config.from_hf(meta_files.RAW)
     sources = {row.path: (row.names[0], tensor) for row, tensor in found.tensors.pairs}
     name, tensor = sources["layers.1.down"]
     assert name == "model.layers.1.mlp.down_proj.weight"
@@ -520,11 +519,11 @@ def test_what_the_model_remembers(tmp_path):
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    return original.tokenizer(tmp_path / "tokenizer")
+    return meta_files.tokenizer(tmp_path / "tokenizer")
 
 
 def test_a_tokenizer_beside_the_weights(vocabulary, tmp_path):
-    folder = original.folder(tmp_path / "x")
+    folder = meta_files.folder(tmp_path / "x")
     assert jaxlm.load(folder).tokenizer is None
     shutil.copy(vocabulary / "tokenizer.json", folder)
     model = jaxlm.load(folder)
@@ -537,21 +536,21 @@ def test_a_tokenizer_beside_the_weights(vocabulary, tmp_path):
 
 @pytest.mark.parametrize("place", ["", "tokenizer.json"])
 def test_a_tokenizer_elsewhere(place, vocabulary, tmp_path):
-    model = jaxlm.load(original.folder(tmp_path / "x"), tokenizer=vocabulary / place)
+    model = jaxlm.load(meta_files.folder(tmp_path / "x"), tokenizer=vocabulary / place)
     assert model.tokenizer.encode("a b") == [0, 1]
     assert model.checkpoint.tokenizer == vocabulary  # the files beside tokenizer.json belong to it
-    theirs = jaxlm.load(made.folder(tmp_path / "hf", original.RAW, original.weights()), tokenizer=str(vocabulary))
+    theirs = jaxlm.load(made.folder(tmp_path / "hf", meta_files.RAW, meta_files.weights()), tokenizer=str(vocabulary))
     assert theirs.tokenizer.encode("a b") == [0, 1]
 
 
 def test_the_tokenizers_own_folder_names_the_ends(vocabulary, tmp_path):
     (vocabulary / "generation_config.json").write_text('{"eos_token_id": [5]}')
-    model = jaxlm.load(original.folder(tmp_path / "x"), tokenizer=vocabulary)
+    model = jaxlm.load(meta_files.folder(tmp_path / "x"), tokenizer=vocabulary)
     assert model.generation_config["eos_token_id"] == [5]
 
 
 def test_a_tokenizer_beside_the_folder_original(vocabulary, tmp_path):
-    original.folder(tmp_path / "snapshot/original")
+    meta_files.folder(tmp_path / "snapshot/original")
     shutil.copy(vocabulary / "tokenizer.json", tmp_path / "snapshot")
     model = jaxlm.load(tmp_path / "snapshot")
     assert model.tokenizer.encode("b") == [1]
@@ -559,7 +558,7 @@ def test_a_tokenizer_beside_the_folder_original(vocabulary, tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    folder = original.folder(tmp_path / "x")
+    folder = meta_files.folder(tmp_path / "x")
     with pytest.raises(FileNotFoundError, match=r"absent is not a folder"):
         jaxlm.load(folder, tokenizer=tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -568,7 +567,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 
 
 def test_metas_own_tokenizer(shared, tmp_path):
-    model = jaxlm.load(original.folder(tmp_path / "x"), tokenizer=shared / "tokenizers/llama3/tokenizer.model")
+    model = jaxlm.load(meta_files.folder(tmp_path / "x"), tokenizer=shared / "tokenizers/llama3/tokenizer.model")
     assert model.tokenizer.encode("Hello") == [128000, 9906]
     assert model.generation_config == {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
     assert model.tokenizer.stop_ids == (128001, 128008, 128009)

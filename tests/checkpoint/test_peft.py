@@ -8,21 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import made
 import numpy as np
 import pytest
-from checkpoint.stub_hub import Repo, StubHub, turn_to
-from recordings.tiny import CONFIGS, tiny
-from tiny_adapter import beside, drawn
+from helpers import checkpoint_files
+from helpers.stub_hub import Repo, StubHub, turn_to
+from helpers.tiny_adapter import beside, drawn
+from helpers.tiny_models import CONFIGS, tiny
 
 import jaxlm
-from jaxlm import lora, models, params
+from jaxlm import models
 from jaxlm.adapters import fuse
 from jaxlm.checkpoint import hf, peft, peft_hub
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.exporting import open_model
+from jaxlm.nn import lora, params
 
-SIZES = {name: made.LLAMA[name] for name in made.LLAMA if name not in ("model_type", "rope_theta")}
+SIZES = {
+    name: checkpoint_files.LLAMA[name] for name in checkpoint_files.LLAMA if name not in ("model_type", "rope_theta")
+}
 RAW = {family: {**CONFIGS[family], **SIZES} for family in CONFIGS}
 SEEING = {"model_type": "gemma3", "vision_config": {}, "tie_word_embeddings": True, "text_config": RAW["gemma3"]}
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"}
@@ -34,14 +37,14 @@ def of(raw: dict[str, Any]) -> tuple[Any, Any]:
     return family.PARAMS, family.Config.from_hf(raw)
 
 
-def base(path: Path, raw: dict[str, Any] = made.LLAMA, spelling: int = 0, **more: np.ndarray) -> Path:
+def base(path: Path, raw: dict[str, Any] = checkpoint_files.LLAMA, spelling: int = 0, **more: np.ndarray) -> Path:
     """A checkpoint folder with drawn weights."""
     rng = np.random.default_rng(0)
     arrays = {
         row.names[spelling if len(row.names) > 2 else 0]: rng.standard_normal(row.stored).astype(np.float32)
         for row in params.rows(*of(raw))
     }
-    return made.folder(path, raw, {**arrays, **more})
+    return checkpoint_files.folder(path, raw, {**arrays, **more})
 
 
 def tensors(names: tuple[str, ...] = ("q_proj",), rank: int = 2, kind: Any = np.float32, layers: int = 2) -> Any:
@@ -62,15 +65,15 @@ def adapter(path: Path, arrays: Any = None, **fields: Any) -> Path:
     """An adapter's folder; fields: of its config, changed."""
     path.mkdir(exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps({**CONFIG, **fields}))
-    made.write(path / "adapter_model.safetensors", tensors() if arrays is None else arrays)
+    checkpoint_files.write(path / "adapter_model.safetensors", tensors() if arrays is None else arrays)
     return path
 
 
-def find(folder: Path, raw: dict[str, Any] = made.LLAMA) -> peft.Adapter:
+def find(folder: Path, raw: dict[str, Any] = checkpoint_files.LLAMA) -> peft.Adapter:
     return peft.find(folder, *of(raw), models.family_of(raw["model_type"]).UNREAD)
 
 
-def read(folder: Path, raw: dict[str, Any] = made.LLAMA) -> Any:
+def read(folder: Path, raw: dict[str, Any] = checkpoint_files.LLAMA) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return peft.read(find(folder, raw), of(raw)[1].L, lambda stored: stored, lambda row: here)
 
@@ -104,7 +107,7 @@ def test_what_is_written_is_read(family: str, dtype: Any, tmp_path: Path) -> Non
 
 def test_tensors_are_stored_as_peft_has_them(tmp_path: Path) -> None:
     """[r, inputs] and [outputs, r], heads joined, the first index the outer one."""
-    table, cfg = of(made.LLAMA)
+    table, cfg = of(checkpoint_files.LLAMA)
     tree: dict[str, Any] = {"layers": [{}, {}]}
     q = lora.Lora(None, jnp.arange(16.0).reshape(2, 8), jnp.arange(16.0).reshape(2, 4, 2), None, 0.5)
     o = lora.Lora(None, jnp.arange(16.0).reshape(2, 2, 4), jnp.arange(16.0).reshape(8, 2), None, 0.5)
@@ -333,11 +336,11 @@ def test_a_head_that_is_tied(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", arrays)
     assert "head" in {pair.row.path for pair in find(folder).pairs}
     with pytest.raises(ValueError, match="for a head of its own, but this one is the embedding"):
-        find(folder, {**made.LLAMA, "tie_word_embeddings": True})
+        find(folder, {**checkpoint_files.LLAMA, "tie_word_embeddings": True})
 
 
 def test_a_copy_of_a_tied_head_passes(tmp_path: Path) -> None:
-    place = base(tmp_path / "base", {**made.LLAMA, "tie_word_embeddings": True})
+    place = base(tmp_path / "base", {**checkpoint_files.LLAMA, "tie_word_embeddings": True})
     value = np.empty((24, 8), np.float32)
     hf.read_block(hf.read_index(place)["model.embed_tokens.weight"], value)
     copies = {f"base_model.model.{name}.weight": value for name in ("lm_head", "model.embed_tokens")}
@@ -351,7 +354,7 @@ def test_copies_of_the_base_pass(tmp_path: Path) -> None:
     value = np.empty(head.shape, np.float32)
     hf.read_block(head, value)
     name = "base_model.model.lm_head.base_layer.weight"
-    for copy in (value, value.astype(made.KINDS["BF16"])):
+    for copy in (value, value.astype(checkpoint_files.KINDS["BF16"])):
         assert jaxlm.load(place, adapter=adapter(tmp_path / "a", {**tensors(), name: copy})).checkpoint.adapter
     for other in (value + 1, value[:-1], np.zeros(value.shape, np.int8)):
         folder = adapter(tmp_path / "a", {**tensors(), name: other})
@@ -409,7 +412,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     arrays = load_file(tmp_path / "a/adapter_model.safetensors")
     arrays |= {f"base_model.model.{tower}.lora_A.weight": np.ones((2, 4), np.float32),
                f"base_model.model.{tower}.lora_B.weight": np.ones((4, 2), np.float32)}  # fmt: skip
-    made.write(tmp_path / "a/adapter_model.safetensors", arrays)
+    checkpoint_files.write(tmp_path / "a/adapter_model.safetensors", arrays)
     place = base(
         tmp_path / "base", SEEING, 1, **{f"{tower}.weight".removeprefix("model."): np.ones((4, 4), np.float32)}
     )
@@ -460,7 +463,7 @@ def test_an_adapter_alone_brings_its_base(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(logits(model), logits(jaxlm.load(place, adapter=folder)))
     (folder / "config.json").write_text((place / "config.json").read_text())  # some tools leave the base's there
     assert jaxlm.load(folder).checkpoint.adapter.folder == folder
-    table, cfg = of(made.LLAMA)
+    table, cfg = of(checkpoint_files.LLAMA)
     monkeypatch.chdir(tmp_path)  # a folder is written so that it can be found from elsewhere
     peft.write(tmp_path / "b", read(folder), table, cfg, base="base")
     monkeypatch.chdir("/")

@@ -10,10 +10,10 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import made
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,11 +48,11 @@ def values(tensor):
     """The array that a Tensor stands for."""
     buffer = np.empty(tensor.nbytes, np.uint8)
     read_into(buffer, tensor, 0)
-    return buffer.view(made.KINDS[tensor.dtype]).reshape(tensor.shape)
+    return buffer.view(checkpoint_files.KINDS[tensor.dtype]).reshape(tensor.shape)
 
 
 def write(path, arrays):
-    kinds = {np.dtype(kind): name for name, kind in made.KINDS.items()}
+    kinds = {np.dtype(kind): name for name, kind in checkpoint_files.KINDS.items()}
     write_pth(path, ((name, kinds[a.dtype], a.shape, halves(a)) for name, a in arrays.items()))
     return path
 
@@ -79,7 +79,11 @@ def test_what_torch_wrote(tmp_path):
 def test_a_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"F32": (3, 5), "BF16": (7,), "F16": (2, 3, 4)}
-    arrays = {f"layers.{i}.{k}": rng.standard_normal(shapes[k]).astype(made.KINDS[k]) for i in range(9) for k in shapes}
+    arrays = {
+        f"layers.{i}.{k}": rng.standard_normal(shapes[k]).astype(checkpoint_files.KINDS[k])
+        for i in range(9)
+        for k in shapes
+    }
     arrays |= {
         "scalar": np.array(2.5, np.float32),
         "none": np.empty((0, 3), np.float32),
@@ -98,11 +102,13 @@ def test_a_round_trip(tmp_path):
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=4).map(tuple), max_size=6),
-    kinds=st.lists(st.sampled_from(sorted(made.KINDS)), min_size=6, max_size=6),
+    kinds=st.lists(st.sampled_from(sorted(checkpoint_files.KINDS)), min_size=6, max_size=6),
 )
 def test_round_trips(shapes, kinds, tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {str(i): rng.standard_normal(s).astype(made.KINDS[k]) for i, (s, k) in enumerate(zip(shapes, kinds))}
+    arrays = {
+        str(i): rng.standard_normal(s).astype(checkpoint_files.KINDS[k]) for i, (s, k) in enumerate(zip(shapes, kinds))
+    }
     found = read_pth(write(tmp_path / "x.pth", arrays))
     assert all((values(found[name]) == array).all() for name, array in arrays.items())
 

@@ -5,20 +5,22 @@ import json
 import os
 import tracemalloc
 
-import made
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.checkpoint import safetensors
 from jaxlm.checkpoint.safetensors import Tensor, read_header, read_index, read_into
 
-TWO = {"a": made.entry(0, 2, 3), "b": made.entry(24, 4)}
+TWO = {"a": checkpoint_files.entry(0, 2, 3), "b": checkpoint_files.entry(24, 4)}
 
 
 def test_header_says_where_every_tensor_lies(tmp_path):
-    path = made.write(tmp_path / "x", {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "e": np.empty((0, 3), "f4")})
+    path = checkpoint_files.write(
+        tmp_path / "x", {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "e": np.empty((0, 3), "f4")}
+    )
     size = path.stat().st_size
     assert read_header(path) == {
         "a": Tensor("a", path, "F32", (2, 3), size - 24, 24),
@@ -28,7 +30,7 @@ def test_header_says_where_every_tensor_lies(tmp_path):
 
 def test_order_padding_and_metadata_do_not_matter(tmp_path):
     header = json.dumps({"b": TWO["b"], "__metadata__": {"format": "pt"}, "a": TWO["a"]}).encode() + b"     "
-    tensors = read_header(made.write_raw(tmp_path / "x", header, bytes(40)))
+    tensors = read_header(checkpoint_files.write_raw(tmp_path / "x", header, bytes(40)))
     assert tensors["b"].offset == tensors["a"].offset + 24 == 8 + len(header) + 24
 
 
@@ -39,7 +41,7 @@ def test_every_type_of_the_format_is_read(tmp_path):
         nbytes = int(8 * size)
         header[kind] = {"dtype": kind, "shape": [8], "data_offsets": [at, at + nbytes]}
         at += nbytes
-    assert list(read_header(made.write_raw(tmp_path / "x", header, bytes(at)))) == list(sizes)
+    assert list(read_header(checkpoint_files.write_raw(tmp_path / "x", header, bytes(at)))) == list(sizes)
 
 
 def bad(**changes):
@@ -54,9 +56,9 @@ CORRUPT = {
     "one offset": (bad(data_offsets=[24]), "'b' makes no sense"),
     "offsets true": (bad(data_offsets=[False, True]), "'b' makes no sense"),
     "offsets absurd": (bad(data_offsets=[24, 10**4000]), "'b' makes no sense"),
-    "overlap": ({"a": TWO["a"], "b": made.entry(20, 4)}, "'b' begins at byte"),
-    "the same bytes twice": ({**TWO, "c": made.entry(24, 4)}, "begins at byte"),
-    "hole": ({"a": TWO["a"], "b": made.entry(28, 3)}, "'b' begins at byte"),
+    "overlap": ({"a": TWO["a"], "b": checkpoint_files.entry(20, 4)}, "'b' begins at byte"),
+    "the same bytes twice": ({**TWO, "c": checkpoint_files.entry(24, 4)}, "begins at byte"),
+    "hole": ({"a": TWO["a"], "b": checkpoint_files.entry(28, 3)}, "'b' begins at byte"),
     "wrong byte count": (bad(shape=[5]), "type F32 and shape [5] cannot have 16 bytes"),
     "half a byte": (bad(dtype="F4", shape=[33]), "cannot have 16 bytes"),
     "negative shape": (bad(shape=[-2, -2]), "'b' makes no sense"),
@@ -81,7 +83,7 @@ CORRUPT = {
 @pytest.mark.parametrize("case", CORRUPT)
 def test_corrupt_header(case, tmp_path):
     header, message = CORRUPT[case]
-    path = made.write_raw(tmp_path / "model.safetensors", header, bytes(40))
+    path = checkpoint_files.write_raw(tmp_path / "model.safetensors", header, bytes(40))
     with pytest.raises(ValueError) as caught:
         read_header(path)
     assert message in str(caught.value)
@@ -109,7 +111,7 @@ def test_no_header_at_all(data, message, tmp_path):
 @pytest.mark.parametrize("cut", [1, 40, 41, 100, 150])
 def test_truncated_file(cut, tmp_path):
     """Within the data, between header and data, and within the header."""
-    path = made.write_raw(tmp_path / "model.safetensors", TWO, bytes(40))
+    path = checkpoint_files.write_raw(tmp_path / "model.safetensors", TWO, bytes(40))
     whole = path.read_bytes()
     assert len(read_header(path)) == 2
     path.write_bytes(whole[:-cut])
@@ -118,7 +120,7 @@ def test_truncated_file(cut, tmp_path):
 
 
 def test_file_that_is_too_long(tmp_path):
-    path = made.write_raw(tmp_path / "model.safetensors", TWO, bytes(41))
+    path = checkpoint_files.write_raw(tmp_path / "model.safetensors", TWO, bytes(41))
     with pytest.raises(ValueError, match=r"its tensors end at byte [0-9]+, the file at"):
         read_header(path)
 
@@ -159,7 +161,7 @@ fuzz = settings(
     st.binary(max_size=9),
 )
 def test_fuzz_bytes(tmp_path, changes, at, more):
-    whole = bytearray(made.write_raw(tmp_path / "x", TWO, bytes(40)).read_bytes())
+    whole = bytearray(checkpoint_files.write_raw(tmp_path / "x", TWO, bytes(40)).read_bytes())
     for place, byte in changes:
         whole[place % len(whole)] = byte
     (tmp_path / "x").write_bytes(bytes(whole[:at]) + more + bytes(whole[at + (len(more) + at) % 3 :]))
@@ -182,7 +184,7 @@ likely = st.fixed_dictionaries(
 @fuzz
 @given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]) | st.text(), likely | anything) | anything)
 def test_fuzz_entries(tmp_path, header):
-    judge(made.write_raw(tmp_path / "x", header, bytes(40)))
+    judge(checkpoint_files.write_raw(tmp_path / "x", header, bytes(40)))
 
 
 # The system's own errors
@@ -210,7 +212,7 @@ class Broken:
 
 
 def test_read_errors_name_the_file(tmp_path, monkeypatch):
-    path = made.write(tmp_path / "model.safetensors", {"a": np.zeros(4, np.float32)})
+    path = checkpoint_files.write(tmp_path / "model.safetensors", {"a": np.zeros(4, np.float32)})
     tensor = read_header(path)["a"]
     monkeypatch.setattr(safetensors, "open", Broken, raising=False)
     for read in (lambda: read_header(path), lambda: read_into(np.empty(16, np.uint8), tensor, 0)):
@@ -223,7 +225,7 @@ def test_permission_denied_names_the_file(tmp_path, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    path = made.write(tmp_path / "model.safetensors", {"a": np.zeros(4, np.float32)})
+    path = checkpoint_files.write(tmp_path / "model.safetensors", {"a": np.zeros(4, np.float32)})
     monkeypatch.setattr(safetensors, "open", refuse, raising=False)  # root may read everything: no chmod
     with pytest.raises(PermissionError, match=r"model\.safetensors"):
         read_header(path)

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from tiny_chat import SIZES, TEMPLATE, model_of, quick_compilation, tokenizer_of
+from helpers.tiny_chat import SIZES, TEMPLATE, model_of, quick_compilation, tokenizer_of
 
 from jaxlm.cli import main
 from jaxlm.cli.answer import print_answer
 from jaxlm.cli.common import ModelFlags
-from jaxlm.generation import Piece
+from jaxlm.inference.generation import Piece
 from jaxlm.models import llama3
-from jaxlm.ops import Rope
+from jaxlm.nn import Rope
 
 DIM, RESET = "\033[2m", "\033[0m"
 THINKING = tokenizer_of(TEMPLATE, thinking=True)

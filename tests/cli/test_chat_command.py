@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_files
-from tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
+from helpers import tiny_files
+from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 from jaxlm import cli
-from jaxlm.chat import Conversation
 from jaxlm.cli.chat import Talk, parse
+from jaxlm.inference.conversation import Conversation
 from jaxlm.model import Model
 from jaxlm.models import llama3
-from jaxlm.ops import Rope
+from jaxlm.nn import Rope
 
 CONFIG = llama3.Config(**SIZES, L=1, rope=Rope(), context=128)
 

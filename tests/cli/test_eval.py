@@ -6,7 +6,7 @@ import math
 import sys
 
 import pytest
-import tiny_files
+from helpers import tiny_files
 
 from jaxlm.cli import main
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-import tiny_files
+from helpers import tiny_files
 
 import jaxlm
 from jaxlm.checkpoint import safetensors

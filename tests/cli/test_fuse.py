@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_files
+from helpers import tiny_files
 
 import jaxlm
-from jaxlm import loading, lora, verification
+from jaxlm import loading, verification
 from jaxlm.checkpoint import peft, safetensors
 from jaxlm.cli import main
 from jaxlm.models import llama3
+from jaxlm.nn import lora
 
 
 @pytest.fixture

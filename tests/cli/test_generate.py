@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from jaxlm import decoding
 from jaxlm.cli import main, parse
+from jaxlm.inference import decoding
 
 # As many tokens in every test, so that they share their programs.
 GREEDY = ["--temperature", "0", "--max-tokens", "200"]

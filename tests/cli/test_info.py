@@ -7,13 +7,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_files
-from checkpoint.stub_hub import Repo, StubHub, turn_to
+from helpers import tiny_files
+from helpers.stub_hub import Repo, StubHub, turn_to
 
-from jaxlm import models, params
+from jaxlm import models
 from jaxlm.checkpoint import safetensors
 from jaxlm.cli import main
-from jaxlm.ops import cache as caches
+from jaxlm.nn import kv_cache as caches
+from jaxlm.nn import params
 
 GEMMA = {
     "model_type": "gemma3_text", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7,

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import pytest
-from recordings.tiny import CONFIGS, FULL, SLIDING
+from helpers.tiny_models import CONFIGS, FULL, SLIDING
 
 from jaxlm import models
-from jaxlm.ops import Rope
+from jaxlm.nn import Rope
 
 FAMILIES = tuple(CONFIGS)
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import Model, models, params
-from jaxlm.ops import Rope
+from jaxlm import Model, models
+from jaxlm.nn import Rope, params
 
 # Files of configs/ -> keys of param_counts.json.
 KEYS = {

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings.tiny import FULL, SLIDING, tiny
+from helpers.tiny_models import FULL, SLIDING, tiny
 
-from jaxlm import Model, params
+from jaxlm import Model
 from jaxlm.model import positions
-from jaxlm.ops import cache as caches
+from jaxlm.nn import kv_cache as caches
+from jaxlm.nn import params
 
 FAMILIES = ("llama3", "qwen3", "olmo2", "gemma3")
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 14)).astype(np.int32)

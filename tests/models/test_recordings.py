@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from recordings.tiny import FULL, SLIDING, from_config
+from helpers.tiny_models import FULL, SLIDING, from_config
 
 from jaxlm import Model
-from jaxlm.ops import Rope
-from jaxlm.ops.rotary import Frequencies
+from jaxlm.nn import Rope
+from jaxlm.nn.rope import Frequencies
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("*.npz"))
 LIMIT = 1e-4  # of the logits' deviation

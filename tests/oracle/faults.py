@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm import Model
-from jaxlm.decoding import Programs
+from jaxlm.inference.decoding import Programs
 from jaxlm.models import olmo2
 
 Fault = Callable[[Model, pytest.MonkeyPatch], Model]

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recordings.weights import draw
+from helpers.random_weights import draw
 
 import jaxlm
-from jaxlm.ops import frequencies
+from jaxlm.nn import frequencies
 
 CLASSES = {
     "llama3": ("LlamaConfig", "LlamaForCausalLM"),
@@ -188,7 +188,7 @@ def forward(model: jaxlm.Model, tokens: Any, pos: Any = None, kv: Any = None) ->
 
 
 def fresh(model: jaxlm.Model) -> Callable[..., tuple[np.ndarray, Any]]:
-    """`forward` compiled anew, so that it sees what a test has patched in jaxlm.ops; quickly, for planted faults."""
+    """`forward` compiled anew, so that it sees what a test has patched in jaxlm.nn; quickly, for planted faults."""
     cfg, family = model.config, model.family
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

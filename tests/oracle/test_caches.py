@@ -15,9 +15,9 @@ from oracle import reference
 from oracle.reference import FAMILIES, FAULT, LIMIT, V
 
 import jaxlm
-from jaxlm.ops import cache as caches
+from jaxlm.nn import kv_cache as caches
 
-attends = import_module("jaxlm.ops.attention")
+attends = import_module("jaxlm.nn.attention")
 pytestmark = pytest.mark.oracle
 WINDOW = 5
 TEXT = np.random.RandomState(5).randint(0, V, (3, 20)).astype(np.int32)

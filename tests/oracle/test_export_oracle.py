@@ -10,7 +10,7 @@ from oracle.reference import FAMILIES
 from oracle.test_gemma_layouts import SPELLINGS, seeing
 
 import jaxlm
-from jaxlm.checkpoint import export as files
+from jaxlm.checkpoint import writer as files
 
 pytestmark = pytest.mark.oracle
 
@@ -103,7 +103,7 @@ def test_the_form_of_metas_originals(tied: bool, tmp_path: Path) -> None:
 
 def test_random_weights(tmp_path: Path) -> None:
     """A model that transformers has never seen: its logits are ours."""
-    from recordings.tiny import CONFIGS, from_config
+    from helpers.tiny_models import CONFIGS, from_config
 
     for family, raw in CONFIGS.items():
         with reference.quiet():

@@ -12,7 +12,7 @@ from oracle.cases import CASES, Case
 from oracle.reference import FULL, SLIDING
 
 from jaxlm import models
-from jaxlm.ops import Rope, frequencies
+from jaxlm.nn import Rope, frequencies
 
 pytestmark = pytest.mark.oracle
 

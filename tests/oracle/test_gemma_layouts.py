@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.random_weights import draw
 from oracle import cases, faults, reference
 from oracle.reference import BASE, FAULT, LIMIT, OWN
-from recordings.weights import draw
 
 import jaxlm
 

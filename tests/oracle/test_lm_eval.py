@@ -1,5 +1,4 @@
-"""jaxlm.harness beside the class that the lm-eval harness itself has for transformers' models: equal figures, equal
-answers, equal tables."""
+"""jaxlm.evaluation.lm_eval beside lm-eval's own class for transformers' models: equal figures, answers and tables."""
 
 import json
 import math
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from oracle import reference
-from tiny_chat import TEMPLATE, tokenizer_of
 
 import jaxlm
 from jaxlm.cli import main
@@ -88,7 +87,7 @@ def pair(folder) -> tuple[Any, Any]:
     """Our adapter and the harness' own."""
     from lm_eval.models.huggingface import HFLM
 
-    from jaxlm.harness import Harness
+    from jaxlm.evaluation.lm_eval import Harness
 
     with reference.quiet():
         theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
@@ -114,7 +113,7 @@ def test_what_is_asked_of_the_tokenizer(pair) -> None:
 
 def test_tokenizers_that_name_no_tokens(shared) -> None:
     """What stands in the configuration files, or is added to a text, will do; nothing will not."""
-    from jaxlm.harness import Harness
+    from jaxlm.evaluation.lm_eval import Harness
 
     model = jaxlm.load(shared / "checkpoints/stories260K")
     model.tokenizer.hf.bos_token = model.tokenizer.hf.eos_token = None
@@ -243,7 +242,7 @@ def test_the_same_results(how, pair, tasks) -> None:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from jaxlm.harness import RESAMPLED, run
+    from jaxlm.evaluation.lm_eval import RESAMPLED, run
 
     ours, theirs = pair
     if how and not ours.model.tokenizer.has_template:
@@ -277,7 +276,7 @@ def test_the_command(pair, tasks, capsys) -> None:
 
 
 def test_what_cannot_be_done(pair, tasks, capsys) -> None:
-    from jaxlm.harness import Harness, run
+    from jaxlm.evaluation.lm_eval import Harness, run
 
     model = pair[0].model
     small = Harness(model, length=16)

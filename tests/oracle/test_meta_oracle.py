@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import varied_text
-from checkpoint import original
+from helpers import meta_files, varied_text
 from oracle import reference
 from oracle.reference import FAULT, LIMIT
 from oracle.test_frequencies import ulps
@@ -27,7 +26,7 @@ from jaxlm import Model
 from jaxlm.checkpoint import hf, meta
 from jaxlm.checkpoint.pth import read_pth, write_pth
 from jaxlm.checkpoint.safetensors import chunks
-from jaxlm.ops import frequencies
+from jaxlm.nn import frequencies
 
 pytestmark = pytest.mark.oracle
 PARAMS = {
@@ -62,10 +61,10 @@ def save(folder: Path, shards: int, factor: int, dtype: str = "float32", seed: i
     """Writes a folder as Meta did, with torch.save; gives the whole tensors."""
     import torch
 
-    whole = original.renamed(original.weights(RAW, seed=seed), RAW)
+    whole = meta_files.renamed(meta_files.weights(RAW, seed=seed), RAW)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps({**PARAMS, "use_scaled_rope": bool(factor)}))
-    for i, part in enumerate(original.cut(whole, shards)):
+    for i, part in enumerate(meta_files.cut(whole, shards)):
         tensors = {name: torch.from_numpy(w.copy()).to(getattr(torch, dtype)) for name, w in part.items()}
         torch.save(tensors, folder / f"consolidated.{i:02}.pth")
     return {name: torch.from_numpy(w) for name, w in whole.items()}
@@ -277,7 +276,7 @@ def tokenizers(shared: Path) -> tuple[Any, Any]:
     from llama_models.llama3.tokenizer import Tokenizer
 
     path = shared / "tokenizers/llama3/tokenizer.model"
-    return jaxlm.tokenizer.Tokenizer.load(path), Tokenizer(path)
+    return jaxlm.processing.tokenizer.Tokenizer.load(path), Tokenizer(path)
 
 
 def test_token_ids(tokenizers: tuple[Any, Any], shared: Path) -> None:
@@ -305,6 +304,6 @@ def test_chat_ids(tokenizers: tuple[Any, Any]) -> None:
 
 
 def test_what_ends_an_answer(tokenizers: tuple[Any, Any], shared: Path, tmp_path: Path) -> None:
-    original.folder(tmp_path)
+    meta_files.folder(tmp_path)
     model = jaxlm.load(tmp_path, tokenizer=shared / "tokenizers/llama3/tokenizer.model")
     assert sorted(model.tokenizer.stop_ids) == sorted(tokenizers[1].stop_tokens)

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.tiny_adapter import beside, drawn
 from oracle import reference
 from oracle.reference import FAMILIES, FAULT, LIMIT
 from oracle.test_gemma_layouts import seeing
-from tiny_adapter import beside, drawn
 
 import jaxlm
-from jaxlm import Model, lora
+from jaxlm import Model
 from jaxlm.checkpoint import peft
 from jaxlm.cli import main
+from jaxlm.nn import lora
 
 pytestmark = pytest.mark.oracle
 PATTERNS = {

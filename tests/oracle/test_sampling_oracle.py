@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import sampling
-from jaxlm.options import Options
+from jaxlm.inference import sampling
+from jaxlm.inference.sampling_params import Options
 
 pytestmark = pytest.mark.oracle
 

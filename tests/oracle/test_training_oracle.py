@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers.tiny_adapter import drawn
+from helpers.tiny_models import tiny
 from oracle.reference import FAMILIES, V, build, masks, share_frequencies
-from recordings.tiny import tiny
-from tiny_adapter import drawn
 
 import jaxlm
-from jaxlm import lora, params
 from jaxlm.checkpoint import peft
-from jaxlm.training import optimisers, step
-from jaxlm.training.batches import Batch
+from jaxlm.data.packing import Batch
+from jaxlm.nn import lora, params
+from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimiser
 from jaxlm.training.loss import loss
 
@@ -103,7 +103,7 @@ def test_ten_steps(family: str, tmp_path: Any) -> None:
 
     of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked = stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimisers.make(of, STEPS, params.letters(model.family.PARAMS, stacked))
+    rule = optimizers.make(of, STEPS, params.letters(model.family.PARAMS, stacked))
     run = jax.jit(step.make(model.family, model.config, rule), compiler_options=OPTIONS.get(family, QUICK))
     state, found = jax.jit(partial(step.start, rule))(stacked), []
     mean = lambda w, b: (s := loss(model.family, model.config, w, b)).loss / s.tokens  # noqa: E731
@@ -139,7 +139,7 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
 
     of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked, frozen = stack(tree, period), stack(model.weights, period)
-    rule = optimisers.make(of, STEPS, params.letters(table, stacked))
+    rule = optimizers.make(of, STEPS, params.letters(table, stacked))
     run = jax.jit(step.make(model.family, cfg, rule), compiler_options=OPTIONS.get(family, QUICK))
     state, found = jax.jit(partial(step.start, rule))(stacked), []
     for batch in batches():
@@ -176,7 +176,7 @@ def test_a_wrong_rule_shows() -> None:
     ends = []
     for decay, told in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
         of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
-        rule = optimisers.make(of, STEPS, told)
+        rule = optimizers.make(of, STEPS, told)
         weights, state = model.weights, jax.jit(rule.init)(model.weights)
 
         @partial(jax.jit, compiler_options=QUICK)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_chat import quick_compilation
 from oracle import faults, reference
 from oracle.cases import gemma_rope, llama3_rope, shape
 from oracle.reference import FULL, SLIDING
-from tiny_chat import quick_compilation
 
 import jaxlm
 from jaxlm import Model
-from jaxlm.ops import attention
+from jaxlm.nn import attention
 from jaxlm.verification import ours, probes, torch_models
 from jaxlm.verification.checks import compare
 

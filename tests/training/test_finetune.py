@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from recordings.tiny import tiny
-from training.runs import Stopped, lines, stopping_at
+from helpers.tiny_models import tiny
+from helpers.training_runs import Stopped, lines, stopping_at
 
 import jaxlm
-from jaxlm import lora, params
 from jaxlm.cli import main
-from jaxlm.training import loop, optimisers, step
-from jaxlm.training.batches import Batch
+from jaxlm.data.packing import Batch
+from jaxlm.nn import lora, params
+from jaxlm.training import loop, optimizers, step
 from jaxlm.training.config import Data, LoraOptions, Optimiser, Run
 
 
@@ -38,7 +38,7 @@ def begun(model: Any, stacked: bool, dropout: float = 0.0, names: tuple[str, ...
     )
     form = (lambda w: params.stack(w, len(params.period(cfg.windows)))) if stacked else (lambda w: w)
     weights = form(adapter)
-    rule = optimisers.make(Optimiser(lr=1e-2), 10, params.letters(table, weights))
+    rule = optimizers.make(Optimiser(lr=1e-2), 10, params.letters(table, weights))
     take = jax.jit(step.make(model.family, cfg, rule, dropout=dropout))
     return take, step.start(rule, weights), form(model.weights)
 

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training.runs import Stopped, lines, made, run_of, stopping_at
+from helpers.training_runs import Stopped, lines, made, run_of, stopping_at
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.training import loop, plan, saving, stopping
+from jaxlm.training import dry_run, loop, resume, stopping
 from jaxlm.training.config import Data, Optimiser, Run
 from jaxlm.training.setup import set_up
 
@@ -111,7 +111,7 @@ def test_an_example_shows_what_is_learned(files, tmp_path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows * 4)))
     data = Data((str(tmp_path / "data.jsonl"),), packing="none")
     setup = set_up(run_of(files, tmp_path / "run", data=data, length=800))
-    [pieces] = plan.examples(setup, 1, tokens=60)
+    [pieces] = dry_run.examples(setup, 1, tokens=60)
     assert pieces[0] == ("… ", False)
     learned = "".join(text for text, learned in pieces if learned)
     assert "the dog ran" in learned
@@ -302,7 +302,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path)
 
 
 def test_two_runs_in_one_folder(files, whole) -> None:
-    with saving.opened(whole, 2), pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"):
+    with resume.opened(whole, 2), pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"):
         loop.train(run_of(files, whole))
 
 
@@ -377,7 +377,8 @@ def test_a_file_of_flags(tmp_path, capsys) -> None:
 def test_a_hub_dataset_by_name(files, monkeypatch, tmp_path) -> None:
     """`--dataset wikitext` is learned from; for the validation of a name its own split is asked for."""
     from jaxlm import cli
-    from jaxlm.training import corpus, setup
+    from jaxlm.data import corpus
+    from jaxlm.training import setup
 
     asked = []
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recordings.tiny import tiny
+from helpers.tiny_models import tiny
 
-from jaxlm import flops, params
+from jaxlm.nn import flops, params
 from jaxlm.training import metrics
 
 LINES = [{"step": n, "loss": 5 / n, "rate": 0.1} for n in range(1, 30)] + [{"step": 29, "valid_loss": 0.3}]

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings.tiny import tiny
+from helpers.tiny_models import tiny
 
-from jaxlm import mesh, params, topology
-from jaxlm.ops import attention
-from jaxlm.training import optimisers, step
-from jaxlm.training.batches import Batch
+from jaxlm.data.packing import Batch
+from jaxlm.devices import mesh, topology
+from jaxlm.nn import attention, params
+from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimiser
 from jaxlm.training.loss import loss, token_logprobs
 
@@ -216,7 +216,7 @@ def test_one_batch_is_learned_by_heart(small, name) -> None:
     weights = jax.jit(params.stack)(small.weights)
     rate = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "lion": 2e-3}[name]
     of = Optimiser(name=name, lr=rate, schedule="constant", warmup=5, weight_decay=0.0)
-    rule = optimisers.make(of, 400, params.letters(small.family.PARAMS, weights))
+    rule = optimizers.make(of, 400, params.letters(small.family.PARAMS, weights))
     state = jax.jit(partial(step.start, rule))(weights)
     run, one = jax.jit(step.make(small.family, small.config, rule), donate_argnums=0), batch()
     for _ in range(400):
@@ -228,7 +228,7 @@ def test_one_batch_is_learned_by_heart(small, name) -> None:
 
 def test_schedules() -> None:
     def at(of: Optimiser, *steps: int) -> list[float]:
-        return [round(float(rate), 6) for rate in jax.jit(jax.vmap(optimisers.schedule(of, 100)))(np.array(steps))]
+        return [round(float(rate), 6) for rate in jax.jit(jax.vmap(optimizers.schedule(of, 100)))(np.array(steps))]
 
     assert at(Optimiser(lr=1.0, warmup=10, schedule="constant"), 0, 5, 10, 99) == [0.0, 0.5, 1.0, 1.0]
     assert at(Optimiser(lr=1.0, warmup=0.1, schedule="linear", final=0.1), 10, 55, 100) == [1.0, 0.55, 0.1]
@@ -244,13 +244,13 @@ def test_what_decays_and_what_is_a_matrix(family) -> None:
         letters = params.letters(model.family.PARAMS, weights)
         known = {*params.NORMS, "NHD", "KHD", "DNH", "FD", "DF", "VD"}
         assert {name.lstrip("L") for name in jax.tree.leaves(letters)} <= known
-        for path, decays in jax.tree_util.tree_leaves_with_path(optimisers.decaying(letters)):
+        for path, decays in jax.tree_util.tree_leaves_with_path(optimizers.decaying(letters)):
             assert decays == ("norm" not in jax.tree_util.keystr(path))
 
 
 def test_decay_is_of_the_weight_itself() -> None:
     weights = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
-    rule = optimisers.make(Optimiser(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
+    rule = optimizers.make(Optimiser(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
     zero = jax.tree.map(np.zeros_like, weights)
     updates, _ = jax.jit(lambda w: rule.update(zero, rule.init(w), w))(weights)
     assert (np.asarray(updates["embed"]) == -0.5).all()
@@ -260,7 +260,7 @@ def test_decay_is_of_the_weight_itself() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
 def test_decay_follows_the_rate(small, name) -> None:
     """Without a gradient a matrix of a layer shrinks by rate x decay, and a norm stays."""
-    rule = optimisers.make(
+    rule = optimizers.make(
         Optimiser(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
         10, params.letters(small.family.PARAMS, small.weights),
     )  # fmt: skip

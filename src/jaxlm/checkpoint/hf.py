@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import params
 from jaxlm.checkpoint.meta import Joined, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_index as read_index
 from jaxlm.checkpoint.safetensors import read_json as read_json
+from jaxlm.nn import params
 
 READERS = 4
 AHEAD = 64 << 20  # bytes that may be read ahead of the tensor that is being placed

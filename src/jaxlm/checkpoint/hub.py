@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxlm.checkpoint.download import download, each, http_error
-from jaxlm.checkpoint.refusals import CONVERT, explain, remote_files, some
+from jaxlm.checkpoint.hub_errors import CONVERT, explain, remote_files, some
 from jaxlm.checkpoint.safetensors import quoted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

@@ -43,7 +43,7 @@ ENDS = (
     "<|eom_id|>",
     "<|eot_id|>",
 )  # that end a text, as generation_config.json from 3.1 on has them
-LAYERS = 2_000  # jaxlm.config's bound, which refuses what passes here
+LAYERS = 2_000  # jaxlm.models.config's bound, which refuses what passes here
 # Fields of params.json that do not change what the forward pass computes.
 HARMLESS = ("max_batch_size", "max_seq_len")
 

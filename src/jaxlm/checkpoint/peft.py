@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm import lora, params
-from jaxlm.checkpoint import export as files
 from jaxlm.checkpoint import hf
+from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.meta import Joined
 from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS, Settings, read_settings
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, listed, read_header
+from jaxlm.nn import lora, params
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -132,7 +132,7 @@ def _matched(
 def read(
     adapter: Adapter, L: int, kept: Callable[[np.dtype], np.dtype], where: Callable[[params.Row], Any]
 ) -> dict[str, Any]:
-    """The tree of an adapter of a model of L layers (see jaxlm.lora), in the type that `kept` gives for the stored one
+    """The tree of an adapter of a model of L layers (see nn/lora.py), in the type that `kept` gives for the stored one
     and with the sharding that `where` gives for a row of an array's letters and shape."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(L)]}
     for pair in adapter.pairs:

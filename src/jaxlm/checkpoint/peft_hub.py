@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jaxlm.checkpoint import hub
 from jaxlm.checkpoint.download import download, http_error
+from jaxlm.checkpoint.hub_errors import explain, remote_files, some
 from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS
-from jaxlm.checkpoint.refusals import explain, remote_files, some
 
 SAFETENSORS = "jaxlm reads safetensors only, which PEFT's from_pretrained and then save_pretrained write"
 

@@ -50,7 +50,7 @@ def end(command: Any, text: str, status: int) -> int:
     they for this one."""
     alone = command is None or command.alone
     if text:
-        from jaxlm.processes import number
+        from jaxlm.devices.distributed import number
 
         who = "" if alone or number() is None else f"process {number()}: "
         print(f"{who}{text.strip() if who else text}", file=sys.stderr if alone else sys.__stderr__, flush=True)

@@ -33,8 +33,9 @@ def split(name: str | None, flags: ModelFlags) -> tuple[str, Path | None]:
 def describe(folder: Path, config: dict[str, Any], tensors: dict[str, Any] | None, allow: tuple[str, ...]) -> Any:
     """Parameters, bytes, and for each kind of weight the layers, ranks and scales; as plain values. tensors: the
     model's, by name."""
-    from jaxlm import models, params
+    from jaxlm import models
     from jaxlm.checkpoint import peft
+    from jaxlm.nn import params
 
     family = models.family_of(config.get("model_type"))
     cfg = family.Config.from_hf(config, allow)
@@ -59,7 +60,7 @@ def describe(folder: Path, config: dict[str, Any], tensors: dict[str, Any] | Non
 
 def lines(adapter: dict[str, Any]) -> tuple[str, list[str]]:
     """The same for people: what stands beside the title, and a line for the weights that are adapted alike."""
-    from jaxlm.devices import gigabytes
+    from jaxlm.devices.hardware import gigabytes
 
     alike: dict[str, list[str]] = {}
     for name, kind in adapter["weights"].items():

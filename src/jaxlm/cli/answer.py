@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxlm.generation import Piece
-    from jaxlm.tokenizer import Tokenizer
+    from jaxlm.inference.generation import Piece
+    from jaxlm.processing.tokenizer import Tokenizer
 
 DIM, RESET = "\033[2m", "\033[0m"
 
@@ -33,7 +33,7 @@ def print_answer(pieces: "Iterator[Piece]", tokenizer: "Tokenizer | None", opene
 def statistics(piece: "Piece", new: int | None = None) -> str:
     """The line after an answer: counts, speeds, memory. new: how many tokens of the prompt had to be computed, where
     that may be fewer than all."""
-    from jaxlm.devices import gigabytes, peak_memory
+    from jaxlm.devices.hardware import gigabytes, peak_memory
 
     prompt = piece.prompt_tokens
     parts = [f"{prompt:,} prompt tokens" if new is None else f"{new:,} of {prompt:,} tokens new"]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
-from jaxlm.options import Options
+from jaxlm.inference.sampling_params import Options
 
 if TYPE_CHECKING:
-    from jaxlm.chat import Conversation
-    from jaxlm.generation import Piece
+    from jaxlm.inference.conversation import Conversation
+    from jaxlm.inference.generation import Piece
 
 CHATTING = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
             "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
@@ -44,7 +44,7 @@ class Chat(SamplingFlags, ModelFlags):
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
         warn_ignored(model)
-        from jaxlm.chat import Conversation
+        from jaxlm.inference.conversation import Conversation
 
         talk = Talk(Conversation(model, template_args=args, **self.sampling()), self.debug)
         if self.system is not None:

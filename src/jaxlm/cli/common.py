@@ -61,7 +61,7 @@ class ProcessFlags:
 
     def begin(self) -> None:
         """Settings of the process; one of several meets the others, and is silent unless it is the first."""
-        from jaxlm import processes
+        from jaxlm.devices import distributed as processes
 
         set_up_process()
         if not self.alone and processes.number() is None:
@@ -79,7 +79,7 @@ class ProcessFlags:
     @property
     def alone(self) -> bool:
         """Whether this is the only process, as far as flags and launcher say."""
-        from jaxlm import processes
+        from jaxlm.devices import distributed as processes
 
         by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
         return not (by_hand or self.distributed or processes.launched() > 1)
@@ -106,7 +106,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         """What stands on stdin; of several processes, on that of the first."""
         if self.alone:
             return sys.stdin.read()
-        from jaxlm import processes
+        from jaxlm.devices import distributed as processes
 
         self.begin()
         return processes.from_first(sys.stdin.read() if processes.first() else "")
@@ -115,7 +115,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         """Loads the model, with notices on stderr."""
         self.begin()
         import jaxlm
-        from jaxlm.devices import unseen_accelerator
+        from jaxlm.devices.hardware import unseen_accelerator
 
         name, options = self.model, self.options()
         if name is None and self.adapter is not None:  # it names its base

@@ -15,7 +15,7 @@ import tyro
 from jaxlm.cli.common import ModelFlags, note
 
 if TYPE_CHECKING:
-    from jaxlm.evaluation import Evaluation
+    from jaxlm.evaluation.perplexity import Evaluation
 
 OF_TEXTS = ("stride", "form", "learn", "text_field", "prompt_field", "completion_field", "on_bad", "split")
 OF_TASKS = ("tasks_folder", "shots", "limit", "chat")
@@ -68,7 +68,7 @@ class Eval(ModelFlags):
         self._check()
         if self.tasks is not None:
             return self._run_tasks()
-        from jaxlm.evaluation import evaluate, sizes
+        from jaxlm.evaluation.perplexity import evaluate, sizes
 
         model = self.load()
         length, stride = sizes(model, self.length, self.stride, self.batch)
@@ -107,7 +107,7 @@ class Eval(ModelFlags):
         model = self.load()
         from lm_eval.utils import make_table
 
-        from jaxlm.harness import run
+        from jaxlm.evaluation.lm_eval import run
 
         names = [name.strip() for name in str(self.tasks).split(",") if name.strip()]
         how: dict[str, Any] = {"folder": self.tasks_folder, "shots": self.shots, "limit": self.limit, "chat": self.chat}

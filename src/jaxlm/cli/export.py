@@ -37,7 +37,7 @@ class Export(ModelFlags):
         if not self.alone:
             raise ValueError("export copies from file to file, which is one process's work: start it alone")
         self.begin()
-        from jaxlm.devices import gigabytes
+        from jaxlm.devices.hardware import gigabytes
         from jaxlm.exporting import export, open_model
 
         name, out = given

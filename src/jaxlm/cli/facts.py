@@ -114,7 +114,8 @@ def _remote(repo: str, revision: str | None, token: str | None) -> Found:
 
 def describe(name: str, found: Found, flags: ModelFlags) -> dict[str, Any]:
     """All that is told, as plain values."""
-    from jaxlm import models, params
+    from jaxlm import models
+    from jaxlm.nn import params
 
     family = models.family_of(found.config.get("model_type"))
     cfg = family.Config.from_hf(found.config, flags.allow_field)
@@ -159,9 +160,9 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
     """Bytes, type and unread tensors; and the type."""
     import jax.numpy as jnp
 
-    from jaxlm import params
     from jaxlm.checkpoint import hf
     from jaxlm.checkpoint.safetensors import DTYPES
+    from jaxlm.nn import params
 
     count = params.count(family.PARAMS, cfg)
     if found.tensors is None:
@@ -211,7 +212,8 @@ def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
     """What one device of a mesh holds: bytes of weights and of the cache of one row, and how each letter is divided."""
     from jax.sharding import AbstractMesh
 
-    from jaxlm import mesh, params, topology
+    from jaxlm.devices import mesh, topology
+    from jaxlm.nn import params
 
     asked = topology.parse(text)
     axes = topology.split(asked, cfg.K)
@@ -230,8 +232,8 @@ def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
 
 def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
     """Each rope of a config, by its field, with the numbers that its type uses."""
-    from jaxlm.config import ROPE_FIELDS
-    from jaxlm.ops import Rope
+    from jaxlm.models.config import ROPE_FIELDS
+    from jaxlm.nn import Rope
 
     ropes = {f.name: v for f in dataclasses.fields(cfg) if isinstance(v := getattr(cfg, f.name), Rope)}
     return {
@@ -242,7 +244,7 @@ def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
 
 def _tokenizer(found: Found) -> dict[str, Any] | None:
     """None where there is none; an unreadable one is told, not raised. Its ends are the model's, as `load` has them."""
-    from jaxlm.tokenizer import Tokenizer
+    from jaxlm.processing.tokenizer import Tokenizer
 
     place = found.tokenizer or found.folder
     try:
@@ -264,7 +266,7 @@ def _tokenizer(found: Found) -> dict[str, Any] | None:
 
 def _generation(found: Found) -> dict[str, Any]:
     """What generation does without options: generation_config.json as jaxlm reads it."""
-    from jaxlm.options import NEUTRAL, Options, unsupported
+    from jaxlm.inference.sampling_params import NEUTRAL, Options, unsupported
 
     raw = _generation_config(found)
     try:

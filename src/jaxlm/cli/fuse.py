@@ -32,7 +32,7 @@ class Fuse(ModelFlags):
         if not self.alone:
             raise ValueError("fuse copies from file to file, which is one process's work: start it alone")
         self.begin()
-        from jaxlm.devices import gigabytes
+        from jaxlm.devices.hardware import gigabytes
         from jaxlm.exporting import export, open_model
 
         options = {**self.options(), "format": None}  # --format is of what is written

@@ -13,11 +13,11 @@ import tyro
 
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
-from jaxlm.detokenize import THINKING
-from jaxlm.options import Options, unsupported
+from jaxlm.inference.sampling_params import Options, unsupported
+from jaxlm.processing.detokenizer import THINKING
 
 if TYPE_CHECKING:
-    from jaxlm.generation import Piece
+    from jaxlm.inference.generation import Piece
     from jaxlm.model import Model
 
 
@@ -64,7 +64,7 @@ class Generate(SamplingFlags, ModelFlags):
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
         warn_ignored(model)
-        from jaxlm.generation import stream
+        from jaxlm.inference.generation import stream
 
         prompts = [self._ids(model, where, line, args) for where, line in lines]
         pieces = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
@@ -91,7 +91,7 @@ class Generate(SamplingFlags, ModelFlags):
 
     def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
         """The token ids of a prompt; ValueError for what cannot be one, with the place in the file."""
-        from jaxlm.prompts import room, to_ids
+        from jaxlm.inference.prompts import room, to_ids
 
         try:
             ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)

@@ -89,7 +89,7 @@ def sections(told: dict[str, Any], columns: int) -> list[tuple[str, str, list[An
 
 
 def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
-    from jaxlm.devices import gigabytes
+    from jaxlm.devices.hardware import gigabytes
 
     size = f"{gigabytes(weights['bytes'])} in {weights['dtype']}"
     if not weights["present"]:
@@ -151,7 +151,7 @@ def _rope(name: str, rope: dict[str, Any]) -> str:
 
 
 def _cache(told: dict[str, Any]) -> tuple[str, list[str]]:
-    from jaxlm.devices import gigabytes
+    from jaxlm.devices.hardware import gigabytes
 
     kv = told["kv"]
     beside = f"{kv['bytes_per_token']:,} bytes a token ({kv['bytes_per_token_and_layer']:,} a layer)"
@@ -165,7 +165,7 @@ def _cache(told: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _mesh(told: dict[str, Any]) -> tuple[str, list[str]]:
     """What a device holds, and which letters are divided over how many of the devices on `model`."""
-    from jaxlm.devices import gigabytes
+    from jaxlm.devices.hardware import gigabytes
 
     mesh, whole = told["mesh"], told["weights"]["bytes"]
     lines = [f"weights  {gigabytes(mesh['weights'])} a device ({mesh['weights'] / whole:.1%} of them)"]

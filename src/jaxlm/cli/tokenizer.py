@@ -51,8 +51,8 @@ class Tokenizer:
         if self.action is None or not self.files or self.out is None:
             print("jaxlm: name texts and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
             return 2
-        from jaxlm.tokenizer_training import train_tokenizer
-        from jaxlm.training.forms import TextOptions
+        from jaxlm.data.formats import TextOptions
+        from jaxlm.training.train_tokenizer import train_tokenizer
 
         note(f"training a {self.kind} tokenizer …")
         done = train_tokenizer(

@@ -74,7 +74,7 @@ class Finetune(Train):
 
 def rehearse(run: Run) -> int:
     """The plan, on stdout."""
-    from jaxlm.training import plan
+    from jaxlm.training import dry_run as plan
     from jaxlm.training.loop import program
     from jaxlm.training.setup import set_up
 

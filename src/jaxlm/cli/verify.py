@@ -20,7 +20,7 @@ def on_virtual_devices(mesh: str) -> None:
     """Lets a CPU count as as many devices as the mesh needs: what is computed is the same."""
     import jax
 
-    from jaxlm.topology import parse
+    from jaxlm.devices.topology import parse
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", math.prod(parse(mesh).values()))

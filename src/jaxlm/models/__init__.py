@@ -7,8 +7,8 @@ A family is a module with Config, PARAMS, NORM, UNREAD, forward and logits; llam
 from functools import partial
 from typing import Any
 
-from jaxlm.config import brief
 from jaxlm.models import gemma3, llama3, olmo2, qwen3
+from jaxlm.models.config import brief
 
 FAMILIES: dict[str, Any] = {}
 

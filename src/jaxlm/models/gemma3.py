@@ -11,9 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Fields, read_rope
-from jaxlm.ops import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
-from jaxlm.params import period
+from jaxlm.models.config import Fields, read_rope
+from jaxlm.nn import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.nn.params import period
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import partial
 
 import jax
 
-from jaxlm.config import Fields
-from jaxlm.ops import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.models.config import Fields
+from jaxlm.nn import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import flops, mesh, params, processes
 from jaxlm.checkpoint import peft
+from jaxlm.devices import distributed, mesh
 from jaxlm.exporting import export
-from jaxlm.training import metrics, optimisers, saving, step, stopping
-from jaxlm.training.begin import begin, frozen
+from jaxlm.nn import flops, params
+from jaxlm.training import metrics, optimizers, resume, step, stopping
 from jaxlm.training.config import Run, to_dict
+from jaxlm.training.init_state import begin, frozen
 from jaxlm.training.loss import loss
 from jaxlm.training.record import settle
 from jaxlm.training.setup import Progress, Setup, set_up
@@ -52,7 +53,7 @@ def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = 
     run = setup.run
     for batches in filter(None, (setup.data, setup.valid)):
         tell({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
-    with saving.opened(run.out, run.keep) as saved:
+    with resume.opened(run.out, run.keep) as saved:
         if saved.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} holds a run already: --resume auto goes on with it, or choose another --out")
         for change in settle(setup, saved.latest is not None):
@@ -68,16 +69,16 @@ def finish(setup: Setup, state: step.State) -> Path:
     run = setup.run
     if run.method == "lora":
         made, table = run.out / "adapter", setup.family.PARAMS
-        how = {"base": run.model, "rslora": run.lora.rslora, "dropout": run.lora.dropout, "writes": processes.first()}
+        how = {"base": run.model, "rslora": run.lora.rslora, "dropout": run.lora.dropout, "writes": distributed.first()}
         seeing = "text_config" in setup.raw
         peft.write(made, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **how)
-        processes.gather("written")
+        distributed.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw
         dtype = None if setup.checkpoint else run.dtype
         model = setup.model(params.unstack(state.weights))
         made = export(model, run.out / "model", force=True, config=config, dtype=dtype).folder
-    if processes.first():
+    if distributed.first():
         title = f"{run.out.resolve().name}: {run.steps:,} steps of {run.batch} x {run.length} tokens"
         metrics.draw(metrics.read(run.out / "metrics.jsonl"), run.out / "loss.png", title)
     return made
@@ -94,14 +95,14 @@ def program(setup: Setup) -> Any:
 class Loop:
     """The steps of a run, and what is told of them."""
 
-    def __init__(self, setup: Setup, frozen: Any, saved: saving.Checkpoints, tell: Tell):
+    def __init__(self, setup: Setup, frozen: Any, saved: resume.Checkpoints, tell: Tell):
         run, family, cfg = setup.run, setup.family, setup.config
         self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
         dtype = jnp.dtype(run.dtype)
         self.step = program(setup)
         self.listed = jax.jit(lambda trained, frozen: params.unstack(step.whole(trained, frozen, dtype)))
         self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
-        self.rate = optimisers.schedule(run.optimiser, run.steps)
+        self.rate = optimizers.schedule(run.optimiser, run.steps)
         self.last: dict[str, Any] = {}
         self.cost = flops_a_token(setup)
 
@@ -159,9 +160,9 @@ class Loop:
     def begin(self, first: int) -> None:
         """Opens what lines are written to."""
         run = self.setup.run
-        leads = processes.first()
+        leads = distributed.first()
         self.lines: list[metrics.Lines] = []
-        processes.on_first(lambda: self.lines.append(metrics.Lines(run.out / "metrics.jsonl", first)))
+        distributed.on_first(lambda: self.lines.append(metrics.Lines(run.out / "metrics.jsonl", first)))
         for line in self.lines[0].kept if leads else ():
             self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run), first) if leads else []
@@ -232,8 +233,8 @@ class Loop:
             if (found := self.evaluate(state.weights, most)) is not None:
                 self.add({"step": number, "valid_loss": found})
         if run.samples:
-            from jaxlm.generation import generate
-            from jaxlm.prompts import room, to_ids
+            from jaxlm.inference.generation import generate
+            from jaxlm.inference.prompts import room, to_ids
 
             model = self.setup.model(self.listed(state.weights, self.frozen))
             for i, prompt in enumerate(run.samples):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm import mesh
+from jaxlm.devices import mesh
 
 CHUNK = 1024  # tokens whose logits exist at once on a device
 

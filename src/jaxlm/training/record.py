@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxlm import processes
+from jaxlm.devices import distributed
 from jaxlm.training.config import to_dict
 from jaxlm.training.setup import Setup
 
@@ -23,14 +23,14 @@ def settle(setup: Setup, begun: bool) -> list[str]:
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     told, contents = flat(to_dict(run)), contents_of(setup)
-    changed = processes.on_first(lambda: _changes(run.out, told, contents)) if begun else {}
+    changed = distributed.on_first(lambda: _changes(run.out, told, contents)) if begun else {}
     if wrong := [name for name in changed if name not in FREE]:
         shown = [f"{name} ({changed[name]}, not {told[name]})" if name in told else name for name in wrong]
         raise ValueError(
             f"{run.out} holds a run with another {', '.join(shown)}: choose another --out (--model with the old one's "
             "model goes on from its weights)"
         )
-    if processes.first():
+    if distributed.first():
         write(run.out / "run.json", to_dict(run))
         write(run.out / "contents.json", contents)
     return [f"goes on with another {name}: {told[name]}" for name in changed if name == "optimiser.lr"]

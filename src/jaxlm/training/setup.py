@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm import loading, lora, mesh, models, params, processes, topology
-from jaxlm.checkpoint import export, hf, peft
+from jaxlm import loading, models
+from jaxlm.checkpoint import hf, peft, writer
+from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
+from jaxlm.inference.prompts import room, to_ids
 from jaxlm.model import Model
-from jaxlm.prompts import room, to_ids
-from jaxlm.tokenizer import Tokenizer
-from jaxlm.training import metrics, optimisers, step
+from jaxlm.nn import lora, params
+from jaxlm.processing.tokenizer import Tokenizer
+from jaxlm.training import metrics, optimizers, step
 from jaxlm.training.config import Run, to_dict
 
 LENGTH, STEPS = 1024, 1000  # where a run says nothing
@@ -56,7 +58,7 @@ class Setup(NamedTuple):
     def rule(self) -> Any:
         """The optimiser."""
         letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
-        return optimisers.make(self.run.optimiser, self.run.steps, letters)
+        return optimizers.make(self.run.optimiser, self.run.steps, letters)
 
     def trained(self, key: jax.Array, shapes: bool = False) -> Any:
         """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
@@ -111,7 +113,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
     if run.method == "lora":
         _check_adapter(run, family, cfg)
-    processes.on_first(lambda: metrics.require(run.report))
+    distributed.on_first(lambda: metrics.require(run.report))
     _room_at_the_end(run, checkpoint)
     over = _mesh(run, cfg)
     if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
@@ -121,10 +123,10 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
         )
     data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
-    optimisers.schedule(run.optimiser, steps)
+    optimizers.schedule(run.optimiser, steps)
     run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
-    if processes.several():
-        processes.agree("the run", to_dict(run), json.dumps(to_dict(run)))
+    if distributed.several():
+        distributed.agree("the run", to_dict(run), json.dumps(to_dict(run)))
     setup = Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
     model = setup.model({})  # prompts need none of its weights
     for prompt in run.samples:
@@ -159,9 +161,9 @@ def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
     if run.out.exists() and not run.out.is_dir():
         raise FileExistsError(f"{run.out} is a file: choose the name of a folder (--out)")
     if run.method == "lora":
-        export.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
+        writer.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
     else:
-        export.check_target((run.out / "model").resolve(), sources(checkpoint), True)
+        writer.check_target((run.out / "model").resolve(), sources(checkpoint), True)
 
 
 def _described(run: Run) -> tuple[Any, ...]:
@@ -214,9 +216,9 @@ def _mesh(run: Run, cfg: Any) -> Any:
 
 def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress | None) -> Any:
     """The batches of some sources. One process tokenises, the others find its corpus in the cache."""
-    from jaxlm.training.batches import Batches
-    from jaxlm.training.corpus import prepare
-    from jaxlm.training.texts import TextOptions
+    from jaxlm.data.corpus import prepare
+    from jaxlm.data.documents import TextOptions
+    from jaxlm.data.packing import Batches
 
     data = run.data
     names = (*data.train, *filter(None, [data.dataset])) if part == "train" else data.valid
@@ -229,8 +231,8 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
     def prepared() -> Any:
         return prepare(names, tokenizer, options, **where, on_bad=data.on_bad, progress=progress)
 
-    corpus = prepared() if processes.first() else None
-    processes.gather("prepared")
+    corpus = prepared() if distributed.first() else None
+    distributed.gather("prepared")
     more = {"share": rows_here(run.batch, over), "long": data.long}
     return Batches(corpus or prepared(), run.batch, run.length, run.seed, data.packing, **more)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import lora, mesh, params
+from jaxlm.devices import mesh
+from jaxlm.nn import lora, params
 from jaxlm.training.loss import Sums, loss
 
 # What the backward pass keeps of the forward one (a policy of `fold`); the rest is computed again. Under none of them

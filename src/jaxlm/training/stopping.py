@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jaxlm import processes
+from jaxlm.devices import distributed
 
 
 class Ended(KeyboardInterrupt):
@@ -31,7 +31,7 @@ def listening() -> Iterator[Callable[[], int]]:
         asked.append(number)
         os.write(2, b"\nending after this step (once more: at once)\n")  # no print: one may be under way
 
-    here = threading.current_thread() is threading.main_thread() and not processes.several()
+    here = threading.current_thread() is threading.main_thread() and not distributed.several()
     wanted = (signal.SIGINT, signal.SIGTERM) if here else ()
     before = {number: signal.getsignal(number) for number in wanted}
     for number in (heard := [number for number in wanted if before[number] is not signal.SIG_IGN]):

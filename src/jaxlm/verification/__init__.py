@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 
-from jaxlm import params
 from jaxlm.loading import Found, placement, spread
+from jaxlm.nn import params
 from jaxlm.verification import ours, recordings
 from jaxlm.verification.checks import Check, compare, compare_places
 from jaxlm.verification.probes import Probes, Trace, probes_for

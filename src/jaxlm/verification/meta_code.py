@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlm.checkpoint.safetensors import read_index
 from jaxlm.loading import Found
-from jaxlm.ops import frequencies
+from jaxlm.nn import frequencies
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
 
 # Meta's names of what Hugging Face's files call `model.layers.{}.…`, and which axis its shards divide.

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import loading, mesh
+from jaxlm import loading
+from jaxlm.devices import mesh
 from jaxlm.model import Model
-from jaxlm.ops import frequencies
-from jaxlm.ops.rotary import Frequencies
+from jaxlm.nn import frequencies
+from jaxlm.nn.rope import Frequencies
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions
 
 ROPES = ("rope", "local_rope")  # the config's fields that hold one
@@ -87,7 +88,7 @@ def _shared_frequencies(model: Model, reference: Trace | None) -> Iterator[None]
 
 def greedy(model: Model, probes: Probes) -> list[int]:
     """Greedy text through the programs that generation uses."""
-    from jaxlm.generation import stream
+    from jaxlm.inference.generation import stream
 
     options: dict[str, Any] = {"max_tokens": probes.steps, "temperature": 0.0, "ignore_eos": True, "stop": ()}
     neutral: dict[str, Any] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}

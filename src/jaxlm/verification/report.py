@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from jaxlm import __version__, params
+from jaxlm import __version__
+from jaxlm.nn import params
 
 if TYPE_CHECKING:
     from rich.table import Table

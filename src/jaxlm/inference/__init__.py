@@ -1,0 +1,1 @@
+"""Generation: sampling parameters, sampling, decoding, the engine, generate and stream, conversations."""

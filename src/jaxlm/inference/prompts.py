@@ -1,0 +1,95 @@
+"""Prompts in any form to token ids, with the room that is left after them and the tokens that end what follows."""
+
+import operator
+import reprlib
+from collections.abc import Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlm.inference.sampling_params import Options
+from jaxlm.processing.tokenizer import Tokenizer, eos_ids
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+DEFAULT_TOKENS = 256  # when max_tokens is not given and the context has room
+
+
+def split(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether it was only one."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if isinstance(prompt, Mapping):  # what a tokenizer of transformers returns
+        if "input_ids" not in prompt:
+            raise ValueError("a chat is a list of messages: [{'role': 'user', 'content': …}]")
+        prompt = prompt["input_ids"]
+    if not isinstance(prompt, list | tuple):
+        prompt = np.asarray(prompt).tolist()
+    if not len(prompt):
+        raise ValueError("the list of prompts is empty")
+    single = isinstance(prompt[0], Integral | Mapping)
+    return [prompt] if single else list(prompt), single
+
+
+def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
+    """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
+    if isinstance(prompt, str) and prompt:
+        ids = _tokenizer(model).encode(prompt)
+    elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
+        ids = _tokenizer(model).chat(prompt, **template_args)
+    else:
+        ids = _whole_numbers(prompt)
+    if not ids:
+        begin = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
+        hint = f", or {begin!r} to begin from nothing" if begin else ""
+        raise ValueError(f"the prompt is empty: give some text{hint}")
+    if min(ids) < 0 or max(ids) >= model.config.V:
+        raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
+                         f"this model's ids are 0 to {model.config.V - 1}")  # fmt: skip
+    return ids
+
+
+def _tokenizer(model: "Model") -> Tokenizer:
+    if model.tokenizer is None:
+        raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
+    return model.tokenizer
+
+
+def _whole_numbers(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(i) for i in prompt]
+    except TypeError:
+        raise ValueError(
+            f"a prompt is a text, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
+        ) from None
+
+
+def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
+    """How many tokens may be made after `ids`; ValueError where the context has no room for them."""
+    context = model.config.context
+    left = context - len(ids)
+    if left < 1:
+        raise ValueError(f"the prompt has {len(ids):,} tokens, the context of {model.source} {context:,}: shorten it")
+    if max_tokens is not None and max_tokens > left:
+        raise ValueError(
+            f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context of {model.source}, "
+            f"{context:,} tokens: shorten the prompt, or ask for at most {left:,} (--max-tokens {left})"
+        )
+    return max_tokens or min(model.generation_config.get("max_new_tokens") or DEFAULT_TOKENS, left)
+
+
+def stop_ids(model: "Model", options: Options) -> frozenset[int]:
+    """The tokens that end an answer: the options', and unless these say ignore_eos the model's own. Those are what
+    model.generation_config names, the tokenizer's and the one that closes a turn in its chat template."""
+    asked = options.stop_token_ids
+    if asked and max(asked) >= model.config.V:
+        raise ValueError(f"stop_token_ids has {max(asked)}; this model's ids are 0 to {model.config.V - 1}")
+    if options.ignore_eos:
+        return frozenset(asked)
+    ends, tokenizer = eos_ids(model.generation_config), model.tokenizer
+    if tokenizer is None:
+        return frozenset([*asked, *ends])
+    silent = model.generation_config.get("eos_token_id") is None
+    return frozenset([*asked, *tokenizer.stop_ids_beside(tokenizer.eos_ids if silent else ends)])

@@ -1,0 +1,258 @@
+"""jaxlm.data.corpus: what is on disk is what the texts give, it is found again, and what was dropped is counted."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tiny_chat import TEMPLATE, tokenizer_of
+
+from jaxlm.data import corpus as module
+from jaxlm.data.corpus import Corpus, cache_folder, load, prepare
+from jaxlm.data.documents import TextOptions, Texts
+from jaxlm.data.sources import find
+
+TOK = tokenizer_of(TEMPLATE)
+GOOD = [{"prompt": "Say a", "completion": "b"}, {"prompt": "Add\n1 2", "completion": "3"}]
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def write(path: Path, *values) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def made(cache: Path, *names, tok=TOK, **options) -> Corpus:
+    return prepare([str(name) for name in names], tok, folder=cache, **options)
+
+
+def test_documents_are_those_of_the_texts(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *GOOD * 50)
+    monkeypatch.setattr(module, "FLUSH", 100)  # in many pieces
+    corpus = made(cache, path)
+    wanted = list(Texts(TOK).documents(row for source in find(path) for row in source.rows()))
+    assert len(corpus) == len(wanted) == 100
+    for i, document in enumerate(wanted):
+        found = corpus.document(i)
+        assert (found.source, found.number, corpus.where(i)) == (str(path), i + 1, f"{path}:{i + 1}")
+        assert found.ids.tolist() == document.ids.tolist()
+        assert found.learned.tolist() == document.learned.tolist()
+        assert found.ids.dtype == np.int32
+    assert corpus.lengths.tolist() == [len(document.ids) for document in wanted]
+    assert isinstance(corpus.ids, np.memmap)
+    assert corpus.ids.dtype == np.uint16
+    learned = sum(int(document.learned.sum()) for document in wanted)
+    assert str(corpus) == f"100 documents (prompt), {len(corpus.ids):,} tokens, {learned:,} of them learned"
+
+
+def test_texts_have_no_file_of_what_is_learned(tmp_path, cache):
+    (tmp_path / "a.txt").write_text("One\n<|endoftext|>\ntwo")
+    corpus = made(cache, tmp_path / "a.txt")
+    assert corpus.learned is None
+    assert corpus.document(1).learned.all()
+    assert TOK.decode(corpus.document(1).ids) == "two"
+    assert corpus.where(1) == f"{tmp_path / 'a.txt'}:3"
+    assert corpus.about["learned"] == len(corpus.ids) - 2  # the first of a document is not predicted
+    assert str(corpus) == f"2 documents (text), {len(corpus.ids)} tokens"
+    assert not list(cache.rglob("learned.bin"))
+
+
+def test_a_text_that_came_in_parts_is_one_document(tmp_path, cache, monkeypatch):
+    (tmp_path / "a.txt").write_text("and so on " * 50 + "\n<|endoftext|>\nmore")
+    whole = made(cache, tmp_path / "a.txt")
+    monkeypatch.setattr("jaxlm.data.sources.PART", 20)
+    parts = made(tmp_path / "other", tmp_path / "a.txt")
+    assert len(parts) == 2
+    assert parts.about == whole.about
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.ends.tolist() == whole.ends.tolist()
+
+
+def test_large_vocabularies_have_wide_ids(tmp_path, cache):
+    tok = tokenizer_of(None)
+    tok.hf.add_tokens([f"<word{i}>" for i in range(66_000)])
+    (tmp_path / "a.txt").write_text("<word65999>")
+    corpus = made(cache, tmp_path / "a.txt", tok=tok)
+    assert corpus.ids.dtype == np.int32
+    assert corpus.document(0).ids.max() == corpus.about["vocabulary"] - 1 > 1 << 16
+
+
+# The cache
+
+
+def folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_found_again_and_made_again(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *GOOD)
+    first = made(cache, path)
+    told = []
+    monkeypatch.setattr(module, "write", lambda *args: told.append(args))
+    again = made(cache, path)
+    assert again.ids.tolist() == first.ids.tolist()
+    moved = path.rename(tmp_path / "b.jsonl")
+    made(cache, moved)  # contents count, not names
+    monkeypatch.undo()
+    assert not told
+    stat = moved.stat()
+    moved.write_text(moved.read_text().replace("Say a", "Say e"))  # as long as before, and no newer
+    os.utime(moved, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "Say e" in TOK.decode(made(cache, moved).document(0).ids)
+    assert len(folders(cache)) == 2
+    made(cache, moved, options=TextOptions(learn="all"))
+    other = tokenizer_of(TEMPLATE.replace("<end>", "<end> "))
+    made(cache, moved, tok=other)
+    assert len(folders(cache)) == 4
+    assert len(made(cache, moved, moved)) == 4
+    assert len(folders(cache)) == 5
+
+
+def test_the_kind_of_a_file_counts(tmp_path, cache):
+    """JSON lines that were learned as they stand, under the name of a text, are rows under their own."""
+    path = write(tmp_path / "a.txt", *GOOD)
+    assert made(cache, path).about["form"] == "text"
+    corpus = made(cache, path.rename(tmp_path / "a.jsonl"))
+    assert (corpus.about["form"], len(corpus)) == ("prompt", 2)
+    assert len(folders(cache)) == 2
+
+
+def test_what_is_found_again_bears_the_names_given_now(tmp_path, cache):
+    """Also where a file gives no document, where two are alike, and where they changed places."""
+    a, b = (write(tmp_path / name, *GOOD, {"text": "x"}) for name in ("a.jsonl", "b.jsonl"))
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n")
+    made(cache, blank, a, b, on_bad="skip")
+    (tmp_path / "moved").mkdir()
+    a, b, blank = (path.rename(tmp_path / "moved" / path.name) for path in (a, b, blank))
+    again = made(cache, blank, a, b, on_bad="skip")
+    assert len(folders(cache)) == 1
+    assert [again.where(i) for i in range(4)] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:2"]
+    assert again.document(3).source == str(b)
+    with pytest.raises(ValueError, match=rf"^{a}:3: a row with prompt and completion is expected"):
+        made(cache, blank, a, b)
+    swapped = made(cache, blank, b, a, on_bad="skip")
+    assert [swapped.where(i) for i in range(4)] == [f"{b}:1", f"{b}:2", f"{a}:1", f"{a}:2"]
+    twice = made(cache, blank, a, a, on_bad="skip")
+    assert (len(folders(cache)), twice.where(3)) == (1, f"{a}:2")
+
+
+def test_an_incomplete_corpus_is_made_again(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", *GOOD)
+    ids = made(cache, path).ids.tolist()
+    [folder] = cache.iterdir()
+    for spoil in (
+        lambda: os.truncate(folder / "ids.bin", 2),
+        lambda: (folder / "learned.bin").unlink(),
+        lambda: (folder / "corpus.json").write_text("{"),
+        lambda: (folder / "corpus.json").write_text("{}"),
+    ):
+        spoil()
+        assert load(folder, []) is None
+        assert made(cache, path).ids.tolist() == ids
+        assert folders(cache) == [folder.name]
+
+
+def test_nothing_is_left_of_what_failed(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *GOOD, {"prompt": "a"})
+    with pytest.raises(ValueError, match=r"a\.jsonl:3"):
+        made(cache, path)
+    assert folders(cache) == []
+
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module._Writer, "_flush", full)
+    with pytest.raises(OSError, match=r"the disk of .*cache is full .*: make room, or name another folder"):
+        made(cache, write(path, *GOOD))
+    assert folders(cache) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"the corpus cannot be written to .*file.*: name another folder"):
+        made(tmp_path / "file", path)
+
+
+def test_another_process_may_be_first(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *GOOD)
+    finish = module._Writer._finish
+
+    def overtaken(self):
+        finish(self)
+        monkeypatch.undo()
+        made(cache, path)
+
+    monkeypatch.setattr(module._Writer, "_finish", overtaken)
+    corpus = made(cache, path)
+    assert len(corpus) == 2
+    assert len(folders(cache)) == 1
+
+
+def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prepare(str(write(tmp_path / "a.jsonl", *GOOD)), TOK)
+    assert cache_folder() == tmp_path / "jaxlm" / "corpora"
+    assert len(folders(cache_folder())) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "jaxlm" / "corpora"
+
+
+# What is bad
+
+
+def test_what_was_dropped_is_counted_and_may_stop(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", GOOD[0], {"prompt": "a"}, {"text": "x"}, GOOD[1])
+    with path.open("ab") as file:
+        file.write(b'{"prompt": "\xff", "completion": "b"}\nno json\n{"prompt": "refuse", "completion": "b"}\n')
+    message = r"a.jsonl:2: a row with prompt and completion is expected.*\(on_bad=skip leaves such rows out"
+    with pytest.raises(ValueError, match=message):
+        made(cache, path)
+    corpus = made(cache, path, on_bad="skip")
+    assert len(corpus) == 2
+    assert corpus.about["dropped"] == {
+        "fields are missing": 2, "invalid UTF-8 (lines)": 1, "invalid JSON": 1, "refused by the chat template": 1,
+    }  # fmt: skip
+    assert str(corpus).endswith(
+        "; dropped: 2 fields are missing, 1 invalid UTF-8 (lines), 1 invalid JSON, 1 refused by the chat template"
+    )
+    with pytest.raises(ValueError, match=message):  # though it is in the cache now
+        made(cache, path)
+
+
+def test_empty_texts_are_counted_and_never_stop(tmp_path, cache):
+    corpus = made(cache, write(tmp_path / "a.jsonl", {"text": ""}, {"text": "a"}, {"text": "\n"}))
+    assert corpus.about["dropped"] == {"empty text": 2}
+    assert corpus.where(0).endswith("a.jsonl:2")
+
+
+def test_nothing_to_learn_from(tmp_path, cache):
+    for values, message in [
+        ([{"text": ""}], r"there is no document to learn from \(dropped: 1 empty text\)$"),
+        ([{"prompt": "a"}], r"\(dropped: 1 fields are missing\); the first: .*a.jsonl:1: a row with"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made(cache, write(tmp_path / "a.jsonl", *values), on_bad="skip")
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file is empty"):
+        made(cache, tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="on_bad is 'ignore': stop or skip"):
+        made(cache, tmp_path / "a.jsonl", on_bad="ignore")
+
+
+def test_progress_is_told(tmp_path, cache):
+    told = []
+    corpus = made(cache, write(tmp_path / "a.jsonl", *GOOD * 1250), progress=lambda *counts: told.append(counts))
+    assert [documents for documents, _ in told] == [1000, 2000, 2500]
+    assert told[-1] == (len(corpus), len(corpus.ids))
+
+
+def test_real_stories(shared, cache):
+    corpus = made(cache, shared / "corpora/tinyshakespeare/input.txt")
+    text = (shared / "corpora/tinyshakespeare/input.txt").read_text()
+    assert len(corpus) == 1
+    assert TOK.decode(corpus.document(0).ids) == text

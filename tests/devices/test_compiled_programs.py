@@ -1,0 +1,367 @@
+"""Programs compiled for TPU slices without a TPU (benchmarks/programs.py): what they exchange, and that they fit.
+
+The compilations need libtpu (`pip install "jax[tpu]"`, any Linux machine) and minutes: `pytest -n 0 -m slow`.
+"""
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import models
+from jaxlm.devices import mesh, topology
+from jaxlm.inference import sampling
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def hlo() -> Any:
+    sys.path.insert(0, BENCHMARKS)
+    yield importlib.import_module("hlo")
+    sys.path.remove(BENCHMARKS)
+
+
+@pytest.fixture(scope="module")
+def programs(hlo: Any) -> Any:
+    return importlib.import_module("programs")
+
+
+@pytest.fixture
+def tpu(programs: Any) -> Any:
+    """The same, where the TPU's compiler is at hand."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is absent: pip install 'jax[tpu]'")
+    return programs
+
+
+# A program with a collective in every form: in a loop, a branch, a fusion and an asynchronous call, as start and done.
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%fused (p: bf16[8,64]) -> bf16[8,64] {
+  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %ar.1 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%async (p: f32[2]) -> f32[4] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %rs = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['data'=2,'model'=2,'group'=2] {'model','group'}
+}
+
+%branch (p: (f32[8], s32[8])) -> f32[8] {
+  %p = (f32[8]{0}, /*index=1*/s32[8]{0}) parameter(0)
+  ROOT %two = (f32[8]{0:T(128)}, s32[8]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[2,2,2]T(1,2,0), to_apply=%add
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %f = bf16[8,64]{1,0} fusion(%p), kind=kCustom, calls=%fused
+  %ag = (bf16[8,16]{1,0}, bf16[8,64]{1,0:T(8,128)}) all-gather-start(%f), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %done = bf16[8,64]{1,0} all-gather-done(%ag)
+  ROOT %t = (s32[]) tuple(%p)
+}
+
+ENTRY %main (p: s32[]) -> (s32[]) {
+  %w = (s32[]{:T(128)}, /*index=5*/f32[2]{0}) while(%p), condition=%add, body=%body
+  %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%branch, %add}
+  %s = ((f32[2]{0}), f32[4]{0}, u32[]{:S(2)}) async-start(%p), calls=%async
+  %e = f32[4]{0} async-done(%s)
+  %cp = (u8[4]{0}, u8[4]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  ROOT %f2 = bf16[8,64]{1,0} fusion(%p), kind=kCustom, calls=%fused, metadata={op_name="all-to-all(x)"}
+}
+"""
+
+
+def test_every_form_of_a_collective_is_read(hlo: Any) -> None:
+    halves, pairs = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert hlo.collectives(TEXT) == [
+        ("all-reduce", (("bf16", (8, 64)),), halves, False),
+        ("all-gather", (("bf16", (8, 64)),), halves, False),
+        ("all-reduce", (("f32", (8,)), ("s32", (8,))), pairs, True),
+        ("reduce-scatter", (("f32", (4,)),), halves, False),
+        ("collective-permute", (("u8", (4,)),), ((0, 1), (1, 0)), False),
+        ("all-reduce", (("bf16", (8, 64)),), halves, False),
+    ]
+    assert [one.nbytes for one in hlo.collectives(TEXT)] == [1024, 1024, 64, 16, 4, 1024]
+    for notation, groups in (
+        ("{}", (tuple(range(8)),)),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("mesh['a'=2,'b'=4] {'a','b':(1)2}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("something new", None),
+    ):
+        assert hlo.collectives(TEXT.replace("[2,4]<=[8]", notation))[0].groups == groups
+    with pytest.raises(ValueError, match="no text of a compiled program"):
+        hlo.collectives("all-reduce")
+
+
+def test_sizes_are_the_published_ones(programs: Any, shared: Path) -> None:
+    files = {
+        "llama-3.1-8b": "meta-llama-Llama-3.1-8B",
+        "llama-3.1-70b": "meta-llama-Llama-3.1-70B-Instruct",
+        "gemma-3-27b": "google-gemma-3-27b-it",
+        "qwen3-14b": "Qwen-Qwen3-14B",
+        "qwen3-32b": "Qwen-Qwen3-32B",
+    }
+    assert set(files) == set(programs.MODELS) > set(programs.EVERY)
+    for ours, name in files.items():
+        hf = json.loads((shared / "configs" / f"{name}.json").read_text())
+        family = models.family_of(hf["model_type"])
+        assert family.Config.from_hf(hf) == family.Config.from_hf(programs.MODELS[ours])
+
+
+# One layer of width 64, 16 rows on data=2,model=4: three sums of 8 x 64, and what else may and may not cross.
+SUM = ("all-reduce", (("bf16", (8, 64)),), ((0, 1, 2, 3), (4, 5, 6, 7)), False)
+SMALL = ("all-reduce", (("f32", (8,)), ("s32", (8,))), SUM[2], False)
+ACROSS = ((0, 4), (1, 5), (2, 6), (3, 7))
+TOKENS = ("all-reduce", (("s32", (16,)),), ACROSS, False)
+SCATTER = ("reduce-scatter", (("bf16", (8, 16)),), SUM[2], False)
+GATHER = ("all-gather", (("bf16", (8, 64)),), SUM[2], False)
+
+
+@pytest.mark.parametrize(
+    ("program", "found", "fault"),
+    [
+        ("decode", [SUM, SUM, SUM, SMALL, TOKENS], None),
+        ("decode", [SUM, SUM, SCATTER, GATHER], None),
+        ("decode", [("all-reduce", SUM[1] * 3, SUM[2], False)], None),
+        ("decode", [SUM, SUM], "2 sums of activations, not 3"),
+        ("decode", [SUM] * 4, "4 sums of activations, not 3"),
+        ("decode", [SUM, SUM, SUM, GATHER], "scattered 0 times and gathered 1 times"),
+        ("decode", [SUM, SUM, SUM, SUM[:3] + (True,)], "all-reduce of bf16[8, 64]"),
+        ("decode", [SUM, SUM, SUM[:2] + (ACROSS, False)], "all-reduce of bf16[8, 64] across data"),
+        ("decode", [SUM, SUM, SUM[:2] + (None, False)], "all-reduce of bf16[8, 64] across data"),
+        ("decode", [SUM] * 3 + [("all-gather", (("f32", (8, 512)),), SUM[2], False)], "all-gather of f32[8, 512]"),
+        ("decode", [SUM] * 3 + [("all-to-all", (("s32", (4,)),), SUM[2], False)], "all-to-all of s32[4]"),
+        ("prefill", [SUM, SUM, SUM, SMALL], "all-reduce of f32[8], s32[8]"),
+    ],
+)
+def test_what_is_not_meant_is_named(
+    programs: Any, hlo: Any, monkeypatch: Any, program: str, found: list[Any], fault: str | None
+) -> None:
+    over = SimpleNamespace(size=8, shape={"data": 2, "model": 4})
+    where = programs.Setting(None, SimpleNamespace(L=1, D=64), over, 16)
+    monkeypatch.setattr(programs, "tokens", lambda case, where: 1)
+    wrong = programs.faults(programs.Case("", "", "", program=program), where, [hlo.Collective(*one) for one in found])
+    assert wrong == [] if fault is None else any(fault in text for text in wrong)
+
+
+def result(case: Any) -> dict[str, Any]:
+    """A line of the table, without compiling."""
+    memory = dict.fromkeys(("weights", "cache", "temporaries", "code", "total"), 10**9)
+    found = [{"count": 161, "what": "all-reduce", "bytes": 100_000, "conditional": False}]
+    known = {"rows": 8, "axes": {"data": 1, "model": 8}, "memory": memory, "hbm": 32e9, "collectives": found}
+    wrong = ["all-to-all of s32[4]"] if case.chip == "v6e" else []
+    return {**vars(case), **known, "faults": wrong, "compile_seconds": 1.0, "jax": jax.__version__, "libtpu": "1"}
+
+
+def test_the_table_goes_on_where_it_was_stopped(programs: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    done: list[str] = []
+
+    def measure(case: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(f"{case.chip} {case.slice}")
+        return result(case)
+
+    monkeypatch.setattr(programs, "measure", measure)
+    monkeypatch.setattr(programs, "TABLE", [row for row in programs.TABLE if "llama-3.1-70b" in row[2]][:3])
+    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
+    flags = ["--model", "llama-3.1-70b", "--program", "decode", "--out", str(tmp_path / "out"), "--markdown"]
+    monkeypatch.setattr(sys, "argv", ["programs.py", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        programs.main()
+    assert done == ["v5e 4x4", "v5e 16x16"]
+    done.clear()
+    assert programs.main() == 1  # the third is not as meant
+    assert done == ["v6e 2x4"]
+    lines = capsys.readouterr().out.splitlines()
+    short = "llama-3.1-70b | v5e 4x4 | 1 x 8 | 8 | 1.00 | 1.00 | 1.00 |  | 3% of 32 | 161 of 100 kB |  | 1 | as meant"
+    assert lines[2] == f"| {short} |"
+    assert lines[4].endswith("| all-to-all of s32[4] |")
+
+
+def gpu(number: int, host: int) -> Any:
+    return SimpleNamespace(id=number, slice_index=host, platform="gpu", device_kind="H100")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "data", "expected"),
+    [
+        ((4, 4), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ((4, 4), 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ((4, 4), 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ((6, 2), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+)
+def test_neighbours_lie_along_model(hosts: tuple[int, ...], data: int, expected: list[list[int]]) -> None:
+    """Several hosts of GPUs, which jax.make_mesh refuses: tensor-parallel groups stay within one where they can."""
+    devices = [
+        gpu(i, host) for host, count in enumerate(hosts) for i in range(host * hosts[0], host * hosts[0] + count)
+    ]
+    found = topology.arranged(devices[::-1], data)
+    assert [[device.id for device in group] for group in found] == expected
+
+
+@pytest.mark.slow
+def test_every_default_mesh_can_be_made(tpu: Any) -> None:
+    """On slices of every shape, also where `model` takes a part of a side; each group of `model` stays together."""
+    for slice_ in ("v5e:8x8", "v6e:8x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8"):
+        chips = tpu.chips(slice_)
+        for N, K, F in ((32, 8, 14336), (64, 8, 28672), (32, 16, 21504)):
+            over = topology.make(topology.default({"N": N, "F": F}, len(chips)), K, chips)
+            assert over.size == len(chips)
+            groups = over.devices.reshape(over.shape["data"], -1)
+            spans = [np.ptp([chip.coords for chip in group], axis=0) + 1 for group in groups]
+            assert all(math.prod(span) == groups.shape[1] for span in spans)
+
+
+def compile_case(tpu: Any, hlo: Any, *args: Any, **more: Any) -> tuple[Any, Any, Any, list[Any]]:
+    case = tpu.Case(*args, **more)
+    where = tpu.setting(case)
+    program = tpu.compiled(case, where)
+    return case, where, program, hlo.collectives(program.as_text())
+
+
+def sizes(found: list[Any], conditional: bool) -> Counter[tuple[str, int]]:
+    """How often numbers of each count cross."""
+    tensors = [(one.kind, shape) for one in found if one.conditional == conditional for _, shape in one.tensors]
+    return Counter((kind, math.prod(shape)) for kind, shape in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "chip", "slice_", "spec", "layers"),
+    [
+        ("llama-3.1-8b", "v6e", "2x4", None, 2),
+        ("llama-3.1-70b", "v5e", "4x4", None, 2),  # 8 kv heads over 16
+        ("qwen3-32b", "v5p", "2x2x1", None, 2),
+        ("gemma-3-27b", "v6e", "4x8", "data=2,model=16", 6),
+        ("llama-3.1-8b", "v6e", "16x16", None, 2),  # data=8, model=8, group=4
+    ],
+)
+def test_decoding_sums_twice_a_layer(
+    tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str | None, layers: int
+) -> None:
+    case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, layers=layers)
+    assert tpu.faults(case, where, found) == []
+    data, rows = where.over.shape["data"], 8
+    expected = Counter({("all-reduce", rows * where.cfg.D): 2 * layers + 1, ("all-reduce", rows): 3})
+    if data > 1:  # is any row of the batch drawn; and every process learns the tokens
+        expected += Counter({("all-reduce", 1): 1, ("all-reduce", rows * data): 1})
+    assert sizes(found, False) == expected
+    assert {kind for kind, _ in sizes(found, True)} == {"all-reduce"}
+    assert max(size for _, size in sizes(found, True)) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "chip", "slice_", "spec", "layers"),
+    [("llama-3.1-8b", "v5e", "4x4", "data=1,model=16", 2), ("gemma-3-27b", "v6e", "4x4", "data=2,model=8", 6)],
+)
+def test_prefill_sums_twice_a_layer_and_nothing_else(
+    tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str, layers: int
+) -> None:
+    case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, "prefill", layers=layers)
+    assert tpu.faults(case, where, found) == []
+    activation = 8 * tpu.tokens(case, where) * where.cfg.D
+    assert sizes(found, False) == Counter({("all-reduce", activation): 2 * layers + 1})
+    assert not sizes(found, True)
+
+
+@pytest.mark.slow
+def test_candidates_are_gathered_and_logits_are_not(tpu: Any, hlo: Any) -> None:
+    """With the 5 likeliest tokens asked for: each of the 16 devices of `model` offers 5, ids and values; `data` then
+    shares what was chosen."""
+    case, where, _, found = compile_case(
+        tpu, hlo, "llama-3.1-8b", "v6e", "4x8", "data=2,model=16", logprobs=5, layers=2
+    )
+    assert tpu.faults(case, where, found) == []
+    gathered = Counter({key: count for key, count in sizes(found, False).items() if key[0] == "all-gather"})
+    assert gathered == Counter({("all-gather", 8 * 16 * 5): 2, ("all-gather", 16 * 5): 2})
+    assert not any(kind == "all-gather" for kind, _ in sizes(found, True))
+
+
+@pytest.mark.slow
+def test_kv_heads_in_groups_take_their_share(tpu: Any, hlo: Any) -> None:
+    """8 kv heads over 16 devices: each keeps one head of weights and cache, and half of what it has of the rest."""
+    case, where, program, _ = compile_case(tpu, hlo, "llama-3.1-8b", "v5e", "4x4", layers=2)
+    used, cfg = tpu.memory(case, where, program), where.cfg
+    one_head = 2 * cfg.H * 8192 * 8 * 2 * 2  # k and v, slots, rows, layers, bytes
+    assert one_head <= used["cache"] <= one_head + 8192 * 8 * 4  # and the slots' positions
+    shared = cfg.N * cfg.H * 2 + cfg.F * 3
+    weights = cfg.V * 2 * cfg.D / 16 + 2 * (shared * cfg.D / 16 + 2 * cfg.H * cfg.D)
+    assert weights * 2 <= used["weights"] <= weights * 2 + 5 * cfg.D * 2  # and the norms
+    assert used["weights"] + used["cache"] <= used["arguments"] <= (used["weights"] + used["cache"]) * 1.01
+
+
+@pytest.mark.slow
+def test_70b_fits_16_chips_of_v5e_and_not_8(tpu: Any, monkeypatch: Any, capsys: Any) -> None:
+    def run(slice_: str) -> tuple[int, dict[str, Any]]:
+        flags = ["--chip", "v5e", "--slice", slice_, "--model", "llama-3.1-70b", "--program", "decode", "--json"]
+        monkeypatch.setattr(sys, "argv", ["programs.py", *flags])
+        return tpu.main(), json.loads(capsys.readouterr().out)
+
+    status, row = run("4x4")
+    assert (status, row["faults"]) == (0, [])
+    assert 141.1e9 / 16 < row["memory"]["weights"] < row["memory"]["total"] < 16e9
+    status, row = run("2x4")
+    assert status == 1
+    assert row["faults"][0].endswith("do not fit 16.00 GB")
+
+
+def misplaced(tpu: Any, monkeypatch: Any) -> None:
+    """One weight of the first layer divided along its inputs."""
+    given = tpu.weights
+
+    def weights(where: Any) -> Any:
+        found = given(where)
+        up = found["layers"][0]["up"]
+        along = jax.sharding.PartitionSpec(None, "model")
+        place = jax.sharding.NamedSharding(where.over, along)
+        found["layers"][0]["up"] = jax.ShapeDtypeStruct(up.shape, up.dtype, sharding=place)
+        return found
+
+    monkeypatch.setattr(tpu, "weights", weights)
+
+
+def whole_logits(tpu: Any, monkeypatch: Any) -> None:
+    """The likeliest token found by a device that has all logits."""
+    monkeypatch.setattr(sampling, "_argmax", lambda x: jnp.argmax(mesh.constrain(x, "B"), -1).astype(jnp.int32))
+
+
+def batch_not_divided(tpu: Any, monkeypatch: Any) -> None:
+    """Activations whose rows every device is given, where the cache is divided."""
+    given = mesh.constrain
+    monkeypatch.setattr(mesh, "constrain", lambda x, letters: given(x, letters.replace("B", " ")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (misplaced, r"all-to-all of bf16\[4, 3584, 1024\]|all-reduce of f32\[8, 14336\]"),  # the weight, or its product
+        (whole_logits, r"all-gather of f32\["),
+        (batch_not_divided, "across data"),
+    ],
+)
+def test_what_must_not_cross_is_found(tpu: Any, hlo: Any, monkeypatch: Any, plant: Any, fault: str) -> None:
+    plant(tpu, monkeypatch)
+    spec = "data=2,model=4"
+    case, where, _, found = compile_case(tpu, hlo, "llama-3.1-8b", "v6e", "2x4", spec, layers=2)
+    wrong = tpu.faults(case, where, found)
+    assert any(re.search(fault, text) for text in wrong), wrong

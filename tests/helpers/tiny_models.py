@@ -1,0 +1,50 @@
+"""Tiny jaxlm models with the weights of recordings.weights, without a checkpoint and without torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from helpers.random_weights import draw
+from jaxlm import Model, models
+from jaxlm.nn import params
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama3": {"model_type": "llama", **SIZES},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 20},
+    "olmo2": {"model_type": "olmo2", **SIZES},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **SIZES,
+        "head_dim": 20,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 5,
+        "layer_types": [SLIDING, FULL],
+    },
+}
+
+
+def from_config(config: Mapping[str, Any], seed: int = 0, dtype: Any = jnp.float32) -> Model:
+    """A model of this config.json."""
+    family = models.family_of(config["model_type"])
+    cfg = family.Config.from_hf(config)
+    weights: dict[str, Any] = {}
+    for row in params.rows(family.PARAMS, cfg):
+        value = draw(row.names[0], row.stored, seed, family.NORM).reshape(row.shape)
+        params.put(weights, row.path, jnp.asarray(value, dtype))
+    return Model(family, cfg, weights)
+
+
+def tiny(family: str, seed: int = 0, dtype: Any = jnp.float32, **fields: Any) -> Model:
+    """A model of a family, with these fields of config.json changed."""
+    return from_config({**CONFIGS[family], **fields}, seed, dtype)

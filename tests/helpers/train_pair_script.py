@@ -1,0 +1,40 @@
+"""One of two processes that train as one: python train_pair_script.py PORT INDEX FOLDER OUT MESH [adapter]."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.training_runs import Stopped, run_of, stopping_at
+from jaxlm.devices import distributed
+from jaxlm.training import loop
+from jaxlm.training.config import LoraOptions, Run
+
+
+def run_for(folder: Path, out: Path, mesh: str, adapter: bool = False) -> Run:
+    """What both processes do, and one alone."""
+    names = {"shape": "shape.json", "tokenizer": "tokenizer", "train": "train.txt", "valid": "valid.txt"}
+    files = {name: str(folder / file) for name, file in names.items()}
+    run = run_of(files, out, batch=8, steps=6, save_every=4, eval_every=3, mesh=mesh)
+    if adapter:
+        lora = LoraOptions(rank=4, dropout=0.1)
+        return replace(run, shape=None, tokenizer=None, model=files["tokenizer"], method="lora", lora=lora)
+    return replace(run, samples=("the cat",), sample_tokens=3)
+
+
+def main(port: str, index: str, folder: str, out: str, mesh: str, adapter: str = "") -> None:
+    distributed.start(f"127.0.0.1:{port}", 2, int(index))
+    distributed.gather("here")
+    run = run_for(Path(folder), Path(out), mesh, bool(adapter))
+    if adapter:  # an end in the middle, after a checkpoint
+        try:
+            loop.train(replace(run, save_every=2), stopping_at(4))
+            raise AssertionError("it went on")
+        except Stopped:
+            pass
+    loop.train(run)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""What tests of training runs share: a tiny shape, two texts, and a run of a dozen steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.tiny_models import SIZES
+from jaxlm.training.config import Data, Optimiser, Run
+
+SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
+CLOCK = ("tokens_per_second", "mfu")  # fields that depend on the machine
+
+
+def made(folder: Path, shared: Path) -> dict[str, str]:
+    """A config.json, a tokenizer, and two texts."""
+    (folder / "shape.json").write_text(json.dumps(SHAPE))
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "dog", "sat", "ran", "home", "and", "a", "big", "red"]
+    for name in ("train", "valid"):
+        stories = [" ".join(rng.choice(words, 30)) for _ in range(40)]
+        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories))
+    return {"shape": str(folder / "shape.json"), "tokenizer": str(shared / "checkpoints/stories260K"),
+            "train": str(folder / "train.txt"), "valid": str(folder / "valid.txt")}  # fmt: skip
+
+
+def run_of(files: dict[str, str], out: Path, **fields: Any) -> Run:
+    data = Data(train=(files["train"],), valid=(files["valid"],))
+    sizes: dict[str, Any] = {"steps": 12, "batch": 4, "length": 32, "log_every": 2, "save_every": 5, "eval_every": 6}
+    given = {"shape": Path(files["shape"]), "tokenizer": Path(files["tokenizer"]), "data": data, **sizes}
+    return Run(out=out, **{**given, "optimiser": Optimiser(lr=1e-2), "eval_batches": 2, **fields})
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in found]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_at(at: int) -> Any:
+    """A listener that ends the run at a step."""
+
+    def tell(line: dict[str, Any]) -> None:
+        if line["step"] == at and len(line) > 1 and "note" not in line:
+            raise Stopped
+
+    return tell

@@ -1,0 +1,459 @@
+"""Conversations against a slow twin that sees the same ids at once, without a cache."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
+
+import jaxlm
+from jaxlm.devices import hardware
+from jaxlm.inference import conversation
+from jaxlm.inference.conversation import Conversation, holds
+from jaxlm.model import Model
+from jaxlm.models import gemma3, llama3
+from jaxlm.nn import Rope
+from jaxlm.nn import kv_cache as caches
+
+WINDOW, CHUNK = 16, 8  # a ring of 23 slots
+GEMMA = gemma3.Config(
+    **SIZES, L=2, rope=Rope(1e4), local_rope=Rope(1e3), windows=(WINDOW, None), scale=8**-0.5, context=256
+)
+LLAMA = llama3.Config(**SIZES, L=1, rope=Rope(1e4), context=256)
+LENGTH = 256  # of every forward pass of the slow twin
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Model:
+    return model_of(gemma3, GEMMA, tokenizer_of(TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    """Without a template: continues text."""
+    return model_of(llama3, LLAMA, tokenizer_of(None))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches whose edges are near."""
+    monkeypatch.setitem(hardware.CHUNK, "cpu", CHUNK)
+    monkeypatch.setattr(conversation, "START", 64)
+
+
+def talk(model: Model, **options) -> Conversation:
+    return Conversation(model, **{"temperature": 0, "max_tokens": 6, "logit_bias": bias_of(model), **options})
+
+
+def twin(model: Model, ids: list[int], count: int, bias: dict[int, float], repetition: float = 1.0) -> list[int]:
+    """Greedy tokens, each from a forward pass over everything before it."""
+    made: list[int] = []
+    while len(made) < count and not (made and made[-1] in model.tokenizer.stop_ids):
+        made.append(likeliest(model, (*ids, *made), tuple(bias.items()), repetition))
+    return made
+
+
+@cache  # many turns begin alike
+def likeliest(model: Model, ids: tuple[int, ...], bias: tuple[tuple[int, float], ...], repetition: float) -> int:
+    tokens, pos = np.zeros((1, LENGTH), np.int32), np.full((1, LENGTH), -1)
+    tokens[0, : len(ids)], pos[0, : len(ids)] = ids, np.arange(len(ids))
+    logits, _ = model.forward(tokens, model.weights, None, jnp.asarray(pos))
+    last, seen = np.array(logits)[0, len(ids) - 1], list(ids)
+    for token, more in bias:
+        last[token] += more
+    last[seen] = np.where(last[seen] > 0, last[seen] / repetition, last[seen] * repetition)
+    return int(np.argmax(last))
+
+
+def made_by(pieces) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def check(c: Conversation, ids: list[int], pieces, new: int | None = None) -> list[int]:
+    """Runs a turn whose prompt should be `ids`; -> prompt and answer."""
+    pieces = list(pieces)
+    made = made_by(pieces)
+    assert pieces[-1].prompt_tokens == len(ids)
+    assert made == twin(c.model, ids, len(made), c.options.logit_bias or {})
+    assert "".join(pieces) == c.model.tokenizer.decode(made)
+    assert pieces[-1].finish_reason == ("stop" if made[-1] in c.model.tokenizer.stop_ids else "length")
+    if new is not None:
+        assert c.prefilled == new
+    return [*ids, *made]
+
+
+def ask(c: Conversation, said: list[int], text: str) -> list[int]:
+    """The ids of the prompt of the next turn, said being those of all turns before, after an answer cut by length."""
+    end = "<end>" if said else "<bos>"
+    return [*said, *c.model.tokenizer.encode(f"{end}<user>{text}<end><assistant>", add_special_tokens=False)]
+
+
+def test_every_turn_is_what_a_full_forward_pass_says_and_prefills_only_new_tokens(gemma):
+    spelt = {gemma.tokenizer.convert_tokens_to_ids(letter): 3.0 for letter in "atern"}
+    c, said = talk(gemma, max_tokens=9, logit_bias={**bias_of(gemma), **spelt}), []
+    for text in ["hello there", "and then some more", "x", "at last, many words to pass the window again"]:
+        ids = ask(c, said, text)
+        # The newest token of an answer has been read, but not been given to the model.
+        said = check(c, ids, c.send(text), new=len(ids) - max(0, len(said) - 1))
+    assert len(said) > 4 * WINDOW
+    assert [m["role"] for m in c.messages] == ["user", "assistant"] * 4
+    canonical = gemma.tokenizer.chat(c.messages, add_generation_prompt=False)
+    assert canonical[:-1] != said  # the answers were not spelt as the tokenizer would, so keeping that was tested
+
+
+def test_an_answer_that_ends_by_itself(gemma):
+    end = gemma.tokenizer.convert_tokens_to_ids("<end>")
+    free = {token: value for token, value in bias_of(gemma).items() if token != end}
+    c = talk(gemma, max_tokens=40, logit_bias={**free, end: 9.0})
+    ids = ask(c, [], "hello")
+    said = check(c, ids, c.send("hello"))
+    assert said[-1] == end
+    assert not c.messages[-1]["content"].endswith("<end>")
+    ids = [*said, *gemma.tokenizer.encode("<user>go on<end><assistant>", add_special_tokens=False)]
+    check(c, ids, c.send("go on"), new=len(ids) - len(said) + 1)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rewinding_past_the_window_keeps_the_cache_as_far_as_the_ring_allows(gemma, monkeypatch, steps):
+    monkeypatch.setitem(hardware.STEPS, "cpu", steps)
+    prompt = ask(talk(gemma), [], "a" * 2 * WINDOW)
+    kept = {}
+    for count in range(1, 13):
+        c = talk(gemma, max_tokens=count)
+        check(c, prompt, c.send("a" * 2 * WINDOW))
+        check(c, prompt, c.retry())
+        kept[count] = c.prefilled == 1
+        assert c.prefilled in (1, len(prompt))
+        if not kept[count]:
+            continue
+        c.set("max_tokens", 30)  # a rewind, and then on past what was there
+        check(c, prompt, c.retry(), new=1)
+    # Position m - 1 is read again, and the answer's last token, unless a program ran ahead, was never written:
+    # with one step a program, `count` tokens are written behind m at most, and one ahead.
+    assert kept[1]
+    assert not kept[CHUNK + 2]
+    assert list(kept.values()) == sorted(kept.values(), reverse=True)
+    if steps == 1:
+        assert kept[CHUNK - 1]
+
+
+def test_retry_follows_a_history(gemma):
+    c = talk(gemma)
+    said = check(c, ask(c, [], "one and two and three"), c.send("one and two and three"))
+    ids = ask(c, said, "four")
+    check(c, ids, c.send("four"))
+    check(c, ids, c.retry(), new=1)
+    said = check(c, ids, c.retry(), new=1)
+    check(c, ask(c, said, "five"), c.send("five"))
+    assert len(c.messages) == 6
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_cache_grows_in_the_middle_of_an_answer(gemma, monkeypatch, steps):
+    monkeypatch.setitem(hardware.STEPS, "cpu", steps)
+    c = talk(gemma, max_tokens=70)
+    said = check(c, ask(c, [], "ho"), c.send("ho"))
+    assert c._kv is not None
+    assert c._kv.length == 128
+    ids = ask(c, said, "more")
+    check(c, ids, c.send("more"), new=len(ids) - len(said) + 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_course_of_a_conversation(gemma, seed):
+    """Turns, retries, answers cut off at any place: the tokens of each turn follow from its prompt alone."""
+    rng = random.Random(seed)
+    c = talk(gemma)
+    for _ in range(12):
+        c.set("max_tokens", rng.choice([1, 2, 5, 9, 14]))
+        retry = c.messages and rng.random() < 0.4
+        pieces = c.retry() if retry else c.send(rng.choice(["no", "an old story", "yes " * 6]))
+        prompt = pieces.gi_frame.f_locals["request"].ids
+        made = made_by(itertools.islice(pieces, rng.choice([1, 2, 4, 99])))
+        assert made == twin(gemma, prompt, len(made), bias_of(gemma))
+        if len(c._written) > 150:
+            c.reset()
+
+
+def test_stopping_keeps_what_was_said(gemma):
+    c = talk(gemma, max_tokens=30)
+    pieces = c.send("tell me")
+    shown = [next(pieces) for _ in range(4)]
+    pieces.close()
+    assert c.messages[-1] == {"role": "assistant", "content": "".join(shown)}
+    ids = ask(c, [*ask(c, [], "tell me"), *made_by(shown)], "go on")
+    check(c, ids, c.send("go on"))
+    assert c.prefilled <= len(gemma.tokenizer.encode("<end><user>go on<end><assistant>"))
+
+
+@pytest.mark.parametrize("also", ["send", "retry", "save", "stop"])
+def test_the_next_call_stops_a_running_answer(gemma, also, tmp_path):
+    c = talk(gemma, max_tokens=30)
+    pieces = c.send("tell me")
+    shown = next(pieces) + next(pieces)
+    {"send": lambda: c.send("x"), "retry": c.retry, "save": lambda: c.save(tmp_path / "c"), "stop": c.stop}[also]()
+    assert c.messages == [{"role": "user", "content": "tell me"}, {"role": "assistant", "content": shown}]
+    assert list(pieces) == []
+
+
+@pytest.mark.parametrize("program", ["prefill", "pick", "step"])
+def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeypatch, program):
+    """Ctrl-C arrives while a program runs, which has taken the cache with it."""
+    c = talk(gemma)
+    said = check(c, ask(c, [], "hi"), c.send("hi"))
+
+    def interrupted(*args):
+        def run(*args):
+            compiled(*args)
+            raise KeyboardInterrupt
+
+        compiled = real(*args)
+        return run
+
+    real = getattr(gemma.programs, program)
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma.programs, program, interrupted)
+        c.system = "x"  # so that other tokens take the place of those that were said; few, for the ring keeps the rest
+        with pytest.raises(KeyboardInterrupt):
+            list(c.send("y"))
+        c.system = None
+    if program == "step":
+        assert len(c.messages) == 4
+        c.messages = c.messages[:2]
+    assert len(c.messages) == 2
+    prompts = ask(c, said, "now"), gemma.tokenizer.chat([*c.messages, {"role": "user", "content": "now"}])
+    assert made_by(c.send("now")) in [twin(gemma, ids, 6, bias_of(gemma)) for ids in prompts]
+
+
+def test_a_full_context(gemma):
+    short = model_of(gemma3, replace(GEMMA, context=64), gemma.tokenizer)
+    short.programs = gemma.programs
+    c = talk(short, max_tokens=None)
+    ids = ask(c, [], "go")
+    said = check(c, ids, c.send("go"))
+    assert len(said) == 64
+    before = list(c.messages)
+    with pytest.raises(ValueError, match=r"full: the conversation has \d+ tokens.* takes 64\. Begin .*reset"):
+        c.send("once more")
+    assert c.messages == before
+    c.reset()
+    check(c, ids, c.send("go"), new=len(ids))
+
+
+def test_a_turn_that_the_template_refuses_leaves_no_trace(gemma):
+    c = talk(gemma)
+    said = check(c, ask(c, [], "hi"), c.send("hi"))
+    with pytest.raises(ValueError, match="no such words"):
+        c.send("refuse")
+    assert len(c.messages) == 2
+    check(c, ask(c, said, "ho"), c.send("ho"))
+
+
+def test_a_system_message_counts_from_the_next_turn_on(gemma):
+    c = talk(gemma, system="be kind")
+    ids = gemma.tokenizer.encode("<bos><system>be kind<end><user>hi<end><assistant>", add_special_tokens=False)
+    check(c, ids, c.send("hi"))
+    c.system = "be rude"
+    pieces = list(c.send("ho"))
+    messages = [{"role": "system", "content": "be rude"}, *c.messages[:3]]
+    assert made_by(pieces) == twin(gemma, gemma.tokenizer.chat(messages), 6, bias_of(gemma))
+    assert all(m["role"] != "system" for m in c.messages)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_kept(gemma):
+    c = talk(gemma, max_tokens=20)
+    whole = "".join(c.send("hello"))
+    c.reset()
+    c.set("stop", whole[9:11])
+    cut = whole[: whole.index(whole[9:11])]
+    pieces = list(c.send("hello"))
+    assert ("".join(pieces), pieces[-1].finish_reason) == (cut, "stop")
+    assert c.messages[-1]["content"] == cut
+    c.set("stop", None)
+    made = made_by(c.send("ho"))
+    assert made == twin(gemma, gemma.tokenizer.chat(c.messages[:3]), 20, bias_of(gemma))
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
+    template = TEMPLATE.replace("<assistant>", "<assistant><think>") if opened else TEMPLATE
+    model = model_of(gemma3, GEMMA, tokenizer_of(template, thinking=True))
+    model.programs = gemma.programs
+    close = model.tokenizer.convert_tokens_to_ids("</think>")
+    c = talk(model, max_tokens=12)
+    *_, begin = model.tokenizer.encode("<think>", add_special_tokens=False)
+    # The model's every token is forced: first the tag that opens, then a word, then the tag that closes, then words.
+    answer = ([] if opened else [begin]) + model.tokenizer.encode("hm", add_special_tokens=False) + [close]
+    forced = iter(answer)
+    real = model.programs.pick, model.programs.step
+
+    def forcing(program):
+        def run(*args):
+            state, made = program(*args)
+            token = next(forced, None)
+            if token is None:
+                return state, made
+            return state._replace(token=jnp.asarray([token])), made._replace(tokens=jnp.asarray([[token]]))
+
+        return run
+
+    monkeypatch.setattr(model.programs, "pick", lambda *args: forcing(real[0](*args)))
+    monkeypatch.setattr(model.programs, "step", lambda *args: forcing(real[1](*args)))
+    shown = "".join(c.send("why"))
+    assert c.opened == opened
+    assert shown.removeprefix("<think>").startswith("hm</think>")
+    assert c.messages[-1]["content"] == shown.partition("</think>")[2].lstrip()
+    messages = [*c.messages, {"role": "user", "content": "so"}]
+    pieces = list(c.send("so"))
+    prompt = model.tokenizer.chat(messages)
+    if not opened:  # the words after the thought, spelt anew
+        assert pieces[-1].prompt_tokens == len(prompt)
+        assert made_by(pieces) == twin(model, prompt, 12, bias_of(model))
+    else:
+        assert "hm" not in c._seen[1].text
+
+
+# Without a template
+
+
+def test_without_a_template_the_text_goes_on(llama):
+    c = talk(llama, max_tokens=10)
+    encode = llama.tokenizer.encode
+    said = check(c, encode("a stone and"), c.send("a stone and"))
+    assert said.count(llama.tokenizer.bos_id) == 1
+    ids = [*said, *encode(" an end", add_special_tokens=False)]
+    said = check(c, ids, c.send(" an end"), new=len(ids) - len(said) + 1)
+    said = check(c, said, c.send(""), new=1)  # nothing said: it goes on
+    assert "".join(m["content"] for m in c.messages) == llama.tokenizer.decode(said)
+
+
+def test_the_end_of_a_text_is_not_in_the_way_of_what_is_added(llama):
+    end = llama.tokenizer.convert_tokens_to_ids("<end>")
+    c = talk(llama, max_tokens=40, logit_bias={**bias_of(llama), end: 9.0})
+    said = check(c, llama.tokenizer.encode("go"), c.send("go"))
+    assert said[-1] == end
+    ids = [*said[:-1], *llama.tokenizer.encode("k", add_special_tokens=False)]
+    check(c, ids, c.send("k"), new=len(ids) - len(said) + 1)
+
+
+def test_without_a_template_there_is_no_system_message(llama):
+    with pytest.raises(ValueError, match="no chat template, so it takes no system message"):
+        talk(llama, system="be kind").send("hi")
+
+
+def test_a_trained_model_goes_on_over_several_turns(shared):
+    """SentencePiece's vocabulary marks spaces, and its tokenizer puts one before whatever it is given."""
+    model = jaxlm.load(shared / "checkpoints/stories260K", progress=False)
+    c = Conversation(model, temperature=0, max_tokens=24)
+    first = "".join(c.send("Once upon"))
+    assert first.startswith(" a time, there was a little girl named Lily.")
+    "".join(c.send(", and"))
+    said = "".join(m["content"] for m in c.messages)
+    assert said.startswith(f"Once upon{first}, and")
+    assert c.prefilled < 8
+    ids = model.tokenizer.encode(f"Once upon{first}, and")
+    assert model.tokenizer.encode(said) == [*ids, *twin(model, ids, 24, {})]
+
+
+# Options, sampling, files
+
+
+def test_retry_draws_anew_and_a_seed_repeats_the_conversation(gemma):
+    def answers(seed):
+        c = talk(gemma, temperature=1.0, seed=seed, max_tokens=12)
+        return ["".join(c.send("hi")), "".join(c.retry()), "".join(c.retry()), "".join(c.send("ho"))]
+
+    first = answers(5)
+    assert len(set(first)) == 4
+    assert answers(5) == first
+    assert answers(6) != first
+
+
+def test_a_piece_names_the_seed_that_gives_its_text_again(gemma):
+    c = talk(gemma, temperature=1.0, seed=5)
+    for answer in (list(c.send("hi")), list(c.retry())):
+        options = {"temperature": 1.0, "max_tokens": 6, "logit_bias": bias_of(gemma), "seed": answer[-1].seed}
+        assert jaxlm.generate(gemma, c.messages[:1], **options) == "".join(answer)
+
+
+def test_penalties_count_the_whole_conversation_and_logprobs_are_handed_through(gemma):
+    c = talk(gemma, repetition_penalty=3.0, logprobs=2, max_tokens=9)
+    said = [*ask(c, [], "hi"), *made_by(c.send("hi"))]
+    pieces, prompt = list(c.send("ho")), ask(c, said, "ho")
+    made, bias = made_by(pieces), bias_of(gemma)
+    assert made == twin(gemma, prompt, 9, bias, repetition=3.0)
+    assert made != twin(gemma, prompt, 9, bias)
+    assert [len(x.top) for p in pieces for x in p.logprobs] == [2] * 9
+
+
+def test_options_are_checked_by_name_and_range(gemma):
+    c = talk(gemma)
+    with pytest.raises(ValueError, match=r"top_p=2: must be a number from 0 to 1"):
+        c.set("top_p", 2)
+    with pytest.raises(TypeError, match=r"unknown option 'temprature'; did you mean 'temperature'\?"):
+        c.set("temprature", 1)
+    with pytest.raises(TypeError, match="unknown option 'max_new_tokens'"):
+        Conversation(gemma, max_new_tokens=4)
+    c.set("temperature", 0.5)
+    assert c.options.temperature == 0.5
+    assert c.options.max_tokens == 6
+
+
+def test_saved_and_loaded(gemma, tmp_path):
+    path = tmp_path / "talk.json"
+    c = talk(gemma, system="be kind", stop=["zz"], template_args={"mood": 1})
+    list(c.send("hi"))
+    c.save(path)
+    assert json.loads(path.read_text())["messages"] == c.messages
+    other = talk(gemma)
+    list(other.send("something else"))
+    other.load(path)
+    assert (other.messages, other.system, other.options) == (c.messages, c.system, c.options)
+    assert other.template_args == {"mood": 1}
+    system = {"role": "system", "content": "be kind"}
+    ids = gemma.tokenizer.chat([system, *c.messages, {"role": "user", "content": "ho"}])
+    check(other, ids, other.send("ho"))
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"messages": 3}', '{"messages": [{"role": "user"}]}',
+                                  '{"messages": [], "options": {"top_p": 7}}'])  # fmt: skip
+def test_a_file_that_is_no_conversation(gemma, tmp_path, text):
+    path: Path = tmp_path / "bad.json"
+    path.write_text(text)
+    c = talk(gemma)
+    list(c.send("hi"))
+    with pytest.raises(ValueError, match=r"bad\.json is no conversation that jaxlm saved"):
+        c.load(path)
+    assert len(c.messages) == 2
+
+
+def test_nothing_to_answer_again(gemma):
+    with pytest.raises(ValueError, match="no message yet"):
+        talk(gemma).retry()
+
+
+def test_a_model_without_tokenizer(gemma):
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        Conversation(Model(gemma.family, gemma.config, gemma.weights))
+
+
+def test_holds_is_true_exactly_where_the_ring_has_what_is_looked_at():
+    """A ring of window 4 and chunk 3 has 6 slots."""
+    kv = caches.init(1, 32, (4, None), 1, 2, jnp.float32, 3)
+    for start in range(0, 12, 3):
+        kv, _ = jax.jit(caches.advance)(kv, np.arange(start, start + 3, dtype=np.int32)[None])
+    assert [holds(kv, (4, None), m) for m in range(13)] == [True] + [False] * 8 + [True] * 4
+    assert [holds(kv, (None,), m) for m in (5, 13)] == [True, False] if len(kv.layers) == 1 else True

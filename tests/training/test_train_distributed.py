@@ -1,0 +1,62 @@
+"""Two processes of four virtual devices each take the steps that one process of eight takes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers.process_pair import ended, free_port, two
+from helpers.train_pair_script import run_for
+from helpers.training_runs import lines, made
+
+import jaxlm
+from jaxlm.nn import lora
+from jaxlm.training import loop
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "train_pair_script.py"
+
+
+@pytest.fixture
+def folder(shared, tmp_path) -> Path:
+    """Shape, texts, and a checkpoint that is also the tokenizer."""
+    made(tmp_path, shared)
+    shutil.copytree(shared / "checkpoints/stories260K", tmp_path / "tokenizer")
+    return tmp_path
+
+
+def runs(folder: Path, mesh: str, *more: str) -> tuple[Path, Path]:
+    """The folders of a run by two processes and of the same by one; their metrics agree to float32's rounding, for only
+    the order of sums over devices differs."""
+    both, one = folder / "both", folder / "one"
+    port = free_port()
+    commands = ([str(SCRIPT), port, str(i), str(folder), str(both), mesh, *more] for i in range(2))
+    for status, _, err in ended(two(*commands), 240):
+        assert status == 0, err
+    loop.train(run_for(folder, one, mesh, bool(more)))
+    for line, other in zip(lines(both), lines(one), strict=True):
+        assert line.keys() == other.keys()
+        numbers = [name for name, value in line.items() if not isinstance(value, str)]
+        np.testing.assert_allclose([line[n] for n in numbers], [other[n] for n in numbers], rtol=1e-4)
+    return both, one
+
+
+def near(a: Any, b: Any) -> None:
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("mesh", ["data=4,model=2", pytest.param("data=1,model=8", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(folder, mesh) -> None:
+    """Each makes the rows that its devices hold, and one writes."""
+    ours, theirs = (jaxlm.load(out / "model").weights for out in runs(folder, mesh))
+    jax.tree.map(near, ours, theirs)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_two_processes_that_end_and_go_on(folder) -> None:
+    base, found = folder / "tokenizer", runs(folder, "data=4,model=2", "adapter")
+    ours, theirs = (jaxlm.load(base, adapter=out / "adapter").weights for out in found)
+    assert lora.count(ours) > 0
+    for (_, a), (_, b) in zip(lora.leaves(ours), lora.leaves(theirs), strict=True):
+        near(a.merged() - a.w, b.merged() - b.w)
