@@ -43,10 +43,14 @@ def checkpoint(shape: str) -> Path:
     hf = SHAPES[shape]
     family = models.family_of(hf["model_type"])
     rng, tensors = np.random.default_rng(0), {}
-    for row in params.rows(family.PARAMS, family.Config.from_hf(hf)):
+    for row in params.tensors(family.PARAMS, family.Config.from_hf(hf)):
         norm = row.path.endswith("norm")
-        scale = row.stored[-1] ** -0.5
-        value = np.full(row.stored, family.NORM) if norm else rng.standard_normal(row.stored, np.float32) * scale
+        scale = row.stored_shape[-1] ** -0.5
+        value = (
+            np.full(row.stored_shape, family.NORM_IDENTITY)
+            if norm
+            else rng.standard_normal(row.stored_shape, np.float32) * scale
+        )
         tensors[row.names[0]] = value.astype(ml_dtypes.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf))

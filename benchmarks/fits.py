@@ -35,7 +35,7 @@ def setting(name: str, count: int, wide: int | None = None) -> Setting:
     family = models.family_of(MODELS[name]["model_type"])
     cfg = family.Config.from_hf(MODELS[name])
     sizes = {mesh.DATA: count // wide, mesh.MODEL: wide} if wide else topology.default({"N": cfg.N, "F": cfg.F}, count)
-    axes = topology.split(sizes, cfg.K)
+    axes = topology.factor_kv_heads(sizes, cfg.K)
     return Setting(family, cfg, jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes)), axes[mesh.DATA])
 
 

@@ -51,8 +51,8 @@ def make(folder: Path, dtype: str, layers: int, vocabulary: int, shard: int = 25
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(kind).tobytes()
     shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
-    for row in params.rows(qwen3.PARAMS, qwen3.Config.from_hf(raw)):
-        entry = row.names[0], row.stored, int(np.prod(row.stored)) * kind.itemsize
+    for row in params.tensors(qwen3.PARAMS, qwen3.Config.from_hf(raw)):
+        entry = row.names[0], row.stored_shape, int(np.prod(row.stored_shape)) * kind.itemsize
         if shards[-1] and sum(n for _, _, n in shards[-1]) + entry[2] > shard:
             shards.append([])
         shards[-1].append(entry)
@@ -89,10 +89,10 @@ def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: in
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(kind).tobytes()
     table = {path: (llama3.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
-    rows = list(params.rows(table, llama3.Config.from_hf(meta.hf_config(raw))))
+    rows = list(params.tensors(table, llama3.Config.from_hf(meta.hf_config(raw))))
 
     def part(row):
-        rest = list(row.stored)
+        rest = list(row.stored_shape)
         if len(rest) > 1:
             rest[row.path.endswith((".o", ".down"))] //= shards
         # A head of the embedding's bytes would be tied to it.

@@ -112,26 +112,26 @@ def setting(case: Case) -> Setting:
 def weights(where: Setting) -> Any:
     """bfloat16 weights, placed as `load` places them."""
     found: dict[str, Any] = {}
-    for row in params.rows(where.family.PARAMS, where.cfg):
+    for row in params.tensors(where.family.PARAMS, where.cfg):
         params.put(found, row.path, where.put(jax.ShapeDtypeStruct(row.shape, jnp.bfloat16), row.letters))
     return found
 
 
-def cache(where: Setting, context: int, chunk: int) -> caches.Cache:
+def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
     cfg = where.cfg
     made = partial(caches.init, where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk)
-    return caches.held(jax.eval_shape(made), where.put)
+    return caches.map_arrays(jax.eval_shape(made), where.put)
 
 
 def state(where: Setting, context: int) -> decoding.State:
     """The state of a batch in full use, without penalties and biases."""
 
     def made() -> decoding.State:
-        blank = engine.Request([], engine.NEUTRAL, 1, key=jax.random.key(0))
+        blank = engine.Request([], engine.DEFAULT_PARAMS, 1, key=jax.random.key(0))
         model: Any = SimpleNamespace(config=where.cfg, mesh=None)
         return engine.new_rows(model, [blank] * where.batch, None, engine.Optionals(False, False))
 
-    return decoding.held(jax.eval_shape(made), where.put)._replace(kv=cache(where, context, 1))
+    return decoding.constrain_state(jax.eval_shape(made), where.put)._replace(kv=cache(where, context, 1))
 
 
 def tokens(case: Case, where: Setting) -> int:
@@ -141,7 +141,7 @@ def tokens(case: Case, where: Setting) -> int:
 
 def compiled(case: Case, where: Setting) -> Any:
     """The program itself, by the code that generation compiles with."""
-    programs = decoding.Programs(where.family, where.cfg)
+    programs = decoding.CompiledSteps(where.family, where.cfg)
     programs.compiled = {}
     held = weights(where)
     if case.program == "decode":

@@ -1,4 +1,4 @@
-"""Short runs of the story model with another size, tokenizer, optimiser or other texts: what decided its shape.
+"""Short runs of the story model with another size, tokenizer, optimizer or other texts: what decided its shape.
 
     python benchmarks/stories.py [--steps 150] [--out build/stories_compared]
 
@@ -45,7 +45,7 @@ def run(name: str, fields: dict[str, int], steps: int, out: Path) -> str:
         how = ["muon", "0.004"] if name != "adamw" else ["adamw", "0.004"]
         assert command(["train", "-c", "examples/stories/config.yaml", "--steps", str(steps), "--shape",
                         str(folder / "shape.json"), "--tokenizer", str(tokenizer), *texts,
-                        "--optimiser.name", how[0], "--optimiser.lr", how[1], "--optimiser.warmup", "30",
+                        "--optimizer.name", how[0], "--optimizer.lr", how[1], "--optimizer.warmup", "30",
                         "--eval-every", "0", "--sample-tokens", "1", "--out", str(folder / "run")]) == 0  # fmt: skip
     model = jaxlm.load(folder / "run/model")
     found = jaxlm.evaluate(model, STORIES / "valid.txt")

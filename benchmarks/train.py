@@ -1,4 +1,4 @@
-"""Training speed beside torch: the same model, batches, optimiser and type, in one run.
+"""Training speed beside torch: the same model, batches, optimizer and type, in one run.
 
     python benchmarks/train.py [--shape stories | FILE] [--batch 8] [--length 256] [--steps 6] [--rounds 2]
                                [--torch-python PYTHON] [--compile]
@@ -25,7 +25,7 @@ from jaxlm import Model, export, models
 from jaxlm.data.packing import Batch
 from jaxlm.nn import flops, params
 from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Optimizer
 
 STORIES = Path(__file__).parents[1] / "examples/stories/shape.json"
 WARM = 2
@@ -38,12 +38,12 @@ def batches(V: int, B: int, T: int, steps: int) -> dict[str, np.ndarray]:
     return {"tokens": rows[..., :-1], "targets": rows[..., 1:], "pos": pos, "learned": np.ones((steps, B, T), bool)}
 
 
-def ours(model: Model, data: dict[str, np.ndarray], of: Optimiser, remat: str) -> list[float]:
+def ours(model: Model, data: dict[str, np.ndarray], of: Optimizer, remat: str) -> list[float]:
     """Seconds of each step."""
     weights = params.stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimizers.make(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
-    state = jax.jit(lambda w: step.start(rule, w))(weights)
-    take = jax.jit(step.make(model.family, model.config, rule, remat=remat), donate_argnums=0)
+    rule = optimizers.make_optimizer(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
+    state = jax.jit(lambda w: step.init_state(rule, w))(weights)
+    take = jax.jit(step.make_step(model.family, model.config, rule, remat=remat), donate_argnums=0)
     seconds = []
     for i in range(len(data["tokens"])):
         batch = Batch(**{name: jnp.asarray(a[i]) for name, a in data.items()})
@@ -74,7 +74,7 @@ def main() -> None:
     raw = json.loads(Path(args.shape).read_text())
     family = models.family_of(raw["model_type"])
     model = Model.init(family, family.Config.from_hf(raw), jax.random.key(0))
-    data, of = batches(model.config.V, args.batch, args.length, args.steps + WARM), Optimiser()
+    data, of = batches(model.config.V, args.batch, args.length, args.steps + WARM), Optimizer()
     best: dict[str, float] = {}
     peak, source = 0.0, ""
     with tempfile.TemporaryDirectory() as temporary:

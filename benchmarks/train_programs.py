@@ -32,7 +32,7 @@ from jaxlm.data.packing import Batch
 from jaxlm.devices import hardware, mesh, topology
 from jaxlm.nn import params
 from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Optimizer
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def setting(case: Case) -> Setting:
     over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
     shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
-    rule = optimizers.make(Optimiser(), 1000, params.letters(family.PARAMS, weights))
-    state = jax.eval_shape(lambda w: step.start(rule, w), weights)
-    places = step.places(state, over, family.PARAMS)
+    rule = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
+    state = jax.eval_shape(lambda w: step.init_state(rule, w), weights)
+    places = step.state_shardings(state, over, family.PARAMS)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
     shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
     to = mesh.sharding("BT", shape, over)
@@ -92,7 +92,7 @@ def setting(case: Case) -> Setting:
 def compiled(case: Case, where: Setting) -> Any:
     """The program, as `training.loop` compiles it."""
     how = {"accumulate": case.accumulate, "dtype": jnp.bfloat16, "remat": case.remat}
-    run = step.make(where.family, where.cfg, where.rule, **how)
+    run = step.make_step(where.family, where.cfg, where.rule, **how)
     with jax.set_mesh(where.over):
         return jax.jit(run, donate_argnums=0).lower(where.state, where.batch, None).compile()
 
@@ -101,10 +101,10 @@ def matrices(where: Setting, layers: bool) -> Counter[int]:
     """How many matrices of each size (numbers that a part of `model` holds) one layer has; or those outside layers, a
     tied embedding twice."""
     found: Counter[int] = Counter()
-    for row in params.rows(where.family.PARAMS, where.cfg):
+    for row in params.tensors(where.family.PARAMS, where.cfg):
         if row.letters not in params.NORMS and row.path.startswith("layers.0." if layers else ("embed", "head")):
             uses = 2 if where.cfg.tied and row.path == "embed" else 1
-            found[math.prod(row.shape) // mesh.parts(row.letters, row.shape, where.over)] += uses
+            found[math.prod(row.shape) // mesh.num_shards(row.letters, row.shape, where.over)] += uses
     return found
 
 
@@ -173,7 +173,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Compiles a case; what docs/scaling.md shows of it, and more. Bytes are of one device."""
     where, start = setting(case), time.perf_counter()
     row = {**asdict(case), "chips": where.over.size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
-    held = share(where.state.weights) + share(where.state.optimiser)
+    held = share(where.state.weights) + share(where.state.optimizer)
     try:
         program = compiled(case, where)
     except jax.errors.JaxRuntimeError as error:  # newer compilers refuse what they see does not fit

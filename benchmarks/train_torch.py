@@ -1,6 +1,6 @@
 """The same training run by torch and transformers: `python benchmarks/train_torch.py FOLDER`.
 
-FOLDER holds a Hugging Face model, batches.npz (tokens, targets, pos, learned [steps,B,T]) and run.json (the optimiser's
+FOLDER holds a Hugging Face model, batches.npz (tokens, targets, pos, learned [steps,B,T]) and run.json (the optimizer's
 numbers, the rate of each step, and what to evaluate). Prints one JSON line: losses, seconds a step, validation losses.
 Where a row holds several documents torch is given the mask that keeps them apart.
 """

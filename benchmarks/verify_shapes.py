@@ -2,7 +2,7 @@
 
     python benchmarks/verify_shapes.py CONFIG.json [--layers 2] [--against transformers,meta] [--dtype float32]
 
-Weights are drawn so that attention is not flat and norms are not neutral: at the usual initialisation a wrong rotary
+Weights are drawn so that attention is not flat and norms are not neutral: at the usual initialization a wrong rotary
 factor moves no logit. The checkpoint is bfloat16, in the temporary folder, and removed afterwards.
 """
 
@@ -38,8 +38,8 @@ def write(folder: Path, hf: dict) -> None:
 
     family = models.family_of(hf["model_type"])
     rng = np.random.default_rng(0)
-    rows = params.rows(family.PARAMS, family.Config.from_hf(hf))
-    tensors = {row.names[0]: draw(rng, row.names[0], row.stored, family.NORM) for row in rows}
+    rows = params.tensors(family.PARAMS, family.Config.from_hf(hf))
+    tensors = {row.names[0]: draw(rng, row.names[0], row.stored_shape, family.NORM_IDENTITY) for row in rows}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/wikitext.py FOLDER [--torch-python PYTHON] [--steps 300] [--out build/wikitext]
 
-FOLDER holds wikitext2_valid_tokenised.txt and wikitext2_test_tokenised.txt. jaxlm runs as a user would run it
+FOLDER holds wikitext2_valid_tokenized.txt and wikitext2_test_tokenized.txt. jaxlm runs as a user would run it
 (`training.loop.train`); torch gets the same first weights, batches and rates. The losses must agree within the spread
 of the seeds; the plot shows both curves.
 """
@@ -22,7 +22,7 @@ from jaxlm import export
 from jaxlm.cli import main as jaxlm
 from jaxlm.nn import params
 from jaxlm.training import loop, metrics, optimizers
-from jaxlm.training.config import Data, Optimiser, Run
+from jaxlm.training.config import Data, Optimizer, Run
 from jaxlm.training.setup import set_up
 
 SHAPE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1024, "hidden_size": 128,
@@ -51,8 +51,8 @@ def theirs(run: Run, python: str) -> tuple[list[float], list[float], float]:
         columns = zip(*batches, strict=True)
         fields = ("tokens", "targets", "pos", "learned")
         np.savez(folder / f"{name}.npz", **{field: np.stack(rows) for field, rows in zip(fields, columns)})
-    rate = optimizers.schedule(run.optimiser, run.steps)
-    told = {name: getattr(run.optimiser, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
+    rate = optimizers.schedule(run.optimizer, run.steps)
+    told = {name: getattr(run.optimizer, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
     told |= {"rates": [float(rate(i)) for i in range(run.steps)], "compile": False, "evaluate": ["test"]}
     told |= {"at": [run.steps]}
     (folder / "run.json").write_text(json.dumps(told))
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/wikitext"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train, test = (str(args.folder / f"wikitext2_{name}_tokenised.txt") for name in ("valid", "test"))
+    train, test = (str(args.folder / f"wikitext2_{name}_tokenized.txt") for name in ("valid", "test"))
     (args.out / "shape.json").write_text(json.dumps(SHAPE))
     tokenizer = args.out / "tokenizer"
     if not tokenizer.exists():
@@ -81,7 +81,7 @@ def main() -> None:
         run = Run(
             out=args.out / f"seed{seed}", shape=args.out / "shape.json", tokenizer=tokenizer, seed=seed, batch=16,
             length=128, steps=args.steps, data=Data(train=(train,), valid=(test,)), log_every=5, eval_every=0,
-            optimiser=Optimiser(lr=2e-3), save_every=args.steps,
+            optimizer=Optimizer(lr=2e-3), save_every=args.steps,
         )  # fmt: skip
         found["jaxlm"].append(ours(run))
         found["torch"].append(theirs(run, args.torch_python))

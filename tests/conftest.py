@@ -17,8 +17,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Eight devices made of one CPU, for meshes; everything else runs on the first, for a default device is no mesh.
 os.environ["JAX_DEFAULT_DEVICE"] = "cpu"
-# LLVM's optimisations are most of a compilation, and what is small needs none; the oracle tier asks for them.
-LEVEL = "" if os.environ.get("JAXLM_OPTIMISED") else "--xla_backend_optimization_level=0"
+# LLVM's optimizations are most of a compilation, and what is small needs none; the oracle tier asks for them.
+LEVEL = "" if os.environ.get("JAXLM_OPTIMIZED") else "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL} --xla_force_host_platform_device_count=8"
 
 

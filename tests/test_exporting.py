@@ -53,9 +53,10 @@ def random(shape, kind, seed=0):
 def checkpoint(path, raw=checkpoint_files.LLAMA, kind="F32", shards=1, spelling=0, **more):
     """A checkpoint folder of any family; more: further tensors."""
     family = models.family_of(raw["model_type"])
-    rows = params.rows(family.PARAMS, family.Config.from_hf(raw))
+    rows = params.tensors(family.PARAMS, family.Config.from_hf(raw))
     arrays = {
-        row.names[spelling if len(row.names) > 2 else 0]: random(row.stored, kind, i) for i, row in enumerate(rows)
+        row.names[spelling if len(row.names) > 2 else 0]: random(row.stored_shape, kind, i)
+        for i, row in enumerate(rows)
     }
     return checkpoint_files.folder(path, raw, {**arrays, **more}, shards)
 

@@ -25,7 +25,7 @@ def small_slices(monkeypatch) -> None:
 def compare(folder: Path, spec: str) -> jaxlm.Model:
     """The model on a mesh, every array of which is bit for bit that of one device."""
     alone, there = jaxlm.load(folder), jaxlm.load(folder, mesh=spec)
-    for row in params.rows(alone.family.PARAMS, alone.config):
+    for row in params.tensors(alone.family.PARAMS, alone.config):
         a, b = (params.get(model.weights, row.path) for model in (alone, there))
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), row.path
         assert b.sharding == mesh.sharding(row.letters, row.shape, there.mesh)

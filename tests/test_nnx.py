@@ -158,8 +158,8 @@ def test_a_step_is_the_training_loops() -> None:
         optimizer.update(module, nnx.grad(mean)(module))
 
     run(module, optimizer)
-    state = jax.jit(partial(step.start, RULE))(model.weights)
-    state, _ = jax.jit(step.make(model.family, model.config, RULE))(state, batch)
+    state = jax.jit(partial(step.init_state, RULE))(model.weights)
+    state, _ = jax.jit(step.make_step(model.family, model.config, RULE))(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), module.weights, state.weights)
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.version import __version__
+
 if TYPE_CHECKING:
     from jaxlm.adapters import fuse as fuse
     from jaxlm.evaluation.perplexity import evaluate as evaluate
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from jaxlm.model import Model as Model
     from jaxlm.verification import verify as verify
 
-__version__ = "0.1.0"
 _HOME = {
     "Conversation": "jaxlm.inference.conversation",
     "Model": "jaxlm.model",

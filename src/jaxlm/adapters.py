@@ -11,11 +11,11 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint import peft
 from jaxlm.checkpoint.hf import Checkpoint
-from jaxlm.checkpoint.writer import Stored
+from jaxlm.checkpoint.writer import LazyTensor
 from jaxlm.model import Model, Weights
 from jaxlm.nn import lora, params
 
-Where = Callable[[params.Row], Any]
+Where = Callable[[params.TensorSpec], Any]
 
 
 def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype, str], Any], where: Where) -> Weights:
@@ -28,7 +28,7 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
     return lora.join(weights, tree)
 
 
-def placed(leaf: Any, row: params.Row, where: Where) -> Any:
+def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
     """A weight in any form moved to where a row's letters say."""
     if not lora.is_lora(leaf):
         return jax.device_put(leaf, where(row))
@@ -50,7 +50,7 @@ def fuse(model: Model) -> Model:
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:
     """As a fused model's stands; ValueError if the adapter changes what is copied from the source unread."""
-    if checkpoint.adapter is not None and checkpoint.adapter.unread:
+    if checkpoint.adapter is not None and checkpoint.adapter.ignored:
         raise ValueError(
             f"{checkpoint.adapter.folder} also adapts the half of the model that sees, which is not read yet: to fuse "
             "that too, use PEFT's merge_and_unload"
@@ -75,10 +75,10 @@ def fused_on_disk(weights: Weights, checkpoint: Checkpoint) -> Weights:
     return weights
 
 
-class Fused(Stored):
+class Fused(LazyTensor):
     """A tensor on the disk and an adapter beside it: its rows are merged, in float32, when they are asked for."""
 
-    def __init__(self, stored: Stored, leaf: lora.Lora):
+    def __init__(self, stored: LazyTensor, leaf: lora.Lora):
         super().__init__(stored.tensor, stored.shape)
         self.leaf, self.dtype, self.nbytes = leaf, np.dtype(np.float32), 4 * math.prod(stored.shape)
 

@@ -19,7 +19,7 @@ from jaxlm.checkpoint.pth import write_pth
 from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
-from jaxlm.loading import find, loading_bar, wanted_dtype
+from jaxlm.loading import loading_bar, resolve, wanted_dtype
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 
@@ -58,19 +58,19 @@ def export(
     _check(model, format)
     out = Path(os.path.realpath(os.path.expanduser(out)))
     check = partial(files.check_target, out, sources(model.checkpoint), force)
-    _agreed(check, model.shared)
+    _agreed(check, model.is_multiprocess)
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
     texts = _texts(model, format, wanted, config)
     entries = _entries(model, wanted, format)
     nbytes = sum(entry.nbytes for entry in entries)
     room = nbytes + SMALL + sum(path.stat().st_size for path in texts.values() if isinstance(path, Path))
-    if not model.shared or distributed.first():
+    if not model.is_multiprocess or distributed.is_coordinator():
         with files.staged(out, room, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
             _write_texts(folder, texts, model, format)
             _write_tensors(folder, entries, format, advance)
     else:
         _follow(entries, format)
-    if model.shared:
+    if model.is_multiprocess:
         distributed.gather("written")
     return Exported(out, len(entries), nbytes)
 
@@ -136,7 +136,7 @@ def open_model(name: str | Path, *, fuse: bool = False, **options: Any) -> Model
 
     fuse: with an adapter, which is added in as they are read. Other arguments as `loading.find` takes them.
     """
-    found = find(name, **options)
+    found = resolve(name, **options)
     adapter = found.checkpoint.adapter
     if fuse and adapter is None:
         raise ValueError(f"{name} is no adapter and none is named: jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER")
@@ -146,7 +146,7 @@ def open_model(name: str | Path, *, fuse: bool = False, **options: Any) -> Model
         )
     weights: dict[str, Any] = {}
     for row, tensor in found.checkpoint.tensors.pairs:
-        params.put(weights, row.path, files.Stored(tensor, row.shape))
+        params.put(weights, row.path, files.LazyTensor(tensor, row.shape))
     weights = adapters.fused_on_disk(weights, found.checkpoint)
     whole = adapters.without_adapter(found.checkpoint)
     return Model(found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), whole)
@@ -156,7 +156,7 @@ def sources(found: Checkpoint | None) -> set[Path]:
     """The folders and the files of a checkpoint, without links."""
     if found is None:
         return set()
-    read = [*(tensor for _, tensor in found.tensors.pairs), *found.tensors.heads, *found.tensors.unread]
+    read = [*(tensor for _, tensor in found.tensors.pairs), *found.tensors.heads, *found.tensors.ignored]
     places = {part.file for tensor in read for part in getattr(tensor, "parts", (tensor,))} | {found.folder}
     return {path.resolve() for path in places | ({found.tokenizer} if found.tokenizer else set())}
 
@@ -174,20 +174,22 @@ def _entries(model: Model, wanted: np.dtype | None, format: str) -> list[Entry]:
         leaf = leaves[path]
         entries.append(files.array_entry(name, leaf, shape, wanted or _stored_dtype(tensor, leaf), change))
 
-    for row in params.rows(model.family.PARAMS, model.config):
+    for row in params.tensors(model.family.PARAMS, model.config):
         tensor = source.get(row.path)
         if format == "meta":
             layer, general = _general(row.path)
             change = partial(meta.to_pairs, H=model.config.H) if general in meta.ROTARY else None
-            add(meta.NAMES[general].format(layer), row.path, row.stored, tensor, change)
+            add(meta.NAMES[general].format(layer), row.path, row.stored_shape, tensor, change)
         else:  # in the source's own spelling
-            add(tensor.name if tensor and tensor.name in row.names else row.names[0], row.path, row.stored, tensor)
+            add(
+                tensor.name if tensor and tensor.name in row.names else row.names[0], row.path, row.stored_shape, tensor
+            )
     if format == "meta" and model.config.tied:  # a tied head is stored there
         add(meta.NAMES["head"], "embed", (model.config.V, model.config.D), source.get("embed"))
     if format == "hf" and found and found.format == "hf":
         for head in found.tensors.heads:  # a copy of the embedding follows it
             add(head.name, "embed", head.shape, head)
-        entries += map(files.stored_entry, found.tensors.unread)
+        entries += map(files.stored_entry, found.tensors.ignored)
     return entries
 
 
@@ -223,7 +225,7 @@ def _leaves(model: Model) -> dict[str, Any]:
     leaves = {path: leaf for path, leaf in weights.items() if path != "layers"}
     for i, layer in enumerate(weights["layers"]):
         leaves |= {f"layers.{i}.{name}": leaf for name, leaf in layer.items()}
-    shapes = {row.path: row.shape for row in params.rows(model.family.PARAMS, model.config)}
+    shapes = {row.path: row.shape for row in params.tensors(model.family.PARAMS, model.config)}
     faults = [f"{path} missing" for path in shapes.keys() - leaves.keys()]
     faults += [f"{path} unknown" for path in leaves.keys() - shapes.keys()]
     for path in shapes.keys() & leaves.keys():

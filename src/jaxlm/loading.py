@@ -55,18 +55,18 @@ def load(
     progress: show a bar on stderr (default: when it is a terminal). ValueError, OSError or MemoryError say what to do.
     """
     form = {"format": format, "tokenizer": tokenizer, "rope_factor": rope_factor, "allow_fields": allow_fields}
-    found = find(name, adapter=adapter, **form, family=family, revision=revision, token=token, offline=offline)
+    found = resolve(name, adapter=adapter, **form, family=family, revision=revision, token=token, offline=offline)
     source, where = str(name) + (f" with {adapter}" if adapter else ""), placement(found.config, mesh, device)
     _agree(source, found, dtype, where)
     weights = read_weights(source, found.checkpoint.tensors.pairs, dtype, where, progress)
     weights = adapters.adapted(weights, found.checkpoint, partial(wanted_dtype, dtype), where)
     model = Model(found.family, found.config, weights, *found[3:], source, found.checkpoint)
-    if model.shared:
+    if model.is_multiprocess:
         distributed.gather("loaded")  # one may have read longer than a program's first exchange waits
     return model
 
 
-class Found(NamedTuple):
+class Resolved(NamedTuple):
     """A checkpoint before its weights are read: all that is known of it, checked."""
 
     family: Any
@@ -76,7 +76,7 @@ class Found(NamedTuple):
     generation_config: dict[str, Any]
 
 
-def find(
+def resolve(
     name: str | Path,
     *,
     adapter: str | Path | None = None,
@@ -88,12 +88,12 @@ def find(
     offline: bool = False,
     allow_fields: Collection[str] = (),
     family: Any = None,
-) -> Found:
+) -> Resolved:
     """What `load` would load, with every check but the reading of weights; arguments as there."""
     where = {"token": token, "offline": offline}
     try:
         folder = hub.resolve(name, format=format, revision=revision, **where)
-        found = _found(name, folder, format, rope_factor, allow_fields, family)
+        found = _resolve_folder(name, folder, format, rope_factor, allow_fields, family)
     except FileNotFoundError:
         alone = None
         if format != "meta":
@@ -107,27 +107,27 @@ def find(
     if adapter is not None:
         known, place = found.family, peft_hub.resolve(adapter, **where)
         own = {row.path: tensor for row, tensor in found.checkpoint.tensors.pairs}
-        beside = peft.find(place, known.PARAMS, found.config, known.UNREAD, allow_fields, own)
+        beside = peft.find(place, known.PARAMS, found.config, known.IGNORED_PREFIXES, allow_fields, own)
         found = found._replace(checkpoint=replace(found.checkpoint, adapter=beside))
     return _with_text(found, tokenizer)
 
 
-def _with_base(name: str | Path, alone: Path, **more: Any) -> Found:
+def _with_base(name: str | Path, alone: Path, **more: Any) -> Resolved:
     """An adapter that was named where a model should be, with the base that its config names."""
     settings = read_settings(alone, more["allow_fields"])
     if settings.base is None:
         raise ValueError(f"{name} is an adapter and does not say of which model: name it (-m BASE --adapter {name})")
     revision = None if Path(settings.base).exists() else settings.revision
     try:
-        return find(settings.base, adapter=alone, revision=revision, **more)
+        return resolve(settings.base, adapter=alone, revision=revision, **more)
     except FileNotFoundError as error:
-        way_out = f"if the base lies elsewhere, name it (-m BASE --adapter {name})"
-        raise FileNotFoundError(f"{name} is an adapter of {settings.base}, and {error}; {way_out}") from None
+        hint = f"if the base lies elsewhere, name it (-m BASE --adapter {name})"
+        raise FileNotFoundError(f"{name} is an adapter of {settings.base}, and {error}; {hint}") from None
 
 
-def _found(
+def _resolve_folder(
     name: str | Path, folder: Path, format: str | None, rope_factor: float | None, allow: Collection[str], family: Any
-) -> Found:
+) -> Resolved:
     """Config and tensors of a folder, checked."""
     original = format == "meta" or not (folder / hub.CONFIG).is_file()
     raw = {"model_type": "llama"} if original else hf.read_json(folder / hub.CONFIG)
@@ -141,11 +141,11 @@ def _found(
             raise ValueError("--rope-factor (rope_factor=) is for Meta's own files, config.json names the factor")
         else:
             config = known.Config.from_hf(raw, allow)
-            tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.UNREAD)
+            tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.IGNORED_PREFIXES)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Found(known, config, checkpoint, None, {})
+    return Resolved(known, config, checkpoint, None, {})
 
 
 def _original(folder: Path, family: Any, rope_factor: float | None, allow: Collection[str]) -> tuple[Any, Any]:
@@ -161,11 +161,11 @@ def _original(folder: Path, family: Any, rope_factor: float | None, allow: Colle
     if hf.same(tensors["head"], tensors["embed"]):
         raw["tie_word_embeddings"] = True
         config = family.Config.from_hf(raw)
-    pairs = [(row, tensors[row.path]) for row in params.rows(family.PARAMS, config)]
-    return config, hf.Checkpoint(folder, raw, {}, hf.Matched(pairs, [], []), "meta", given)
+    pairs = [(row, tensors[row.path]) for row in params.tensors(family.PARAMS, config)]
+    return config, hf.Checkpoint(folder, raw, {}, hf.MatchResult(pairs, [], []), "meta", given)
 
 
-def _with_text(found: Found, given: str | Path | None) -> Found:
+def _with_text(found: Resolved, given: str | Path | None) -> Resolved:
     """With the tokenizer, and with what the files say of generation."""
     checkpoint, folder = found.checkpoint, found.checkpoint.folder
     if (path := folder / "generation_config.json").exists():
@@ -203,7 +203,7 @@ def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokeniz
     return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config), ends
 
 
-def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
+def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
     """The sharding of each weight, from what `load` was given as `mesh` and `device`."""
     one = device if device is not None else jax.config.values["jax_default_device"]
     if mesh is None and one is None and jax.device_count() > 1:
@@ -213,7 +213,7 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
         return lambda row: SingleDeviceSharding(one)
     if device is not None:
         raise ValueError("give mesh= or device=, not both")
-    over = topology.grouped(mesh, cfg.K) if isinstance(mesh, Mesh) else topology.make(mesh, cfg.K)
+    over = topology.with_kv_groups(mesh, cfg.K) if isinstance(mesh, Mesh) else topology.make(mesh, cfg.K)
     if over.size == 1:
         return lambda row: SingleDeviceSharding(over.devices.item())
     return lambda row: meshes.sharding(row.letters, row.shape, over)
@@ -222,13 +222,13 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
 def spread(model: Model, mesh: Any) -> Model:
     """The same model over a mesh, as `load` takes it."""
     where, weights = placement(model.config, mesh, None), {}
-    for row in params.rows(model.family.PARAMS, model.config):
+    for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
     more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
     return Model(model.family, model.config, weights, *more)
 
 
-def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], Any]) -> None:
+def _agree(name: str, found: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:
     """ValueError unless every process is about to load the same model into the same places."""
     if where(found.checkpoint.tensors.pairs[0][0]).is_fully_addressable:
         return
@@ -239,11 +239,11 @@ def _agree(name: str, found: Found, dtype: Any, where: Callable[[params.Row], An
     digest = hashlib.sha256(repr((found.config, stored, scales)).encode()).hexdigest()[:8]
     over = dict(where(found.checkpoint.tensors.pairs[0][0]).mesh.shape)
     told = f"{name} ({family}, {found.checkpoint.format}, {digest}) as {dtype} over {over}"
-    distributed.agree("the model", (family, digest, str(dtype), over), told)
+    distributed.assert_equal("the model", (family, digest, str(dtype), over), told)
 
 
 def read_weights(
-    name: str, pairs: Any, dtype: Any, where: Callable[[params.Row], Any], progress: bool | None
+    name: str, pairs: Any, dtype: Any, where: Callable[[params.TensorSpec], Any], progress: bool | None
 ) -> Weights:
     device = next(iter(where(pairs[0][0]).addressable_devices))
 

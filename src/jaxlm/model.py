@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference.decoding import Programs
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -40,15 +40,15 @@ class Model:
         self.tokenizer = tokenizer
         self.generation_config = generation_config or {}
         self.source = source
-        self.programs = Programs(family, config)
+        self.programs = CompiledSteps(family, config)
         self.checkpoint = checkpoint
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.weights, self.forward, self.init_kv, self.tokenizer, self.config))
 
     def forward(
-        self, tokens: Any, weights: Weights, kv: caches.Cache | None = None, pos: Any = None
-    ) -> tuple[jax.Array, caches.Cache | None]:
+        self, tokens: Any, weights: Weights, kv: caches.KVCache | None = None, pos: Any = None
+    ) -> tuple[jax.Array, caches.KVCache | None]:
         """tokens [B,T] int32 -> logits [B,T,V] float32, and the cache with these tokens in it (None without one).
 
         pos is each token's position [B,T] int32 (-1: padding), or one int for all rows: the first token's. Left out, a
@@ -57,12 +57,12 @@ class Model:
         on a device is not looked at).
         """
         tokens = self._ids(tokens)
-        if kv is not None and (rows := next(iter(kv.at.values())).shape[0]) != tokens.shape[0]:
+        if kv is not None and (rows := next(iter(kv.positions.values())).shape[0]) != tokens.shape[0]:
             raise ValueError(f"{tokens.shape[0]} rows of tokens do not fit a cache of {rows}: init_kv(batch, length)")
         if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a cache of {kv.length}")
         pos = pos if pos is None else jnp.asarray(pos, jnp.int32)
-        with mesh.on(weights):
+        with mesh.use_mesh_of(weights):
             return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
 
     def _ids(self, tokens: Any) -> jax.Array:
@@ -81,10 +81,10 @@ class Model:
         """The residual stream [B,T,D] before the first layer and after each, the last one normed: L + 1 arrays, as
         transformers' `output_hidden_states` counts them."""
         weights = self.weights if weights is None else weights
-        with mesh.on(weights):
+        with mesh.use_mesh_of(weights):
             return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
 
-    def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.Cache:
+    def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.KVCache:
         """An empty cache for `batch` rows of up to `length` tokens. With `chunk`, at most so many are written a call,
         and layers with a sliding window keep window + chunk - 1 positions instead of all."""
         cfg = self.config
@@ -95,12 +95,12 @@ class Model:
         return caches.init(*sizes) if self.mesh is None else _empty(self.mesh, *sizes)()
 
     @property
-    def unread(self) -> list[str]:
+    def ignored(self) -> list[str]:
         """Names of the checkpoint's and the adapter's tensors that are known and not used."""
         if self.checkpoint is None:
             return []
         adapter = self.checkpoint.adapter
-        return [t.name for t in (*self.checkpoint.tensors.unread, *(adapter.unread if adapter else ()))]
+        return [t.name for t in (*self.checkpoint.tensors.ignored, *(adapter.ignored if adapter else ()))]
 
     @property
     def dtype(self) -> Any:
@@ -110,10 +110,10 @@ class Model:
     @property
     def mesh(self) -> Any:
         """The mesh over which the weights are spread, None for one device."""
-        return mesh.of(self.weights)
+        return mesh.mesh_of(self.weights)
 
     @property
-    def shared(self) -> bool:
+    def is_multiprocess(self) -> bool:
         """Whether parts of the weights lie with other processes, which then must do all that this one does."""
         embed = self.weights["embed"]
         return isinstance(embed, jax.Array) and not embed.is_fully_addressable
@@ -126,7 +126,7 @@ class Model:
     @classmethod
     def init(cls, family: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32, **more: Any) -> "Model":
         """Random weights: see params.init."""
-        return cls(family, config, params.init(family.PARAMS, config, key, family.NORM, dtype), **more)
+        return cls(family, config, params.init(family.PARAMS, config, key, family.NORM_IDENTITY, dtype), **more)
 
     def __repr__(self) -> str:
         count, added = params.count(self.family.PARAMS, self.config), lora.count(self.weights)
@@ -135,7 +135,7 @@ class Model:
         return f"Model({self.source}: {name}, {count:,} parameters{beside}, {self.dtype})"
 
 
-def positions(tokens: jax.Array, kv: caches.Cache | None, pos: Any) -> jax.Array:
+def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Array:
     """pos as [B,T] int32, from what `Model.forward` accepts."""
     B, T = tokens.shape
     if pos is None:
@@ -153,7 +153,7 @@ def positions(tokens: jax.Array, kv: caches.Cache | None, pos: Any) -> jax.Array
 def _empty(over: Any, *sizes: Any) -> Any:
     """What makes an empty cache over a mesh: no device ever holds the whole."""
     made = partial(caches.init, *sizes)
-    where = caches.held(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
+    where = caches.map_arrays(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
     return jax.jit(made, out_shardings=where)
 
 

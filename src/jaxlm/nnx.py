@@ -1,4 +1,4 @@
-"""A model as a Flax NNX module, for programs that are written for Flax: its optimisers, transformations, checkpoints.
+"""A model as a Flax NNX module, for programs that are written for Flax: its optimizers, transformations, checkpoints.
 
     module = jaxlm.nnx.Module(jaxlm.load("Qwen/Qwen3-0.6B"))
     optimizer = nnx.Optimizer(module, optax.adamw(1e-5), wrt=nnx.Param)
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 class Module(nnx.Module):
     """A model whose weights are nnx.Param, in the tree that `model.weights` has: `module.layers[3]["q"]`, and
     `layers.3.q` as a path of nnx.state. Of an adapter (jaxlm.nn.lora), a and b are nnx.LoRAParam: with
-    `nnx.DiffState(0, nnx.LoRAParam)` for the gradient and `wrt=nnx.LoRAParam` for the optimiser it is trained alone.
+    `nnx.DiffState(0, nnx.LoRAParam)` for the gradient and `wrt=nnx.LoRAParam` for the optimizer it is trained alone.
     """
 
     def __init__(self, model: Model):
@@ -43,14 +43,14 @@ class Module(nnx.Module):
         return jax.tree.map(lambda param: param[...], held, is_leaf=_is_param)
 
     def __call__(
-        self, tokens: Any, kv: caches.Cache | None = None, pos: Any = None
-    ) -> tuple[jax.Array, caches.Cache | None]:
+        self, tokens: Any, kv: caches.KVCache | None = None, pos: Any = None
+    ) -> tuple[jax.Array, caches.KVCache | None]:
         """tokens [B,T] int32 -> logits [B,T,V] float32, and the cache with these tokens in it: `Model.forward`."""
         weights = self.weights
         with _on_mesh(weights):
             return self._model.forward(tokens, weights, kv, pos)
 
-    def init_kv(self, batch: int, length: int, **options: Any) -> caches.Cache:
+    def init_kv(self, batch: int, length: int, **options: Any) -> caches.KVCache:
         """An empty cache: `Model.init_kv`. ValueError within nnx.jit, where the devices are not known."""
         if isinstance(self.weights["embed"], Tracer):
             raise ValueError("init_kv within nnx.jit or nnx.grad: make the cache outside, and pass it in")

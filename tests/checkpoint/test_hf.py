@@ -28,7 +28,7 @@ def there(row):
 
 def pairs(folder, raw=checkpoint_files.LLAMA):
     family = checkpoint_files.FAMILY[raw["model_type"]]
-    return hf.match(family.PARAMS, checkpoint_files.config(raw), hf.read_index(folder), family.UNREAD)[0]
+    return hf.match(family.PARAMS, checkpoint_files.config(raw), hf.read_index(folder), family.IGNORED_PREFIXES)[0]
 
 
 def load(folder, raw=checkpoint_files.LLAMA, dtype=None, advance=lambda n: None):
@@ -57,11 +57,11 @@ def test_every_tensor_arrives_bit_for_bit(kind, shards, tmp_path, small):
     folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays, shards)
     read: list[int] = []
     weights = load(folder, advance=read.append)
-    for row in params.rows(llama3.PARAMS, checkpoint_files.config()):
+    for row in params.tensors(llama3.PARAMS, checkpoint_files.config()):
         layer, _, name = row.path.removeprefix("layers.").rpartition(".")
         value = weights["layers"][int(layer)][name] if layer else weights[name]
         assert value.shape == row.shape
-        assert np.array_equal(bits(value).reshape(row.stored), bits(arrays[row.names[0]])), row.path
+        assert np.array_equal(bits(value).reshape(row.stored_shape), bits(arrays[row.names[0]])), row.path
     assert sum(read) == sum(array.nbytes for array in arrays.values())
 
 

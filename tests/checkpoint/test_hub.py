@@ -483,7 +483,7 @@ def test_gated(hub: StubHub) -> None:
     hub.repos["org/single"].gated = True
     hub.tokens.add("hf_other")
     message = (
-        f"org/single is gated: accept its licence at {hub.url}/org/single, then .*hf auth login.*HF_TOKEN.*--token"
+        f"org/single is gated: accept its license at {hub.url}/org/single, then .*hf auth login.*HF_TOKEN.*--token"
     )
     for token in (None, "hf_other"):
         with pytest.raises(PermissionError, match=message):

@@ -17,7 +17,7 @@ def misfit(tmp_path, arrays, raw=checkpoint_files.LLAMA):
         hf.read_index(checkpoint_files.folder(tmp_path / "m", raw, arrays)),
     )
     with pytest.raises(ValueError) as caught:
-        hf.match(family.PARAMS, checkpoint_files.config(raw), tensors, family.UNREAD)
+        hf.match(family.PARAMS, checkpoint_files.config(raw), tensors, family.IGNORED_PREFIXES)
     return str(caught.value)
 
 
@@ -32,7 +32,7 @@ def test_all_misfits_are_reported_together_with_counts(tmp_path):
         "missing: 2 (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
         "unexpected: 1 (model.layers.0.self_attn.q_proj.bias); "
         "misshapen: 1 (model.layers.0.mlp.gate_proj.weight [8, 12] instead of [12, 8]); "
-        "of a type that is not read (it must be F32, BF16, F16; quantised checkpoints are not): "
+        "of a type that is not read (it must be F32, BF16, F16; quantized checkpoints are not): "
         "1 (model.layers.1.self_attn.o_proj.weight I8). "
         "Are both files of the same model and revision?"
     )
@@ -49,7 +49,7 @@ def test_quantised_checkpoint(tmp_path):
     arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in checkpoint_files.tensors().items()}
     message = misfit(tmp_path, arrays)
     assert (
-        "(it must be F32, BF16, F16; quantised checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
+        "(it must be F32, BF16, F16; quantized checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
     )
 
 
@@ -117,9 +117,9 @@ def test_known_but_unread_tensors_are_listed(tmp_path):
     extra = ["vision_tower.a.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     arrays |= {name: np.zeros(2, np.float32) for name in extra}
     tensors = hf.read_index(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays))
-    assert hf.match(gemma3.PARAMS, checkpoint_files.config(checkpoint_files.GEMMA), tensors, gemma3.UNREAD).unread == [
-        tensors[name] for name in extra
-    ]
+    assert hf.match(
+        gemma3.PARAMS, checkpoint_files.config(checkpoint_files.GEMMA), tensors, gemma3.IGNORED_PREFIXES
+    ).ignored == [tensors[name] for name in extra]
     message = misfit(tmp_path, {**arrays, "my_rotary_emb.inv_freq": arrays[extra[0]]}, checkpoint_files.GEMMA)
     assert "unexpected: 1 (my_rotary_emb.inv_freq)." in message
 
@@ -147,6 +147,6 @@ def test_load_names_the_checkpoint_that_does_not_fit(tmp_path):
 
 def test_load_says_what_it_did_not_read(tmp_path):
     arrays = {**checkpoint_files.tensors(checkpoint_files.GEMMA), "vision_tower.a.weight": np.zeros(2, np.float32)}
-    assert jaxlm.load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays)).unread == [
+    assert jaxlm.load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays)).ignored == [
         "vision_tower.a.weight"
     ]

@@ -421,7 +421,7 @@ def test_frequencies_that_older_files_store_are_left(tmp_path):
     for shard in arrays:
         shard["rope.freqs"] = np.ones(2, np.float32)
     model = jaxlm.load(meta_files.write(tmp_path, arrays))
-    assert not model.unread
+    assert not model.ignored
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -511,7 +511,7 @@ def test_what_the_model_remembers(tmp_path):
     assert [part.file.name for part in tensor.parts] == ["consolidated.00.pth", "consolidated.01.pth"]
     assert tensor.nbytes == 32 * 24 * 4
     assert not found.tensors.heads
-    assert not found.tensors.unread
+    assert not found.tensors.ignored
 
 
 # The tokenizer

@@ -41,8 +41,8 @@ def base(path: Path, raw: dict[str, Any] = checkpoint_files.LLAMA, spelling: int
     """A checkpoint folder with drawn weights."""
     rng = np.random.default_rng(0)
     arrays = {
-        row.names[spelling if len(row.names) > 2 else 0]: rng.standard_normal(row.stored).astype(np.float32)
-        for row in params.rows(*of(raw))
+        row.names[spelling if len(row.names) > 2 else 0]: rng.standard_normal(row.stored_shape).astype(np.float32)
+        for row in params.tensors(*of(raw))
     }
     return checkpoint_files.folder(path, raw, {**arrays, **more})
 
@@ -70,7 +70,7 @@ def adapter(path: Path, arrays: Any = None, **fields: Any) -> Path:
 
 
 def find(folder: Path, raw: dict[str, Any] = checkpoint_files.LLAMA) -> peft.Adapter:
-    return peft.find(folder, *of(raw), models.family_of(raw["model_type"]).UNREAD)
+    return peft.find(folder, *of(raw), models.family_of(raw["model_type"]).IGNORED_PREFIXES)
 
 
 def read(folder: Path, raw: dict[str, Any] = checkpoint_files.LLAMA) -> Any:
@@ -387,8 +387,8 @@ def test_every_spelling_of_a_row(spelling: int, tmp_path: Path) -> None:
     arrays = {}
     for row in rows:
         module = "base_model.model." + row.names[spelling].removesuffix(".weight")
-        arrays[f"{module}.lora_A.weight"] = np.ones((2, row.stored[1]), np.float32)
-        arrays[f"{module}.lora_B.weight"] = np.ones((row.stored[0], 2), np.float32)
+        arrays[f"{module}.lora_A.weight"] = np.ones((2, row.stored_shape[1]), np.float32)
+        arrays[f"{module}.lora_B.weight"] = np.ones((row.stored_shape[0], 2), np.float32)
     folder = adapter(tmp_path / "a", arrays)
     assert [pair.row.path for pair in find(folder, RAW["gemma3"]).pairs] == ["layers.0.q", "layers.1.q"]
     ours, other = (rows[0].names[i % 3].removesuffix(".weight") for i in (spelling, spelling + 1))
@@ -417,7 +417,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
         tmp_path / "base", SEEING, 1, **{f"{tower}.weight".removeprefix("model."): np.ones((4, 4), np.float32)}
     )
     model = jaxlm.load(place, adapter=tmp_path / "a")
-    assert len(model.unread) == 3
+    assert len(model.ignored) == 3
     for use in (lambda: fuse(model), lambda: open_model(place, adapter=tmp_path / "a", fuse=True)):
         with pytest.raises(ValueError, match="also adapts the half of the model that sees, which is not read yet"):
             use()

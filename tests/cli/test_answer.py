@@ -8,7 +8,7 @@ from helpers.tiny_chat import SIZES, TEMPLATE, model_of, quick_compilation, toke
 from jaxlm.cli import main
 from jaxlm.cli.answer import print_answer
 from jaxlm.cli.common import ModelFlags
-from jaxlm.inference.generation import Piece
+from jaxlm.inference.generation import CompletionChunk
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
 
@@ -18,7 +18,7 @@ THINKING = tokenizer_of(TEMPLATE, thinking=True)
 
 def shown(capsys, monkeypatch, *pieces, opened=False, tokenizer=THINKING, tty=True) -> str:
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    last = print_answer(iter(map(Piece, pieces)), tokenizer, opened)
+    last = print_answer(iter(map(CompletionChunk, pieces)), tokenizer, opened)
     assert last == pieces[-1]
     return capsys.readouterr().out
 
@@ -34,7 +34,7 @@ def test_a_block_of_thinking_is_dim_on_a_terminal(capsys, monkeypatch):
 
 def test_an_interrupt_leaves_no_dim_terminal(capsys, monkeypatch):
     def pieces():
-        yield Piece("<think>")
+        yield CompletionChunk("<think>")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

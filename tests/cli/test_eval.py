@@ -55,7 +55,7 @@ def test_several_files_and_forms(folder, text, tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text('{"prompt": "ab", "completion": "c"}\n')
     assert main(["eval", "-m", folder, str(tmp_path / "c.jsonl"), "--json", "--length", "16"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 1
-    whole = ["--form", "prompt", "--learn", "all"]
+    whole = ["--data-format", "prompt", "--train-on", "all"]
     assert main(["eval", "-m", folder, str(tmp_path / "c.jsonl"), "--json", "--length", "16", *whole]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 4  # and the line's end between them
 

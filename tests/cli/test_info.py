@@ -51,8 +51,8 @@ def write_gemma(path: Path, **extra: tuple[int, ...]) -> None:
     from safetensors.numpy import save_file
 
     family = models.family_of("gemma3_text")
-    rows = params.rows(family.PARAMS, family.Config.from_hf(GEMMA))
-    tensors = {row.names[1]: np.zeros(row.stored, np.float32) for row in rows}
+    rows = params.tensors(family.PARAMS, family.Config.from_hf(GEMMA))
+    tensors = {row.names[1]: np.zeros(row.stored_shape, np.float32) for row in rows}
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(GEMMA))
     save_file({**tensors, **{n: np.zeros(s, np.float32) for n, s in extra.items()}}, path / "model.safetensors")
@@ -268,7 +268,7 @@ def test_of_a_model_on_the_hub_only_headers_are_fetched(folder, hub, tmp_path, c
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("org/gated", "org/gated is gated: accept its licence"), ("org/absent", "there is no model 'org/absent'"),
+    ("org/gated", "org/gated is gated: accept its license"), ("org/absent", "there is no model 'org/absent'"),
     ("org/none", "org/none has no config.json"),
 ])  # fmt: skip
 def test_what_the_hub_refuses(hub, capsys, name, message):

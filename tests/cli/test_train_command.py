@@ -73,12 +73,12 @@ def test_values_that_look_like_flags(parsed) -> None:
     run = parsed("""
 samples: ["-hello", "--steps", "a=b", "", "two\\nlines"]
 out: -run
-optimiser: {lr: -1.0}
+optimizer: {lr: -1.0}
 data: {train: [-a.txt, b.txt], text_field: --text, template_arg: [x=-1]}
 report: [wandb, tensorboard]
 """)
     assert run.samples == ("-hello", "--steps", "a=b", "", "two\nlines")
-    assert (run.out, run.optimiser.lr, run.report) == (Path("-run"), -1.0, ("wandb", "tensorboard"))
+    assert (run.out, run.optimizer.lr, run.report) == (Path("-run"), -1.0, ("wandb", "tensorboard"))
     assert (run.data.train, run.data.text_field, run.data.template_arg) == (("-a.txt", "b.txt"), "--text", ("x=-1",))
 
 
@@ -118,7 +118,7 @@ def test_other_commands_have_no_such_flags(capsys) -> None:
         ("lora: {rslro: false}", "--lora.no-rslro"),
         ("resume: false", "--no-resume"),
         ("optimizer: {lr: 1}", "--optimizer.lr=1"),
-        ("optimiser: 3", "--optimiser=3"),
+        ("optimizer: 3", "--optimizer=3"),
     ],
 )
 def test_unknown_fields_are_named(text, flag, tmp_path, capsys) -> None:

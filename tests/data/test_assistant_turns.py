@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from processing.test_tokenizer import byte_fallback
 
 from jaxlm.data.documents import Document, TextOptions, Texts
-from jaxlm.data.sources import Bad, Row
+from jaxlm.data.sources import InvalidRow, Row
 from jaxlm.processing.tokenizer import Tokenizer
 
 CALL = {"function": {"name": "sky", "arguments": {"city": "Oslo"}}}
@@ -69,13 +69,13 @@ def texts_of(tokenizers, shared, template: str, **options) -> Texts:
 def document(texts: Texts, value: dict) -> Document:
     [made] = texts.documents([Row("a.jsonl", 3, value)])
     assert isinstance(made, Document), str(made)
-    assert len(made.ids) == len(made.learned)
+    assert len(made.ids) == len(made.loss_mask)
     return made
 
 
 def learned(texts: Texts, value: dict) -> str:
     made = document(texts, value)
-    return texts.tokenizer.decode(made.ids[made.learned], skip_special=False)
+    return texts.tokenizer.decode(made.ids[made.loss_mask], skip_special=False)
 
 
 # Real templates
@@ -153,15 +153,15 @@ def test_a_call_of_a_built_in_tool_ends_with_another_token(tokenizers, shared):
 
 
 def test_completions_of_messages(tokenizers, shared):
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", learn="completion")
+    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="completion")
     assert learned(texts, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "d<|im_end|>"
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B")
     chat = {"prompt": [user("a"), said("b"), user("c")], "completion": [said("d"), user("e"), said("f")]}
     assert learned(texts, chat) == "d<|im_end|>f<|im_end|>"
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", learn="assistant")
+    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="assistant")
     assert learned(texts, chat) == "b<|im_end|>d<|im_end|>f<|im_end|>"
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", learn="all")
-    assert document(texts, chat).learned.all()
+    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="all")
+    assert document(texts, chat).loss_mask.all()
 
 
 def test_what_a_template_cannot_say_is_refused(tokenizers, shared):
@@ -174,7 +174,7 @@ def test_what_a_template_cannot_say_is_refused(tokenizers, shared):
         (olmo, {"messages": calls}, r"does not write the tool calls of message 2 \(sky\)"),
     ]:
         [bad] = texts.documents([Row("a.jsonl", 3, value)])
-        assert isinstance(bad, Bad)
+        assert isinstance(bad, InvalidRow)
         assert bad.why == "refused by the chat template"
         with pytest.raises(ValueError, match=f"a.jsonl:3: .*{message}"):
             raise ValueError(str(bad))
@@ -194,7 +194,7 @@ def test_templates_with_generation_tags(inside, outside):
     texts = Texts(tokenizer_of(BLOCKS.replace("INSIDE", inside).replace("OUTSIDE", outside)))
     gap = " " if outside.startswith(" ") else ""
     assert learned(texts, CHAT) == f"b{gap}<end>d{gap}<end>"
-    texts = Texts(texts.tokenizer, TextOptions(learn="completion"))
+    texts = Texts(texts.tokenizer, TextOptions(train_on="completion"))
     assert learned(texts, CHAT) == f"d{gap}<end>"
 
 
@@ -241,7 +241,7 @@ def test_tokens_that_would_reach_over_the_edge_are_cut_there(answers):
     texts.__dict__["rust"] = EDGES_RUST
     messages = [message for answer in answers for message in (user("tt"), said(answer))]
     made = document(texts, {"messages": messages})
-    assert EDGES.decode(made.ids[made.learned], skip_special=False) == "".join(answers)
+    assert EDGES.decode(made.ids[made.loss_mask], skip_special=False) == "".join(answers)
     whole = "".join(f"{message['role'][0]}e {message['content']}a" for message in messages)
     assert EDGES.decode(made.ids, skip_special=False) == f"{whole}<end>"
 

@@ -42,25 +42,25 @@ def test_documents_are_those_of_the_texts(tmp_path, cache, monkeypatch):
         found = corpus.document(i)
         assert (found.source, found.number, corpus.where(i)) == (str(path), i + 1, f"{path}:{i + 1}")
         assert found.ids.tolist() == document.ids.tolist()
-        assert found.learned.tolist() == document.learned.tolist()
+        assert found.loss_mask.tolist() == document.loss_mask.tolist()
         assert found.ids.dtype == np.int32
     assert corpus.lengths.tolist() == [len(document.ids) for document in wanted]
     assert isinstance(corpus.ids, np.memmap)
     assert corpus.ids.dtype == np.uint16
-    learned = sum(int(document.learned.sum()) for document in wanted)
+    learned = sum(int(document.loss_mask.sum()) for document in wanted)
     assert str(corpus) == f"100 documents (prompt), {len(corpus.ids):,} tokens, {learned:,} of them learned"
 
 
 def test_texts_have_no_file_of_what_is_learned(tmp_path, cache):
     (tmp_path / "a.txt").write_text("One\n<|endoftext|>\ntwo")
     corpus = made(cache, tmp_path / "a.txt")
-    assert corpus.learned is None
-    assert corpus.document(1).learned.all()
+    assert corpus.loss_mask is None
+    assert corpus.document(1).loss_mask.all()
     assert TOK.decode(corpus.document(1).ids) == "two"
     assert corpus.where(1) == f"{tmp_path / 'a.txt'}:3"
-    assert corpus.about["learned"] == len(corpus.ids) - 2  # the first of a document is not predicted
+    assert corpus.about["loss_tokens"] == len(corpus.ids) - 2  # the first of a document is not predicted
     assert str(corpus) == f"2 documents (text), {len(corpus.ids)} tokens"
-    assert not list(cache.rglob("learned.bin"))
+    assert not list(cache.rglob("loss_mask.bin"))
 
 
 def test_a_text_that_came_in_parts_is_one_document(tmp_path, cache, monkeypatch):
@@ -106,7 +106,7 @@ def test_found_again_and_made_again(tmp_path, cache, monkeypatch):
     os.utime(moved, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert "Say e" in TOK.decode(made(cache, moved).document(0).ids)
     assert len(folders(cache)) == 2
-    made(cache, moved, options=TextOptions(learn="all"))
+    made(cache, moved, options=TextOptions(train_on="all"))
     other = tokenizer_of(TEMPLATE.replace("<end>", "<end> "))
     made(cache, moved, tok=other)
     assert len(folders(cache)) == 4
@@ -117,9 +117,9 @@ def test_found_again_and_made_again(tmp_path, cache, monkeypatch):
 def test_the_kind_of_a_file_counts(tmp_path, cache):
     """JSON lines that were learned as they stand, under the name of a text, are rows under their own."""
     path = write(tmp_path / "a.txt", *GOOD)
-    assert made(cache, path).about["form"] == "text"
+    assert made(cache, path).about["format"] == "text"
     corpus = made(cache, path.rename(tmp_path / "a.jsonl"))
-    assert (corpus.about["form"], len(corpus)) == ("prompt", 2)
+    assert (corpus.about["format"], len(corpus)) == ("prompt", 2)
     assert len(folders(cache)) == 2
 
 
@@ -149,7 +149,7 @@ def test_an_incomplete_corpus_is_made_again(tmp_path, cache):
     [folder] = cache.iterdir()
     for spoil in (
         lambda: os.truncate(folder / "ids.bin", 2),
-        lambda: (folder / "learned.bin").unlink(),
+        lambda: (folder / "loss_mask.bin").unlink(),
         lambda: (folder / "corpus.json").write_text("{"),
         lambda: (folder / "corpus.json").write_text("{}"),
     ):

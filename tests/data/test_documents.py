@@ -10,7 +10,7 @@ from helpers.tiny_chat import TEMPLATE, tokenizer_of
 
 from jaxlm.data import sources
 from jaxlm.data.documents import Document, TextOptions, Texts
-from jaxlm.data.sources import Bad, Row, find
+from jaxlm.data.sources import InvalidRow, Row, find
 
 CHATTING, PLAIN = tokenizer_of(TEMPLATE), tokenizer_of(None)
 BASE = {"base": PLAIN, "chat": CHATTING}
@@ -20,10 +20,10 @@ def rows(*names, **options) -> list:
     return [row for source in find(list(names), **options) for row in source.rows()]
 
 
-def text(made: Document | Bad, tok=PLAIN) -> tuple[str, str]:
+def text(made: Document | InvalidRow, tok=PLAIN) -> tuple[str, str]:
     """A document's whole text, and what is learned of it."""
     assert isinstance(made, Document), str(made)
-    return tok.decode(made.ids, skip_special=False), tok.decode(made.ids[made.learned], skip_special=False)
+    return tok.decode(made.ids, skip_special=False), tok.decode(made.ids[made.loss_mask], skip_special=False)
 
 
 def documents(value, template: bool = True, **options) -> list:
@@ -94,7 +94,7 @@ def test_json_lines(tmp_path):
         Row(str(path), 1, {"text": "a"}),
         Row(str(path), 7, {"text": "c"}),
     ]
-    messages = [str(row) for row in found if isinstance(row, Bad)]
+    messages = [str(row) for row in found if isinstance(row, InvalidRow)]
     assert f"{path}:4: the line is no JSON (Expecting ',' delimiter" in messages[0]
     assert messages[1:] == [
         f"{path}:5: a row is an object with fields, this is [1]",
@@ -292,11 +292,11 @@ def test_forms(form, value, whole, learned):
     texts = Texts(CHATTING)
     [made] = texts.documents([Row("a.jsonl", 7, {**value, "id": 5})])
     assert text(made) == (whole, learned)
-    assert texts.form == form
+    assert texts.format == form
     assert (made.source, made.number, made.ends) == ("a.jsonl", 7, True)
-    [made] = documents(value, learn="all")
+    [made] = documents(value, train_on="all")
     assert text(made) == (whole, whole)
-    assert text(documents(value, form=form)[0]) == (whole, learned)
+    assert text(documents(value, format=form)[0]) == (whole, learned)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_forms(form, value, whole, learned):
 )
 def test_prompts_without_a_template(value, whole, learned):
     assert text(documents(value, template=False)[0]) == (whole, learned)
-    assert text(documents(value, template=False, learn="all")[0]) == (whole, whole)
+    assert text(documents(value, template=False, train_on="all")[0]) == (whole, whole)
 
 
 def test_fields_with_other_names():
@@ -321,7 +321,7 @@ def test_fields_with_other_names():
     assert text(made)[1] == "b<end>"
     assert text(documents({"question": "a", "answer": "b"})[0])[1] == "b<end>"
     assert text(documents({"story": "a", "messages": []}, text_field="story")[0])[0] == "<bos>a<end>"
-    assert text(documents({**PAIR, "text": "c"}, form="text")[0])[0] == "<bos>c<end>"
+    assert text(documents({**PAIR, "text": "c"}, format="text")[0])[0] == "<bos>c<end>"
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,8 @@ def test_fields_with_other_names():
          "prompt and completion or instruction and output or question and answer or text is expected, this has "
          "the fields asked, answer: other names are given by text_field, or prompt_field and completion_field"),
         ({}, {}, "fields are missing", r"this has the fields \(none\)"),
-        ({"text": "a"}, {"form": "messages"}, "fields are missing", "a row with messages is expected"),
-        ("a", {"form": "messages"}, "fields are missing", "a row with messages is expected, this is a text"),
+        ({"text": "a"}, {"format": "messages"}, "fields are missing", "a row with messages is expected"),
+        ("a", {"format": "messages"}, "fields are missing", "a row with messages is expected, this is a text"),
         ({"text": None}, {}, "not a text", "the field text should be a text, it is None"),
         ({"text": " \n"}, {}, "empty text", "the text is empty"),
         ({"text": "\ud800"}, {}, "invalid UTF-8", "half of a surrogate pair"),
@@ -355,7 +355,7 @@ def test_fields_with_other_names():
 )  # fmt: skip
 def test_rows_that_give_no_document(value, options, why, message):
     [bad] = documents(value, **options)
-    assert isinstance(bad, Bad)
+    assert isinstance(bad, InvalidRow)
     assert bad.why == why
     with pytest.raises(ValueError, match=f"a.jsonl:7: .*{message}"):
         raise ValueError(str(bad))
@@ -368,16 +368,21 @@ def test_to_end_at_once_is_an_answer():
 
 def test_one_form_for_all_rows():
     texts = Texts(CHATTING)
-    given = [Row("a.jsonl", 1, PAIR), Bad("a.jsonl", 2, "w", "d"), Row("b.txt", 1, "a"), Row("a.jsonl", 4, PAIR)]
+    given = [Row("a.jsonl", 1, PAIR), InvalidRow("a.jsonl", 2, "w", "d"), Row("b.txt", 1, "a"), Row("a.jsonl", 4, PAIR)]
     made = list(texts.documents(given))
-    assert [type(one) for one in made] == [Document, Bad, Bad, Document]
+    assert [type(one) for one in made] == [Document, InvalidRow, InvalidRow, Document]
     assert str(made[2]).startswith("b.txt:1: a row with prompt and completion is expected, this is a text")
 
 
 def test_what_no_row_can_help():
     for options, value, template, message in [
-        ({"learn": "assistant"}, {"text": "a"}, True, "a.jsonl holds texts, in which nobody speaks: learn=assistant"),
-        ({"form": "chat"}, {"text": "a"}, True, "form 'chat' is not one of messages, conversations, prompt"),
+        (
+            {"train_on": "assistant"},
+            {"text": "a"},
+            True,
+            "a.jsonl holds texts, in which nobody speaks: train_on=assistant",
+        ),
+        ({"format": "chat"}, {"text": "a"}, True, "format 'chat' is not one of messages, conversations, prompt"),
         ({}, {"messages": [{"role": "user", "content": "a"}]}, False, "no chat template"),
         ({}, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, False, "no chat template"),
     ]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.packing import WINDOW, Batch, Batches, best_fit, pack
+from jaxlm.data.packing import WINDOW, Batch, DataLoader, best_fit, pack
 
 PACKINGS = ["split", "whole", "none"]
 
@@ -24,8 +24,8 @@ def corpus_of(lengths, form: str = "messages", learned: bool = True) -> Corpus:
     arrays = {"ids": np.arange(1, n + 1, dtype=np.int32), "ends": ends}
     arrays["places"] = np.stack([np.zeros(len(ends), np.int64), np.arange(1, len(ends) + 1)], axis=1).ravel()
     if learned:
-        arrays["learned"] = np.arange(1, n + 1) % 3 != 0
-    return Corpus({"form": form, "sources": ["a.jsonl"], "learn": "assistant"}, arrays)
+        arrays["loss_mask"] = np.arange(1, n + 1) % 3 != 0
+    return Corpus({"format": form, "sources": ["a.jsonl"], "train_on": "assistant"}, arrays)
 
 
 def check(corpus: Corpus, batch: Batch) -> Counter:
@@ -39,7 +39,7 @@ def check(corpus: Corpus, batch: Batch) -> Counter:
     assert not learned[~there].any()
     assert (there[:, :-1] >= there[:, 1:]).all()  # padding stands last
     assert (targets == tokens + 1)[there].all()
-    if corpus.learned is not None:
+    if corpus.loss_mask is not None:
         assert (learned == (targets % 3 != 0))[there].all()
     starts = {1, *(corpus.ends + 1).tolist()}
     for row, at in zip(tokens, pos):
@@ -69,7 +69,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda le
 def test_every_token_once_an_epoch(packing, lengths, T, B, seed):
     corpus = corpus_of(lengths)
     T = T if packing == "split" else max(T, 39)
-    batches = Batches(corpus, B, T, seed, packing)
+    batches = DataLoader(corpus, B, T, seed, packing)
     seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
     assert seen == pairs(corpus)
     # The same through steps, where epochs meet within a batch.
@@ -85,10 +85,10 @@ def test_every_token_once_an_epoch(packing, lengths, T, B, seed):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_batch_is_a_function_of_seed_and_step(packing):
     corpus = corpus_of(np.arange(2, 60))
-    first = Batches(corpus, 4, 64, seed=3, packing=packing)
-    assert same(Batches(corpus, 4, 64, seed=3, packing=packing).batch(40), first.batch(40))
+    first = DataLoader(corpus, 4, 64, seed=3, packing=packing)
+    assert same(DataLoader(corpus, 4, 64, seed=3, packing=packing).batch(40), first.batch(40))
     assert first.epoch(40) > 2
-    assert not same(Batches(corpus, 4, 64, seed=4, packing=packing).batch(40), first.batch(40))
+    assert not same(DataLoader(corpus, 4, 64, seed=4, packing=packing).batch(40), first.batch(40))
     epochs = [
         np.concatenate([first._filled([(epoch, row)]).tokens for row in range(first.rows(epoch))]) for epoch in (0, 1)
     ]
@@ -100,7 +100,7 @@ def test_the_order_is_the_same_with_every_numpy():
     corpus = corpus_of(np.arange(300) % 37 + 2)
     found = {}
     for packing in PACKINGS:
-        batch = Batches(corpus, 4, 64, seed=7, packing=packing).batch(11)
+        batch = DataLoader(corpus, 4, 64, seed=7, packing=packing).batch(11)
         found[packing] = hashlib.sha256(np.stack(batch[:3]).tobytes()).hexdigest()[:12]
     assert found == {"split": "a838ee7a40bb", "whole": "c2da4b0b727e", "none": "94677a024482"}
 
@@ -108,8 +108,8 @@ def test_the_order_is_the_same_with_every_numpy():
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_processes_share_a_batch(packing):
     corpus = corpus_of(np.arange(2, 60))
-    whole = Batches(corpus, 6, 64, packing=packing)
-    shares = [Batches(corpus, 6, 64, packing=packing, share=slice(i, i + 2)) for i in (0, 2, 4)]
+    whole = DataLoader(corpus, 6, 64, packing=packing)
+    shares = [DataLoader(corpus, 6, 64, packing=packing, share=slice(i, i + 2)) for i in (0, 2, 4)]
     for step in (0, 5, 17):
         parts = [share.batch(step) for share in shares]
         assert [part.tokens.shape for part in parts] == [(2, 64)] * 3
@@ -120,7 +120,7 @@ def test_processes_share_a_batch(packing):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_prefetched_batches_resume_at_any_step(packing):
-    batches = Batches(corpus_of(np.arange(2, 60)), 4, 64, packing=packing)
+    batches = DataLoader(corpus_of(np.arange(2, 60)), 4, 64, packing=packing)
     for start in (0, 13, 1000):
         running = batches.iterate(start)
         for step in range(start, start + 12):
@@ -129,7 +129,7 @@ def test_prefetched_batches_resume_at_any_step(packing):
 
 
 def test_what_fails_ahead_is_told(monkeypatch):
-    batches = Batches(corpus_of([5, 6]), 2, 8)
+    batches = DataLoader(corpus_of([5, 6]), 2, 8)
     good = batches.batch(0)
 
     def batch(step):
@@ -148,13 +148,13 @@ def test_what_fails_ahead_is_told(monkeypatch):
 
 
 def test_defaults():
-    assert Batches(corpus_of([5], "text"), 1, 4).packing == "split"
+    assert DataLoader(corpus_of([5], "text"), 1, 4).packing == "split"
     for form in ("messages", "prompt", "instruction", "conversations"):
-        assert Batches(corpus_of([5], form), 1, 4).packing == "whole"
+        assert DataLoader(corpus_of([5], form), 1, 4).packing == "whole"
 
 
 def test_split_leaves_no_room_and_shuffles_one_long_text():
-    batches = Batches(corpus_of([1000]), 1, 10, packing="split")
+    batches = DataLoader(corpus_of([1000]), 1, 10, packing="split")
     assert (batches.rows(), batches.fill()) == (100, 0.999)
     for epoch in range(3):
         starts = [int(batches.plan(epoch).row(row)[0, 1]) for row in range(100)]
@@ -166,7 +166,7 @@ def test_split_leaves_no_room_and_shuffles_one_long_text():
 
 def test_whole_cuts_no_document():
     corpus = corpus_of(np.arange(2, 60))
-    batches = Batches(corpus, 1, 64, packing="whole")
+    batches = DataLoader(corpus, 1, 64, packing="whole")
     plan = batches.plan(0)
     for row in range(batches.rows()):
         pieces = plan.row(row)
@@ -231,7 +231,7 @@ def test_many_documents_take_no_more_work_each_than_few():
 
 
 def test_epochs_rows_and_steps():
-    batches = Batches(corpus_of([11] * 10), 4, 10, packing="none")
+    batches = DataLoader(corpus_of([11] * 10), 4, 10, packing="none")
     assert batches.rows() == 10
     assert [batches.steps(epochs) for epochs in (0, 0.5, 1, 2, 2.5)] == [0, 2, 3, 5, 7]
     assert [batches.epoch(step) for step in (0, 2, 3, 5)] == [0, 0.8, 1.2, 2]
@@ -239,14 +239,14 @@ def test_epochs_rows_and_steps():
     rows = lambda epoch: [int(batches.plan(epoch).row(row)[0, 0]) * 11 + 1 for row in range(10)]  # noqa: E731
     assert first[:, 0].tolist() == rows(0)[8:]
     assert second[:, 0].tolist() == rows(1)[:2]
-    whole = Batches(corpus_of(np.arange(2, 60)), 4, 64, packing="whole")
+    whole = DataLoader(corpus_of(np.arange(2, 60)), 4, 64, packing="whole")
     assert whole.steps(7) == -(-sum(whole.rows(epoch) for epoch in range(7)) // 4)
     assert whole._place(sum(whole.rows(epoch) for epoch in range(7))) == (7, 0)
 
 
 def test_an_evaluation_is_filled_up():
     corpus = corpus_of([6] * 5)
-    last = list(Batches(corpus, 4, 5, packing="none").once())
+    last = list(DataLoader(corpus, 4, 5, packing="none").once())
     assert len(last) == 2
     assert (last[1].pos >= 0).any(axis=1).tolist() == [True, False, False, False]
 
@@ -257,32 +257,32 @@ def test_an_evaluation_is_filled_up():
 def test_long_documents_are_cut_or_dropped_and_counted():
     corpus = corpus_of([5, 30, 8, 20])
     for packing in ("whole", "none"):
-        batches = Batches(corpus, 2, 10, packing=packing)
+        batches = DataLoader(corpus, 2, 10, packing=packing)
         assert batches.counts == {"truncated": 2}
         assert batches.note == ("2 truncated of 4 documents, for their length (a.jsonl:2 has 29 tokens, a row 10)")
         seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
         assert sorted(seen) == [1, 2, 3, 4, *range(6, 16), *range(36, 43), *range(44, 54)]
-        batches = Batches(corpus, 2, 10, packing=packing, long="drop")
+        batches = DataLoader(corpus, 2, 10, packing=packing, long="drop")
         assert batches.counts == {"dropped": 2}
         seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
         assert sorted(seen) == [1, 2, 3, 4, *range(36, 43)]
         with pytest.raises(ValueError, match=r"a.jsonl:2 has 29 tokens, a row 10: make rows longer, or let long be"):
-            Batches(corpus, 2, 10, packing=packing, long="stop")
-    batches = Batches(corpus, 2, 10, packing="split", long="stop")  # which loses nothing
+            DataLoader(corpus, 2, 10, packing=packing, long="stop")
+    batches = DataLoader(corpus, 2, 10, packing="split", long="stop")  # which loses nothing
     assert batches.counts == {}
     assert batches.note == ""
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_documents_of_one_token_are_left_out_and_counted(packing):
-    batches = Batches(corpus_of([5, 1, 1, 9, 1]), 2, 10, packing=packing)
+    batches = DataLoader(corpus_of([5, 1, 1, 9, 1]), 2, 10, packing=packing)
     assert batches.counts == {"left out": 3}
     assert batches.note == "3 left out of 5 documents, for having one token (a.jsonl:2)"
     assert sum((check(batches.corpus, batch) for batch in batches.once()), Counter()) == pairs(batches.corpus)
 
 
 def test_both_kinds_of_length_are_told():
-    batches = Batches(corpus_of([1, 30, 5]), 2, 10, packing="whole", long="drop")
+    batches = DataLoader(corpus_of([1, 30, 5]), 2, 10, packing="whole", long="drop")
     assert batches.counts == {"left out": 1, "dropped": 1}
     assert batches.note == (
         "1 left out of 3 documents, for having one token (a.jsonl:1). "
@@ -292,13 +292,13 @@ def test_both_kinds_of_length_are_told():
 
 def test_what_is_left_of_a_long_document_must_teach_something():
     corpus = corpus_of([5, 30, 30])
-    corpus.learned = np.zeros(65, bool)
-    corpus.learned[[3, 5 + 11, 35 + 10]] = (
+    corpus.loss_mask = np.zeros(65, bool)
+    corpus.loss_mask[[3, 5 + 11, 35 + 10]] = (
         True  # of the second the first target past the row, of the third the last in it
     )
-    batches = Batches(corpus, 1, 10, packing="whole")
+    batches = DataLoader(corpus, 1, 10, packing="whole")
     assert batches.counts == {"truncated": 1, "dropped": 1}
-    assert sum(batch.learned.sum() for batch in batches.once()) == 2
+    assert sum(batch.loss_mask.sum() for batch in batches.once()) == 2
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_what_is_left_of_a_long_document_must_teach_something():
 )
 def test_what_makes_no_batches(lengths, options, message):
     with pytest.raises(ValueError, match=message):
-        Batches(corpus_of(lengths), **{"B": 2, "T": 8, **options})
+        DataLoader(corpus_of(lengths), **{"B": 2, "T": 8, **options})
 
 
 # What a model makes of them
@@ -335,7 +335,7 @@ def test_packed_documents_have_the_loss_that_they_have_alone():
 
     def losses(packing: str, positions=lambda pos: pos) -> dict[tuple[int, ...], float]:
         """The loss of each target by what stands before it in its document and in its row."""
-        batches, found = Batches(corpus, 2, 32, packing=packing), {}
+        batches, found = DataLoader(corpus, 2, 32, packing=packing), {}
         plan = batches.plan(0)
         for first, batch in zip(range(0, batches.rows(), 2), batches.once()):
             logits, _ = model.forward(jnp.asarray(batch.tokens), model.weights, None, jnp.asarray(positions(batch.pos)))

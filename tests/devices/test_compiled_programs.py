@@ -213,7 +213,7 @@ def test_neighbours_lie_along_model(hosts: tuple[int, ...], data: int, expected:
     devices = [
         gpu(i, host) for host, count in enumerate(hosts) for i in range(host * hosts[0], host * hosts[0] + count)
     ]
-    found = topology.arranged(devices[::-1], data)
+    found = topology.arrange_devices(devices[::-1], data)
     assert [[device.id for device in group] for group in found] == expected
 
 

@@ -168,7 +168,7 @@ def test_others_that_do_not_come(folder):
 def test_what_launchers_say(monkeypatch, names, count):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched() == count
+    assert distributed.num_launched() == count
 
 
 def test_a_chat_is_with_one_process(folder, monkeypatch, capsys):

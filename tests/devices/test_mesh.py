@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny
 
 import jaxlm
 from jaxlm import Model
-from jaxlm.checkpoint.rows import rows
+from jaxlm.checkpoint.rows import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
 from jaxlm.inference.decoding import compiled_for
@@ -37,7 +37,7 @@ def model_of(family: str) -> Model:
 def spread(model: Model, over: Any) -> Model:
     """The model on a mesh."""
     weights: dict[str, Any] = {}
-    for row in params.rows(model.family.PARAMS, model.config):
+    for row in params.tensors(model.family.PARAMS, model.config):
         leaf: Any = model.weights
         for part in row.path.split("."):
             leaf = leaf[int(part)] if isinstance(leaf, list) else leaf[part]
@@ -90,7 +90,7 @@ def test_gradients(family: str, spec: str) -> None:
         return -jax.nn.log_softmax(logits)[:, :-1].mean()
 
     expected = jax.jit(jax.grad(loss))(model.weights)
-    with mesh.on(there.weights):
+    with mesh.use_mesh_of(there.weights):
         found = jax.jit(jax.grad(loss))(there.weights)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-4 * np.abs(np.asarray(b)).max()
@@ -112,7 +112,7 @@ def test_two_sums_a_layer_and_one_for_the_embedding(family: str, T: int) -> None
     there = spread(model, make("data=2,model=4"))
     kv = there.init_kv(4, 64, chunk=16)
     tokens = jnp.zeros((4, T), jnp.int32)
-    with mesh.on(there.weights):
+    with mesh.use_mesh_of(there.weights):
         program = jax.jit(lambda w, kv, t, p: there.family.forward(there.config, t, w, kv, p), donate_argnums=1)
         found = collectives(program.lower(there.weights, kv, tokens, jnp.zeros_like(tokens)).compile())
     extra = model.config.L if family == "olmo2" else 0  # q and k are normed over all heads at once: one sum for both
@@ -154,7 +154,7 @@ def test_kv_heads_go_in_groups() -> None:
     assert kv.layers[0]["k"].sharding.shard_shape(kv.layers[0]["k"].shape)[1] == 1
     assert there.weights["layers"][0]["q"].sharding.shard_shape((8, 8, 64))[0] == 1
     tokens = jnp.zeros((2, 1), jnp.int32)
-    with mesh.on(there.weights):
+    with mesh.use_mesh_of(there.weights):
         program = jax.jit(lambda w, kv, t, p: there.family.forward(there.config, t, w, kv, p), donate_argnums=1)
         found = collectives(program.lower(there.weights, kv, tokens, tokens).compile())
     assert found == Counter({"all-reduce": 2 * model.config.L})  # the odd vocabulary is whole: no sum for it
@@ -163,8 +163,8 @@ def test_kv_heads_go_in_groups() -> None:
 def test_a_cache_grows_where_it_lies() -> None:
     there = spread(tiny("gemma3", num_attention_heads=8, num_key_value_heads=4), make("data=2,model=4"))
     short, long = (there.init_kv(4, length, chunk=1) for length in (16, 32))
-    with mesh.on(there.weights):
-        assert not collectives(jax.jit(caches.grow).lower(long, short).compile())
+    with mesh.use_mesh_of(there.weights):
+        assert not collectives(jax.jit(caches.resize_cache).lower(long, short).compile())
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_rows_of_a_divided_array_come_bit_by_bit() -> None:
     for dtype, letters in ((np.float32, "NHD"), (jnp.bfloat16, "DHN"), (np.float16, "DHB"), (jnp.bfloat16, "NHB")):
         there = mesh.place(x.astype(dtype), letters, over)
         for begin, count in ((0, 5), (2, 5), (7, 5)):
-            assert rows(there, begin, count).tobytes() == x.astype(dtype)[begin : begin + count].tobytes()
+            assert gather_rows(there, begin, count).tobytes() == x.astype(dtype)[begin : begin + count].tobytes()

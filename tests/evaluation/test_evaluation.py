@@ -22,7 +22,7 @@ from jaxlm.data import sources
 from jaxlm.devices import mesh, topology
 from jaxlm.evaluation import perplexity, scoring
 from jaxlm.evaluation.perplexity import Marks, evaluate
-from jaxlm.evaluation.scoring import Piece, scores, windows
+from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
 from jaxlm.nn import lora, params
 
 PLAIN, CHATTING = tokenizer_of(None), tokenizer_of(TEMPLATE)
@@ -95,20 +95,20 @@ def test_every_token_that_counts_is_predicted_once(counts, length, data) -> None
     seen: list[int] = []
     for piece in windows(ids, np.array(counts), length, stride):
         assert 1 <= len(piece.tokens) <= length
-        read = piece.tokens[piece.at]
+        read = piece.tokens[piece.positions]
         assert (read + 1 == piece.targets).all()
         least = np.where(piece.targets <= length, piece.targets, length - stride)
-        assert (piece.at + 1 >= least).all()
+        assert (piece.positions + 1 >= least).all()
         seen += piece.targets.tolist()
     assert seen == [i for i in range(1, len(counts)) if counts[i]]
 
 
-def pieces() -> list[Piece]:
+def pieces() -> list[ScoreRequest]:
     rng = np.random.default_rng(0)
     made = []
     for n in (1, 30, 2, 17, 17, 32, 5, 8):
         at = np.sort(rng.integers(0, n, 5))  # places may come again
-        made.append(Piece(rng.integers(0, 168, n), at, rng.integers(0, 168, len(at))))
+        made.append(ScoreRequest(rng.integers(0, 168, n), at, rng.integers(0, 168, len(at))))
     return made
 
 
@@ -127,7 +127,7 @@ def test_packed_equals_alone(model) -> None:
 def test_pieces_that_saw_each_other_would_be_far_off(model) -> None:
     """What the tests above would see if positions went on."""
     a, b = pieces()[1], pieces()[5]
-    joined = Piece(np.concatenate([a.tokens, b.tokens]), b.at + len(a.tokens), b.targets)
+    joined = ScoreRequest(np.concatenate([a.tokens, b.tokens]), b.positions + len(a.tokens), b.targets)
     ((_, wrong),), ((_, right),) = scores(model, [joined]), scores(model, [b])
     assert np.abs(wrong.logprobs - right.logprobs).max() > 0.1
 
@@ -137,10 +137,10 @@ def test_the_likeliest_token(model, uniform) -> None:
     logits, _ = model.forward(tokens[None], model.weights)
     best = np.asarray(logits[0].argmax(-1))
     ((_, found),) = scores(
-        model, [Piece(np.repeat(tokens, 1), np.repeat(np.arange(8), 2), np.stack([best, best + 1], 1).ravel())]
+        model, [ScoreRequest(np.repeat(tokens, 1), np.repeat(np.arange(8), 2), np.stack([best, best + 1], 1).ravel())]
     )
     assert found.greedy.tolist() == [True, False] * 8
-    ((_, found),) = scores(uniform, [Piece(tokens, np.array([3, 3]), np.array([0, 1]))])
+    ((_, found),) = scores(uniform, [ScoreRequest(tokens, np.array([3, 3]), np.array([0, 1]))])
     assert found.greedy.tolist() == [True, False]  # of equals the first
 
 
@@ -217,8 +217,8 @@ def test_of_a_chat_what_the_assistant_says_counts(tmp_path) -> None:
     assert CHATTING.decode([ids[i] for i in spoken]) == "It is.No."
     assert found.nats == pytest.approx(sum(nats(model, ids[:i], ids[i]) for i in spoken), rel=1e-5)
     assert (found.tokens, found.bytes) == (len(spoken), 9)
-    last = evaluate(model, file(tmp_path, row), learn="completion")
-    whole = evaluate(model, file(tmp_path, row), learn="all")
+    last = evaluate(model, file(tmp_path, row), train_on="completion")
+    whole = evaluate(model, file(tmp_path, row), train_on="all")
     assert (last.bytes, whole.bytes) == (3, sum(len(content) for _, content in turns))
     assert last.nats < found.nats < whole.nats
 
@@ -252,7 +252,9 @@ def test_on_a_mesh(spec, tmp_path) -> None:
     assert spread.nats == pytest.approx(alone.nats, rel=1e-6)
     assert spread[1:] == alone[1:]
     piece = [
-        Piece(np.arange(1, 9), np.arange(8), np.asarray(model.forward([range(1, 9)], model.weights)[0][0].argmax(-1)))
+        ScoreRequest(
+            np.arange(1, 9), np.arange(8), np.asarray(model.forward([range(1, 9)], model.weights)[0][0].argmax(-1))
+        )
     ]
     assert next(scores(model, piece))[1].greedy.all()
 
@@ -290,7 +292,7 @@ def test_a_trained_model(shared, tmp_path) -> None:
         ({"stride": 0}, "stride is 0: give 1 to 2,048"),
         ({"batch": 0}, "batch is 0: give at least 1 row (--batch)"),
         ({"on_bad": "maybe"}, "on_bad is 'maybe': stop or skip"),
-        ({"form": "poem"}, "form 'poem' is not one of messages"),
+        ({"format": "poem"}, "format 'poem' is not one of messages"),
     ],
 )
 def test_what_cannot_be_asked_for(how, message, model, tmp_path) -> None:

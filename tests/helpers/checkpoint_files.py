@@ -29,8 +29,8 @@ def config(raw: dict[str, Any] = LLAMA) -> Any:
 def tensors(raw: dict[str, Any] = LLAMA, kind: str = "F32", spelling: int = 0) -> dict[str, np.ndarray]:
     """Random values under the checkpoint's names, none twice."""
     rng = np.random.default_rng(0)
-    rows = params.rows(FAMILY[raw["model_type"]].PARAMS, config(raw))
-    return {row.names[spelling]: rng.standard_normal(row.stored).astype(KINDS[kind]) for row in rows}
+    rows = params.tensors(FAMILY[raw["model_type"]].PARAMS, config(raw))
+    return {row.names[spelling]: rng.standard_normal(row.stored_shape).astype(KINDS[kind]) for row in rows}
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:

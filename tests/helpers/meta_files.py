@@ -33,8 +33,10 @@ SPELLED = {
 
 def weights(raw: dict[str, Any] = RAW, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray]:
     """Drawn values under Hugging Face's names."""
-    rows = params.rows(llama3.PARAMS, llama3.Config.from_hf(raw))
-    return {row.names[0]: draw(row.names[0], row.stored, seed).astype(checkpoint_files.KINDS[kind]) for row in rows}
+    rows = params.tensors(llama3.PARAMS, llama3.Config.from_hf(raw))
+    return {
+        row.names[0]: draw(row.names[0], row.stored_shape, seed).astype(checkpoint_files.KINDS[kind]) for row in rows
+    }
 
 
 def pairs(w: np.ndarray, heads: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Weights for tests that differ from the ones a model would be initialised with where that hides faults.
+"""Weights for tests that differ from the ones a model would be initialized with where that hides faults.
 
-At the usual initialisation attention scores have a deviation of 0.03 and every norm weight is neutral: a wrong rotary
+At the usual initialization attention scores have a deviation of 0.03 and every norm weight is neutral: a wrong rotary
 factor or a forgotten norm then moves no logit. Here scores have a deviation above 1 and norm weights are spread.
 Values depend on the seed and the name alone, and are uniform draws of a frozen generator: the same bits everywhere.
 """

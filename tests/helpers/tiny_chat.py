@@ -21,7 +21,7 @@ TEMPLATE = (
 
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Programs as they are written, hardly optimised: with models this small compiling is nearly all the time."""
+    """Programs as they are written, hardly optimized: with models this small compiling is nearly all the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -51,8 +51,8 @@ def tokenizer_of(template: str | None, thinking: bool = False) -> Tokenizer:
 
 def model_of(family, config, tokenizer: Tokenizer | None = None) -> Model:
     weights: dict = {}
-    for row in params.rows(family.PARAMS, config):
-        value = draw(row.names[0], row.stored, 3, family.NORM).reshape(row.shape)
+    for row in params.tensors(family.PARAMS, config):
+        value = draw(row.names[0], row.stored_shape, 3, family.NORM_IDENTITY).reshape(row.shape)
         params.put(weights, row.path, jnp.asarray(value))
     return Model(family, config, weights, tokenizer)
 

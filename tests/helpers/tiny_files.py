@@ -33,9 +33,13 @@ def write(folder: Path) -> None:
     cfg = llama3.Config.from_hf(CONFIG)
     rng = np.random.default_rng(0)
     tensors = {}
-    for row in params.rows(llama3.PARAMS, cfg):
+    for row in params.tensors(llama3.PARAMS, cfg):
         norm = row.path.endswith("norm")
-        value = np.full(row.stored, llama3.NORM) if norm else rng.normal(0, row.stored[-1] ** -0.5, row.stored)
+        value = (
+            np.full(row.stored_shape, llama3.NORM_IDENTITY)
+            if norm
+            else rng.normal(0, row.stored_shape[-1] ** -0.5, row.stored_shape)
+        )
         tensors[row.names[0]] = value.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))

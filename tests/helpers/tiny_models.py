@@ -39,8 +39,8 @@ def from_config(config: Mapping[str, Any], seed: int = 0, dtype: Any = jnp.float
     family = models.family_of(config["model_type"])
     cfg = family.Config.from_hf(config)
     weights: dict[str, Any] = {}
-    for row in params.rows(family.PARAMS, cfg):
-        value = draw(row.names[0], row.stored, seed, family.NORM).reshape(row.shape)
+    for row in params.tensors(family.PARAMS, cfg):
+        value = draw(row.names[0], row.stored_shape, seed, family.NORM_IDENTITY).reshape(row.shape)
         params.put(weights, row.path, jnp.asarray(value, dtype))
     return Model(family, cfg, weights)
 

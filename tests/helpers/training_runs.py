@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from helpers.tiny_models import SIZES
-from jaxlm.training.config import Data, Optimiser, Run
+from jaxlm.training.config import Data, Optimizer, Run
 
 SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
 CLOCK = ("tokens_per_second", "mfu")  # fields that depend on the machine
@@ -29,7 +29,7 @@ def run_of(files: dict[str, str], out: Path, **fields: Any) -> Run:
     data = Data(train=(files["train"],), valid=(files["valid"],))
     sizes: dict[str, Any] = {"steps": 12, "batch": 4, "length": 32, "log_every": 2, "save_every": 5, "eval_every": 6}
     given = {"shape": Path(files["shape"]), "tokenizer": Path(files["tokenizer"]), "data": data, **sizes}
-    return Run(out=out, **{**given, "optimiser": Optimiser(lr=1e-2), "eval_batches": 2, **fields})
+    return Run(out=out, **{**given, "optimizer": Optimizer(lr=1e-2), "eval_batches": 2, **fields})
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilat
 import jaxlm
 from jaxlm.devices import hardware
 from jaxlm.inference import conversation
-from jaxlm.inference.conversation import Conversation, holds
+from jaxlm.inference.conversation import Conversation, can_reuse
 from jaxlm.model import Model
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -102,8 +102,8 @@ def ask(c: Conversation, said: list[int], text: str) -> list[int]:
 
 
 def test_every_turn_is_what_a_full_forward_pass_says_and_prefills_only_new_tokens(gemma):
-    spelt = {gemma.tokenizer.convert_tokens_to_ids(letter): 3.0 for letter in "atern"}
-    c, said = talk(gemma, max_tokens=9, logit_bias={**bias_of(gemma), **spelt}), []
+    spelled = {gemma.tokenizer.convert_tokens_to_ids(letter): 3.0 for letter in "atern"}
+    c, said = talk(gemma, max_tokens=9, logit_bias={**bias_of(gemma), **spelled}), []
     for text in ["hello there", "and then some more", "x", "at last, many words to pass the window again"]:
         ids = ask(c, said, text)
         # The newest token of an answer has been read, but not been given to the model.
@@ -111,7 +111,7 @@ def test_every_turn_is_what_a_full_forward_pass_says_and_prefills_only_new_token
     assert len(said) > 4 * WINDOW
     assert [m["role"] for m in c.messages] == ["user", "assistant"] * 4
     canonical = gemma.tokenizer.chat(c.messages, add_generation_prompt=False)
-    assert canonical[:-1] != said  # the answers were not spelt as the tokenizer would, so keeping that was tested
+    assert canonical[:-1] != said  # the answers were not spelled as the tokenizer would, so keeping that was tested
 
 
 def test_an_answer_that_ends_by_itself(gemma):
@@ -319,7 +319,7 @@ def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
     messages = [*c.messages, {"role": "user", "content": "so"}]
     pieces = list(c.send("so"))
     prompt = model.tokenizer.chat(messages)
-    if not opened:  # the words after the thought, spelt anew
+    if not opened:  # the words after the thought, spelled anew
         assert pieces[-1].prompt_tokens == len(prompt)
         assert made_by(pieces) == twin(model, prompt, 12, bias_of(model))
     else:
@@ -455,5 +455,5 @@ def test_holds_is_true_exactly_where_the_ring_has_what_is_looked_at():
     kv = caches.init(1, 32, (4, None), 1, 2, jnp.float32, 3)
     for start in range(0, 12, 3):
         kv, _ = jax.jit(caches.advance)(kv, np.arange(start, start + 3, dtype=np.int32)[None])
-    assert [holds(kv, (4, None), m) for m in range(13)] == [True] + [False] * 8 + [True] * 4
-    assert [holds(kv, (None,), m) for m in (5, 13)] == [True, False] if len(kv.layers) == 1 else True
+    assert [can_reuse(kv, (4, None), m) for m in range(13)] == [True] + [False] * 8 + [True] * 4
+    assert [can_reuse(kv, (None,), m) for m in (5, 13)] == [True, False] if len(kv.layers) == 1 else True

@@ -105,7 +105,7 @@ def test_a_cache_that_grows_changes_no_token(family, steps, monkeypatch):
         texts = []
         for room in (1, 512):
             grown.clear()
-            monkeypatch.setattr(engine, "ROOM", room)
+            monkeypatch.setattr(engine, "HEADROOM", room)
             with quick_compilation():
                 answers = jaxlm.generate(model, many, max_tokens=REST, batch_size=2, **how)
             texts.append([a.tokens for a in answers])
@@ -115,14 +115,16 @@ def test_a_cache_that_grows_changes_no_token(family, steps, monkeypatch):
 
 def growths(monkeypatch):
     """The lengths that caches will have been made longer to."""
-    grown, grow = [], engine.grow
-    monkeypatch.setattr(engine, "grow", lambda model, kv, n, chunk: grown.append(n) or grow(model, kv, n, chunk))
+    grown, grow = [], engine.resize_cache
+    monkeypatch.setattr(
+        engine, "resize_cache", lambda model, kv, n, chunk: grown.append(n) or grow(model, kv, n, chunk)
+    )
     return grown
 
 
 def test_a_cache_grows_when_a_text_is_long_not_when_it_may_be(monkeypatch):
     monkeypatch.setitem(hardware.STEPS, "cpu", 4)
-    monkeypatch.setattr(engine, "ROOM", 1)
+    monkeypatch.setattr(engine, "HEADROOM", 1)
     model, grown, two = llama(), growths(monkeypatch), [PROMPT, PROMPT[3:]]
     with quick_compilation():
         long = jaxlm.generate(model, two, max_tokens=REST, temperature=0)
@@ -206,10 +208,10 @@ def test_logit_bias_and_penalties_reach_the_text():
     plain = jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0).tokens
     assert jaxlm.generate(model, PROMPT, temperature=0, logit_bias={7: 100.0}, **BIASED).tokens == [7] * REST
     assert plain[0] not in jaxlm.generate(model, PROMPT, temperature=0, logit_bias={plain[0]: -100.0}, **BIASED).tokens
-    penalised = jaxlm.generate(
+    penalized = jaxlm.generate(
         model, PROMPT, max_tokens=REST, temperature=0, presence_penalty=2, frequency_penalty=2
     ).tokens
-    assert len(set(penalised)) > len(set(plain))
+    assert len(set(penalized)) > len(set(plain))
 
 
 def test_stop_tokens_end_an_answer_and_ignore_eos_does_not():
@@ -318,7 +320,7 @@ def test_the_models_own_max_new_tokens_never_exceed_the_context():
 def test_memory_counts_the_cache_that_grows(monkeypatch):
     """While a cache of 48 becomes one of 192 there are both."""
     model = llama(replace(LLAMA, context=256))
-    monkeypatch.setattr(engine, "ROOM", 16)
+    monkeypatch.setattr(engine, "HEADROOM", 16)
     grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1)
     monkeypatch.setattr(hardware, "available_memory", lambda device: grown - 1)
     with pytest.raises(MemoryError, match=r"1 sequences of 137 tokens"):

@@ -7,8 +7,8 @@ from helpers import tiny_files
 from helpers.tiny_chat import SIZES, TEMPLATE, model_of, tokenizer_of
 
 import jaxlm
-from jaxlm.inference.prompts import DEFAULT_TOKENS, room, stop_ids, to_ids
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.prompts import DEFAULT_TOKENS, resolve_max_tokens, stop_ids, to_ids
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
 from jaxlm.processing.tokenizer import Tokenizer
@@ -20,15 +20,15 @@ def test_what_ends_an_answer_follows_generation_config():
     tokenizer = tokenizer_of(TEMPLATE)
     end = tokenizer.convert_tokens_to_ids("<end>")  # by the word of the tokenizer, and of its template
     model = model_of(llama3, CONFIG, Tokenizer(tokenizer.hf, [3]))
-    assert stop_ids(model, Options()) == {3, end}
+    assert stop_ids(model, SamplingParams()) == {3, end}
     model.generation_config["eos_token_id"] = [5, 6]
-    assert stop_ids(model, Options()) == {5, 6, end}
+    assert stop_ids(model, SamplingParams()) == {5, 6, end}
     model.generation_config = {"eos_token_id": 7}
-    assert stop_ids(model, Options(stop_token_ids=(8,))) == {7, 8, end}
-    assert stop_ids(model, Options(ignore_eos=True)) == set()
-    assert stop_ids(model, Options(ignore_eos=True, stop_token_ids=(8,))) == {8}
+    assert stop_ids(model, SamplingParams(stop_token_ids=(8,))) == {7, 8, end}
+    assert stop_ids(model, SamplingParams(ignore_eos=True)) == set()
+    assert stop_ids(model, SamplingParams(ignore_eos=True, stop_token_ids=(8,))) == {8}
     model.tokenizer = None
-    assert stop_ids(model, Options()) == {7}
+    assert stop_ids(model, SamplingParams()) == {7}
 
 
 def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
@@ -36,9 +36,9 @@ def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     model = jaxlm.load(tmp_path)
     assert model.generation_config["eos_token_id"] == [3, 4, 257]
-    assert stop_ids(model, Options()) == {3, 4, 257}
+    assert stop_ids(model, SamplingParams()) == {3, 4, 257}
     model.generation_config["eos_token_id"] = [4]
-    assert 3 not in stop_ids(model, Options())
+    assert 3 not in stop_ids(model, SamplingParams())
 
 
 def test_messages_with_text_parts_are_prompts_and_images_are_refused():
@@ -52,8 +52,8 @@ def test_messages_with_text_parts_are_prompts_and_images_are_refused():
 
 def test_room():
     model = model_of(llama3, CONFIG)
-    assert room(model, [1] * 10, None) == DEFAULT_TOKENS
-    assert room(model, [1] * 390, None) == 10
-    assert room(model, [1] * 390, 10) == 10
+    assert resolve_max_tokens(model, [1] * 10, None) == DEFAULT_TOKENS
+    assert resolve_max_tokens(model, [1] * 390, None) == 10
+    assert resolve_max_tokens(model, [1] * 390, 10) == 10
     model.generation_config["max_new_tokens"] = 64
-    assert room(model, [1] * 10, None) == 64
+    assert resolve_max_tokens(model, [1] * 10, None) == 64

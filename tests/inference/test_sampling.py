@@ -11,7 +11,7 @@ from scipy import stats
 
 from jaxlm.inference import sampling
 from jaxlm.inference.sampling import Sampling
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.sampling_params import SamplingParams
 
 B, V = 4, 23
 EPS = 1e-5  # thresholds closer than this to a token's value may fall either way in float32
@@ -30,7 +30,7 @@ def strict():
 
 
 def of(*rows: dict) -> Sampling:
-    return Sampling.of([Options(**row).resolve({}) for row in rows])
+    return Sampling.of([SamplingParams(**row).resolve({}) for row in rows])
 
 
 def run(x, *rows: dict, counts=None, bias=None) -> np.ndarray:
@@ -116,7 +116,7 @@ def test_ties_stay_together():
 
 
 def test_limits_of_each_filter():
-    x = [0.5, 3.0000002, -2.0, 3.0, 1.0]  # neighbours in float32: the last bit decides
+    x = [0.5, 3.0000002, -2.0, 3.0, 1.0]  # neighbors in float32: the last bit decides
     assert kept(x, top_p=0.0) == [1]
     assert kept(x, top_k=1) == [1]
     assert kept(x, min_p=1.0) == [1]

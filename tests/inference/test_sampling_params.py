@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxlm.inference.sampling_params import Options, from_kwargs, unsupported
+from jaxlm.inference.sampling_params import SamplingParams, from_kwargs, unsupported
 
 # Files of published models, whole but for the token ids.
 QWEN25 = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -18,7 +18,7 @@ MODELS = [QWEN25, QWEN3, LLAMA31, GEMMA3]
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def numbers(options: Options) -> tuple:
+def numbers(options: SamplingParams) -> tuple:
     return tuple(getattr(options, name) for name in NUMBERS)
 
 
@@ -42,7 +42,7 @@ def test_imports_neither_jax_nor_transformers():
     ],
 )
 def test_the_model_fills_in_what_the_user_leaves_open(file, want):
-    resolved = Options().resolve(file)
+    resolved = SamplingParams().resolve(file)
     assert numbers(resolved) == want
     assert resolved.resolve(QWEN25) == resolved
 
@@ -50,9 +50,9 @@ def test_the_model_fills_in_what_the_user_leaves_open(file, want):
 @pytest.mark.parametrize("file", MODELS)
 def test_the_user_comes_first(file):
     mine = dict(zip(NUMBERS, (0.3, 5, 0.5, 0.1, 1.5, -1.0, 2.0)))
-    assert numbers(Options(**mine).resolve(file)) == tuple(mine.values())
+    assert numbers(SamplingParams(**mine).resolve(file)) == tuple(mine.values())
     off = dict(zip(NUMBERS, (0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)))
-    assert numbers(Options(**off).resolve(file)) == tuple(off.values())
+    assert numbers(SamplingParams(**off).resolve(file)) == tuple(off.values())
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,20 @@ def test_the_user_comes_first(file):
     ids=str,
 )
 def test_what_makes_a_greedy_model_sample(given, file, temperature):
-    assert Options(**given).resolve(file).temperature == temperature
+    assert SamplingParams(**given).resolve(file).temperature == temperature
 
 
 def test_length_and_stops_come_from_the_file_too():
     file = {"max_new_tokens": 64, "stop_strings": "END"}
-    assert Options().resolve({}).max_tokens is None
-    assert (Options().resolve(file).max_tokens, Options().resolve(file).stop) == (64, ("END",))
-    mine = Options(max_tokens=3, stop=("x",), seed=9, logprobs=2, ignore_eos=True, logit_bias={1: 2.0}).resolve(file)
+    assert SamplingParams().resolve({}).max_tokens is None
+    assert (SamplingParams().resolve(file).max_tokens, SamplingParams().resolve(file).stop) == (64, ("END",))
+    mine = SamplingParams(max_tokens=3, stop=("x",), seed=9, logprobs=2, ignore_eos=True, logit_bias={1: 2.0}).resolve(
+        file
+    )
     assert (mine.max_tokens, mine.stop, mine.seed, mine.logprobs, mine.ignore_eos) == (3, ("x",), 9, 2, True)
     assert mine.logit_bias == {1: 2.0}
-    assert Options(stop=()).resolve(file).stop == ()  # said to be none, unlike left out
-    assert Options().resolve({}).stop == ()
+    assert SamplingParams(stop=()).resolve(file).stop == ()  # said to be none, unlike left out
+    assert SamplingParams().resolve({}).stop == ()
 
 
 @pytest.mark.parametrize(
@@ -121,10 +123,10 @@ def test_length_and_stops_come_from_the_file_too():
     ],
 )
 def test_out_of_range(name, value, text):
-    for check in (Options(**{name: value}).validate, lambda: Options(**{name: value}).resolve({})):
+    for check in (SamplingParams(**{name: value}).validate, lambda: SamplingParams(**{name: value}).resolve({})):
         with pytest.raises(ValueError) as error:
             check()
-        shown = getattr(Options(**{name: value}), name)
+        shown = getattr(SamplingParams(**{name: value}), name)
         assert str(error.value).startswith(f"{name}={shown!r}: must be ")
         assert text in str(error.value)
 
@@ -133,15 +135,15 @@ def test_the_ends_of_the_ranges_are_allowed():
     low = {"max_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 0, "min_p": 0, "repetition_penalty": 1e-3}
     low |= {"presence_penalty": -2, "frequency_penalty": -2, "logit_bias": {0: -1e9}, "seed": 0, "logprobs": 0}
     high = {"top_p": 1, "min_p": 1, "presence_penalty": 2, "frequency_penalty": 2, "seed": 2**32 - 1, "logprobs": 20}
-    for options in (Options(), Options(**low), Options(**high), Options(logit_bias={})):
+    for options in (SamplingParams(), SamplingParams(**low), SamplingParams(**high), SamplingParams(logit_bias={})):
         assert options.validate() is options
 
 
 def test_a_bad_value_of_the_file_is_the_files_fault_until_the_user_gives_one():
     file = {"do_sample": True, "temperature": -1.0}
     with pytest.raises(ValueError, match=r"in the model's generation_config.json, temperature=-1.0: must be"):
-        Options().resolve(file)
-    assert Options(temperature=0.5).resolve(file).temperature == 0.5
+        SamplingParams().resolve(file)
+    assert SamplingParams(temperature=0.5).resolve(file).temperature == 0.5
 
 
 @pytest.mark.parametrize("file", MODELS)
@@ -187,15 +189,15 @@ def test_what_a_file_asks_for_in_vain_is_named():
 
 
 def test_penalised():
-    assert not Options().resolve({}).penalised
+    assert not SamplingParams().resolve({}).penalized
     for name in NUMBERS[4:]:
-        assert Options(**{name: 1.5}).resolve({}).penalised
-    assert Options().resolve(QWEN25).penalised
+        assert SamplingParams(**{name: 1.5}).resolve({}).penalized
+    assert SamplingParams().resolve(QWEN25).penalized
 
 
 def test_from_kwargs():
     options = from_kwargs(temperature=0.5, stop="END", logit_bias={3: -1.0})
-    assert options == Options(temperature=0.5, stop=("END",), logit_bias={3: -1.0})
+    assert options == SamplingParams(temperature=0.5, stop=("END",), logit_bias={3: -1.0})
     assert from_kwargs(stop=["a", "b"]).stop == ("a", "b")
     assert from_kwargs(stop=None).stop is None
     assert from_kwargs(stop_token_ids=5).stop_token_ids == from_kwargs(stop_token_ids=[5]).stop_token_ids == (5,)
@@ -226,8 +228,8 @@ def test_command_line(capsys):
 
     line = "--temperature 0.5 --stop END ### --logit-bias 5 -1.5 7 2 --ignore-eos --top-k 3 --seed 0"
     line += " --stop-token-ids 7 9"
-    options = tyro.cli(Options, args=line.split())
-    assert options == Options(
+    options = tyro.cli(SamplingParams, args=line.split())
+    assert options == SamplingParams(
         temperature=0.5,
         stop=("END", "###"),
         stop_token_ids=(7, 9),
@@ -237,8 +239,8 @@ def test_command_line(capsys):
         seed=0,
     )
     with pytest.raises(SystemExit):
-        tyro.cli(Options, args=["--help"])
+        tyro.cli(SamplingParams, args=["--help"])
     shown = capsys.readouterr().out
-    for field in dataclasses.fields(Options):
+    for field in dataclasses.fields(SamplingParams):
         assert f"--{field.name.replace('_', '-')}" in shown
     assert "Draw from the K likeliest tokens only" in shown

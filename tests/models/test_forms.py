@@ -1,4 +1,4 @@
-"""One forward pass in its forms: unrolled and scanned, with and without rematerialisation, in every type and with
+"""One forward pass in its forms: unrolled and scanned, with and without rematerialization, in every type and with
 positions given in every way. Each must give the same numbers."""
 
 from functools import partial

@@ -29,7 +29,7 @@ def inputs(case, dtype):
     pos[-1, T // 2 :] = -1
     at = np.tile(np.arange(S), (B, 1))
     at[:, past + T :] = -1
-    places = [module.Places(jnp.asarray(p, jnp.int32), jnp.zeros(p.shape, jnp.int32)) for p in (pos, at)]
+    places = [module.TokenPositions(jnp.asarray(p, jnp.int32), jnp.zeros(p.shape, jnp.int32)) for p in (pos, at)]
     return (q, k, v, *places), pos >= 0
 
 

@@ -36,7 +36,7 @@ def of(name: str) -> tuple[Any, Any]:
 
 def leaf_for(spec: str, dtype: Any = jnp.float32, rank: int = 4) -> lora.Lora:
     letters = spec.split(",")[1].split("->")[0]
-    row = params.Row("layers.0.w", letters, tuple(SIZES[x] for x in letters), (), ())
+    row = params.TensorSpec("layers.0.w", letters, tuple(SIZES[x] for x in letters), (), ())
     shapes = [row.shape, *(half.shape for half in lora.halves(row, rank))]
     random = np.random.default_rng(1)
     w, a, b = (jnp.asarray(random.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes)
@@ -150,7 +150,7 @@ def test_no_exchange_more_than_without() -> None:
     model = tiny("llama3", num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, vocab_size=200)
     there = spread(beside(model, drawn(model)), "data=2,model=4")
     kv, tokens = there.init_kv(4, 64, chunk=16), jnp.zeros((4, 1), jnp.int32)
-    with mesh.on(there.weights):
+    with mesh.use_mesh_of(there.weights):
         program = jax.jit(lambda w, kv, t, p: there.family.forward(there.config, t, w, kv, p), donate_argnums=1)
         text = program.lower(there.weights, kv, tokens, tokens).compile().as_text()
     found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text)

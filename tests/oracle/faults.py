@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm import Model
-from jaxlm.inference.decoding import Programs
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.models import olmo2
 
 Fault = Callable[[Model, pytest.MonkeyPatch], Model]
@@ -25,7 +25,7 @@ def _with(model: Model, config: Any = None, weights: Any = None) -> Model:
     faulty = copy(model)
     faulty.config = model.config if config is None else config
     faulty.weights = model.weights if weights is None else weights
-    faulty.programs = Programs(faulty.family, faulty.config)
+    faulty.programs = CompiledSteps(faulty.family, faulty.config)
     return faulty
 
 
@@ -85,7 +85,7 @@ def swapped_norms(model: Model, patch: pytest.MonkeyPatch) -> Model:
 
 
 def norms_forgotten(model: Model, patch: pytest.MonkeyPatch) -> Model:
-    return weights("norm", lambda w: jnp.full_like(w, model.family.NORM))(model, patch)
+    return weights("norm", lambda w: jnp.full_like(w, model.family.NORM_IDENTITY))(model, patch)
 
 
 norm_without_one = weights("norm", lambda w: w - 1)
@@ -93,7 +93,7 @@ q_norm_forgotten = weights("q_norm", jnp.zeros_like)
 
 
 def norm_of_each_head(model: Model, patch: pytest.MonkeyPatch) -> Model:
-    """OLMo 2's q and k normalised head by head, as Qwen3's are."""
+    """OLMo 2's q and k normalized head by head, as Qwen3's are."""
     whole = olmo2.rms_norm
     patch.setattr(olmo2, "rms_norm", lambda x, w, eps, axes=1: whole(x, w, eps))
     return config(context=1)(model, patch)  # unlike the model's, so that the patched program is compiled

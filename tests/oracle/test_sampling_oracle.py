@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.inference import sampling
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.oracle
 
@@ -63,7 +63,7 @@ def test_processed_logits_are_transformers(model, options, tied, bias):
     prompt[pos < 0] = 0
     got = process(
         jnp.asarray(x),
-        sampling.Sampling.of([Options(**{"temperature": 1.0, **options}).resolve({})] * batch),
+        sampling.Sampling.of([SamplingParams(**{"temperature": 1.0, **options}).resolve({})] * batch),
         sampling.count(jnp.asarray(prompt, jnp.int32), jnp.asarray(pos, jnp.int32), V),
         sampling.bias_of([bias] * batch, V) if bias else None,
     )

@@ -16,7 +16,7 @@ from jaxlm.checkpoint import peft
 from jaxlm.data.packing import Batch
 from jaxlm.nn import lora, params
 from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss
 
 pytestmark = pytest.mark.oracle
@@ -60,7 +60,7 @@ def torch_loss(oracle: Any, batch: Batch) -> Any:
     nats = torch.nn.functional.cross_entropy(
         out.logits.reshape(-1, V), torch.from_numpy(batch.targets).long().reshape(-1), reduction="none"
     )
-    counts = torch.from_numpy(batch.learned).float().reshape(-1)
+    counts = torch.from_numpy(batch.loss_mask).float().reshape(-1)
     return (nats * counts).sum() / counts.sum()
 
 
@@ -87,8 +87,8 @@ def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
 
 def by_name(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
     """Our arrays under the checkpoint's names and in its shapes."""
-    rows = params.rows(model.family.PARAMS, model.config)
-    return {row.names[0]: np.asarray(params.get(tree, row.path)).reshape(row.stored) for row in rows}
+    rows = params.tensors(model.family.PARAMS, model.config)
+    return {row.names[0]: np.asarray(params.get(tree, row.path)).reshape(row.stored_shape) for row in rows}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,11 +101,11 @@ def test_ten_steps(family: str, tmp_path: Any) -> None:
     start = by_name(model, model.weights)
     losses, gradients = torch_run(oracle)
 
-    of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked = stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimizers.make(of, STEPS, params.letters(model.family.PARAMS, stacked))
-    run = jax.jit(step.make(model.family, model.config, rule), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.start, rule))(stacked), []
+    rule = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
+    run = jax.jit(step.make_step(model.family, model.config, rule), compiler_options=OPTIONS.get(family, QUICK))
+    state, found = jax.jit(partial(step.init_state, rule))(stacked), []
     mean = lambda w, b: (s := loss(model.family, model.config, w, b)).loss / s.tokens  # noqa: E731
     first = jax.jit(jax.grad(mean), compiler_options=QUICK)(stacked, batches()[0])
     for batch in batches():
@@ -137,11 +137,11 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
     peft.write(tmp_path / "adapter", tree, table, cfg)
     losses, _ = torch_run(PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True).get_base_model())
 
-    of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked, frozen = stack(tree, period), stack(model.weights, period)
-    rule = optimizers.make(of, STEPS, params.letters(table, stacked))
-    run = jax.jit(step.make(model.family, cfg, rule), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.start, rule))(stacked), []
+    rule = optimizers.make_optimizer(of, STEPS, params.letters(table, stacked))
+    run = jax.jit(step.make_step(model.family, cfg, rule), compiler_options=OPTIONS.get(family, QUICK))
+    state, found = jax.jit(partial(step.init_state, rule))(stacked), []
     for batch in batches():
         state, metrics = run(state, batch, frozen)
         found.append(float(metrics.loss))
@@ -157,13 +157,13 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
 
 def halves(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
     """An adapter's arrays under the names that peft gives them while it trains."""
-    rows = {row.path: row for row in params.rows(model.family.PARAMS, model.config)}
+    rows = {row.path: row for row in params.tensors(model.family.PARAMS, model.config)}
     found = {}
     for path, leaf in lora.leaves(tree):
         row, rank = rows[path], leaf.a.shape[0]
         module = row.names[0].removesuffix(".weight")
-        found[f"{module}.lora_A.default.weight"] = np.asarray(leaf.a).reshape(rank, row.stored[1])
-        found[f"{module}.lora_B.default.weight"] = np.asarray(leaf.b).reshape(row.stored[0], rank)
+        found[f"{module}.lora_A.default.weight"] = np.asarray(leaf.a).reshape(rank, row.stored_shape[1])
+        found[f"{module}.lora_B.default.weight"] = np.asarray(leaf.b).reshape(row.stored_shape[0], rank)
     return found
 
 
@@ -175,8 +175,8 @@ def test_a_wrong_rule_shows() -> None:
              for i in range(STEPS)]  # fmt: skip
     ends = []
     for decay, told in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
-        of = Optimiser(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
-        rule = optimizers.make(of, STEPS, told)
+        of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
+        rule = optimizers.make_optimizer(of, STEPS, told)
         weights, state = model.weights, jax.jit(rule.init)(model.weights)
 
         @partial(jax.jit, compiler_options=QUICK)

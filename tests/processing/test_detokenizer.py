@@ -118,11 +118,11 @@ def test_random_pieces_of_byte_fallback_vocabularies(tokenizer, name):
     tok = tokenizer(name)
     raw = {byte: tok.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)}
     plain = [token_id for token_id in range(tok.vocab_size) if token_id not in raw.values()]
-    spelt = st.characters(min_codepoint=0x21, exclude_categories=["Cs"]).map(lambda c: [raw[b] for b in c.encode()])
+    spelled = st.characters(min_codepoint=0x21, exclude_categories=["Cs"]).map(lambda c: [raw[b] for b in c.encode()])
     words = st.sampled_from(plain).map(lambda token_id: [token_id])
 
     @VALUES
-    @given(st.lists(spelt | words, max_size=20), st.booleans())
+    @given(st.lists(spelled | words, max_size=20), st.booleans())
     def check(parts, skip_special):
         ids = [token_id for part in parts for token_id in part]
         assert "".join(pieces(tok, ids, skip_special=skip_special)) == tok.decode(ids, skip_special)

@@ -19,7 +19,7 @@ from jaxlm.cli import main
 from jaxlm.data.packing import Batch
 from jaxlm.nn import lora, params
 from jaxlm.training import loop, optimizers, step
-from jaxlm.training.config import Data, LoraOptions, Optimiser, Run
+from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
 
 
 def batch_of(seed: int = 0) -> Batch:
@@ -38,9 +38,9 @@ def begun(model: Any, stacked: bool, dropout: float = 0.0, names: tuple[str, ...
     )
     form = (lambda w: params.stack(w, len(params.period(cfg.windows)))) if stacked else (lambda w: w)
     weights = form(adapter)
-    rule = optimizers.make(Optimiser(lr=1e-2), 10, params.letters(table, weights))
-    take = jax.jit(step.make(model.family, cfg, rule, dropout=dropout))
-    return take, step.start(rule, weights), form(model.weights)
+    rule = optimizers.make_optimizer(Optimizer(lr=1e-2), 10, params.letters(table, weights))
+    take = jax.jit(step.make_step(model.family, cfg, rule, dropout=dropout))
+    return take, step.init_state(rule, weights), form(model.weights)
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("gemma3", marks=pytest.mark.slow)])
@@ -96,7 +96,7 @@ def chats(tmp_path_factory) -> Path:
 def run_of(chats: Path, shared: Path, out: Path, **fields: Any) -> Run:
     sizes: dict[str, Any] = {"steps": 8, "batch": 4, "length": 48, "log_every": 2, "save_every": 3, "eval_every": 0}
     options = LoraOptions(rank=4, dropout=0.1, targets=("q_proj", "v"))
-    given = {"lora": options, "optimiser": Optimiser(lr=1e-2), "data": Data(train=(str(chats),)), **sizes}
+    given = {"lora": options, "optimizer": Optimizer(lr=1e-2), "data": Data(train=(str(chats),)), **sizes}
     return Run(out=out, model=str(shared / "checkpoints/stories260K"), method="lora", **{**given, **fields})
 
 

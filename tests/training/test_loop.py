@@ -18,7 +18,7 @@ from helpers.training_runs import Stopped, lines, made, run_of, stopping_at
 import jaxlm
 from jaxlm.cli import main
 from jaxlm.training import dry_run, loop, resume, stopping
-from jaxlm.training.config import Data, Optimiser, Run
+from jaxlm.training.config import Data, Optimizer, Run
 from jaxlm.training.setup import set_up
 
 
@@ -46,7 +46,7 @@ def test_what_a_run_leaves(whole) -> None:
     losses = [line["loss"] for line in found if "loss" in line]
     assert losses[-1] < losses[0] - 1
     assert found[-1]["valid_loss"] < found[3]["valid_loss"]
-    assert json.loads((whole / "run.json").read_text())["optimiser"]["lr"] == 1e-2
+    assert json.loads((whole / "run.json").read_text())["optimizer"]["lr"] == 1e-2
     model = jaxlm.load(whole / "model")
     assert model.tokenizer is not None
     assert len(jaxlm.generate(model, "the cat", max_tokens=4, temperature=0).tokens) > 0
@@ -158,7 +158,7 @@ def test_a_finished_run_says_the_same_again(files, whole) -> None:
 def command(files: dict[str, str], out: Path) -> list[str]:
     """`run_of` as flags."""
     return ["--shape", files["shape"], "--tokenizer", files["tokenizer"], "--data.train", files["train"],
-            "--data.valid", files["valid"], "--optimiser.lr", "0.01", "--steps", "12", "--batch", "4", "--length", "32",
+            "--data.valid", files["valid"], "--optimizer.lr", "0.01", "--steps", "12", "--batch", "4", "--length", "32",
             "--log-every", "2", "--save-every", "5", "--eval-every", "6", "--eval-batches", "2",
             "--out", str(out)]  # fmt: skip
 
@@ -228,9 +228,9 @@ def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
 
 def test_another_run_in_the_folder_is_refused(files, whole) -> None:
     with pytest.raises(
-        ValueError, match=r"another optimiser.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\): choose"
+        ValueError, match=r"another optimizer.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\): choose"
     ):
-        loop.train(run_of(files, whole, seed=1, batch=8, optimiser=Optimiser(lr=1e-2, b1=0.8)))
+        loop.train(run_of(files, whole, seed=1, batch=8, optimizer=Optimizer(lr=1e-2, b1=0.8)))
     text = Path(files["train"]).read_text()
     try:
         Path(files["train"]).write_text(text.replace("cat", "bat"))
@@ -243,7 +243,7 @@ def test_another_run_in_the_folder_is_refused(files, whole) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path) -> None:
-    run = run_of(files, tmp_path / "run", optimiser=Optimiser(lr=1e38, clip=0.0, warmup=6, schedule="linear"))
+    run = run_of(files, tmp_path / "run", optimizer=Optimizer(lr=1e38, clip=0.0, warmup=6, schedule="linear"))
     with pytest.raises(loop.Diverged, match=r"the loss of step \d+ is .*, the norm of its gradient nan: ") as caught:
         loop.train(run)
     assert "there is no checkpoint yet; lower the learning rate" in str(caught.value)
@@ -256,29 +256,29 @@ def test_a_rate_that_was_too_high(files, tmp_path) -> None:
     run, notes = run_of(files, tmp_path / "run"), []
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(6))
-    wild = replace(run, optimiser=Optimiser(lr=1e38))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/5; with a lower --optimiser.lr"):
+    wild = replace(run, optimizer=Optimizer(lr=1e38))
+    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/5; with a lower --optimizer.lr"):
         loop.train(wild)
-    calm = replace(run, optimiser=Optimiser(lr=1e-3))
+    calm = replace(run, optimizer=Optimizer(lr=1e-3))
     last = loop.train(calm, lambda line: notes.append(line.get("note"))).last
     assert last["step"] == 12
     assert np.isfinite(last["loss"])
-    assert "goes on with another optimiser.lr: 0.001" in notes
+    assert "goes on with another optimizer.lr: 0.001" in notes
 
 
 def test_weights_that_a_step_ruined_are_not_gone_on_from(files, tmp_path) -> None:
     """A checkpoint is taken before the loss of its weights is known: where that is no number, the one before it counts,
     and where there is none the message says so."""
-    calm, wild = (Optimiser(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
+    calm, wild = (Optimizer(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
     often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
-    run = run_of(files, tmp_path / "run", optimiser=calm, **often)
+    run = run_of(files, tmp_path / "run", optimizer=calm, **often)
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(4))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimiser.lr"):
-        loop.train(replace(run, optimiser=wild))
+    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimizer.lr"):
+        loop.train(replace(run, optimizer=wild))
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
     assert loop.train(run).last["step"] == 12
-    alone = run_of(files, tmp_path / "alone", optimiser=wild, **often)
+    alone = run_of(files, tmp_path / "alone", optimizer=wild, **often)
     with pytest.raises(loop.Diverged, match=r"checkpoints/1 holds the weights that gave it, and there is no older"):
         loop.train(alone)
 
@@ -289,8 +289,8 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path)
             loop.train(run_of(files, tmp_path / "run", **fields))
         assert not (tmp_path / "run/checkpoints").exists()
 
-    optimiser = Optimiser(schedule="wsd", warmup=8, decay=0.5)
-    refused(ValueError, r"warm-up \(8 steps\) and decay \(6\) leave nothing of 12 steps", optimiser=optimiser)
+    optimizer = Optimizer(schedule="wsd", warmup=8, decay=0.5)
+    refused(ValueError, r"warm-up \(8 steps\) and decay \(6\) leave nothing of 12 steps", optimizer=optimizer)
     refused(ValueError, "the prompt is empty", samples=("",))
     refused(ValueError, "the prompt has .* tokens, the context of .*: shorten it", samples=("cat " * 40_000,))
     with pytest.MonkeyPatch.context() as absent:
@@ -302,7 +302,10 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path)
 
 
 def test_two_runs_in_one_folder(files, whole) -> None:
-    with resume.opened(whole, 2), pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"):
+    with (
+        resume.open_checkpoints(whole, 2),
+        pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"),
+    ):
         loop.train(run_of(files, whole))
 
 
@@ -342,7 +345,7 @@ def test_samples_have_as_much_room_as_there_is(files, tmp_path) -> None:
         (["--model", "x", "--data.train", "y", "--steps", "-1"], "steps is -1, but must not be below 0"),
         (["--model", "x", "--data.train", "y", "--sample-tokens", "0"], "sample_tokens is 0, but must be at least 1"),
         (["--model", "x", "--data.train", "y", "--seed", "4294967296"], "seed is 4294967296, but must be from 0 to"),
-        (["--model", "x", "--data.train", "y", "--optimiser.b1", "1"], "optimiser.b1 is 1.0, but must be from 0 to"),
+        (["--model", "x", "--data.train", "y", "--optimizer.b1", "1"], "optimizer.b1 is 1.0, but must be from 0 to"),
         (["--shape", "x", "--data.train", "y", "--method", "lora"], "LoRA adapts a checkpoint: name it (--model)"),
         (["--model", "x", "--data.train", "y", "--adapter", "z"], "an adapter goes on with --method lora"),
         (
@@ -365,7 +368,7 @@ def test_a_file_of_flags(tmp_path, capsys) -> None:
         "shape: a.json\nsteps: 7\nbatch: 16\noptimiser: {name: muon, lr: 0.02}\ndata: {train: [x.txt, y.txt]}\n"
     )
     run = cli.parse(["train", "-c", str(path), "--batch", "8", "--data.train", "z.txt"])
-    assert (run.steps, run.batch, run.optimiser.name, run.optimiser.lr) == (7, 8, "muon", 0.02)
+    assert (run.steps, run.batch, run.optimizer.name, run.optimizer.lr) == (7, 8, "muon", 0.02)
     assert (run.shape, run.data.train) == (Path("a.json"), ("z.txt",))
     for text, message in (("stepps: 7\n", "--stepps"), ("- 7\n", "should hold fields"), ("a: [", "cannot be read")):
         path.write_text(text)

@@ -76,7 +76,7 @@ def test_a_service_that_is_not_installed(name, module, extra, monkeypatch) -> No
 
 
 def test_the_curve_shows_the_losses(tmp_path) -> None:
-    """The picture has the two curves' colours; without matplotlib there is none."""
+    """The picture has the two curves' colors; without matplotlib there is none."""
     from matplotlib import colors
     from matplotlib.image import imread
 

@@ -15,7 +15,7 @@ from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh, topology
 from jaxlm.nn import attention, params
 from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss, token_logprobs
 
 V, B, T = 199, 4, 24
@@ -49,7 +49,7 @@ def plain(model: Any, weights: Any, batch: Batch) -> jax.Array:
     x, _ = model.family.forward(model.config, batch.tokens, weights, None, batch.pos)
     logprobs = jax.nn.log_softmax(model.family.logits(model.config, x, weights))
     chosen = jnp.take_along_axis(logprobs, batch.targets[..., None], -1)[..., 0]
-    return -(chosen * batch.learned).sum() / batch.learned.sum()
+    return -(chosen * batch.loss_mask).sum() / batch.loss_mask.sum()
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def descending(model: Any, **how: Any) -> Any:
     import optax
 
     rule = optax.sgd(RATE)
-    run = step.make(model.family, model.config, rule, **how)
+    run = step.make_step(model.family, model.config, rule, **how)
 
     def take(weights: Any, one: Batch) -> tuple[Any, Any]:
-        state, metrics = run(step.start(rule, weights), one)
+        state, metrics = run(step.init_state(rule, weights), one)
         weights = state.weights
         return (params.unstack(weights) if isinstance(weights["layers"], dict) else weights), metrics
 
@@ -96,7 +96,7 @@ def descending(model: Any, **how: Any) -> Any:
 def near(model: Any, found: Any, expected: tuple[float, Any], limit: float = 1e-5) -> None:
     weights, metrics = found
     assert float(metrics.loss) == pytest.approx(expected[0], rel=limit)
-    assert float(metrics.tokens) == batch().learned.sum()
+    assert float(metrics.tokens) == batch().loss_mask.sum()
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(expected[1])))
     assert float(metrics.gradient) == pytest.approx(norm, rel=limit)
     for new, old, gradient in zip(*map(jax.tree.leaves, (weights, model.weights, expected[1])), strict=True):
@@ -121,7 +121,7 @@ def test_on_a_mesh(model, stacked, expected, spec) -> None:
     """Weights divided over data and model, the batch over data: the same step."""
     over = topology.make(spec, model.config.K)
     state = jax.eval_shape(lambda: step.State(stacked, (), jnp.zeros(())))
-    where = step.places(state, over, model.family.PARAMS).weights
+    where = step.state_shardings(state, over, model.family.PARAMS).weights
     assert where["layers"]["stacked"][0]["q"].spec == jax.sharding.PartitionSpec(None, "model", None, "data")
     with jax.set_mesh(over):
         there = jax.tree.map(lambda a: mesh.place(a, "BT", over), batch())
@@ -133,7 +133,7 @@ def test_where_trained_weights_lie() -> None:
     over = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
 
     def lies(letters: str, *shape: int) -> Any:
-        return tuple(step.place(letters, shape, over).spec)
+        return tuple(step.weight_sharding(letters, shape, over).spec)
 
     assert lies("VD", 64, 32) == (("model", "data"),)
     assert lies("VD", 66, 32) == ("model", "data")
@@ -155,7 +155,7 @@ def test_chunks_of_logits_are_of_one_device(small) -> None:
 def test_masks_are_made_block_by_block(model, stacked, monkeypatch) -> None:
     """Layers of a scan share the positions: jax would make the masks of all blocks and heads before it."""
     N = model.config.N
-    monkeypatch.setattr(attention, "SCORES", B * N * T * 4)
+    monkeypatch.setattr(attention, "MAX_SCORE_ELEMENTS", B * N * T * 4)
     text = str(jax.make_jaxpr(jax.grad(lambda w: loss(model.family, model.config, w, batch()).loss))(stacked))
     shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"bool\[([\d,]+)\]", text)]
     sizes = [math.prod(shape) for shape in shapes if shape[-1] == T]
@@ -194,7 +194,7 @@ def test_z_loss_is_the_squared_log_denominator(small) -> None:
         x, _ = small.family.forward(small.config, batch().tokens, weights, None, batch().pos)
         squares = jax.nn.logsumexp(small.family.logits(small.config, x, weights), -1) ** 2
         a, b = (loss(small.family, small.config, weights, batch(), z_loss=z) for z in (0.0, 1e-3))
-        return a, b, jnp.sum(squares * batch().learned)
+        return a, b, jnp.sum(squares * batch().loss_mask)
 
     a, b, added = found(small.weights)
     assert float(b.loss - a.loss) == pytest.approx(1e-3 * float(added), rel=1e-3)
@@ -215,10 +215,10 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "li
 def test_one_batch_is_learned_by_heart(small, name) -> None:
     weights = jax.jit(params.stack)(small.weights)
     rate = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "lion": 2e-3}[name]
-    of = Optimiser(name=name, lr=rate, schedule="constant", warmup=5, weight_decay=0.0)
-    rule = optimizers.make(of, 400, params.letters(small.family.PARAMS, weights))
-    state = jax.jit(partial(step.start, rule))(weights)
-    run, one = jax.jit(step.make(small.family, small.config, rule), donate_argnums=0), batch()
+    of = Optimizer(name=name, lr=rate, schedule="constant", warmup=5, weight_decay=0.0)
+    rule = optimizers.make_optimizer(of, 400, params.letters(small.family.PARAMS, weights))
+    state = jax.jit(partial(step.init_state, rule))(weights)
+    run, one = jax.jit(step.make_step(small.family, small.config, rule), donate_argnums=0), batch()
     for _ in range(400):
         state, metrics = run(state, one)
         if float(metrics.loss) < 0.01:
@@ -227,13 +227,13 @@ def test_one_batch_is_learned_by_heart(small, name) -> None:
 
 
 def test_schedules() -> None:
-    def at(of: Optimiser, *steps: int) -> list[float]:
+    def at(of: Optimizer, *steps: int) -> list[float]:
         return [round(float(rate), 6) for rate in jax.jit(jax.vmap(optimizers.schedule(of, 100)))(np.array(steps))]
 
-    assert at(Optimiser(lr=1.0, warmup=10, schedule="constant"), 0, 5, 10, 99) == [0.0, 0.5, 1.0, 1.0]
-    assert at(Optimiser(lr=1.0, warmup=0.1, schedule="linear", final=0.1), 10, 55, 100) == [1.0, 0.55, 0.1]
-    assert at(Optimiser(lr=1.0, warmup=0, schedule="cosine", final=0.0), 0, 50, 100) == [1.0, 0.5, 0.0]
-    assert at(Optimiser(lr=1.0, warmup=0, schedule="wsd", decay=0.2, final=0.0), 0, 80, 90, 100) == [1.0, 1.0, 0.5, 0.0]
+    assert at(Optimizer(lr=1.0, warmup=10, schedule="constant"), 0, 5, 10, 99) == [0.0, 0.5, 1.0, 1.0]
+    assert at(Optimizer(lr=1.0, warmup=0.1, schedule="linear", final=0.1), 10, 55, 100) == [1.0, 0.55, 0.1]
+    assert at(Optimizer(lr=1.0, warmup=0, schedule="cosine", final=0.0), 0, 50, 100) == [1.0, 0.5, 0.0]
+    assert at(Optimizer(lr=1.0, warmup=0, schedule="wsd", decay=0.2, final=0.0), 0, 80, 90, 100) == [1.0, 1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2", "gemma3"])
@@ -250,7 +250,7 @@ def test_what_decays_and_what_is_a_matrix(family) -> None:
 
 def test_decay_is_of_the_weight_itself() -> None:
     weights = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
-    rule = optimizers.make(Optimiser(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
+    rule = optimizers.make_optimizer(Optimizer(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
     zero = jax.tree.map(np.zeros_like, weights)
     updates, _ = jax.jit(lambda w: rule.update(zero, rule.init(w), w))(weights)
     assert (np.asarray(updates["embed"]) == -0.5).all()
@@ -260,8 +260,8 @@ def test_decay_is_of_the_weight_itself() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
 def test_decay_follows_the_rate(small, name) -> None:
     """Without a gradient a matrix of a layer shrinks by rate x decay, and a norm stays."""
-    rule = optimizers.make(
-        Optimiser(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
+    rule = optimizers.make_optimizer(
+        Optimizer(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
         10, params.letters(small.family.PARAMS, small.weights),
     )  # fmt: skip
     zero = jax.tree.map(np.zeros_like, small.weights)

@@ -16,7 +16,7 @@ from helpers.tiny_models import CONFIGS, tiny
 import jaxlm
 from jaxlm import loading
 from jaxlm.cli import main
-from jaxlm.inference.decoding import Programs
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.nn import Rope, attention
 from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
 
@@ -84,7 +84,7 @@ def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
     monkeypatch.setattr(gemma.family, "attend", attend)
     monkeypatch.setattr("jaxlm.inference.decoding.compiled_for", lambda family, cfg: {})
     faulty = copy(gemma)
-    faulty.programs = Programs(gemma.family, gemma.config)
+    faulty.programs = CompiledSteps(gemma.family, gemma.config)
     failed = [check.what for check in jaxlm.verify(faulty, "self").checks if not check.passed]
     assert "decoded = whole, logits, rms" in failed
 

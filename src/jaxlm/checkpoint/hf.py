@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.checkpoint.meta import Joined, in_pairs
+from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_index as read_index
@@ -30,12 +30,12 @@ PIECE = 64 << 20  # bytes sent to an accelerator at a time
 IGNORABLE = (".rotary_emb.inv_freq",)
 
 
-class Matched(NamedTuple):
+class MatchResult(NamedTuple):
     """The tensors of a checkpoint, sorted by what they are to a model."""
 
-    pairs: list[tuple[params.Row, Tensor | Joined]]  # each row with its one tensor
+    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]]  # each row with its one tensor
     heads: list[Tensor]  # copies of the embedding, stored although config.json ties the head to it
-    unread: list[Tensor]  # known and not used
+    ignored: list[Tensor]  # known and not used
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    tensors: Matched
+    tensors: MatchResult
     format: str = "hf"
     params: dict[str, Any] | None = None
     tokenizer: Path | None = None
@@ -61,16 +61,16 @@ def match(
     table: params.Table,
     cfg: Any,
     tensors: Mapping[str, Any],
-    unread: Collection[str] = (),
+    ignored_prefixes: Collection[str] = (),
     known: Mapping[str, list[str]] | None = None,
     config: str = "config.json",
-) -> Matched:
-    """Finds the one tensor (a Tensor or Joined) of each row; `unread` are beginnings of names that may be left. All
-    misfits are reported together, with those that are `known` already (what is wrong -> names). config: the name of the
-    file that the sizes are from."""
+) -> MatchResult:
+    """Finds the one tensor (a Tensor or Joined) of each row; `ignored_prefixes` are beginnings of names that may be
+    left. All misfits are reported together, with those that are `known` already (what is wrong -> names). config: the
+    name of the file that the sizes are from."""
     left, pairs = dict(tensors), []
     missing, twice, misshapen, unreadable = [], [], [], []
-    for row in params.rows(table, cfg):
+    for row in params.tensors(table, cfg):
         found = [left.pop(name) for name in row.names if name in left]
         missing += row.names[:1] if not found else []
         twice += [" and ".join(t.name for t in found)] if len(found) > 1 else []
@@ -79,24 +79,26 @@ def match(
         tensor = found[0]
         if tensor.dtype not in DTYPES:
             unreadable.append(f"{tensor.name} {tensor.dtype}")
-        elif tensor.shape != row.stored:
-            misshapen.append(f"{tensor.name} {list(tensor.shape)} instead of {list(row.stored)}")
+        elif tensor.shape != row.stored_shape:
+            misshapen.append(f"{tensor.name} {list(tensor.shape)} instead of {list(row.stored_shape)}")
         pairs.append((row, tensor))
     embed = next((tensor for row, tensor in pairs if row.path == "embed"), None)
     heads = [left.pop(name) for name in table.get("head", ("",))[1:] if name in left] if cfg.tied else []
     untied = [head.name for head in heads if embed is not None and not same(head, embed)]
-    passed = {name: t for name, t in left.items() if name.startswith(tuple(unread)) or name.endswith(IGNORABLE)}
+    passed = {
+        name: t for name, t in left.items() if name.startswith(tuple(ignored_prefixes)) or name.endswith(IGNORABLE)
+    }
     faults = {
         **(known or {}),
         "missing": missing,
         "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
-        f"of a type that is not read (it must be {', '.join(DTYPES)}; quantised checkpoints are not)": unreadable,
+        f"of a type that is not read (it must be {', '.join(DTYPES)}; quantized checkpoints are not)": unreadable,
         "stored in two spellings": twice,
         f"unlike the embedding although {config} ties them (to use it, set tie_word_embeddings to false)": untied,
     }
     _report(faults, config)
-    return Matched(pairs, heads, list(passed.values()))
+    return MatchResult(pairs, heads, list(passed.values()))
 
 
 def _report(faults: Mapping[str, list[str]], config: str) -> None:
@@ -107,11 +109,11 @@ def _report(faults: Mapping[str, list[str]], config: str) -> None:
         )
 
 
-def same(a: Tensor | Joined, b: Tensor | Joined) -> bool:
+def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
     """Whether two tensors are the same bytes: a head stored beside its embedding may have been trained apart."""
-    if isinstance(a, Joined) and isinstance(b, Joined):
+    if isinstance(a, ConcatTensor) and isinstance(b, ConcatTensor):
         return a.axis == b.axis and len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
-    if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, Joined) or isinstance(b, Joined):
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, ConcatTensor) or isinstance(b, ConcatTensor):
         return False
     if (a.file, a.offset) == (b.file, b.offset):
         return True
@@ -122,7 +124,7 @@ Index = tuple[slice, ...]  # a block of an array: one slice an axis
 
 
 def read_array(
-    tensor: Tensor | Joined, shape: tuple[int, ...], index: Index, dtype: np.dtype, pool: ThreadPoolExecutor
+    tensor: Tensor | ConcatTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, list[Future[int]]]:
     """A block of a tensor, which has our `shape`, in host memory, in the type wanted, filled when the futures are done:
     each gives the bytes that it read."""
@@ -145,11 +147,13 @@ def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, in
 
 
 def pieces_of(
-    tensor: Tensor | Joined, out: np.ndarray, row: int, column: int
+    tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: int
 ) -> Iterator[tuple[Tensor, np.ndarray, int, int]]:
     """What `read_block` is to be given, about SLICE bytes at a time, so that `out` becomes the block of a stored tensor
     that begins at a row and a column of it as a matrix."""
-    joined = tensor if isinstance(tensor, Joined) else Joined(tensor.name, tensor.dtype, tensor.shape, (tensor,))
+    joined = (
+        tensor if isinstance(tensor, ConcatTensor) else ConcatTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,))
+    )
     for i, part in enumerate(joined.parts):
         height, width = _matrix(part.shape)
         above, beside = (0, i * width) if joined.axis else (i * height, 0)
@@ -212,16 +216,16 @@ _fill = jax.jit(
 
 
 def load_weights(
-    pairs: list[tuple[params.Row, Tensor | Joined]],
+    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]],
     kept: Callable[[np.dtype], np.dtype],
-    where: Callable[[params.Row], Any],
+    where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, Any]:
     """Reads every tensor into its place, in the type that `kept` gives for the stored one and with the sharding that
     `where` gives for its row: of each, a process reads the blocks that its devices hold, once. `advance` hears of
     bytes as they are read."""
     weights: dict[str, Any] = {}
-    reading: deque[tuple[params.Row, Block]] = deque()
+    reading: deque[tuple[params.TensorSpec, Block]] = deque()
     placed: list[jax.Array] = []  # of the tensor whose blocks come now
 
     def finish() -> None:

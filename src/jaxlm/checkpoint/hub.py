@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxlm.checkpoint.download import download, each, http_error
-from jaxlm.checkpoint.hub_errors import CONVERT, explain, remote_files, some
+from jaxlm.checkpoint.hub_errors import CONVERT, explain, listing, remote_files
 from jaxlm.checkpoint.safetensors import quoted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -97,9 +97,9 @@ def _local(path: Path, revision: str | None, format: str | None) -> Path:
     found = path if format != "meta" and (path / CONFIG).is_file() else original if format != "hf" else None
     if found is None:
         lacks = f"no {PARAMS}, nor has its {ORIGINAL}/ one" if format == "meta" else f"no {CONFIG}"
-        way_out = f". Its {PARAMS} is of Meta's form, which --format meta reads" if original else ""
+        hint = f". Its {PARAMS} is of Meta's form, which --format meta reads" if original else ""
         raise FileNotFoundError(
-            f"{path} is no checkpoint: it has {lacks} (it holds {some(p.name for p in path.iterdir())}){way_out}"
+            f"{path} is no checkpoint: it has {lacks} (it holds {listing(p.name for p in path.iterdir())}){hint}"
         )
     if revision is not None:
         raise ValueError(f"{path} is a local folder: --revision {revision} applies to a hub id only")
@@ -194,10 +194,10 @@ def offline_copy(repo: str, revision: str | None, cached: _Cached) -> Path:
 
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"offline, and {repo}{at} lacks {some(cached.missing)} in the cache ({constants.HF_HUB_CACHE}): run once "
-            "without --offline and HF_HUB_OFFLINE, or copy the cache from a machine that has it"
+            f"offline, and {repo}{at} lacks {listing(cached.missing)} in the cache ({constants.HF_HUB_CACHE}): run "
+            "once without --offline and HF_HUB_OFFLINE, or copy the cache from a machine that has it"
         )
-    _log.warning("offline: %s is loaded without %s, which it may or may not have", repo, some(cached.unknown))
+    _log.warning("offline: %s is loaded without %s, which it may or may not have", repo, listing(cached.unknown))
     return cached.folder
 
 
@@ -244,7 +244,7 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
         found = remote_files(repo, commit, token)
         raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{found}. {CONVERT}")
     if absent:
-        raise FileNotFoundError(f"the index of {repo} names {some(absent)}, which the repository does not have")
+        raise FileNotFoundError(f"the index of {repo} names {listing(absent)}, which the repository does not have")
     download(repo, folder, files, token)
     return folder
 

@@ -46,7 +46,7 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
     page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
     said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
     if isinstance(error, GatedRepoError):
-        return PermissionError(f"{repo} is gated: accept its licence at {page}, then sign in with {_LOGIN}")
+        return PermissionError(f"{repo} is gated: accept its license at {page}, then sign in with {_LOGIN}")
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(
             f"{repo} has no revision {revision!r} (--revision): its branches are at {page}/tree/main"
@@ -70,9 +70,9 @@ def remote_files(repo: str, revision: str | None, token: str | None) -> str:
         names = HfApi().list_repo_files(repo, revision=revision, token=token)
     except http_error():
         return ""  # it only helps to understand another failure
-    return f" (it holds {some(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))})"
+    return f" (it holds {listing(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))})"
 
 
-def some(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "nothing"

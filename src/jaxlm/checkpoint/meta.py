@@ -182,7 +182,7 @@ def _scaling(scaled: Any, shape: tuple[int, int, int], given: float | None) -> d
 # Shards
 
 
-class Joined(NamedTuple):
+class ConcatTensor(NamedTuple):
     """A tensor that lies in parts, one after the other along an axis; else like a Tensor. H: the head width where its
     rows are ordered by rotated pairs, and 0 elsewhere."""
 
@@ -229,9 +229,11 @@ def vocabulary(shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any]
     return embed.shape[0] * (len(shards) if embed.shape[1] == params["dim"] else 1)
 
 
-def join(shards: Sequence[Mapping[str, Tensor]], D: int, H: int) -> tuple[dict[str, Joined], dict[str, list[str]]]:
+def join(
+    shards: Sequence[Mapping[str, Tensor]], D: int, H: int
+) -> tuple[dict[str, ConcatTensor], dict[str, list[str]]]:
     """Meta's name -> the whole tensor, and what is wrong with the shards (what -> names)."""
-    joined: dict[str, Joined] = {}
+    joined: dict[str, ConcatTensor] = {}
     absent, unequal, unlike = [], [], []
     for name in dict.fromkeys(name for shard in shards for name in shard if name not in IGNORABLE):
         parts = tuple(shard[name] for shard in shards if name in shard)
@@ -242,7 +244,7 @@ def join(shards: Sequence[Mapping[str, Tensor]], D: int, H: int) -> tuple[dict[s
         path = _path(name)
         if len(parts[0].shape) < 2 or path is None:  # a norm, or nothing of ours, which is reported later
             unlike += [name] if path and not _alike(parts) else []
-            joined[name] = Joined(name, parts[0].dtype, parts[0].shape, parts[:1])
+            joined[name] = ConcatTensor(name, parts[0].dtype, parts[0].shape, parts[:1])
             continue
         # Before Llama 3 the embedding was cut by columns: only one way gives a width of D.
         axis = int(path in COLUMNS or (path == "embed" and parts[0].shape[1] != D))
@@ -251,7 +253,7 @@ def join(shards: Sequence[Mapping[str, Tensor]], D: int, H: int) -> tuple[dict[s
         heads = H if path in ROTARY else 0
         if heads and parts[0].shape[0] % heads:
             unequal.append(f"{name} (it cuts a head in two)")
-        joined[name] = Joined(name, parts[0].dtype, tuple(whole), parts, axis, heads)
+        joined[name] = ConcatTensor(name, parts[0].dtype, tuple(whole), parts, axis, heads)
     faults = {
         "not in every shard": absent,
         "of another type or shape in some shards": unequal,

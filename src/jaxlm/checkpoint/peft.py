@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlm.checkpoint import hf
 from jaxlm.checkpoint import writer as files
-from jaxlm.checkpoint.meta import Joined
+from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS, Settings, read_settings
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, listed, read_header
 from jaxlm.nn import lora, params
@@ -30,33 +30,33 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 class Pair(NamedTuple):
     """The two tensors beside one weight, and what their product is multiplied by."""
 
-    row: params.Row
+    row: params.TensorSpec
     a: Tensor
     b: Tensor
     scale: float
 
 
 class Adapter(NamedTuple):
-    """An adapter before its tensors are read: all that is known of it, checked. unread: what it adds to the half of a
+    """An adapter before its tensors are read: all that is known of it, checked. ignored: what it adds to the half of a
     model that sees."""
 
     folder: Path
     settings: Settings
     pairs: list[Pair]
-    unread: list[Tensor]
+    ignored: list[Tensor]
 
 
 def find(
     folder: Path,
     table: params.Table,
     cfg: Any,
-    unread: Collection[str] = (),
+    ignored_prefixes: Collection[str] = (),
     allow: Collection[str] = (),
-    base: Mapping[str, Tensor | Joined] = MappingProxyType({}),
+    base: Mapping[str, Tensor | ConcatTensor] = MappingProxyType({}),
 ) -> Adapter:
-    """The adapter in a folder, every tensor of it matched with the weight that it is for. unread: beginnings of names
-    of a checkpoint that may be left; allow: names of unknown config fields that may pass; base: the model's own tensors
-    by our paths, of which PEFT stores some again. ValueError with all misfits together."""
+    """The adapter in a folder, every tensor of it matched with the weight that it is for. ignored_prefixes: beginnings
+    of names of a checkpoint that may be left; allow: names of unknown config fields that may pass; base: the model's
+    own tensors by our paths, of which PEFT stores some again. ValueError with all misfits together."""
     settings = read_settings(folder, allow)
     left, pairs = read_header(folder / WEIGHTS), []
     faults: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ def find(
             pairs += _matched(row, found, settings, left, faults)
         elif any(settings.targets(_module(name)) for name in row.names):
             faults.setdefault("missing, though target_modules has them", []).append(_module(row.names[0]))
-    passed = [tensor for name, tensor in left.items() if name.removeprefix(PREFIX).startswith(tuple(unread))]
+    passed = [tensor for name, tensor in left.items() if name.removeprefix(PREFIX).startswith(tuple(ignored_prefixes))]
     others = [tensor for tensor in left.values() if tensor not in passed]
     if unexpected := [tensor.name for tensor in others if not _copied(tensor, table, cfg, base)]:
         faults["unexpected, or unlike the base's own"] = unexpected
@@ -81,7 +81,7 @@ def find(
     return Adapter(folder, settings, pairs, passed)
 
 
-def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, Tensor | Joined]) -> bool:
+def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, Tensor | ConcatTensor]) -> bool:
     """Whether a tensor is the base's own embedding or head, value for value in the tensor's type: PEFT stores them
     beside an adapter of the head, and where it takes the vocabulary for resized."""
     name = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -89,7 +89,7 @@ def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, Te
     own = base.get("embed" if cfg.tied and path == "head" else path)
     if own is None or own.shape != tensor.shape or tensor.dtype not in DTYPES:
         return False
-    ours, theirs = files.Stored(own, own.shape), files.Stored(tensor, tensor.shape)
+    ours, theirs = files.LazyTensor(own, own.shape), files.LazyTensor(tensor, tensor.shape)
     step = max(1, files.SLICE // (ours.nbytes // len(ours)))
     parts = ((begin, min(step, len(ours) - begin)) for begin in range(0, len(ours), step))
     return all(np.array_equal(ours.rows(*part).astype(theirs.dtype), theirs.rows(*part)) for part in parts)
@@ -99,14 +99,14 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _modules(row: params.Row, tensors: Collection[str]) -> list[str]:
+def _modules(row: params.TensorSpec, tensors: Collection[str]) -> list[str]:
     """The spellings of a row's module under which there is a tensor."""
     modules = [_module(name) for name in row.names]
     return [m for m in modules if PREFIX + m + A in tensors or PREFIX + m + B in tensors]
 
 
 def _matched(
-    row: params.Row, found: list[str], settings: Settings, left: dict[str, Tensor], faults: dict[str, list[str]]
+    row: params.TensorSpec, found: list[str], settings: Settings, left: dict[str, Tensor], faults: dict[str, list[str]]
 ) -> Iterator[Pair]:
     """Takes the pair of a row out of the tensors that are left."""
 
@@ -120,7 +120,7 @@ def _matched(
     if a is None or b is None:
         return fault("without its other half", PREFIX + found[0] + (B if a is None else A))
     rank, alpha = settings.of(found[0])
-    out, inputs = row.stored
+    out, inputs = row.stored_shape
     for tensor, shape in ((a, (rank, inputs)), (b, (out, rank))):
         if tensor.shape != shape:
             fault("misshapen", f"{tensor.name} {list(tensor.shape)} instead of {list(shape)}")
@@ -130,7 +130,7 @@ def _matched(
 
 
 def read(
-    adapter: Adapter, L: int, kept: Callable[[np.dtype], np.dtype], where: Callable[[params.Row], Any]
+    adapter: Adapter, L: int, kept: Callable[[np.dtype], np.dtype], where: Callable[[params.TensorSpec], Any]
 ) -> dict[str, Any]:
     """The tree of an adapter of a model of L layers (see nn/lora.py), in the type that `kept` gives for the stored one
     and with the sharding that `where` gives for a row of an array's letters and shape."""
@@ -191,7 +191,7 @@ def write(
 
 def _named(
     adapter: Any, table: params.Table, cfg: Any, seeing: bool
-) -> Iterator[tuple[str, tuple[params.Row, lora.Lora]]]:
+) -> Iterator[tuple[str, tuple[params.TensorSpec, lora.Lora]]]:
     """Each leaf with its row, under the name that transformers gives its module."""
     for row in lora.products(table, cfg):
         if _has(adapter, row.path):
@@ -207,8 +207,8 @@ def _has(adapter: Any, path: str) -> bool:
     return number < len(layers) and rest[1] in layers[number]
 
 
-def _entries(module: str, row: params.Row, leaf: lora.Lora) -> Iterator[files.Entry]:
-    rank, (out, inputs) = leaf.a.shape[0], row.stored
+def _entries(module: str, row: params.TensorSpec, leaf: lora.Lora) -> Iterator[files.Entry]:
+    rank, (out, inputs) = leaf.a.shape[0], row.stored_shape
     for end, value, shape in ((A, leaf.a, (rank, inputs)), (B, leaf.b, (out, rank))):
         yield files.array_entry(PREFIX + module + end, value, shape, np.dtype(value.dtype))
 

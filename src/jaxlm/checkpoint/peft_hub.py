@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxlm.checkpoint import hub
 from jaxlm.checkpoint.download import download, http_error
-from jaxlm.checkpoint.hub_errors import explain, remote_files, some
+from jaxlm.checkpoint.hub_errors import explain, listing, remote_files
 from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS
 
 SAFETENSORS = "jaxlm reads safetensors only, which PEFT's from_pretrained and then save_pretrained write"
@@ -42,10 +42,10 @@ def resolve(name: str | Path, *, revision: str | None = None, token: str | None 
 def _local(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: pass the folder that holds {CONFIG} and {WEIGHTS}")
-    holds = f"(it holds {some(p.name for p in path.iterdir())})"
+    holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / CONFIG).is_file():
-        way_out = "it is a checkpoint, which is named with -m" if (path / hub.CONFIG).is_file() else holds
-        raise FileNotFoundError(f"{path} is no adapter, it has no {CONFIG}: {way_out}")
+        hint = "it is a checkpoint, which is named with -m" if (path / hub.CONFIG).is_file() else holds
+        raise FileNotFoundError(f"{path} is no adapter, it has no {CONFIG}: {hint}")
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"{path} has no {WEIGHTS} {holds}: {SAFETENSORS}")
     return path

@@ -42,11 +42,11 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         }
         _refuse_overlaps(tensors.values())
     except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, EOFError) as error:
-        raise ValueError(f"{path} is not read, and nothing in it was run: {error}. {_way_out(path)}") from None
+        raise ValueError(f"{path} is not read, and nothing in it was run: {error}. {_hint(path)}") from None
     return tensors
 
 
-def _way_out(path: Path) -> str:
+def _hint(path: Path) -> str:
     with open(path, "rb") as file:
         first = file.read(8)
     if first == b"version ":

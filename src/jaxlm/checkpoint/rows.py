@@ -10,15 +10,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
+def gather_rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
     """Some rows of the leading axis, in host memory, the same in every process: all of them must ask. No device and no
     process ever holds more than these of an array that is divided."""
-    bits = np.asarray(_rows(x.sharding, count)(x, begin))
+    bits = np.asarray(_gather_rows(x.sharding, count)(x, begin))
     return bits.astype(f"u{x.dtype.itemsize}").view(x.dtype)
 
 
 @cache
-def _rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
+def _gather_rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
     """The rows as numbers of 32 bits, which every device adds up alike: what a device does not hold it counts as 0."""
     first, *rest = (*where.spec, None)
 

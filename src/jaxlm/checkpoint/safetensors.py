@@ -143,10 +143,10 @@ def read_index(folder: Path) -> dict[str, Tensor]:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
     found = f" It has {', '.join(others[:5])}{', …' if others[5:] else ''}." if others else ""
     if any(name.endswith(".safetensors") for name in others):
-        way_out = "download the index too, or rename a single file"
+        hint = "download the index too, or rename a single file"
     else:
-        way_out = "jaxlm reads safetensors only, which transformers' from_pretrained and then save_pretrained write"
-    raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{found} Way out: {way_out}.")
+        hint = "jaxlm reads safetensors only, which transformers' from_pretrained and then save_pretrained write"
+    raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{found} Way out: {hint}.")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:

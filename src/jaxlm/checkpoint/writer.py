@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxlm.checkpoint.download import count_bytes
 from jaxlm.checkpoint.hf import pieces_of, read_block
-from jaxlm.checkpoint.meta import Joined
-from jaxlm.checkpoint.rows import rows as divided_rows
+from jaxlm.checkpoint.meta import ConcatTensor
+from jaxlm.checkpoint.rows import gather_rows as divided_rows
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes taken from an array at a time
@@ -46,10 +46,10 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-class Stored:
+class LazyTensor:
     """A tensor on the disk in an array's place, in our shape and order: its rows are read when they are asked for."""
 
-    def __init__(self, tensor: Tensor | Joined, shape: tuple[int, ...]):
+    def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
         self.tensor, self.shape, self.nbytes = tensor, shape, tensor.nbytes
         self.dtype = DTYPES[tensor.dtype]
 
@@ -90,14 +90,14 @@ def array_bytes(name: str, value: Any, dtype: np.dtype, change: Change | None = 
     size = SPREAD if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1 else SLICE
     rows = max(1, size * len(value) // value.nbytes)
     for begin in range(0, len(value), rows):
-        part = _rows(value, begin, min(rows, len(value) - begin))
+        part = _read_rows(value, begin, min(rows, len(value) - begin))
         part = _converted(name, part if change is None else change(part), dtype)
         yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
 
 
-def _rows(value: Any, begin: int, count: int) -> np.ndarray:
+def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
     """Some rows of an array in host memory: a view where they lie there already."""
-    if isinstance(value, Stored):
+    if isinstance(value, LazyTensor):
         return value.rows(begin, count)
     # Of an array on other devices numpy would make one whole, and jax would keep it.
     if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from jaxlm import __version__
+from jaxlm.version import __version__
 
 ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
 
@@ -50,9 +50,9 @@ def end(command: Any, text: str, status: int) -> int:
     they for this one."""
     alone = command is None or command.alone
     if text:
-        from jaxlm.devices.distributed import number
+        from jaxlm.devices.distributed import process_index
 
-        who = "" if alone or number() is None else f"process {number()}: "
+        who = "" if alone or process_index() is None else f"process {process_index()}: "
         print(f"{who}{text.strip() if who else text}", file=sys.stderr if alone else sys.__stderr__, flush=True)
     if not alone:
         os._exit(status)
@@ -94,10 +94,10 @@ def explain(error: Exception, command: Any = None) -> str:
     if "RESOURCE_EXHAUSTED" in text:
         from jaxlm.cli.train import Train
 
-        way_out = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
+        hint = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
         if isinstance(command, Train):
-            way_out = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
-        return f"out of memory on the device: {text.splitlines()[0]}. Use {way_out}"
+            hint = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
+        return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
     if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
         return f"another process has ended or cannot be reached, its own message says why ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text} (--debug shows where; please report it)"

@@ -40,8 +40,8 @@ def describe(folder: Path, config: dict[str, Any], tensors: dict[str, Any] | Non
     family = models.family_of(config.get("model_type"))
     cfg = family.Config.from_hf(config, allow)
     here = {name: tensor for name, tensor in (tensors or {}).items() if tensor.file.is_file()}
-    own = {row.path: here[name] for row in params.rows(family.PARAMS, cfg) for name in row.names if name in here}
-    found = peft.find(folder, family.PARAMS, cfg, family.UNREAD, allow, own)
+    own = {row.path: here[name] for row in params.tensors(family.PARAMS, cfg) for name in row.names if name in here}
+    found = peft.find(folder, family.PARAMS, cfg, family.IGNORED_PREFIXES, allow, own)
     kinds: dict[str, dict[str, Any]] = {}
     for row, a, _, scale in found.pairs:
         kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
@@ -54,7 +54,7 @@ def describe(folder: Path, config: dict[str, Any], tensors: dict[str, Any] | Non
         "parameters": sum(tensor.shape[0] * tensor.shape[1] for tensor in halves),
         "bytes": sum(tensor.nbytes for tensor in halves),
         "weights": kinds,
-        "unread": len(found.unread),
+        "unread": len(found.ignored),
     }
 
 

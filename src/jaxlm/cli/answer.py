@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxlm.inference.generation import Piece
+    from jaxlm.inference.generation import CompletionChunk
     from jaxlm.processing.tokenizer import Tokenizer
 
 DIM, RESET = "\033[2m", "\033[0m"
 
 
-def print_answer(pieces: "Iterator[Piece]", tokenizer: "Tokenizer | None", opened: bool) -> "Piece | None":
+def print_answer(
+    pieces: "Iterator[CompletionChunk]", tokenizer: "Tokenizer | None", opened: bool
+) -> "CompletionChunk | None":
     """Streams an answer to stdout; -> its last piece. On a terminal a block of thinking is dim; `opened` says that the
     prompt ended inside of one."""
     tags = tokenizer.thinking if tokenizer is not None and sys.stdout.isatty() else None
@@ -30,7 +32,7 @@ def print_answer(pieces: "Iterator[Piece]", tokenizer: "Tokenizer | None", opene
     return piece
 
 
-def statistics(piece: "Piece", new: int | None = None) -> str:
+def statistics(piece: "CompletionChunk", new: int | None = None) -> str:
     """The line after an answer: counts, speeds, memory. new: how many tokens of the prompt had to be computed, where
     that may be fewer than all."""
     from jaxlm.devices.hardware import gigabytes, peak_memory

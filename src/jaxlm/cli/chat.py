@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxlm.inference.conversation import Conversation
-    from jaxlm.inference.generation import Piece
+    from jaxlm.inference.generation import CompletionChunk
 
 CHATTING = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
             "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
@@ -134,7 +134,7 @@ class Talk:
         elif line.strip() or not (self.chats or not self.conversation.messages):
             self.show(self.conversation.send(line))
 
-    def show(self, pieces: "Iterator[Piece]") -> None:
+    def show(self, pieces: "Iterator[CompletionChunk]") -> None:
         """Streams an answer, then says what is to be said of it."""
         piece = print_answer(pieces, self.conversation.tokenizer, self.conversation.opened)
         if piece is None:
@@ -183,7 +183,7 @@ class Talk:
             self.conversation.set(name, parse(name, value.strip()))
         given = self.conversation.options
         resolved = given.resolve(self.model.generation_config)
-        for field in dataclasses.fields(Options):
+        for field in dataclasses.fields(SamplingParams):
             if name in ("", field.name):
                 own = getattr(given, field.name) == field.default
                 note(f"{field.name} {shown(getattr(resolved, field.name))}{' (by default)' if own else ''}")

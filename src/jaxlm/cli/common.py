@@ -64,16 +64,16 @@ class ProcessFlags:
         from jaxlm.devices import distributed as processes
 
         set_up_process()
-        if not self.alone and processes.number() is None:
+        if not self.alone and processes.process_index() is None:
             where = f" at {self.coordinator}" if self.coordinator else ""
             if self.coordinator is None or None not in (self.num_processes, self.process_id):
-                count = self.num_processes or processes.launched()
+                count = self.num_processes or processes.num_launched()
                 note(f"waiting for {count} processes{where}, {processes.CONNECT} s at most …")
             import jax
 
             jax.config.update("jax_enable_preemption_service", False)  # it would catch a SIGTERM and go on
             processes.start(self.coordinator, self.num_processes, self.process_id, self.distributed)
-            one_voice(processes.first())
+            silence_workers(processes.is_coordinator())
             processes.gather("here")  # the first exchange waits 30 s (Gloo), later ones as long as it takes
 
     @property
@@ -82,7 +82,7 @@ class ProcessFlags:
         from jaxlm.devices import distributed as processes
 
         by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
-        return not (by_hand or self.distributed or processes.launched() > 1)
+        return not (by_hand or self.distributed or processes.num_launched() > 1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         from jaxlm.devices import distributed as processes
 
         self.begin()
-        return processes.from_first(sys.stdin.read() if processes.first() else "")
+        return processes.broadcast(sys.stdin.read() if processes.is_coordinator() else "")
 
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
@@ -126,8 +126,8 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         if unseen := unseen_accelerator():
             note(unseen)
         model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
-        if model.unread:
-            note(f"{len(model.unread)} tensors are known but not used yet (vision): text only.")
+        if model.ignored:
+            note(f"{len(model.ignored)} tensors are known but not used yet (vision): text only.")
         model.programs.notify = compiling
         return model
 
@@ -148,7 +148,7 @@ def nowhere() -> IO[str]:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def one_voice(speaks: bool) -> None:
+def silence_workers(speaks: bool) -> None:
     """What libraries print on stdout goes to stderr (Gloo does), and of several processes one is heard. Errors are
     written to sys.__stderr__ by all of them."""
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if speaks else nowhere()

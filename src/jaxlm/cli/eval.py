@@ -17,7 +17,7 @@ from jaxlm.cli.common import ModelFlags, note
 if TYPE_CHECKING:
     from jaxlm.evaluation.perplexity import Evaluation
 
-OF_TEXTS = ("stride", "form", "learn", "text_field", "prompt_field", "completion_field", "on_bad", "split")
+OF_TEXTS = ("stride", "data_format", "train_on", "text_field", "prompt_field", "completion_field", "on_bad", "split")
 OF_TASKS = ("tasks_folder", "shots", "limit", "chat")
 
 
@@ -37,9 +37,9 @@ class Eval(ModelFlags):
     """Tokens from one window of a longer text to the next; default: half of the length."""
     batch: int | None = None
     """Rows that are computed together; default: as the device likes it."""
-    form: str | None = None
+    data_format: str | None = None
     """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
-    learn: Literal["assistant", "completion", "all"] | None = None
+    train_on: Literal["assistant", "completion", "all"] | None = None
     """Which tokens count; default: answers where there are any, else all."""
     text_field: str = "text"
     """Field of a row that is a text."""
@@ -73,6 +73,7 @@ class Eval(ModelFlags):
         model = self.load()
         length, stride = sizes(model, self.length, self.stride, self.batch)
         how: dict[str, Any] = {name: getattr(self, name) for name in ("batch", *OF_TEXTS)}
+        how["format"] = how.pop("data_format")  # --format is the checkpoint's
         how |= {"length": length, "stride": stride, "offline": self.offline}
         start = time.perf_counter()
         with progress_line() as tell, needs("jaxlm[train]"):

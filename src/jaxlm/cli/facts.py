@@ -12,7 +12,7 @@ from jaxlm.cli.common import ModelFlags
 LENGTHS = (1024, 8192)  # for which the cache's size is told, beside the whole context
 
 
-class Found(NamedTuple):
+class Resolved(NamedTuple):
     """Where a model's facts lie: config.json as read, the folder of the small files, the headers' tensors by name;
     where the tokenizer lies, None for that folder."""
 
@@ -23,20 +23,20 @@ class Found(NamedTuple):
     tokenizer: Path | None = None
 
 
-def find(name: str, flags: ModelFlags) -> Found:
+def resolve(name: str, flags: ModelFlags) -> Resolved:
     """Reads or fetches what is needed."""
-    found = _find(name, flags)
+    found = _resolve(name, flags)
     return found._replace(tokenizer=flags.tokenizer.expanduser()) if flags.tokenizer else found
 
 
-def _find(name: str, flags: ModelFlags) -> Found:
+def _resolve(name: str, flags: ModelFlags) -> Resolved:
     from jaxlm.checkpoint import hub
     from jaxlm.checkpoint.download import http_error
     from jaxlm.checkpoint.safetensors import read_json
 
     path = Path(name).expanduser()
     if path.is_file() and path.name != "config.json":
-        return Found(read_json(path), None, None, "")
+        return Resolved(read_json(path), None, None, "")
     if path.exists():
         folder = path.parent if path.is_file() else path
         folder = hub.resolve(folder, format=flags.format, revision=flags.revision)
@@ -66,26 +66,26 @@ def _find(name: str, flags: ModelFlags) -> Found:
         raise explained from error
 
 
-def _local(folder: Path) -> Found:
+def _local(folder: Path) -> Resolved:
     from jaxlm.checkpoint.safetensors import read_index, read_json
 
     config = read_json(folder / "config.json")
     try:
-        return Found(config, folder, read_index(folder), "")
+        return Resolved(config, folder, read_index(folder), "")
     except FileNotFoundError as error:
-        return Found(config, folder, None, str(error))
+        return Resolved(config, folder, None, str(error))
 
 
-def _original(name: str, flags: ModelFlags) -> Found:
+def _original(name: str, flags: ModelFlags) -> Resolved:
     """A model in Meta's form, as if its files were of Hugging Face's."""
     from jaxlm import loading
 
-    found = loading.find(name, **flags.options()).checkpoint
+    found = loading.resolve(name, **flags.options()).checkpoint
     tensors = {row.names[0]: tensor for row, tensor in found.tensors.pairs}
-    return Found(found.config, found.folder, tensors, "", found.tokenizer)
+    return Resolved(found.config, found.folder, tensors, "", found.tokenizer)
 
 
-def _remote(repo: str, revision: str | None, token: str | None) -> Found:
+def _remote(repo: str, revision: str | None, token: str | None) -> Resolved:
     """A model on the hub: its small files, and the headers of its weight files by HTTP Range."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError
@@ -103,16 +103,16 @@ def _remote(repo: str, revision: str | None, token: str | None) -> Found:
     try:
         files = HfApi().get_safetensors_metadata(repo, revision=folder.name, token=token).files_metadata
     except NotASafetensorsRepoError as error:
-        return Found(config, folder, None, str(error))
+        return Resolved(config, folder, None, str(error))
     tensors = {}
     for file, header in files.items():
         for name, t in header.tensors.items():
             begin, end = t.data_offsets
             tensors[name] = Tensor(name, Path(file), t.dtype, tuple(t.shape), begin, end - begin)
-    return Found(config, folder, tensors, "")
+    return Resolved(config, folder, tensors, "")
 
 
-def describe(name: str, found: Found, flags: ModelFlags) -> dict[str, Any]:
+def describe(name: str, found: Resolved, flags: ModelFlags) -> dict[str, Any]:
     """All that is told, as plain values."""
     from jaxlm import models
     from jaxlm.nn import params
@@ -120,7 +120,9 @@ def describe(name: str, found: Found, flags: ModelFlags) -> dict[str, Any]:
     family = models.family_of(found.config.get("model_type"))
     cfg = family.Config.from_hf(found.config, flags.allow_field)
     weights, dtype = _weights(family, cfg, found, flags.dtype)
-    rows = [row for row in params.rows(family.PARAMS, cfg) if not row.path.startswith("layers.") or ".0." in row.path]
+    rows = [
+        row for row in params.tensors(family.PARAMS, cfg) if not row.path.startswith("layers.") or ".0." in row.path
+    ]
     layer = [row for row in rows if row.path.startswith("layers.")]
     ends = {row.path: math.prod(row.shape) for row in rows if row.path in ("embed", "head")}
     return {
@@ -156,7 +158,7 @@ def _places(windows: tuple[int | None, ...], window: int | None) -> list[int]:
     return [i for i, w in enumerate(windows) if w == window]
 
 
-def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str, Any], Any]:
+def _weights(family: Any, cfg: Any, found: Resolved, asked: str) -> tuple[dict[str, Any], Any]:
     """Bytes, type and unread tensors; and the type."""
     import jax.numpy as jnp
 
@@ -175,7 +177,7 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
     # A head stored beside the embedding it is tied to is never read: comparing the two would read both.
     tied = set(family.PARAMS["head"][1:]) if cfg.tied else set()
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in tied}
-    pairs, _, unread = hf.match(family.PARAMS, cfg, tensors, family.UNREAD)
+    pairs, _, unread = hf.match(family.PARAMS, cfg, tensors, family.IGNORED_PREFIXES)
     stored = Counter[str]()
     for _, tensor in pairs:
         stored[tensor.dtype] += tensor.nbytes
@@ -186,7 +188,7 @@ def _weights(family: Any, cfg: Any, found: Found, asked: str) -> tuple[dict[str,
         "dtype": dtype.name,
         "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
-        "unread": dict(Counter(_beginning(tensor.name, family.UNREAD) for tensor in unread)),
+        "unread": dict(Counter(_beginning(tensor.name, family.IGNORED_PREFIXES) for tensor in unread)),
         "unread_bytes": sum(tensor.nbytes for tensor in unread),
     }, dtype
 
@@ -216,17 +218,17 @@ def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
     from jaxlm.nn import params
 
     asked = topology.parse(text)
-    axes = topology.split(asked, cfg.K)
+    axes = topology.factor_kv_heads(asked, cfg.K)
     over = AbstractMesh(tuple(axes.values()), tuple(axes))
-    rows = params.rows(family.PARAMS, cfg)
-    elements = sum(math.prod(row.shape) // mesh.parts(row.letters, row.shape, over) for row in rows)
-    heads = mesh.parts("K", (cfg.K,), over)
+    rows = params.tensors(family.PARAMS, cfg)
+    elements = sum(math.prod(row.shape) // mesh.num_shards(row.letters, row.shape, over) for row in rows)
+    heads = mesh.num_shards("K", (cfg.K,), over)
     return {
         **asked,
         "devices": math.prod(asked.values()),
         "weights": elements * dtype.itemsize,
         "kv": {length: nbytes // heads for length, nbytes in _kv(cfg, dtype)["bytes"].items()},
-        "over": {x: mesh.parts(x, (getattr(cfg, x),), over) for x in "NKFV"},
+        "over": {x: mesh.num_shards(x, (getattr(cfg, x),), over) for x in "NKFV"},
     }
 
 
@@ -242,7 +244,7 @@ def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _tokenizer(found: Found) -> dict[str, Any] | None:
+def _tokenizer(found: Resolved) -> dict[str, Any] | None:
     """None where there is none; an unreadable one is told, not raised. Its ends are the model's, as `load` has them."""
     from jaxlm.processing.tokenizer import Tokenizer
 
@@ -264,22 +266,22 @@ def _tokenizer(found: Found) -> dict[str, Any] | None:
     }
 
 
-def _generation(found: Found) -> dict[str, Any]:
+def _generation(found: Resolved) -> dict[str, Any]:
     """What generation does without options: generation_config.json as jaxlm reads it."""
-    from jaxlm.inference.sampling_params import NEUTRAL, Options, unsupported
+    from jaxlm.inference.sampling_params import DEFAULTS, SamplingParams, unsupported
 
     raw = _generation_config(found)
     try:
-        options = Options().resolve(raw)
+        options = SamplingParams().resolve(raw)
     except ValueError as error:
         return {"file": True, "error": str(error)}
-    neutral = {**NEUTRAL, "stop": (), "max_tokens": None}
+    neutral = {**DEFAULTS, "stop": (), "max_tokens": None}
     given = {name: getattr(options, name) for name in ("temperature", *neutral)}
     given = {name: value for name, value in given.items() if name == "temperature" or value != neutral[name]}
     return {"file": bool(raw), "options": given, "unsupported": unsupported(raw)}
 
 
-def _generation_config(found: Found) -> dict[str, Any]:
+def _generation_config(found: Resolved) -> dict[str, Any]:
     """generation_config.json of the model's own folder."""
     from jaxlm.checkpoint.safetensors import read_json
 

@@ -13,16 +13,16 @@ import tyro
 
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
-from jaxlm.inference.sampling_params import Options, unsupported
+from jaxlm.inference.sampling_params import SamplingParams, unsupported
 from jaxlm.processing.detokenizer import THINKING
 
 if TYPE_CHECKING:
-    from jaxlm.inference.generation import Piece
+    from jaxlm.inference.generation import CompletionChunk
     from jaxlm.model import Model
 
 
 @dataclass(frozen=True)
-class SamplingFlags(Options):
+class SamplingFlags(SamplingParams):
     """Options as flags. tyro repeats no flag whose type is `… | None`: here what is empty was not given."""
 
     stop: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class SamplingFlags(Options):
 
     def sampling(self) -> dict[str, Any]:
         """The options that were given, as arguments of jaxlm.generate."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)}
         return {name: value for name, value in given.items() if value not in (None, (), {})}
 
 
@@ -91,11 +91,11 @@ class Generate(SamplingFlags, ModelFlags):
 
     def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
         """The token ids of a prompt; ValueError for what cannot be one, with the place in the file."""
-        from jaxlm.inference.prompts import room, to_ids
+        from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
         try:
             ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)
-            room(model, ids, self.max_tokens)
+            resolve_max_tokens(model, ids, self.max_tokens)
         except ValueError as error:
             raise ValueError(f"{where}: {error}" if where else str(error)) from None
         return ids
@@ -109,13 +109,13 @@ def usage(text: str) -> NoReturn:
 
 def read_prompts(path: Path) -> list[tuple[str, Any]]:
     """The lines of a JSONL file, each with its place; ValueError names the first bad one."""
-    way_out = "--prompts takes a file of JSON values, one a line"
+    hint = "--prompts takes a file of JSON values, one a line"
     try:
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 too
     except OSError as error:
-        raise type(error)(f"{path} cannot be read ({error.strerror}): {way_out}") from None
+        raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): {way_out}") from None
+        raise ValueError(f"{path} is not UTF-8 ({error}): {hint}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -176,7 +176,7 @@ def warn_ignored(model: "Model") -> None:
         note(f"generation_config.json asks for what jaxlm does not do: {', '.join(ignored)}")
 
 
-def print_text(pieces: "Iterator[Piece]", prompt: list[int], model: "Model") -> None:
+def print_text(pieces: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:
     """Streams one answer to stdout, then the counts to stderr."""
     tokenizer = model.tokenizer
     end = "" if tokenizer is None else tokenizer.decode(prompt[-16:], skip_special=False)
@@ -187,9 +187,9 @@ def print_text(pieces: "Iterator[Piece]", prompt: list[int], model: "Model") -> 
         note(statistics(piece) + ended)
 
 
-def print_json(pieces: "Iterator[Piece]", count: int, model: "Model") -> None:
+def print_json(pieces: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
     """One JSON object a prompt on stdout, in the order of the prompts; a count on stderr while it lasts."""
-    parts: list[list[Piece]] = [[] for _ in range(count)]
+    parts: list[list[CompletionChunk]] = [[] for _ in range(count)]
     printed = 0
     for piece in pieces:
         parts[piece.index].append(piece)
@@ -202,7 +202,7 @@ def print_json(pieces: "Iterator[Piece]", count: int, model: "Model") -> None:
         print(file=sys.stderr)
 
 
-def record(pieces: "list[Piece]", model: "Model") -> dict[str, Any]:
+def record(pieces: "list[CompletionChunk]", model: "Model") -> dict[str, Any]:
     """An answer as a JSON object."""
     last = pieces[-1]
     out = {

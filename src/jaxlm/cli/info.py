@@ -33,7 +33,7 @@ class Info(ModelFlags):
             print("jaxlm: name one model: a hub id, a folder or a config.json (jaxlm info --help)", file=sys.stderr)
             return 2
         name, adapter = adapter_facts.split(self.name or self.model, self)
-        found = facts.find(name, self)
+        found = facts.resolve(name, self)
         try:
             told = facts.describe(name, found, self)
             if adapter is not None:

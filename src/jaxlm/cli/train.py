@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from jaxlm.cli.common import ProcessFlags, note
-from jaxlm.training.config import Optimiser, Run, flags
+from jaxlm.training.config import Optimizer, Run, flags
 
 RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, where none is given
 
@@ -24,7 +24,7 @@ class Train(ProcessFlags, Run):
     """
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
-    """A file with any of these, nested as the flags are (optimiser: {lr: 0.001})."""
+    """A file with any of these, nested as the flags are (optimizer: {lr: 0.001})."""
     dry_run: bool = False
     """Show memory, steps, tokens and two examples (what is not learned is marked), and end."""
 
@@ -32,17 +32,17 @@ class Train(ProcessFlags, Run):
         self.check()
         self.begin()
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
-        if isinstance(self, Finetune) and not run.optimiser.lr:
-            run = replace(run, optimiser=replace(run.optimiser, lr=RATES[run.method]))
+        if isinstance(self, Finetune) and not run.optimizer.lr:
+            run = replace(run, optimizer=replace(run.optimizer, lr=RATES[run.method]))
         try:
             from jaxlm.training.loop import train
         except ImportError as error:
             raise ValueError(f"training needs {error.name}: pip install 'jaxlm[train]'") from None
 
         if self.dry_run:
-            return rehearse(run)
+            return dry_run(run)
         if not self.debug:
-            hush()
+            silence_orbax()
         with Display() as display:
             done = train(run, display.tell, display.prepared)
         if done.model.name == "adapter":
@@ -68,11 +68,11 @@ class Finetune(Train):
     """How often all data are seen, where no steps are given."""
     batch: int = 8
     """Rows of a step, over all devices."""
-    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=0.0, weight_decay=0.0, warmup=0.05))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.0, weight_decay=0.0, warmup=0.05))
     """lr 0: 2e-4 for an adapter, 1e-5 for all weights."""
 
 
-def rehearse(run: Run) -> int:
+def dry_run(run: Run) -> int:
     """The plan, on stdout."""
     from jaxlm.training import dry_run as plan
     from jaxlm.training.loop import program
@@ -80,7 +80,7 @@ def rehearse(run: Run) -> int:
 
     with Display() as display:
         setup = set_up(run, display.prepared)
-    print("\n".join(plan.told(setup, plan.plan(setup, program(setup)))))
+    print("\n".join(plan.describe(setup, plan.plan_memory(setup, program(setup)))))
     for number, pieces in enumerate(plan.examples(setup, 2), 1):
         print(f"\nexample {number} (what is not learned stands {marked('like this', False)})")
         print("".join(marked(text, learned) for text, learned in pieces))
@@ -127,7 +127,7 @@ class Display:
             print(told(line, self.steps), flush=True)
 
 
-def hush() -> None:
+def silence_orbax() -> None:
     """What goes wrong in a thread of Orbax is raised again in ours, where it gets a message: the tracebacks that are
     printed and logged on its way are not shown."""
     before = threading.excepthook, sys.unraisablehook

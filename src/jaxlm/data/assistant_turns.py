@@ -21,7 +21,7 @@ _TAGGED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Spans = list[tuple[int, int]]
 
 
-class Turns:
+class AssistantTurns:
     """Finds the assistant's turns in what the chat template of `tokenizer` writes.
 
     stops: the texts of the tokens that end a turn, the longest first.
@@ -121,7 +121,7 @@ class Turns:
         if not found or not text.startswith(before) or not ends or start > end:
             raise ValueError(
                 f"the chat template writes message {i + 1}, of the assistant, in a way that does not show where it "
-                "begins and ends: learn=all learns the whole conversation"
+                "begins and ends: train_on=all trains on the whole conversation"
             )
         calls = [call.get("function") or call for call in messages[i].get("tool_calls") or ()]
         if lost := [call.get("name") for call in calls if str(call.get("name")) not in text[start:end]]:

@@ -1,12 +1,12 @@
 """Documents as arrays on disk, memory-mapped: a corpus may be larger than the memory.
 
-A corpus is a folder: ids.bin (every document's ids, one after the other), learned.bin (one byte an id; absent where all
-are learned), ends.bin (where each document ends), places.bin (source and line or row of each) and corpus.json, which is
-written last. A folder appears under its name when it is complete.
+A corpus is a folder: ids.bin (every document's ids, one after the other), loss_mask.bin (one byte an id; absent where
+all count in the loss), ends.bin (where each document ends), places.bin (source and line or row of each) and
+corpus.json, which is written last. A folder appears under its name when it is complete.
 
 The cache has one such folder a digest: of the contents and kinds of the files (a hub dataset's commit, configuration
 and split), of the tokenizer with its chat template, and of the options, but not of names: those given now are told. So
-nothing is tokenised twice, and nothing stale is read; reading the files once to know that is small beside tokenising
+nothing is tokenized twice, and nothing stale is read; reading the files once to know that is small beside tokenising
 them. Nothing is ever removed from the cache.
 """
 
@@ -25,12 +25,12 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm.data.documents import EMPTY, Document, TextOptions, Texts
-from jaxlm.data.sources import Bad, find, place
+from jaxlm.data.sources import InvalidRow, find, place
 from jaxlm.processing.tokenizer import Tokenizer
 
 FORMAT = 2  # of these files, and of what the code makes of rows
 FLUSH = 1 << 20  # tokens that wait in memory
-TYPES = {"ends": np.int64, "places": np.int64, "learned": np.bool_}
+TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
 
 
@@ -38,16 +38,17 @@ class Corpus:
     """Tokenised documents, in the order of their files.
 
     Attributes:
-        ids: [tokens] of all documents, unsigned 16 bits or int32. learned: [tokens] bool, or None: all.
+        ids: [tokens] of all documents, unsigned 16 bits or int32. loss_mask: [tokens] bool, or None: all.
         ends: [documents] int64, where each ends in ids.
-        about: digest (of all that it was made from), sources (their names), and what corpus.json holds: form, learn,
-            documents, tokens, learned (tokens that count in a loss), vocabulary (one more than the largest id), dropped
-            (why -> rows), first_bad (a Bad, whose source is a number of sources; None).
+        about: digest (of all that it was made from), sources (their names), and what corpus.json holds: format,
+        train_on,
+            documents, tokens, loss_tokens (tokens that count in the loss), vocabulary (one more than the largest id),
+            dropped (why -> rows), first_bad (a Bad, whose source is a number of sources; None).
     """
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray]):
         self.about = about
-        self.ids, self.ends, self.learned = arrays["ids"], arrays["ends"], arrays.get("learned")
+        self.ids, self.ends, self.loss_mask = arrays["ids"], arrays["ends"], arrays.get("loss_mask")
         self._places = arrays["places"].reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -61,8 +62,8 @@ class Corpus:
     def document(self, i: int) -> Document:
         source, number = self._places[i]
         begin, end = (self.ends[i - 1] if i else 0), self.ends[i]
-        learned = np.ones(end - begin, bool) if self.learned is None else np.array(self.learned[begin:end])
-        return Document(self.about["sources"][source], int(number), self.ids[begin:end].astype(np.int32), learned)
+        loss_mask = np.ones(end - begin, bool) if self.loss_mask is None else np.array(self.loss_mask[begin:end])
+        return Document(self.about["sources"][source], int(number), self.ids[begin:end].astype(np.int32), loss_mask)
 
     def where(self, i: int) -> str:
         """Where document i comes from: story.txt:17."""
@@ -71,9 +72,9 @@ class Corpus:
 
     def __str__(self) -> str:
         about = self.about
-        text = f"{about['documents']:,} documents ({about['form']}), {about['tokens']:,} tokens"
-        if about["learned"] + about["documents"] < about["tokens"]:
-            text += f", {about['learned']:,} of them learned"
+        text = f"{about['documents']:,} documents ({about['format']}), {about['tokens']:,} tokens"
+        if about["loss_tokens"] + about["documents"] < about["tokens"]:
+            text += f", {about['loss_tokens']:,} of them learned"
         if dropped := about["dropped"]:
             text += f"; dropped: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}"
         return text
@@ -118,11 +119,11 @@ def prepare(
         corpus = load(path, called)
         assert corpus is not None
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
-        raise ValueError(_stopped(Bad(called[first[0]], *first[1:])))
+        raise ValueError(_stopped(InvalidRow(called[first[0]], *first[1:])))
     return corpus
 
 
-def _stopped(first: Bad) -> str:
+def _stopped(first: InvalidRow) -> str:
     return f"{first} (on_bad=skip leaves such rows out and counts them)"
 
 
@@ -135,13 +136,15 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
         }
     except (OSError, ValueError, KeyError):
         return None
+    if "learned" in arrays:  # written by an earlier version: prepared again, under the same digest
+        return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
     return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None
 
 
 def write(
     path: Path,
-    documents: Iterable[Document | Bad],
+    documents: Iterable[Document | InvalidRow],
     texts: Texts,
     sources: list[str],
     on_bad: str = "stop",
@@ -173,18 +176,18 @@ class _Writer:
     def __init__(self, folder: Path, texts: Texts, sources: list[str], on_bad: str, progress: Progress | None):
         self.folder, self.texts, self.on_bad, self.progress = folder, texts, on_bad, progress
         self.id_type = np.uint16 if texts.tokenizer.vocab_size <= 1 << 16 else np.int32
-        self.tokens = self.learned = self.documents = 0
+        self.tokens = self.loss_tokens = self.documents = 0
         self.sources = {name: i for i, name in enumerate(sources)}
         self.dropped: Counter[str] = Counter()
-        self.first_bad: Bad | None = None
+        self.first_bad: InvalidRow | None = None
 
-    def write(self, documents: Iterable[Document | Bad]) -> None:
-        waiting: dict[str, list[Any]] = {"ids": [], "learned": [], "ends": [], "places": []}
+    def write(self, documents: Iterable[Document | InvalidRow]) -> None:
+        waiting: dict[str, list[Any]] = {"ids": [], "loss_mask": [], "ends": [], "places": []}
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "wb")) for name in waiting}
             begins, flushed = True, 0
             for document in documents:
-                if isinstance(document, Bad):
+                if isinstance(document, InvalidRow):
                     self._drop(document)
                     continue
                 self._add(document, waiting, begins)
@@ -203,7 +206,7 @@ class _Writer:
         if self.progress is not None:
             self.progress(self.documents, self.tokens)
 
-    def _drop(self, bad: Bad) -> None:
+    def _drop(self, bad: InvalidRow) -> None:
         self.dropped[bad.why] += 1
         if bad.why == EMPTY:
             return
@@ -213,10 +216,10 @@ class _Writer:
 
     def _add(self, document: Document, waiting: dict[str, list[Any]], begins: bool) -> None:
         waiting["ids"].append(document.ids.astype(self.id_type))
-        waiting["learned"].append(document.learned)
+        waiting["loss_mask"].append(document.loss_mask)
         self.tokens += len(document.ids)
         # The first id of a document is never predicted.
-        self.learned += int(document.learned[1:].sum() if begins else document.learned.sum())
+        self.loss_tokens += int(document.loss_mask[1:].sum() if begins else document.loss_mask.sum())
         if begins:
             waiting["places"].append([self.sources[document.source], document.number])
         if document.ends:
@@ -225,19 +228,19 @@ class _Writer:
 
     def _flush(self, files: dict[str, Any], waiting: dict[str, list[Any]]) -> None:
         for name, values in waiting.items():
-            joined = np.concatenate(values) if name in ("ids", "learned") and values else np.array(values, np.int64)
+            joined = np.concatenate(values) if name in ("ids", "loss_mask") and values else np.array(values, np.int64)
             if values:
                 files[name].write(joined.tobytes())
             values.clear()
 
     def _finish(self) -> None:
-        sizes = {"ids": self.tokens, "learned": self.tokens, "ends": self.documents, "places": 2 * self.documents}
-        if self.texts.learn == "all":
-            del sizes["learned"]
-            (self.folder / "learned.bin").unlink()
+        sizes = {"ids": self.tokens, "loss_mask": self.tokens, "ends": self.documents, "places": 2 * self.documents}
+        if self.texts.train_on == "all":
+            del sizes["loss_mask"]
+            (self.folder / "loss_mask.bin").unlink()
         arrays = {name: np.dtype(TYPES.get(name, self.id_type)).str for name in sizes}
-        about = {"form": self.texts.form, "learn": self.texts.learn, "documents": self.documents}
-        about |= {"tokens": self.tokens, "learned": self.learned, "vocabulary": self.texts.tokenizer.vocab_size}
+        about = {"format": self.texts.format, "train_on": self.texts.train_on, "documents": self.documents}
+        about |= {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "vocabulary": self.texts.tokenizer.vocab_size}
         first = self.first_bad and (self.sources[self.first_bad.source], *self.first_bad[1:])
         about |= {"dropped": self.dropped, "first_bad": first}
         about |= {"arrays": arrays, "sizes": sizes}

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.assistant_turns import Spans, Turns
-from jaxlm.data.formats import FORMS, Chat, Fault, TextOptions, conversation, text_of
-from jaxlm.data.sources import PART, Bad, Row, cut
+from jaxlm.data.assistant_turns import AssistantTurns, Spans
+from jaxlm.data.formats import FORMATS, Chat, InvalidRowError, TextOptions, conversation, text_of
+from jaxlm.data.sources import PART, InvalidRow, Row, cut
 from jaxlm.processing.tokenizer import Tokenizer
 
-BATCH = 1000  # texts that are tokenised at once
+BATCH = 1000  # texts that are tokenized at once
 EMPTY = "empty text"
+_DIGEST_NAMES = {"format": "form", "train_on": "learn"}
 
 
 class Document(NamedTuple):
@@ -30,13 +31,13 @@ class Document(NamedTuple):
     source: str
     number: int
     ids: np.ndarray
-    learned: np.ndarray
+    loss_mask: np.ndarray
     ends: bool = True
     text: str = ""
 
 
 class Prepared(NamedTuple):
-    """A text to be tokenised. spans: what of it is learned, None for all. bos, eos: whether these are added."""
+    """A text to be tokenized. spans: what of it is learned, None for all. bos, eos: whether these are added."""
 
     row: Row
     text: str
@@ -46,20 +47,21 @@ class Prepared(NamedTuple):
 
 
 class Texts:
-    """Makes documents of rows, which must all have one form: `form` and `learn` are known after the first.
+    """Makes documents of rows, which must all have one format: `format` and `train_on` are known after the first.
 
-    Raises ValueError where no row could be read: without a template for messages, or with learn="assistant" for texts.
+    Raises ValueError where no row could be read: without a template for messages, or with train_on="assistant" for
+    texts.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions | None = None):
         if not getattr(tokenizer.hf, "is_fast", False):
             raise ValueError("training takes a tokenizer with a tokenizer.json: transformers has only a slow one here")
         self.tokenizer, self.options = tokenizer, options or TextOptions()
-        if self.options.form not in (None, *FORMS):
-            raise ValueError(f"form {self.options.form!r} is not one of {', '.join(FORMS)}")
-        self.form: str | None = None
-        self.learn = self.options.learn
-        self.turns = Turns(tokenizer, self.options.template_args) if tokenizer.has_template else None
+        if self.options.format not in (None, *FORMATS):
+            raise ValueError(f"format {self.options.format!r} is not one of {', '.join(FORMATS)}")
+        self.format: str | None = None
+        self.train_on = self.options.train_on
+        self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None
         self.before, self.after = added(tokenizer)
 
     @cached_property
@@ -80,28 +82,29 @@ class Texts:
             "tokenizer": hashlib.blake2b(hf.backend_tokenizer.to_str().encode()).hexdigest(),
             "added": [self.before, self.after],
             "template": [hf.chat_template, hf.special_tokens_map, self.tokenizer.stop_ids],
-            "options": dataclasses.asdict(self.options),
+            # Named as in earlier versions: a run resumes only with the same digest.
+            "options": {_DIGEST_NAMES.get(k, k): v for k, v in dataclasses.asdict(self.options).items()},
         }
 
-    def documents(self, rows: Iterable[Row | Bad]) -> Iterator[Document | Bad]:
+    def documents(self, rows: Iterable[Row | InvalidRow]) -> Iterator[Document | InvalidRow]:
         """The documents of these rows in order, and in their places the rows that give none."""
-        batch: list[Prepared | Bad] = []
+        batch: list[Prepared | InvalidRow] = []
         size, begins = 0, True
         for row in rows:
-            for item in [row] if isinstance(row, Bad) else self._prepared(row, begins):
+            for item in [row] if isinstance(row, InvalidRow) else self._prepared(row, begins):
                 batch.append(item)
-                size += 0 if isinstance(item, Bad) else len(item.text)
+                size += 0 if isinstance(item, InvalidRow) else len(item.text)
                 if len(batch) >= BATCH or size >= PART:
-                    yield from self._tokenised(batch)
+                    yield from self._tokenized(batch)
                     batch, size = [], 0
-            begins = begins if isinstance(row, Bad) else row.ends
-        yield from self._tokenised(batch)
+            begins = begins if isinstance(row, InvalidRow) else row.ends
+        yield from self._tokenized(batch)
 
-    def _prepared(self, row: Row, begins: bool) -> Iterator[Prepared | Bad]:
+    def _prepared(self, row: Row, begins: bool) -> Iterator[Prepared | InvalidRow]:
         try:
-            form, learn = self._settled(row)
-            if form != "text":
-                chat = conversation(row.value, form, self.options, learn, template=self.turns is not None)
+            format, train_on = self._settled(row)
+            if format != "text":
+                chat = conversation(row.value, format, self.options, train_on, template=self.turns is not None)
                 yield self._chat(row, chat) if isinstance(chat, Chat) else self._pair(row, *chat)
                 return
             text = text_of(row.value, self.options)
@@ -110,24 +113,27 @@ class Texts:
             for n, part in enumerate(parts):
                 yield Prepared(row._replace(ends=False), part, None, begins and n == 0, eos=False)
             yield Prepared(row, last, None, begins and not parts, eos=row.ends)
-        except Fault as fault:
-            yield Bad(row.source, row.number, fault.why, str(fault))
+        except InvalidRowError as fault:
+            yield InvalidRow(row.source, row.number, fault.why, str(fault))
 
     def _settled(self, row: Row) -> tuple[str, str]:
         """Form and what is learned: the first row's, which all others must have."""
-        form = self.options.form_of(row.value)
-        if form is None or (self.form and form != self.form):
-            wanted = self.form or self.options.form
-            fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMS))
+        format = self.options.format_of(row.value)
+        if format is None or (self.format and format != self.format):
+            wanted = self.format or self.options.format
+            fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
             seen = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
-            raise Fault("fields are missing", f"a row with {fields} is expected, this {seen}: other names are given by "
-                        "text_field, or prompt_field and completion_field (flags too)")  # fmt: skip
-        if self.form is None:
-            self.form, self.learn = form, self.learn or FORMS[form][1]
-            if form == "text" and self.learn != "all":
-                raise ValueError(f"{row.source} holds texts, in which nobody speaks: learn={self.learn} is for "
+            raise InvalidRowError(
+                "fields are missing",
+                f"a row with {fields} is expected, this {seen}: other names are given by text_field, or prompt_field "
+                "and completion_field (flags too)",
+            )
+        if self.format is None:
+            self.format, self.train_on = format, self.train_on or FORMATS[format][1]
+            if format == "text" and self.train_on != "all":
+                raise ValueError(f"{row.source} holds texts, in which nobody speaks: train_on={self.train_on} is for "
                                  "messages, prompts and instructions")  # fmt: skip
-        return form, self.learn or ""
+        return format, self.train_on or ""
 
     def _chat(self, row: Row, chat: Chat) -> Prepared:
         if self.turns is None:
@@ -136,28 +142,28 @@ class Texts:
         try:
             text, spans = self.turns.find(*chat)
         except ValueError as error:
-            raise Fault("refused by the chat template", str(error)) from None
-        if not spans and self.learn != "all":
+            raise InvalidRowError("refused by the chat template", str(error)) from None
+        if not spans and self.train_on != "all":
             roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
-            raise Fault("no assistant turn", f"no turn of the assistant to learn from (roles: {roles})")
+            raise InvalidRowError("no assistant turn", f"no turn of the assistant to learn from (roles: {roles})")
         _check(text)
         closed = text.rstrip().endswith(self.turns.stops)
-        return Prepared(row, text, None if self.learn == "all" else spans, bos=False, eos=not closed)
+        return Prepared(row, text, None if self.train_on == "all" else spans, bos=False, eos=not closed)
 
     def _pair(self, row: Row, prompt: str, completion: str) -> Prepared:
         text = prompt + completion
         _check(text)
-        return Prepared(row, text, None if self.learn == "all" else [(len(prompt), len(text))], bos=True, eos=True)
+        return Prepared(row, text, None if self.train_on == "all" else [(len(prompt), len(text))], bos=True, eos=True)
 
-    def _tokenised(self, batch: list[Prepared | Bad]) -> Iterator[Document | Bad]:
+    def _tokenized(self, batch: list[Prepared | InvalidRow]) -> Iterator[Document | InvalidRow]:
         texts = [item.text for item in batch if isinstance(item, Prepared)]
         whole = all(item.spans is None for item in batch if isinstance(item, Prepared))
         encode = self.rust.encode_batch_fast if whole else self.rust.encode_batch  # which knows no offsets
         encodings = iter(encode(texts, add_special_tokens=False) if texts else [])
         for item in batch:
-            yield item if isinstance(item, Bad) else self._document(item, next(encodings))
+            yield item if isinstance(item, InvalidRow) else self._document(item, next(encodings))
 
-    def _document(self, item: Prepared, encoding: Any) -> Document | Bad:
+    def _document(self, item: Prepared, encoding: Any) -> Document | InvalidRow:
         ids, learned = encoding.ids, [True] * len(encoding.ids)
         if item.spans is not None:
             ids, learned = self._learned(item, encoding)
@@ -170,12 +176,12 @@ class Texts:
         learned = np.array([*[item.spans is None] * len(begin), *learned, *[open_end] * len(end)], bool)
         row = item.row
         if item.spans is not None and not learned[1:].any():
-            return Bad(row.source, row.number, "nothing to learn", "what is to be learned of this row is empty")
+            return InvalidRow(row.source, row.number, "nothing to learn", "what is to be learned of this row is empty")
         text = item.text if item.spans is None else "".join(item.text[a:b] for a, b in item.spans)
         return Document(row.source, row.number, ids, learned, row.ends, text)
 
     def _learned(self, item: Prepared, encoding: Any) -> tuple[list[int], np.ndarray]:
-        """Which tokens lie within the spans. Where a token reaches over the edge of one, the text is tokenised in
+        """Which tokens lie within the spans. Where a token reaches over the edge of one, the text is tokenized in
         pieces: as it is when a prompt is answered."""
         spans = item.spans or []
         begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
@@ -196,13 +202,15 @@ class Texts:
 
 
 def _check(text: str, whole: bool = True) -> None:
-    """Fault for what cannot be tokenised, and for a text of blanks."""
+    """Fault for what cannot be tokenized, and for a text of blanks."""
     if whole and not text.strip():
-        raise Fault(EMPTY, "the text is empty")
+        raise InvalidRowError(EMPTY, "the text is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Fault("invalid UTF-8", "half of a surrogate pair (\\ud800 to \\udfff) stands alone in it") from None
+        raise InvalidRowError(
+            "invalid UTF-8", "half of a surrogate pair (\\ud800 to \\udfff) stands alone in it"
+        ) from None
 
 
 def added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from jaxlm.processing.chat_template import plain
 
-# form -> the fields that tell it, and what is learned by default. The first that fits is taken.
-FORMS: dict[str, tuple[tuple[str, ...], str]] = {
+# format -> the fields that tell it, and what is learned by default. The first that fits is taken.
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "messages": (("messages",), "assistant"),
     "conversations": (("conversations",), "assistant"),
     "prompt": (("prompt", "completion"), "completion"),
@@ -25,9 +25,9 @@ ROLES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSIS
 class TextOptions:
     """How rows are read."""
 
-    form: str | None = None
+    format: str | None = None
     """text, messages, conversations, prompt, instruction or question. Default: what the first row looks like."""
-    learn: Literal["assistant", "completion", "all"] | None = None
+    train_on: Literal["assistant", "completion", "all"] | None = None
     """What counts in the loss: every turn of the assistant, the completion (of messages: the last turn), or all.
     Default: all of a text, the assistant's turns of messages, the completion of a prompt."""
     text_field: str = "text"
@@ -39,27 +39,29 @@ class TextOptions:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template (enable_thinking, date_string, …)."""
 
-    def fields(self, form: str) -> tuple[str, ...]:
-        """The names that the fields of a form have here."""
+    def fields(self, format: str) -> tuple[str, ...]:
+        """The names that the fields of a format have here."""
         names: dict[str, str] = {
             "text": self.text_field,
             "prompt": self.prompt_field,
             "completion": self.completion_field,
         }
-        return tuple(names.get(name, name) for name in FORMS[form][0])
+        return tuple(names.get(name, name) for name in FORMATS[format][0])
 
-    def form_of(self, value: Any) -> str | None:
-        """The form of a row, None for none. Fields that the user has named come before all others."""
+    def format_of(self, value: Any) -> str | None:
+        """The format of a row, None for none. Fields that the user has named come before all others."""
         if isinstance(value, str):
-            return "text" if self.form in (None, "text") else None
-        if self.form is not None:
-            return self.form if all(name in value for name in self.fields(self.form)) else None
+            return "text" if self.format in (None, "text") else None
+        if self.format is not None:
+            return self.format if all(name in value for name in self.fields(self.format)) else None
         usual = TextOptions()
-        named = [form for form in FORMS if self.fields(form) != usual.fields(form)]
-        return next((form for form in [*named, *FORMS] if all(name in value for name in self.fields(form))), None)
+        named = [format for format in FORMATS if self.fields(format) != usual.fields(format)]
+        return next(
+            (format for format in [*named, *FORMATS] if all(name in value for name in self.fields(format))), None
+        )
 
 
-class Fault(ValueError):
+class InvalidRowError(ValueError):
     """What is wrong with a row. why: the kind of fault, under which such rows are counted."""
 
     def __init__(self, why: str, detail: str):
@@ -83,29 +85,31 @@ class Pair(NamedTuple):
 
 
 def text_of(value: Any, options: TextOptions) -> str:
-    """The text of a row of form text."""
+    """The text of a row of format text."""
     return value if isinstance(value, str) else _string(value, options.text_field)
 
 
-def conversation(value: Mapping[str, Any], form: str, options: TextOptions, learn: str, template: bool) -> Chat | Pair:
-    """What a row of another form holds. template: there is a chat template, and prompts are turns of the user.
+def conversation(
+    value: Mapping[str, Any], format: str, options: TextOptions, train_on: str, template: bool
+) -> Chat | Pair:
+    """What a row of another format holds. template: there is a chat template, and prompts are turns of the user.
 
     Raises Fault for a row that is not of its form.
     """
-    if form in ("messages", "conversations"):
-        messages = _messages(value[form], form)
+    if format in ("messages", "conversations"):
+        messages = _messages(value[format], format)
         last = max((i for i, message in enumerate(messages) if message["role"] == ASSISTANT), default=0)
-        return Chat(messages, _tools(value), last if learn == "completion" else 0)
-    if form in ("prompt", "question"):
-        given, said = (value[name] for name in options.fields(form))
+        return Chat(messages, _tools(value), last if train_on == "completion" else 0)
+    if format in ("prompt", "question"):
+        given, said = (value[name] for name in options.fields(format))
     else:
         given, said = _instruction(value, template), _string(value, "output")
     if isinstance(given, str) and isinstance(said, str) and not template:
         return _apart(given, said)
-    fields = options.fields("question" if form == "question" else "prompt")
+    fields = options.fields("question" if format == "question" else "prompt")
     asked = [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given, fields[0])
     answer = [{"role": ASSISTANT, "content": said}] if isinstance(said, str) else _messages(said, fields[1])
-    return Chat([*asked, *answer], _tools(value), len(asked) if learn == "completion" else 0)
+    return Chat([*asked, *answer], _tools(value), len(asked) if train_on == "completion" else 0)
 
 
 def _apart(prompt: str, completion: str) -> Pair:
@@ -125,7 +129,7 @@ def _instruction(value: Mapping[str, Any], template: bool) -> str:
 
 def _string(value: Mapping[str, Any], name: str) -> str:
     if not isinstance(value.get(name), str):
-        raise Fault("not a text", f"the field {name} should be a text, it is {_short(value.get(name))}")
+        raise InvalidRowError("not a text", f"the field {name} should be a text, it is {_short(value.get(name))}")
     return value[name]
 
 
@@ -133,11 +137,11 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The messages of a field, in the form that templates read."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
-        raise Fault("no messages", f"the field {name} should be a list of messages, it is {_short(value)}")
+        raise InvalidRowError("no messages", f"the field {name} should be a list of messages, it is {_short(value)}")
     try:
         return [_message(message) for message in plain([_renamed(message) for message in value])]
     except ValueError as error:
-        raise Fault("no messages", str(error)) from None
+        raise InvalidRowError("no messages", str(error)) from None
 
 
 def _renamed(message: Any) -> Any:
@@ -173,7 +177,7 @@ def _tools(value: Mapping[str, Any]) -> list | None:
     tools = value.get("tools")
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise Fault("no messages", f"tools should be a list of JSON schemas, it is {_short(tools)}")
+        raise InvalidRowError("no messages", f"tools should be a list of JSON schemas, it is {_short(tools)}")
     return tools or None
 
 
@@ -181,7 +185,7 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise Fault("no messages", f"{what} should be JSON, it is {_short(text)}") from None
+        raise InvalidRowError("no messages", f"{what} should be JSON, it is {_short(text)}") from None
 
 
 def _short(value: Any) -> str:

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     pos: np.ndarray
-    learned: np.ndarray
+    loss_mask: np.ndarray
 
 
 class Plan(NamedTuple):
@@ -80,7 +80,7 @@ class Stream(NamedTuple):
         return np.stack([self.documents[i:j], from_ - begins, to - from_], axis=1)
 
 
-class Batches:
+class DataLoader:
     """The batches of a corpus.
 
     Args:
@@ -105,7 +105,7 @@ class Batches:
         share: slice | None = None,
         long: Literal["truncate", "drop", "stop"] = "truncate",
     ):
-        packing = packing or ("split" if corpus.about["form"] == "text" else "whole")
+        packing = packing or ("split" if corpus.about["format"] == "text" else "whole")
         if packing not in ("split", "whole", "none") or long not in ("truncate", "drop", "stop"):
             raise ValueError(f"packing is {packing!r} (split, whole, none), long {long!r} (truncate, drop, stop)")
         if B < 1 or T < 1:
@@ -143,7 +143,7 @@ class Batches:
         if long == "stop":
             raise ValueError(f"{where}: make rows longer, or let long be truncate or drop")
         begins = self.corpus.ends[over] - self.lengths[over]  # of what is predicted
-        learned = self.corpus.learned
+        learned = self.corpus.loss_mask
         kept = [long == "truncate" and (learned is None or bool(learned[b : b + self.T].any())) for b in begins]
         self.lengths[over] = np.where(kept, self.T, 0)
         found = {"truncated": sum(kept), "dropped": len(over) - sum(kept)}
@@ -251,7 +251,7 @@ class Batches:
                 to = slice(at, at + n)
                 tokens[i, to], targets[i, to] = corpus.ids[begin : begin + n], corpus.ids[begin + 1 : begin + n + 1]
                 pos[i, to] = np.arange(n)
-                learned[i, to] = True if corpus.learned is None else corpus.learned[begin + 1 : begin + n + 1]
+                learned[i, to] = True if corpus.loss_mask is None else corpus.loss_mask[begin + 1 : begin + n + 1]
                 at += n
         return Batch(tokens, targets, pos, learned)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SEPARATOR = "<|endoftext|>"  # on a line of its own, between the documents of a .txt file
-PART = 1 << 22  # characters: of longer texts no more than this is held, and tokenised, at once
+PART = 1 << 22  # characters: of longer texts no more than this is held, and tokenized, at once
 # Where a text may be cut without changing a token: before a space between words, at a line's end after a word.
 _PLACE = re.compile(r"(?<=\w)(?= \w)|(?<=\w\n)(?=\w)")
 SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "dev": "validation",
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     ends: bool = True
 
 
-class Bad(NamedTuple):
+class InvalidRow(NamedTuple):
     """What is no row. why: the kind of fault, under which such rows are counted; detail: what is wrong."""
 
     source: str
@@ -62,9 +62,9 @@ class File:
     def name(self) -> str:
         return str(self.path)
 
-    def rows(self) -> Iterator[Row | Bad]:
+    def rows(self) -> Iterator[Row | InvalidRow]:
         if self.path.stat().st_size == 0:
-            return iter([Bad(self.name, 0, "empty file", "the file is empty")])
+            return iter([InvalidRow(self.name, 0, "empty file", "the file is empty")])
         return READERS[self.path.suffix](self.path)
 
     def digest(self) -> str:
@@ -193,7 +193,7 @@ def cut(text: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | InvalidRow]]:
     """Lines with their ends and numbers; one that is no UTF-8 is Bad."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -201,15 +201,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 detail = f"byte {error.start + 1} of the line is not UTF-8: convert the file, or leave the line out"
-                yield number, Bad(str(path), number, "invalid UTF-8 (lines)", detail)
+                yield number, InvalidRow(str(path), number, "invalid UTF-8 (lines)", detail)
 
 
-def _text(path: Path) -> Iterator[Row | Bad]:
+def _text(path: Path) -> Iterator[Row | InvalidRow]:
     """Documents between separators, else the file as one; blank ones are none."""
     lines: list[str] = []
     first, size, limit, begun = 1, 0, PART, False
     for number, line in _lines(path):
-        if isinstance(line, Bad):
+        if isinstance(line, InvalidRow):
             yield line
         elif line.strip() == SEPARATOR:
             text = "".join(lines)
@@ -228,33 +228,33 @@ def _text(path: Path) -> Iterator[Row | Bad]:
         yield Row(str(path), first, "".join(lines))
 
 
-def _jsonl(path: Path) -> Iterator[Row | Bad]:
+def _jsonl(path: Path) -> Iterator[Row | InvalidRow]:
     for number, line in _lines(path):
-        if isinstance(line, Bad):
+        if isinstance(line, InvalidRow):
             yield line
         elif line.strip():
             yield _parsed(path, number, line)
 
 
-def _parsed(path: Path, number: int, line: str) -> Row | Bad:
+def _parsed(path: Path, number: int, line: str) -> Row | InvalidRow:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         what = (
             "the line is no JSON" if path.suffix == ".jsonl" else "it should be a list of objects, or one on each line"
         )
-        return Bad(str(path), number, "invalid JSON", f"{what} ({error})")
+        return InvalidRow(str(path), number, "invalid JSON", f"{what} ({error})")
     return _row(path, number, value)
 
 
-def _row(path: Path, number: int, value: Any) -> Row | Bad:
+def _row(path: Path, number: int, value: Any) -> Row | InvalidRow:
     if not isinstance(value, dict):
         detail = f"a row is an object with fields, this is {json.dumps(value, ensure_ascii=False)[:60]}"
-        return Bad(str(path), number, "no object", detail)
+        return InvalidRow(str(path), number, "no object", detail)
     return Row(str(path), number, value)
 
 
-def _json(path: Path) -> Iterator[Row | Bad]:
+def _json(path: Path) -> Iterator[Row | InvalidRow]:
     """A list of objects, or objects line by line under the name of .json."""
     with path.open("rb") as file:
         if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
@@ -262,13 +262,13 @@ def _json(path: Path) -> Iterator[Row | Bad]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return iter([Bad(str(path), 0, "invalid JSON", f"it is no JSON ({error})")])
+        return iter([InvalidRow(str(path), 0, "invalid JSON", f"it is no JSON ({error})")])
     if not isinstance(value, list):
-        return iter([Bad(str(path), 0, "invalid JSON", "it should be a list of objects")])
+        return iter([InvalidRow(str(path), 0, "invalid JSON", "it should be a list of objects")])
     return (_row(path, number, row) for number, row in enumerate(value, 1))
 
 
-def _parquet(path: Path) -> Iterator[Row | Bad]:
+def _parquet(path: Path) -> Iterator[Row | InvalidRow]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -279,7 +279,7 @@ def _parquet(path: Path) -> Iterator[Row | Bad]:
                 number += 1
                 yield Row(str(path), number, _known(row))
     except (ArrowException, OSError) as error:
-        yield Bad(str(path), number, "unreadable file", f"it cannot be read on from here ({_line(error)})")
+        yield InvalidRow(str(path), number, "unreadable file", f"it cannot be read on from here ({_line(error)})")
 
 
 def _known(value: Any) -> Any:

@@ -17,7 +17,7 @@ HEARTBEAT = 20  # seconds after which a silent process is taken for dead, and th
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
-def launched() -> int:
+def num_launched() -> int:
     """How many processes a launcher says that it has started; 1 where none has."""
     counts = [os.environ.get(name, "") for name in COUNTS]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
@@ -38,7 +38,7 @@ def start(
                 "--coordinator HOST:PORT, --num-processes and --process-id belong together: give all three"
             )
         _check(str(coordinator), count or 0, index or 0)
-    elif not detect and launched() < 2:
+    elif not detect and num_launched() < 2:
         return
     import jax
 
@@ -63,21 +63,21 @@ def _check(coordinator: str, count: int, index: int) -> None:
         raise ValueError(f"--process-id {index} of --num-processes {count}: they are numbered 0 to {count - 1}")
 
 
-def number() -> int | None:
+def process_index() -> int | None:
     """Which of several processes this is; None before they have met, or if it is alone."""
     import jax
 
     return jax.process_index() if jax.distributed.is_initialized() else None
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether this process is one of several."""
     import jax
 
     return jax.process_count() > 1
 
 
-def first() -> bool:
+def is_coordinator() -> bool:
     """Whether this process prints and writes."""
     import jax
 
@@ -86,7 +86,7 @@ def first() -> bool:
 
 def gather(text: str) -> list[str]:
     """What each process says, in their order. All of them must call it."""
-    if not several():
+    if not is_multiprocess():
         return [text]
     import numpy as np
     from jax.experimental.multihost_utils import process_allgather
@@ -99,31 +99,31 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
 
 
-def from_first(text: str) -> str:
+def broadcast(text: str) -> str:
     """What process 0 says. All of them must call it."""
-    return gather(text if first() else "")[0]
+    return gather(text if is_coordinator() else "")[0]
 
 
-def on_first(act: Callable[[], Any]) -> Any:
+def run_on_coordinator(act: Callable[[], Any]) -> Any:
     """What `act` returns (as JSON) on process 0, which alone calls it; a ValueError or OSError there is raised in all.
     All of them must call it."""
     problem, value = None, None
-    if first():
+    if is_coordinator():
         try:
             value = act()
         except (ValueError, OSError) as error:
             problem = error
-    if not several():
+    if not is_multiprocess():
         if problem:
             raise problem
         return value
-    told, value = json.loads(from_first(json.dumps([problem and str(problem), value])))
+    told, value = json.loads(broadcast(json.dumps([problem and str(problem), value])))
     if told:
         raise ValueError(told) from problem
     return value
 
 
-def agree(what: str, value: Any, told: str) -> None:
+def assert_equal(what: str, value: Any, told: str) -> None:
     """ValueError unless a value (its repr) is the same in all processes, with what the first two that differ `told` of
     it. All of them must call it."""
     sides = [json.loads(side) for side in gather(json.dumps([repr(value), told]))]

@@ -63,11 +63,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def require(needed: int, device: Any, what: str, way_out: str) -> None:
+def require(needed: int, device: Any, what: str, hint: str) -> None:
     """Raises MemoryError before an allocation that cannot succeed, with what was needed and what would fit."""
     free = available_memory(device)
     if free is not None and needed > free:
-        raise MemoryError(f"{what} need {gigabytes(needed)}, but {device} has {gigabytes(free)} free: {way_out}")
+        raise MemoryError(f"{what} need {gigabytes(needed)}, but {device} has {gigabytes(free)} free: {hint}")
 
 
 def gigabytes(nbytes: int) -> str:

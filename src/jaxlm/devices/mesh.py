@@ -22,16 +22,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 DATA, MODEL, GROUP = "data", "model", "group"
 # Letter -> axes: as many, from the first on, as divide its size. T, S, D and H are not divided when a model runs:
 # attention and norms then need no exchange, and a layer's two sums over devices are those behind `o` and `down`.
-WIDE = (MODEL, GROUP)
-Table = Mapping[str, tuple[str, ...]]
-ON: Table = {"B": (DATA,), "K": (MODEL,), "N": WIDE, "F": WIDE, "V": WIDE}
-# Weights that are trained, and what the optimiser keeps of them, are also divided over `data` (FSDP, arXiv:2304.11277):
+TENSOR_AXES = (MODEL, GROUP)
+Rules = Mapping[str, tuple[str, ...]]
+RULES: Rules = {"B": (DATA,), "K": (MODEL,), "N": TENSOR_AXES, "F": TENSOR_AXES, "V": TENSOR_AXES}
+# Weights that are trained, and what the optimizer keeps of them, are also divided over `data` (FSDP, arXiv:2304.11277):
 # each is gathered before it is used. Embedding and head along V where that goes: TPUs then scatter their gradients in
 # more cases (docs/scaling.md).
-ON_TRAINED: Table = {**ON, "V": (*WIDE, DATA), "D": (DATA,)}
+FSDP_RULES: Rules = {**RULES, "V": (*TENSOR_AXES, DATA), "D": (DATA,)}
 
 
-def spec(letters: str, shape: Sequence[int], mesh: Any, on: Table = ON) -> PartitionSpec:
+def spec(letters: str, shape: Sequence[int], mesh: Any, on: Rules = RULES) -> PartitionSpec:
     """The axes of each letter, None where it has none or they do not divide its size; axes beyond the letters are not
     divided. An axis of one device divides nothing, and is left out so that equal places have one name; so is one that
     shard_map has divided already."""
@@ -53,33 +53,33 @@ def _axes(of_letter: tuple[str, ...], n: int, sizes: Mapping[str, int]) -> tuple
     return axes
 
 
-def parts(letters: str, shape: Sequence[int], mesh: Any) -> int:
+def num_shards(letters: str, shape: Sequence[int], mesh: Any) -> int:
     """Into how many parts an array is divided: each device holds one."""
     axes = [axis for axes in spec(letters, shape, mesh) for axis in ([axes] if isinstance(axes, str) else axes or ())]
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def sharding(letters: str, shape: Sequence[int], mesh: Mesh, on: Table = ON) -> NamedSharding:
+def sharding(letters: str, shape: Sequence[int], mesh: Mesh, on: Rules = RULES) -> NamedSharding:
     """Where an array of these letters and this shape lies."""
     return NamedSharding(mesh, spec(letters, shape, mesh, on))
 
 
-def constrain(x: jax.Array, letters: str, on: Table = ON) -> jax.Array:
+def constrain(x: jax.Array, letters: str, on: Rules = RULES) -> jax.Array:
     """Within `jax.set_mesh`, holds an array to the axes of its letters; elsewhere does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, spec(letters, x.shape, mesh, on))
 
 
-def divided(letters: str, shape: Sequence[int]) -> PartitionSpec:
+def traced_spec(letters: str, shape: Sequence[int]) -> PartitionSpec:
     """The axes of each letter in the program that is being traced; none where it runs on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return PartitionSpec() if mesh.empty else spec(letters, shape, mesh)
 
 
-def held(letters: str, shape: Sequence[int]) -> int:
+def local_size(letters: str, shape: Sequence[int]) -> int:
     """How many numbers of such an array one device holds in the program that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(shape) // (1 if mesh.empty else parts(letters, shape, mesh))
+    return math.prod(shape) // (1 if mesh.empty else num_shards(letters, shape, mesh))
 
 
 def active() -> bool:
@@ -87,7 +87,7 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def of(tree: Any) -> Mesh | None:
+def mesh_of(tree: Any) -> Mesh | None:
     """The mesh on which the arrays of a tree lie; None where they lie on one device."""
     leaf = jax.tree.leaves(tree)[0]
     if isinstance(leaf, Tracer):  # within another program, whose maker has said where it runs
@@ -96,17 +96,17 @@ def of(tree: Any) -> Mesh | None:
     return over if isinstance(over, Mesh) and over.size > 1 else None
 
 
-def on(tree: Any) -> AbstractContextManager[Any]:
+def use_mesh_of(tree: Any) -> AbstractContextManager[Any]:
     """What is traced within runs on the mesh of these arrays."""
-    return on_mesh(of(tree))
+    return use_mesh(mesh_of(tree))
 
 
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """What is traced within runs on this mesh, or on one device."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def rounded(rows: int, mesh: Mesh | None) -> int:
+def round_up_batch(rows: int, mesh: Mesh | None) -> int:
     """As many rows, or a few more, so that `data` divides them."""
     each = 1 if mesh is None else mesh.shape[DATA]
     return -(-rows // each) * each

@@ -35,7 +35,7 @@ def default(letters: Mapping[str, int], count: int) -> dict[str, int]:
     return {DATA: count // wide, MODEL: wide}
 
 
-def split(sizes: Mapping[str, int], K: int) -> dict[str, int]:
+def factor_kv_heads(sizes: Mapping[str, int], K: int) -> dict[str, int]:
     """The axes with which a model of K kv heads runs: what does not divide them goes from `model` to `group`."""
     wide = math.gcd(sizes[MODEL], K)
     groups = {GROUP: sizes[MODEL] // wide} if wide < sizes[MODEL] else {}
@@ -51,7 +51,7 @@ def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None =
     if not isinstance(sizes, str | Mapping):
         raise ValueError(f'mesh {sizes!r}: give "{DATA}=2,{MODEL}=4", {{"{DATA}": 2, "{MODEL}": 4}} or a jax Mesh')
     text = sizes if isinstance(sizes, str) else ",".join(f"{name}={size}" for name, size in sizes.items())
-    axes = split(parse(text), K)
+    axes = factor_kv_heads(parse(text), K)
     devices = jax.devices() if devices is None else list(devices)
     count = math.prod(axes.values())
     if count > len(devices) or len(devices) % count or (jax.process_count() > 1 and count != len(devices)):
@@ -60,11 +60,13 @@ def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None =
             f"mesh {text} is for {count} devices, but there are {len(devices)}{several}: "
             "the sizes must multiply to that"
         )
-    return grouped(Mesh(arranged(devices[:count], axes[DATA]), (DATA, MODEL)), K)  # `group`: innermost part of `model`
+    return with_kv_groups(
+        Mesh(arrange_devices(devices[:count], axes[DATA]), (DATA, MODEL)), K
+    )  # `group`: innermost part of `model`
 
 
-def arranged(devices: Sequence[Any], data: int) -> np.ndarray:
-    """Devices [data, model], neighbours along `model`. jax.make_mesh would refuse several hosts of GPUs and several
+def arrange_devices(devices: Sequence[Any], data: int) -> np.ndarray:
+    """Devices [data, model], neighbors along `model`. jax.make_mesh would refuse several hosts of GPUs and several
     slices of TPUs, and a slice of which `model` takes a part of a side (32 of v6e's 16 x 16 chips)."""
     slices: dict[int, list[Any]] = {}
     for device in sorted(devices, key=lambda device: device.id):
@@ -76,11 +78,11 @@ def arranged(devices: Sequence[Any], data: int) -> np.ndarray:
     return np.concatenate([create_device_mesh(shape, part, allow_split_physical_axes=True) for part in parts])
 
 
-def grouped(over: Mesh, K: int) -> Mesh:
+def with_kv_groups(over: Mesh, K: int) -> Mesh:
     """A mesh with axes `data` and `model` (each may be missing), `model` split as `split` says."""
     if unknown := set(over.axis_names) - {DATA, MODEL, GROUP}:
         raise ValueError(f"mesh: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
     order = [over.axis_names.index(axis) for axis in (DATA, MODEL, GROUP) if axis in over.axis_names]
-    axes = split({DATA: over.shape.get(DATA, 1), MODEL: over.size // over.shape.get(DATA, 1)}, K)
+    axes = factor_kv_heads({DATA: over.shape.get(DATA, 1), MODEL: over.size // over.shape.get(DATA, 1)}, K)
     devices = over.devices.transpose(order).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

@@ -1,6 +1,6 @@
 """jaxlm's models in EleutherAI's lm-eval harness (the package lm_eval, extra `eval`).
 
-What a task asks is tokenised, cut to the context and scored as the harness' own class for transformers' models (HFLM)
+What a task asks is tokenized, cut to the context and scored as the harness' own class for transformers' models (HFLM)
 does it, so that figures compare with published ones: BOS wherever the tokenizer adds it, also in front of a text whose
 first token is predicted from BOS.
 """
@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxlm.data.documents import added
-from jaxlm.evaluation.scoring import Piece, scores
+from jaxlm.evaluation.scoring import ScoreRequest, scores
 from jaxlm.inference.generation import stream
 from jaxlm.inference.sampling_params import unsupported
 
@@ -105,7 +105,7 @@ class Harness(TemplateLM):
         for read, numbers in alike.items():
             asked = [requests[number][2] for number in numbers]
             at = [np.arange(len(read) - len(tokens), len(read)) for tokens in asked]
-            pieces.append(Piece(np.array(read), np.concatenate(at), np.concatenate(asked)))
+            pieces.append(ScoreRequest(np.array(read), np.concatenate(at), np.concatenate(asked)))
         answers: dict[int, tuple[float, bool]] = {}
         with _bar(len(requests), "log-likelihoods", disable_tqdm) as bar:
             for piece, found in scores(self.model, pieces, self.batch):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.data.documents import EMPTY, Document, TextOptions, Texts, added
-from jaxlm.data.sources import Bad, find
-from jaxlm.evaluation.scoring import Piece, scores, windows
+from jaxlm.data.sources import InvalidRow, find
+from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
 from jaxlm.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Marks:
 
     def counted(self, document: Document) -> tuple[np.ndarray, np.ndarray, int]:
         """ids [n] with something to predict the first from, which of them count [n] bool, and the bytes of these."""
-        counts = document.learned & ~np.isin(document.ids, self.ids)
+        counts = document.loss_mask & ~np.isin(document.ids, self.ids)
         size = len(self.names.sub("", document.text).encode())
         if not counts[:1].any():
             return document.ids, counts, size
@@ -100,7 +100,7 @@ class Reading:
         self.documents = self.bytes = 0
         self.dropped = Counter[str]()
 
-    def blocks(self, length: int, stride: int) -> Iterator[list[Piece]]:
+    def blocks(self, length: int, stride: int) -> Iterator[list[ScoreRequest]]:
         """Some BLOCK tokens of pieces at a time."""
         block, size = [], 0
         for document in self._whole():
@@ -119,15 +119,15 @@ class Reading:
         """Documents that came in parts are joined; what is none is counted, or raises ValueError."""
         parts: list[Document] = []
         for one in self.texts.documents(row for source in self.sources for row in source.rows()):
-            if isinstance(one, Bad):
+            if isinstance(one, InvalidRow):
                 self.dropped[one.why] += 1
                 if one.why != EMPTY and self.on_bad == "stop":
                     raise ValueError(f"{one} (on_bad=skip leaves such rows out and counts them)")
                 continue
             parts.append(one)
             if one.ends:
-                ids, learned = (np.concatenate(arrays) for arrays in zip(*((p.ids, p.learned) for p in parts)))
-                yield one._replace(ids=ids, learned=learned, text="".join(part.text for part in parts))
+                ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*((p.ids, p.loss_mask) for p in parts)))
+                yield one._replace(ids=ids, loss_mask=loss_mask, text="".join(part.text for part in parts))
                 parts = []
 
 
@@ -152,8 +152,8 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     batch: int | None = None,
-    form: str | None = None,
-    learn: Literal["assistant", "completion", "all"] | None = None,
+    format: str | None = None,
+    train_on: Literal["assistant", "completion", "all"] | None = None,
     text_field: str = "text",
     prompt_field: str = "prompt",
     completion_field: str = "completion",
@@ -167,13 +167,13 @@ def evaluate(
     length: tokens that are read at once; the context, at most 2048, when not given. stride: tokens from one window of a
     longer document to the next; half of length when not given. Every token is predicted once, and after the first
     window sees at least length - stride tokens before it; documents do not see each other. batch: rows of `length`
-    tokens that are computed together. form, learn, the fields, on_bad, split: as in training (TextOptions,
+    tokens that are computed together. format, train_on, the fields, on_bad, split: as in training (TextOptions,
     sources.find). progress: is told documents and tokens so far. Raises ValueError or OSError with what is wrong,
     where, and the way out.
     """
     tokenizer = _tokenizer(model)
     T, step = sizes(model, length, stride, batch)
-    options = TextOptions(form, learn, text_field, prompt_field, completion_field)
+    options = TextOptions(format, train_on, text_field, prompt_field, completion_field)
     read = Reading(tokenizer, files, options, on_bad, split=split, offline=offline)
     nats, tokens = 0.0, 0
     for block in read.blocks(T, step):

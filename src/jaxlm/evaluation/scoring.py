@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from jaxlm.model import Model
 
 
-class Piece(NamedTuple):
+class ScoreRequest(NamedTuple):
     """tokens [n]: what is read at once. at [m]: the places in it behind which a token is predicted; targets [m]: that
     token. A place may come several times."""
 
     tokens: np.ndarray
-    at: np.ndarray
+    positions: np.ndarray
     targets: np.ndarray
 
 
@@ -61,7 +61,7 @@ def _program(family: Any, cfg: Any) -> Callable[..., Score]:
     return jax.jit(partial(score, family, cfg))
 
 
-def scores(model: "Model", pieces: Sequence[Piece], batch: int | None = None) -> Iterator[tuple[int, Score]]:
+def scores(model: "Model", pieces: Sequence[ScoreRequest], batch: int | None = None) -> Iterator[tuple[int, Score]]:
     """Each piece's number and its Score of arrays [m], as they are ready: the longest first.
 
     Pieces share rows as long as the longest, `batch` rows at a time. ValueError for ids outside the vocabulary.
@@ -74,14 +74,14 @@ def scores(model: "Model", pieces: Sequence[Piece], batch: int | None = None) ->
                          "the tokenizer belongs to another model")  # fmt: skip
     T = bucket(max(len(piece.tokens) for piece in pieces))
     rows = packed([len(piece.tokens) for piece in pieces], T)
-    M = bucket(max(sum(len(pieces[i].at) for i in row) for row in rows))
-    B = mesh.rounded(min(batch or max(1, hardware.TOKENS[model.device.platform] // T), len(rows)), model.mesh)
+    M = bucket(max(sum(len(pieces[i].positions) for i in row) for row in rows))
+    B = mesh.round_up_batch(min(batch or max(1, hardware.TOKENS[model.device.platform] // T), len(rows)), model.mesh)
     program, weights = _program(model.family, model.config), model.weights
     under_way: tuple[list[list[int]], Score] | None = None  # the device computes while the host reads
     for first in range(0, len(rows), B):
         part = rows[first : first + B]
         arrays = [mesh.place(a, "BT", model.mesh) for a in filled(pieces, part, (B, T, M))]
-        with mesh.on(weights):
+        with mesh.use_mesh_of(weights):
             started = part, program(weights, *arrays)
         if under_way is not None:
             yield from _read(pieces, *under_way)
@@ -100,7 +100,9 @@ def packed(lengths: Sequence[int], T: int) -> list[list[int]]:
     return rows
 
 
-def filled(pieces: Sequence[Piece], rows: list[list[int]], shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
+def filled(
+    pieces: Sequence[ScoreRequest], rows: list[list[int]], shape: tuple[int, int, int]
+) -> tuple[np.ndarray, ...]:
     """These rows, and empty ones to make B: tokens and pos [B,T], at and targets [B,M], int32. shape: B, T, M."""
     B, T, M = shape
     tokens, at, targets = (np.zeros((B, n), np.int32) for n in (T, M, M))
@@ -108,24 +110,24 @@ def filled(pieces: Sequence[Piece], rows: list[list[int]], shape: tuple[int, int
     for b, row in enumerate(rows):
         read = asked = 0
         for piece in (pieces[i] for i in row):
-            n, m = len(piece.tokens), len(piece.at)
+            n, m = len(piece.tokens), len(piece.positions)
             tokens[b, read : read + n], pos[b, read : read + n] = piece.tokens, np.arange(n)
-            at[b, asked : asked + m], targets[b, asked : asked + m] = piece.at + read, piece.targets
+            at[b, asked : asked + m], targets[b, asked : asked + m] = piece.positions + read, piece.targets
             read, asked = read + n, asked + m
     return tokens, pos, at, targets
 
 
-def _read(pieces: Sequence[Piece], rows: list[list[int]], found: Score) -> Iterator[tuple[int, Score]]:
+def _read(pieces: Sequence[ScoreRequest], rows: list[list[int]], found: Score) -> Iterator[tuple[int, Score]]:
     logprobs, greedy = jax.device_get(tuple(found))
     for b, row in enumerate(rows):
         asked = 0
         for i in row:
-            m = len(pieces[i].at)
+            m = len(pieces[i].positions)
             yield i, Score(logprobs[b, asked : asked + m], greedy[b, asked : asked + m])
             asked += m
 
 
-def windows(ids: np.ndarray, counts: np.ndarray, length: int, stride: int) -> Iterator[Piece]:
+def windows(ids: np.ndarray, counts: np.ndarray, length: int, stride: int) -> Iterator[ScoreRequest]:
     """Pieces of at most `length` tokens that predict each of ids [n] for which counts [n] says so, but the first, once.
 
     A window begins `stride` tokens after the one before it and predicts what that did not: after the first, every token
@@ -136,7 +138,7 @@ def windows(ids: np.ndarray, counts: np.ndarray, length: int, stride: int) -> It
         end = min(begin + length, len(ids) - 1)
         wanted = done + np.flatnonzero(counts[done : end + 1])
         if len(wanted):
-            yield Piece(ids[begin : wanted[-1]], wanted - 1 - begin, ids[wanted])
+            yield ScoreRequest(ids[begin : wanted[-1]], wanted - 1 - begin, ids[wanted])
         if end == len(ids) - 1:
             return
         done = end + 1

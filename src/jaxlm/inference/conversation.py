@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, prompts
-from jaxlm.inference.generation import Piece
-from jaxlm.inference.sampling_params import Options, from_kwargs
+from jaxlm.inference.generation import CompletionChunk
+from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 from jaxlm.processing.detokenizer import THINKING, split_thinking
@@ -26,7 +26,7 @@ START = 1024  # positions of a new cache, if the context has as many; it doubles
 Messages = list[dict[str, str]]
 
 
-class Seen(NamedTuple):
+class CachedPrefix(NamedTuple):
     """A beginning of the conversation as text, and the ids that stood for it when the model read or wrote it."""
 
     text: str
@@ -48,7 +48,7 @@ class Conversation:
             without what a thinking model thought. It changes when an answer ends, or is stopped.
         system: the system message or None; template_args: variables of the chat template. Both count from the next
             turn on.
-        options: jaxlm.inference.sampling_params.Options, as given.
+        options: jaxlm.inference.sampling_params.SamplingParams, as given.
         prefilled: how many tokens of its prompt the last turn had to compute.
         opened: whether the prompt of the last turn ended inside a block of thinking, as some templates write it.
     """
@@ -77,18 +77,19 @@ class Conversation:
         self.prefilled = 0
         self.opened = False
         self._turns = 0  # moves the seed on, so that no two answers use the same draws
-        self._seen: list[Seen] = []  # of the last turn: with its answer, and its prompt alone
-        self._kv: caches.Cache | None = None
+        self._seen: list[CachedPrefix] = []  # of the last turn: with its answer, and its prompt alone
+        self._kv: caches.KVCache | None = None
         self._written: list[int] = []  # the tokens whose keys and values the cache holds
 
     def set(self, name: str, value: Any) -> None:
         """Changes an option from the next turn on; None gives it back to the model. TypeError for a name that is no
         option, ValueError for a value out of range."""
-        default = next((field.default for field in fields(Options) if field.name == name), None)
+        default = next((field.default for field in fields(SamplingParams) if field.name == name), None)
         self.options = from_kwargs(**{**_given(self.options), name: default if value is None else value})
 
-    def send(self, text: str) -> Iterator[Piece]:
-        """The model's answer to a message, in pieces of text as they are made (jaxlm.inference.generation.Piece).
+    def send(self, text: str) -> Iterator[CompletionChunk]:
+        """The model's answer to a message, in pieces of text as they are made
+        (jaxlm.inference.generation.CompletionChunk).
 
         Nothing is kept of a turn that fails or is stopped before its first token; a later stop (the iterator closed,
         Ctrl-C, the next call) keeps what there is of the answer. Raises ValueError when the context is full or the
@@ -97,7 +98,7 @@ class Conversation:
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 
-    def retry(self) -> Iterator[Piece]:
+    def retry(self) -> Iterator[CompletionChunk]:
         """Another answer to the last message, in the place of the one it had; drawn anew."""
         self.stop()
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -124,8 +125,8 @@ class Conversation:
         try:
             Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
         except OSError as error:
-            way_out = "name a file in a folder that is there and may be written to"
-            raise type(error)(f"{path} cannot be written ({error.strerror}): {way_out}") from None
+            hint = "name a file in a folder that is there and may be written to"
+            raise type(error)(f"{path} cannot be written ({error.strerror}): {hint}") from None
 
     def load(self, path: str | Path) -> None:
         """Goes on with a conversation written by `save`, of this model or another. ValueError or OSError names a bad
@@ -139,15 +140,15 @@ class Conversation:
             options = from_kwargs(**options)
             template_args = dict(state.get("template_args") or {})
         except OSError as error:
-            way_out = "name a file that /save (Conversation.save) wrote"
-            raise type(error)(f"{path} cannot be read ({error.strerror}): {way_out}") from None
+            hint = "name a file that /save (Conversation.save) wrote"
+            raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no conversation that jaxlm saved ({error!r})") from None
         self.reset()
         self.messages, self.options, self.template_args = messages, options, template_args
         self.system = state.get("system")
 
-    def _turn(self, messages: Messages) -> Iterator[Piece]:
+    def _turn(self, messages: Messages) -> Iterator[CompletionChunk]:
         """Prepares the answer to `messages`; the work begins with the first piece that is asked for."""
         model = self.model
         text = self._render(messages)
@@ -163,13 +164,15 @@ class Conversation:
         options = replace(options, seed=seed)
         self._turns += 1
         self.opened = self._thinks and text.rstrip().endswith(THINKING[0])
-        most = options.max_tokens or (left if self.tokenizer.has_template else prompts.room(model, ids, None))
+        most = options.max_tokens or (
+            left if self.tokenizer.has_template else prompts.resolve_max_tokens(model, ids, None)
+        )
         stops = prompts.stop_ids(model, options)
         key = jax.random.fold_in(jax.random.key(seed), 0)  # as jaxlm.generate: piece.seed serves there too
         self._running = self._answer(messages, text, engine.Request(ids, options, min(most, left), stops, key))
         return self._running
 
-    def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[Piece]:
+    def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
         answer, made, shown = generation.Answer(self.model, 0, request), [], ""
         last = self._prefill(request.ids)
         try:
@@ -190,7 +193,7 @@ class Conversation:
         if not self.tokenizer.has_template and made[-1] in request.stop_ids:
             tail = made[:-1]  # the text goes on, so this was not its end
         after = self._decoded([*ids, *tail])[len(self._decoded(ids)) :]
-        self._seen = [Seen(text + after, [*ids, *tail]), Seen(text, ids)]
+        self._seen = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
         content = split_thinking(shown, self.opened)[1] if self._thinks else shown
         self.messages = [*messages, {"role": "assistant", "content": content}]
 
@@ -211,7 +214,7 @@ class Conversation:
         return "".join(message["content"] for message in messages)
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids of the conversation. What the model has seen keeps its ids: it may have spelt its own words with
+        """Token ids of the conversation. What the model has seen keeps its ids: it may have spelled its own words with
         other tokens than the tokenizer would, and with those its keys and values were computed."""
         for seen in self._seen:
             if text.startswith(seen.text):
@@ -228,7 +231,7 @@ class Conversation:
         kv, self._kv = self._kv, None  # an interrupt in what follows leaves no cache, rather than half of one
         same = (i for i, pair in enumerate(zip(ids, self._written)) if pair[0] != pair[1])
         m = next(same, min(len(self._written), len(ids) - 1))
-        if kv is None or not m or not holds(kv, self.model.config.windows, m):
+        if kv is None or not m or not can_reuse(kv, self.model.config.windows, m):
             kv, m = None, 0
         self.prefilled = len(ids) - m
         kv, last = engine.extend(self.model, self._fit(kv, len(ids)), [ids[m:]], m)
@@ -243,8 +246,8 @@ class Conversation:
         # Without the cache in it the first program does not depend on the cache's length.
         state = engine.new_rows(model, [request], None, engine.optional([request]))
         state, made = model.programs.pick(k, model.weights, state, last)(model.weights, state, last)
-        yield from engine.read([request], made, [(0, 0)])
-        flight: deque[decoding.Made] = deque()
+        yield from engine.fetch_tokens([request], made, [(0, 0)])
+        flight: deque[decoding.StepOutput] = deque()
         pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens still to be asked for
         while not request.finished:
             if left > 0:
@@ -257,9 +260,9 @@ class Conversation:
                 flight.append(made)
                 pos, left = pos + steps, left - steps
             if len(flight) > 1 or left <= 0:
-                yield from engine.read([request], flight.popleft(), [(0, 0)])
+                yield from engine.fetch_tokens([request], flight.popleft(), [(0, 0)])
 
-    def _fit(self, kv: caches.Cache | None, need: int) -> caches.Cache:
+    def _fit(self, kv: caches.KVCache | None, need: int) -> caches.KVCache:
         """A cache for `need` positions: this one if they fit, else a larger one with the same contents."""
         model = self.model
         context = model.config.context
@@ -271,20 +274,20 @@ class Conversation:
         length = min(length, context)
         chunk = hardware.CHUNK[model.device.platform]
         make = partial(model.init_kv, 1, length, chunk=chunk)
-        way_out = "begin anew with /reset (Conversation.reset), or use a smaller model"
+        hint = "begin anew with /reset (Conversation.reset), or use a smaller model"
         needed = params.nbytes(jax.eval_shape(make)) // generation.memories(model)[1]
-        hardware.require(needed, model.device, f"{length:,} tokens of conversation", way_out)
+        hardware.require(needed, model.device, f"{length:,} tokens of conversation", hint)
         if kv is None:
             return make()
-        return engine.grow(model, kv, length, chunk)
+        return engine.resize_cache(model, kv, length, chunk)
 
 
-def _given(options: Options) -> dict[str, Any]:
+def _given(options: SamplingParams) -> dict[str, Any]:
     """The options that are not at their default."""
     return {f.name: v for f in fields(options) if (v := getattr(options, f.name)) != f.default}
 
 
-def holds(kv: caches.Cache, windows: tuple[int | None, ...], m: int) -> bool:
+def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bool:
     """Whether the cache of one row has all that tokens from position m on look back to.
 
     A layer with window W needs positions m - W + 1 to m - 1. Once its ring of W + C - 1 slots (C: chunk) has been
@@ -293,7 +296,7 @@ def holds(kv: caches.Cache, windows: tuple[int | None, ...], m: int) -> bool:
     what was said before and is now dropped) do no harm: no query before such a position sees it, and when a query has
     come that far, its slot has been written anew.
     """
-    at = {int(S): np.asarray(positions)[0] for S, positions in kv.at.items()}
+    at = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
     for window, S in {(window, w["k"].shape[2]) for window, w in zip(windows, kv.layers, strict=True)}:
         needed = np.arange(0 if window is None else max(0, m - window + 1), m)
         if (at[S][needed % S] != needed).any():

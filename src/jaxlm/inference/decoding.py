@@ -32,7 +32,7 @@ class State(NamedTuple):
     bias: jax.Array | None  # [B,V] float32, None where no row has one
 
 
-class Made(NamedTuple):
+class StepOutput(NamedTuple):
     """What a program hands to the host: tokens [n,B] int32, and when asked for the log-probability of each [n,B], the
     likeliest ids [n,B,k] and their log-probabilities [n,B,k]."""
 
@@ -40,10 +40,10 @@ class Made(NamedTuple):
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
-def held(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
+def constrain_state(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
     """`put(array, letters)` over every array of a state: rows over the mesh's `data`, vocabulary over `model`."""
     rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
-    return rest if state.kv is None else rest._replace(kv=caches.held(state.kv, put))
+    return rest if state.kv is None else rest._replace(kv=caches.map_arrays(state.kv, put))
 
 
 NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
@@ -57,17 +57,21 @@ def bucket(n: int, least: int = 16) -> int:
     return power * 3 // 4 if power > least and n <= power * 3 // 4 else power
 
 
-def prefill(family: Any, cfg: Any, weights: Any, kv: caches.Cache, last: jax.Array, tokens: jax.Array, pos: jax.Array):
+def prefill(
+    family: Any, cfg: Any, weights: Any, kv: caches.KVCache, last: jax.Array, tokens: jax.Array, pos: jax.Array
+):
     """One chunk of prompts: tokens, pos [B,T] int32 (-1: padding) -> the cache with the chunk in it, and the hidden
     states [B,D] of each row's newest token; rows without a token here keep theirs in `last`."""
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     x = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
-    kv = caches.held(kv, mesh.constrain)
+    kv = caches.map_arrays(kv, mesh.constrain)
     return kv, mesh.constrain(jnp.where((pos >= 0).any(axis=1)[:, None], x, last), "BD")
 
 
-def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array) -> tuple[State, Made]:
+def sample_token(
+    family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array
+) -> tuple[State, StepOutput]:
     """The next token of each row from its newest hidden state x [B,D]; k: how many likeliest tokens to report."""
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
     pos = state.pos + 1
@@ -76,16 +80,18 @@ def pick(family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: ja
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
-    made = jax.tree.map(lambda a: mesh.constrain(a[None], ""), Made(token, chosen))  # every process reads all of it
-    return held(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
+    made = jax.tree.map(
+        lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen)
+    )  # every process reads all of it
+    return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
 
 
-def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: State) -> tuple[State, Made]:
+def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: State) -> tuple[State, StepOutput]:
     """`steps` tokens of every row."""
 
-    def one(state: State, _: Any) -> tuple[State, Made]:
+    def one(state: State, _: Any) -> tuple[State, StepOutput]:
         x, kv = family.forward(cfg, state.token[:, None], weights, state.kv, state.pos[:, None])
-        return pick(family, cfg, k, weights, state._replace(kv=kv), x[:, 0])
+        return sample_token(family, cfg, k, weights, state._replace(kv=kv), x[:, 0])
 
     if steps == 1:
         return one(state, None)
@@ -98,7 +104,7 @@ def insert(state: State, rows: jax.Array, part: State) -> State:
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
     state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
-    return held(state, mesh.constrain)
+    return constrain_state(state, mesh.constrain)
 
 
 @cache
@@ -107,7 +113,7 @@ def compiled_for(family: Any, cfg: Any) -> dict[Any, Any]:
     return {}
 
 
-class Programs:
+class CompiledSteps:
     """Compiled programs of one model, by what they were compiled for. `notify(name)` is called before a compilation
     and `notify(name, seconds)` after."""
 
@@ -121,7 +127,7 @@ class Programs:
         return self._get("prefill", partial(prefill, self.family, self.cfg), (), (1, 2), args)
 
     def pick(self, k: int | None, *args: Any) -> Callable[..., Any]:
-        return self._get("first token", partial(pick, self.family, self.cfg, k), (k,), (1,), args)
+        return self._get("first token", partial(sample_token, self.family, self.cfg, k), (k,), (1,), args)
 
     def step(self, k: int | None, steps: int, *args: Any) -> Callable[..., Any]:
         return self._get("decode", partial(step, self.family, self.cfg, k, steps), (k, steps), (1,), args)
@@ -130,7 +136,7 @@ class Programs:
         return self._get("insert", insert, (), (0,), args)
 
     def grow(self, *args: Any) -> Callable[..., Any]:
-        return self._get("larger cache", caches.grow, (), (0,), args)
+        return self._get("larger cache", caches.resize_cache, (), (0,), args)
 
     def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
@@ -140,7 +146,7 @@ class Programs:
             start = time.perf_counter()
             options = hardware.COMPILER_OPTIONS.get(next(iter(leaves[0].sharding.device_set)).platform)
             program = jax.jit(function, donate_argnums=donate, compiler_options=options)
-            with mesh.on(args):
+            with mesh.use_mesh_of(args):
                 self.compiled[key] = program.lower(*args).compile()
             seconds = time.perf_counter() - start
             self.seconds += seconds

@@ -18,14 +18,14 @@ import numpy as np
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import decoding, sampling
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.nn import kv_cache as caches
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
 
-ROOM = 512  # tokens behind the longest prompt for which a cache has slots from the start
+HEADROOM = 512  # tokens behind the longest prompt for which a cache has slots from the start
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Request:
     """One prompt and what is asked for it; `finished` is set by the engine, or by the reader to end it early."""
 
     ids: list[int]
-    options: Options  # resolved: every number is there
+    options: SamplingParams  # resolved: every number is there
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     key: Any = None  # typed PRNG key
@@ -67,42 +67,42 @@ class _Row:
 
 def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Token]:
     """Decodes all requests, at most `slots` at once, and yields their tokens. Stop tokens are yielded too."""
-    slots = mesh.rounded(min(slots, len(requests)), model.mesh)
+    slots = mesh.round_up_batch(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
-    flight: deque[tuple[decoding.Made, list[tuple[int, int]]]] = deque()
+    flight: deque[tuple[decoding.StepOutput, list[tuple[int, int]]]] = deque()
     lengths = cache_lengths(requests)
     state, k = empty_state(model, requests, slots, lengths[0])
     steps = hardware.STEPS[model.device.platform]
     while True:
-        rows = _unfinished(rows, requests)
+        rows = _drop_finished(rows, requests)
         free = [i for i, row in enumerate(rows) if row is None]
         if waiting and free:
-            batch = _alike(waiting, requests, len(free))
-            state, made = _join(model, [requests[i] for i in batch], free[: len(batch)], state, k)
+            batch = _same_bucket(waiting, requests, len(free))
+            state, made = admit(model, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
             flight.append((made, list(enumerate(batch))))
             while flight:  # a first token is shown at once, not after the next program is compiled or done
-                yield from read(requests, *flight.popleft())
-            rows = _unfinished(rows, requests)
+                yield from fetch_tokens(requests, *flight.popleft())
+            rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
             last = max(row.pos + min(steps, row.left) for _, row in busy)  # what is past the last wanted token drops
             if last > state.kv.length:
                 longer = next(length for length in lengths if length >= last)
-                state = state._replace(kv=grow(model, state.kv, longer, 1))
+                state = state._replace(kv=resize_cache(model, state.kv, longer, 1))
             state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
             flight.append((made, [(i, row.request) for i, row in busy]))
             for _, row in busy:
                 row.pos, row.left = row.pos + steps, row.left - steps
         if len(flight) > 1 or (flight and not busy):
-            yield from read(requests, *flight.popleft())
+            yield from fetch_tokens(requests, *flight.popleft())
         elif not flight and not waiting:
             return
 
 
-def _alike(waiting: deque[int], requests: Sequence[Request], most: int) -> list[int]:
+def _same_bucket(waiting: deque[int], requests: Sequence[Request], most: int) -> list[int]:
     """Takes the next request, and others whose prompts share its length bucket: a batch is padded to its longest."""
     size = decoding.bucket(len(requests[waiting[0]].ids))
     batch = [i for i in waiting if decoding.bucket(len(requests[i].ids)) == size][:most]
@@ -111,12 +111,14 @@ def _alike(waiting: deque[int], requests: Sequence[Request], most: int) -> list[
     return batch
 
 
-def _unfinished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
+def _drop_finished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
     """The rows, those whose request has ended made free."""
     return [row if row is not None and not requests[row.request].finished else None for row in rows]
 
 
-def read(requests: Sequence[Request], made: decoding.Made, where: list[tuple[int, int]]) -> Iterator[Token]:
+def fetch_tokens(
+    requests: Sequence[Request], made: decoding.StepOutput, where: list[tuple[int, int]]
+) -> Iterator[Token]:
     """Brings tokens to the host; `where` pairs a row with its request. What a request made after its end is dropped."""
     tokens, logprobs = jax.device_get(made)
     for n in range(tokens.shape[0]):
@@ -146,15 +148,15 @@ def _logprobs(chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Logpro
 def cache_lengths(requests: Sequence[Request]) -> list[int]:
     """The buckets that the cache may have, one after the other: twice as long each time, the last for all tokens."""
     most = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
-    lengths = [decoding.bucket(max(len(r.ids) for r in requests) + ROOM)]
+    lengths = [decoding.bucket(max(len(r.ids) for r in requests) + HEADROOM)]
     while 2 * lengths[-1] <= most:
         lengths.append(2 * lengths[-1])
     return [*lengths[:-1], most]
 
 
-def grow(model: "Model", kv: caches.Cache, length: int, chunk: int) -> caches.Cache:
+def resize_cache(model: "Model", kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
     """A cache of this length with the contents of a shorter one."""
-    rows = next(iter(kv.at.values())).shape[0]
+    rows = next(iter(kv.positions.values())).shape[0]
     args = (model.init_kv(rows, length, chunk=chunk), kv)
     return model.programs.grow(*args)(*args)
 
@@ -165,11 +167,11 @@ def empty_state(
     """A state in which no row is used, with a cache of this length; and how many likeliest tokens to report."""
     asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
     kv = model.init_kv(slots, length, chunk=1)
-    blank = [Request([], NEUTRAL, 1, key=requests[0].key)] * slots
+    blank = [Request([], DEFAULT_PARAMS, 1, key=requests[0].key)] * slots
     return new_rows(model, blank, kv, optional(requests)), max(asked) if asked else None
 
 
-NEUTRAL = Options().resolve({})
+DEFAULT_PARAMS = SamplingParams().resolve({})
 
 
 class Optionals(NamedTuple):
@@ -180,7 +182,7 @@ class Optionals(NamedTuple):
 
 
 def optional(requests: Sequence[Request]) -> Optionals:
-    return Optionals(any(r.options.penalised for r in requests), any(r.options.logit_bias for r in requests))
+    return Optionals(any(r.options.penalized for r in requests), any(r.options.logit_bias for r in requests))
 
 
 def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optionals) -> decoding.State:
@@ -203,13 +205,13 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         counts=counts,
         bias=bias,
     )
-    return decoding.held(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
+    return decoding.constrain_state(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
 
 
-def _join(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
+def admit(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
     """Prefills requests as one batch, makes their first tokens and puts them into `rows` of the state."""
     # Batches come in powers of two; the rows that fill one up repeat the last request and are dropped by `insert`.
-    b = mesh.rounded(1 << (len(requests) - 1).bit_length(), model.mesh)
+    b = mesh.round_up_batch(1 << (len(requests) - 1).bit_length(), model.mesh)
     padded = requests + [requests[-1]] * (b - len(requests))
     target = rows + [state.pos.shape[0]] * (b - len(requests))
     width = max(len(r.ids) for r in requests)

@@ -14,9 +14,9 @@ import jax
 
 from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.inference import decoding, engine
-from jaxlm.inference.prompts import room, split, stop_ids, to_ids
+from jaxlm.inference.prompts import resolve_max_tokens, split_prompts, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of
-from jaxlm.inference.sampling_params import Options, from_kwargs
+from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
 from jaxlm.nn import params
 from jaxlm.processing.detokenizer import TextStream
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Any]
 
 
-class Piece(str):
+class CompletionChunk(str):
     """New text of one answer, as `stream` yields it: a str with what is known so far.
 
     index: which prompt; tokens: the ids behind the text; logprobs: one engine.Logprobs a token when asked for;
@@ -84,34 +84,36 @@ def generate(
     """
     if isinstance(model, str | Path):
         raise ValueError(f"generate takes a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
-    prompts, single = split(prompt)
-    answers: list[list[Piece]] = [[] for _ in prompts]
+    prompts, single = split_prompts(prompt)
+    answers: list[list[CompletionChunk]] = [[] for _ in prompts]
     resolved = resolve(model, options)
     for piece in _stream(model, prompts, resolved, batch_size, template_args or {}):
         answers[piece.index].append(piece)
-    whole = [join(pieces) for pieces in answers]
+    whole = [join_chunks(pieces) for pieces in answers]
     return whole[0] if single else whole
 
 
 def stream(
     model: "Model", prompt: Prompt, *, batch_size: int | None = None, template_args: Any = None, **options: Any
-) -> Iterator[Piece]:
+) -> Iterator[CompletionChunk]:
     """As `generate`, but yields each Piece of text as soon as it is there; pieces of several prompts are told apart
     by their `index`. Never shows half a character, nor the beginning of what may be a stop string."""
-    prompts, _ = split(prompt)
+    prompts, _ = split_prompts(prompt)
     return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
 
 
-def resolve(model: "Model", options: dict[str, Any]) -> Options:
+def resolve(model: "Model", options: dict[str, Any]) -> SamplingParams:
     """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
     where none is given."""
     asked = from_kwargs(**options)
     seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
-    seed = int(distributed.from_first(str(seed))) if asked.seed is None and model.shared else seed
+    seed = int(distributed.broadcast(str(seed))) if asked.seed is None and model.is_multiprocess else seed
     return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
 
 
-def requests_for(model: "Model", prompts: list[Any], options: Options, template_args: Any) -> list[engine.Request]:
+def requests_for(
+    model: "Model", prompts: list[Any], options: SamplingParams, template_args: Any
+) -> list[engine.Request]:
     """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
     that a sequence's text does not depend on what shares its batch."""
     if options.stop and model.tokenizer is None:
@@ -123,7 +125,7 @@ def requests_for(model: "Model", prompts: list[Any], options: Options, template_
     for number, prompt in enumerate(prompts):
         try:
             ids = to_ids(model, prompt, template_args)
-            most = room(model, ids, options.max_tokens)
+            most = resolve_max_tokens(model, ids, options.max_tokens)
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
         key = jax.random.fold_in(seed, repeats[tuple(ids)])
@@ -133,14 +135,14 @@ def requests_for(model: "Model", prompts: list[Any], options: Options, template_
 
 
 def _stream(
-    model: "Model", prompts: list[Any], options: Options, batch_size: int | None, template_args: Any
-) -> Iterator[Piece]:
+    model: "Model", prompts: list[Any], options: SamplingParams, batch_size: int | None, template_args: Any
+) -> Iterator[CompletionChunk]:
     requests = requests_for(model, prompts, options, template_args)
-    if model.shared:
+    if model.is_multiprocess:
         asked = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]
         digest = hashlib.sha256(repr((asked, options, batch_size)).encode()).hexdigest()[:8]
         told = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
-        distributed.agree("what is to be generated", digest, told)
+        distributed.assert_equal("what is to be generated", digest, told)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
@@ -177,7 +179,7 @@ def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
 def memories(model: "Model") -> tuple[int, int]:
     """Over how many memories rows are divided, and kv heads. Virtual devices of a CPU share one."""
     over = None if model.device.platform == "cpu" else model.mesh
-    return (1, 1) if over is None else (over.shape[mesh.DATA], mesh.parts("K", (model.config.K,), over))
+    return (1, 1) if over is None else (over.shape[mesh.DATA], mesh.num_shards("K", (model.config.K,), over))
 
 
 def kv_bytes(model: "Model", length: int) -> int:
@@ -199,7 +201,7 @@ class Answer:
         self.programs = model.programs
         self.compiled = [model.programs.seconds] * 2  # when the request began, and when its first token was there
 
-    def add(self, token: engine.Token) -> Piece | None:
+    def add(self, token: engine.Token) -> CompletionChunk | None:
         """The text that this token sets free; None while there is none to show."""
         request = self.request
         if request.made == 1:
@@ -221,8 +223,8 @@ class Answer:
             return None
         return self._piece(text)
 
-    def _piece(self, text: str) -> Piece:
-        request, piece = self.request, Piece(text)
+    def _piece(self, text: str) -> CompletionChunk:
+        request, piece = self.request, CompletionChunk(text)
         before, after = self.compiled[1] - self.compiled[0], self.programs.seconds - self.compiled[1]
         seconds = time.perf_counter() - request.first - after
         piece.index = self.index
@@ -237,7 +239,7 @@ class Answer:
         return piece
 
 
-def join(pieces: list[Piece]) -> Completion:
+def join_chunks(pieces: list[CompletionChunk]) -> Completion:
     """The pieces of one answer as one."""
     whole, last = Completion("".join(pieces)), pieces[-1]
     whole.tokens = [token for piece in pieces for token in piece.tokens]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlm.inference.sampling_params import Options
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.processing.tokenizer import Tokenizer, eos_ids
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 256  # when max_tokens is not given and the context has room
 
 
-def split(prompt: Any) -> tuple[list[Any], bool]:
+def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether it was only one."""
     if isinstance(prompt, str):
         return [prompt], True
@@ -66,7 +66,7 @@ def _whole_numbers(prompt: Any) -> list[int]:
         ) from None
 
 
-def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
+def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -> int:
     """How many tokens may be made after `ids`; ValueError where the context has no room for them."""
     context = model.config.context
     left = context - len(ids)
@@ -80,7 +80,7 @@ def room(model: "Model", ids: list[int], max_tokens: int | None) -> int:
     return max_tokens or min(model.generation_config.get("max_new_tokens") or DEFAULT_TOKENS, left)
 
 
-def stop_ids(model: "Model", options: Options) -> frozenset[int]:
+def stop_ids(model: "Model", options: SamplingParams) -> frozenset[int]:
     """The tokens that end an answer: the options', and unless these say ignore_eos the model's own. Those are what
     model.generation_config names, the tokenizer's and the one that closes a turn in its chat template."""
     asked = options.stop_token_ids

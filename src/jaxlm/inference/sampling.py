@@ -26,7 +26,7 @@ from jax import lax
 from jaxlm.devices import mesh
 
 if TYPE_CHECKING:
-    from jaxlm.inference.sampling_params import Options
+    from jaxlm.inference.sampling_params import SamplingParams
 
 # Above every logit, and far enough below float32's limit that a quotient of the two rounds to no infinity.
 HUGE = 2.0**126
@@ -44,7 +44,7 @@ class Sampling(NamedTuple):
     frequency_penalty: jax.Array  # float32 (0), subtracted once for each time it was generated
 
     @classmethod
-    def of(cls, rows: Sequence[Options]) -> Sampling:
+    def of(cls, rows: Sequence[SamplingParams]) -> Sampling:
         """One row for each of the resolved `rows`."""
         kinds = {name: np.int32 if name == "top_k" else np.float32 for name in cls._fields}
         return cls(*(jnp.asarray(np.array([getattr(row, name) for row in rows], kinds[name])) for name in cls._fields))
@@ -89,7 +89,7 @@ def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarra
     return out
 
 
-def penalise(logits: jax.Array, s: Sampling, counts: Counts) -> jax.Array:
+def penalize(logits: jax.Array, s: Sampling, counts: Counts) -> jax.Array:
     """Logits [B, V] after the repetition penalty (prompt and generated), presence and frequency (generated only)."""
     repetition = s.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
@@ -107,7 +107,7 @@ def process(logits: jax.Array, s: Sampling, counts: Counts | None = None, bias: 
     if bias is not None:
         logits = logits + bias
     if counts is not None:
-        logits = penalise(logits, s, counts)
+        logits = penalize(logits, s, counts)
     drawn = s.temperature > 0
     return lax.cond(jnp.any(drawn), lambda x: jnp.where(drawn[:, None], _filtered(x, s), x), lambda x: x, logits)
 
@@ -148,7 +148,7 @@ def logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> tuple[jax.Array, j
 def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     """The n largest of each row [B, n] and their places; of equal ones the first. On a mesh every device offers the n
     largest of its part, so that nothing but those is gathered."""
-    places = mesh.divided("BV", x.shape)
+    places = mesh.traced_spec("BV", x.shape)
     if len(places) < 2:
         return lax.top_k(x, n)
     rows, axes = places
@@ -170,19 +170,19 @@ def _filtered(x: jax.Array, s: Sampling) -> jax.Array:
     x = jnp.minimum(x, HUGE)
     x /= jnp.maximum(jnp.where(drawn, s.temperature, 1.0)[:, None], jnp.max(x, -1, keepdims=True) / HUGE)
     by_k = drawn & (s.top_k > 0) & (s.top_k < x.shape[1])
-    x = _cut(x, by_k, lambda x: _floor(x, jnp.int32(1), s.top_k))
-    x = _cut(x, drawn & (s.top_p < 1), lambda x: _floor_of_share(x, s.top_p))
+    x = _mask_below(x, by_k, lambda x: _kth_threshold(x, jnp.int32(1), s.top_k))
+    x = _mask_below(x, drawn & (s.top_p < 1), lambda x: _top_p_threshold(x, s.top_p))
     return jnp.where(x < jnp.max(x, -1, keepdims=True) + jnp.log(s.min_p)[:, None], -jnp.inf, x)
 
 
-def _cut(x: jax.Array, rows: jax.Array, floor: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _mask_below(x: jax.Array, rows: jax.Array, floor: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """-inf below the floor [B] in `rows` [B]; the floor is computed only where some row wants it."""
     lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
     at = lax.cond(jnp.any(rows), lambda x: jnp.where(rows, floor(x), lowest), lambda x: lowest, x)
     return jnp.where(x < at[:, None], -jnp.inf, x)
 
 
-def _floor(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+def _kth_threshold(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
     """The largest value of each row whose logits at or above it weigh `target` [B] int32 together.
 
     `weight` [B, V] int32, or one for all. Built from the highest bit down over the bit patterns, which order as the
@@ -201,7 +201,7 @@ def _floor(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.where(found < sign, ~found, found ^ sign), jnp.float32)
 
 
-def _floor_of_share(x: jax.Array, share: jax.Array) -> jax.Array:
+def _top_p_threshold(x: jax.Array, share: jax.Array) -> jax.Array:
     """The largest value of each row whose logits at or above it hold `share` [B] of its probability.
 
     Probabilities are rounded to multiples of 2^-30. Measured at V = 262,144, the kept share was off by at most 3e-6 in
@@ -216,7 +216,7 @@ def _floor_of_share(x: jax.Array, share: jax.Array) -> jax.Array:
     mass = jnp.round(weight * (2.0**30 / total)).astype(jnp.int32)
     whole = jnp.sum(mass, -1, dtype=jnp.int32)
     target = jnp.ceil(whole.astype(jnp.float32) * share).astype(jnp.int32)
-    return _floor(x, mass, jnp.clip(target, 1, whole))
+    return _kth_threshold(x, mass, jnp.clip(target, 1, whole))
 
 
 def _gumbel(key: jax.Array, size: int) -> jax.Array:

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 # Where neither the user nor the model says anything. transformers would add top_k=50 whenever it samples.
-NEUTRAL = {
+DEFAULTS = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
@@ -24,7 +24,7 @@ NEUTRAL = {
 
 
 @dataclass(frozen=True)
-class Options:
+class SamplingParams:
     """How to continue a prompt. What is left at None is the model's own (its generation_config.json), else neutral."""
 
     max_tokens: int | None = None
@@ -60,7 +60,7 @@ class Options:
         object.__setattr__(self, "stop", None if self.stop is None else _tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _tuple(() if self.stop_token_ids is None else self.stop_token_ids))
 
-    def validate(self) -> Options:
+    def validate(self) -> SamplingParams:
         """Itself. ValueError names the first field out of its range, the range, and its flag."""
         for name, (allowed, text) in _RANGES.items():
             value = getattr(self, name)
@@ -68,7 +68,7 @@ class Options:
                 raise ValueError(f"{name}={reprlib.repr(value)}: must be {text} (--{name.replace('_', '-')})")
         return self
 
-    def resolve(self, generation_config: Mapping[str, Any]) -> Options:
+    def resolve(self, generation_config: Mapping[str, Any]) -> SamplingParams:
         """With every sampling number filled in: the user's, else the model's, else the neutral one.
 
         As in transformers, a model samples by itself only where its file says `do_sample`; asking for a temperature,
@@ -78,7 +78,7 @@ class Options:
         """
         self.validate()
         given = {name: value for name, value in generation_config.items() if value is not None}
-        model = {name: given.get(name, neutral) for name, neutral in NEUTRAL.items()}
+        model = {name: given.get(name, neutral) for name, neutral in DEFAULTS.items()}
         model["temperature"] = given.get("temperature", 1.0) if given.get("do_sample") or self._samples() else 0.0
         model["max_tokens"] = given.get("max_new_tokens")
         model["stop"] = given.get("stop_strings", ())
@@ -92,26 +92,28 @@ class Options:
         return bool(self.top_k) or bool(self.min_p) or (self.top_p is not None and self.top_p < 1)
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         """Whether a resolved option needs the tokens so far to be counted."""
         return any(
-            getattr(self, name) != NEUTRAL[name]
+            getattr(self, name) != DEFAULTS[name]
             for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
         )
 
 
-def from_kwargs(**kwargs: Any) -> Options:
+def from_kwargs(**kwargs: Any) -> SamplingParams:
     """Options from keyword arguments, validated.
 
     TypeError, as for any function, for a name that is no option; ValueError for a value out of range.
     """
-    names = [field.name for field in fields(Options)]
+    names = [field.name for field in fields(SamplingParams)]
     for name in kwargs:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            hint = _ELSEWHERE.get(name) or (f"did you mean {close[0]!r}?" if close else f"options: {', '.join(names)}")
+            hint = _OTHER_TOOLS.get(name) or (
+                f"did you mean {close[0]!r}?" if close else f"options: {', '.join(names)}"
+            )
             raise TypeError(f"unknown option {name!r}; {hint}")
-    return Options(**kwargs).validate()
+    return SamplingParams(**kwargs).validate()
 
 
 def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
@@ -119,7 +121,7 @@ def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
 
     A field that is not known here counts unless it is null, false or empty: it may be one of tomorrow's.
     """
-    read = {"do_sample", "temperature", "max_new_tokens", "stop_strings", *NEUTRAL}
+    read = {"do_sample", "temperature", "max_new_tokens", "stop_strings", *DEFAULTS}
     return [
         name
         for name, value in generation_config.items()
@@ -180,7 +182,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 # What users of transformers and of other tools type.
-_ELSEWHERE = {
+_OTHER_TOOLS = {
     "do_sample": "temperature=0 is greedy, a temperature above 0 samples",
     "max_new_tokens": "did you mean 'max_tokens'? (it counts new tokens only)",
     "max_length": "did you mean 'max_tokens'? (it counts new tokens only)",

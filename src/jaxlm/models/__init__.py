@@ -1,7 +1,7 @@
 """The families: which module computes which `model_type` of Hugging Face's config.json.
 
-A family is a module with Config, PARAMS, NORM, UNREAD, forward and logits; llama3.py is the one to read first.
-`register` adds one from outside the package.
+A family is a module with Config, PARAMS, NORM_IDENTITY, IGNORED_PREFIXES, forward and logits; llama3.py is the one to
+read first. `register` adds one from outside the package.
 """
 
 from functools import partial

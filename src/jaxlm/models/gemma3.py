@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models.config import Fields, read_rope
-from jaxlm.nn import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
 from jaxlm.nn.params import period
 
 
@@ -39,7 +39,7 @@ class Config:
         if "text_config" in hf:  # the models that also see; their language half
             outer = Fields(hf, allow)
             text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **outer.section("text_config")}
-            for name in SEEING:
+            for name in VISION_FIELDS:
                 outer(name, None)
             outer.done(None)
         f = Fields(text, allow)
@@ -57,9 +57,10 @@ class Config:
 
 
 # Fields of the outer config of the models that see.
-SEEING = ("text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id",
+VISION_FIELDS = ("text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index",
+"image_token_id",
           "mm_tokens_per_image", "tie_word_embeddings")  # fmt: skip
-NORM = 0.0  # a norm weight that changes nothing
+NORM_IDENTITY = 0.0  # a norm weight that changes nothing
 norm = partial(rms_norm, offset=1.0)
 
 
@@ -87,14 +88,16 @@ PARAMS = {
     "head": ("VD", "lm_head.weight", "language_model.lm_head.weight"),
 }
 # Tensors of the half that sees: known by their beginnings, not read yet.
-UNREAD = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
+IGNORED_PREFIXES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
 
 
 def layer(cfg, pos, freqs, window, x, w, cache):
     h = norm(x, w["attn_norm"], cfg.eps)
     q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), h, (w["q"], w["k"], w["v"]))
     q, k = norm(q, w["q_norm"], cfg.eps), norm(k, w["k_norm"], cfg.eps)
-    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache, window=window, scale=cfg.scale)
+    a, cache = attend(
+        apply_rope(q, pos, freqs), apply_rope(k, pos, freqs), v, pos, cache, window=window, scale=cfg.scale
+    )
     x += norm(einsum("BTNH,DNH->BTD", a, w["o"]), w["attn_out_norm"], cfg.eps)
     h = norm(x, w["mlp_norm"], cfg.eps)
     gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), h, (w["gate"], w["up"]))
@@ -108,7 +111,7 @@ def forward(cfg, tokens, w, cache, pos, **how):
     x *= jnp.asarray(cfg.D**0.5, x.dtype)
     wide, local = frequencies(cfg.rope, cfg.H), frequencies(cfg.local_rope, cfg.H)
     layers = [partial(layer, cfg, pos, local if window else wide, window) for window in period(cfg.windows)]
-    x, cache = fold(layers, x, w["layers"], cache, pos, **how)
+    x, cache = scan_layers(layers, x, w["layers"], cache, pos, **how)
     return norm(x, w["norm"], cfg.eps), cache
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 
 from jaxlm.models.config import Fields
-from jaxlm.nn import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config:
         return (None,) * self.L
 
 
-NORM = 1.0  # a norm weight that changes nothing
+NORM_IDENTITY = 1.0  # a norm weight that changes nothing
 
 PARAMS = {
     "embed": ("VD", "model.embed_tokens.weight"),
@@ -58,13 +58,13 @@ PARAMS = {
     "norm": ("D", "model.norm.weight"),
     "head": ("VD", "lm_head.weight"),
 }
-UNREAD = ()  # beginnings of tensor names that are known and not used
+IGNORED_PREFIXES = ()  # beginnings of tensor names that are known and not used
 
 
 def layer(cfg, pos, freqs, x, w, cache):
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), h, (w["q"], w["k"], w["v"]))
-    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache)
+    a, cache = attend(apply_rope(q, pos, freqs), apply_rope(k, pos, freqs), v, pos, cache)
     x += einsum("BTNH,DNH->BTD", a, w["o"])
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), h, (w["gate"], w["up"]))
@@ -75,7 +75,7 @@ def forward(cfg, tokens, w, cache, pos, **how):
     """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
     x = embed(tokens, w["embed"])
     period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
-    x, cache = fold(period, x, w["layers"], cache, pos, **how)
+    x, cache = scan_layers(period, x, w["layers"], cache, pos, **how)
     return rms_norm(x, w["norm"], cfg.eps), cache
 
 

@@ -1,7 +1,7 @@
 """OLMo 2 (OLMo team 2025, arXiv:2501.00656).
 
 Llama's layer with the norms moved: none before attention and MLP, one after each, on the branch alone; and queries and
-keys are normalised over all their heads at once (N * H numbers), before the rotation.
+keys are normalized over all their heads at once (N * H numbers), before the rotation.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from functools import partial
 import jax
 
 from jaxlm.models.config import Fields
-from jaxlm.nn import Rope, attend, einsum, embed, fold, frequencies, rms_norm, rope
+from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
         return (None,) * self.L
 
 
-NORM = 1.0  # a norm weight that changes nothing
+NORM_IDENTITY = 1.0  # a norm weight that changes nothing
 
 PARAMS = {
     "embed": ("VD", "model.embed_tokens.weight"),
@@ -59,13 +59,13 @@ PARAMS = {
     "norm": ("D", "model.norm.weight"),
     "head": ("VD", "lm_head.weight"),
 }
-UNREAD = ()  # beginnings of tensor names that are known and not used
+IGNORED_PREFIXES = ()  # beginnings of tensor names that are known and not used
 
 
 def layer(cfg, pos, freqs, x, w, cache):
     q, k, v = einsum(("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"), x, (w["q"], w["k"], w["v"]))
     q, k = rms_norm(q, w["q_norm"], cfg.eps, axes=2), rms_norm(k, w["k_norm"], cfg.eps, axes=2)
-    a, cache = attend(rope(q, pos, freqs), rope(k, pos, freqs), v, pos, cache)
+    a, cache = attend(apply_rope(q, pos, freqs), apply_rope(k, pos, freqs), v, pos, cache)
     x += rms_norm(einsum("BTNH,DNH->BTD", a, w["o"]), w["attn_norm"], cfg.eps)
     gate, up = einsum(("BTD,FD->BTF", "BTD,FD->BTF"), x, (w["gate"], w["up"]))
     return x + rms_norm(einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, w["down"]), w["mlp_norm"], cfg.eps), cache
@@ -75,7 +75,7 @@ def forward(cfg, tokens, w, cache, pos, **how):
     """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
     x = embed(tokens, w["embed"])
     period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
-    x, cache = fold(period, x, w["layers"], cache, pos, **how)
+    x, cache = scan_layers(period, x, w["layers"], cache, pos, **how)
     return rms_norm(x, w["norm"], cfg.eps), cache
 
 

@@ -6,7 +6,7 @@ Everything here takes arrays and scalars, never a config, and speaks the alphabe
 from jaxlm.nn.attention import attend
 from jaxlm.nn.linear import einsum, embed
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.rope import Rope, frequencies, rope
-from jaxlm.nn.scan_layers import fold
+from jaxlm.nn.rope import Rope, apply_rope, frequencies
+from jaxlm.nn.scan_layers import scan_layers
 
-__all__ = ["Rope", "attend", "einsum", "embed", "fold", "frequencies", "rms_norm", "rope"]
+__all__ = ["Rope", "apply_rope", "attend", "einsum", "embed", "frequencies", "rms_norm", "scan_layers"]

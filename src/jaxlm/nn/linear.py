@@ -21,7 +21,7 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     return mesh.constrain(product(spec, x, w).astype(dtype or x.dtype), spec.split("->")[1])
 
 
-class Form(ABC):
+class WeightForm(ABC):
     """A weight in another form than one array: a pytree node with its own rule for products."""
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Form(ABC):
 
 def product(spec: str, x: jax.Array, w: Any) -> jax.Array:
     """One product with a weight in any form, float32 out."""
-    if isinstance(w, Form):
+    if isinstance(w, WeightForm):
         return w.product(spec, x)
     if not mesh.active():
         return multiply(spec, x, w.astype(x.dtype))
@@ -50,7 +50,7 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     if mesh.active():
         return _product(spec, x, w)
     if x.shape[:2] == (1, 1):
-        return jax.lax.platform_dependent(x, w, cpu=partial(_one_row, spec), default=partial(_product, spec))
+        return jax.lax.platform_dependent(x, w, cpu=partial(_single_row, spec), default=partial(_product, spec))
     # Rows as one axis: with two, gradients on CPU take up to 1.5 times as long.
     y = _product(spec.replace("BT", "B"), x.reshape(-1, *x.shape[2:]), w)
     return y.reshape(*x.shape[:2], *y.shape[1:])
@@ -61,12 +61,12 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _one_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _single_row(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """The product of a single token on CPU, at the rate at which memory is read.
 
     XLA reads a weight once, converting as it goes, where a vector meets the transpose of float32 rows and nothing is
     fused onto the result (jax 0.12 also wants devices.COMPILER_OPTIONS); otherwise it first writes the whole weight as
-    float32. reduce_precision to float32's own bits changes nothing and keeps the neighbours off.
+    float32. reduce_precision to float32's own bits changes nothing and keeps the neighbors off.
     """
     inputs, out = spec.split("->")
     summed = inputs.split(",")[0][2:]

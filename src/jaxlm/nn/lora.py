@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import params
-from jaxlm.nn.linear import Form, product
+from jaxlm.nn.linear import WeightForm, product
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Lora(Form):
+class Lora(WeightForm):
     """w + scale * b a, which is never formed (eq. 3; scale is its alpha / r).
 
     For w of the letters NHD, a is [r,D] and b [N,H,r]: a has the letters that the product sums, b the others. With a
@@ -65,12 +65,12 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def products(table: params.Table, cfg: Any) -> Iterator[params.Row]:
+def products(table: params.Table, cfg: Any) -> Iterator[params.TensorSpec]:
     """The weights that can be adapted: those that are multiplied by, not looked up in."""
-    return (row for row in params.rows(table, cfg) if row.path != "embed" and row.letters not in params.NORMS)
+    return (row for row in params.tensors(table, cfg) if row.path != "embed" and row.letters not in params.NORMS)
 
 
-def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[params.Row]:
+def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[params.TensorSpec]:
     """The weights of these names: ours (`q`), a checkpoint's (`q_proj`, `lm_head`), or `all-linear` for every product
     of the layers. ValueError for a name that is none, with those that are."""
     found, left = [], set(names)
@@ -89,7 +89,7 @@ def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[param
     return found
 
 
-def init(rows: Collection[params.Row], L: int, rank: int, scale: float, key: jax.Array) -> dict[str, Any]:
+def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, key: jax.Array) -> dict[str, Any]:
     """An adapter of these weights in a model of L layers that changes nothing yet: a is uniform within PEFT's bound of
     1 / sqrt(inputs), b zero. float32."""
     adapter: dict[str, Any] = {"layers": [{} for _ in range(L)]}
@@ -101,9 +101,9 @@ def init(rows: Collection[params.Row], L: int, rank: int, scale: float, key: jax
     return adapter
 
 
-def halves(row: params.Row, rank: int) -> tuple[params.Row, params.Row]:
+def halves(row: params.TensorSpec, rank: int) -> tuple[params.TensorSpec, params.TensorSpec]:
     """a and b beside a weight: its row with their letters and shapes."""
-    inputs = params.inputs(row.letters)
+    inputs = params.summed_letters(row.letters)
     split = len(row.letters) - len(inputs)
     return (
         row._replace(letters=f"r{inputs}", shape=(rank, *row.shape[split:])),

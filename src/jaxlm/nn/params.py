@@ -2,7 +2,7 @@
 
 A row is `our path: (letters, checkpoint name, further spellings …)`. Paths that begin with `layers.` stand for one
 weight a layer, and `{}` in the name for the layer's number. Letters give the shape through the config's sizes, in the
-order in which the checkpoint stores it; a checkpoint writes neighbouring head letters (NH, KH) as one axis.
+order in which the checkpoint stores it; a checkpoint writes neighboring head letters (NH, KH) as one axis.
 """
 
 import math
@@ -17,17 +17,17 @@ Table = Mapping[str, tuple[str, ...]]
 NORMS = ("D", "H", "NH", "KH")  # letters of what is multiplied element by element
 
 
-class Row(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor: our path (`layers.3.q`), its letters, its shape here and in a checkpoint, and its possible names."""
 
     path: str
     letters: str
     shape: tuple[int, ...]
-    stored: tuple[int, ...]
+    stored_shape: tuple[int, ...]
     names: tuple[str, ...]
 
 
-def rows(table: Table, cfg: Any) -> Iterator[Row]:
+def tensors(table: Table, cfg: Any) -> Iterator[TensorSpec]:
     """Every tensor of a model, in the table's order; a tied head is none of its own."""
     for path, (letters, *names) in table.items():
         if path == "head" and cfg.tied:
@@ -35,13 +35,13 @@ def rows(table: Table, cfg: Any) -> Iterator[Row]:
         shape = tuple(getattr(cfg, letter) for letter in letters)
         stored = tuple(math.prod(getattr(cfg, x) for x in axis) for axis in _axes(letters))
         if not path.startswith("layers."):
-            yield Row(path, letters, shape, stored, tuple(names))
+            yield TensorSpec(path, letters, shape, stored, tuple(names))
             continue
         for i in range(cfg.L):
-            yield Row(path.replace("layers.", f"layers.{i}.", 1), letters, shape, stored, spelled(names, i))
+            yield TensorSpec(path.replace("layers.", f"layers.{i}.", 1), letters, shape, stored, format_names(names, i))
 
 
-def spelled(names: Sequence[str], layer: int) -> tuple[str, ...]:
+def format_names(names: Sequence[str], layer: int) -> tuple[str, ...]:
     return tuple(name.format(layer) for name in names)
 
 
@@ -79,12 +79,12 @@ def get(weights: Mapping[str, Any], path: str) -> Any:
 def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """The weights as jax.ShapeDtypeStruct: nothing is allocated."""
     weights: dict[str, Any] = {}
-    for row in rows(table, cfg):
+    for row in tensors(table, cfg):
         put(weights, row.path, jax.ShapeDtypeStruct(row.shape, dtype))
     return weights
 
 
-def inputs(letters: str) -> str:
+def summed_letters(letters: str) -> str:
     """Those of a weight's letters over which its product sums: they come last."""
     return _axes(letters.lstrip("L"))[-1]
 
@@ -96,7 +96,7 @@ def letters(table: Table, weights: Any) -> Any:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
         if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b"):  # of a Lora
-            last = inputs(own)
+            last = summed_letters(own)
             own = f"r{last}" if path[-1].name == "a" else f"{own.removesuffix(last)}r"
         return "L" * ("stacked" in names) + own
 
@@ -107,11 +107,11 @@ def init(table: Table, cfg: Any, key: jax.Array, neutral: float, dtype: Any = jn
     """Random weights: norms at their neutral value, the embedding with deviation 1 / sqrt(D) (so that a tied head
     gives logits of deviation 1), every product with deviation 1 / sqrt(inputs)."""
     weights: dict[str, Any] = {}
-    for i, row in enumerate(rows(table, cfg)):
+    for i, row in enumerate(tensors(table, cfg)):
         if row.path.endswith("norm"):
             value = jnp.full(row.shape, neutral, dtype)
         else:
-            inputs = row.stored[-1]
+            inputs = row.stored_shape[-1]
             value = (jax.random.normal(jax.random.fold_in(key, i), row.shape) * inputs**-0.5).astype(dtype)
         put(weights, row.path, value)
     return weights
@@ -119,10 +119,10 @@ def init(table: Table, cfg: Any, key: jax.Array, neutral: float, dtype: Any = jn
 
 def count(table: Table, cfg: Any) -> int:
     """How many parameters a model has; a tied head counts once."""
-    return sum(math.prod(row.shape) for row in rows(table, cfg))
+    return sum(math.prod(row.shape) for row in tensors(table, cfg))
 
 
-def elements(weights: Any) -> int:
+def num_elements(weights: Any) -> int:
     """How many numbers a tree holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
 
@@ -149,6 +149,6 @@ def stack(weights: dict[str, Any], period: int = 1) -> dict[str, Any]:
 
 def unstack(weights: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `stack`."""
-    from jaxlm.nn.scan_layers import unstacked
+    from jaxlm.nn.scan_layers import unstack_layers
 
-    return {**weights, "layers": unstacked(weights["layers"])}
+    return {**weights, "layers": unstack_layers(weights["layers"])}

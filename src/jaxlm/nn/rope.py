@@ -73,7 +73,7 @@ _STRETCH = {
 TYPES = tuple(_STRETCH)
 
 
-def rope(x: jax.Array, pos: jax.Array, freqs: Frequencies) -> jax.Array:
+def apply_rope(x: jax.Array, pos: jax.Array, freqs: Frequencies) -> jax.Array:
     """Rotates each head of x [B,T,N,H] by its position [B,T]; pair i is (x[i], x[i + H/2]), Hugging Face's order.
 
     Angles are float32 elementwise products: a reduced-precision product would be wrong by radians at long positions.

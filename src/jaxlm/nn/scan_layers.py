@@ -8,19 +8,19 @@ import jax
 
 from jaxlm.nn import kv_cache as caches
 
-Layer = Callable[[jax.Array, dict[str, Any], caches.Slots | None], tuple[jax.Array, caches.Slots | None]]
+Layer = Callable[[jax.Array, dict[str, Any], caches.LayerCache | None], tuple[jax.Array, caches.LayerCache | None]]
 
 
-def fold(
+def scan_layers(
     period: Sequence[Layer],
     x: jax.Array,
     layers: Any,
-    cache: caches.Cache | None,
+    cache: caches.KVCache | None,
     pos: jax.Array,
     *,
     remat: Any = None,
     hidden: list[jax.Array] | None = None,
-) -> tuple[jax.Array, caches.Cache | None]:
+) -> tuple[jax.Array, caches.KVCache | None]:
     """Sends the residual stream x [B,T,D] through `layers`; layer i is computed by period[i % len(period)].
 
     layers is a list of weight dicts (unrolled), or {"stacked": [one dict a place of the period, each leaf with a
@@ -34,7 +34,7 @@ def fold(
     if hidden is not None:
         hidden.append(x)
     if isinstance(layers, dict) and cache is not None:
-        layers = unstacked(layers)
+        layers = unstack_layers(layers)
     if isinstance(layers, dict):
         x = _scan(period, x, layers["stacked"], hidden)
         layers = layers["rest"]
@@ -64,7 +64,7 @@ def _scan(period: Sequence[Layer], x: jax.Array, stacked: list[Any], hidden: lis
     return x
 
 
-def unstacked(layers: dict[str, Any]) -> list[Any]:
+def unstack_layers(layers: dict[str, Any]) -> list[Any]:
     """The list form of stacked layers."""
     leaves = jax.tree.leaves(layers["stacked"])
     count = leaves[0].shape[0] if leaves else 0

@@ -67,7 +67,7 @@ class TextStream:
             return ""
         raw = self._bytes_of(token)
         text = self._utf8.decode(raw or b"", final=raw is None)
-        if raw is None:  # a token's text is what it adds to its neighbour's: decoders strip the space of a lone token
+        if raw is None:  # a token's text is what it adds to its neighbor's: decoders strip the space of a lone token
             before = self._tokenizer.decode(self._before, skip_special=False)
             text += self._tokenizer.decode([*self._before, token_id], skip_special=False)[len(before) :]
         self._before = [token_id]
@@ -134,7 +134,7 @@ def _byte_level(token: str) -> bytes:
     alphabet = _byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
-    return token.encode()  # an added token, spelt as it is
+    return token.encode()  # an added token, spelled as it is
 
 
 def _byte_fallback(token: str) -> bytes | None:

@@ -23,9 +23,9 @@ class Data:
     """Of a hub dataset that has several configurations."""
     revision: str | None = None
     """Of a hub dataset: branch, tag or commit."""
-    form: str | None = None
+    format: str | None = None
     """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
-    learn: Literal["assistant", "completion", "all"] | None = None
+    train_on: Literal["assistant", "completion", "all"] | None = None
     """Which tokens count; default: answers where there are any, else all."""
     text_field: str = "text"
     """Field of a row that is a text."""
@@ -44,7 +44,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class Optimizer:
     """How weights follow their gradients."""
 
     name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
@@ -105,7 +105,7 @@ class Run:
     """Adapter in PEFT's format to go on from."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: Data = field(default_factory=Data)
-    optimiser: Optimiser = field(default_factory=Optimiser)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int = 0
     """Steps in all; 0: as many as `epochs` says, or 1000."""
     epochs: float = 0.0
@@ -165,11 +165,11 @@ class Run:
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}, but must be from 0 to {(1 << 32) - 1}")
         for name in ("lr", "warmup", "decay", "final", "weight_decay", "eps", "clip"):
-            if getattr(self.optimiser, name) < 0:
-                raise ValueError(f"optimiser.{name} is {getattr(self.optimiser, name)}, but must not be below 0")
+            if getattr(self.optimizer, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must not be below 0")
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self.optimiser, name) < 1:
-                raise ValueError(f"optimiser.{name} is {getattr(self.optimiser, name)}, but must be from 0 to below 1")
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must be from 0 to below 1")
         if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
             raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
         if self.batch % self.accumulate:

@@ -15,41 +15,41 @@ from jaxlm.training.loop import flops_a_token
 from jaxlm.training.setup import Setup
 
 
-class Plan(NamedTuple):
-    """Bytes on one device, of what is trained, what is frozen, the optimiser's state, gradients, and all else that a
+class MemoryPlan(NamedTuple):
+    """Bytes on one device, of what is trained, what is frozen, the optimizer's state, gradients, and all else that a
     step needs at once (activations); peak: what the compiler says of the whole program."""
 
     weights: int
     frozen: int
-    optimiser: int
+    optimizer: int
     gradients: int
     activations: int
     peak: int
     free: int | None
 
 
-def plan(setup: Setup, program: Any) -> Plan:
+def plan_memory(setup: Setup, program: Any) -> MemoryPlan:
     """The plan of a run from its step's program, which is compiled and not run."""
     state, frozen, over = setup.state_like(), setup.frozen_shapes(), setup.over
     if over is not None and frozen is not None:
-        places = step.weight_places(frozen, over, setup.family.PARAMS)
+        places = step.weight_shardings(frozen, over, setup.family.PARAMS)
         frozen = jax.tree.map(lambda a, where: a.update(sharding=where), frozen, places)
     shape = (setup.run.batch, setup.run.length)
     where = None if over is None else mesh.sharding("BT", shape, over)
     row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
     batch = type(setup.data.batch(0))(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where))
-    with mesh.on_mesh(over):
+    with mesh.use_mesh(over):
         found = program.lower(state, batch, frozen).compile().memory_analysis()
     weights, gradients = _bytes(state.weights), _bytes(state.weights)
     peak = found.argument_size_in_bytes + found.temp_size_in_bytes
     peak += found.output_size_in_bytes - found.alias_size_in_bytes
-    optimiser, frozen = _bytes(state.optimiser), _bytes(frozen)
+    optimizer, frozen = _bytes(state.optimizer), _bytes(frozen)
     if setup.run.samples:  # they are made by a copy of the weights, in the type of products
         cast = weights * np.dtype(jnp.dtype(setup.run.dtype)).itemsize // 4
-        peak = max(peak, weights + optimiser + frozen + cast + frozen)
-    rest = max(peak - weights - frozen - optimiser - gradients, 0)
+        peak = max(peak, weights + optimizer + frozen + cast + frozen)
+    rest = max(peak - weights - frozen - optimizer - gradients, 0)
     free = hardware.available_memory(jax.local_devices()[0])
-    return Plan(weights, frozen, optimiser, gradients, rest, peak, free)
+    return MemoryPlan(weights, frozen, optimizer, gradients, rest, peak, free)
 
 
 def _bytes(tree: Any) -> int:
@@ -61,13 +61,13 @@ def _bytes(tree: Any) -> int:
     return total
 
 
-def told(setup: Setup, found: Plan) -> Iterator[str]:
+def describe(setup: Setup, found: MemoryPlan) -> Iterator[str]:
     """The plan in lines."""
     run, cfg, data = setup.run, setup.config, setup.data
-    trained = params.elements(setup.state_shapes().weights)
+    trained = params.num_elements(setup.state_shapes().weights)
     every = params.count(setup.family.PARAMS, cfg)
     what = f"{every:,} parameters" if run.method == "full" else f"{trained:,} of an adapter to {every:,} parameters"
-    yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimiser.name}, {run.dtype} products"
+    yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} products"
     yield f"data        {data.corpus}"
     if setup.valid is not None:
         yield f"validation  {setup.valid.corpus}"
@@ -82,7 +82,7 @@ def told(setup: Setup, found: Plan) -> Iterator[str]:
     yield f"work        {cost / 1e6:,.1f} MFLOP a token, {cost * tokens / 1e15:,.3f} PFLOP in all"
     over = setup.over
     yield "mesh        " + ("one device" if over is None else ", ".join(f"{n}={s}" for n, s in over.shape.items()))
-    names = ("weights", "frozen", "optimiser", "gradients", "activations", "peak")
+    names = ("weights", "frozen", "optimizer", "gradients", "activations", "peak")
     parts = [f"{name} {hardware.gigabytes(getattr(found, name))}" for name in names if getattr(found, name)]
     yield "memory      " + ", ".join(parts) + " a device"
     if found.free is not None:
@@ -113,6 +113,6 @@ def _row(tokens: Any, targets: Any, pos: Any, learned: Any) -> tuple[list[int], 
     begins = [*np.flatnonzero(pos == 0), int((pos >= 0).sum())]
     for number, (begin, end) in enumerate(pairwise(begins)):
         ids += [*tokens[begin:end].tolist(), int(targets[end - 1])]
-        # A document's first token is nobody's target; each other one is the target of its left neighbour.
+        # A document's first token is nobody's target; each other one is the target of its left neighbor.
         kinds += [(flag, number) for flag in (False, *learned[begin:end].tolist())]
     return ids, kinds

@@ -13,7 +13,7 @@ from jaxlm.training import step
 from jaxlm.training.setup import Setup
 
 
-def begin(setup: Setup) -> step.State:
+def init_state(setup: Setup) -> step.State:
     """The first state, in its place: random weights, those of a checkpoint, or an adapter."""
     run = setup.run
     if run.adapter is not None:
@@ -23,11 +23,11 @@ def begin(setup: Setup) -> step.State:
     else:
         trained = read(setup)
     rule = setup.rule()
-    where = None if setup.over is None else step.places(setup.state_shapes(), setup.over, setup.family.PARAMS)
-    return jax.jit(lambda w: step.start(rule, w), out_shardings=where, donate_argnums=0)(trained)
+    where = None if setup.over is None else step.state_shardings(setup.state_shapes(), setup.over, setup.family.PARAMS)
+    return jax.jit(lambda w: step.init_state(rule, w), out_shardings=where, donate_argnums=0)(trained)
 
 
-def frozen(setup: Setup) -> Any:
+def frozen_weights(setup: Setup) -> Any:
     """The weights beside an adapter; None where all are trained."""
     return read(setup) if setup.run.method == "lora" else None
 
@@ -37,8 +37,8 @@ def read(setup: Setup) -> Any:
     run, over, checkpoint = setup.run, setup.over, setup.checkpoint
     assert checkpoint is not None
 
-    def where(row: params.Row) -> Any:
-        return step.place(row.letters, row.shape, over)
+    def where(row: params.TensorSpec) -> Any:
+        return step.weight_sharding(row.letters, row.shape, over)
 
     dtype = "float32" if run.method == "full" else run.dtype
     weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, where, None)
@@ -58,7 +58,7 @@ def _stacked(weights: Any, setup: Setup) -> Any:
         column = {"layers": [{name: layer.pop(name)} for layer in layers]}
         where = None
         if setup.over is not None:
-            where = step.weight_places(jax.eval_shape(stack, column), setup.over, setup.family.PARAMS)
+            where = step.weight_shardings(jax.eval_shape(stack, column), setup.over, setup.family.PARAMS)
         made = jax.jit(stack, out_shardings=where)(column)["layers"]
         for whole, part in zip(found["stacked"] + found["rest"], made["stacked"] + made["rest"], strict=True):
             whole |= part
@@ -68,10 +68,10 @@ def _stacked(weights: Any, setup: Setup) -> Any:
 def _adapter(setup: Setup) -> Any:
     """The adapter that a run goes on from, stacked."""
     run, table = setup.run, setup.family.PARAMS
-    found = peft.find(Path(str(run.adapter)), table, setup.config, setup.family.UNREAD)
+    found = peft.find(Path(str(run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
 
-    def where(row: params.Row) -> Any:
-        return step.place(row.letters, row.shape, setup.over)
+    def where(row: params.TensorSpec) -> Any:
+        return step.weight_sharding(row.letters, row.shape, setup.over)
 
     tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), where)
     return params.stack(tree, setup.period)

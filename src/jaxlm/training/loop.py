@@ -25,12 +25,12 @@ from jaxlm.exporting import export
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics, optimizers, resume, step, stopping
 from jaxlm.training.config import Run, to_dict
-from jaxlm.training.init_state import begin, frozen
+from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
-from jaxlm.training.record import settle
+from jaxlm.training.record import check_resume
 from jaxlm.training.setup import Progress, Setup, set_up
 
-Tell = Callable[[dict[str, Any]], None]
+Log = Callable[[dict[str, Any]], None]
 
 
 class Diverged(ValueError):
@@ -45,7 +45,7 @@ class Trained(NamedTuple):
     last: dict[str, Any]
 
 
-def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = None) -> Trained:
+def train(run: Run, tell: Log = lambda line: None, progress: Progress | None = None) -> Trained:
     """Trains, or goes on. `tell` hears of every line of metrics, between them of {"step": n}, and before them of notes
     (what was read, what was dropped); `progress` of documents and tokens while they are prepared. Raises ValueError,
     OSError or Diverged; what the folder held before stays good."""
@@ -53,13 +53,13 @@ def train(run: Run, tell: Tell = lambda line: None, progress: Progress | None = 
     run = setup.run
     for batches in filter(None, (setup.data, setup.valid)):
         tell({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
-    with resume.opened(run.out, run.keep) as saved:
+    with resume.open_checkpoints(run.out, run.keep) as saved:
         if saved.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} holds a run already: --resume auto goes on with it, or choose another --out")
-        for change in settle(setup, saved.latest is not None):
+        for change in check_resume(setup, saved.latest is not None):
             tell({"step": 0, "note": change})
-        state = begin(setup) if saved.latest is None else saved.restore(saved.latest, setup.state_like())
-        loop = Loop(setup, frozen(setup), saved, tell)
+        state = init_state(setup) if saved.latest is None else saved.restore(saved.latest, setup.state_like())
+        loop = Loop(setup, frozen_weights(setup), saved, tell)
         state = loop.run(state)
     return Trained(run.out, finish(setup, state), loop.last)
 
@@ -69,7 +69,12 @@ def finish(setup: Setup, state: step.State) -> Path:
     run = setup.run
     if run.method == "lora":
         made, table = run.out / "adapter", setup.family.PARAMS
-        how = {"base": run.model, "rslora": run.lora.rslora, "dropout": run.lora.dropout, "writes": distributed.first()}
+        how = {
+            "base": run.model,
+            "rslora": run.lora.rslora,
+            "dropout": run.lora.dropout,
+            "writes": distributed.is_coordinator(),
+        }
         seeing = "text_config" in setup.raw
         peft.write(made, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **how)
         distributed.gather("written")
@@ -78,7 +83,7 @@ def finish(setup: Setup, state: step.State) -> Path:
         dtype = None if setup.checkpoint else run.dtype
         model = setup.model(params.unstack(state.weights))
         made = export(model, run.out / "model", force=True, config=config, dtype=dtype).folder
-    if distributed.first():
+    if distributed.is_coordinator():
         title = f"{run.out.resolve().name}: {run.steps:,} steps of {run.batch} x {run.length} tokens"
         metrics.draw(metrics.read(run.out / "metrics.jsonl"), run.out / "loss.png", title)
     return made
@@ -89,20 +94,22 @@ def program(setup: Setup) -> Any:
     run = setup.run
     how = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
     how |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
-    return jax.jit(step.make(setup.family, setup.config, setup.rule(), **how), donate_argnums=0)
+    return jax.jit(step.make_step(setup.family, setup.config, setup.rule(), **how), donate_argnums=0)
 
 
 class Loop:
     """The steps of a run, and what is told of them."""
 
-    def __init__(self, setup: Setup, frozen: Any, saved: resume.Checkpoints, tell: Tell):
+    def __init__(self, setup: Setup, frozen: Any, saved: resume.Checkpoints, tell: Log):
         run, family, cfg = setup.run, setup.family, setup.config
         self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
         dtype = jnp.dtype(run.dtype)
         self.step = program(setup)
-        self.listed = jax.jit(lambda trained, frozen: params.unstack(step.whole(trained, frozen, dtype)))
-        self.loss = jax.jit(lambda trained, frozen, batch: loss(family, cfg, step.whole(trained, frozen, dtype), batch))
-        self.rate = optimizers.schedule(run.optimiser, run.steps)
+        self.listed = jax.jit(lambda trained, frozen: params.unstack(step.full_weights(trained, frozen, dtype)))
+        self.loss = jax.jit(
+            lambda trained, frozen, batch: loss(family, cfg, step.full_weights(trained, frozen, dtype), batch)
+        )
+        self.rate = optimizers.schedule(run.optimizer, run.steps)
         self.last: dict[str, Any] = {}
         self.cost = flops_a_token(setup)
 
@@ -113,7 +120,7 @@ class Loop:
         self.begin(first)
         waiting: tuple[int, Any] | None = None
         try:
-            with stopping.listening() as asked, mesh.on(state.weights):
+            with stopping.listening() as asked, mesh.use_mesh_of(state.weights):
                 if self.due(first):  # what an earlier run may have been cut off from
                     self.look(first, state)
                 for number, batch in zip(range(first + 1, steps + 1), self.setup.data.iterate(first)):
@@ -160,9 +167,9 @@ class Loop:
     def begin(self, first: int) -> None:
         """Opens what lines are written to."""
         run = self.setup.run
-        leads = distributed.first()
+        leads = distributed.is_coordinator()
         self.lines: list[metrics.Lines] = []
-        distributed.on_first(lambda: self.lines.append(metrics.Lines(run.out / "metrics.jsonl", first)))
+        distributed.run_on_coordinator(lambda: self.lines.append(metrics.Lines(run.out / "metrics.jsonl", first)))
         for line in self.lines[0].kept if leads else ():
             self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run), first) if leads else []
@@ -214,13 +221,13 @@ class Loop:
         self.saved.spoiled(number - 1)  # its weights gave this loss, and would again at any rate
         good = self.saved.latest
         what = f"the loss of step {number} is {float(found.loss)}, the norm of its gradient {float(found.gradient)}"
-        way = "there is no checkpoint yet; lower the learning rate (--optimiser.lr)"
+        way = "there is no checkpoint yet; lower the learning rate (--optimizer.lr)"
         if good == number - 1:
             way = f"{self.saved.folder / str(good)} holds the weights that gave it, and there is no older checkpoint: "
-            way += "begin again with a lower --optimiser.lr and another --out"
+            way += "begin again with a lower --optimizer.lr and another --out"
         elif good is not None:
             way = (
-                f"the last checkpoint is {self.saved.folder / str(good)}; with a lower --optimiser.lr the same command "
+                f"the last checkpoint is {self.saved.folder / str(good)}; with a lower --optimizer.lr the same command "
             )
             way += "goes on from there"
         raise Diverged(f"{what}: {way}")
@@ -234,11 +241,11 @@ class Loop:
                 self.add({"step": number, "valid_loss": found})
         if run.samples:
             from jaxlm.inference.generation import generate
-            from jaxlm.inference.prompts import room, to_ids
+            from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
             model = self.setup.model(self.listed(state.weights, self.frozen))
             for i, prompt in enumerate(run.samples):
-                most = min(run.sample_tokens, room(model, to_ids(model, prompt, {}), None))
+                most = min(run.sample_tokens, resolve_max_tokens(model, to_ids(model, prompt, {}), None))
                 told = generate(model, prompt, max_tokens=most, temperature=0.8, seed=(run.seed + i) % (1 << 32))
                 self.add({"step": number, "prompt": prompt, "text": told.text})
         self.clock += time.perf_counter() - begun  # this is no training time
@@ -256,5 +263,5 @@ def flops_a_token(setup: Setup) -> float:
     """FLOPs of training a token, analytic."""
     run, adapter = setup.run, None
     if run.method == "lora":
-        adapter = params.elements(setup.trained(jax.random.key(0), shapes=True))
+        adapter = params.num_elements(setup.trained(jax.random.key(0), shapes=True))
     return flops.training(setup.family.PARAMS, setup.config, run.length, adapter)

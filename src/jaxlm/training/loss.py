@@ -13,7 +13,7 @@ CHUNK = 1024  # tokens whose logits exist at once on a device
 
 
 class Sums(NamedTuple):
-    """Of one batch, to be added to those of others: what is minimised, its cross-entropy part (nats), and the number of
+    """Of one batch, to be added to those of others: what is minimized, its cross-entropy part (nats), and the number of
     tokens that count. Scalars, float32."""
 
     loss: jax.Array
@@ -71,7 +71,7 @@ def _by_rows(run: Callable[[Any, Any], Any], rows: Any, weights: Any) -> Any:
     """
     B = jax.tree.leaves(rows)[0].shape[0]
     part, whole = PartitionSpec(mesh.DATA), PartitionSpec()
-    if mesh.divided("B", (B,)) != part:
+    if mesh.traced_spec("B", (B,)) != part:
         return run(rows, weights)
 
     def varying(w: jax.Array) -> jax.Array:  # from here on gradients are the part's own
@@ -109,6 +109,6 @@ def loss(
     """
     x, _ = family.forward(cfg, batch.tokens, weights, None, batch.pos, **how)
     logprobs, log_z = token_logprobs(family, cfg, weights, x, batch.targets, chunk)
-    counts = batch.learned.astype(jnp.float32)
+    counts = batch.loss_mask.astype(jnp.float32)
     nats = -jnp.sum(logprobs * counts)
     return Sums(nats + z_loss * jnp.sum(jnp.square(log_z) * counts), nats, jnp.sum(counts))

@@ -104,7 +104,7 @@ def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first
 
 
 def draw(lines: list[Line], path: Path, title: str) -> bool:
-    """The curve of the loss as a PNG: each step that was told, the mean of its neighbours, and the validation loss.
+    """The curve of the loss as a PNG: each step that was told, the mean of its neighbors, and the validation loss.
     False where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -115,7 +115,7 @@ def draw(lines: list[Line], path: Path, title: str) -> bool:
     axes = figure.subplots()
     if len(losses) > 20:
         axes.plot(steps, losses, linewidth=0.6, alpha=0.4, color="C0")
-        axes.plot(steps, smoothed(losses, max(2, len(losses) // 50)), color="C0", label="training (mean of neighbours)")
+        axes.plot(steps, smoothed(losses, max(2, len(losses) // 50)), color="C0", label="training (mean of neighbors)")
     else:
         axes.plot(steps, losses, color="C0", marker="o", markersize=3, label="training")
     at, valid = _column(lines, "valid_loss")

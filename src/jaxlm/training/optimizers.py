@@ -1,4 +1,4 @@
-"""Optimisers and schedules, from optax; which weights decay and which are matrices follows from their letters."""
+"""Optimizers and schedules, from optax; which weights decay and which are matrices follows from their letters."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlm.nn import params
-from jaxlm.training.config import Optimiser
+from jaxlm.training.config import Optimizer
 
 
-def schedule(of: Optimiser, steps: int) -> optax.Schedule:
+def schedule(of: Optimizer, steps: int) -> optax.Schedule:
     """Step -> learning rate. ValueError for a wsd whose warm-up and decay take more than all steps."""
     warm = min(steps, round(of.warmup * steps) if of.warmup < 1 else round(of.warmup))
     rest, end = max(steps - warm, 1), of.lr * of.final
@@ -24,8 +24,8 @@ def schedule(of: Optimiser, steps: int) -> optax.Schedule:
             down = min(down, rest)
         if down > rest:
             raise ValueError(
-                f"optimiser: wsd's warm-up ({warm} steps) and decay ({down}) leave nothing of {steps} steps between "
-                "them: lower optimiser.warmup or optimiser.decay"
+                f"optimizer: wsd's warm-up ({warm} steps) and decay ({down}) leave nothing of {steps} steps between "
+                "them: lower optimizer.warmup or optimizer.decay"
             )
         after = optax.join_schedules(
             [optax.constant_schedule(of.lr), optax.linear_schedule(of.lr, end, down)], [rest - down]
@@ -35,8 +35,8 @@ def schedule(of: Optimiser, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, of.lr, warm), after], [warm]) if warm else after
 
 
-def make(of: Optimiser, steps: int, letters: Any) -> optax.GradientTransformation:
-    """The optimiser of a run. letters: a tree like the weights that holds each one's letters (params.letters)."""
+def make_optimizer(of: Optimizer, steps: int, letters: Any) -> optax.GradientTransformation:
+    """The optimizer of a run. letters: a tree like the weights that holds each one's letters (params.letters)."""
     rate = schedule(of, steps)
     decays = decaying(letters)
     common: dict[str, Any] = {"weight_decay": of.weight_decay, "mask": decays}
@@ -58,14 +58,14 @@ def decaying(letters: Any) -> Any:
     return jax.tree.map(lambda name: name.lstrip("L") not in params.NORMS, letters)
 
 
-def _muon(of: Optimiser, rate: optax.Schedule, letters: Any, decays: Any) -> optax.GradientTransformation:
+def _muon(of: Optimizer, rate: optax.Schedule, letters: Any, decays: Any) -> optax.GradientTransformation:
     """Muon on the matrices of layers, whose axes are joined as their product sees them; a leading L is a batch."""
 
     def axes(name: str) -> MuonDimensionNumbers | None:
         plain = name.lstrip("L")
         if plain in params.NORMS or "V" in plain:
             return None
-        first, split = len(name) - len(plain), len(name) - len(params.inputs(name))
+        first, split = len(name) - len(plain), len(name) - len(params.summed_letters(name))
         return MuonDimensionNumbers(tuple(range(split, len(name))), tuple(range(first, split)))
 
     numbers = jax.tree.map(axes, letters)

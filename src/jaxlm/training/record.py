@@ -13,27 +13,29 @@ from jaxlm.training.setup import Setup
 
 # Names of files may change where their contents do not (contents.json), and so may the rate: it is the way out of a
 # loss that is no number.
-FREE = ("log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
-        "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "optimiser.lr")  # fmt: skip
+MUTABLE_FIELDS = (
+    "log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh", "out",
+    "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "optimizer.lr",
+)  # fmt: skip
 
 
-def settle(setup: Setup, begun: bool) -> list[str]:
+def check_resume(setup: Setup, begun: bool) -> list[str]:
     """Writes the record of a run. begun: whether there is a checkpoint, so that the one that stands there must be of
     the same run; ValueError with what differs. -> what may change and did, to be told."""
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     told, contents = flat(to_dict(run)), contents_of(setup)
-    changed = distributed.on_first(lambda: _changes(run.out, told, contents)) if begun else {}
-    if wrong := [name for name in changed if name not in FREE]:
+    changed = distributed.run_on_coordinator(lambda: _changes(run.out, told, contents)) if begun else {}
+    if wrong := [name for name in changed if name not in MUTABLE_FIELDS]:
         shown = [f"{name} ({changed[name]}, not {told[name]})" if name in told else name for name in wrong]
         raise ValueError(
             f"{run.out} holds a run with another {', '.join(shown)}: choose another --out (--model with the old one's "
             "model goes on from its weights)"
         )
-    if distributed.first():
+    if distributed.is_coordinator():
         write(run.out / "run.json", to_dict(run))
         write(run.out / "contents.json", contents)
-    return [f"goes on with another {name}: {told[name]}" for name in changed if name == "optimiser.lr"]
+    return [f"goes on with another {name}: {told[name]}" for name in changed if name == "optimizer.lr"]
 
 
 def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def contents_of(setup: Setup) -> dict[str, str]:
 
 
 def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """{"optimiser": {"lr": 1}} -> {"optimiser.lr": 1}"""
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}"""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}

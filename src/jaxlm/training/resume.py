@@ -86,7 +86,7 @@ def _alone(folder: Path) -> Iterator[None]:
         except Timeout:
             raise ValueError(f"another run is at work in {folder}: wait for its end, or choose another --out") from None
 
-    distributed.on_first(take)
+    distributed.run_on_coordinator(take)
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(folder: Path, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(folder: Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of a run, which no other may open meanwhile; on leaving, what is being written is finished. An
     error on the way out of a block that has failed itself is a note to the block's."""
     with _alone(folder):

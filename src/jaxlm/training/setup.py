@@ -1,4 +1,4 @@
-"""From a `Run` to what its loop needs: the model's functions, its data and its optimiser, all checked.
+"""From a `Run` to what its loop needs: the model's functions, its data and its optimizer, all checked.
 
 Nothing that is large is made before all that a user can get wrong has been checked, and `shapes` alone tells what a run
 takes.
@@ -17,7 +17,7 @@ from jaxlm import loading, models
 from jaxlm.checkpoint import hf, peft, writer
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
-from jaxlm.inference.prompts import room, to_ids
+from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -56,9 +56,9 @@ class Setup(NamedTuple):
         return Model(self.family, self.config, weights, self.tokenizer, self.generation_config, **more)
 
     def rule(self) -> Any:
-        """The optimiser."""
+        """The optimizer."""
         letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
-        return optimizers.make(self.run.optimiser, self.run.steps, letters)
+        return optimizers.make_optimizer(self.run.optimizer, self.run.steps, letters)
 
     def trained(self, key: jax.Array, shapes: bool = False) -> Any:
         """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
@@ -68,11 +68,11 @@ class Setup(NamedTuple):
         def made(key: jax.Array) -> Any:
             if self.run.method == "lora":
                 return params.stack(self.adapter(key), self.period)
-            return params.stack(params.init(table, self.config, key, self.family.NORM), self.period)
+            return params.stack(params.init(table, self.config, key, self.family.NORM_IDENTITY), self.period)
 
         if shapes:
             return jax.eval_shape(made, key)
-        where = None if self.over is None else step.weight_places(jax.eval_shape(made, key), self.over, table)
+        where = None if self.over is None else step.weight_shardings(jax.eval_shape(made, key), self.over, table)
         return jax.jit(made, out_shardings=where)(key)
 
     def adapter(self, key: jax.Array) -> Any:
@@ -84,7 +84,7 @@ class Setup(NamedTuple):
     def state_shapes(self) -> step.State:
         """The state as jax.ShapeDtypeStruct."""
         rule = self.rule()
-        return jax.eval_shape(lambda w: step.start(rule, w), self.trained(jax.random.key(0), shapes=True))
+        return jax.eval_shape(lambda w: step.init_state(rule, w), self.trained(jax.random.key(0), shapes=True))
 
     def state_like(self) -> step.State:
         """The same, each array with its place: what a checkpoint is restored into."""
@@ -92,7 +92,7 @@ class Setup(NamedTuple):
         if self.over is None:
             places = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
         else:
-            places = step.places(shapes, self.over, self.family.PARAMS)
+            places = step.state_shardings(shapes, self.over, self.family.PARAMS)
         return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places)
 
     def frozen_shapes(self) -> Any:
@@ -113,7 +113,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
     if run.method == "lora":
         _check_adapter(run, family, cfg)
-    distributed.on_first(lambda: metrics.require(run.report))
+    distributed.run_on_coordinator(lambda: metrics.require(run.report))
     _room_at_the_end(run, checkpoint)
     over = _mesh(run, cfg)
     if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
@@ -123,14 +123,14 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
         )
     data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
-    optimizers.schedule(run.optimiser, steps)
+    optimizers.schedule(run.optimizer, steps)
     run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
-    if distributed.several():
-        distributed.agree("the run", to_dict(run), json.dumps(to_dict(run)))
+    if distributed.is_multiprocess():
+        distributed.assert_equal("the run", to_dict(run), json.dumps(to_dict(run)))
     setup = Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
     model = setup.model({})  # prompts need none of its weights
     for prompt in run.samples:
-        room(model, to_ids(model, prompt, {}), None)
+        resolve_max_tokens(model, to_ids(model, prompt, {}), None)
     return setup
 
 
@@ -141,8 +141,8 @@ def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
         raise ValueError("lora.dropout does not go with the target head, whose logits are computed in parts: leave one")
     if run.adapter is None:
         return
-    found = peft.find(run.adapter, family.PARAMS, cfg, family.UNREAD)
-    if found.unread:
+    found = peft.find(run.adapter, family.PARAMS, cfg, family.IGNORED_PREFIXES)
+    if found.ignored:
         raise ValueError(f"{run.adapter} also adapts the half of the model that sees, which is not read yet")
     theirs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in found.pairs}
     if theirs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
@@ -169,7 +169,7 @@ def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
 def _described(run: Run) -> tuple[Any, ...]:
     """Family, config, config.json, tokenizer, generation_config and checkpoint, before a weight is read."""
     if run.model is not None:
-        found = loading.find(run.model, tokenizer=run.tokenizer)
+        found = loading.resolve(run.model, tokenizer=run.tokenizer)
         raw, tokenizer, checkpoint = found.checkpoint.config, found.tokenizer, found.checkpoint
         family, cfg, generation_config = found.family, found.config, found.generation_config
         if checkpoint.adapter is not None:
@@ -218,23 +218,25 @@ def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress 
     """The batches of some sources. One process tokenises, the others find its corpus in the cache."""
     from jaxlm.data.corpus import prepare
     from jaxlm.data.documents import TextOptions
-    from jaxlm.data.packing import Batches
+    from jaxlm.data.packing import DataLoader
 
     data = run.data
     names = (*data.train, *filter(None, [data.dataset])) if part == "train" else data.valid
     if not names:
         return None
-    fields = {name: getattr(data, name) for name in ("form", "learn", "text_field", "prompt_field", "completion_field")}
+    fields = {
+        name: getattr(data, name) for name in ("format", "train_on", "text_field", "prompt_field", "completion_field")
+    }
     options = TextOptions(**fields, template_args=dict(map(_variable, data.template_arg)))
     where = {"split": part, "config": data.config, "revision": data.revision}
 
     def prepared() -> Any:
         return prepare(names, tokenizer, options, **where, on_bad=data.on_bad, progress=progress)
 
-    corpus = prepared() if distributed.first() else None
+    corpus = prepared() if distributed.is_coordinator() else None
     distributed.gather("prepared")
     more = {"share": rows_here(run.batch, over), "long": data.long}
-    return Batches(corpus or prepared(), run.batch, run.length, run.seed, data.packing, **more)
+    return DataLoader(corpus or prepared(), run.batch, run.length, run.seed, data.packing, **more)
 
 
 def _variable(text: str) -> tuple[str, Any]:

@@ -26,7 +26,7 @@ class State(NamedTuple):
     computed in."""
 
     weights: Any
-    optimiser: Any  # optax's state
+    optimizer: Any  # optax's state
     step: jax.Array  # [] int32: how many have been taken
 
 
@@ -38,12 +38,12 @@ class Metrics(NamedTuple):
     tokens: jax.Array
 
 
-def start(rule: optax.GradientTransformation, weights: Any) -> State:
+def init_state(rule: optax.GradientTransformation, weights: Any) -> State:
     """The state before the first step."""
     return State(weights, rule.init(weights), jnp.zeros((), jnp.int32))
 
 
-def make(
+def make_step(
     family: Any,
     cfg: Any,
     rule: optax.GradientTransformation,
@@ -60,7 +60,7 @@ def make(
 
     accumulate: into how many parts a batch is cut, one after the other; the gradient is that of the whole. dtype: of
     products and activations; weights are cast to it for each use and their gradients come back in float32. dropout: of
-    what adapters see, drawn from (seed, step). A step whose loss is not finite leaves weights and optimiser as they
+    what adapters see, drawn from (seed, step). A step whose loss is not finite leaves weights and optimizer as they
     were.
     """
     sum_of = partial(loss, family, cfg, z_loss=z_loss, remat=REMAT[remat])
@@ -68,7 +68,7 @@ def make(
     def step(state: State, batch: Any, frozen: Any = None) -> tuple[State, Metrics]:
         def total(trained: Any, part: Any, number: jax.Array) -> tuple[jax.Array, Sums]:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
-            sums = sum_of(whole(lora.keyed(trained, key, dropout), frozen, dtype), part)
+            sums = sum_of(full_weights(lora.keyed(trained, key, dropout), frozen, dtype), part)
             return sums.loss, sums
 
         letters = params.letters(family.PARAMS, state.weights)
@@ -77,15 +77,15 @@ def make(
         count = jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         metrics = Metrics(sums.nats / count, optax.tree.norm(gradient), sums.tokens)
-        updates, optimiser = rule.update(gradient, state.optimiser, state.weights)
-        new = State(optax.apply_updates(state.weights, updates), optimiser, state.step + 1)
+        updates, optimizer = rule.update(gradient, state.optimizer, state.weights)
+        new = State(optax.apply_updates(state.weights, updates), optimizer, state.step + 1)
         sound = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient)
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state), metrics
 
     return step
 
 
-def whole(trained: Any, frozen: Any, dtype: Any) -> Any:
+def full_weights(trained: Any, frozen: Any, dtype: Any) -> Any:
     """The weights with which a model computes, what is trained of them in `dtype`."""
     trained = jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, trained)
     return trained if frozen is None else lora.join(frozen, trained)
@@ -112,11 +112,11 @@ def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any)
     return jax.lax.scan(add, zero, (parts, jnp.arange(count)))[0]
 
 
-def places(state: Any, over: Any, table: Any) -> Any:
+def state_shardings(state: Any, over: Any, table: Any) -> Any:
     """The sharding of each array of a state (given as shapes): moments lie where their weight does, what is no weight's
     is whole on every device."""
     named = {
-        jax.tree_util.keystr(path): (leaf.shape, place(letters, leaf.shape, over))
+        jax.tree_util.keystr(path): (leaf.shape, weight_sharding(letters, leaf.shape, over))
         for (path, leaf), letters in zip(
             jax.tree_util.tree_leaves_with_path(state.weights),
             jax.tree.leaves(params.letters(table, state.weights)),
@@ -132,20 +132,22 @@ def places(state: Any, over: Any, table: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def weight_places(weights: Any, over: Any, table: Any) -> Any:
+def weight_shardings(weights: Any, over: Any, table: Any) -> Any:
     """The sharding of each weight alone (given as shapes), stacked or listed."""
-    return jax.tree.map(lambda letters, w: place(letters, w.shape, over), params.letters(table, weights), weights)
+    return jax.tree.map(
+        lambda letters, w: weight_sharding(letters, w.shape, over), params.letters(table, weights), weights
+    )
 
 
-def place(letters: str, shape: tuple[int, ...], over: Any) -> Any:
+def weight_sharding(letters: str, shape: tuple[int, ...], over: Any) -> Any:
     """Where a weight in training lies. Norms are small, and whole on every device."""
     if over is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return mesh.sharding(letters, shape, over, _on(letters))
 
 
-def _on(letters: str) -> mesh.Table:
-    return mesh.ON if letters.lstrip("L") in params.NORMS else mesh.ON_TRAINED
+def _on(letters: str) -> mesh.Rules:
+    return mesh.RULES if letters.lstrip("L") in params.NORMS else mesh.FSDP_RULES
 
 
 def _parts(count: int, x: jax.Array) -> jax.Array:

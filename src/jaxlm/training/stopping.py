@@ -31,7 +31,7 @@ def listening() -> Iterator[Callable[[], int]]:
         asked.append(number)
         os.write(2, b"\nending after this step (once more: at once)\n")  # no print: one may be under way
 
-    here = threading.current_thread() is threading.main_thread() and not distributed.several()
+    here = threading.current_thread() is threading.main_thread() and not distributed.is_multiprocess()
     wanted = (signal.SIGINT, signal.SIGTERM) if here else ()
     before = {number: signal.getsignal(number) for number in wanted}
     for number in (heard := [number for number in wanted if before[number] is not signal.SIG_IGN]):

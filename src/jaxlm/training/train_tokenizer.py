@@ -1,7 +1,7 @@
 """New tokenizers, trained by the tokenizers library: byte-level BPE, byte-level unigram, characters.
 
 Whatever the kind, every text survives there and back, to the byte: BPE and unigram have all 256 bytes as pieces, and
-what no character of the vocabulary can say is spelled in bytes. Nothing is normalised.
+what no character of the vocabulary can say is spelled in bytes. Nothing is normalized.
 
 One special token, <|endoftext|>, begins and ends every document. It is one because a begin that follows an end says
 nothing new; it is this one because files of documents hold it already between them, where "<s>" is also markup.
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.data.formats import Fault, TextOptions, conversation, text_of
-from jaxlm.data.sources import SEPARATOR, Bad, File, Hub, Row, find, place
+from jaxlm.data.formats import InvalidRowError, TextOptions, conversation, text_of
+from jaxlm.data.sources import SEPARATOR, File, Hub, InvalidRow, Row, find, place
 
 BYTES = 256
 SIZE = 8192  # of a vocabulary, where none is asked for
@@ -85,7 +85,7 @@ def _texts(sources: Iterable[File | Hub], options: TextOptions) -> Iterator[str]
     found = False
     for source in sources:
         for row in source.rows():
-            if isinstance(row, Bad):
+            if isinstance(row, InvalidRow):
                 raise ValueError(str(row))
             for text in _of_row(row, options):
                 found = found or bool(text)
@@ -95,16 +95,16 @@ def _texts(sources: Iterable[File | Hub], options: TextOptions) -> Iterator[str]
 
 
 def _of_row(row: Row, options: TextOptions) -> list[str]:
-    form = options.form_of(row.value)
+    format = options.format_of(row.value)
     where = place(row.source, row.number)
-    if form is None:
+    if format is None:
         raise ValueError(f"{where}: no text in the fields {', '.join(row.value)}: name one (--text-field)")
     try:
-        if form == "text":
+        if format == "text":
             return [text_of(row.value, options)]
-        chat = conversation(row.value, form, options, learn="all", template=True)
+        chat = conversation(row.value, format, options, train_on="all", template=True)
         return [message["content"] for message in getattr(chat, "messages", [])]
-    except Fault as fault:
+    except InvalidRowError as fault:
         raise ValueError(f"{where}: {fault}") from None
 
 

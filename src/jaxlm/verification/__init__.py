@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.loading import Found, placement, spread
+from jaxlm.loading import Resolved, placement, spread
 from jaxlm.nn import params
 from jaxlm.verification import ours, recordings
 from jaxlm.verification.checks import Check, compare, compare_places
@@ -76,13 +76,13 @@ def verify(
 
 def _require(mesh: Any, cfg: Any) -> None:
     """Refuses, before minutes of work, a mesh that cannot be or on which there is nothing to compare."""
-    row = params.Row("embed", "VD", (cfg.V, cfg.D), (), ())
+    row = params.TensorSpec("embed", "VD", (cfg.V, cfg.D), (), ())
     if len(placement(cfg, mesh, None)(row).device_set) == 1:
         raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")
 
 
 def _answers(
-    names: list[str], subject: Found, dtype: str, progress: Callable[[str], None]
+    names: list[str], subject: Resolved, dtype: str, progress: Callable[[str], None]
 ) -> tuple[Probes, list[list[Trace]]]:
     """What the references answer, one after the other: no two models are in memory at once."""
     probes, traces = probes_for(subject.config, subject.tokenizer), []
@@ -97,7 +97,7 @@ def _answers(
     return probes, traces
 
 
-def _references(against: str | Sequence[str] | None, subject: Found) -> list[str]:
+def _references(against: str | Sequence[str] | None, subject: Resolved) -> list[str]:
     """The names asked for, checked; recordings are paths."""
     adapted = subject.checkpoint is not None and subject.checkpoint.adapter is not None
     if against is None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.checkpoint.safetensors import read_index
-from jaxlm.loading import Found
+from jaxlm.loading import Resolved
 from jaxlm.nn import frequencies
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
 
@@ -38,7 +38,7 @@ TOP = {"tok_embeddings": ("model.embed_tokens", 0), "norm": ("model.norm", None)
 class Meta:
     """llama_models.llama3.model.Transformer."""
 
-    def require(self, found: Found) -> None:
+    def require(self, found: Resolved) -> None:
         missing = [name for name in ("torch", "fairscale", "llama_models") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(
@@ -57,7 +57,7 @@ class Meta:
         if cfg.H * cfg.N != cfg.D:
             raise ValueError("Meta's code computes heads of width D / N alone: compare with transformers")
 
-    def __call__(self, found: Found, probes: Probes, dtype: str) -> list[Trace]:
+    def __call__(self, found: Resolved, probes: Probes, dtype: str) -> list[Trace]:
         import torch
 
         with _alone(), torch.inference_mode():
@@ -65,7 +65,7 @@ class Meta:
         traces[0].ids, traces[0].chats = _tokenized(found)
         return traces
 
-    def trace(self, found: Found, probes: Probes, dtype: str) -> Trace:
+    def trace(self, found: Resolved, probes: Probes, dtype: str) -> Trace:
         import torch
 
         cfg = found.config
@@ -105,7 +105,7 @@ def _alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _build(found: Found, length: int) -> Any:
+def _build(found: Resolved, length: int) -> Any:
     from llama_models.llama3 import model as code
     from llama_models.llama3.args import ModelArgs
 
@@ -206,7 +206,7 @@ def _heads(cfg: Any, meta_name: str) -> int:
     return cfg.N if ".wq." in meta_name else cfg.K if ".wk." in meta_name else 0
 
 
-def to_transformers(found: Found) -> Iterator[tuple[str, Any]]:
+def to_transformers(found: Resolved) -> Iterator[tuple[str, Any]]:
     """Hugging Face's names and tensors of a checkpoint in Meta's form."""
     files = _pth(found)
     for meta, hf, axis in names(found.config.L):
@@ -215,7 +215,7 @@ def to_transformers(found: Found) -> Iterator[tuple[str, Any]]:
         yield hf, _permuted(w, heads, to_pairs=False) if heads else w
 
 
-def _meta_tensors(found: Found) -> Iterator[tuple[str, Any]]:
+def _meta_tensors(found: Resolved) -> Iterator[tuple[str, Any]]:
     """Meta's names and tensors of a checkpoint in either form."""
     if (found.checkpoint.folder / "consolidated.00.pth").exists():
         files = _pth(found)
@@ -232,7 +232,7 @@ def _meta_tensors(found: Found) -> Iterator[tuple[str, Any]]:
         yield meta, _permuted(w, heads, to_pairs=True) if heads else w
 
 
-def _pth(found: Found) -> list[dict[str, Any]]:
+def _pth(found: Resolved) -> list[dict[str, Any]]:
     import torch
 
     paths = sorted(found.checkpoint.folder.glob("consolidated.*.pth"))
@@ -245,7 +245,7 @@ def _joined(files: list[dict[str, Any]], name: str, axis: int | None) -> Any:
     return files[0][name] if axis is None or len(files) == 1 else torch.cat([file[name] for file in files], dim=axis)
 
 
-def _tokenized(found: Found) -> tuple[list[list[int]] | None, list[list[int]] | None]:
+def _tokenized(found: Resolved) -> tuple[list[list[int]] | None, list[list[int]] | None]:
     """TEXTS and CHATS as Meta's tokenizer makes ids of them, where the folder has its file."""
     path = found.checkpoint.folder / "tokenizer.model"
     if not path.exists() or not path.read_bytes().startswith(b"IQ== "):

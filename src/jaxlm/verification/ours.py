@@ -19,12 +19,12 @@ ROPES = ("rope", "local_rope")  # the config's fields that hold one
 CACHED = 480  # positions of a cached probe without windows: a cache for it must be cheap
 
 
-def subject_of(model: Any, options: dict[str, Any]) -> loading.Found:
+def subject_of(model: Any, options: dict[str, Any]) -> loading.Resolved:
     """What is known of a model before its weights are read."""
     if isinstance(model, Model):
         checkpoint: Any = model.checkpoint  # None where there is none, which only references mind
-        return loading.Found(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
-    return loading.find(model, **options)
+        return loading.Resolved(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
+    return loading.resolve(model, **options)
 
 
 def loaded(model: Any, dtype: str, options: dict[str, Any]) -> Model:
@@ -49,7 +49,7 @@ def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
         states = [state[:, kept].astype(jnp.float32) for state in [*states[:-1], x]]
         return states, family.logits(cfg, x[:, kept], weights)
 
-    with _shared_frequencies(model, reference), mesh.on(model.weights):
+    with _shared_frequencies(model, reference), mesh.use_mesh_of(model.weights):
         hidden, logits = jax.device_get(answers(jnp.asarray(probes.tokens), jnp.asarray(probes.pos), model.weights))
     ropes = {name: frequencies(getattr(cfg, name), cfg.H) for name in ROPES if hasattr(cfg, name)}
     return Trace(

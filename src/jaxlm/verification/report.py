@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from jaxlm import __version__
+from jaxlm.version import __version__
 from jaxlm.nn import params
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.loading import Found
+from jaxlm.loading import Resolved
 from jaxlm.processing.tokenizer import import_transformers
 from jaxlm.verification.meta_code import Meta, to_transformers
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
@@ -22,14 +22,14 @@ class Transformers:
     """Hugging Face's model classes."""
 
     @staticmethod
-    def require(found: Found) -> None:
+    def require(found: Resolved) -> None:
         if importlib.util.find_spec("torch") is None:
             raise ValueError(
                 "transformers' models need PyTorch: pip install torch, or compare with a recording made where it is "
                 "installed (jaxlm verify MODEL --record FILE there, --against FILE here)"
             )
 
-    def __call__(self, found: Found, probes: Probes, dtype: str) -> list[Trace]:
+    def __call__(self, found: Resolved, probes: Probes, dtype: str) -> list[Trace]:
         import torch
 
         transformers = import_transformers()
@@ -43,7 +43,7 @@ class Transformers:
         traces[0].ids, traces[0].chats = _tokenized(found)
         return traces
 
-    def load(self, found: Found, dtype: Any) -> Any:
+    def load(self, found: Resolved, dtype: Any) -> Any:
         transformers = import_transformers()
         options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
         if getattr(found.checkpoint, "format", "hf") == "hf":
@@ -53,7 +53,7 @@ class Transformers:
         model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(found)}, strict=True)
         return model
 
-    def trace(self, model: Any, found: Found, probes: Probes, dtype: str) -> Trace:
+    def trace(self, model: Any, found: Resolved, probes: Probes, dtype: str) -> Trace:
         import torch
 
         with torch.inference_mode():
@@ -105,7 +105,7 @@ def _masks(model: Any, pos: np.ndarray) -> Any:
     return {FULL: mask(None), SLIDING: mask(window)} if "gemma3" in model.config.model_type else mask(None)
 
 
-def _frequencies(model: Any, found: Found) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _frequencies(model: Any, found: Resolved) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The model's own rotary frequencies and scales, by the names of our config's fields."""
     inner = getattr(model, "model", model)
     rotary = getattr(inner, "language_model", inner).rotary_emb
@@ -119,7 +119,7 @@ def _frequencies(model: Any, found: Found) -> tuple[dict[str, np.ndarray], dict[
     return radians, amplitude
 
 
-def _tokenized(found: Found) -> tuple[list[list[int]] | None, list[list[int]] | None]:
+def _tokenized(found: Resolved) -> tuple[list[list[int]] | None, list[list[int]] | None]:
     """TEXTS and CHATS as transformers' AutoTokenizer makes ids of them, where the folder has a tokenizer for it."""
     folder = found.checkpoint.folder
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
