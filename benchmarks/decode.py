@@ -35,7 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def ours(dtype: str):
     """-> (name, bytes a step, run): run gives tokens a second."""
     import jaxlm
-    from jaxlm.inference.generation import kv_bytes
+    from jaxlm.inference.memory import kv_bytes
     from jaxlm.nn import params
 
     model = jaxlm.load(checkpoint(args.shape), dtype=dtype)

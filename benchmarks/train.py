@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxlm import Model, export, models
 from jaxlm.data.packing import Batch
+from jaxlm.devices import hardware
 from jaxlm.nn import flops, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
@@ -41,9 +42,9 @@ def batches(V: int, B: int, T: int, steps: int) -> dict[str, np.ndarray]:
 def ours(model: Model, data: dict[str, np.ndarray], of: Optimizer, remat: str) -> list[float]:
     """Seconds of each step."""
     weights = params.stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimizers.make_optimizer(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
-    state = jax.jit(lambda w: step.init_state(rule, w))(weights)
-    take = jax.jit(step.make_step(model.family, model.config, rule, remat=remat), donate_argnums=0)
+    tx = optimizers.make_optimizer(of, len(data["tokens"]), params.letters(model.family.PARAMS, weights))
+    state = jax.jit(lambda w: step.init_state(tx, w))(weights)
+    take = jax.jit(step.make_step(model.family, model.config, tx, remat=remat), donate_argnums=0)
     seconds = []
     for i in range(len(data["tokens"])):
         batch = Batch(**{name: jnp.asarray(a[i]) for name, a in data.items()})
@@ -84,7 +85,7 @@ def main() -> None:
         run |= {"rates": [1e-4] * len(data["tokens"]), "evaluate": [], "at": [], "compile": args.compile}
         (folder / "run.json").write_text(json.dumps(run))
         for _ in range(args.rounds):
-            peak, source = max((peak, source), flops.peak(jax.devices()[0]))
+            peak, source = max((peak, source), hardware.peak(jax.devices()[0]))
             found = {"jaxlm": ours(model, data, of, args.remat)}
             found["torch"] = theirs(args.torch_python or sys.executable, folder)
             for name, seconds in found.items():

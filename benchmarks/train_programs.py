@@ -67,7 +67,7 @@ class Setting(NamedTuple):
     family: Any
     cfg: Any
     over: jax.sharding.Mesh
-    rule: Any
+    tx: Any
     state: step.State
     batch: Batch
 
@@ -79,20 +79,20 @@ def setting(case: Case) -> Setting:
     over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
     shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
-    rule = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
-    state = jax.eval_shape(lambda w: step.init_state(rule, w), weights)
+    tx = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
+    state = jax.eval_shape(lambda w: step.init_state(tx, w), weights)
     places = step.state_shardings(state, over, family.PARAMS)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
     shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
     to = mesh.sharding("BT", shape, over)
     row, learned = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
-    return Setting(family, cfg, over, rule, state, Batch(row, row, row, learned))  # type: ignore[arg-type]
+    return Setting(family, cfg, over, tx, state, Batch(row, row, row, learned))  # type: ignore[arg-type]
 
 
 def compiled(case: Case, where: Setting) -> Any:
     """The program, as `training.loop` compiles it."""
     how = {"accumulate": case.accumulate, "dtype": jnp.bfloat16, "remat": case.remat}
-    run = step.make_step(where.family, where.cfg, where.rule, **how)
+    run = step.make_step(where.family, where.cfg, where.tx, **how)
     with jax.set_mesh(where.over):
         return jax.jit(run, donate_argnums=0).lower(where.state, where.batch, None).compile()
 
@@ -173,7 +173,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Compiles a case; what docs/scaling.md shows of it, and more. Bytes are of one device."""
     where, start = setting(case), time.perf_counter()
     row = {**asdict(case), "chips": where.over.size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
-    held = share(where.state.weights) + share(where.state.optimizer)
+    held = share(where.state.weights) + share(where.state.opt_state)
     try:
         program = compiled(case, where)
     except jax.errors.JaxRuntimeError as error:  # newer compilers refuse what they see does not fit

@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters, models
-from jaxlm.checkpoint import hf, hub, meta, peft, peft_hub
+from jaxlm.checkpoint import hf, hub, meta, peft
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
 from jaxlm.model import Model, Weights
 from jaxlm.nn import params
-from jaxlm.processing.tokenizer import Tokenizer, eos_ids
+from jaxlm.processing.tokenizer import Tokenizer
+from jaxlm.processing.tokenizer_files import eos_ids
 
 
 def load(
@@ -98,14 +99,14 @@ def resolve(
         alone = None
         if format != "meta":
             with suppress(OSError, ValueError):
-                alone = peft_hub.resolve(name, revision=revision, **where)
+                alone = hub.resolve_adapter(name, revision=revision, **where)
         if alone is None:
             raise
         if adapter is not None:
             raise ValueError(f"{name} is an adapter: name its base beside {adapter}, or {name} alone") from None
         return _with_base(name, alone, tokenizer=tokenizer, allow_fields=allow_fields, family=family, **where)
     if adapter is not None:
-        known, place = found.family, peft_hub.resolve(adapter, **where)
+        known, place = found.family, hub.resolve_adapter(adapter, **where)
         own = {row.path: tensor for row, tensor in found.checkpoint.tensors.pairs}
         beside = peft.find(place, known.PARAMS, found.config, known.IGNORED_PREFIXES, allow_fields, own)
         found = found._replace(checkpoint=replace(found.checkpoint, adapter=beside))

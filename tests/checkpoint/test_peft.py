@@ -18,7 +18,8 @@ from helpers.tiny_models import CONFIGS, tiny
 import jaxlm
 from jaxlm import models
 from jaxlm.adapters import fuse
-from jaxlm.checkpoint import hf, peft, peft_hub
+from jaxlm.checkpoint import hf, peft
+from jaxlm.checkpoint.hub import resolve_adapter
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.exporting import open_model
 from jaxlm.nn import lora, params
@@ -593,13 +594,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_an_adapter_from_the_hub(hub: StubHub, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="offline, and the adapter org/adapter is not in the cache"):
-        peft_hub.resolve("org/adapter", offline=True)
+        resolve_adapter("org/adapter", offline=True)
     assert not hub.requests
-    folder = peft_hub.resolve("org/adapter")
+    folder = resolve_adapter("org/adapter")
     assert hub.names("GET") == {"adapter_config.json", "adapter_model.safetensors"}
     same(read(folder), read(tmp_path / "a"))
     hub.requests.clear()
-    assert peft_hub.resolve("org/adapter", offline=True) == folder == peft_hub.resolve("org/adapter")
+    assert resolve_adapter("org/adapter", offline=True) == folder == resolve_adapter("org/adapter")
     assert not hub.requests
 
 
@@ -616,11 +617,11 @@ def test_what_the_hub_does_not_have(hub: StubHub) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"org/pickle has no adapter_model\.safetensors \(it holds adapter_model"
     ):
-        peft_hub.resolve("org/pickle")
+        resolve_adapter("org/pickle")
     with pytest.raises(FileNotFoundError, match=r"org/base has no adapter_config\.json, so it is no adapter"):
-        peft_hub.resolve("org/base")
+        resolve_adapter("org/base")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/nothing'"):
-        peft_hub.resolve("org/nothing")
+        resolve_adapter("org/nothing")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/nothing'"):
         jaxlm.load("org/nothing")
     with pytest.raises(FileNotFoundError, match=r"org/pickle has no config\.json, so it is no checkpoint"):

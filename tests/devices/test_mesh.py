@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny
 
 import jaxlm
 from jaxlm import Model
-from jaxlm.checkpoint.rows import gather_rows
+from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
 from jaxlm.inference.decoding import compiled_for

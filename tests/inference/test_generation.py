@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 import jaxlm
 from jaxlm.devices import hardware
 from jaxlm.inference import engine
-from jaxlm.inference.generation import cache_bytes
+from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
 

@@ -1,4 +1,4 @@
-"""Ten steps of AdamW beside torch: the same weights, batches and rule must lead to the same place."""
+"""Ten steps of AdamW beside torch: the same weights, batches and tx must lead to the same place."""
 
 from functools import partial
 from typing import Any
@@ -72,15 +72,15 @@ def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
     flat = [p for name, p in named.items() if p.ndim < 2]
     wide = [p for name, p in named.items() if p.ndim >= 2]
     groups = [{"params": wide, "weight_decay": DECAY}, {"params": flat, "weight_decay": 0.0}]
-    rule = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    tx = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     losses, first = [], {}
     for batch in batches():
-        rule.zero_grad()
+        tx.zero_grad()
         value = torch_loss(oracle, batch)
         value.backward()
         first = first or {name: p.grad.numpy().copy() for name, p in named.items()}
         torch.nn.utils.clip_grad_norm_(list(named.values()), CLIP)
-        rule.step()
+        tx.step()
         losses.append(value.item())
     return losses, first
 
@@ -103,9 +103,9 @@ def test_ten_steps(family: str, tmp_path: Any) -> None:
 
     of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked = stack(model.weights, len(params.period(model.config.windows)))
-    rule = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
-    run = jax.jit(step.make_step(model.family, model.config, rule), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.init_state, rule))(stacked), []
+    tx = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
+    run = jax.jit(step.make_step(model.family, model.config, tx), compiler_options=OPTIONS.get(family, QUICK))
+    state, found = jax.jit(partial(step.init_state, tx))(stacked), []
     mean = lambda w, b: (s := loss(model.family, model.config, w, b)).loss / s.tokens  # noqa: E731
     first = jax.jit(jax.grad(mean), compiler_options=QUICK)(stacked, batches()[0])
     for batch in batches():
@@ -139,9 +139,9 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
 
     of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked, frozen = stack(tree, period), stack(model.weights, period)
-    rule = optimizers.make_optimizer(of, STEPS, params.letters(table, stacked))
-    run = jax.jit(step.make_step(model.family, cfg, rule), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.init_state, rule))(stacked), []
+    tx = optimizers.make_optimizer(of, STEPS, params.letters(table, stacked))
+    run = jax.jit(step.make_step(model.family, cfg, tx), compiler_options=OPTIONS.get(family, QUICK))
+    state, found = jax.jit(partial(step.init_state, tx))(stacked), []
     for batch in batches():
         state, metrics = run(state, batch, frozen)
         found.append(float(metrics.loss))
@@ -176,12 +176,12 @@ def test_a_wrong_rule_shows() -> None:
     ends = []
     for decay, told in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
         of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
-        rule = optimizers.make_optimizer(of, STEPS, told)
-        weights, state = model.weights, jax.jit(rule.init)(model.weights)
+        tx = optimizers.make_optimizer(of, STEPS, told)
+        weights, state = model.weights, jax.jit(tx.init)(model.weights)
 
         @partial(jax.jit, compiler_options=QUICK)
-        def update(gradient: Any, state: Any, weights: Any, rule: Any = rule) -> tuple[Any, Any]:
-            updates, state = rule.update(gradient, state, weights)
+        def update(gradient: Any, state: Any, weights: Any, tx: Any = tx) -> tuple[Any, Any]:
+            updates, state = tx.update(gradient, state, weights)
             return optax.apply_updates(weights, updates), state
 
         for gradient in noise:

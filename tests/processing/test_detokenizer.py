@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processing.test_tokenizer import REAL, TEXT, byte_fallback, byte_level, load_once
 
-from jaxlm.processing.tokenizer import TextStream, Tokenizer
+from jaxlm.processing.detokenizer import TextStream
+from jaxlm.processing.tokenizer import Tokenizer
 
 TEXTS = [
     TEXT,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.processing.tokenizer import Tokenizer, split_thinking
+from jaxlm.processing.chat_template import split_thinking
+from jaxlm.processing.tokenizer import Tokenizer
 
 TEXT = (
     "Hello  world! I'm don't \t\n\n 12345 67, naïve café e\u0301 日本語 العربية 👩‍👩‍👧‍👦 🇩🇪 \ufffd \r\n"

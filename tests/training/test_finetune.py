@@ -38,14 +38,14 @@ def begun(model: Any, stacked: bool, dropout: float = 0.0, names: tuple[str, ...
     )
     form = (lambda w: params.stack(w, len(params.period(cfg.windows)))) if stacked else (lambda w: w)
     weights = form(adapter)
-    rule = optimizers.make_optimizer(Optimizer(lr=1e-2), 10, params.letters(table, weights))
-    take = jax.jit(step.make_step(model.family, cfg, rule, dropout=dropout))
-    return take, step.init_state(rule, weights), form(model.weights)
+    tx = optimizers.make_optimizer(Optimizer(lr=1e-2), 10, params.letters(table, weights))
+    take = jax.jit(step.make_step(model.family, cfg, tx, dropout=dropout))
+    return take, step.init_state(tx, weights), form(model.weights)
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_as_the_weights_it_stands_for(family) -> None:
-    """Its gradient follows from that of the formed weight w + s b a by the chain rule; scanned layers give the same."""
+    """Its gradient follows from that of the formed weight w + s b a by the chain tx; scanned layers give the same."""
     model = tiny(family)
     _, state, frozen = begun(model, stacked=False)
     joined = lora.join(frozen, state.weights)

@@ -17,7 +17,7 @@ from helpers.training_runs import Stopped, lines, made, run_of, stopping_at
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.training import dry_run, loop, resume, stopping
+from jaxlm.training import dry_run, loop, resume
 from jaxlm.training.config import Data, Optimizer, Run
 from jaxlm.training.setup import set_up
 
@@ -74,7 +74,7 @@ def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    with pytest.raises(stopping.Ended, match="ended after step 7, which is saved: the same command goes on") as caught:
+    with pytest.raises(loop.Ended, match="ended after step 7, which is saved: the same command goes on") as caught:
         loop.train(run, tell)
     assert caught.value.signal == number
     assert signal.getsignal(number) == before
@@ -86,7 +86,7 @@ def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
 
 def test_the_command_says_why_it_ended(monkeypatch, capsys) -> None:
     def ends(self: Any) -> int:
-        raise stopping.Ended("ended after step 7, which is saved", signal.SIGTERM)
+        raise loop.Ended("ended after step 7, which is saved", signal.SIGTERM)
 
     monkeypatch.setattr("jaxlm.cli.train.Train.run", ends)
     assert main(["train"]) == 143

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.tiny_models import tiny
 
+from jaxlm.devices import hardware
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics
 
@@ -119,7 +120,7 @@ def test_the_longest_name_of_a_device_counts() -> None:
              "NVIDIA H200 NVL": 835, "NVIDIA A100-SXM4-80GB": 312, "TPU v5 lite": 197, "TPU v5": 459}  # fmt: skip
     for kind, figure in kinds.items():
         told = f"{kind}, {figure} TFLOP/s bfloat16 (specified)"
-        assert flops.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, told)
+        assert hardware.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, told)
 
 
 def test_flops_of_a_window() -> None:

@@ -82,11 +82,11 @@ def descending(model: Any, **how: Any) -> Any:
     """(weights, batch) -> weights (listed) and metrics after one step of plain descent, which shows the gradient."""
     import optax
 
-    rule = optax.sgd(RATE)
-    run = step.make_step(model.family, model.config, rule, **how)
+    tx = optax.sgd(RATE)
+    run = step.make_step(model.family, model.config, tx, **how)
 
     def take(weights: Any, one: Batch) -> tuple[Any, Any]:
-        state, metrics = run(step.init_state(rule, weights), one)
+        state, metrics = run(step.init_state(tx, weights), one)
         weights = state.weights
         return (params.unstack(weights) if isinstance(weights["layers"], dict) else weights), metrics
 
@@ -216,9 +216,9 @@ def test_one_batch_is_learned_by_heart(small, name) -> None:
     weights = jax.jit(params.stack)(small.weights)
     rate = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "lion": 2e-3}[name]
     of = Optimizer(name=name, lr=rate, schedule="constant", warmup=5, weight_decay=0.0)
-    rule = optimizers.make_optimizer(of, 400, params.letters(small.family.PARAMS, weights))
-    state = jax.jit(partial(step.init_state, rule))(weights)
-    run, one = jax.jit(step.make_step(small.family, small.config, rule), donate_argnums=0), batch()
+    tx = optimizers.make_optimizer(of, 400, params.letters(small.family.PARAMS, weights))
+    state = jax.jit(partial(step.init_state, tx))(weights)
+    run, one = jax.jit(step.make_step(small.family, small.config, tx), donate_argnums=0), batch()
     for _ in range(400):
         state, metrics = run(state, one)
         if float(metrics.loss) < 0.01:
@@ -250,9 +250,9 @@ def test_what_decays_and_what_is_a_matrix(family) -> None:
 
 def test_decay_is_of_the_weight_itself() -> None:
     weights = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
-    rule = optimizers.make_optimizer(Optimizer(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
+    tx = optimizers.make_optimizer(Optimizer(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
     zero = jax.tree.map(np.zeros_like, weights)
-    updates, _ = jax.jit(lambda w: rule.update(zero, rule.init(w), w))(weights)
+    updates, _ = jax.jit(lambda w: tx.update(zero, tx.init(w), w))(weights)
     assert (np.asarray(updates["embed"]) == -0.5).all()
     assert (np.asarray(updates["norm"]) == 0).all()
 
@@ -260,12 +260,12 @@ def test_decay_is_of_the_weight_itself() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
 def test_decay_follows_the_rate(small, name) -> None:
     """Without a gradient a matrix of a layer shrinks by rate x decay, and a norm stays."""
-    rule = optimizers.make_optimizer(
+    tx = optimizers.make_optimizer(
         Optimizer(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
         10, params.letters(small.family.PARAMS, small.weights),
     )  # fmt: skip
     zero = jax.tree.map(np.zeros_like, small.weights)
-    updates, _ = jax.jit(lambda zero, w: rule.update(zero, rule.init(w), w))(zero, small.weights)
+    updates, _ = jax.jit(lambda zero, w: tx.update(zero, tx.init(w), w))(zero, small.weights)
     layer, update = small.weights["layers"][0], updates["layers"][0]
     np.testing.assert_allclose(update["q"], -1e-3 * layer["q"], rtol=1e-5)
     assert not np.any(update["attn_norm"])

@@ -21,6 +21,8 @@ from typing import Any
 
 from jaxlm.checkpoint.download import download, each, http_error
 from jaxlm.checkpoint.hub_errors import CONVERT, explain, listing, remote_files
+from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
+from jaxlm.checkpoint.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from jaxlm.checkpoint.safetensors import quoted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -297,3 +299,64 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
             "a sign-in page stands between"
         )
     return file
+
+
+# Adapters
+
+SAFETENSORS = "jaxlm reads safetensors only, which PEFT's from_pretrained and then save_pretrained write"
+
+
+def resolve_adapter(
+    name: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool = False
+) -> Path:
+    """The local folder of the adapter `name`: a folder's path, or a hub id, downloaded if needed. Arguments and errors
+    are those of `resolve`."""
+    path = Path(os.path.expanduser(name))
+    if str(name) and path.exists():
+        return _local_adapter(path)
+    repo = repo_id(name)
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+    if all(isinstance(found, str) for found in cached):
+        return Path(str(cached[0])).parent.resolve()
+    if offline or constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(
+            f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
+            "--offline and HF_HUB_OFFLINE"
+        )
+    try:
+        return _fetch_adapter(repo, revision, checked_token(token))
+    except (http_error(), OSError) as error:
+        explained = explain(error, repo, revision, False)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _local_adapter(path: Path) -> Path:
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    holds = f"(it holds {listing(p.name for p in path.iterdir())})"
+    if not (path / ADAPTER_CONFIG).is_file():
+        hint = "it is a checkpoint, which is named with -m" if (path / CONFIG).is_file() else holds
+        raise FileNotFoundError(f"{path} is no adapter, it has no {ADAPTER_CONFIG}: {hint}")
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS} {holds}: {SAFETENSORS}")
+    return path
+
+
+def _fetch_adapter(repo: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if metadata(repo, ADAPTER_CONFIG, revision, token) is None:
+        found = remote_files(repo, revision, token)
+        raise FileNotFoundError(f"{repo} has no {ADAPTER_CONFIG}, so it is no adapter{found}")
+    folder = Path(hf_hub_download(repo, ADAPTER_CONFIG, revision=revision, token=token)).parent
+    file = metadata(repo, ADAPTER_WEIGHTS, folder.name, token)
+    if file is None:
+        raise FileNotFoundError(
+            f"{repo} has no {ADAPTER_WEIGHTS}{remote_files(repo, folder.name, token)}: {SAFETENSORS}"
+        )
+    download(repo, folder, {ADAPTER_WEIGHTS: file}, token)
+    return folder

@@ -9,19 +9,19 @@ from jaxlm.cli.common import ModelFlags
 
 def split(name: str | None, flags: ModelFlags) -> tuple[str, Path | None]:
     """The model's name, and the folder of its adapter: one that is named alone, as model or as adapter, names it."""
-    from jaxlm.checkpoint import hub, peft_hub
+    from jaxlm.checkpoint import hub
     from jaxlm.checkpoint.peft_config import read_settings
 
     where = {"token": flags.token, "offline": flags.offline}
     if name is not None and flags.adapter is not None:
-        return name, peft_hub.resolve(flags.adapter, **where)
+        return name, hub.resolve_adapter(flags.adapter, **where)
     alone = str(name or flags.adapter)
     folder = None
     if flags.adapter is not None:
-        folder = peft_hub.resolve(alone, **where)
+        folder = hub.resolve_adapter(alone, **where)
     elif not (Path(alone).expanduser() / hub.CONFIG).is_file() and Path(alone).expanduser().is_dir():
         with suppress(OSError):
-            folder = peft_hub.resolve(alone, **where)
+            folder = hub.resolve_adapter(alone, **where)
     if folder is None:
         return alone, None
     base = read_settings(folder, flags.allow_field).base

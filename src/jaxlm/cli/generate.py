@@ -14,7 +14,7 @@ import tyro
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
-from jaxlm.processing.detokenizer import THINKING
+from jaxlm.processing.chat_template import THINKING
 
 if TYPE_CHECKING:
     from jaxlm.inference.generation import CompletionChunk

@@ -44,7 +44,7 @@ class Train(ProcessFlags, Run):
         if not self.debug:
             silence_orbax()
         with Display() as display:
-            done = train(run, display.tell, display.prepared)
+            done = train(run, display.log, display.prepared)
         if done.model.name == "adapter":
             note(f"the adapter is in {done.model}: jaxlm generate -m {self.model} --adapter {done.model} …")
         else:
@@ -113,7 +113,7 @@ class Display:
     def prepared(self, documents: int, tokens: int) -> None:
         self.bar.update(self.task, told=f"{documents:,} documents, {tokens:,} tokens")
 
-    def tell(self, line: dict[str, Any]) -> None:
+    def log(self, line: dict[str, Any]) -> None:
         if "note" in line:
             note(line["note"])
         if "steps" in line:  # the beginning, or where an earlier run ended

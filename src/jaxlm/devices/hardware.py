@@ -1,11 +1,14 @@
 """What jaxlm decides by device, in tables with their measurements, and what a device says of its memory."""
 
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Decode steps in one program. A loop on CPU makes XLA convert every weight again at each step (docs/performance.md);
@@ -83,3 +86,39 @@ def unseen_accelerator() -> str | None:
     if any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")):
         return "A TPU may be here but jax does not see it: pip install 'jaxlm[tpu]'"
     return None
+
+
+# Dense bfloat16 FLOP/s of one device, as its maker specifies it, by the beginning of jax's device_kind. The first that
+# fits counts, so a longer name stands before a shorter one.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak(device: Any, size: int = 1536) -> tuple[float, str]:
+    """FLOP/s of a device, and where the figure is from: its specification, or one large float32 product timed now."""
+    for kind, figure in PEAKS.items():
+        if device.device_kind.startswith(kind):
+            return figure, f"{device.device_kind}, {figure / 1e12:.0f} TFLOP/s bfloat16 (specified)"
+    with jax.default_device(device):
+        product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
+        a = jnp.ones((size, size), jnp.float32) / size
+        product(a).block_until_ready()
+        best = math.inf
+        for _ in range(5):
+            begin = time.perf_counter()
+            product(a).block_until_ready()
+            best = min(best, time.perf_counter() - begin)
+    figure = 2 * size**3 / best
+    return figure, f"{device.device_kind}, {figure / 1e9:.0f} GFLOP/s float32 (a product of {size} x {size}, measured)"

@@ -15,7 +15,7 @@ import numpy as np
 from jaxlm.data.packing import best_fit
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference.decoding import bucket
-from jaxlm.training.loss import of_targets, over_logits
+from jaxlm.nn.chunked_logits import map_chunked_logits, target_logits
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -47,12 +47,12 @@ def score(
     x = jnp.take_along_axis(x, at[..., None], axis=1)
 
     def one(logits: jax.Array, targets: jax.Array) -> Score:
-        chosen = of_targets(logits, targets)[..., None]
+        chosen = target_logits(logits, targets)[..., None]
         before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) < targets[..., None]
         likelier = (logits > chosen) | ((logits == chosen) & before)  # argmax would gather a divided vocabulary
         return Score(chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(likelier, axis=-1))
 
-    found = over_logits(family, cfg, weights, x, targets, one)
+    found = map_chunked_logits(family, cfg, weights, x, targets, one)
     return jax.tree.map(lambda a: mesh.constrain(a, ""), found)  # every process reads all of it
 
 

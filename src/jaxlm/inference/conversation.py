@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from jaxlm.devices import hardware
-from jaxlm.inference import decoding, engine, generation, prompts
+from jaxlm.inference import decoding, engine, generation, memory, prompts
 from jaxlm.inference.generation import CompletionChunk
 from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
-from jaxlm.processing.detokenizer import THINKING, split_thinking
+from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -247,7 +247,7 @@ class Conversation:
         state = engine.new_rows(model, [request], None, engine.optional([request]))
         state, made = model.programs.pick(k, model.weights, state, last)(model.weights, state, last)
         yield from engine.fetch_tokens([request], made, [(0, 0)])
-        flight: deque[decoding.StepOutput] = deque()
+        in_flight: deque[decoding.StepOutput] = deque()
         pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens still to be asked for
         while not request.finished:
             if left > 0:
@@ -257,10 +257,10 @@ class Conversation:
                 self._kv = None  # donated
                 state, made = program(model.weights, state)
                 self._kv = state.kv
-                flight.append(made)
+                in_flight.append(made)
                 pos, left = pos + steps, left - steps
-            if len(flight) > 1 or left <= 0:
-                yield from engine.fetch_tokens([request], flight.popleft(), [(0, 0)])
+            if len(in_flight) > 1 or left <= 0:
+                yield from engine.fetch_tokens([request], in_flight.popleft(), [(0, 0)])
 
     def _fit(self, kv: caches.KVCache | None, need: int) -> caches.KVCache:
         """A cache for `need` positions: this one if they fit, else a larger one with the same contents."""
@@ -275,7 +275,7 @@ class Conversation:
         chunk = hardware.CHUNK[model.device.platform]
         make = partial(model.init_kv, 1, length, chunk=chunk)
         hint = "begin anew with /reset (Conversation.reset), or use a smaller model"
-        needed = params.nbytes(jax.eval_shape(make)) // generation.memories(model)[1]
+        needed = params.nbytes(jax.eval_shape(make)) // memory.memories(model)[1]
         hardware.require(needed, model.device, f"{length:,} tokens of conversation", hint)
         if kv is None:
             return make()

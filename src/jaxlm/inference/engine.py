@@ -70,7 +70,7 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
     slots = mesh.round_up_batch(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
-    flight: deque[tuple[decoding.StepOutput, list[tuple[int, int]]]] = deque()
+    in_flight: deque[tuple[decoding.StepOutput, list[tuple[int, int]]]] = deque()
     lengths = cache_lengths(requests)
     state, k = empty_state(model, requests, slots, lengths[0])
     steps = hardware.STEPS[model.device.platform]
@@ -82,9 +82,9 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
             state, made = admit(model, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
-            flight.append((made, list(enumerate(batch))))
-            while flight:  # a first token is shown at once, not after the next program is compiled or done
-                yield from fetch_tokens(requests, *flight.popleft())
+            in_flight.append((made, list(enumerate(batch))))
+            while in_flight:  # a first token is shown at once, not after the next program is compiled or done
+                yield from fetch_tokens(requests, *in_flight.popleft())
             rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
@@ -93,12 +93,12 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
                 longer = next(length for length in lengths if length >= last)
                 state = state._replace(kv=resize_cache(model, state.kv, longer, 1))
             state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
-            flight.append((made, [(i, row.request) for i, row in busy]))
+            in_flight.append((made, [(i, row.request) for i, row in busy]))
             for _, row in busy:
                 row.pos, row.left = row.pos + steps, row.left - steps
-        if len(flight) > 1 or (flight and not busy):
-            yield from fetch_tokens(requests, *flight.popleft())
-        elif not flight and not waiting:
+        if len(in_flight) > 1 or (in_flight and not busy):
+            yield from fetch_tokens(requests, *in_flight.popleft())
+        elif not in_flight and not waiting:
             return
 
 

@@ -6,18 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxlm.devices import distributed, hardware, mesh
-from jaxlm.inference import decoding, engine
+from jaxlm.devices import distributed, hardware
+from jaxlm.inference import engine
+from jaxlm.inference.memory import check_memory
 from jaxlm.inference.prompts import resolve_max_tokens, split_prompts, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of
 from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
-from jaxlm.nn import params
 from jaxlm.processing.detokenizer import TextStream
 
 if TYPE_CHECKING:
@@ -146,47 +145,12 @@ def _stream(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
-    _check_memory(model, requests, slots)
+    check_memory(model, requests, slots)
     answers = [Answer(model, i, request) for i, request in enumerate(requests)]
     for token in engine.run(model, requests, slots):
         piece = answers[token.index].add(token)
         if piece is not None:
             yield piece
-
-
-def _check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
-    """Refuses a cache that cannot be allocated, and says what could."""
-    longest = max(len(r.ids) + r.max_tokens for r in requests)
-    prompts = cache_bytes(model, max(len(r.ids) for r in requests), None)
-    # Beside the cache at its longest there is that of new prompts, or while it grows the one that it was.
-    before = [cache_bytes(model, length, 1) for length in engine.cache_lengths(requests)[:-1]]
-    row = cache_bytes(model, longest, 1) + max([prompts, *before])
-    free = hardware.available_memory(model.device)
-    fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
-    copies, _ = memories(model)  # each takes its part of the rows
-    if free is not None and row <= free:
-        some = copies * (free // row)
-        fits = f"{some} at a time would fit (batch_size={some}, --batch-size {some}), or " + fits
-    hardware.require(-(-slots // copies) * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
-
-
-def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
-    """Bytes on one device of the cache that is made for one sequence of `length` tokens, `chunk` written at once."""
-    make = partial(model.init_kv, 1, decoding.bucket(length), chunk=chunk or hardware.CHUNK[model.device.platform])
-    return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
-
-
-def memories(model: "Model") -> tuple[int, int]:
-    """Over how many memories rows are divided, and kv heads. Virtual devices of a CPU share one."""
-    over = None if model.device.platform == "cpu" else model.mesh
-    return (1, 1) if over is None else (over.shape[mesh.DATA], mesh.num_shards("K", (model.config.K,), over))
-
-
-def kv_bytes(model: "Model", length: int) -> int:
-    """Bytes that a decoding step reads of a sequence of `length` tokens."""
-    cfg = model.config
-    slots = sum(length if window is None else min(length, window) for window in cfg.windows)
-    return 2 * slots * cfg.K * cfg.H * hardware.cache_dtype(model.dtype, model.device.platform).itemsize
 
 
 class Answer:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.inference.sampling_params import SamplingParams
-from jaxlm.processing.tokenizer import Tokenizer, eos_ids
+from jaxlm.processing.tokenizer import Tokenizer
+from jaxlm.processing.tokenizer_files import eos_ids
 
 if TYPE_CHECKING:
     from jaxlm.model import Model

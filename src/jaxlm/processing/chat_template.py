@@ -49,3 +49,20 @@ def template_errors() -> Iterator[None]:
         raise ValueError(f"a tool cannot be described to the model: {error}") from error
     except Exception as error:  # a template is a program: it may raise anything
         raise ValueError(f"the chat template refuses these messages: {error or type(error).__name__}") from error
+
+
+THINKING = ("<think>", "</think>")
+
+
+def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
+    """An answer's reasoning, without blank space around it, and what follows it.
+
+    A block that is not closed is all reasoning; a text that does not begin with a block is all answer.
+    `opened` says that the prompt ended with the opening tag, as some templates write it.
+    """
+    start, end = THINKING
+    body = text.lstrip()
+    if not opened and not body.startswith(start):
+        return "", text
+    thinking, _, answer = body.removeprefix(start).partition(end)
+    return thinking.strip(), answer.lstrip()

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxlm.processing.tokenizer import Tokenizer
 
-THINKING = ("<think>", "</think>")
-
 
 class TextStream:
     """The text of one sequence, a token at a time.
@@ -96,20 +94,6 @@ class TextStream:
         shown = len(text) - next(tails, 0)
         self._held = text[shown:]
         return text[:shown]
-
-
-def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
-    """An answer's reasoning, without blank space around it, and what follows it.
-
-    A block that is not closed is all reasoning; a text that does not begin with a block is all answer.
-    `opened` says that the prompt ended with the opening tag, as some templates write it.
-    """
-    start, end = THINKING
-    body = text.lstrip()
-    if not opened and not body.startswith(start):
-        return "", text
-    thinking, _, answer = body.removeprefix(start).partition(end)
-    return thinking.strip(), answer.lstrip()
 
 
 def _is_byte_level(hf: Any) -> bool:

@@ -4,20 +4,19 @@ The tokenizer is transformers' own (attribute `hf`; it needs no PyTorch). What i
 beginning-of-sequence token exactly once, every id that ends an answer, and template errors that say what is wrong.
 """
 
-import logging
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from jaxlm.checkpoint.safetensors import read_json
-from jaxlm.processing.chat_template import plain, template_errors
-from jaxlm.processing.detokenizer import THINKING, TextStream, split_thinking
-from jaxlm.processing.tokenizer_files import check_growth, check_special
-
-__all__ = ["TextStream", "Tokenizer", "import_transformers", "split_thinking"]
+from jaxlm.processing.chat_template import THINKING, plain, template_errors
+from jaxlm.processing.tokenizer_files import (
+    eos_ids,
+    from_tokenizer_model,
+    leading_id,
+    load_tokenizer,
+    naming_errors,
+    read_json_if_present,
+)
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -56,19 +55,19 @@ class Tokenizer:
         folder = Path(folder)
         if folder.is_file():
             if folder.name != "tokenizer.json":
-                return cls(_from_model(folder), eos_ids(generation_config or {}, config or {}))
+                return cls(from_tokenizer_model(folder), eos_ids(generation_config or {}, config or {}))
             folder = folder.parent
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             return None
         files = ("generation_config.json", generation_config), ("config.json", config)
-        ends = eos_ids(*(_read_json(folder / name) if given is None else given for name, given in files))
-        hf = _load_hf(folder)
+        ends = eos_ids(*(read_json_if_present(folder / name) if given is None else given for name, given in files))
+        hf = load_tokenizer(folder)
         if not hf.chat_template:
-            hf.chat_template = _read_json(folder / "chat_template.json").get("chat_template")
+            hf.chat_template = read_json_if_present(folder / "chat_template.json").get("chat_template")
         # A folder without tokenizer_config.json does not name these two, and its template would leave them out.
-        if hf.bos_token is None and (bos := _leading_id(hf)) is not None:
+        if hf.bos_token is None and (bos := leading_id(hf)) is not None:
             hf.bos_token = hf.convert_ids_to_tokens(bos)
         if hf.eos_token is None and len(ends) == 1:
             hf.eos_token = hf.convert_ids_to_tokens(*ends)
@@ -132,15 +131,15 @@ class Tokenizer:
 
         A tokenizer that adds BOS adds it only where the text does not begin with it already.
         """
-        with _errors_named(f"the tokenizer {self.hf.name_or_path} cannot encode this text"):
+        with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot encode this text"):
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == _leading_id(self.hf)
+        doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == leading_id(self.hf)
         return ids[1:] if doubled else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids, with its spaces as they are. Ids outside the vocabulary have no text."""
         ids = [int(token_id) for token_id in ids]
-        with _errors_named(f"the tokenizer {self.hf.name_or_path} cannot decode these ids"):
+        with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot decode these ids"):
             return self.hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     @property
@@ -191,93 +190,3 @@ class Tokenizer:
     def thinking(self) -> tuple[str, str] | None:
         """The tokens around a model's reasoning, ("<think>", "</think>"), if the vocabulary has them (Qwen3)."""
         return THINKING if set(THINKING) <= self.hf.get_added_vocab().keys() else None
-
-
-def import_transformers() -> ModuleType:
-    """transformers, without the advice to install PyTorch that it logs when imported where there is none."""
-
-    is_wanted = lambda record: not record.getMessage().startswith("PyTorch was not found")  # noqa: E731
-    logger = logging.getLogger("transformers")
-    logger.addFilter(is_wanted)
-    try:
-        import transformers
-    finally:
-        logger.removeFilter(is_wanted)
-    return transformers
-
-
-def _leading_id(hf: Any) -> int | None:
-    """The id that this tokenizer puts in front of every text."""
-    ids = hf.encode("a")
-    return ids[0] if ids[:1] != hf.encode("a", add_special_tokens=False)[:1] else None
-
-
-def eos_ids(*configs: Mapping[str, Any]) -> list[int]:
-    """The ids in the `eos_token_id` of any of these, which may be an id, a list or null; sorted."""
-    given = [ids if isinstance(ids, list) else [ids] for config in configs for ids in [config.get("eos_token_id")]]
-    found = [token_id for ids in given for token_id in ids if token_id is not None]
-    for token_id in found:
-        if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise ValueError(
-                f"config.json or generation_config.json: {reprlib.repr(token_id)} in eos_token_id is no token id"
-            )
-    return sorted(set(found))
-
-
-def _read_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
-
-
-def _load_hf(folder: Path) -> Any:
-    transformers = import_transformers()
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        check_special(
-            folder / name, _read_json(folder / name)
-        )  # transformers reads these itself; its errors name no file
-    if (path := folder / "tokenizer.json").exists():
-        # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
-        with _errors_named(f"{path}, or a file beside it, cannot be read: download it again"):
-            check_growth(path)
-            hf = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-            hf.encode("a")  # what is wrong may not show before
-            return hf
-    if (path := folder / "tokenizer.model").exists():
-        return _from_model(path)
-    with _errors_named(f"no tokenizer can be made of {folder / 'vocab.json'}"):
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@contextmanager
-def _errors_named(what: str) -> Iterator[None]:
-    """ValueError for whatever the tokenizers library raises: bare Exceptions, and PanicExceptions that are none."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
-        raise
-
-
-def _from_model(path: Path) -> Any:
-    from jaxlm.processing.meta_tokenizer import from_tiktoken
-
-    is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
-    return from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
-
-
-def _from_sentencepiece(path: Path) -> Any:
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"reading {path} takes two more packages: pip install sentencepiece protobuf") from error
-    try:
-        processor = sentencepiece.SentencePieceProcessor(str(path))
-        hf = import_transformers().AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): download it again, or a tokenizer.json") from error
-    # transformers 5.23 loses what the file says about spaces unless tokenizer_config.json names the right class.
-    probe = "Once upon a time, 12 naïve words\nand a line"
-    if hf.encode(probe, add_special_tokens=False) != processor.encode(probe):
-        raise ValueError(f"transformers does not read {path} as SentencePiece does: a tokenizer.json is needed")
-    return hf

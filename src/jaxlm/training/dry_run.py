@@ -43,7 +43,7 @@ def plan_memory(setup: Setup, program: Any) -> MemoryPlan:
     weights, gradients = _bytes(state.weights), _bytes(state.weights)
     peak = found.argument_size_in_bytes + found.temp_size_in_bytes
     peak += found.output_size_in_bytes - found.alias_size_in_bytes
-    optimizer, frozen = _bytes(state.optimizer), _bytes(frozen)
+    optimizer, frozen = _bytes(state.opt_state), _bytes(frozen)
     if setup.run.samples:  # they are made by a copy of the weights, in the type of products
         cast = weights * np.dtype(jnp.dtype(setup.run.dtype)).itemsize // 4
         peak = max(peak, weights + optimizer + frozen + cast + frozen)

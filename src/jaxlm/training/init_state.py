@@ -22,9 +22,9 @@ def init_state(setup: Setup) -> step.State:
         trained = setup.trained(jax.random.key(run.seed))
     else:
         trained = read(setup)
-    rule = setup.rule()
+    tx = setup.tx()
     where = None if setup.over is None else step.state_shardings(setup.state_shapes(), setup.over, setup.family.PARAMS)
-    return jax.jit(lambda w: step.init_state(rule, w), out_shardings=where, donate_argnums=0)(trained)
+    return jax.jit(lambda w: step.init_state(tx, w), out_shardings=where, donate_argnums=0)(trained)
 
 
 def frozen_weights(setup: Setup) -> Any:

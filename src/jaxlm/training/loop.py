@@ -9,8 +9,12 @@ The batch of a step is a function of (seed, step), so the state of the data is t
 """
 
 import itertools
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint import peft
-from jaxlm.devices import distributed, mesh
+from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.exporting import export
 from jaxlm.nn import flops, params
-from jaxlm.training import metrics, optimizers, resume, step, stopping
+from jaxlm.training import metrics, optimizers, resume, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
-from jaxlm.training.record import check_resume
+from jaxlm.training.resume import check_resume
 from jaxlm.training.setup import Progress, Setup, set_up
 
 Log = Callable[[dict[str, Any]], None]
@@ -45,21 +49,21 @@ class Trained(NamedTuple):
     last: dict[str, Any]
 
 
-def train(run: Run, tell: Log = lambda line: None, progress: Progress | None = None) -> Trained:
-    """Trains, or goes on. `tell` hears of every line of metrics, between them of {"step": n}, and before them of notes
+def train(run: Run, log: Log = lambda line: None, progress: Progress | None = None) -> Trained:
+    """Trains, or goes on. `log` hears of every line of metrics, between them of {"step": n}, and before them of notes
     (what was read, what was dropped); `progress` of documents and tokens while they are prepared. Raises ValueError,
     OSError or Diverged; what the folder held before stays good."""
     setup = set_up(run, progress)
     run = setup.run
     for batches in filter(None, (setup.data, setup.valid)):
-        tell({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
+        log({"step": 0, "note": ". ".join(filter(None, (str(batches.corpus), batches.note)))})
     with resume.open_checkpoints(run.out, run.keep) as saved:
         if saved.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} holds a run already: --resume auto goes on with it, or choose another --out")
         for change in check_resume(setup, saved.latest is not None):
-            tell({"step": 0, "note": change})
+            log({"step": 0, "note": change})
         state = init_state(setup) if saved.latest is None else saved.restore(saved.latest, setup.state_like())
-        loop = Loop(setup, frozen_weights(setup), saved, tell)
+        loop = Loop(setup, frozen_weights(setup), saved, log)
         state = loop.run(state)
     return Trained(run.out, finish(setup, state), loop.last)
 
@@ -94,15 +98,15 @@ def program(setup: Setup) -> Any:
     run = setup.run
     how = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
     how |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
-    return jax.jit(step.make_step(setup.family, setup.config, setup.rule(), **how), donate_argnums=0)
+    return jax.jit(step.make_step(setup.family, setup.config, setup.tx(), **how), donate_argnums=0)
 
 
 class Loop:
     """The steps of a run, and what is told of them."""
 
-    def __init__(self, setup: Setup, frozen: Any, saved: resume.Checkpoints, tell: Log):
+    def __init__(self, setup: Setup, frozen: Any, saved: resume.Checkpoints, log: Log):
         run, family, cfg = setup.run, setup.family, setup.config
-        self.setup, self.frozen, self.saved, self.tell = setup, frozen, saved, tell
+        self.setup, self.frozen, self.saved, self.log = setup, frozen, saved, log
         dtype = jnp.dtype(run.dtype)
         self.step = program(setup)
         self.listed = jax.jit(lambda trained, frozen: params.unstack(step.full_weights(trained, frozen, dtype)))
@@ -120,9 +124,9 @@ class Loop:
         self.begin(first)
         waiting: tuple[int, Any] | None = None
         try:
-            with stopping.listening() as asked, mesh.use_mesh_of(state.weights):
+            with listening() as asked, mesh.use_mesh_of(state.weights):
                 if self.due(first):  # what an earlier run may have been cut off from
-                    self.look(first, state)
+                    self.evaluate_and_sample(first, state)
                 for number, batch in zip(range(first + 1, steps + 1), self.setup.data.iterate(first)):
                     state, found = self.step(state, self.placed(batch), self.frozen)
                     if number == first + 1:  # the first call compiles, which is no step's time
@@ -138,7 +142,7 @@ class Loop:
                         self.saved.save(number, state)
                     if self.due(number):
                         self.check(waiting)
-                        self.look(number, state)
+                        self.evaluate_and_sample(number, state)
                     if signal := asked():
                         self.check(waiting)
                         self.end(number, state, signal)
@@ -149,7 +153,7 @@ class Loop:
 
     def compiled(self, number: int) -> None:
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        self.tell({"step": number, "note": f"compiled in {seconds:.0f} s"})
+        self.log({"step": number, "note": f"compiled in {seconds:.0f} s"})
 
     def end(self, number: int, state: step.State, signal: int) -> None:
         """The end that was asked for, unless the run ends here anyway."""
@@ -157,7 +161,7 @@ class Loop:
             return
         self.saved.save(number, state)
         self.saved.wait()
-        raise stopping.Ended(f"ended after step {number}, which is saved: the same command goes on from there", signal)
+        raise Ended(f"ended after step {number}, which is saved: the same command goes on from there", signal)
 
     def due(self, number: int) -> bool:
         """Whether there is an evaluation after this step."""
@@ -174,16 +178,16 @@ class Loop:
             self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run), first) if leads else []
         devices = 1 if self.setup.over is None else self.setup.over.size
-        peak, source = flops.peak(jax.local_devices()[0])
+        peak, source = hardware.peak(jax.local_devices()[0])
         self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # of a CPU all devices are parts
         how = f"goes on after step {first:,}" if first else f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
         how = "all steps have been taken" if first == run.steps else how
-        self.tell({"step": first, "steps": run.steps, "note": f"{how}; MFU against {devices} x {source}"})
+        self.log({"step": first, "steps": run.steps, "note": f"{how}; MFU against {devices} x {source}"})
         self.clock, self.counted = time.perf_counter(), 0
 
     def count(self, number: int) -> None:
         self.counted += self.setup.run.batch * self.setup.run.length
-        self.tell({"step": number})
+        self.log({"step": number})
 
     def report(self, number: int, found: step.Metrics) -> None:
         """The line of a step."""
@@ -197,7 +201,7 @@ class Loop:
         for place in [*self.lines, *self.services]:
             place.add(line)
         self.last = self.last | line
-        self.tell(line)
+        self.log(line)
 
     def placed(self, batch: Any) -> Any:
         """This process's rows, as part of what all have."""
@@ -218,7 +222,7 @@ class Loop:
             return
         number, found = waiting
         self.saved.wait()
-        self.saved.spoiled(number - 1)  # its weights gave this loss, and would again at any rate
+        self.saved.delete_diverged(number - 1)  # its weights gave this loss, and would again at any rate
         good = self.saved.latest
         what = f"the loss of step {number} is {float(found.loss)}, the norm of its gradient {float(found.gradient)}"
         way = "there is no checkpoint yet; lower the learning rate (--optimizer.lr)"
@@ -232,7 +236,7 @@ class Loop:
             way += "goes on from there"
         raise Diverged(f"{what}: {way}")
 
-    def look(self, number: int, state: step.State) -> None:
+    def evaluate_and_sample(self, number: int, state: step.State) -> None:
         """The loss on what is not learned, and sample texts, from the weights as they are."""
         run, begun = self.setup.run, time.perf_counter()
         if self.setup.valid is not None:
@@ -265,3 +269,37 @@ def flops_a_token(setup: Setup) -> float:
     if run.method == "lora":
         adapter = params.num_elements(setup.trained(jax.random.key(0), shapes=True))
     return flops.training(setup.family.PARAMS, setup.config, run.length, adapter)
+
+
+class Ended(KeyboardInterrupt):
+    """A run that has ended because it was asked to; its state is saved. signal: by which number it was asked."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.signal = number
+
+
+@contextmanager
+def listening() -> Iterator[Callable[[], int]]:
+    """Meanwhile SIGINT and SIGTERM only leave a note; the yielded function gives its number, 0 for none. A second one
+    ends the process's work at once. Several processes could not end after the same step, and are not listened for; nor
+    is anything outside the main thread, or a signal that is ignored.
+    """
+    asked: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(2, b"\nending after this step (once more: at once)\n")  # no print: one may be under way
+
+    here = threading.current_thread() is threading.main_thread() and not distributed.is_multiprocess()
+    wanted = (signal.SIGINT, signal.SIGTERM) if here else ()
+    before = {number: signal.getsignal(number) for number in wanted}
+    for number in (heard := [number for number in wanted if before[number] is not signal.SIG_IGN]):
+        signal.signal(number, hear)
+    try:
+        yield lambda: asked[0] if asked else 0
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])

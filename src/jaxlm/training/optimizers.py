@@ -41,16 +41,16 @@ def make_optimizer(of: Optimizer, steps: int, letters: Any) -> optax.GradientTra
     decays = decaying(letters)
     common: dict[str, Any] = {"weight_decay": of.weight_decay, "mask": decays}
     if of.name == "adamw":
-        rule = optax.adamw(rate, of.b1, of.b2, of.eps, **common)
+        tx = optax.adamw(rate, of.b1, of.b2, of.eps, **common)
     elif of.name == "lion":
-        rule = optax.lion(rate, of.b1, of.b2, **common)
+        tx = optax.lion(rate, of.b1, of.b2, **common)
     elif of.name == "adafactor":
         # Its own decay would not follow the rate: 0.1 would take a tenth off each weight at each step.
         decay = optax.add_decayed_weights(-of.weight_decay, decays)
-        rule = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(rate))
+        tx = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(rate))
     else:
-        rule = _muon(of, rate, letters, decays)
-    return optax.chain(optax.clip_by_global_norm(of.clip), rule) if of.clip else rule
+        tx = _muon(of, rate, letters, decays)
+    return optax.chain(optax.clip_by_global_norm(of.clip), tx) if of.clip else tx
 
 
 def decaying(letters: Any) -> Any:

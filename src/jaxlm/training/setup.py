@@ -55,7 +55,7 @@ class Setup(NamedTuple):
         more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
         return Model(self.family, self.config, weights, self.tokenizer, self.generation_config, **more)
 
-    def rule(self) -> Any:
+    def tx(self) -> Any:
         """The optimizer."""
         letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
         return optimizers.make_optimizer(self.run.optimizer, self.run.steps, letters)
@@ -83,8 +83,8 @@ class Setup(NamedTuple):
 
     def state_shapes(self) -> step.State:
         """The state as jax.ShapeDtypeStruct."""
-        rule = self.rule()
-        return jax.eval_shape(lambda w: step.init_state(rule, w), self.trained(jax.random.key(0), shapes=True))
+        tx = self.tx()
+        return jax.eval_shape(lambda w: step.init_state(tx, w), self.trained(jax.random.key(0), shapes=True))
 
     def state_like(self) -> step.State:
         """The same, each array with its place: what a checkpoint is restored into."""

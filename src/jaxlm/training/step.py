@@ -26,7 +26,7 @@ class State(NamedTuple):
     computed in."""
 
     weights: Any
-    optimizer: Any  # optax's state
+    opt_state: Any  # optax's state
     step: jax.Array  # [] int32: how many have been taken
 
 
@@ -38,15 +38,15 @@ class Metrics(NamedTuple):
     tokens: jax.Array
 
 
-def init_state(rule: optax.GradientTransformation, weights: Any) -> State:
+def init_state(tx: optax.GradientTransformation, weights: Any) -> State:
     """The state before the first step."""
-    return State(weights, rule.init(weights), jnp.zeros((), jnp.int32))
+    return State(weights, tx.init(weights), jnp.zeros((), jnp.int32))
 
 
 def make_step(
     family: Any,
     cfg: Any,
-    rule: optax.GradientTransformation,
+    tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
     dtype: Any = jnp.float32,
@@ -77,10 +77,10 @@ def make_step(
         count = jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         metrics = Metrics(sums.nats / count, optax.tree.norm(gradient), sums.tokens)
-        updates, optimizer = rule.update(gradient, state.optimizer, state.weights)
-        new = State(optax.apply_updates(state.weights, updates), optimizer, state.step + 1)
-        sound = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient)
-        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state), metrics
+        updates, opt_state = tx.update(gradient, state.opt_state, state.weights)
+        new = State(optax.apply_updates(state.weights, updates), opt_state, state.step + 1)
+        all_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient)
+        return jax.tree.map(lambda a, b: jnp.where(all_finite, a, b), new, state), metrics
 
     return step
 

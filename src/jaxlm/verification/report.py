@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from jaxlm.version import __version__
 from jaxlm.nn import params
+from jaxlm.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
