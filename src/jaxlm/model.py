@@ -1,7 +1,8 @@
 """Model: a family's functions bound to weights."""
 
 from collections.abc import Iterator
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -18,30 +18,29 @@ from jaxlm.processing.tokenizer import Tokenizer
 Weights = dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """Weights (a plain pytree) and the pure functions that take them.
+    """Weights (a plain pytree) and the pure functions that take them. `dataclasses.replace` gives a changed copy.
 
-    `weights, forward, init_kv, tokenizer, config = model` unpacks it; tokenizer is None where the checkpoint has none.
+    `weights, forward, init_kv, tokenizer, config = model` unpacks it.
+
+    Attributes:
+        family: the module that computes it (jaxlm.models.llama3 and others).
+        config: the family's Config.
+        weights: {"embed": [V,D], "layers": [{"q": [N,H,D], ...}, ...], "norm": [D], "head": [V,D] unless tied}.
+        tokenizer: None where the checkpoint has none.
+        generation_config: contents of generation_config.json, with every EOS id in `eos_token_id`.
+        source: the name or folder that it was loaded from.
+        checkpoint: the checkpoint's files, None for a model that came from none.
     """
 
-    def __init__(
-        self,
-        family: Any,
-        config: Any,
-        weights: Weights,
-        tokenizer: Tokenizer | None = None,
-        generation_config: dict[str, Any] | None = None,
-        source: str = "random weights",
-        checkpoint: Checkpoint | None = None,
-    ):
-        self.family = family
-        self.config = config
-        self.weights = weights
-        self.tokenizer = tokenizer
-        self.generation_config = generation_config or {}
-        self.source = source
-        self.programs = CompiledSteps(family, config)
-        self.checkpoint = checkpoint
+    family: Any
+    config: Any
+    weights: Weights
+    tokenizer: Tokenizer | None = None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    source: str = "random weights"
+    checkpoint: Checkpoint | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.weights, self.forward, self.init_kv, self.tokenizer, self.config))
@@ -149,7 +148,7 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
     return jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32), (B, T))
 
 
-@cache
+@lru_cache(maxsize=32)
 def _empty(over: Any, *sizes: Any) -> Any:
     """What makes an empty cache over a mesh: no device ever holds the whole."""
     made = partial(caches.init, *sizes)
@@ -157,7 +156,7 @@ def _empty(over: Any, *sizes: Any) -> Any:
     return jax.jit(made, out_shardings=where)
 
 
-@cache
+@lru_cache(maxsize=32)
 def _programs(family: Any, cfg: Any) -> dict[str, Any]:
     """The jitted functions of one architecture, shared by all models of its shape."""
 

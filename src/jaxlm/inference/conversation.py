@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.generation import CompletionChunk
 from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
@@ -64,6 +65,7 @@ class Conversation:
         if model.tokenizer is None:
             raise ValueError(f"{model.source} has no tokenizer: a conversation needs one (jaxlm.generate takes ids)")
         self.model, self.tokenizer = model, model.tokenizer
+        self._steps = CompiledSteps(model)
         self.system = system
         self.template_args = dict(template_args or {})
         self.options = from_kwargs(**options)
@@ -173,7 +175,7 @@ class Conversation:
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
-        answer, made, shown = generation.Answer(self.model, 0, request), [], ""
+        answer, made, shown = generation.Answer(self._steps, 0, request), [], ""
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):
@@ -234,7 +236,7 @@ class Conversation:
         if kv is None or not m or not can_reuse(kv, self.model.config.windows, m):
             kv, m = None, 0
         self.prefilled = len(ids) - m
-        kv, last = engine.extend(self.model, self._fit(kv, len(ids)), [ids[m:]], m)
+        kv, last = engine.extend(self._steps, self._fit(kv, len(ids)), [ids[m:]], m)
         self._written = ids
         self._kv = kv
         return last
@@ -245,7 +247,7 @@ class Conversation:
         steps = hardware.STEPS[model.device.platform]
         # Without the cache in it the first program does not depend on the cache's length.
         state = engine.new_rows(model, [request], None, engine.optional([request]))
-        state, made = model.programs.pick(k, model.weights, state, last)(model.weights, state, last)
+        state, made = self._steps.sample_token(k, state, last)
         yield from engine.fetch_tokens([request], made, [(0, 0)])
         in_flight: deque[decoding.StepOutput] = deque()
         pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens still to be asked for
@@ -253,9 +255,8 @@ class Conversation:
             if left > 0:
                 self._kv = self._fit(self._kv, pos + steps)
                 state = state._replace(kv=self._kv)
-                program = model.programs.step(k, steps, model.weights, state)
                 self._kv = None  # donated
-                state, made = program(model.weights, state)
+                state, made = self._steps.step(k, steps, state)
                 self._kv = state.kv
                 in_flight.append(made)
                 pos, left = pos + steps, left - steps
@@ -279,7 +280,7 @@ class Conversation:
         hardware.require(needed, model.device, f"{length:,} tokens of conversation", hint)
         if kv is None:
             return make()
-        return engine.resize_cache(model, kv, length, chunk)
+        return engine.resize_cache(self._steps, kv, length, chunk)
 
 
 def _given(options: SamplingParams) -> dict[str, Any]:

@@ -7,8 +7,9 @@ parameters, its key and its place in its own sequence, so a row's text does not 
 
 import time
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from jaxlm.devices import hardware, mesh
 from jaxlm.inference import sampling
 from jaxlm.inference.sampling import Counts, Sampling
 from jaxlm.nn import kv_cache as caches
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
 
 
 class State(NamedTuple):
@@ -107,51 +111,91 @@ def insert(state: State, rows: jax.Array, part: State) -> State:
     return constrain_state(state, mesh.constrain)
 
 
-@cache
-def compiled_for(family: Any, cfg: Any) -> dict[Any, Any]:
-    """The programs of one architecture, shared by all models of its shape."""
+MAX_EXECUTABLES = 256  # per architecture; the oldest is dropped
+# Called with the name of a program before it is compiled, and with its name and the seconds after.
+on_compile: ContextVar[Callable[..., None]] = ContextVar("on_compile", default=lambda name, seconds=None: None)
+
+
+@lru_cache(maxsize=16)
+def executables(family: Any, cfg: Any) -> dict[Any, Any]:
+    """The compiled programs of one architecture, shared by all models of its shape: key -> executable."""
     return {}
 
 
 class CompiledSteps:
-    """Compiled programs of one model, by what they were compiled for. `notify(name)` is called before a compilation
-    and `notify(name, seconds)` after."""
+    """Prefill, sampling and decoding of one model as compiled programs.
 
-    def __init__(self, family: Any, cfg: Any):
-        self.family, self.cfg = family, cfg
-        self.compiled = compiled_for(family, cfg)
+    A program is compiled ahead of time when its arguments first have new shapes, types or shardings. The KV cache and
+    the state that go in are donated.
+
+    Attributes:
+        model: the model whose weights every call uses.
+        seconds: time spent compiling so far.
+    """
+
+    def __init__(self, model: "Model"):
+        self.model = model
         self.seconds = 0.0
-        self.notify: Callable[..., None] = lambda name, seconds=None: None
+        self._executables = executables(model.family, model.config)
+        self._weights = signature(model.weights)  # once: there are hundreds of arrays
 
-    def prefill(self, *args: Any) -> Callable[..., Any]:
-        return self._get("prefill", partial(prefill, self.family, self.cfg), (), (1, 2), args)
+    def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
+        return self._run("prefill", self._bound(prefill), (), (1, 2), True, kv, last, tokens, pos)
 
-    def pick(self, k: int | None, *args: Any) -> Callable[..., Any]:
-        return self._get("first token", partial(sample_token, self.family, self.cfg, k), (k,), (1,), args)
+    def sample_token(self, k: int | None, state: State, x: jax.Array) -> tuple[State, StepOutput]:
+        return self._run("first token", self._bound(sample_token, k), (k,), (1,), True, state, x)
 
-    def step(self, k: int | None, steps: int, *args: Any) -> Callable[..., Any]:
-        return self._get("decode", partial(step, self.family, self.cfg, k, steps), (k, steps), (1,), args)
+    def step(self, k: int | None, steps: int, state: State) -> tuple[State, StepOutput]:
+        return self._run("decode", self._bound(step, k, steps), (k, steps), (1,), True, state)
 
-    def insert(self, *args: Any) -> Callable[..., Any]:
-        return self._get("insert", insert, (), (0,), args)
+    def insert(self, state: State, rows: jax.Array, part: State) -> State:
+        return self._run("insert", insert, (), (0,), False, state, rows, part)
 
-    def grow(self, *args: Any) -> Callable[..., Any]:
-        return self._get("larger cache", caches.resize_cache, (), (0,), args)
+    def resize_cache(self, cache: Any, part: Any) -> Any:
+        return self._run("larger KV cache", caches.resize_cache, (), (0,), False, cache, part)
 
-    def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        key = (name, static, tree, frozenset(a.sharding for a in leaves), tuple((a.shape, a.dtype) for a in leaves))
-        if key not in self.compiled:
-            self.notify(name)
-            start = time.perf_counter()
-            options = hardware.COMPILER_OPTIONS.get(next(iter(leaves[0].sharding.device_set)).platform)
-            program = jax.jit(function, donate_argnums=donate, compiler_options=options)
-            with mesh.use_mesh_of(args):
-                self.compiled[key] = program.lower(*args).compile()
-            seconds = time.perf_counter() - start
-            self.seconds += seconds
-            self.notify(name, seconds)
-        return self.compiled[key]
+    def _bound(self, function: Any, *static: Any) -> Any:
+        return partial(function, self.model.family, self.model.config, *static)
+
+    def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
+        key = (name, static, self._weights if weighted else None, signature(args))
+        args = (self.model.weights, *args) if weighted else args
+        if key not in self._executables:
+            self._compile(key, function, donate, args)
+        return self._executables[key](*args)
+
+    def _compile(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> None:
+        notify, start = on_compile.get(), time.perf_counter()
+        notify(key[0])
+        executable = compile_program(function, donate, args)
+        while len(self._executables) >= MAX_EXECUTABLES:
+            self._executables.pop(next(iter(self._executables)))
+        self._executables[key] = executable
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        notify(key[0], seconds)
+
+
+def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
+    """Compiles `function` for these arguments (arrays, or jax.ShapeDtypeStruct with shardings) without running it."""
+    platform = next(iter(jax.tree.leaves(args)[0].sharding.device_set)).platform
+    program = jax.jit(function, donate_argnums=donate, compiler_options=hardware.COMPILER_OPTIONS.get(platform))
+    with mesh.use_mesh_of(args):
+        return program.lower(*args).compile()
+
+
+def signature(tree: Any) -> Any:
+    """What a program is compiled for: the structure of its arguments, and shape, dtype and sharding of each array. A KV
+    cache is described by its first layer, from which the others follow."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, caches.KVCache))
+    return structure, tuple(_signature(leaf) for leaf in leaves)
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, caches.KVCache):
+        first = leaf.layers[0]["k"]
+        return tuple(leaf.positions), leaf.length, leaf.chunk, first.shape, first.dtype, first.sharding
+    return leaf.shape, leaf.dtype, leaf.sharding
 
 
 def chunks(ids: list[list[int]], start: int, width: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:

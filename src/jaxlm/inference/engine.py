@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import decoding, sampling
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.nn import kv_cache as caches
 
@@ -65,21 +66,22 @@ class _Row:
     left: int  # tokens that may still be dispatched
 
 
-def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Token]:
+def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterator[Token]:
     """Decodes all requests, at most `slots` at once, and yields their tokens. Stop tokens are yielded too."""
+    model = steps.model
     slots = mesh.round_up_batch(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
     in_flight: deque[tuple[decoding.StepOutput, list[tuple[int, int]]]] = deque()
     lengths = cache_lengths(requests)
     state, k = empty_state(model, requests, slots, lengths[0])
-    steps = hardware.STEPS[model.device.platform]
+    n = hardware.STEPS[model.device.platform]
     while True:
         rows = _drop_finished(rows, requests)
         free = [i for i, row in enumerate(rows) if row is None]
         if waiting and free:
             batch = _same_bucket(waiting, requests, len(free))
-            state, made = admit(model, [requests[i] for i in batch], free[: len(batch)], state, k)
+            state, made = admit(steps, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
             in_flight.append((made, list(enumerate(batch))))
@@ -88,14 +90,14 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
             rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
-            last = max(row.pos + min(steps, row.left) for _, row in busy)  # what is past the last wanted token drops
+            last = max(row.pos + min(n, row.left) for _, row in busy)  # what is past the last wanted token drops
             if last > state.kv.length:
                 longer = next(length for length in lengths if length >= last)
-                state = state._replace(kv=resize_cache(model, state.kv, longer, 1))
-            state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
+                state = state._replace(kv=resize_cache(steps, state.kv, longer, 1))
+            state, made = steps.step(k, n, state)
             in_flight.append((made, [(i, row.request) for i, row in busy]))
             for _, row in busy:
-                row.pos, row.left = row.pos + steps, row.left - steps
+                row.pos, row.left = row.pos + n, row.left - n
         if len(in_flight) > 1 or (in_flight and not busy):
             yield from fetch_tokens(requests, *in_flight.popleft())
         elif not in_flight and not waiting:
@@ -154,11 +156,10 @@ def cache_lengths(requests: Sequence[Request]) -> list[int]:
     return [*lengths[:-1], most]
 
 
-def resize_cache(model: "Model", kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
+def resize_cache(steps: CompiledSteps, kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
     """A cache of this length with the contents of a shorter one."""
     rows = next(iter(kv.positions.values())).shape[0]
-    args = (model.init_kv(rows, length, chunk=chunk), kv)
-    return model.programs.grow(*args)(*args)
+    return steps.resize_cache(steps.model.init_kv(rows, length, chunk=chunk), kv)
 
 
 def empty_state(
@@ -208,8 +209,9 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
     return decoding.constrain_state(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
 
 
-def admit(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
+def admit(steps: CompiledSteps, requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
     """Prefills requests as one batch, makes their first tokens and puts them into `rows` of the state."""
+    model = steps.model
     # Batches come in powers of two; the rows that fill one up repeat the last request and are dropped by `insert`.
     b = mesh.round_up_batch(1 << (len(requests) - 1).bit_length(), model.mesh)
     padded = requests + [requests[-1]] * (b - len(requests))
@@ -218,19 +220,19 @@ def admit(model: "Model", requests: list[Request], rows: list[int], state: decod
     chunk = max(16, hardware.CHUNK[model.device.platform] // b)  # tokens of all rows together
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
     shared = Optionals(state.counts is not None, state.bias is not None)
-    kv, last = extend(model, kv, [r.ids for r in padded], 0)
+    kv, last = extend(steps, kv, [r.ids for r in padded], 0)
     # Without the cache in it the first program does not depend on the prompts' length.
     part = new_rows(model, padded, None, shared)
-    part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
+    part, made = steps.sample_token(k, part, last)
     part = part._replace(kv=kv)
     where = mesh.place(np.array(target, np.int32), "", model.mesh)
-    return model.programs.insert(state, where, part)(state, where, part), made
+    return steps.insert(state, where, part), made
 
 
-def extend(model: "Model", kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
+def extend(steps: CompiledSteps, kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
     """Prefills token ids of each row at positions from `start` on -> the cache and the last hidden states [B,D]."""
+    model = steps.model
     last = mesh.place(np.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
     for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):
-        args = (model.weights, kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
-        kv, last = model.programs.prefill(*args)(*args)
+        kv, last = steps.prefill(kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
     return kv, last

@@ -13,6 +13,7 @@ import jax
 
 from jaxlm.devices import distributed, hardware
 from jaxlm.inference import engine
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.memory import check_memory
 from jaxlm.inference.prompts import resolve_max_tokens, split_prompts, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of
@@ -146,8 +147,9 @@ def _stream(
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
     check_memory(model, requests, slots)
-    answers = [Answer(model, i, request) for i, request in enumerate(requests)]
-    for token in engine.run(model, requests, slots):
+    steps = CompiledSteps(model)
+    answers = [Answer(steps, i, request) for i, request in enumerate(requests)]
+    for token in engine.run(steps, requests, slots):
         piece = answers[token.index].add(token)
         if piece is not None:
             yield piece
@@ -156,20 +158,20 @@ def _stream(
 class Answer:
     """Turns the tokens of one request into pieces of text."""
 
-    def __init__(self, model: "Model", index: int, request: engine.Request):
+    def __init__(self, steps: CompiledSteps, index: int, request: engine.Request):
+        self.steps, model = steps, steps.model
         self.index, self.request = index, request
         stop = request.options.stop or ()
         self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
-        self.programs = model.programs
-        self.compiled = [model.programs.seconds] * 2  # when the request began, and when its first token was there
+        self.compiled = [steps.seconds] * 2  # when the request began, and when its first token was there
 
     def add(self, token: engine.Token) -> CompletionChunk | None:
         """The text that this token sets free; None while there is none to show."""
         request = self.request
         if request.made == 1:
-            self.compiled[1] = self.programs.seconds
+            self.compiled[1] = self.steps.seconds
         self.tokens.append(token.id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
@@ -189,7 +191,7 @@ class Answer:
 
     def _piece(self, text: str) -> CompletionChunk:
         request, piece = self.request, CompletionChunk(text)
-        before, after = self.compiled[1] - self.compiled[0], self.programs.seconds - self.compiled[1]
+        before, after = self.compiled[1] - self.compiled[0], self.steps.seconds - self.compiled[1]
         seconds = time.perf_counter() - request.first - after
         piece.index = self.index
         piece.tokens, self.tokens = self.tokens, []
