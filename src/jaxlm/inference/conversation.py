@@ -175,7 +175,7 @@ class Conversation:
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
-        answer, made, shown = generation.Answer(self._steps, 0, request), [], ""
+        answer, made, shown = generation.Detokenization(self._steps, 0, request), [], ""
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):
