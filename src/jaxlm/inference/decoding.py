@@ -1,8 +1,8 @@
-"""Prefill, insert and step: the pure functions of generation, and the programs compiled from them.
+"""Prefill, insert and decode: the pure functions of generation, and the programs compiled from them.
 
-A batch of B rows is a `State`. `prefill` runs prompts through the model into a cache of their own, `insert` puts the
-rows that it made into a state, `step` makes the next token of every row. Rows are independent: each has its sampling
-parameters, its key and its place in its own sequence, so a row's text does not depend on what shares its batch.
+A batch of B rows is a `State`. `prefill` runs prompts through the model into a KV cache of their own, `insert` puts
+these rows into the state of a batch, `step` generates the next token of every row. Rows are independent: each has its
+own sampling parameters, PRNG key and position, so a row's text does not depend on the other rows.
 """
 
 import time
@@ -25,36 +25,37 @@ if TYPE_CHECKING:
 
 
 class State(NamedTuple):
-    """What decoding carries from step to step."""
+    """What is carried from one decoding step to the next."""
 
-    kv: Any  # caches.Cache; None while rows are made or picked apart from it
-    token: jax.Array  # [B] int32: the newest token, not in the cache yet
+    kv: Any  # KVCache; None for rows that are not yet in a batch
+    token: jax.Array  # [B] int32: the newest token, not yet in the KV cache
     pos: jax.Array  # [B] int32: its position
-    keys: jax.Array  # [B] typed keys, one a sequence
+    keys: jax.Array  # [B] typed PRNG keys, one per sequence
     sampling: Sampling
     counts: Counts | None  # None where no row has a penalty
     bias: jax.Array | None  # [B,V] float32, None where no row has one
 
 
 class StepOutput(NamedTuple):
-    """What a program hands to the host: tokens [n,B] int32, and when asked for the log-probability of each [n,B], the
-    likeliest ids [n,B,k] and their log-probabilities [n,B,k]."""
+    """The output of a program for the host: tokens [n,B] int32, and if asked for the log-probability of each [n,B], the
+    most likely ids [n,B,k] and their log-probabilities [n,B,k]."""
 
     tokens: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 def constrain_state(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
-    """`put(array, letters)` over every array of a state: rows over the mesh's `data`, vocabulary over `model`."""
+    """Applies `put(array, letters)` to every array of a state: rows over the mesh axis `data`, the vocabulary over
+    `model`."""
     rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
     return rest if state.kv is None else rest._replace(kv=caches.map_arrays(state.kv, put))
 
 
-NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
+NOT_FINITE = -1  # the token of a row whose logits are NaN or Inf
 
 
 def bucket(n: int, least: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, … that holds n: the lengths for which programs are compiled."""
+    """The smallest of 16, 24, 32, 48, 64, 96, … that is at least n: the lengths for which programs are compiled."""
     power = least
     while power < n:
         power *= 2
@@ -64,8 +65,11 @@ def bucket(n: int, least: int = 16) -> int:
 def prefill(
     family: Any, cfg: Any, weights: Any, kv: caches.KVCache, last: jax.Array, tokens: jax.Array, pos: jax.Array
 ):
-    """One chunk of prompts: tokens, pos [B,T] int32 (-1: padding) -> the cache with the chunk in it, and the hidden
-    states [B,D] of each row's newest token; rows without a token here keep theirs in `last`."""
+    """Prefills one chunk of the prompts: tokens, pos [B,T] int32 (-1: padding).
+
+    Returns the KV cache with the chunk in it, and the hidden state [B,D] of each row's newest token. A row without a
+    token in this chunk keeps its `last`.
+    """
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     x = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
@@ -76,7 +80,7 @@ def prefill(
 def sample_token(
     family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array
 ) -> tuple[State, StepOutput]:
-    """The next token of each row from its newest hidden state x [B,D]; k: how many likeliest tokens to report."""
+    """Samples the next token of each row from its newest hidden state x [B,D]. k: number of top log-probabilities."""
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
     pos = state.pos + 1
     keys = sampling.step_keys(state.keys, pos)
@@ -84,14 +88,13 @@ def sample_token(
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
-    made = jax.tree.map(
-        lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen)
-    )  # every process reads all of it
-    return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
+    # Replicated: every process reads all of it.
+    output = jax.tree.map(lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen))
+    return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), output
 
 
 def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: State) -> tuple[State, StepOutput]:
-    """`steps` tokens of every row."""
+    """Decodes `steps` tokens of every row."""
 
     def one(state: State, _: Any) -> tuple[State, StepOutput]:
         x, kv = family.forward(cfg, state.token[:, None], weights, state.kv, state.pos[:, None])
@@ -99,12 +102,12 @@ def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: 
 
     if steps == 1:
         return one(state, None)
-    state, made = jax.lax.scan(one, state, length=steps)
-    return state, jax.tree.map(lambda a: a[:, 0], made)
+    state, output = jax.lax.scan(one, state, length=steps)
+    return state, jax.tree.map(lambda a: a[:, 0], output)
 
 
 def insert(state: State, rows: jax.Array, part: State) -> State:
-    """Puts the rows of `part` (batch b) into rows [b] of a state; a row number past the end is dropped."""
+    """Inserts the rows of `part` (batch b) into rows [b] of a state. A row number past the end is dropped."""
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
     state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
@@ -199,9 +202,9 @@ def _signature(leaf: Any) -> Any:
 
 
 def chunks(ids: list[list[int]], start: int, width: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompts as padded (tokens, pos) pieces [B,T] of at most `chunk` tokens; `width` is the length of the longest.
+    """Splits prompts into padded (tokens, pos) chunks [B,T] of at most `chunk` tokens. width: length of the longest.
 
-    Only the last piece is shorter, and its length a bucket.
+    Only the last chunk is shorter. Its length is a bucket.
     """
     pieces = []
     for begin in range(0, width, chunk):

@@ -224,7 +224,7 @@ class Detokenization:
     def add(self, token: engine.Token) -> CompletionChunk | None:
         """The chunk of text that this token completes; None while its text may still change."""
         request = self.request
-        if request.made == 1:
+        if request.generated == 1:
             self.compiled[1] = self.steps.seconds
         self.tokens.append(token.id)
         if token.logprobs is not None:
@@ -250,11 +250,11 @@ class Detokenization:
         chunk.index = self.index
         chunk.tokens, self.tokens = self.tokens, []
         chunk.logprobs, self.logprobs = (None if request.options.logprobs is None else self.logprobs), []
-        chunk.prompt_tokens, chunk.generation_tokens = len(request.ids), request.made
+        chunk.prompt_tokens, chunk.generation_tokens = len(request.ids), request.generated
         chunk.first_token_seconds = request.first - request.started - before
         chunk.compile_seconds = before + after
         chunk.seed = request.options.seed or 0
-        chunk.tokens_per_second = (request.made - 1) / seconds if request.made > 1 else 0.0
+        chunk.tokens_per_second = (request.generated - 1) / seconds if request.generated > 1 else 0.0
         chunk.finish_reason = request.finished
         return chunk
 
