@@ -1,4 +1,4 @@
-"""Conversation: several turns over one growing cache, of which each turn computes only what is new."""
+"""Conversation: a chat of several turns over one KV cache. Each turn computes only its new tokens."""
 
 import json
 from collections import deque
@@ -65,7 +65,7 @@ class Conversation:
         if model.tokenizer is None:
             raise ValueError(
                 f"{model.source}
-                has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token ids to jaxlm.generate"
+                has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token ids " "to jaxlm.generate"
             )
         self.model, self.tokenizer = model, model.tokenizer
         self._steps = CompiledSteps(model)
