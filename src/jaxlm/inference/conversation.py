@@ -64,8 +64,8 @@ class Conversation:
     ):
         if model.tokenizer is None:
             raise ValueError(
-                f"{model.source}
-                has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token ids " "to jaxlm.generate"
+                f"{model.source} has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token "
+                "ids to jaxlm.generate"
             )
         self.model, self.tokenizer = model, model.tokenizer
         self._steps = CompiledSteps(model)
@@ -303,9 +303,9 @@ def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bo
     """Whether the KV cache of one row holds every position that tokens from position m on attend to.
 
     A layer with window W needs positions m - W + 1 to m - 1. Its ring buffer of W + C - 1 slots (C: chunk), written up
-    to position n - 1, holds n - W - C + 1 to n - 1. It can therefore be rewound by C tokens and no more, where n includes
-    what the device wrote after the end of an answer. Slots with positions from m on do no harm: no earlier query attends
-    to them, and they are overwritten before a later one does.
+    to position n - 1, holds n - W - C + 1 to n - 1. It can therefore be rewound by C tokens and no more, where n
+    includes what the device wrote after the end of an answer. Slots with positions from m on do no harm: no earlier
+    query attends to them, and they are overwritten before a later one does.
     """
     at = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
     for window, S in {(window, w["k"].shape[2]) for window, w in zip(windows, kv.layers, strict=True)}:
