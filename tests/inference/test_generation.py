@@ -344,7 +344,7 @@ def test_forward_by_hand():
     np.testing.assert_allclose(again, want[:, 7:9], atol=1e-4 * float(want.std()))
     with pytest.raises(ValueError, match="0 to 96"):
         model.forward([[97]], model.weights)
-    with pytest.raises(ValueError, match="two axes"):
+    with pytest.raises(ValueError, match="shape"):
         model.forward([1, 2], model.weights)
 
 
@@ -361,11 +361,11 @@ def test_what_is_no_model_and_what_are_no_tokens() -> None:
     model = tiny("llama3")
     with pytest.raises(ValueError, match=r"not a name: jaxlm.generate\(jaxlm.load\('a/b'\)"):
         jaxlm.generate("a/b", "Once")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="two axes"):
+    with pytest.raises(ValueError, match="shape"):
         model.forward([[]], model.weights)
-    with pytest.raises(ValueError, match="whole numbers, not float32"):
+    with pytest.raises(ValueError, match="float32"):
         model.forward([[1.5]], model.weights)
-    with pytest.raises(ValueError, match="2 rows of tokens do not fit a cache of 1"):
+    with pytest.raises(ValueError, match="KV cache of 1"):
         model.forward([[1], [2]], model.weights, model.init_kv(1, 8))
     with pytest.raises(ValueError, match="at least one row"):
         model.init_kv(0, 8)
