@@ -17,15 +17,15 @@ from jaxlm.nn import flops, params
 STORIES = Path("build/stories")
 SHAPE = json.loads(Path("examples/stories/shape.json").read_text())
 SHAPES = {
-    "as it is": {},
+    "story model": {},
     "wider, fewer layers": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
                             "num_attention_heads": 8, "num_key_value_heads": 4},
     "narrower, more layers": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 16,
                               "num_attention_heads": 4, "num_key_value_heads": 2},
-    "4,096 tokens": {"vocab_size": 4096, "num_hidden_layers": 6},
+    "vocabulary 4,096": {"vocab_size": 4096, "num_hidden_layers": 6},
     "with books": {},
     "adamw": {},
-    "1,024 tokens": {"vocab_size": 1024, "num_hidden_layers": 8},
+    "vocabulary 1,024": {"vocab_size": 1024, "num_hidden_layers": 8},
 }  # fmt: skip
 
 
