@@ -16,6 +16,8 @@ from jaxlm import Model
 from jaxlm.nn import Rope
 from jaxlm.nn.rope import Frequencies
 
+pytestmark = pytest.mark.smoke
+
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("*.npz"))
 LIMIT = 1e-4  # of the logits' deviation
 
