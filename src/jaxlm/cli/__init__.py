@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from jaxlm.cli.errors import explain
 from jaxlm.version import __version__
 
 ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return end(command, "", 0)
     except Exception as error:
-        if command is None or (command.debug and command.alone):
+        if command is None or (command.debug and command.is_single_process):
             raise
         trace = traceback.format_exc() if command.debug else ""
         return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
@@ -48,7 +49,7 @@ def entry() -> NoReturn:
 def end(command: Any, text: str, status: int) -> int:
     """Tells why the command ends. One of several processes ends at once: a normal end would wait for the others, and
     they for this one."""
-    alone = command is None or command.alone
+    alone = command is None or command.is_single_process
     if text:
         from jaxlm.devices.distributed import process_index
 
@@ -84,20 +85,3 @@ def parse(argv: list[str]) -> Any:
     if argv[0] in commands:  # by itself, so that errors point to the help of the command
         return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
     return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)
-
-
-def explain(error: Exception, command: Any = None) -> str:
-    """What went wrong, in a line for a person; --debug shows the traceback."""
-    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
-    if isinstance(error, ValueError | OSError | MemoryError):
-        return text
-    if "RESOURCE_EXHAUSTED" in text:
-        from jaxlm.cli.train import Train
-
-        hint = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
-        if isinstance(command, Train):
-            hint = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
-        return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
-    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
-        return f"another process has ended or cannot be reached, its own message says why ({text.splitlines()[0]})"
-    return f"{type(error).__name__}: {text} (--debug shows where; please report it)"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import explain
 from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
 from jaxlm.inference.sampling_params import SamplingParams
 
@@ -39,7 +40,7 @@ class Chat(SamplingFlags, ModelFlags):
 
     def run(self) -> int:
         self.validate()
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("a chat is with one process: use jaxlm generate, which reads many prompts from --prompts")
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
@@ -147,8 +148,6 @@ class Talk:
 
     def fail(self, error: Exception) -> None:
         """What went wrong in a turn; the chat goes on."""
-        from jaxlm.cli import explain
-
         self.failed = True
         if self.debug:
             traceback.print_exception(error)
