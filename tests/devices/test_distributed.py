@@ -177,4 +177,4 @@ def test_a_chat_is_with_one_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="1"):
         main(["chat", "-m", str(folder)])
-    assert "a chat is with one process: use jaxlm generate" in capsys.readouterr().err
+    assert "chat runs in a single process" in capsys.readouterr().err

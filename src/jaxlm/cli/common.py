@@ -19,9 +19,9 @@ STORIES = Path(__file__).parents[1] / "stories"  # the default model: a checkpoi
 class _ModelFlags:
     """Which model, and how to load it."""
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="NAME|FOLDER")] = None
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
     """Hugging Face hub id or local folder. A LoRA adapter loads the base model that it names."""
-    adapter: Annotated[str | None, tyro.conf.arg(metavar="NAME|FOLDER")] = None
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
     """LoRA adapter (PEFT format) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto keeps that of the checkpoint."""
