@@ -93,6 +93,10 @@ def parse(argv: list[str]) -> Any:
 
     name, *args = argv
     known = commands()
+    # DisallowNone: an absent flag is None, and nobody types it.
+    markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
+    if name.startswith("--tyro-"):  # shell completion: --tyro-write-completion SHELL FILE
+        return tyro.extras.subcommand_cli_from_dict(known, prog="jaxlm", args=argv, config=markers)
     if name in ("-h", "--help"):
         print(help.overview(known), flush=True)
         raise SystemExit(0)
@@ -104,8 +108,6 @@ def parse(argv: list[str]) -> Any:
     if {"-h", "--help"} & set(itertools.takewhile(lambda arg: arg != "--", args)):
         print(help.of_command(name, known[name], negations), flush=True)
         raise SystemExit(0)
-    # DisallowNone: an absent flag is None, and nobody types it.
-    markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
     if negations:
         from jaxlm.cli.train import with_file
 

@@ -35,6 +35,11 @@ COMMANDS = {
     "Evaluation": "eval",
 }
 
+OPTIONS = [
+    ("-h, --help", "Show this help."),
+    ("-V, --version", "Show the version."),
+    ("--tyro-write-completion {bash,zsh,fish} FILE", "Write a script for shell completion."),
+]
 ENVIRONMENT = {
     "HF_TOKEN": "Access token for gated models of the Hugging Face hub.",
     "HF_HOME": "Folder of the Hugging Face cache. Default: ~/.cache/huggingface.",
@@ -173,7 +178,7 @@ def overview(commands: Mapping[str, type]) -> str:
         if not row:
             continue
         lines += section(title, [(name, first_sentence(commands[name])) for name in row if name in commands], 14)
-    lines += section("Options", [("-h, --help", "Show this help."), ("-V, --version", "Show the version.")], 18)
+    lines += section("Options", OPTIONS, COLUMN)
     lines += section("Environment", list(ENVIRONMENT.items()), COLUMN)
     lines += examples("")
     return "\n".join([*lines, "", *wrap("Run `jaxlm COMMAND --help` for the flags of a command.")])
