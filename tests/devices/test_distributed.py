@@ -82,7 +82,7 @@ def test_the_command_speaks_once(speaking, capsys):
     assert silence == ""
     assert main(["generate", "Once upon a time", "-m", str(speaking), *flags]) == 0
     assert text == capsys.readouterr().out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
 
 
 def test_processes_that_were_asked_different_things(speaking):
@@ -150,7 +150,7 @@ def test_others_that_do_not_come(folder):
     [(status, out, err)] = ended(two(["-c", command]))
     assert status != 0
     assert not out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
     assert "distributed service detected fatal errors" in err
 
 
