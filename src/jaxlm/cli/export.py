@@ -34,7 +34,7 @@ class Export(ModelFlags):
         if len(given) != 2:
             print("jaxlm: name a model and the folder to write: jaxlm export MODEL OUT (--help)", file=sys.stderr)
             return 2
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("export copies from file to file, which is one process's work: start it alone")
         self.begin()
         from jaxlm.devices.hardware import gigabytes

@@ -29,7 +29,7 @@ class Fuse(ModelFlags):
         if self.out is None or (self.model is None and self.adapter is None):
             print("jaxlm: name all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)", file=sys.stderr)
             return 2
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("fuse copies from file to file, which is one process's work: start it alone")
         self.begin()
         from jaxlm.devices.hardware import gigabytes

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import tyro
 
@@ -22,6 +22,8 @@ class Train(ProcessFlags, Run):
 
     All flags may stand in a YAML file (-c); flags win. The same command goes on where the run's last checkpoint ends.
     """
+
+    memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
     """A file with any of these, nested as the flags are (optimizer: {lr: 0.001})."""
