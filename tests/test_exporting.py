@@ -22,10 +22,10 @@ from helpers import checkpoint_files
 from helpers.tiny_models import CONFIGS, from_config
 
 import jaxlm
-from jaxlm import models
+from jaxlm import exporting, models
 from jaxlm.checkpoint import safetensors
 from jaxlm.checkpoint import writer as files
-from jaxlm.exporting import open_model
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.models import llama3
 from jaxlm.nn import params
 
@@ -44,6 +44,10 @@ def small(monkeypatch):
     """Slices so small that every tensor has several, the last one shorter."""
     monkeypatch.setattr(files, "SLICE", 100)
     monkeypatch.setattr(safetensors, "SLICE", 24)
+
+
+def open_model(folder):
+    return exporting.open_model(ModelSource(folder))
 
 
 def random(shape, kind, seed=0):
@@ -512,7 +516,8 @@ def test_room_is_checked_first(tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 import jaxlm
-from jaxlm.checkpoint import export as files
+from jaxlm.checkpoint import writer as files
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.exporting import open_model
 files.SLICE = 100
 def counted(parts, advance):
@@ -520,7 +525,7 @@ def counted(parts, advance):
         time.sleep(0.01)
         yield part
 files.counted = counted
-jaxlm.export(open_model(sys.argv[1]), sys.argv[2])
+jaxlm.export(open_model(ModelSource(sys.argv[1])), sys.argv[2])
 """
 
 

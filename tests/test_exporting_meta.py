@@ -13,12 +13,13 @@ from helpers import meta_files as original
 from helpers.tiny_models import from_config, tiny
 
 import jaxlm
+from jaxlm import exporting
 from jaxlm.checkpoint import hf, safetensors
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.meta import NAMES
 from jaxlm.checkpoint.meta_params import params_of
 from jaxlm.checkpoint.pth import read_pth, write_pth
-from jaxlm.exporting import open_model
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.models import llama3
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -43,6 +44,10 @@ def small(monkeypatch):
     monkeypatch.setattr(files, "SLICE", 100)
     monkeypatch.setattr(safetensors, "SLICE", 24)
     monkeypatch.setattr(hf, "SLICE", 100)
+
+
+def open_model(folder):
+    return exporting.open_model(ModelSource(folder))
 
 
 def digests(tensors):

@@ -19,6 +19,7 @@ from jaxlm.checkpoint.hub import CONFIG, OPTIONAL
 from jaxlm.checkpoint.meta_params import params_of, untold_factor
 from jaxlm.checkpoint.pth import write_pth
 from jaxlm.checkpoint.safetensors import DTYPES, listed
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
 from jaxlm.loading import loading_bar, resolve, wanted_dtype
@@ -139,25 +140,34 @@ def _write_texts(folder: Path, texts: SidecarFiles, model: Model, format: str) -
             files.write_json(folder / name, text)
 
 
-def open_model(name: str | Path, *, fuse: bool = False, **options: Any) -> Model:
-    """A model that can be exported and nothing else: its weights stay on the disk, so that memory does not matter.
+def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
+    """A model to export: its weights are LazyTensors, which are read from disk slice by slice while they are written.
 
-    fuse: with an adapter, which is added in as they are read. Other arguments as `loading.find` takes them.
+    Args:
+        source: the model.
+        fuse: merge the adapter into the weights as they are read. ValueError if there is none; without `fuse`,
+            ValueError if there is one.
     """
-    found = resolve(name, **options)
-    adapter = found.checkpoint.adapter
-    if fuse and adapter is None:
-        raise ValueError(f"{name} is no adapter and none is named: jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER")
-    if adapter is not None and not fuse:
+    resolved = resolve(source)
+    checkpoint, name = resolved.checkpoint, source.name
+    if fuse and checkpoint.adapter is None:
+        raise ValueError(f"{name} is no adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER)")
+    if checkpoint.adapter is not None and not fuse:
         raise ValueError(
-            f"an adapter stands beside the weights of {found.checkpoint.folder}: jaxlm fuse writes both as one"
+            f"{source} is a model with an adapter: merge them with jaxlm fuse, which writes one checkpoint"
         )
     weights: dict[str, Any] = {}
-    for row, tensor in found.checkpoint.tensors.pairs:
+    for row, tensor in checkpoint.tensors.pairs:
         params.put(weights, row.path, files.LazyTensor(tensor, row.shape))
-    weights = adapters.fused_on_disk(weights, found.checkpoint)
-    whole = adapters.without_adapter(found.checkpoint)
-    return Model(found.family, found.config, weights, found.tokenizer, found.generation_config, str(name), whole)
+    return Model(
+        family=resolved.family,
+        config=resolved.config,
+        weights=adapters.fused_on_disk(weights, checkpoint),
+        tokenizer=resolved.tokenizer,
+        generation_config=resolved.generation_config,
+        source=str(name),
+        checkpoint=adapters.without_adapter(checkpoint),
+    )
 
 
 def sources(found: Checkpoint | None) -> set[Path]:

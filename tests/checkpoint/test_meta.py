@@ -297,7 +297,7 @@ def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
     with pytest.raises(ValueError, match=r"--rope-factor 8 .* is for a model whose params.json has use_scaled_rope"):
         jaxlm.load(meta_files.folder(tmp_path / "x"), rope_factor=8)
     folder = made.folder(tmp_path / "hf", meta_files.RAW, meta_files.weights())
-    with pytest.raises(ValueError, match=r"is for Meta's own files, config\.json names the factor"):
+    with pytest.raises(ValueError, match="rope-factor"):
         jaxlm.load(folder, rope_factor=8)
 
 
@@ -495,7 +495,7 @@ def test_a_folder_of_neither_form(tmp_path):
 def test_another_family_does_not_compute_it(tmp_path):
     from jaxlm.models import qwen3
 
-    with pytest.raises(ValueError, match=r"has model_type 'llama', which jaxlm\.models\.qwen3 does not compute"):
+    with pytest.raises(ValueError, match=r"model_type 'llama'"):
         qwen3.load(meta_files.folder(tmp_path / "x"))
     assert llama3.load(tmp_path / "x").family is llama3
 

@@ -73,7 +73,7 @@ def test_what_is_no_model(tmp_path, capsys):
 
 SLOW = """
 import sys, time
-from jaxlm.checkpoint import export as files
+from jaxlm.checkpoint import writer as files
 from jaxlm.cli import main
 files.SLICE = 100
 def counted(parts, advance):

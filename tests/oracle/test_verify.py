@@ -50,7 +50,7 @@ def make(folder: Path, family: str, **fields: Any) -> Tried:
     """A random-weight model as transformers saved it, with transformers' answers."""
     with reference.quiet():
         model = jaxlm.load(reference.save(reference.build(family, **fields), folder), dtype="float32")
-    subject = ours.subject_of(model, {})
+    subject = ours.subject_of(model)
     asked = probes.probes_for(model.config, None)
     return Tried(model, asked, [torch_models.RUNS["transformers"](subject, asked, "float32")])
 

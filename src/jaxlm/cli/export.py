@@ -1,7 +1,7 @@
 """`jaxlm export`: a model as a checkpoint folder, in its own or in another type."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +41,8 @@ class Export(ModelFlags):
         from jaxlm.exporting import export, open_model
 
         name, out = given
-        model = open_model(name, **{**self.options(), "format": None})  # --format is of what is written
+        # --format is the format of the folder to write.
+        model = open_model(replace(self.source(str(name)), format=None))
         done = export(model, out, format=self.format, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
         return 0

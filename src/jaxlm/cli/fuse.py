@@ -1,7 +1,7 @@
 """`jaxlm fuse`: a model and a LoRA adapter as one checkpoint folder."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,10 +35,8 @@ class Fuse(ModelFlags):
         from jaxlm.devices.hardware import gigabytes
         from jaxlm.exporting import export, open_model
 
-        options = {**self.options(), "format": None}  # --format is of what is written
-        if self.model is None:
-            options["adapter"] = None
-        model = open_model(str(self.model or self.adapter), fuse=True, **options)
+        # --format is the format of the folder to write.
+        model = open_model(replace(self.source(), format=None), fuse=True)
         done = export(model, self.out, format=self.format, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
         return 0
