@@ -49,7 +49,7 @@ def test_metas_form(tmp_path, shards, spec) -> None:
     """Tensors in parts by rows and by columns, their heads in pairs."""
     folder = meta_files.folder(tmp_path, shards, "BF16")
     there = compare(folder, spec)
-    jaxlm.export(there, tmp_path / "again", format="meta")
+    jaxlm.export(there, tmp_path / "again")
     a, b = (jaxlm.load(f) for f in (folder, tmp_path / "again"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a.weights), jax.tree.leaves(b.weights)))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_files
+from helpers import meta_files, tiny_files
 
 import jaxlm
 from jaxlm import loading, verification
@@ -73,17 +73,19 @@ def test_the_base_that_the_adapter_names_and_another_type(adapter, tmp_path, cap
         assert np.abs(a - b).max() <= 2**-8 * np.abs(a).max()  # rounded once
 
 
-def test_metas_form(base, adapter, tmp_path) -> None:
-    assert (
-        main(["fuse", "-m", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "m"), "--format", "meta"])
-        == 0
-    )
-    ours, meta = jaxlm.fuse(jaxlm.load(adapter)), jaxlm.load(tmp_path / "m")
-    assert meta.checkpoint.format == "meta"
-    for a, b in zip(jax.tree.leaves(ours.weights), jax.tree.leaves(meta.weights), strict=True):
+def test_a_base_in_metas_format(base, adapter, tmp_path, capsys) -> None:
+    meta = meta_files.convert(base, tmp_path / "meta")
+    loaded = jaxlm.load(meta, adapter=adapter)
+    assert loaded.checkpoint.format == "meta"
+    assert lora.count(loaded.weights) == lora.count(jaxlm.load(adapter).weights)
+    argv = ["fuse", "-m", str(meta), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--format", "meta"]) == 1
+    assert "Meta's format" in capsys.readouterr().err
+    assert main(argv) == 0
+    ours, fused = jaxlm.fuse(jaxlm.load(adapter)), jaxlm.load(tmp_path / "out")
+    assert fused.checkpoint.format == "hf"
+    for a, b in zip(jax.tree.leaves(ours.weights), jax.tree.leaves(fused.weights), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
-    again = jaxlm.load(tmp_path / "m", adapter=adapter)  # Meta's files take adapters too
-    assert lora.count(again.weights) == lora.count(jaxlm.load(adapter).weights)
 
 
 def test_a_base_in_half_precision_is_rounded_once(base, adapter, tmp_path) -> None:
@@ -101,7 +103,7 @@ def test_a_base_in_half_precision_is_rounded_once(base, adapter, tmp_path) -> No
 @pytest.mark.parametrize("argv", [[], ["-m", "base"], ["-m", "base", "--adapter", "a"], ["--out", "x"]])
 def test_usage(argv, capsys) -> None:
     assert main(["fuse", *argv]) == 2
-    assert "jaxlm: name all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER" in capsys.readouterr().err
+    assert "jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER" in capsys.readouterr().err
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

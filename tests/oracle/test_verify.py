@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import meta_files
 from helpers.tiny_chat import quick_compilation
 from oracle import faults, reference
 from oracle.cases import gemma_rope, llama3_rope, shape
@@ -148,7 +149,7 @@ def test_every_planted_fault_fails(
 def test_both_at_once_on_metas_form(made: Callable[[str], Tried], tmp_path: Path) -> None:
     """Llama with scaled rope, factor 32: Meta's files, transformers, Meta's code and four devices: one table of ids."""
     model = made("llama3").model
-    jaxlm.export(model, tmp_path / "meta", format="meta")
+    meta_files.convert(model.checkpoint.folder, tmp_path / "meta")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"]
     report = jaxlm.verify(tmp_path / "meta", "transformers,meta", rope_factor=32.0, mesh="model=4")
     assert report.passed, str(report)
