@@ -82,8 +82,10 @@ def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: in
     import ml_dtypes
     import numpy as np
 
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from helpers.meta_writer import write_pth
+
     from jaxlm.checkpoint import meta
-    from jaxlm.checkpoint.pth import write_pth
     from jaxlm.models import llama3
     from jaxlm.nn import params
 
