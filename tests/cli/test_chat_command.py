@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_thoughts_are_dim_on_a_terminal_alone(lines):
 
 def test_a_model_without_template_continues_text_and_names_some_that_chat(model, monkeypatch, capsys):
     plain = model_of(llama3, CONFIG, tokenizer_of(None))
-    plain.programs, plain.source = model.programs, "tiny/plain"
+    plain = replace(plain, source="tiny/plain")
     lines = Lines(plain, monkeypatch, capsys)
     status, out, err = lines("one", "", "/system be kind")
     assert status == 1

@@ -116,6 +116,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         self.begin()
         import jaxlm
         from jaxlm.devices.hardware import unseen_accelerator
+        from jaxlm.inference.decoding import on_compile
 
         name, options = self.model, self.options()
         if name is None and self.adapter is not None:  # it names its base
@@ -128,7 +129,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
         if model.ignored:
             note(f"{len(model.ignored)} tensors are known but not used yet (vision): text only.")
-        model.programs.notify = compiling
+        on_compile.set(compiling)
         return model
 
 
