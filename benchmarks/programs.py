@@ -141,15 +141,15 @@ def tokens(case: Case, where: Setting) -> int:
 
 def compiled(case: Case, where: Setting) -> Any:
     """The program itself, by the code that generation compiles with."""
-    programs = decoding.CompiledSteps(where.family, where.cfg)
-    programs.compiled = {}
-    held = weights(where)
+    family, cfg, held = where.family, where.cfg, weights(where)
     if case.program == "decode":
-        return programs.step(case.logprobs, hardware.STEPS["tpu"], held, state(where, case.context))
+        step = partial(decoding.step, family, cfg, case.logprobs, hardware.STEPS["tpu"])
+        return decoding.compile_program(step, (1,), (held, state(where, case.context)))
     chunk = tokens(case, where)
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), jnp.bfloat16), "BD")
-    return programs.prefill(held, cache(where, case.context, chunk), last, ids, ids)
+    args = (held, cache(where, case.context, chunk), last, ids, ids)
+    return decoding.compile_program(partial(decoding.prefill, family, cfg), (1, 2), args)
 
 
 def share(tree: Any) -> int:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import logging
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -259,8 +260,8 @@ def test_a_tokenizer_json_that_lies_elsewhere(tmp_path):
 
 
 def test_a_tokenizer_that_comes_from_no_file_is_told(tmp_path, caplog):
-    model = from_config(LLAMA)
-    model.tokenizer = Tokenizer.load(original.tokenizer(tmp_path / "vocabulary"))
+    tokenizer = Tokenizer.load(original.tokenizer(tmp_path / "vocabulary"))
+    model = replace(from_config(LLAMA), tokenizer=tokenizer)
     with caplog.at_level(logging.WARNING):
         jaxlm.export(model, tmp_path / "meta", format="meta")
         jaxlm.export(model, tmp_path / "hf", config=LLAMA)  # which writes it

@@ -44,8 +44,7 @@ def fuse(model: Model) -> Model:
         raise ValueError(f"{model.source} has no adapter to fuse: load it with one (adapter=)")
     whole = None if model.checkpoint is None else without_adapter(model.checkpoint)
     weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
-    more = (model.tokenizer, model.generation_config, model.source, whole)
-    return Model(model.family, model.config, weights, *more)
+    return replace(model, weights=weights, checkpoint=whole)
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:

@@ -225,8 +225,7 @@ def spread(model: Model, mesh: Any) -> Model:
     where, weights = placement(model.config, mesh, None), {}
     for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
-    more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
-    return Model(model.family, model.config, weights, *more)
+    return replace(model, weights=weights)
 
 
 def _agree(name: str, found: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:

@@ -9,6 +9,7 @@ The module is a view: it holds the model's arrays, and computes with the family'
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class Module(nnx.Module):
         for name, part in jax.tree_util.tree_map_with_path(_param, model.weights).items():
             setattr(self, name, nnx.data(part))
         # What NNX is to keep as it is. Shapes alone: the arrays would stay in memory when training has replaced them.
-        self._model = _with(model, jax.eval_shape(lambda weights: weights, model.weights))
+        self._model = replace(model, weights=jax.eval_shape(lambda weights: weights, model.weights))
 
     @property
     def weights(self) -> Weights:
@@ -58,12 +59,7 @@ class Module(nnx.Module):
 
     def to_model(self) -> Model:
         """A Model of the arrays that the parameters hold now, with the tokenizer and all that the first one had."""
-        return _with(self._model, self.weights)
-
-
-def _with(model: Model, weights: Weights) -> Model:
-    more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
-    return Model(model.family, model.config, weights, *more)
+        return replace(self._model, weights=self.weights)
 
 
 def _param(path: Any, array: jax.Array) -> nnx.Param:

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    model = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True))
-    model.source = "tiny/chatting"
-    return model
+    return replace(model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True)), source="tiny/chatting")
 
 
 class Lines:
@@ -162,7 +161,7 @@ def test_reasoning_is_dim_on_a_terminal_only(lines):
 
 def test_a_model_without_chat_template_continues_text_and_names_chat_models(model, monkeypatch, capsys):
     plain = model_of(llama3, CONFIG, tokenizer_of(None))
-    plain.programs, plain.source = model.programs, "tiny/plain"
+    plain = replace(plain, source="tiny/plain")
     lines = Lines(plain, monkeypatch, capsys)
     status, out, err = lines("one", "", "/system be kind")
     assert status == 1

@@ -119,6 +119,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         self.begin()
         import jaxlm
         from jaxlm.devices.hardware import unseen_accelerator
+        from jaxlm.inference.decoding import on_compile
 
         name, options = self.model, self.options()
         if name is None and self.adapter is not None:  # the adapter names its base model
@@ -131,7 +132,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
         if model.ignored:
             note(f"{len(model.ignored)} tensors of the vision tower are not loaded: text only.")
-        model.programs.notify = compiling
+        on_compile.set(compiling)
         return model
 
 

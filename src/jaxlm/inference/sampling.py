@@ -1,16 +1,16 @@
-"""From logits to tokens: bias, penalties, temperature, top-k, top-p, min-p, and the draw.
+"""Sampling: from logits to the next token by logit bias, penalties, temperature, top-k, top-p and min-p.
 
-Pure functions on logits [B, V] float32. Every parameter is an array with one value a row, so that a batch mixes
-requests and a new value compiles nothing. The order is that of transformers' `generate`: bias, repetition penalty,
-(presence and frequency penalty), temperature, top-k, top-p, min-p.
+Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row, so that a batch
+mixes requests and a new value compiles nothing. The order is that of transformers' `generate`: logit bias, repetition
+penalty (presence and frequency penalty), temperature, top-k, top-p, min-p.
 
-Each filter is a floor: the row keeps the logits that reach a value, so equal logits live or die together. top-k finds
-its floor as the k-th largest logit, top-p as the largest value whose kept share of the probability reaches `top_p`;
-where transformers' top-p cuts through a tie, this one keeps all of it. Nothing sorts the vocabulary: the floor is built
-bit by bit (32 counts over V), and only in batches where a row asks for it.
+Each filter is a threshold: a row keeps the logits at or above a value, so equal logits are kept or dropped together.
+The top-k threshold is the k-th largest logit. The top-p threshold is the largest value above which the kept probability
+reaches `top_p`; where transformers' top-p cuts through a tie, this one keeps all of it. Nothing sorts the vocabulary: a
+threshold is built bit by bit (32 counts over V), and only in batches where a row asks for it.
 
-A row's token depends on that row alone, to the bit: shares of probability are summed as integers, whose sum does not
-depend on the order, which batch size and sharding change.
+A row's token depends on that row alone, to the bit: probabilities are summed as integers, whose sum does not depend on
+the order, which batch size and sharding change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HUGE = 2.0**126
 
 
 class Sampling(NamedTuple):
-    """What each row asks for. Arrays [B]; the neutral value in brackets."""
+    """Sampling parameters of each row. Arrays [B]; the neutral value in brackets."""
 
     temperature: jax.Array  # float32 (0: greedy, no filter below applies)
     top_k: jax.Array  # int32 (0: off)
@@ -45,16 +45,16 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> Sampling:
-        """One row for each of the resolved `rows`."""
+        """One row per resolved SamplingParams."""
         kinds = {name: np.int32 if name == "top_k" else np.float32 for name in cls._fields}
         return cls(*(jnp.asarray(np.array([getattr(row, name) for row in rows], kinds[name])) for name in cls._fields))
 
 
 class Counts(NamedTuple):
-    """What the penalties need to know of the tokens so far. Batches without penalties keep None instead."""
+    """Token counts for the penalties. Batches without penalties have None instead."""
 
-    seen: jax.Array  # [B, V] bool, in the prompt or generated
-    made: jax.Array  # [B, V] int32, times generated
+    seen: jax.Array  # [B,V] bool, in the prompt or generated
+    generated: jax.Array  # [B,V] int32, times generated
 
 
 def count(tokens: jax.Array, pos: jax.Array, vocab: int) -> Counts:
@@ -67,10 +67,10 @@ def count(tokens: jax.Array, pos: jax.Array, vocab: int) -> Counts:
 
 
 def update(counts: Counts, tokens: jax.Array) -> Counts:
-    """Counts after one generated token a row: `tokens` [B] int32, -1 where a row made none."""
-    batch, vocab = counts.made.shape
+    """Counts after one generated token per row: tokens [B] int32, -1 where a row generated none."""
+    batch, vocab = counts.generated.shape
     at = (jnp.arange(batch, dtype=jnp.int32), jnp.where(tokens < 0, vocab, tokens))
-    return Counts(counts.seen.at[at].set(True, mode="drop"), counts.made.at[at].add(1, mode="drop"))
+    return Counts(counts.seen.at[at].set(True, mode="drop"), counts.generated.at[at].add(1, mode="drop"))
 
 
 def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarray | None:
@@ -94,12 +94,12 @@ def penalize(logits: jax.Array, s: Sampling, counts: Counts) -> jax.Array:
     repetition = s.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
     logits = jnp.where(counts.seen, repeated, logits)
-    logits -= s.presence_penalty[:, None] * (counts.made > 0).astype(jnp.float32)
-    return logits - s.frequency_penalty[:, None] * counts.made.astype(jnp.float32)
+    logits -= s.presence_penalty[:, None] * (counts.generated > 0).astype(jnp.float32)
+    return logits - s.frequency_penalty[:, None] * counts.generated.astype(jnp.float32)
 
 
 def process(logits: jax.Array, s: Sampling, counts: Counts | None = None, bias: jax.Array | None = None) -> jax.Array:
-    """Logits [B, V] float32 whose softmax a row is drawn from, -inf for what it may not draw.
+    """Logits [B,V] float32 whose softmax a row is sampled from, -inf for excluded tokens.
 
     Rows at temperature 0 get bias and penalties alone. `bias` [B, V] float32 is added first. A temperature so low that
     a quotient would overflow is raised until it does not.
@@ -146,8 +146,8 @@ def logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> tuple[jax.Array, j
 
 
 def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The n largest of each row [B, n] and their places; of equal ones the first. On a mesh every device offers the n
-    largest of its part, so that nothing but those is gathered."""
+    """The n largest values of each row [B,n] and their indices; of equal ones the first. On a mesh every device offers
+    the n largest of its shard, so that only those are gathered."""
     places = mesh.traced_spec("BV", x.shape)
     if len(places) < 2:
         return lax.top_k(x, n)
@@ -165,7 +165,7 @@ def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _filtered(x: jax.Array, s: Sampling) -> jax.Array:
-    """Temperature, top-k, top-p and min-p; rows at temperature 0 come out meaningless."""
+    """Temperature, top-k, top-p and min-p. The result is meaningless for rows at temperature 0."""
     drawn = s.temperature > 0
     x = jnp.minimum(x, HUGE)
     x /= jnp.maximum(jnp.where(drawn, s.temperature, 1.0)[:, None], jnp.max(x, -1, keepdims=True) / HUGE)
@@ -175,10 +175,10 @@ def _filtered(x: jax.Array, s: Sampling) -> jax.Array:
     return jnp.where(x < jnp.max(x, -1, keepdims=True) + jnp.log(s.min_p)[:, None], -jnp.inf, x)
 
 
-def _mask_below(x: jax.Array, rows: jax.Array, floor: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """-inf below the floor [B] in `rows` [B]; the floor is computed only where some row wants it."""
+def _mask_below(x: jax.Array, rows: jax.Array, threshold: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """-inf below the threshold [B] in `rows` [B] bool. The threshold is computed only if some row needs it."""
     lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
-    at = lax.cond(jnp.any(rows), lambda x: jnp.where(rows, floor(x), lowest), lambda x: lowest, x)
+    at = lax.cond(jnp.any(rows), lambda x: jnp.where(rows, threshold(x), lowest), lambda x: lowest, x)
     return jnp.where(x < at[:, None], -jnp.inf, x)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlm import loading
 from jaxlm.devices import mesh
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.model import Model
 from jaxlm.nn import frequencies
 from jaxlm.nn.rope import Frequencies
@@ -131,11 +132,11 @@ def _cached(model: Model, tokens: np.ndarray, pos: np.ndarray, sizes: list[int],
     """Logits [B,n,V] of the last token of each piece, through the prefill program of generation; and the cache."""
     B = len(tokens)
     kv = model.init_kv(B, int(pos.max()) + 1, chunk=16) if kv is None else kv
+    steps = CompiledSteps(model)
     last, out, begin = jnp.zeros((B, model.config.D), model.dtype), [], 0
     for size in sizes:
         piece = (jnp.asarray(tokens[:, begin : begin + size]), jnp.asarray(pos[:, begin : begin + size]))
-        args = (model.weights, kv, last, *piece)
-        kv, last = model.programs.prefill(*args)(*args)
+        kv, last = steps.prefill(kv, last, *piece)
         out.append(np.asarray(_logits(model, last)))
         begin += size
     return np.stack(out, axis=1), kv
