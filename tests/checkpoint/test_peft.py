@@ -19,8 +19,9 @@ import jaxlm
 from jaxlm import models
 from jaxlm.adapters import fuse
 from jaxlm.checkpoint import hf, peft
-from jaxlm.checkpoint.hub import resolve_adapter
+from jaxlm.checkpoint import hub as hub_module
 from jaxlm.checkpoint.peft_config import read_settings
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.exporting import open_model
 from jaxlm.nn import lora, params
 
@@ -419,7 +420,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     )
     model = jaxlm.load(place, adapter=tmp_path / "a")
     assert len(model.ignored) == 3
-    for use in (lambda: fuse(model), lambda: open_model(place, adapter=tmp_path / "a", fuse=True)):
+    for use in (lambda: fuse(model), lambda: open_model(ModelSource(place, adapter=tmp_path / "a"), fuse=True)):
         with pytest.raises(ValueError, match="also adapts the half of the model that sees, which is not read yet"):
             use()
 
@@ -482,10 +483,10 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (folder, None),
             ValueError,
-            f"{folder} is an adapter and does not say of which model: name it (-m BASE --adapter",
+            f"{folder} is an adapter that names no base model: pass the base (-m BASE --adapter",
         ),
-        ((folder, folder), ValueError, f"{folder} is an adapter: name its base beside {folder}, or {folder} alone"),
-        ((chained, None), ValueError, f"{folder} is an adapter: name its base beside {chained}"),
+        ((folder, folder), ValueError, f"{folder} is an adapter: pass its base with {folder}, or {folder} alone"),
+        ((chained, None), ValueError, f"{folder} is an adapter: pass its base with {chained}"),
         (
             (lost, None),
             FileNotFoundError,
@@ -573,6 +574,10 @@ def test_an_adapter_on_a_mesh_is_written_as_from_one_device(tmp_path: Path) -> N
 
 
 # The hub
+
+
+def resolve_adapter(name: str, **fields: Any) -> Path:
+    return hub_module.resolve_adapter(ModelSource(name, **fields))
 
 
 @pytest.fixture

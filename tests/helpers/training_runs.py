@@ -50,3 +50,11 @@ def stopping_at(at: int) -> Any:
             raise Stopped
 
     return tell
+
+
+def command(files: dict[str, str], out: Path) -> list[str]:
+    """`run_of` as flags."""
+    return ["--shape", files["shape"], "--tokenizer", files["tokenizer"], "--data.train", files["train"],
+            "--data.valid", files["valid"], "--optimizer.lr", "0.01", "--steps", "12", "--batch", "4", "--length", "32",
+            "--log-every", "2", "--save-every", "5", "--eval-every", "6", "--eval-batches", "2",
+            "--out", str(out)]  # fmt: skip

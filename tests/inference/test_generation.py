@@ -18,6 +18,8 @@ from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
 
+pytestmark = pytest.mark.smoke
+
 # Compiling is nearly all the time that these tests take: they share two models, prompts whose lengths fall into few
 # buckets, and texts that fill the context: REST tokens after PROMPT.
 CONTEXT = 64

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import meta_files, varied_text
+from helpers.meta_writer import write_pth
 from oracle import reference
 from oracle.reference import FAULT, LIMIT
 from oracle.test_frequencies import ulps
@@ -24,9 +25,8 @@ from oracle.test_frequencies import ulps
 import jaxlm
 from jaxlm import Model
 from jaxlm.checkpoint import hf, meta
-from jaxlm.checkpoint.pth import read_pth, write_pth
+from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import chunks
-from jaxlm.nn import frequencies
 
 pytestmark = pytest.mark.oracle
 PARAMS = {
@@ -103,7 +103,7 @@ def at_positions(model: Any, ours: Model, tokens: np.ndarray, pos: np.ndarray) -
     """Meta's logits of rows at any positions: its table of rotations is filled for them, from our frequencies."""
     import torch
 
-    radians = torch.from_numpy(np.array(frequencies(ours.config.rope, ours.config.H).radians))
+    radians = torch.from_numpy(np.array(ours.config.frequencies().radians))
     rows = []
     for row, places in zip(tokens, pos):
         angles = torch.outer(torch.from_numpy(places).float(), radians)
@@ -147,7 +147,7 @@ def test_frequencies(factor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(code, "apply_scaling", scaling_by(32))
     code.precompute_freqs_cis(16, 4, 500000.0, bool(factor))
     theirs = table["freqs"].numpy()
-    assert ulps(np.asarray(frequencies(ours.rope, ours.H).radians), theirs) <= 2
+    assert ulps(np.asarray(ours.frequencies().radians), theirs) <= 2
 
 
 def test_greedy_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,8 @@ def test_two_processes_of_metas_code_with_a_shard_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_files_of_torch_are_read_and_ours_by_torch(dtype: str, tmp_path: Path) -> None:
+def test_files_of_torch_are_read_and_the_helpers_by_torch(dtype: str, tmp_path: Path) -> None:
+    """The helper stands in for torch.save in the tests that run without torch."""
     import torch
 
     save(tmp_path, 2, 0, dtype)

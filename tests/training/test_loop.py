@@ -1,42 +1,20 @@
 """A training run from begin to end: what it writes, how it goes on after an end of any kind, and its messages."""
 
 import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
-from helpers.training_runs import Stopped, lines, made, run_of, stopping_at
+from helpers.training_runs import Stopped, command, lines, run_of
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.training import dry_run, loop, resume
+from jaxlm.training import dry_run, loop
 from jaxlm.training.config import Data, Optimizer, Run
 from jaxlm.training.setup import set_up
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, shared) -> dict[str, str]:
-    return made(tmp_path_factory.mktemp("files"), shared)
-
-
-@pytest.fixture(scope="module")
-def whole(files, tmp_path_factory) -> Path:
-    """A run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    loop.train(run_of(files, out))
-    return out
-
-
-def weights(out: Path) -> bytes:
-    return (out / "model/model.safetensors").read_bytes()
 
 
 def test_what_a_run_leaves(whole) -> None:
@@ -50,38 +28,6 @@ def test_what_a_run_leaves(whole) -> None:
     model = jaxlm.load(whole / "model")
     assert model.tokenizer is not None
     assert len(jaxlm.generate(model, "the cat", max_tokens=4, temperature=0).tokens) > 0
-
-
-@pytest.mark.parametrize("at", [4, 10])
-def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_path, at) -> None:
-    """Before the first checkpoint, and after one: the lines and the weights are those of the undisturbed run."""
-
-    run = run_of(files, tmp_path / "run")
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(at))
-    loop.train(run)
-    assert lines(run.out) == lines(whole)
-    assert weights(run.out) == weights(whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
-    """It ends after the step under way with a checkpoint of it, and goes on from there bit by bit."""
-    run = run_of(files, tmp_path / "run")
-
-    def tell(line: dict[str, Any]) -> None:
-        if line == {"step": 7}:
-            signal.raise_signal(number)
-
-    before = signal.getsignal(number)
-    with pytest.raises(loop.Ended, match="ended after step 7, which is saved: the same command goes on") as caught:
-        loop.train(run, tell)
-    assert caught.value.signal == number
-    assert signal.getsignal(number) == before
-    assert (run.out / "checkpoints/7").is_dir()
-    loop.train(run)
-    assert lines(run.out) == lines(whole)
-    assert weights(run.out) == weights(whole)
 
 
 def test_the_command_says_why_it_ended(monkeypatch, capsys) -> None:
@@ -119,20 +65,6 @@ def test_an_example_shows_what_is_learned(files, tmp_path) -> None:
     assert "cat" in "".join(text for text, learned in pieces if not learned)
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(files, tmp_path) -> None:
-    """Where a checkpoint and an evaluation fall on one step, an end between them loses no line."""
-    fields = {"save_every": 6, "eval_every": 6}
-    loop.train(run_of(files, tmp_path / "whole", **fields))
-    run = run_of(files, tmp_path / "cut", **fields)
-    broken = pytest.MonkeyPatch()
-    broken.setattr(loop.Loop, "evaluate", lambda *_: (_ for _ in ()).throw(Stopped))
-    with broken.context(), pytest.raises(Stopped):
-        loop.train(run)
-    broken.undo()
-    loop.train(run)
-    assert lines(run.out) == lines(tmp_path / "whole")
-
-
 def test_the_resolved_configuration_is_a_configuration(files, whole) -> None:
     """run.json is a file that -c takes, booleans too, and says the same run."""
     from jaxlm import cli
@@ -149,99 +81,6 @@ def test_the_resolved_configuration_is_a_configuration(files, whole) -> None:
     assert not cli.parse(["finetune", "-c", str(path)]).lora.rslora
 
 
-def test_a_finished_run_says_the_same_again(files, whole) -> None:
-    before = weights(whole), lines(whole)
-    loop.train(run_of(files, whole))
-    assert (weights(whole), lines(whole)) == before
-
-
-def command(files: dict[str, str], out: Path) -> list[str]:
-    """`run_of` as flags."""
-    return ["--shape", files["shape"], "--tokenizer", files["tokenizer"], "--data.train", files["train"],
-            "--data.valid", files["valid"], "--optimizer.lr", "0.01", "--steps", "12", "--batch", "4", "--length", "32",
-            "--log-every", "2", "--save-every", "5", "--eval-every", "6", "--eval-batches", "2",
-            "--out", str(out)]  # fmt: skip
-
-
-def test_sigkill_at_any_moment(files, whole, tmp_path) -> None:
-    """The process dies while it saves and steps; the same command ends where the undisturbed run did."""
-    out = tmp_path / "run"
-    line = [sys.executable, "-m", "jaxlm", "train", *command(files, out)]
-    killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert killed.stdout is not None
-    for said in killed.stdout:
-        if said.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be on its way
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"the model is in {out / 'model'}" in done.stderr
-    assert lines(out) == lines(whole)
-    assert weights(out) == weights(whole)
-
-
-def test_a_run_goes_on_over_a_mesh(files, whole, tmp_path) -> None:
-    """From one device to eight, on both axes: sums over devices are made in another order, so the losses agree to
-    float32's rounding over seven steps, not bit by bit."""
-    run = run_of(files, tmp_path / "run")
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(6))
-    loop.train(replace(run, mesh="data=4,model=2"))
-    for line, other in zip(lines(run.out), lines(whole), strict=True):
-        assert line.keys() == other.keys()
-        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-4)
-    ours, theirs = (jaxlm.load(out / "model").weights for out in (run.out, whole))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
-
-
-FULL = """
-import pathlib, resource, sys, time
-from jaxlm.cli import main, train
-tell = train.Display.tell
-def then_full(self, line):
-    if line["step"] == 7:
-        while not pathlib.Path(sys.argv[-1], "checkpoints/5").exists():  # under this name it is whole
-            time.sleep(0.05)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    tell(self, line)
-train.Display.tell = then_full
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-
-
-def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
-    """The run ends with 1 and says what is whole; with room it goes on to the same end."""
-    out = tmp_path / "run"
-    flags = command(files, out)
-    full = subprocess.run([sys.executable, "-c", FULL, *flags], capture_output=True, text=True)
-    assert full.returncode == 1, full.stderr
-    assert "a checkpoint could not be saved" in full.stderr
-    assert "Nothing older is lost: the checkpoint of step 5 is whole" in full.stderr
-    assert "Traceback" not in full.stderr, full.stderr
-    assert main(["train", *flags]) == 0
-    assert lines(out) == lines(whole)
-    assert weights(out) == weights(whole)
-
-
-def test_another_run_in_the_folder_is_refused(files, whole) -> None:
-    with pytest.raises(
-        ValueError, match=r"another optimizer.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\): choose"
-    ):
-        loop.train(run_of(files, whole, seed=1, batch=8, optimizer=Optimizer(lr=1e-2, b1=0.8)))
-    text = Path(files["train"]).read_text()
-    try:
-        Path(files["train"]).write_text(text.replace("cat", "bat"))
-        with pytest.raises(ValueError, match=r"another data \(contents\): choose another --out"):
-            loop.train(run_of(files, whole))
-    finally:
-        Path(files["train"]).write_text(text)
-    with pytest.raises(ValueError, match="holds a run already: --resume auto goes on with it"):
-        loop.train(run_of(files, whole, resume="never"))
-
-
 def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path) -> None:
     run = run_of(files, tmp_path / "run", optimizer=Optimizer(lr=1e38, clip=0.0, warmup=6, schedule="linear"))
     with pytest.raises(loop.Diverged, match=r"the loss of step \d+ is .*, the norm of its gradient nan: ") as caught:
@@ -249,38 +88,6 @@ def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path) -> None:
     assert "there is no checkpoint yet; lower the learning rate" in str(caught.value)
     done = loop.train(run_of(files, run.out))  # nothing stands in the way of a better rate
     assert done.last["step"] == 12
-
-
-def test_a_rate_that_was_too_high(files, tmp_path) -> None:
-    """With a checkpoint before it the message names that, and the same command with a lower rate goes on."""
-    run, notes = run_of(files, tmp_path / "run"), []
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(6))
-    wild = replace(run, optimizer=Optimizer(lr=1e38))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/5; with a lower --optimizer.lr"):
-        loop.train(wild)
-    calm = replace(run, optimizer=Optimizer(lr=1e-3))
-    last = loop.train(calm, lambda line: notes.append(line.get("note"))).last
-    assert last["step"] == 12
-    assert np.isfinite(last["loss"])
-    assert "goes on with another optimizer.lr: 0.001" in notes
-
-
-def test_weights_that_a_step_ruined_are_not_gone_on_from(files, tmp_path) -> None:
-    """A checkpoint is taken before the loss of its weights is known: where that is no number, the one before it counts,
-    and where there is none the message says so."""
-    calm, wild = (Optimizer(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
-    often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
-    run = run_of(files, tmp_path / "run", optimizer=calm, **often)
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(4))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimizer.lr"):
-        loop.train(replace(run, optimizer=wild))
-    assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
-    assert loop.train(run).last["step"] == 12
-    alone = run_of(files, tmp_path / "alone", optimizer=wild, **often)
-    with pytest.raises(loop.Diverged, match=r"checkpoints/1 holds the weights that gave it, and there is no older"):
-        loop.train(alone)
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path) -> None:
@@ -299,23 +106,6 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(files, tmp_path)
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/diary.txt").write_text("dear")
     refused(FileExistsError, "is in use and not a checkpoint, it holds .*diary.txt.: choose another folder")
-
-
-def test_two_runs_in_one_folder(files, whole) -> None:
-    with (
-        resume.open_checkpoints(whole, 2),
-        pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"),
-    ):
-        loop.train(run_of(files, whole))
-
-
-def test_files_of_a_run_that_are_damaged(files, whole, tmp_path) -> None:
-    """run.json that is JSON and no record: the message names the file (metrics.jsonl: test_metrics.py)."""
-    shutil.copytree(whole, tmp_path / "run")
-    run = run_of(files, tmp_path / "run")
-    (run.out / "run.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"run.json is damaged: take it away"):
-        loop.train(run)
 
 
 def test_validation_in_which_nothing_is_learned(files, whole, tmp_path) -> None:
@@ -365,12 +155,12 @@ def test_a_file_of_flags(tmp_path, capsys) -> None:
 
     path = tmp_path / "run.yaml"
     path.write_text(
-        "shape: a.json\nsteps: 7\nbatch: 16\noptimiser: {name: muon, lr: 0.02}\ndata: {train: [x.txt, y.txt]}\n"
+        "shape: a.json\nsteps: 7\nbatch: 16\noptimizer: {name: muon, lr: 0.02}\ndata: {train: [x.txt, y.txt]}\n"
     )
     run = cli.parse(["train", "-c", str(path), "--batch", "8", "--data.train", "z.txt"])
     assert (run.steps, run.batch, run.optimizer.name, run.optimizer.lr) == (7, 8, "muon", 0.02)
     assert (run.shape, run.data.train) == (Path("a.json"), ("z.txt",))
-    for text, message in (("stepps: 7\n", "--stepps"), ("- 7\n", "should hold fields"), ("a: [", "cannot be read")):
+    for text, message in (("stepps: 7\n", "stepps"), ("- 7\n", "should hold fields"), ("a: [", "cannot be read")):
         path.write_text(text)
         with pytest.raises(SystemExit, match="2"):
             cli.parse(["train", "-c", str(path)])

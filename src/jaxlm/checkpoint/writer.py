@@ -82,7 +82,7 @@ def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, 
     return entry
 
 
-def stored_entry(tensor: Tensor) -> Entry:
+def copied_entry(tensor: Tensor) -> Entry:
     """A tensor of another checkpoint, byte for byte."""
     return Entry(tensor.name, tensor.dtype, tensor.shape, partial(chunks, tensor))
 

@@ -12,16 +12,15 @@ def split(name: str | None, flags: ModelFlags) -> tuple[str, Path | None]:
     from jaxlm.checkpoint import hub
     from jaxlm.checkpoint.peft_config import read_settings
 
-    where = {"token": flags.token, "offline": flags.offline}
     if name is not None and flags.adapter is not None:
-        return name, hub.resolve_adapter(flags.adapter, **where)
+        return name, hub.resolve_adapter(flags.source(name).of_adapter())
     alone = str(name or flags.adapter)
     folder = None
     if flags.adapter is not None:
-        folder = hub.resolve_adapter(alone, **where)
+        folder = hub.resolve_adapter(flags.source(alone))
     elif not (Path(alone).expanduser() / hub.CONFIG).is_file() and Path(alone).expanduser().is_dir():
         with suppress(OSError):
-            folder = hub.resolve_adapter(alone, **where)
+            folder = hub.resolve_adapter(flags.source(alone))
     if folder is None:
         return alone, None
     base = read_settings(folder, flags.allow_field).base

@@ -5,9 +5,11 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
+
+from jaxlm.checkpoint.source import ModelSource
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -92,18 +94,20 @@ class ProcessFlags:
 class ModelFlags(ProcessFlags, _ModelFlags):
     """Which model, how to load it, and in which process."""
 
-    def options(self) -> dict[str, Any]:
-        """The arguments of jaxlm.load beside the name and the type."""
-        return {
-            "adapter": self.adapter,
-            "format": self.format,
-            "tokenizer": self.tokenizer,
-            "rope_factor": self.rope_factor,
-            "revision": self.revision,
-            "token": self.token,
-            "offline": self.offline,
-            "allow_fields": self.allow_field,
-        }
+    def source(self, name: str | None = None) -> ModelSource:
+        """The checkpoint that the flags select: `name`, else --model, else --adapter, which names its base model."""
+        name = name or self.model
+        return ModelSource(
+            name=str(name or self.adapter),
+            adapter=self.adapter if name else None,
+            format=self.format,
+            tokenizer=self.tokenizer,
+            rope_factor=self.rope_factor,
+            revision=self.revision,
+            token=self.token,
+            offline=self.offline,
+            allow_fields=self.allow_field,
+        )
 
     def stdin(self) -> str:
         """Reads stdin; in a distributed run, that of the coordinator."""
@@ -121,15 +125,13 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         from jaxlm.devices.hardware import unseen_accelerator
         from jaxlm.inference.decoding import on_compile
 
-        name, options = self.model, self.options()
-        if name is None and self.adapter is not None:  # the adapter names its base model
-            name, options["adapter"] = self.adapter, None
-        if name is None:
+        name = None
+        if self.model is None and self.adapter is None:
             name = str(STORIES)
             note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():
             note(unseen)
-        model = jaxlm.load(name, dtype=self.dtype, mesh=self.mesh, **options)
+        model = jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh)
         if model.ignored:
             note(f"{len(model.ignored)} tensors of the vision tower are not loaded: text only.")
         on_compile.set(compiling)

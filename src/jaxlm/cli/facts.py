@@ -39,7 +39,7 @@ def _resolve(name: str, flags: ModelFlags) -> Resolved:
         return Resolved(read_json(path), None, None, "")
     if path.exists():
         folder = path.parent if path.is_file() else path
-        folder = hub.resolve(folder, format=flags.format, revision=flags.revision)
+        folder = hub.resolve(flags.source(str(folder)))
         original = flags.format == "meta" or not (folder / hub.CONFIG).is_file()
         return _original(name, flags) if original else _local(folder)
     if flags.format == "meta":
@@ -80,7 +80,7 @@ def _original(name: str, flags: ModelFlags) -> Resolved:
     """A model in Meta's form, as if its files were of Hugging Face's."""
     from jaxlm import loading
 
-    found = loading.resolve(name, **flags.options()).checkpoint
+    found = loading.resolve(flags.source(name)).checkpoint
     tensors = {row.names[0]: tensor for row, tensor in found.tensors.pairs}
     return Resolved(found.config, found.folder, tensors, "", found.tokenizer)
 

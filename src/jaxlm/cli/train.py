@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 import tyro
 
 from jaxlm.cli.common import ProcessFlags, note
-from jaxlm.training.config import Optimizer, Run, flags
+from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags, suggest
 
 RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, where none is given
 
@@ -169,24 +170,49 @@ def marked(text: str, learned: bool) -> str:
 
 
 def with_file(argv: list[str]) -> list[str]:
-    """The arguments, with those of the file that -c names before them; exits with 2 where there is no such file, or
-    more than one."""
+    """Returns the arguments, preceded by those of the YAML file that -c names, so that typed flags win.
+
+    Exits with 2 for more than one file and for a file that cannot be used.
+    """
     paths = files(argv)
     if not paths:
         return argv
     if len(paths) > 1:
         refuse(f"-c takes one file, not {' and '.join(paths)}; flags may stand beside it")
+    return flags(read_file(paths[0]), [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Returns the fields of a YAML file. Exits with 2 where it cannot be read and for keys that are no fields."""
     import yaml
 
     try:
-        values = yaml.safe_load(Path(paths[0]).read_text())
+        loader = yaml.SafeLoader(Path(path).read_text())
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"{paths[0]} cannot be read: {error}")
+        refuse(f"{path} cannot be read: {error}")
     if not isinstance(values, dict):
-        refuse(f"{paths[0]} should hold fields and values (steps: 1000), not {values!r}")
+        refuse(f"{path} should hold fields and values (steps: 1000), not {values!r}")
     if values.get("config"):
-        refuse(f"{paths[0]} names another file (config: {values['config']}), but one is read: put its lines here")
-    return flags(values, [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
+        refuse(f"{path} names another file (config: {values['config']}), but one is read: put its lines here")
+    if wrong := list(wrong_keys(node, {*field_names(Train), "dataset"})):  # --dataset is an alias
+        refuse("\n".join(f"{path}:{line}: {message}" for line, message in wrong))
+    return values
+
+
+def wrong_keys(node: Any, known: Collection[str], before: str = "") -> Iterator[tuple[int, str]]:
+    """Yields the line and the fault of each key of a YAML mapping that is no field."""
+    for key, value in node.value:
+        name = before + key.value.replace("-", "_")
+        if value.id == "mapping" and name not in RENAMED_FIELDS:
+            yield from wrong_keys(value, known, f"{name}.")
+        elif fields := [field for field in known if field.startswith(f"{name}.")]:
+            if value.tag != "tag:yaml.org,2002:null":
+                yield key.start_mark.line + 1, f"{name} takes fields ({', '.join(sorted(fields))}), not one value"
+        elif name not in known:
+            hint = suggest(name, known) or "jaxlm train --help lists the fields"
+            yield key.start_mark.line + 1, f"unknown key {name}: {hint}"
 
 
 def refuse(text: str) -> NoReturn:

@@ -63,7 +63,7 @@ class Verify(ModelFlags):
         import jaxlm
 
         report = jaxlm.verify(
-            name, self.against, record=self.record, dtype=self.dtype, mesh=self.mesh, progress=note, **self.options()
+            self.source(name), self.against, record=self.record, dtype=self.dtype, mesh=self.mesh, progress=note
         )
         if self.json:
             print(json.dumps(report.json(), indent=2, ensure_ascii=False))

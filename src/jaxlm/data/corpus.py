@@ -136,7 +136,7 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
         }
     except (OSError, ValueError, KeyError):
         return None
-    if "learned" in arrays:  # written by an earlier version: prepared again, under the same digest
+    if "train_on" not in about:  # written by an earlier version: prepared again, under the same digest
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
     return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None

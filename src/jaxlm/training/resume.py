@@ -9,11 +9,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.devices import distributed
-from jaxlm.training.config import to_dict
+from jaxlm.training.config import current_name, to_dict
 from jaxlm.training.setup import Setup
+from jaxlm.training.step import State
+
+
+class OlderState(NamedTuple):
+    """`step.State` as earlier versions named its fields, which are the keys of a checkpoint."""
+
+    weights: Any
+    optimiser: Any
+    step: Any
+
 
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -26,7 +36,8 @@ class Checkpoints:
 
         self.folder, self._ocp = folder.absolute() / "checkpoints", ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handler = ocp.StandardCheckpointHandler()  # named here, so that metadata can be read before a save
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
 
     @property
     def latest(self) -> int | None:
@@ -41,8 +52,10 @@ class Checkpoints:
                 self._manager.save(step, args=self._ocp.args.StandardSave(state), force=True)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, in the places and types of `like` (jax.ShapeDtypeStruct with sharding)."""
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        """Returns the state of a step, with the shardings and types of `like` (jax.ShapeDtypeStruct with sharding)."""
+        older = "optimiser" in self._manager.item_metadata(step).tree
+        target = OlderState(*like) if older else like
+        return State._make(self._manager.restore(step, args=self._ocp.args.StandardRestore(target)))
 
     def delete_diverged(self, step: int) -> None:
         """Takes a step's checkpoint away if there is an older one to go on from."""
@@ -151,7 +164,7 @@ def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> di
         path = folder / name
         if path.exists():
             try:
-                before = flat(json.loads(path.read_text()))
+                before = {current_name(key): value for key, value in flat(json.loads(path.read_text())).items()}
             except (ValueError, AttributeError):  # no JSON, or no names and values
                 raise ValueError(f"{path} is damaged: take it away, and the run goes on unchecked") from None
             found |= {key: before[key] for key, value in now.items() if key in before and before[key] != value}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm import loading, models
 from jaxlm.checkpoint import hf, peft, writer
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
 from jaxlm.inference.prompts import resolve_max_tokens, to_ids
@@ -169,7 +170,7 @@ def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
 def _described(run: Run) -> tuple[Any, ...]:
     """Family, config, config.json, tokenizer, generation_config and checkpoint, before a weight is read."""
     if run.model is not None:
-        found = loading.resolve(run.model, tokenizer=run.tokenizer)
+        found = loading.resolve(ModelSource(run.model, tokenizer=run.tokenizer))
         raw, tokenizer, checkpoint = found.checkpoint.config, found.tokenizer, found.checkpoint
         family, cfg, generation_config = found.family, found.config, found.generation_config
         if checkpoint.adapter is not None:
