@@ -87,7 +87,8 @@ def test_wrong_usage_is_one_line(line, message, capsys):
     # transformers, TRL, PEFT
     ("generate --max-length 5", "--max-tokens"), ("train --max-length 5", "--length"),
     ("chat --model_name_or_path x", "--model"), ("train --learning_rate 1", "--optimizer.lr"),
-    ("finetune --lora_r 8", "--lora.rank"), ("finetune --r 8", "--lora.rank"), ("train --output_dir x", "--out"),
+    ("finetune --lora_r 8", "--lora.rank"), ("finetune --r 8", "--lora.rank"),
+    ("train --lora", "--method lora"), ("generate --lora x", "--adapter"), ("train --output_dir x", "--out"),
     ("train --num_train_epochs 1", "--epochs"), ("train --per_device_train_batch_size 1", "--batch"),
     ("train --gradient_accumulation_steps 2", "--accumulate"), ("train --optim adamw", "--optimizer.name"),
     ("train --optimizer adamw", "--optimizer.name"), ("train --weight_decay 0", "--optimizer.weight-decay"),

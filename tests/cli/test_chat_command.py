@@ -34,9 +34,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    model = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True))
-    model.source = "tiny/chatting"
-    return model
+    return replace(model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True)), source="tiny/chatting")
 
 
 class Lines:
@@ -120,7 +118,7 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
         "refuse": "the chat template refuses these messages: no such words",
         "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
         "/rety": "did you mean /retry?",
-        "/retry": "no message yet that could be answered again",
+        "/retry": "no message yet",
         "/set top_p 3": "top_p=3: must be a number from 0 to 1",
         "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
         "/set top_p": "expected /set NAME VALUE",

@@ -30,7 +30,7 @@ def test_greedy_text_matches_the_reference(stories, shared, capsys):
 
 
 def test_streamed_text_and_statistics(stories, capsys):
-    decoding.compiled_for.cache_clear()  # other tests may have compiled the same programs
+    decoding.executables.cache_clear()  # other tests may have compiled the same programs
     assert main(["generate", "-m", stories, "Once upon", *GREEDY, "--stop", "irl"]) == 0
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"
@@ -177,7 +177,7 @@ def test_help_names_plain_types(capsys):
     assert "Usage: jaxlm generate [PROMPT] [flags]" in out
     assert "--system STR" in out
     assert "None}" not in out
-    assert "Texts that end the answer" in out
+    assert "Stop strings" in out
 
 
 def test_a_closed_pipe_ends_without_an_error(stories):
