@@ -1,4 +1,5 @@
-"""The training step against its plain twins: chunks, accumulation, scans, recomputation, meshes, half precision."""
+"""The training step against its plain twins: chunked logits, gradient accumulation, scans, activation checkpointing,
+meshes, half precision."""
 
 import itertools
 import math
