@@ -144,8 +144,8 @@ class CompiledSteps:
     """
 
     def __init__(self, model: "Model"):
-        self.model = model
-        self.seconds = 0.0
+        self.model: Model = model
+        self.seconds: float = 0.0
         self._executables = executables(model.family, model.config)
         self._weights = signature(model.weights)  # once: there are hundreds of arrays
 

@@ -31,11 +31,14 @@ class Tokenizer:
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
         self.hf = hf
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids: frozenset[int] = frozenset(eos_ids)
 
     @classmethod
     def load(
-        cls, folder: str | Path, generation_config: dict | None = None, config: dict | None = None
+        cls,
+        folder: str | Path,
+        generation_config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> "Tokenizer | None":
         """The tokenizer of a checkpoint folder, or of one tokenizer.model; None where the folder holds none.
 
@@ -147,7 +150,11 @@ class Tokenizer:
         return bool(self.hf.chat_template)
 
     def render(
-        self, messages: Messages, tools: list | None = None, add_generation_prompt: bool = True, **template_args: Any
+        self,
+        messages: Messages,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
     ) -> str:
         """The text of a conversation as the checkpoint's chat template writes it.
 
