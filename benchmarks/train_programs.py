@@ -85,7 +85,7 @@ def setting(case: Case) -> Setting:
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
     tx = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
     state = jax.eval_shape(lambda w: step.init_state(tx, w), weights)
-    places = step.state_shardings(state, over, family.PARAMS)
+    places = step.state_shardings(tx, state, over, family.PARAMS)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
     shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
     to = mesh.sharding("BT", shape, over)

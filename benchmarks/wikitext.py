@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -23,6 +22,7 @@ from jaxlm.cli import main as jaxlm
 from jaxlm.nn import params
 from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.config import Data, Optimizer, Run
+from jaxlm.training.init_state import init_weights
 from jaxlm.training.setup import set_up
 
 SHAPE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1024, "hidden_size": 128,
@@ -45,7 +45,7 @@ def theirs(run: Run, python: str) -> tuple[list[float], list[float], float]:
     """The same with torch."""
     setup = set_up(run)
     run, folder = setup.run, run.out / "torch"
-    model = setup.model(params.unstack(setup.trained(jax.random.key(run.seed))))
+    model = setup.model(params.unstack(init_weights(setup)))
     export(model, folder, config=SHAPE, force=True)
     for name, batches in (("batches", [setup.data.batch(i) for i in range(run.steps)]), ("test", setup.valid.once())):
         columns = zip(*batches, strict=True)

@@ -39,7 +39,8 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()
 MODELS_MAY_IMPORT = ("jaxlm.nn", "jaxlm.models.config")
 TORCH_IN = ("verification", "bench/rivals.py")
 ROOT_FILES = 7  # besides __init__ and __main__
-FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 1700  # lines
+# Lines. Of a documented function only what follows the docstring counts: a public docstring lists shapes and errors.
+FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 1700
 # Longer than FUNCTION, with the reason.
 LONG_FUNCTIONS: dict[str, str] = {}
 
@@ -178,7 +179,9 @@ def test_sizes(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= FILE
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            length = node.end_lineno - node.lineno + 1
+            documented = ast.get_docstring(node, clean=False) is not None
+            first = node.body[1].lineno if documented and len(node.body) > 1 else node.lineno
+            length = node.end_lineno - first + 1
             assert length <= FUNCTION or f"{path.name}:{node.name}" in LONG_FUNCTIONS, (node.name, length)
 
 

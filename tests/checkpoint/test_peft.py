@@ -22,7 +22,9 @@ from jaxlm.checkpoint import hf, peft
 from jaxlm.checkpoint import hub as hub_module
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.cli import main
 from jaxlm.exporting import open_model
+from jaxlm.loading import match_tensors
 from jaxlm.nn import lora, params
 
 SIZES = {
@@ -465,6 +467,8 @@ def test_an_adapter_alone_brings_its_base(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(logits(model), logits(jaxlm.load(place, adapter=folder)))
     (folder / "config.json").write_text((place / "config.json").read_text())  # some tools leave the base's there
     assert jaxlm.load(folder).checkpoint.adapter.folder == folder
+    described = match_tensors(ModelSource(folder), headers_only=True).checkpoint
+    assert (described.folder, described.adapter.folder) == (place, folder)
     table, cfg = of(checkpoint_files.LLAMA)
     monkeypatch.chdir(tmp_path)  # a folder is written so that it can be found from elsewhere
     peft.write(tmp_path / "b", read(folder), table, cfg, base="base")
@@ -616,6 +620,14 @@ def test_an_adapter_of_the_hub_brings_its_base(hub: StubHub, tmp_path: Path) -> 
     np.testing.assert_array_equal(logits(jaxlm.load("org/base", adapter="org/adapter", offline=True)), logits(model))
     np.testing.assert_array_equal(logits(jaxlm.load("org/adapter", offline=True)), logits(model))
     assert not hub.requests
+
+
+def test_info_of_an_adapter_of_the_hub_downloads_no_base_weights(hub: StubHub, capsys) -> None:
+    assert main(["info", "org/adapter", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == "org/base"
+    assert facts["adapter"]["parameters"] > 0
+    assert {r.range for r in hub.downloads("model.safetensors")} == {"bytes=0-100000"}
 
 
 def test_what_the_hub_does_not_have(hub: StubHub) -> None:

@@ -166,5 +166,5 @@ def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:
     assert main(["info", str(base), "--json"]) == 0
     assert "adapter" not in json.loads(capsys.readouterr().out)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert f"{adapter} is an adapter and does not say of which model" in failure(capsys, "info", adapter)
+    assert f"{adapter} is an adapter that names no base model" in failure(capsys, "info", adapter)
     assert main(["info"]) == 2

@@ -115,7 +115,7 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path, dead):
         f"import sys; from jaxlm.devices import distributed as p; p.HEARTBEAT = {HEARTBEAT};"
         "p.start(sys.argv[1], 2, int(sys.argv[2]));"
         "p.gather('here'); print('here', file=sys.stderr, flush=True);"
-        "import time; time.sleep(600 * (p.number() == int(sys.argv[3]))); p.gather('there')"
+        "import time; time.sleep(600 * (p.process_index() == int(sys.argv[3]))); p.gather('there')"
     )
     address = f"127.0.0.1:{free_port()}"
     started = two(*(["-c", code, address, str(i), str(dead)] for i in range(2)))

@@ -1,4 +1,5 @@
-"""One forward on any mesh of virtual devices: the same text, logits and gradients, no exchange that is not meant."""
+"""One forward on any mesh of virtual devices, with tensor parallelism: the same text, logits and gradients, and no
+unintended collectives."""
 
 import re
 from collections import Counter

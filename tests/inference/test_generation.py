@@ -1,4 +1,4 @@
-"""generate and stream against the full forward pass."""
+"""generate and stream against the full forward pass: continuous batching, stop tokens, KV caches that grow."""
 
 import json
 from dataclasses import replace

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from helpers.training_runs import made, run_of
+from helpers.training_runs import run_of, write_files
 
 from jaxlm.training import loop
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
-    return made(tmp_path_factory.mktemp("files"), shared)
+    return write_files(tmp_path_factory.mktemp("files"), shared)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A run resumes from its last checkpoint after an end of any kind, bit for bit, and refuses another run's folder."""
+"""Resuming from the last checkpoint: bit-exact after an end of any kind, refused in another run's folder."""
 
 import json
 import os
@@ -28,9 +28,8 @@ def weights(out: Path) -> bytes:
 
 
 @pytest.mark.parametrize("at", [4, 10])
-def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_path, at) -> None:
-    """Before the first checkpoint, and after one: the lines and the weights are those of the undisturbed run."""
-
+def test_resume_is_bit_exact(files, whole, tmp_path, at) -> None:
+    """Stopped before the first checkpoint, and after one: metrics and weights are those of the uninterrupted run."""
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(at))
@@ -40,17 +39,17 @@ def test_a_run_that_ended_in_the_middle_goes_on_bit_by_bit(files, whole, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
-    """It ends after the step under way with a checkpoint of it, and goes on from there bit by bit."""
+def test_a_signal_stops_the_run_after_the_current_step(files, whole, tmp_path, number) -> None:
+    """The step is saved, and resuming from it is bit-exact."""
     run = run_of(files, tmp_path / "run")
 
-    def tell(line: dict[str, Any]) -> None:
+    def log(line: dict[str, Any]) -> None:
         if line == {"step": 7}:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    with pytest.raises(loop.Ended, match="ended after step 7, which is saved: the same command goes on") as caught:
-        loop.train(run, tell)
+    with pytest.raises(loop.Interrupted, match="step 7") as caught:
+        loop.train(run, log)
     assert caught.value.signal == number
     assert signal.getsignal(number) == before
     assert (run.out / "checkpoints/7").is_dir()
@@ -59,8 +58,8 @@ def test_a_run_that_is_asked_to_end(files, whole, tmp_path, number) -> None:
     assert weights(run.out) == weights(whole)
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(files, tmp_path) -> None:
-    """Where a checkpoint and an evaluation fall on one step, an end between them loses no line."""
+def test_an_interrupted_evaluation_is_repeated(files, tmp_path) -> None:
+    """If a checkpoint and an evaluation are due at the same step, an end between them loses no metrics."""
     fields = {"save_every": 6, "eval_every": 6}
     loop.train(run_of(files, tmp_path / "whole", **fields))
     run = run_of(files, tmp_path / "cut", **fields)
@@ -73,34 +72,34 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(files, tmp_path) -> None:
     assert lines(run.out) == lines(tmp_path / "whole")
 
 
-def test_a_finished_run_says_the_same_again(files, whole) -> None:
+def test_a_finished_run_may_run_again(files, whole) -> None:
     before = weights(whole), lines(whole)
     loop.train(run_of(files, whole))
     assert (weights(whole), lines(whole)) == before
 
 
-def test_sigkill_at_any_moment(files, whole, tmp_path) -> None:
-    """The process dies while it saves and steps; the same command ends where the undisturbed run did."""
+def test_resume_after_sigkill(files, whole, tmp_path) -> None:
+    """The process dies while it saves and steps. The same command gives the result of the uninterrupted run."""
     out = tmp_path / "run"
     line = [sys.executable, "-m", "jaxlm", "train", *command(files, out)]
     killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     assert killed.stdout is not None
-    for said in killed.stdout:
-        if said.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be on its way
+    for text in killed.stdout:
+        if text.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be in progress
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"the model is in {out / 'model'}" in done.stderr
+    assert str(out / "model") in done.stderr
     assert lines(out) == lines(whole)
     assert weights(out) == weights(whole)
 
 
-def test_a_run_goes_on_over_a_mesh(files, whole, tmp_path) -> None:
-    """From one device to eight, on both axes: sums over devices are made in another order, so the losses agree to
-    float32's rounding over seven steps, not bit by bit."""
+def test_resume_on_another_mesh(files, whole, tmp_path) -> None:
+    """From one device to eight, on both axes. Sums over devices have another order, so that losses agree to float32
+    rounding over seven steps, not bit by bit."""
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(6))
@@ -113,29 +112,29 @@ def test_a_run_goes_on_over_a_mesh(files, whole, tmp_path) -> None:
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
 
 
-FULL = """
+FULL_DISK = """
 import pathlib, resource, sys, time
 from jaxlm.cli import main, train
 log = train.Display.log
-def then_full(self, line):
+def fill_disk(self, line):
     if line["step"] == 7:
-        while not pathlib.Path(sys.argv[-1], "checkpoints/5").exists():  # under this name it is whole
+        while not pathlib.Path(sys.argv[-1], "checkpoints/5").exists():  # under this name it is complete
             time.sleep(0.05)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     log(self, line)
-train.Display.log = then_full
+train.Display.log = fill_disk
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
-    """The run ends with 1 and says what is whole; with room it goes on to the same end."""
+def test_a_full_disk_while_saving(files, whole, tmp_path) -> None:
+    """The command exits with 1 and names the last complete checkpoint. Resuming from it is bit-exact."""
     out = tmp_path / "run"
     flags = command(files, out)
-    full = subprocess.run([sys.executable, "-c", FULL, *flags], capture_output=True, text=True)
+    full = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], capture_output=True, text=True)
     assert full.returncode == 1, full.stderr
-    assert "a checkpoint could not be saved" in full.stderr
-    assert "Nothing older is lost: the checkpoint of step 5 is whole" in full.stderr
+    assert "disk is full" in full.stderr
+    assert "checkpoint of step 5" in full.stderr
     assert "Traceback" not in full.stderr, full.stderr
     assert main(["train", *flags]) == 0
     assert lines(out) == lines(whole)
@@ -143,100 +142,100 @@ def test_a_disk_that_is_full_while_saving(files, whole, tmp_path) -> None:
 
 
 def test_another_run_in_the_folder_is_refused(files, whole) -> None:
-    with pytest.raises(
-        ValueError, match=r"another optimizer.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\): choose"
-    ):
+    with pytest.raises(ValueError, match=r"optimizer.b1 \(0.9, not 0.8\), batch \(4, not 8\), seed \(0, not 1\)"):
         loop.train(run_of(files, whole, seed=1, batch=8, optimizer=Optimizer(lr=1e-2, b1=0.8)))
     text = Path(files["train"]).read_text()
     try:
         Path(files["train"]).write_text(text.replace("cat", "bat"))
-        with pytest.raises(ValueError, match=r"another data \(contents\): choose another --out"):
+        with pytest.raises(ValueError, match=r"data \(contents\)"):
             loop.train(run_of(files, whole))
     finally:
         Path(files["train"]).write_text(text)
-    with pytest.raises(ValueError, match="holds a run already: --resume auto goes on with it"):
+    with pytest.raises(ValueError, match="--resume auto"):
         loop.train(run_of(files, whole, resume="never"))
 
 
-def test_a_rate_that_was_too_high(files, tmp_path) -> None:
-    """With a checkpoint before it the message names that, and the same command with a lower rate goes on."""
+def test_a_learning_rate_that_was_too_high(files, tmp_path) -> None:
+    """The message names the last checkpoint. The same command with a lower learning rate resumes from it."""
     run, notes = run_of(files, tmp_path / "run"), []
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(6))
     wild = replace(run, optimizer=Optimizer(lr=1e38))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/5; with a lower --optimizer.lr"):
+    with pytest.raises(loop.Diverged, match=r"checkpoints/5; .*--optimizer.lr"):
         loop.train(wild)
     calm = replace(run, optimizer=Optimizer(lr=1e-3))
     last = loop.train(calm, lambda line: notes.append(line.get("note"))).last
     assert last["step"] == 12
     assert np.isfinite(last["loss"])
-    assert "goes on with another optimizer.lr: 0.001" in notes
+    assert any(note and "optimizer.lr: 0.001" in note for note in notes)
 
 
-def test_weights_that_a_step_ruined_are_not_gone_on_from(files, tmp_path) -> None:
-    """A checkpoint is taken before the loss of its weights is known: where that is no number, the one before it counts,
-    and where there is none the message says so."""
+def test_a_checkpoint_whose_loss_is_nan_is_deleted(files, tmp_path) -> None:
+    """It is saved before the loss of its weights is known. If that is NaN or Inf, the run resumes from the checkpoint
+    before it; without one the message says so."""
     calm, wild = (Optimizer(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
     often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
     run = run_of(files, tmp_path / "run", optimizer=calm, **often)
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(4))
-    with pytest.raises(loop.Diverged, match=r"the last checkpoint is .*checkpoints/3; with a lower --optimizer.lr"):
+    with pytest.raises(loop.Diverged, match=r"checkpoints/3; .*--optimizer.lr"):
         loop.train(replace(run, optimizer=wild))
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
     assert loop.train(run).last["step"] == 12
     alone = run_of(files, tmp_path / "alone", optimizer=wild, **often)
-    with pytest.raises(loop.Diverged, match=r"checkpoints/1 holds the weights that gave it, and there is no older"):
+    with pytest.raises(loop.Diverged, match=r"checkpoints/1 .*no older checkpoint"):
         loop.train(alone)
 
 
 def test_two_runs_in_one_folder(files, whole) -> None:
     with (
         resume.open_checkpoints(whole, 2),
-        pytest.raises(ValueError, match=r"another run is at work in .*: wait for its end"),
+        pytest.raises(ValueError, match="another run"),
     ):
         loop.train(run_of(files, whole))
 
 
-def test_files_of_a_run_that_are_damaged(files, whole, tmp_path) -> None:
-    """run.json that is JSON and no record: the message names the file (metrics.jsonl: test_metrics.py)."""
+def test_a_damaged_run_json(files, whole, tmp_path) -> None:
+    """run.json that is JSON but no object: the message names the file (metrics.jsonl: test_metrics.py)."""
     shutil.copytree(whole, tmp_path / "run")
     run = run_of(files, tmp_path / "run")
     (run.out / "run.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"run.json is damaged: take it away"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
         loop.train(run)
 
 
-class OldState(NamedTuple):
-    """The training state with the field names of an earlier version, which are the keys of its checkpoints."""
+class EarlierState(NamedTuple):
+    """The training state with the field names of earlier versions, which are the keys of their checkpoints."""
 
     weights: Any
     optimiser: Any
     step: Any
 
 
-def rewrite_as_older(out: Path, run: Any) -> None:
-    """Rewrites a run's folder as an earlier version wrote it: the keys of its checkpoint and of run.json."""
-    like = set_up(run).state_like()
+def rewrite_as_earlier(out: Path, run: Any) -> None:
+    """Rewrites a run's folder as an earlier version wrote it: keys of its checkpoint, run.json and metrics.jsonl."""
+    like = set_up(run).state
     with resume.open_checkpoints(out, 2) as checkpoints:
         step = checkpoints.latest
         assert step is not None
         state = checkpoints.restore(step, like)
     shutil.rmtree(out / "checkpoints")
     with ocp.CheckpointManager(out / "checkpoints") as manager:
-        manager.save(step, args=ocp.args.StandardSave(OldState(*state)))
+        manager.save(step, args=ocp.args.StandardSave(EarlierState(*state)))
     record = json.loads((out / "run.json").read_text())
     record["optimiser"] = record.pop("optimizer")
     record["data"]["form"], record["data"]["learn"] = record["data"].pop("format"), record["data"].pop("train_on")
     (out / "run.json").write_text(json.dumps(record))
+    text = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(text.replace("grad_norm", "gradient").replace("learning_rate", "rate"))
 
 
 def test_the_folder_of_an_earlier_version_resumes(files, whole, tmp_path) -> None:
-    """Its checkpoint and run.json have other names for some fields. The weights are those of an undisturbed run."""
+    """It names some fields otherwise. Metrics and weights are those of an uninterrupted run."""
     run = run_of(files, tmp_path / "run")
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(6))
-    rewrite_as_older(run.out, run)
+    rewrite_as_earlier(run.out, run)
     assert "optimiser" in (run.out / "checkpoints/5/default/_METADATA").read_text()
     with pytest.raises(ValueError, match=r"optimizer\.b1"):
         loop.train(replace(run, optimizer=Optimizer(lr=1e-2, b1=0.8)))

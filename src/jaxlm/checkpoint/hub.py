@@ -19,8 +19,8 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxlm.checkpoint.download import download, each, http_error
-from jaxlm.checkpoint.hub_errors import CONVERT, explain, listing, remote_files
+from jaxlm.checkpoint.download import download, each
+from jaxlm.checkpoint.hub_errors import CONVERT, explained, listing, remote_files
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from jaxlm.checkpoint.safetensors import quoted
@@ -75,18 +75,10 @@ def resolve(source: ModelSource) -> Path:
     elif source.offline or constants.HF_HUB_OFFLINE:
         folder = offline_copy(repo, source.revision, cached)
     else:
-        folder = _fetched(repo, source.revision, checked_token(source.token), meta, cached)
+        token = checked_token(source.token)
+        with explained(repo, source.revision, is_cached=bool(cached.folder and not cached.missing)):
+            folder = (_fetch_meta if meta else _fetch)(repo, source.revision, token)
     return folder / ORIGINAL if meta else folder
-
-
-def _fetched(repo: str, revision: str | None, token: str | None, meta: bool, cached: _Cached) -> Path:
-    try:
-        return (_fetch_meta if meta else _fetch)(repo, revision, token)
-    except (http_error(), OSError) as error:
-        explained = explain(error, repo, revision, cached.folder and not cached.missing)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _local(path: Path, revision: str | None, format: str | None) -> Path:
@@ -319,13 +311,9 @@ def resolve_adapter(source: ModelSource) -> Path:
             f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
             "--offline and HF_HUB_OFFLINE"
         )
-    try:
-        return _fetch_adapter(repo, revision, checked_token(source.token))
-    except (http_error(), OSError) as error:
-        explained = explain(error, repo, revision, False)
-        if explained is None:
-            raise
-        raise explained from error
+    token = checked_token(source.token)
+    with explained(repo, revision):
+        return _fetch_adapter(repo, revision, token)
 
 
 def _local_adapter(path: Path) -> Path:
