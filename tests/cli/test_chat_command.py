@@ -124,7 +124,7 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
         "/set top_p": "expected /set NAME VALUE",
         "/save": "expected /save FILE",
         f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory): name a file that /save",
-        f"/save {tmp_path / 'a/b'}": "a/b cannot be written (No such file or directory): name a file in a folder",
+        f"/save {tmp_path / 'a/b'}": "a/b cannot be written (No such file or directory): name a file in",
         "x" * 200: "context is full: the conversation has 20",
     }
     status, out, err = lines(*wrong, "hi")

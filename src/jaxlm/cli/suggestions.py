@@ -103,7 +103,7 @@ FLAGS = {
     "--data.train-on": "learn mask-prompt",
     "--data.text-field": "text-column text-key text-feature",
     "--data.packing": "packing pack",
-    "--optimizer.name": "optimizer optimiser optimizer-type optimizer-name",
+    "--optimizer.name": "optimizer optimizer-type optimizer-name",
     "--optimizer.lr": "lr max-lr peak-lr learning-rate-max",
     "--optimizer.schedule": "lr-schedule scheduler lr-decay-style schedule-type",
     "--optimizer.warmup": "lr-warmup-steps num-warmup-steps warmup-fraction",
@@ -174,14 +174,13 @@ def unknown_flag(name: str, command: str, flags: list[Flag]) -> str:
 
 
 def normalized(word: str) -> str:
-    """`max-new-tokens` for --max_new_tokens."""
-    return word.lstrip("-").replace("_", "-").lower()
+    """`max-new-tokens` for --max_new_tokens, in American spelling."""
+    return word.lstrip("-").replace("_", "-").lower().replace("optimiser", "optimizer")
 
 
 def exact(word: str, names: list[str]) -> str | None:
-    """A flag of this name, typed with one dash, in capitals or in British spelling."""
-    name = f"--{word}".replace("optimiser", "optimizer")
-    return name if name in names else None
+    """The flag of this name, which was typed with one dash, in capitals or in British spelling."""
+    return f"--{word}" if f"--{word}" in names else None
 
 
 def lookup(table: dict[str, str], word: str, allowed: set[str] | None = None) -> str | None:
