@@ -68,12 +68,12 @@ def resolve(
     if str(name) and path.exists():
         return _local(path, revision, format)
     repo, meta = repo_id(name), format == "meta"
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
     cached = look_up(repo, revision, meta)
     if cached.folder and not cached.missing and not cached.unknown:
         folder = cached.folder
-    elif offline or constants.HF_HUB_OFFLINE:
+    elif offline or is_offline_mode():
         folder = offline_copy(repo, revision, cached)
     else:
         folder = _fetched(repo, revision, checked_token(token), meta, cached)
@@ -284,7 +284,7 @@ def _small(repo: str, name: str, commit: str, token: str | None) -> None:
 
 def metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
     """huggingface_hub's HfFileMetadata, or None where the repository has no such file."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
@@ -293,7 +293,7 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
         return None
     if file.commit_hash is None or file.etag is None:
         raise OSError(
-            f"{constants.ENDPOINT} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
+            f"{HfApi().endpoint} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
             "a sign-in page stands between"
         )
     return file

@@ -20,12 +20,12 @@ def resolve(name: str | Path, *, revision: str | None = None, token: str | None 
     if str(name) and path.exists():
         return _local(path)
     repo = hub.repo_id(name)
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 
     cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (WEIGHTS, CONFIG)]
     if all(isinstance(found, str) for found in cached):
         return Path(str(cached[0])).parent.resolve()
-    if offline or constants.HF_HUB_OFFLINE:
+    if offline or is_offline_mode():
         raise FileNotFoundError(
             f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
             "--offline and HF_HUB_OFFLINE"

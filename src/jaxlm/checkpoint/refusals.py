@@ -19,7 +19,7 @@ CONVERT = (
 def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> Exception | None:
     """The same failure as a user needs to hear it, or None where the error speaks for itself. Never quotes a header.
     usable: whether a copy is cached."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -28,7 +28,7 @@ def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> E
         return _refused(error, repo, revision)
     if isinstance(error, http_error()):
         return ConnectionError(
-            f"there is no folder {repo!r} here, and no connection to {constants.ENDPOINT} "
+            f"there is no folder {repo!r} here, and no connection to {HfApi().endpoint} "
             f"({error or type(error).__name__}): check the network, "
             f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {AGAIN}'}"
         )
@@ -40,10 +40,11 @@ def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> E
 
 def _refused(error: Any, repo: str, revision: str | None) -> OSError:
     """An HfHubHTTPError: the hub was reached and answered with a status."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
+    hub, status = HfApi().endpoint, error.response.status_code
+    page = f"{hub}/{repo}"
     said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo} is gated: accept its licence at {page}, then sign in with {_LOGIN}")
@@ -55,7 +56,7 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
         return PermissionError(f"the hub refuses the token (expired or mistyped?): sign in anew with {_LOGIN}")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         return FileNotFoundError(
-            f"there is no model {repo!r} at {constants.ENDPOINT} (nor a folder of that name here), or it is private: "
+            f"there is no model {repo!r} at {hub} (nor a folder of that name here), or it is private: "
             f"check the spelling; for a private one sign in with {_LOGIN}"
         )
     if status == 403:

@@ -50,12 +50,12 @@ def _find(name: str, flags: ModelFlags) -> Found:
             )
         return _original(name, flags)
     repo, token = hub.repo_id(name), hub.checked_token(flags.token)
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
     cached = hub.look_up(repo, flags.revision)
     if cached.folder and not cached.missing:
         return _local(cached.folder)
-    if flags.offline or constants.HF_HUB_OFFLINE:
+    if flags.offline or is_offline_mode():
         return _local(cached.folder or hub.offline_copy(repo, flags.revision, cached))
     try:
         return _remote(repo, flags.revision, token)
