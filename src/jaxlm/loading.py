@@ -203,7 +203,7 @@ def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokeniz
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.Row], Any]:
     """The sharding of each weight, from what `load` was given as `mesh` and `device`."""
-    one = device if device is not None else jax.config.values["jax_default_device"]
+    one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
         mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
     if mesh is None:

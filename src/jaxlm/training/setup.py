@@ -207,7 +207,8 @@ def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _mesh(run: Run, cfg: Any) -> Any:
     """The mesh of a run: by default all devices on `data`."""
-    count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
+    one = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    count = jax.device_count() if one is None else 1
     over = topology.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
     return None if over is None or over.size == 1 else over
 
