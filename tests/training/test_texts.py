@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_chat import TEMPLATE, tokenizer_of
 
 from jaxlm.training import sources
-from jaxlm.training.sources import Bad, Row, find
+from jaxlm.training.sources import Bad, Hub, Row, find
 from jaxlm.training.texts import Document, TextOptions, Texts
 
 CHATTING, PLAIN = tokenizer_of(TEMPLATE), tokenizer_of(None)
@@ -217,6 +218,22 @@ def test_a_hub_dataset_by_name(hub, tmp_path):
     assert hub[-1][3] == "abc"
     digests = {find("wikitext", config=name)[0].digest() for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")}
     assert len(digests) == 2
+
+
+def test_a_hub_datasets_digest():
+    """By its place in datasets' cache, wherever that is; of one in memory alone by what it holds."""
+    import datasets
+
+    def place(*parts):
+        return SimpleNamespace(cache_files=[{"filename": str(Path("/", *parts))}])
+
+    same = ("org___name", "default", "0.0.0", "abc", "name-train.arrow")
+    first = Hub("org/name", place("one", *same)).digest()
+    assert first == Hub("org/name", place("other", "cache", *same)).digest()
+    others = [(*same[:1], "small", *same[2:]), (*same[:3], "abd", same[4]), (*same[:4], "name-test.arrow")]
+    assert first not in [Hub("org/name", place("one", *other)).digest() for other in others]
+    held = [Hub("held", datasets.Dataset.from_dict({"text": [text]})).digest() for text in "aab"]
+    assert held[0] == held[1] != held[2]
 
 
 def test_what_the_hub_has_not(hub, tmp_path):

@@ -84,7 +84,10 @@ class Hub:
         return (Row(self.name, i, _known(row)) for i, row in enumerate(self.data, 1))
 
     def digest(self) -> str:
-        return self.data._fingerprint  # datasets' own: of the commit, the configuration and the split
+        """By where datasets keeps it, which names the commit, the configuration and the split; of what is in memory
+        alone, by the rows."""
+        places = ["/".join(Path(file["filename"]).parts[-5:]) for file in self.data.cache_files]
+        return json.dumps(places or list(self.data), default=str)
 
 
 def find(
@@ -145,12 +148,12 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 def _from_hub(name: str, split: str, config: str | None, revision: str | None, offline: bool) -> Hub:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
     repo, default = KNOWN.get(name, (name, None))
     config = config or default
     try:
-        if offline or constants.HF_HUB_OFFLINE:
+        if offline or is_offline_mode():
             last = repo.split("/")[-1]
             cached = Cache(repo_id=repo, dataset_name=last, config_name=config, version="auto", hash="auto")
             return Hub(repo, cached.as_dataset(split=split))
