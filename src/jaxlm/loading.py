@@ -255,7 +255,7 @@ def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Toke
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
     """The sharding of each weight, from the arguments `mesh` and `device` of `load`."""
-    one = device if device is not None else jax.config.values["jax_default_device"]
+    one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
         mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
     if mesh is None:

@@ -244,7 +244,8 @@ def _check_samples(setup: Setup) -> None:
 
 def _make_mesh(run: Run, cfg: Any) -> Any:
     """Returns the mesh, by default all devices on `data`; None for one device."""
-    count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
+    one = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    count = jax.device_count() if one is None else 1
     over = topology.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
     if over is None or over.size == 1:
         return None
