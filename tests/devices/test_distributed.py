@@ -1,4 +1,5 @@
-"""Multi-process runs on loopback: two processes of four virtual devices each load, generate, export and end together."""
+"""Multi-process runs on loopback: two processes of four virtual devices each load, generate, export and end
+together."""
 
 import json
 import os
