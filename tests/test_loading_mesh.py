@@ -49,7 +49,7 @@ def test_metas_form(tmp_path, shards, spec) -> None:
     """Tensors in parts by rows and by columns, their heads in pairs."""
     folder = meta_files.folder(tmp_path, shards, "BF16")
     there = compare(folder, spec)
-    jaxlm.export(there, tmp_path / "again", format="meta")
+    jaxlm.export(there, tmp_path / "again")
     a, b = (jaxlm.load(f) for f in (folder, tmp_path / "again"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a.weights), jax.tree.leaves(b.weights)))
 
@@ -70,7 +70,7 @@ def test_the_default_is_all_devices(tmp_path, monkeypatch) -> None:
     assert jaxlm.load(tmp_path / "m").mesh is None  # the tests name a default device
     with jax.default_device(None):
         assert dict(jaxlm.load(tmp_path / "m").mesh.shape) == {"data": 1, "model": 4, "group": 2}
-    with pytest.raises(ValueError, match="give mesh= or device=, not both"):
+    with pytest.raises(ValueError, match="device"):
         jaxlm.load(tmp_path / "m", mesh="model=8", device="cpu")
     with pytest.raises(ValueError, match='mesh 4: give "data=2,model=4"'):
         jaxlm.load(tmp_path / "m", mesh=4)

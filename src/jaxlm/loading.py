@@ -1,4 +1,4 @@
-"""`load`: a model from a checkpoint."""
+"""Loading a model: `load` reads a checkpoint; `resolve` does everything before its weights are read."""
 
 import hashlib
 import math
@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters, models
-from jaxlm.checkpoint import hf, hub, meta, peft
+from jaxlm.checkpoint import headers, hf, hub, meta, peft
+from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import read_settings
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
 from jaxlm.model import Model, Weights
@@ -26,7 +28,7 @@ from jaxlm.processing.tokenizer_files import eos_ids
 
 
 def load(
-    name: str | Path,
+    name: str | Path | ModelSource,
     *,
     adapter: str | Path | None = None,
     format: str | None = None,
@@ -42,33 +44,53 @@ def load(
     device: Any = None,
     progress: bool | None = None,
 ) -> Model:
-    """A model from a Hugging Face hub id or a folder.
+    """Loads a model from a Hugging Face hub id or a folder.
 
-    adapter: a LoRA adapter in PEFT's form, a hub id or a folder; as `name` it brings the base that it names. format:
-    "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; on the hub in `original/`); None
-    goes by what a folder holds. tokenizer: a folder or tokenizer.model, where it lies elsewhere. rope_factor: what
-    params.json does not say of a shape that Meta did not publish: 8 as in Llama 3.1 and 3.3, 32 as in 3.2. dtype:
-    "auto" keeps the file's type, or "float32", "bfloat16", "float16". revision: branch, tag or commit of `name`.
-    offline: the local cache alone. allow_fields: names of config fields that may pass although the code does not know
-    them. family: a module of jaxlm.models that must compute it. mesh: over which devices the weights are spread, as
-    "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these axes; where there are several devices the default
-    is all of them, on `model` as far as the heads divide. device: one device instead (or jax_default_device says one).
-    progress: show a bar on stderr (default: when it is a terminal). ValueError, OSError or MemoryError say what to do.
+    Args:
+        name: hub id, folder or ModelSource. A LoRA adapter's name loads the base model that the adapter names.
+        adapter, format, tokenizer, rope_factor, revision, token, offline, allow_fields: see ModelSource.
+        dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file.
+        family: module of jaxlm.models that must compute the model.
+        mesh: devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
+            axes. Default with several devices: all of them, on `model` as far as the heads divide.
+        device: a single device instead of a mesh. Default: jax_default_device, if set.
+        progress: show a progress bar on stderr. Default: only on a terminal.
+
+    Raises:
+        ValueError, OSError, MemoryError: the message says what is wrong and how to fix it.
     """
-    form = {"format": format, "tokenizer": tokenizer, "rope_factor": rope_factor, "allow_fields": allow_fields}
-    found = resolve(name, adapter=adapter, **form, family=family, revision=revision, token=token, offline=offline)
-    source, where = str(name) + (f" with {adapter}" if adapter else ""), placement(found.config, mesh, device)
-    _agree(source, found, dtype, where)
-    weights = read_weights(source, found.checkpoint.tensors.pairs, dtype, where, progress)
-    weights = adapters.adapted(weights, found.checkpoint, partial(wanted_dtype, dtype), where)
-    model = Model(found.family, found.config, weights, *found[3:], source, found.checkpoint)
+    source = ModelSource.of(
+        name,
+        adapter=adapter,
+        format=format,
+        tokenizer=tokenizer,
+        rope_factor=rope_factor,
+        revision=revision,
+        token=token,
+        offline=offline,
+        allow_fields=allow_fields,
+    )
+    resolved = resolve(source, family)
+    checkpoint, where = resolved.checkpoint, placement(resolved.config, mesh, device)
+    _assert_same_model(str(source), resolved, dtype, where)
+    weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress)
+    weights = adapters.adapted(weights, checkpoint, partial(wanted_dtype, dtype), where)
+    model = Model(
+        family=resolved.family,
+        config=resolved.config,
+        weights=weights,
+        tokenizer=resolved.tokenizer,
+        generation_config=resolved.generation_config,
+        source=str(source),
+        checkpoint=checkpoint,
+    )
     if model.is_multiprocess:
-        distributed.gather("loaded")  # one may have read longer than a program's first exchange waits
+        distributed.gather("loaded")  # a process may read for longer than the first exchange of a program waits
     return model
 
 
 class Resolved(NamedTuple):
-    """A checkpoint before its weights are read: all that is known of it, checked."""
+    """A checkpoint before its weights are read: everything that is known about it, checked."""
 
     family: Any
     config: Any
@@ -77,84 +99,112 @@ class Resolved(NamedTuple):
     generation_config: dict[str, Any]
 
 
-def resolve(
-    name: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    format: str | None = None,
-    tokenizer: str | Path | None = None,
-    rope_factor: float | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-    allow_fields: Collection[str] = (),
-    family: Any = None,
-) -> Resolved:
-    """What `load` would load, with every check but the reading of weights; arguments as there."""
-    where = {"token": token, "offline": offline}
+def resolve(source: ModelSource, family: Any = None) -> Resolved:
+    """Everything that `load` does before it reads weights: finds or downloads the files, checks and matches them."""
+    return with_tokenizer(match_tensors(source, family), source.tokenizer)
+
+
+def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool = False) -> Resolved:
+    """The config of a checkpoint, its tensors matched with the family's PARAMS, and its adapter; no tokenizer yet.
+
+    headers_only: what small files and headers tell, for `jaxlm info`. No weights are downloaded, and a checkpoint may
+    have none: tensors.no_weights then says why.
+    """
     try:
-        folder = hub.resolve(name, format=format, revision=revision, **where)
-        found = _resolve_folder(name, folder, format, rope_factor, allow_fields, family)
+        resolved = _match_folder(source, family, headers_only)
     except FileNotFoundError:
-        alone = None
-        if format != "meta":
-            with suppress(OSError, ValueError):
-                alone = hub.resolve_adapter(name, revision=revision, **where)
-        if alone is None:
+        if (adapter := _as_adapter(source)) is None:
             raise
-        if adapter is not None:
-            raise ValueError(f"{name} is an adapter: name its base beside {adapter}, or {name} alone") from None
-        return _with_base(name, alone, tokenizer=tokenizer, allow_fields=allow_fields, family=family, **where)
-    if adapter is not None:
-        known, place = found.family, hub.resolve_adapter(adapter, **where)
-        own = {row.path: tensor for row, tensor in found.checkpoint.tensors.pairs}
-        beside = peft.find(place, known.PARAMS, found.config, known.IGNORED_PREFIXES, allow_fields, own)
-        found = found._replace(checkpoint=replace(found.checkpoint, adapter=beside))
-    return _with_text(found, tokenizer)
+        return _match_base(source, adapter, family, headers_only)
+    if source.adapter is None:
+        return resolved
+    adapter = peft.find(
+        hub.resolve_adapter(source.of_adapter()),
+        resolved.family.PARAMS,
+        resolved.config,
+        resolved.family.IGNORED_PREFIXES,
+        source.allow_fields,
+        {row.path: tensor for row, tensor in resolved.checkpoint.tensors.pairs if tensor.file.is_file()},
+    )
+    return resolved._replace(checkpoint=replace(resolved.checkpoint, adapter=adapter))
 
 
-def _with_base(name: str | Path, alone: Path, **more: Any) -> Resolved:
-    """An adapter that was named where a model should be, with the base that its config names."""
-    settings = read_settings(alone, more["allow_fields"])
+def _as_adapter(source: ModelSource) -> Path | None:
+    """The folder of the adapter that `source.name` names, None if it names none."""
+    if source.format == "meta":
+        return None
+    with suppress(OSError, ValueError):
+        return hub.resolve_adapter(source)
+    return None
+
+
+def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: bool) -> Resolved:
+    """The base model that an adapter names, with the adapter: what `load` does with an adapter's name."""
+    if source.adapter is not None:
+        raise ValueError(f"{source.name} is an adapter: pass its base with {source.adapter}, or {source.name} alone")
+    settings = read_settings(adapter, source.allow_fields)
     if settings.base is None:
-        raise ValueError(f"{name} is an adapter and does not say of which model: name it (-m BASE --adapter {name})")
+        raise ValueError(
+            f"{source.name} is an adapter that names no base model: pass the base (-m BASE --adapter {source.name})"
+        )
     revision = None if Path(settings.base).exists() else settings.revision
+    base = replace(source, name=settings.base, adapter=adapter, revision=revision)
     try:
-        return resolve(settings.base, adapter=alone, revision=revision, **more)
+        return match_tensors(base, family, headers_only=headers_only)
     except FileNotFoundError as error:
-        hint = f"if the base lies elsewhere, name it (-m BASE --adapter {name})"
-        raise FileNotFoundError(f"{name} is an adapter of {settings.base}, and {error}; {hint}") from None
+        hint = f"if the base is elsewhere, pass it (-m BASE --adapter {source.name})"
+        raise FileNotFoundError(f"{source.name} is an adapter of {settings.base}, and {error}; {hint}") from None
 
 
-def _resolve_folder(
-    name: str | Path, folder: Path, format: str | None, rope_factor: float | None, allow: Collection[str], family: Any
-) -> Resolved:
-    """Config and tensors of a folder, checked."""
-    original = format == "meta" or not (folder / hub.CONFIG).is_file()
-    raw = {"model_type": "llama"} if original else hf.read_json(folder / hub.CONFIG)
-    known = models.family_of(raw.get("model_type"))
-    if family is not None and known is not family:
-        raise ValueError(f"{name} has model_type {raw['model_type']!r}, which {family.__name__} does not compute")
+def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resolved:
+    """Config and tensors of a checkpoint, checked."""
+    if headers_only:
+        folder, read_index = headers.find(source)
+    else:
+        folder = hub.resolve(source)
+        read_index = partial(hf.read_index, folder)
+    config_json = folder if folder.is_file() else folder / hub.CONFIG
+    is_meta = source.format == "meta" or not config_json.is_file()
+    raw = {"model_type": "llama"} if is_meta else hf.read_json(config_json)
     try:
-        if original:
-            config, checkpoint = _original(folder, known, rope_factor, allow)
-        elif rope_factor is not None:
-            raise ValueError("--rope-factor (rope_factor=) is for Meta's own files, config.json names the factor")
+        known = models.family_of(raw.get("model_type"))
+        if family is not None and known is not family:
+            raise ValueError(f"model_type {raw['model_type']!r} is not computed by {family.__name__}")
+        if is_meta:
+            config, checkpoint = _match_meta(source, folder, known)
+        elif source.rope_factor is not None:
+            raise ValueError("--rope-factor (rope_factor=) applies to Meta's files only: config.json has the factor")
         else:
-            config = known.Config.from_hf(raw, allow)
-            tensors = hf.match(known.PARAMS, config, hf.read_index(folder), known.IGNORED_PREFIXES)
+            config = known.Config.from_hf(raw, source.allow_fields)
+            tensors = _match_hf(folder, known, config, read_index, headers_only)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{source.name}: {error}") from None
+    if (path := folder / "generation_config.json").exists():
+        checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
     return Resolved(known, config, checkpoint, None, {})
 
 
-def _original(folder: Path, family: Any, rope_factor: float | None, allow: Collection[str]) -> tuple[Any, Any]:
-    """Config and Checkpoint of Meta's files. They always have the head: tied is one that is the embedding, byte for
+def _match_hf(
+    folder: Path, family: Any, config: Any, read_index: headers.ReadIndex, headers_only: bool
+) -> hf.MatchResult:
+    """The tensors of files in Hugging Face's format."""
+    try:
+        index = read_index()
+    except FileNotFoundError as error:
+        # Some tools copy the base's config.json into an adapter's folder: that is no checkpoint without weights.
+        if not headers_only or (folder / ADAPTER_CONFIG).is_file():
+            raise
+        return hf.MatchResult([], [], [], no_weights=str(error))
+    return hf.match(family.PARAMS, config, index, family.IGNORED_PREFIXES, headers_only=headers_only)
+
+
+def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf.Checkpoint]:
+    """Config and tensors of Meta's files. They always store the head: it is tied if it equals the embedding, byte for
     byte."""
-    given = hf.read_json(folder / meta.PARAMS)
-    shards = meta.read_shards(folder, given)
-    raw = meta.hf_config(given, meta.vocabulary(shards, given), rope_factor, allow)
+    params_json = hf.read_json(folder / meta.PARAMS)
+    shards = meta.read_shards(folder, params_json)
+    raw = meta.hf_config(params_json, meta.vocabulary(shards, params_json), source.rope_factor, source.allow_fields)
     config = family.Config.from_hf(raw)
     table = {path: (family.PARAMS[path][0], name) for path, name in meta.NAMES.items()}
     joined, faults = meta.join(shards, config.D, config.H)
@@ -163,40 +213,39 @@ def _original(folder: Path, family: Any, rope_factor: float | None, allow: Colle
         raw["tie_word_embeddings"] = True
         config = family.Config.from_hf(raw)
     pairs = [(row, tensors[row.path]) for row in params.tensors(family.PARAMS, config)]
-    return config, hf.Checkpoint(folder, raw, {}, hf.MatchResult(pairs, [], []), "meta", given)
+    return config, hf.Checkpoint(folder, raw, {}, hf.MatchResult(pairs, [], []), "meta", params_json)
 
 
-def _with_text(found: Resolved, given: str | Path | None) -> Resolved:
-    """With the tokenizer, and with what the files say of generation."""
-    checkpoint, folder = found.checkpoint, found.checkpoint.folder
-    if (path := folder / "generation_config.json").exists():
-        checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
-    ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # what either file says; both may be right
-    original = checkpoint.format == "meta"
-    beside = [folder, folder.parent] if original and folder.name == hub.ORIGINAL else [folder]
-    # Meta's files name no end; those beside the tokenizer may.
-    named = (None, None) if original and not ends else ({"eos_token_id": ends}, {})
+def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
+    """Adds the tokenizer, from `path` or the checkpoint's folder, and the ids that end a text."""
+    checkpoint, folder = resolved.checkpoint, resolved.checkpoint.folder
+    ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # the union: either file may be incomplete
+    is_meta = checkpoint.format == "meta"
+    folders = [folder, folder.parent] if is_meta and folder.name == hub.ORIGINAL else [folder]
+    folders = [path for path in folders if path.is_dir()]  # headers_only: it may be a config file
+    # Meta's files name no ids that end a text, so those beside the tokenizer count.
+    eos_of = (None, None) if is_meta and not ends else ({"eos_token_id": ends}, {})
     tokenizer = None
-    for place in [_place(given)] if given else beside:
-        if (tokenizer := Tokenizer.load(place, *named)) is not None:
+    for place in [_tokenizer_path(path)] if path else folders:
+        if (tokenizer := Tokenizer.load(place, *eos_of)) is not None:
             checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
             break
-    if tokenizer is None and given:
-        raise FileNotFoundError(f"{given} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-    if tokenizer is not None and original:
-        tokenizer, checkpoint, ends = _with_ends(tokenizer, checkpoint)
+    if tokenizer is None and path:
+        raise FileNotFoundError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    if tokenizer is not None and is_meta:
+        tokenizer, checkpoint, ends = _with_eos_ids(tokenizer, checkpoint)
     generation_config = {**checkpoint.generation_config, "eos_token_id": ends}
-    return found._replace(checkpoint=checkpoint, tokenizer=tokenizer, generation_config=generation_config)
+    return resolved._replace(checkpoint=checkpoint, tokenizer=tokenizer, generation_config=generation_config)
 
 
-def _place(given: str | Path) -> Path:
-    """The folder of a tokenizer.json, for it is read with the files beside it; else the path itself."""
-    path = Path(given).expanduser()
+def _tokenizer_path(path: str | Path) -> Path:
+    """The folder of a tokenizer.json, because the files beside it belong to it; any other path as it is."""
+    path = Path(path).expanduser()
     return path.parent if path.name == "tokenizer.json" and path.is_file() else path
 
 
-def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:
-    """Meta's checkpoint with the ids that the config files of Hugging Face's form would name."""
+def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:
+    """Meta's checkpoint with the ids that Hugging Face's config files would name, taken from its tokenizer."""
     vocabulary = tokenizer.get_vocab()
     ends = sorted(tokenizer.eos_ids) or [vocabulary[token] for token in meta.ENDS if token in vocabulary]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
@@ -205,15 +254,15 @@ def _with_ends(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokeniz
 
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
-    """The sharding of each weight, from what `load` was given as `mesh` and `device`."""
-    one = device if device is not None else jax.config.values["jax_default_device"]
+    """The sharding of each weight, from the arguments `mesh` and `device` of `load`."""
+    one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
         mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
     if mesh is None:
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
     if device is not None:
-        raise ValueError("give mesh= or device=, not both")
+        raise ValueError("mesh= and device= are both set: pass one of them")
     over = topology.with_kv_groups(mesh, cfg.K) if isinstance(mesh, Mesh) else topology.make(mesh, cfg.K)
     if over.size == 1:
         return lambda row: SingleDeviceSharding(over.devices.item())
@@ -221,53 +270,64 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec],
 
 
 def spread(model: Model, mesh: Any) -> Model:
-    """The same model over a mesh, as `load` takes it."""
+    """The same model sharded over a mesh; `mesh` as in `load`."""
     where, weights = placement(model.config, mesh, None), {}
     for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
     return replace(model, weights=weights)
 
 
-def _agree(name: str, found: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:
-    """ValueError unless every process is about to load the same model into the same places."""
-    if where(found.checkpoint.tensors.pairs[0][0]).is_fully_addressable:
+def _assert_same_model(name: str, resolved: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:
+    """ValueError unless every process is about to load the same model onto the same mesh."""
+    pairs, adapter = resolved.checkpoint.tensors.pairs, resolved.checkpoint.adapter
+    sharding = where(pairs[0][0])
+    if sharding.is_fully_addressable:
         return
-    family = found.family.__name__.rpartition(".")[2]
-    stored = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in found.checkpoint.tensors.pairs]
-    beside = found.checkpoint.adapter
-    scales = [(pair.a.name, pair.a.shape, pair.scale) for pair in beside.pairs] if beside else None
-    digest = hashlib.sha256(repr((found.config, stored, scales)).encode()).hexdigest()[:8]
-    over = dict(where(found.checkpoint.tensors.pairs[0][0]).mesh.shape)
-    told = f"{name} ({family}, {found.checkpoint.format}, {digest}) as {dtype} over {over}"
-    distributed.assert_equal("the model", (family, digest, str(dtype), over), told)
+    family = resolved.family.__name__.rpartition(".")[2]
+    tensors = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in pairs]
+    scales = [(pair.a.name, pair.a.shape, pair.scale) for pair in adapter.pairs] if adapter else None
+    digest = hashlib.sha256(repr((resolved.config, tensors, scales)).encode()).hexdigest()[:8]
+    over = dict(sharding.mesh.shape)
+    text = f"{name} ({family}, {resolved.checkpoint.format}, {digest}) as {dtype} over {over}"
+    distributed.assert_equal("the model", (family, digest, str(dtype), over), text)
 
 
 def read_weights(
     name: str, pairs: Any, dtype: Any, where: Callable[[params.TensorSpec], Any], progress: bool | None
 ) -> Weights:
+    """Reads the tensors of a checkpoint onto their devices. MemoryError before anything is read if they do not fit.
+
+    Args:
+        name: the model, for messages.
+        pairs: rows of PARAMS with their tensors (hf.MatchResult.pairs).
+        dtype: as in `load`.
+        where: the sharding of a row's array.
+        progress: as in `load`.
+    """
     device = next(iter(where(pairs[0][0]).addressable_devices))
 
-    def kept(stored: np.dtype) -> np.dtype:
-        return wanted_dtype(dtype, stored, device.platform)
+    def loaded_dtype(file_dtype: np.dtype) -> np.dtype:
+        return wanted_dtype(dtype, file_dtype, device.platform)
 
-    # Of each tensor: the elements on one device, and those of all different blocks that this process holds.
-    shares = [
+    # Of each tensor: the elements on one device, and the number of different blocks that this process holds.
+    blocks = [
         (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
     ]
-    elements = [n * blocks if device.platform == "cpu" else n for n, blocks in shares]
-    types = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
-    smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if pairs and kept(types[0]).itemsize == 4 else ""
-    needed = sum(n * kept(stored).itemsize for n, stored in zip(elements, types))
+    elements = [n * count if device.platform == "cpu" else n for n, count in blocks]
+    file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
+    is_float32 = pairs and loaded_dtype(file_dtypes[0]).itemsize == 4
+    smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if is_float32 else ""
+    needed = sum(n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes))
     hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
-    total = sum(n * blocks * stored.itemsize for (n, blocks), stored in zip(shares, types))
+    total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
     with loading_bar(total, progress) as advance:
-        return hf.load_weights(pairs, kept, where, advance)
+        return hf.load_weights(pairs, loaded_dtype, where, advance)
 
 
-def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
-    """The type to keep a tensor in: `dtype`, or for "auto" what devices.auto_dtype says of the stored type."""
+def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:
+    """The type of a loaded tensor: `dtype`, or for "auto" the platform's choice for the type in the file."""
     if isinstance(dtype, str) and dtype == "auto":
-        return hardware.auto_dtype(stored, platform)
+        return hardware.auto_dtype(file_dtype, platform)
     with suppress(TypeError):
         if (wanted := np.dtype(jnp.dtype(dtype))) in hf.DTYPES.values():
             return wanted
@@ -276,7 +336,7 @@ def wanted_dtype(dtype: Any, stored: np.dtype, platform: str) -> np.dtype:
 
 @contextmanager
 def loading_bar(total: int, show: bool | None, what: str = "loading") -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, rate and time left on stderr; the yielded function hears of bytes as they pass."""
+    """A progress bar on stderr with bytes, rate and time left. Yields the function that advances it by bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

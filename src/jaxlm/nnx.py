@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
 from jaxlm.devices import mesh
 from jaxlm.model import Model, Weights
@@ -53,7 +52,7 @@ class Module(nnx.Module):
 
     def init_kv(self, batch: int, length: int, **options: Any) -> caches.KVCache:
         """An empty cache: `Model.init_kv`. ValueError within nnx.jit, where the devices are not known."""
-        if isinstance(self.weights["embed"], Tracer):
+        if mesh.traced(self.weights["embed"]):
             raise ValueError("init_kv within nnx.jit or nnx.grad: make the cache outside, and pass it in")
         return self.to_model().init_kv(batch, length, **options)
 
@@ -74,6 +73,6 @@ def _is_param(x: Any) -> bool:
 def _on_mesh(weights: Weights) -> AbstractContextManager[Any]:
     """What is traced within nnx.jit and nnx.grad runs on the mesh of the weights, also where no jax.set_mesh says so:
     without it, activations and caches would lie where the compiler likes."""
-    if not isinstance(weights["embed"], Tracer) or mesh.active():
+    if not mesh.traced(weights["embed"]) or mesh.active():
         return nullcontext()
     return jax.sharding.use_abstract_mesh(jax.typeof(weights["embed"]).sharding.mesh)

@@ -16,18 +16,23 @@ import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm.checkpoint import download as download_module
 from jaxlm.checkpoint import hub as hub_module
-from jaxlm.checkpoint.hub import resolve
+from jaxlm.checkpoint.source import ModelSource
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 SIZE = 300_000
 CUT = 120_000
 SECRET = "hf_" + "secret"  # never as one literal: a traceback quotes source lines
+
+
+def resolve(name: str | Path, **fields: Any) -> Path:
+    return hub_module.resolve(ModelSource(name, **fields))
 
 
 def weights(seed: int, size: int = SIZE) -> bytes:
@@ -271,7 +276,7 @@ def test_an_interrupted_download_is_resumed_by_the_next_call(hub: StubHub, monke
 def test_a_killed_process_is_resumed(hub: StubHub, cache: Path, tmp_path: Path) -> None:
     hub.cut, hub.hang = CUT, True
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(cache)}
-    code = "import sys; from jaxlm.checkpoint.hub import resolve; resolve(sys.argv[1])"
+    code = "import sys; from jaxlm.checkpoint import hub, source; hub.resolve(source.ModelSource(sys.argv[1]))"
     part = cache / "models--org--single/blobs" / f"{sha256('org/single', hub)}.incomplete"
     with subprocess.Popen([sys.executable, "-c", code, "org/single"], env=env, stderr=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + 15
@@ -420,7 +425,7 @@ def test_offline_touches_no_network_and_names_the_way_out(hub: StubHub, monkeypa
 def test_variables_set_before_the_start(hub: StubHub, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as a user sets them."""
     hub.repos["org/single"].private = True
-    code = "from jaxlm.checkpoint.hub import resolve; print(resolve('org/single'))"
+    code = "from jaxlm.checkpoint import hub, source; print(hub.resolve(source.ModelSource('org/single')))"
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_good"}
     env.pop("HF_HUB_CACHE", None)
     outs = []
@@ -461,9 +466,7 @@ def test_no_network(dead: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_hub_falls_silent(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.2")
     monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut, hub.hang = CUT, True
     with pytest.raises(ConnectionError, match="timed out"):
@@ -608,9 +611,7 @@ def test_several_loads_at_once(hub: StubHub) -> None:
 
 def test_files_that_huggingface_hub_downloads_itself(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest files, and all where hf_xet's speed is asked for; a size that the server does not tell, too."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_XET_HIGH_PERFORMANCE", True)
+    monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "yes")
     monkeypatch.setattr(download_module, "_blob", None)
     holds(resolve("org/sharded"), hub.repos["org/sharded"], SHARDS)
     hub.requests.clear()

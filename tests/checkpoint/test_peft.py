@@ -19,9 +19,12 @@ import jaxlm
 from jaxlm import models
 from jaxlm.adapters import fuse
 from jaxlm.checkpoint import hf, peft
-from jaxlm.checkpoint.hub import resolve_adapter
+from jaxlm.checkpoint import hub as hub_module
 from jaxlm.checkpoint.peft_config import read_settings
+from jaxlm.checkpoint.source import ModelSource
+from jaxlm.cli import main
 from jaxlm.exporting import open_model
+from jaxlm.loading import match_tensors
 from jaxlm.nn import lora, params
 
 SIZES = {
@@ -419,7 +422,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     )
     model = jaxlm.load(place, adapter=tmp_path / "a")
     assert len(model.ignored) == 3
-    for use in (lambda: fuse(model), lambda: open_model(place, adapter=tmp_path / "a", fuse=True)):
+    for use in (lambda: fuse(model), lambda: open_model(ModelSource(place, adapter=tmp_path / "a"), fuse=True)):
         with pytest.raises(ValueError, match="also adapts the half of the model that sees, which is not read yet"):
             use()
 
@@ -464,6 +467,8 @@ def test_an_adapter_alone_brings_its_base(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(logits(model), logits(jaxlm.load(place, adapter=folder)))
     (folder / "config.json").write_text((place / "config.json").read_text())  # some tools leave the base's there
     assert jaxlm.load(folder).checkpoint.adapter.folder == folder
+    described = match_tensors(ModelSource(folder), headers_only=True).checkpoint
+    assert (described.folder, described.adapter.folder) == (place, folder)
     table, cfg = of(checkpoint_files.LLAMA)
     monkeypatch.chdir(tmp_path)  # a folder is written so that it can be found from elsewhere
     peft.write(tmp_path / "b", read(folder), table, cfg, base="base")
@@ -482,10 +487,10 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (folder, None),
             ValueError,
-            f"{folder} is an adapter and does not say of which model: name it (-m BASE --adapter",
+            f"{folder} is an adapter that names no base model: pass the base (-m BASE --adapter",
         ),
-        ((folder, folder), ValueError, f"{folder} is an adapter: name its base beside {folder}, or {folder} alone"),
-        ((chained, None), ValueError, f"{folder} is an adapter: name its base beside {chained}"),
+        ((folder, folder), ValueError, f"{folder} is an adapter: pass its base with {folder}, or {folder} alone"),
+        ((chained, None), ValueError, f"{folder} is an adapter: pass its base with {chained}"),
         (
             (lost, None),
             FileNotFoundError,
@@ -575,6 +580,10 @@ def test_an_adapter_on_a_mesh_is_written_as_from_one_device(tmp_path: Path) -> N
 # The hub
 
 
+def resolve_adapter(name: str, **fields: Any) -> Path:
+    return hub_module.resolve_adapter(ModelSource(name, **fields))
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import close_session
@@ -611,6 +620,14 @@ def test_an_adapter_of_the_hub_brings_its_base(hub: StubHub, tmp_path: Path) -> 
     np.testing.assert_array_equal(logits(jaxlm.load("org/base", adapter="org/adapter", offline=True)), logits(model))
     np.testing.assert_array_equal(logits(jaxlm.load("org/adapter", offline=True)), logits(model))
     assert not hub.requests
+
+
+def test_info_of_an_adapter_of_the_hub_downloads_no_base_weights(hub: StubHub, capsys) -> None:
+    assert main(["info", "org/adapter", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == "org/base"
+    assert facts["adapter"]["parameters"] > 0
+    assert {r.range for r in hub.downloads("model.safetensors")} == {"bytes=0-100000"}
 
 
 def test_what_the_hub_does_not_have(hub: StubHub) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import tiny_files
+from helpers import meta_files, tiny_files
 
 import jaxlm
 from jaxlm.checkpoint import safetensors
@@ -40,14 +40,13 @@ def test_another_type_and_the_flag_m(folder, tmp_path):
     assert jaxlm.load(tmp_path / "out").dtype == "bfloat16"
 
 
-def test_metas_form_and_back(folder, tmp_path, caplog):
-    assert main(["export", str(folder), str(tmp_path / "meta"), "--format", "meta"]) == 0
-    assert caplog.messages == ["params.json cannot say the context: 2048 here, taken for 8192 there"]
-    assert {"params.json", "consolidated.00.pth"} <= {path.name for path in (tmp_path / "meta").iterdir()}
+def test_metas_format_is_read_and_not_written(folder, tmp_path, capsys):
+    meta_files.convert(folder, tmp_path / "meta")
     assert main(["export", str(tmp_path / "meta"), str(tmp_path / "out")]) == 0
-    tensors = [safetensors.read_index(path) for path in (folder, tmp_path / "out")]
-    assert tensors[0].keys() == tensors[1].keys()
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert main(["export", str(folder), str(tmp_path / "other"), "--format", "meta"]) == 1
+    assert "Meta's format" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_that_is_there(folder, tmp_path, capsys):
@@ -63,7 +62,7 @@ def test_a_folder_that_is_there(folder, tmp_path, capsys):
 @pytest.mark.parametrize("argv", [[], ["model"], ["-m", "model"], ["-m", "model", "a", "b"]])
 def test_usage(argv, capsys):
     assert main(["export", *argv]) == 2
-    assert "jaxlm: name a model and the folder to write: jaxlm export MODEL OUT" in capsys.readouterr().err
+    assert "jaxlm export MODEL OUT" in capsys.readouterr().err
 
 
 def test_what_is_no_model(tmp_path, capsys):
@@ -73,7 +72,7 @@ def test_what_is_no_model(tmp_path, capsys):
 
 SLOW = """
 import sys, time
-from jaxlm.checkpoint import export as files
+from jaxlm.checkpoint import writer as files
 from jaxlm.cli import main
 files.SLICE = 100
 def counted(parts, advance):

@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_files
+from helpers import meta_files, tiny_files
 from helpers.stub_hub import Repo, StubHub, turn_to
 
 from jaxlm import models
@@ -64,10 +65,11 @@ def test_the_tree(folder, capsys):
     text = [line.strip("│├└─ ") for line in lines]
     assert text[0].startswith(f"{folder}"[:40])
     for line in (
-        "parameters  102,848", "embedding and head 16,512", "each layer 43,136", "weights  0.4 MB in float32, 1 file",
+        "parameters  102,848", "embedding and head 16,512", "per layer 43,136", "weights  0.4 MB in float32, 1 file",
         "sizes  V 258, D 64, F 160, L 2, N 4, K 2, H 16", "context  2,048 tokens", "rope: default, theta 10,000",
-        "cache  512 bytes a token (256 a layer)", "2,048 tokens  1.0 MB", "layers × 2", "head: the embedding, tied",
-        "tokenizer  258 tokens, begins with <begin>, no chat template", "an answer ends at <end> 257",
+        "KV cache  512 bytes per token (256 per layer)", "2,048 tokens  1.0 MB", "layers × 2",
+        "head: tied to the embedding",
+        "tokenizer  258 tokens, BOS <begin>, no chat template", "stop tokens: <end> 257",
         "generation  greedy (no generation_config.json)",
     ):  # fmt: skip
         assert line in text, line
@@ -80,7 +82,9 @@ def test_a_tokenizer_elsewhere_brings_nothing_but_itself(form, folder, tmp_path,
     import jaxlm
 
     model, there = str(tmp_path / "model"), tmp_path / "there"
-    jaxlm.export(jaxlm.load(folder), model, format=form)
+    shutil.copytree(folder, model) if form == "hf" else meta_files.convert(folder, Path(model))
+    for path in folder.glob("tokenizer*"):
+        shutil.copy(path, model)
     own = Path(model, "generation_config.json")
     own.write_text(json.dumps({"top_k": 3, "do_sample": True, "eos_token_id": 257}))
     there.mkdir()
@@ -140,7 +144,7 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(tmp_path, capsys):
         {"window": None, "count": 1, "layers": [5]},
     ]
     tree = drawn(capsys, str(tmp_path / "g"))
-    assert "layers × 7; 6 see a window of 16; 1 see all (5)" in tree
+    assert "layers × 7; 6 sliding window of 16; 1 full attention (5)" in tree
     assert "rope: linear, theta 1,000,000, factor 8\n" in tree
     assert "local rope: default, theta 10,000\n" in tree
 
@@ -150,9 +154,9 @@ def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
     write_gemma(tmp_path / "g", **{"lm_head.weight": (64, 32), "vision_tower.a.weight": (5, 4), "vision_tower.b": (2,)})
     monkeypatch.setattr(safetensors, "read_into", lambda *args: pytest.fail("a weight was read"))
     facts = told(capsys, str(tmp_path / "g"))
-    assert facts["weights"]["unread"] == {"vision_tower.*": 2}
-    assert facts["weights"]["unread_bytes"] == 4 * 22
-    assert "not read: 2 vision_tower.* (0.0 MB)" in drawn(capsys, str(tmp_path / "g"))
+    assert facts["weights"]["ignored"] == {"vision_tower.*": 2}
+    assert facts["weights"]["ignored_bytes"] == 4 * 22
+    assert "ignored: 2 vision_tower.* (0.0 MB)" in drawn(capsys, str(tmp_path / "g"))
 
 
 def test_a_config_without_weights(tmp_path, capsys):
@@ -163,13 +167,13 @@ def test_a_config_without_weights(tmp_path, capsys):
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 64, "num_beams": 4}')
     alone = told(capsys, str(other))
     nbytes = 2 * alone["parameters"]["total"]
-    absent = {"present": False, "why": "", "dtype": "bfloat16", "dtype_stated": None, "bytes": nbytes}
+    absent = {"present": False, "reason": "", "dtype": "bfloat16", "config_dtype": None, "bytes": nbytes}
     assert alone["weights"] == absent
     assert alone["tokenizer"] is None
-    assert "weights  absent; 0.1 MB in bfloat16; the config states no type\n" in drawn(capsys, str(other))
+    assert "weights  none here; 0.1 MB in bfloat16 (config.json names no type)\n" in drawn(capsys, str(other))
     for name in (path, tmp_path):
         tree = drawn(capsys, str(name))
-        assert "weights  absent; 0.2 MB in float32\n" in tree
+        assert "weights  none here; 0.2 MB in float32\n" in tree
         assert "holds neither model.safetensors nor" in " ".join(tree.replace("│", " ").split())
         assert "tokenizer  none here\n" in tree
         assert "generation  temperature 1.0, top_k 64; not supported: num_beams\n" in tree
@@ -178,7 +182,7 @@ def test_a_config_without_weights(tmp_path, capsys):
 def test_what_cannot_be_told(tmp_path, folder, capsys):
     assert main(["info"]) == 2
     assert main(["info", "a", "-m", "b"]) == 2
-    assert capsys.readouterr().err.count("name one model: a hub id, a folder or a config.json") == 2
+    assert capsys.readouterr().err.count("pass one model: a hub id, a folder or a config.json") == 2
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert main(["info", str(folder)]) == 1
@@ -224,8 +228,8 @@ def test_a_published_vocabulary_and_template(shared, tmp_path, capsys):
                          ("generation_configs/Qwen-Qwen3-4B.json", "generation_config.json")):  # fmt: skip
         (tmp_path / (name or Path(source).name)).symlink_to(shared / source)
     tree = drawn(capsys, str(tmp_path))
-    assert "151,669 tokens, no token begins a text, chat template, thinks" in tree
-    assert "an answer ends at <|endoftext|> 151643, <|im_end|> 151645" in tree
+    assert "151,669 tokens, no BOS token, chat template, reasoning" in tree
+    assert "stop tokens: <|endoftext|> 151643, <|im_end|> 151645" in tree
     assert "generation  temperature 0.6, top_k 20, top_p 0.95" in tree
 
 
@@ -288,7 +292,7 @@ def test_offline_without_a_copy(hub, capsys):
             "data=2,model=4",
             ["data 2 × model 4, 8 devices", "K  2 of 8 on each device\n", "N  8 of 32 on each device\n"],
         ),
-        ("model=16", ["K  1 of 8 on each device, 2 devices hold the same", "F  896 of 14,336 on each device"]),
+        ("model=16", ["K  1 of 8 on each device, replicated on 2 devices", "F  896 of 14,336 on each device"]),
         ("model=3", ["N  all 32 on each device: 3 does not divide it", "V  42,752 of 128,256 on each device\n"]),
     ],
 )

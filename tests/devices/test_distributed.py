@@ -1,4 +1,4 @@
-"""Multi-process runs on loopback: two processes of four virtual devices each load, generate, export and end together."""
+"""Multi-process runs: two processes of four virtual devices each, on loopback, load, generate and export as one."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_only_the_coordinator_prints(with_tokenizer, capsys):
     assert silence == ""
     assert main(["generate", "Once upon a time", "-m", str(with_tokenizer), *flags]) == 0
     assert text == capsys.readouterr().out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
 
 
 def test_different_prompts_are_an_error_in_every_process(with_tokenizer):
@@ -150,7 +150,7 @@ def test_timeout_when_the_other_process_does_not_connect(folder):
     [(status, out, err)] = wait_for(start_processes(["-c", command]))
     assert status != 0
     assert not out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
     assert "distributed service detected fatal errors" in err
 
 
@@ -177,4 +177,4 @@ def test_chat_runs_in_one_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="1"):
         main(["chat", "-m", str(folder)])
-    assert "a chat is with one process: use jaxlm generate" in capsys.readouterr().err
+    assert "chat runs in a single process" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from jaxlm.inference.decoding import compiled_for, executables
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
+pytestmark = pytest.mark.smoke
+
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 PROMPTS = [[1, 5, 9], [4] * 14, [7, 0], [3, 2, 1, 0, 1]]  # one length bucket, for few compilations

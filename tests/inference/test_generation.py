@@ -1,4 +1,4 @@
-"""generate and stream against the full forward pass."""
+"""generate and stream against the full forward pass: continuous batching, stop tokens, KV caches that grow."""
 
 import json
 from dataclasses import replace
@@ -17,6 +17,8 @@ from jaxlm.inference.decoding import executables
 from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
+
+pytestmark = pytest.mark.smoke
 
 # Compiling is nearly all the time that these tests take: they share two models, prompts whose lengths fall into few
 # buckets, and texts that fill the context: REST tokens after PROMPT.

@@ -13,6 +13,8 @@ from jaxlm.inference import sampling
 from jaxlm.inference.sampling import Sampling
 from jaxlm.inference.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.smoke
+
 B, V = 4, 23
 EPS = 1e-5  # thresholds closer than this to a token's value may fall either way in float32
 MAX = float(np.finfo(np.float32).max)

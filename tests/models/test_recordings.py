@@ -16,6 +16,8 @@ from helpers.tiny_models import FULL, SLIDING, from_config
 from jaxlm import Model
 from jaxlm.nn.rope import FixedRope
 
+pytestmark = pytest.mark.smoke
+
 RECORDINGS = sorted((Path(__file__).parents[1] / "recordings").glob("*.npz"))
 LIMIT = 1e-4  # standard deviations of the logits
 

@@ -12,6 +12,8 @@ import pytest
 
 from jaxlm.nn import attend, kv_cache
 
+pytestmark = pytest.mark.smoke
+
 module = import_module("jaxlm.nn.attention")
 
 

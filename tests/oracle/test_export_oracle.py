@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import meta_files
 from oracle import reference
 from oracle.reference import FAMILIES
 from oracle.test_gemma_layouts import SPELLINGS, seeing
@@ -81,20 +82,20 @@ def test_gemma_that_sees(spelling: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_form_of_metas_originals(tied: bool, tmp_path: Path) -> None:
-    """As torch reads it: queries and keys in the order that transformers' own conversion starts from. And from there
-    back to Hugging Face's form, with the very logits."""
+def test_metas_format(tied: bool, tmp_path: Path) -> None:
+    """Meta's files, with q and k in the row order that transformers' conversion script starts from, become a folder
+    with the same logits."""
     import torch
 
     with reference.quiet():
         oracle = reference.build("llama3", tie_word_embeddings=tied, max_position_embeddings=8192)
-        jaxlm.export(jaxlm.load(reference.save(oracle, tmp_path / "in")), tmp_path / "meta", format="meta")
+        meta_files.convert(reference.save(oracle, tmp_path / "in"), tmp_path / "meta")
         original = torch.load(tmp_path / "meta/consolidated.00.pth", weights_only=True)
         theirs = oracle.state_dict()
         for layer in range(2):
             for ours, name, heads in (("wq", "q_proj", 4), ("wk", "k_proj", 2)):
                 w = original[f"layers.{layer}.attention.{ours}.weight"]
-                halves = w.view(heads, len(w) // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)  # as it permutes
+                halves = w.view(heads, len(w) // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)  # its permutation
                 assert torch.equal(halves, theirs[f"model.layers.{layer}.self_attn.{name}.weight"])
         assert torch.equal(original["output.weight"], theirs["lm_head.weight"])
         jaxlm.export(jaxlm.load(tmp_path / "meta"), tmp_path / "out")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import meta_files, varied_text
+from helpers.meta_writer import write_pth
 from oracle import reference
 from oracle.reference import FAULT, LIMIT
 from oracle.test_frequencies import ulps
@@ -24,7 +25,7 @@ from oracle.test_frequencies import ulps
 import jaxlm
 from jaxlm import Model
 from jaxlm.checkpoint import hf, meta
-from jaxlm.checkpoint.pth import read_pth, write_pth
+from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import chunks
 
 pytestmark = pytest.mark.oracle
@@ -209,7 +210,8 @@ def test_two_processes_of_metas_code_with_a_shard_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_files_of_torch_are_read_and_ours_by_torch(dtype: str, tmp_path: Path) -> None:
+def test_files_of_torch_are_read_and_the_helpers_by_torch(dtype: str, tmp_path: Path) -> None:
+    """The helper stands in for torch.save in the tests that run without torch."""
     import torch
 
     save(tmp_path, 2, 0, dtype)

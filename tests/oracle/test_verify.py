@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import meta_files
 from helpers.tiny_chat import quick_compilation
 from oracle import faults, reference
 from oracle.cases import gemma_rope, llama3_rope, shape
@@ -49,7 +50,7 @@ def make(folder: Path, family: str, **fields: Any) -> Tried:
     """A random-weight model as transformers saved it, with transformers' answers."""
     with reference.quiet():
         model = jaxlm.load(reference.save(reference.build(family, **fields), folder), dtype="float32")
-    subject = ours.subject_of(model, {})
+    subject = ours.subject_of(model)
     asked = probes.probes_for(model.config, None)
     return Tried(model, asked, [torch_models.RUNS["transformers"](subject, asked, "float32")])
 
@@ -147,7 +148,7 @@ def test_every_planted_fault_fails(
 def test_both_at_once_on_metas_form(made: Callable[[str], Tried], tmp_path: Path) -> None:
     """Llama with scaled rope, factor 32: Meta's files, transformers, Meta's code and four devices: one table of ids."""
     model = made("llama3").model
-    jaxlm.export(model, tmp_path / "meta", format="meta")
+    meta_files.convert(model.checkpoint.folder, tmp_path / "meta")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["use_scaled_rope"]
     report = jaxlm.verify(tmp_path / "meta", "transformers,meta", rope_factor=32.0, mesh="model=4")
     assert report.passed, str(report)

@@ -87,7 +87,7 @@ def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
 def test_a_mesh_that_computes_something_else_fails(gemma) -> None:
     found = report.Report.of(gemma)
     there = loading.spread(changed(gemma, 1, "mlp_out_norm", 1.01), "model=2")
-    checks.compare_places(found, gemma, there, probes.probes_for(gemma.config, None))
+    checks.compare_meshes(found, gemma, there, probes.probes_for(gemma.config, None))
     failed = [check.what for check in found.checks if not check.passed]
     assert "on data=1,model=2 = on one device, logits, rms" in failed
     assert list(found.tokens) == ["jaxlm on data=1,model=2"]

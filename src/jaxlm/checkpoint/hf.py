@@ -31,11 +31,19 @@ IGNORABLE = (".rotary_emb.inv_freq",)
 
 
 class MatchResult(NamedTuple):
-    """The tensors of a checkpoint, sorted by what they are to a model."""
+    """The tensors of a checkpoint, matched with the rows of PARAMS.
 
-    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]]  # each row with its one tensor
-    heads: list[Tensor]  # copies of the embedding, stored although config.json ties the head to it
-    ignored: list[Tensor]  # known and not used
+    Attributes:
+        pairs: each row with its tensor.
+        heads: stored heads that config.json ties to the embedding, and that equal it.
+        ignored: tensors that are known and not used.
+        no_weights: why there are no tensors; empty if there are (jaxlm.loading.match_tensors, headers_only).
+    """
+
+    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]]
+    heads: list[Tensor]
+    ignored: list[Tensor]
+    no_weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,21 @@ def match(
     cfg: Any,
     tensors: Mapping[str, Any],
     ignored_prefixes: Collection[str] = (),
-    known: Mapping[str, list[str]] | None = None,
+    faults: Mapping[str, list[str]] | None = None,
     config: str = "config.json",
+    headers_only: bool = False,
 ) -> MatchResult:
-    """Finds the one tensor (a Tensor or Joined) of each row; `ignored_prefixes` are beginnings of names that may be
-    left. All misfits are reported together, with those that are `known` already (what is wrong -> names). config: the
-    name of the file that the sizes are from."""
+    """Matches the tensors of a checkpoint with the rows of PARAMS. All misfits are reported in one ValueError.
+
+    Args:
+        table: the family's PARAMS.
+        cfg: the family's Config.
+        tensors: Tensor or ConcatTensor by name.
+        ignored_prefixes: prefixes of tensor names that are known and not used.
+        faults: misfits found before (what is wrong: names), to report with the others.
+        config: name of the file that the sizes are from, for messages.
+        headers_only: do not read a stored head to compare it with the embedding that it is tied to.
+    """
     left, pairs = dict(tensors), []
     missing, twice, misshapen, unreadable = [], [], [], []
     for row in params.tensors(table, cfg):
@@ -84,18 +101,18 @@ def match(
         pairs.append((row, tensor))
     embed = next((tensor for row, tensor in pairs if row.path == "embed"), None)
     heads = [left.pop(name) for name in table.get("head", ("",))[1:] if name in left] if cfg.tied else []
-    untied = [head.name for head in heads if embed is not None and not same(head, embed)]
+    differ = [] if headers_only or embed is None else [head.name for head in heads if not same(head, embed)]
     passed = {
         name: t for name, t in left.items() if name.startswith(tuple(ignored_prefixes)) or name.endswith(IGNORABLE)
     }
     faults = {
-        **(known or {}),
+        **(faults or {}),
         "missing": missing,
         "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
         f"of a type that is not read (it must be {', '.join(DTYPES)}; quantized checkpoints are not)": unreadable,
         "stored in two spellings": twice,
-        f"unlike the embedding although {config} ties them (to use it, set tie_word_embeddings to false)": untied,
+        f"unlike the embedding although {config} ties them (to use it, set tie_word_embeddings to false)": differ,
     }
     _report(faults, config)
     return MatchResult(pairs, heads, list(passed.values()))

@@ -19,11 +19,12 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxlm.checkpoint.download import download, each, http_error
-from jaxlm.checkpoint.hub_errors import CONVERT, explain, listing, remote_files
+from jaxlm.checkpoint.download import download, each
+from jaxlm.checkpoint.hub_errors import CONVERT, explained, listing, remote_files
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from jaxlm.checkpoint.safetensors import quoted
+from jaxlm.checkpoint.source import ModelSource
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ORIGINAL, PARAMS = "original", "params.json"  # the folder of Meta's own files, and their config
@@ -45,51 +46,39 @@ OPTIONAL = (
 _log = logging.getLogger(__name__)
 
 
-def resolve(
-    name: str | Path,
-    *,
-    format: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-) -> Path:
-    """The local folder of the checkpoint `name`: a folder's path, or a hub id (`org/name`), downloaded if needed.
+def resolve(source: ModelSource) -> Path:
+    """The local folder of the checkpoint that `source` names: a folder's path, or a hub id, downloaded if needed.
 
-    format: "hf", or "meta" for Meta's original files, which lie in a repository's `original/`: then that is all that is
-    fetched, and otherwise never. None takes what a folder holds ("hf" where it holds both), and "hf" from the hub.
-    `revision` is a branch, tag or commit of a hub id (default: `main`). A copy that is complete in the cache is
-    returned without a request, even when the branch has moved on since: name a commit to be sure of one. With `offline`
-    (or HF_HUB_OFFLINE=1) the network is never touched. Python code and other pickles are never fetched.
+    Of Meta's format only the repository's `original/` is downloaded; otherwise `original/` never is. A copy that is
+    complete in the cache is returned without a request, even if the branch has moved on: set `revision` to a commit to
+    be sure of one. With `offline` (or HF_HUB_OFFLINE=1) the network is not used. Python code and other pickles are
+    never downloaded.
 
-    Raises FileNotFoundError (no such folder, repository, revision or file), PermissionError (gated, or a refused
-    token), ConnectionError (no network), ValueError (a bad name, token or index) or OSError (disk full, hub at fault).
+    Raises:
+        FileNotFoundError: no such folder, repository, revision or file.
+        PermissionError: the repository is gated, or the token is refused.
+        ConnectionError: no network.
+        ValueError: an invalid name, token or index.
+        OSError: the disk is full, or the hub failed.
     """
-    if format not in (None, "hf", "meta"):
-        raise ValueError(f"format {format!r} is not one of hf, meta")
-    path = Path(os.path.expanduser(name))
-    if str(name) and path.exists():
-        return _local(path, revision, format)
-    repo, meta = repo_id(name), format == "meta"
-    from huggingface_hub import constants
+    if source.format not in (None, "hf", "meta"):
+        raise ValueError(f"format {source.format!r} is not one of hf, meta")
+    path = Path(os.path.expanduser(source.name))
+    if str(source.name) and path.exists():
+        return _local(path, source.revision, source.format)
+    repo, meta = repo_id(source.name), source.format == "meta"
+    from huggingface_hub import is_offline_mode
 
-    cached = look_up(repo, revision, meta)
+    cached = look_up(repo, source.revision, meta)
     if cached.folder and not cached.missing and not cached.unknown:
         folder = cached.folder
-    elif offline or constants.HF_HUB_OFFLINE:
-        folder = offline_copy(repo, revision, cached)
+    elif source.offline or is_offline_mode():
+        folder = offline_copy(repo, source.revision, cached)
     else:
-        folder = _fetched(repo, revision, checked_token(token), meta, cached)
+        token = checked_token(source.token)
+        with explained(repo, source.revision, is_cached=bool(cached.folder and not cached.missing)):
+            folder = (_fetch_meta if meta else _fetch)(repo, source.revision, token)
     return folder / ORIGINAL if meta else folder
-
-
-def _fetched(repo: str, revision: str | None, token: str | None, meta: bool, cached: _Cached) -> Path:
-    try:
-        return (_fetch_meta if meta else _fetch)(repo, revision, token)
-    except (http_error(), OSError) as error:
-        explained = explain(error, repo, revision, cached.folder and not cached.missing)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _local(path: Path, revision: str | None, format: str | None) -> Path:
@@ -286,7 +275,7 @@ def _small(repo: str, name: str, commit: str, token: str | None) -> None:
 
 def metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
     """huggingface_hub's HfFileMetadata, or None where the repository has no such file."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
@@ -295,7 +284,7 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
         return None
     if file.commit_hash is None or file.etag is None:
         raise OSError(
-            f"{constants.ENDPOINT} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
+            f"{HfApi().endpoint} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
             "a sign-in page stands between"
         )
     return file
@@ -306,32 +295,25 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
 SAFETENSORS = "jaxlm reads safetensors only, which PEFT's from_pretrained and then save_pretrained write"
 
 
-def resolve_adapter(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool = False
-) -> Path:
-    """The local folder of the adapter `name`: a folder's path, or a hub id, downloaded if needed. Arguments and errors
-    are those of `resolve`."""
-    path = Path(os.path.expanduser(name))
-    if str(name) and path.exists():
+def resolve_adapter(source: ModelSource) -> Path:
+    """The local folder of the adapter that `source.name` names, downloaded if needed. Raises what `resolve` raises."""
+    path = Path(os.path.expanduser(source.name))
+    if str(source.name) and path.exists():
         return _local_adapter(path)
-    repo = repo_id(name)
-    from huggingface_hub import constants, try_to_load_from_cache
+    repo, revision = repo_id(source.name), source.revision
+    from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 
     cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
     if all(isinstance(found, str) for found in cached):
         return Path(str(cached[0])).parent.resolve()
-    if offline or constants.HF_HUB_OFFLINE:
+    if source.offline or is_offline_mode():
         raise FileNotFoundError(
             f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
             "--offline and HF_HUB_OFFLINE"
         )
-    try:
-        return _fetch_adapter(repo, revision, checked_token(token))
-    except (http_error(), OSError) as error:
-        explained = explain(error, repo, revision, False)
-        if explained is None:
-            raise
-        raise explained from error
+    token = checked_token(source.token)
+    with explained(repo, revision):
+        return _fetch_adapter(repo, revision, token)
 
 
 def _local_adapter(path: Path) -> Path:

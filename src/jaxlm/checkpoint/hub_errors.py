@@ -1,10 +1,11 @@
-"""Why the hub could not be read, and the way out: its failures as a user needs to hear them."""
+"""Errors of the Hugging Face hub, each with what to do about it."""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jaxlm.checkpoint.download import AGAIN, ROOM, count_bytes, http_error
@@ -16,10 +17,22 @@ CONVERT = (
 )
 
 
-def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> Exception | None:
-    """The same failure as a user needs to hear it, or None where the error speaks for itself. Never quotes a header.
-    usable: whether a copy is cached."""
-    from huggingface_hub import constants
+@contextmanager
+def explained(repo: str, revision: str | None, is_cached: bool = False) -> Iterator[None]:
+    """Re-raises errors of the hub and the network with what to do about them. is_cached: whether the cache has a
+    complete copy."""
+    try:
+        yield
+    except (http_error(), OSError) as error:
+        clear = _explain(error, repo, revision, is_cached)
+        if clear is None:
+            raise
+        raise clear from error
+
+
+def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool) -> Exception | None:
+    """The error with what to do about it, or None if its own message is clear. Never quotes a header."""
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -27,10 +40,10 @@ def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> E
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo, revision)
     if isinstance(error, http_error()):
+        hint = "a copy is cached, add --offline to use it" if is_cached else f"then {AGAIN}"
         return ConnectionError(
-            f"there is no folder {repo!r} here, and no connection to {constants.ENDPOINT} "
-            f"({error or type(error).__name__}): check the network, "
-            f"HF_ENDPOINT and the proxy; {'a copy is cached, add --offline to use it' if usable else f'then {AGAIN}'}"
+            f"there is no folder {repo!r} here, and no connection to {HfApi().endpoint} "
+            f"({error or type(error).__name__}): check the network, HF_ENDPOINT and the proxy; {hint}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = count_bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)
@@ -40,10 +53,11 @@ def explain(error: Exception, repo: str, revision: str | None, usable: Any) -> E
 
 def _refused(error: Any, repo: str, revision: str | None) -> OSError:
     """An HfHubHTTPError: the hub was reached and answered with a status."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
+    hub, status = HfApi().endpoint, error.response.status_code
+    page = f"{hub}/{repo}"
     said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo} is gated: accept its license at {page}, then sign in with {_LOGIN}")
@@ -55,7 +69,7 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
         return PermissionError(f"the hub refuses the token (expired or mistyped?): sign in anew with {_LOGIN}")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         return FileNotFoundError(
-            f"there is no model {repo!r} at {constants.ENDPOINT} (nor a folder of that name here), or it is private: "
+            f"there is no model {repo!r} at {hub} (nor a folder of that name here), or it is private: "
             f"check the spelling; for a private one sign in with {_LOGIN}"
         )
     if status == 403:

@@ -57,16 +57,6 @@ def in_pairs(w: np.ndarray, H: int) -> np.ndarray:
     return w.reshape(-1, 2, H // 2, w.shape[-1]).swapaxes(1, 2)
 
 
-def to_pairs(w: np.ndarray, H: int) -> np.ndarray:
-    """Rows of q or k, whole heads ([n*H,D] or [n,H,D]), from Hugging Face's order to Meta's."""
-    return in_pairs(w, H).reshape(w.shape)
-
-
-def to_halves(w: np.ndarray, H: int) -> np.ndarray:
-    """The inverse of `to_pairs`."""
-    return w.reshape(-1, H // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
-
-
 # params.json
 
 

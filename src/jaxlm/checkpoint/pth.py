@@ -1,7 +1,7 @@
-"""torch.save's files (.pth) of named tensors, read and written without torch.
+"""Reads torch.save's files (.pth) of named tensors without torch.
 
-Such a file is a zip of stored entries: data.pkl, a pickle that describes the tensors (torch_pickle.py), and data/N, the
-bytes of each storage.
+Such a file is a zip of uncompressed entries: data.pkl, a pickle that describes the tensors (torch_pickle.py), and
+data/N, the bytes of storage N.
 """
 
 import io
@@ -11,13 +11,12 @@ import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor
-from jaxlm.checkpoint.torch_pickle import View, read_table, write_table
+from jaxlm.checkpoint.torch_pickle import View, read_table
 
 LIMIT = 1 << 20  # bytes of data.pkl and of the zip's table: those of 405B parameters take a third
-ALIGNMENT = 64  # bytes
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -130,36 +129,3 @@ def _refuse_overlaps(tensors: Iterable[Tensor]) -> None:
     for ((a, nbytes), first), ((b, _), second) in itertools.pairwise(places):
         if a + nbytes > b:
             raise ValueError(f"{first.name[:80]!r} and {second.name[:80]!r} share a part of their bytes")
-
-
-# Writing
-
-
-def write_pth(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]]) -> None:
-    """Writes tensors, each (name, "F32" "BF16" or "F16", shape, chunks of its bytes), one after the other.
-
-    The table comes last, so that none is held. torch.load opens the file (weights_only and mmap too). A file whose
-    writing fails is broken: whoever calls gives it its final name afterwards.
-    """
-    written: list[tuple[str, str, tuple[int, ...]]] = []
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        for name, dtype, shape, chunks in tensors:
-            _add(archive, file, f"data/{len(written)}", chunks, math.prod(shape) * DTYPES[dtype].itemsize)
-            written.append((name, dtype, tuple(shape)))
-        if len({name for name, _, _ in written}) < len(written):
-            raise ValueError(f"{path}: two tensors have one name")
-        for entry, data in (("data.pkl", write_table(written)), ("byteorder", b"little"), ("version", b"3\n")):
-            _add(archive, file, entry, [data], len(data))
-
-
-def _add(archive: zipfile.ZipFile, file: Any, name: str, chunks: Iterable[Any], nbytes: int) -> None:
-    """One entry whose data begins on a multiple of ALIGNMENT."""
-    info = zipfile.ZipInfo(f"archive/{name}")
-    info.file_size = nbytes
-    long = nbytes > 1 << 30  # zipfile asks to know before the data; then its header has 20 bytes more
-    padding = -(file.tell() + 30 + len(info.filename) + 4 + 20 * long) % ALIGNMENT
-    info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
-    with archive.open(info, "w", force_zip64=long) as out:
-        written = sum(out.write(chunk) for chunk in chunks)
-    if written != nbytes:
-        raise ValueError(f"{archive.filename}: {name} got {written:,} of {nbytes:,} bytes")

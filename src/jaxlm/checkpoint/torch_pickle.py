@@ -5,10 +5,8 @@ dict of tensors goes through it; the first thing beyond them ends the reading.
 """
 
 import io
-import math
 import pickletools
 import struct
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoint.safetensors import DTYPES
@@ -193,39 +191,3 @@ def _table(value: Any) -> dict[str, View]:
     if others := [name for name, view in value.items() if type(view) is not View]:
         raise ValueError(f"{others[0][:80]!r} is no tensor")
     return value
-
-
-# Writing
-
-
-def write_table(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The pickle of a dict of contiguous tensors (name, type, shape), the first one in storage 0, and so on."""
-    rows = (_text(name) + _tensor(str(i), dtype, shape) + b"s" for i, (name, dtype, shape) in enumerate(tensors))
-    return b"\x80\x02}" + b"".join(rows) + b"."  # PROTO 2, EMPTY_DICT, a SETITEM for each, STOP
-
-
-def _tensor(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The opcodes that make a contiguous tensor of one storage."""
-    kind = next(name for name, ours in STORAGES.items() if ours == dtype)
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    storage = b"(" + _text("storage") + _global(kind) + _text(key) + _text("cpu") + _number(math.prod(shape)) + b"tQ"
-    hooks = _global(ORDERED) + b")R"
-    return _global(TENSOR) + b"(" + storage + b"K\0" + _numbers(shape) + _numbers(strides) + b"\x89" + hooks + b"tR"
-
-
-def _global(name: str) -> bytes:
-    return b"c" + name.replace(" ", "\n").encode() + b"\n"
-
-
-def _text(value: str) -> bytes:
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def _number(value: int) -> bytes:
-    """BININT, or LONG1 where 31 bits do not suffice."""
-    return b"J" + struct.pack("<i", value) if value < 1 << 31 else b"\x8a\x08" + struct.pack("<q", value)
-
-
-def _numbers(values: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_number, values)) + b"t"

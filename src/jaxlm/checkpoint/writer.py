@@ -30,7 +30,7 @@ from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 SLICE = 8 << 20  # bytes taken from an array at a time
 SPREAD = 2 << 20  # the same of an array on several devices: each of them makes a wider copy
 SHARD = 5 * 10**9  # bytes of a file at most, unless one tensor alone is larger
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+KINDS: dict[np.dtype[Any], str] = {dtype: kind for kind, dtype in DTYPES.items()}
 _ROOM = "free some, or choose a folder on another disk"
 
 
@@ -52,8 +52,10 @@ class LazyTensor:
     """A tensor on the disk in an array's place, in our shape and order: its rows are read when they are asked for."""
 
     def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
-        self.tensor, self.shape, self.nbytes = tensor, shape, tensor.nbytes
-        self.dtype = DTYPES[tensor.dtype]
+        self.tensor: Tensor | ConcatTensor = tensor
+        self.shape: tuple[int, ...] = shape
+        self.nbytes: int = tensor.nbytes
+        self.dtype: np.dtype[Any] = DTYPES[tensor.dtype]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -82,7 +84,7 @@ def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, 
     return entry
 
 
-def stored_entry(tensor: Tensor) -> Entry:
+def copied_entry(tensor: Tensor) -> Entry:
     """A tensor of another checkpoint, byte for byte."""
     return Entry(tensor.name, tensor.dtype, tensor.shape, partial(chunks, tensor))
 

@@ -1,138 +1,47 @@
-"""What `jaxlm info` tells of a checkpoint, from its config and the headers of its files; no weight is read."""
+"""Facts about a checkpoint as plain values, for `jaxlm info`: what `load` would load, from config and headers alone."""
 
 import dataclasses
 import math
 from collections import Counter
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxlm.cli.common import ModelFlags
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-LENGTHS = (1024, 8192)  # for which the cache's size is told, beside the whole context
+from jaxlm import loading
+from jaxlm.checkpoint.hf import Checkpoint
+from jaxlm.checkpoint.peft import Adapter
+from jaxlm.checkpoint.safetensors import DTYPES
+from jaxlm.checkpoint.source import ModelSource
+from jaxlm.devices import mesh, topology
+from jaxlm.inference.sampling_params import DEFAULTS, SamplingParams, unsupported
+from jaxlm.models.config import ROPE_FIELDS
+from jaxlm.nn import Rope, params
+from jaxlm.processing.tokenizer import Tokenizer
 
-
-class Resolved(NamedTuple):
-    """Where a model's facts lie: config.json as read, the folder of the small files, the headers' tensors by name;
-    where the tokenizer lies, None for that folder."""
-
-    config: dict[str, Any]
-    folder: Path | None
-    tensors: dict[str, Any] | None
-    absent: str  # why there are no tensors
-    tokenizer: Path | None = None
-
-
-def resolve(name: str, flags: ModelFlags) -> Resolved:
-    """Reads or fetches what is needed."""
-    found = _resolve(name, flags)
-    return found._replace(tokenizer=flags.tokenizer.expanduser()) if flags.tokenizer else found
+LENGTHS = (1024, 8192)  # sequences whose KV cache is measured, beside one as long as the context
 
 
-def _resolve(name: str, flags: ModelFlags) -> Resolved:
-    from jaxlm.checkpoint import hub
-    from jaxlm.checkpoint.download import http_error
-    from jaxlm.checkpoint.safetensors import read_json
-
-    path = Path(name).expanduser()
-    if path.is_file() and path.name != "config.json":
-        return Resolved(read_json(path), None, None, "")
-    if path.exists():
-        folder = path.parent if path.is_file() else path
-        folder = hub.resolve(folder, format=flags.format, revision=flags.revision)
-        original = flags.format == "meta" or not (folder / hub.CONFIG).is_file()
-        return _original(name, flags) if original else _local(folder)
-    if flags.format == "meta":
-        cached = hub.look_up(hub.repo_id(name), flags.revision, True)
-        if cached.missing or cached.unknown:
-            raise FileNotFoundError(
-                f"{name}: Meta's files are described once they are in the cache: load the model first"
-            )
-        return _original(name, flags)
-    repo, token = hub.repo_id(name), hub.checked_token(flags.token)
-    from huggingface_hub import constants
-
-    cached = hub.look_up(repo, flags.revision)
-    if cached.folder and not cached.missing:
-        return _local(cached.folder)
-    if flags.offline or constants.HF_HUB_OFFLINE:
-        return _local(cached.folder or hub.offline_copy(repo, flags.revision, cached))
+def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = None) -> dict[str, Any]:
+    """Everything that `jaxlm info` shows. dtype: of the weights, auto keeps the file's; mesh_spec: as "model=8"."""
+    found = loading.match_tensors(source, headers_only=True)
     try:
-        return _remote(repo, flags.revision, token)
-    except (http_error(), OSError) as error:
-        explained = hub.explain(error, repo, flags.revision, cached.folder and not cached.missing)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _local(folder: Path) -> Resolved:
-    from jaxlm.checkpoint.safetensors import read_index, read_json
-
-    config = read_json(folder / "config.json")
-    try:
-        return Resolved(config, folder, read_index(folder), "")
-    except FileNotFoundError as error:
-        return Resolved(config, folder, None, str(error))
-
-
-def _original(name: str, flags: ModelFlags) -> Resolved:
-    """A model in Meta's form, as if its files were of Hugging Face's."""
-    from jaxlm import loading
-
-    found = loading.resolve(name, **flags.options()).checkpoint
-    tensors = {row.names[0]: tensor for row, tensor in found.tensors.pairs}
-    return Resolved(found.config, found.folder, tensors, "", found.tokenizer)
-
-
-def _remote(repo: str, revision: str | None, token: str | None) -> Resolved:
-    """A model on the hub: its small files, and the headers of its weight files by HTTP Range."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError
-
-    from jaxlm.checkpoint import hub
-    from jaxlm.checkpoint.safetensors import Tensor, read_json
-
-    if hub.metadata(repo, hub.CONFIG, revision, token) is None:
-        raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load")
-    folder = Path(hf_hub_download(repo, hub.CONFIG, revision=revision, token=token)).parent
-    for small in hub.OPTIONAL:
-        with suppress(RemoteEntryNotFoundError):
-            hf_hub_download(repo, small, revision=folder.name, token=token)
-    config = read_json(folder / hub.CONFIG)
-    try:
-        files = HfApi().get_safetensors_metadata(repo, revision=folder.name, token=token).files_metadata
-    except NotASafetensorsRepoError as error:
-        return Resolved(config, folder, None, str(error))
-    tensors = {}
-    for file, header in files.items():
-        for name, t in header.tensors.items():
-            begin, end = t.data_offsets
-            tensors[name] = Tensor(name, Path(file), t.dtype, tuple(t.shape), begin, end - begin)
-    return Resolved(config, folder, tensors, "")
-
-
-def describe(name: str, found: Resolved, flags: ModelFlags) -> dict[str, Any]:
-    """All that is told, as plain values."""
-    from jaxlm import models
-    from jaxlm.nn import params
-
-    family = models.family_of(found.config.get("model_type"))
-    cfg = family.Config.from_hf(found.config, flags.allow_field)
-    weights, dtype = _weights(family, cfg, found, flags.dtype)
-    rows = [
-        row for row in params.tensors(family.PARAMS, cfg) if not row.path.startswith("layers.") or ".0." in row.path
-    ]
-    layer = [row for row in rows if row.path.startswith("layers.")]
-    ends = {row.path: math.prod(row.shape) for row in rows if row.path in ("embed", "head")}
-    return {
-        "model": name,
+        found = loading.with_tokenizer(found, source.tokenizer)
+        tokenizer = found.tokenizer and _tokenizer(found.tokenizer)
+    except ValueError as error:
+        tokenizer = {"error": str(error)}
+    family, cfg, checkpoint = found.family, found.config, found.checkpoint
+    adapter, windows = checkpoint.adapter, cfg.windows
+    weights, kept = _weights(found, dtype)
+    rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
+    facts = {
+        "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
         "family": family.__name__.rpartition(".")[2],
-        "model_type": found.config["model_type"],
+        "model_type": checkpoint.config["model_type"],
         "parameters": {
             "total": params.count(family.PARAMS, cfg),
-            "embedding": sum(ends.values()),
-            "layer": sum(math.prod(row.shape) for row in layer),
+            "embedding": sum(math.prod(row.shape) for row in rows if row.path in ("embed", "head")),
+            "layer": sum(math.prod(row.shape) for row in rows if ".0." in row.path),
         },
         "weights": weights,
         "sizes": {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in "VDFLNKH"},
@@ -142,64 +51,52 @@ def describe(name: str, found: Resolved, flags: ModelFlags) -> dict[str, Any]:
             for row in rows
         ],
         "layers": [
-            {"window": window, "count": cfg.windows.count(window), "layers": _places(cfg.windows, window)}
-            for window in sorted(set(cfg.windows), key=lambda w: (w is None, w or 0))
+            {"window": w, "count": windows.count(w), "layers": [i for i, of in enumerate(windows) if of == w]}
+            for w in sorted(set(windows), key=lambda w: (w is None, w or 0))
         ],
-        "kv": _kv(cfg, dtype),
-        "mesh": _mesh(family, cfg, dtype, flags.mesh) if flags.mesh else None,
+        "kv": _kv_cache(cfg, kept),
+        "mesh": _mesh(family, cfg, kept, mesh_spec) if mesh_spec else None,
         "context": cfg.context,
         "rope": _ropes(cfg),
-        "tokenizer": _tokenizer(found),
-        "generation": _generation(found),
+        "tokenizer": tokenizer,
+        "generation": _generation(checkpoint),
     }
+    return facts | ({"adapter": _adapter(adapter)} if adapter else {})
 
 
-def _places(windows: tuple[int | None, ...], window: int | None) -> list[int]:
-    return [i for i, w in enumerate(windows) if w == window]
-
-
-def _weights(family: Any, cfg: Any, found: Resolved, asked: str) -> tuple[dict[str, Any], Any]:
-    """Bytes, type and unread tensors; and the type."""
-    import jax.numpy as jnp
-
-    from jaxlm.checkpoint import hf
-    from jaxlm.checkpoint.safetensors import DTYPES
-    from jaxlm.nn import params
-
-    count = params.count(family.PARAMS, cfg)
-    if found.tensors is None:
-        text = found.config.get("text_config") or {}
-        named = [c.get(key) for c in (found.config, text) for key in ("dtype", "torch_dtype")]
-        stated = next((name for name in named if name in [dtype.name for dtype in DTYPES.values()]), None)
-        dtype = jnp.dtype(asked if asked != "auto" else stated or "bfloat16")
-        facts = {"present": False, "why": found.absent, "dtype": dtype.name, "bytes": count * dtype.itemsize}
-        return {**facts, "dtype_stated": stated}, dtype
-    # A head stored beside the embedding it is tied to is never read: comparing the two would read both.
-    tied = set(family.PARAMS["head"][1:]) if cfg.tied else set()
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in tied}
-    pairs, _, unread = hf.match(family.PARAMS, cfg, tensors, family.IGNORED_PREFIXES)
+def _weights(found: loading.Resolved, asked: str) -> tuple[dict[str, Any], Any]:
+    """Bytes and types of the weights, and the type that they are loaded in."""
+    family, checkpoint = found.family, found.checkpoint
+    tensors, count = checkpoint.tensors, params.count(family.PARAMS, found.config)
+    if not tensors.pairs:
+        configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
+        names = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
+        named = next((name for name in names if name in [dtype.name for dtype in DTYPES.values()]), None)
+        dtype = jnp.dtype(asked if asked != "auto" else named or "bfloat16")
+        size = {"dtype": dtype.name, "bytes": count * dtype.itemsize}
+        return {"present": False, "reason": tensors.no_weights, **size, "config_dtype": named}, dtype
     stored = Counter[str]()
-    for _, tensor in pairs:
+    for _, tensor in tensors.pairs:
         stored[tensor.dtype] += tensor.nbytes
     dtype = DTYPES[stored.most_common(1)[0][0]] if asked == "auto" else jnp.dtype(asked)
+    every = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
     return {
         "present": True,
-        "files": len({part.file for tensor in found.tensors.values() for part in getattr(tensor, "parts", (tensor,))}),
+        "files": len({part.file for tensor in every for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
         "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
-        "unread": dict(Counter(_beginning(tensor.name, family.IGNORED_PREFIXES) for tensor in unread)),
-        "unread_bytes": sum(tensor.nbytes for tensor in unread),
+        "ignored": dict(Counter(_pattern(tensor.name, family.IGNORED_PREFIXES) for tensor in tensors.ignored)),
+        "ignored_bytes": sum(tensor.nbytes for tensor in tensors.ignored),
     }, dtype
 
 
-def _beginning(name: str, known: tuple[str, ...]) -> str:
-    return next((beginning + "*" for beginning in known if name.startswith(beginning)), "*." + name.rpartition(".")[2])
+def _pattern(name: str, prefixes: tuple[str, ...]) -> str:
+    return next((prefix + "*" for prefix in prefixes if name.startswith(prefix)), "*." + name.rpartition(".")[2])
 
 
-def _kv(cfg: Any, dtype: Any) -> dict[str, Any]:
-    """Bytes of the cache: a token in one layer, a token in all layers that keep everything, and a whole sequence. A
-    sliding layer keeps its window and no more while it decodes."""
+def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
+    """Bytes of the KV cache of one sequence. A layer with a sliding window keeps no more than the window."""
     layer = 2 * cfg.K * cfg.H * dtype.itemsize
     lengths = sorted({*(n for n in LENGTHS if n < cfg.context), cfg.context})
     return {
@@ -210,80 +107,68 @@ def _kv(cfg: Any, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _mesh(family: Any, cfg: Any, dtype: Any, text: str) -> dict[str, Any]:
-    """What one device of a mesh holds: bytes of weights and of the cache of one row, and how each letter is divided."""
-    from jax.sharding import AbstractMesh
-
-    from jaxlm.devices import mesh, topology
-    from jaxlm.nn import params
-
-    asked = topology.parse(text)
-    axes = topology.factor_kv_heads(asked, cfg.K)
+def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
+    """Per device of a mesh: bytes of weights and of one sequence's KV cache. And the number of shards per letter."""
+    sizes = topology.parse(spec)
+    axes = topology.factor_kv_heads(sizes, cfg.K)
     over = AbstractMesh(tuple(axes.values()), tuple(axes))
     rows = params.tensors(family.PARAMS, cfg)
     elements = sum(math.prod(row.shape) // mesh.num_shards(row.letters, row.shape, over) for row in rows)
-    heads = mesh.num_shards("K", (cfg.K,), over)
+    shards = {letter: mesh.num_shards(letter, (getattr(cfg, letter),), over) for letter in "NKFV"}
     return {
-        **asked,
-        "devices": math.prod(asked.values()),
+        **sizes,
+        "devices": math.prod(sizes.values()),
         "weights": elements * dtype.itemsize,
-        "kv": {length: nbytes // heads for length, nbytes in _kv(cfg, dtype)["bytes"].items()},
-        "over": {x: mesh.num_shards(x, (getattr(cfg, x),), over) for x in "NKFV"},
+        "kv": {length: nbytes // shards["K"] for length, nbytes in _kv_cache(cfg, dtype)["bytes"].items()},
+        "shards": shards,
     }
 
 
 def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
-    """Each rope of a config, by its field, with the numbers that its type uses."""
-    from jaxlm.models.config import ROPE_FIELDS
-    from jaxlm.nn import Rope
-
-    ropes = {f.name: v for f in dataclasses.fields(cfg) if isinstance(v := getattr(cfg, f.name), Rope)}
+    """Each RoPE of a config, by field, with the numbers that its type uses."""
+    ropes = {f.name: value for f in dataclasses.fields(cfg) if isinstance(value := getattr(cfg, f.name), Rope)}
     return {
-        name: {"type": rope.type, **{ours: getattr(rope, ours) for ours in ROPE_FIELDS[rope.type].values()}}
+        name: {"type": rope.type, **{field: getattr(rope, field) for field in ROPE_FIELDS[rope.type].values()}}
         for name, rope in ropes.items()
     }
 
 
-def _tokenizer(found: Resolved) -> dict[str, Any] | None:
-    """None where there is none; an unreadable one is told, not raised. Its ends are the model's, as `load` has them."""
-    from jaxlm.processing.tokenizer import Tokenizer
-
-    place = found.tokenizer or found.folder
-    try:
-        tokenizer = place and Tokenizer.load(place, _generation_config(found), found.config)
-    except ValueError as error:
-        return {"error": str(error)}
-    if not tokenizer:
-        if found.tokenizer:
-            raise FileNotFoundError(f"{place} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-        return None
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "vocabulary": tokenizer.vocab_size,
-        "begin": tokenizer.hf.bos_token,
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.hf.bos_token,
         "stop": {str(tokenizer.hf.convert_ids_to_tokens(i)): i for i in tokenizer.stop_ids},
         "chat_template": tokenizer.has_template,
-        "thinking": tokenizer.thinking is not None,
+        "reasoning": tokenizer.thinking is not None,
     }
 
 
-def _generation(found: Resolved) -> dict[str, Any]:
-    """What generation does without options: generation_config.json as jaxlm reads it."""
-    from jaxlm.inference.sampling_params import DEFAULTS, SamplingParams, unsupported
-
-    raw = _generation_config(found)
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The sampling parameters of generation_config.json, which apply unless others are passed."""
+    raw, has_file = checkpoint.generation_config, (checkpoint.folder / "generation_config.json").exists()
     try:
-        options = SamplingParams().resolve(raw)
+        resolved = SamplingParams().resolve(raw)
     except ValueError as error:
-        return {"file": True, "error": str(error)}
+        return {"file": has_file, "error": str(error)}
     neutral = {**DEFAULTS, "stop": (), "max_tokens": None}
-    given = {name: getattr(options, name) for name in ("temperature", *neutral)}
-    given = {name: value for name, value in given.items() if name == "temperature" or value != neutral[name]}
-    return {"file": bool(raw), "options": given, "unsupported": unsupported(raw)}
+    options = {name: getattr(resolved, name) for name in ("temperature", *neutral)}
+    options = {name: value for name, value in options.items() if name == "temperature" or value != neutral[name]}
+    return {"file": has_file, "options": options, "unsupported": unsupported(raw)}
 
 
-def _generation_config(found: Resolved) -> dict[str, Any]:
-    """generation_config.json of the model's own folder."""
-    from jaxlm.checkpoint.safetensors import read_json
-
-    path = found.folder and found.folder / "generation_config.json"
-    return read_json(path) if path and path.exists() else {}
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    """Parameters and bytes of a LoRA adapter; per kind of weight the number of layers, the ranks and scales."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for row, a, _, scale in adapter.pairs:
+        kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
+        kind["count"] += 1
+        kind["ranks"] = sorted({*kind["ranks"], a.shape[0]})
+        kind["scales"] = sorted({*kind["scales"], scale})
+    halves = [tensor for pair in adapter.pairs for tensor in (pair.a, pair.b)]
+    return {
+        "folder": str(adapter.folder),
+        "parameters": sum(math.prod(tensor.shape) for tensor in halves),
+        "bytes": sum(tensor.nbytes for tensor in halves),
+        "weights": kinds,
+        "ignored": len(adapter.ignored),
+    }

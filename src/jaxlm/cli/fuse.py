@@ -1,7 +1,7 @@
-"""`jaxlm fuse`: a model and a LoRA adapter as one checkpoint folder."""
+"""`jaxlm fuse`: merges a LoRA adapter into its base model and writes one checkpoint folder."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,35 +10,33 @@ from jaxlm.cli.common import ModelFlags, note
 
 @dataclass(frozen=True)
 class Fuse(ModelFlags):
-    """Add a LoRA adapter into the weights of its model and write the whole as a checkpoint folder.
+    """Merge a LoRA adapter into the weights of its base model and write a checkpoint folder in Hugging Face's format.
 
-    The base may be left out where the adapter names it. Tensors go from file to file: a model may be larger than the
-    memory. The folder appears under its name when it is complete.
+    The base may be left out if the adapter names it. Tensors are copied from file to file, so the model may be larger
+    than memory. The folder gets its name when it is complete.
     """
 
     out: Path | None = None
-    """The folder to write."""
+    """Folder to write."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; auto keeps each one's own. What is not read (vision) keeps its own in any case."""
-    format: Literal["hf", "meta"] = "hf"
-    """Form of the folder: Hugging Face's, or (Llama) that of Meta's originals."""
+    """Type of the written weights; auto keeps the type of each. Tensors that are not loaded (vision) always keep it."""
+    format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Format of the folder: hf, Hugging Face's."""
     force: bool = False
-    """Replace the checkpoint that stands at OUT, the whole folder."""
+    """Replace a checkpoint at OUT, the whole folder."""
 
     def run(self) -> int:
         if self.out is None or (self.model is None and self.adapter is None):
-            print("jaxlm: name all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)", file=sys.stderr)
+            print("jaxlm: pass all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)", file=sys.stderr)
             return 2
-        if not self.alone:
-            raise ValueError("fuse copies from file to file, which is one process's work: start it alone")
+        if not self.is_single_process:
+            raise ValueError("fuse runs in a single process: start it without --num-processes or a launcher")
         self.begin()
         from jaxlm.devices.hardware import gigabytes
-        from jaxlm.exporting import export, open_model
+        from jaxlm.exporting import check_format, export, open_model
 
-        options = {**self.options(), "format": None}  # --format is of what is written
-        if self.model is None:
-            options["adapter"] = None
-        model = open_model(str(self.model or self.adapter), fuse=True, **options)
-        done = export(model, self.out, format=self.format, dtype=self.dtype, force=self.force)
+        check_format(self.format)  # of the folder to write: the model's own is detected
+        model = open_model(replace(self.source(), format=None), fuse=True)
+        done = export(model, self.out, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
         return 0

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL, GROUP = "data", "model", "group"
@@ -99,10 +98,15 @@ def active() -> bool:
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of a tree's arrays; None on a single device."""
     leaf = jax.tree.leaves(tree)[0]
-    if isinstance(leaf, Tracer):  # within another program, which has set its own mesh
+    if traced(leaf):  # within another program, which has set its own mesh
         return None
     mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def traced(x: Any) -> bool:
+    """Whether x is a tracer, which has no sharding, rather than an array."""
+    return not hasattr(x, "sharding")
 
 
 def use_mesh_of(tree: Any) -> AbstractContextManager[Any]:

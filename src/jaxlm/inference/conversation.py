@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -15,13 +15,14 @@ from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
 from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.generation import CompletionChunk
-from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
+    from jaxlm.processing.tokenizer import Tokenizer
 
 START = 1024  # slots of a new KV cache, if the context is as long; it doubles when they are used up
 Messages = list[dict[str, str]]
@@ -60,18 +61,19 @@ class Conversation:
         *,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ):
         if model.tokenizer is None:
             raise ValueError(
                 f"{model.source} has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token "
                 "ids to jaxlm.generate"
             )
-        self.model, self.tokenizer = model, model.tokenizer
+        self.model: Model = model
+        self.tokenizer: Tokenizer = model.tokenizer
         self._steps = CompiledSteps(model)
-        self.system = system
-        self.template_args = dict(template_args or {})
-        self.options = from_kwargs(**options)
+        self.system: str | None = system
+        self.template_args: dict[str, Any] = dict(template_args or {})
+        self.options: SamplingParams = from_kwargs(**options)
         self._running: Any = None
         self.reset()
 
@@ -79,8 +81,8 @@ class Conversation:
         """Deletes all messages. The system message and the options stay."""
         self.stop()
         self.messages: Messages = []
-        self.prefilled = 0
-        self.opened = False
+        self.prefilled: int = 0
+        self.opened: bool = False
         self._turns = 0  # added to the seed, so that no two answers use the same random numbers
         self._seen: list[CachedPrefix] = []  # of the last turn: with its answer, and its prompt alone
         self._kv: caches.KVCache | None = None

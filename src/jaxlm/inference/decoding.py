@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import sampling
@@ -28,12 +29,12 @@ class State(NamedTuple):
     """What is carried from one decoding step to the next."""
 
     kv: Any  # KVCache; None for rows that are not yet in a batch
-    token: jax.Array  # [B] int32: the newest token, not yet in the KV cache
-    pos: jax.Array  # [B] int32: its position
-    keys: jax.Array  # [B] typed PRNG keys, one per sequence
+    token: Int[Array, " B"]  # the newest token, not yet in the KV cache
+    pos: Int[Array, " B"]  # its position
+    keys: Key[Array, " B"]  # typed PRNG keys, one per sequence
     sampling: Sampling
     counts: Counts | None  # None where no row has a penalty
-    bias: jax.Array | None  # [B,V] float32, None where no row has one
+    bias: Float[Array, "B V"] | None  # None where no row has one
 
 
 class StepOutput(NamedTuple):
@@ -63,8 +64,14 @@ def bucket(n: int, least: int = 16) -> int:
 
 
 def prefill(
-    family: Any, cfg: Any, weights: Any, kv: caches.KVCache, last: jax.Array, tokens: jax.Array, pos: jax.Array
-):
+    family: Any,
+    cfg: Any,
+    weights: Any,
+    kv: caches.KVCache,
+    last: Float[Array, "B D"],
+    tokens: Int[Array, "B T"],
+    pos: Int[Array, "B T"],
+) -> tuple[caches.KVCache, Float[Array, "B D"]]:
     """Prefills one chunk of the prompts: tokens, pos [B,T] int32 (-1: padding).
 
     Returns the KV cache with the chunk in it, and the hidden state [B,D] of each row's newest token. A row without a
@@ -78,7 +85,7 @@ def prefill(
 
 
 def sample_token(
-    family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array
+    family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: Float[Array, "B D"]
 ) -> tuple[State, StepOutput]:
     """Samples the next token of each row from its newest hidden state x [B,D]. k: number of top log-probabilities."""
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
@@ -106,7 +113,7 @@ def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: 
     return state, jax.tree.map(lambda a: a[:, 0], output)
 
 
-def insert(state: State, rows: jax.Array, part: State) -> State:
+def insert(state: State, rows: Int[Array, " b"], part: State) -> State:
     """Inserts the rows of `part` (batch b) into rows [b] of a state. A row number past the end is dropped."""
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
@@ -137,8 +144,8 @@ class CompiledSteps:
     """
 
     def __init__(self, model: "Model"):
-        self.model = model
-        self.seconds = 0.0
+        self.model: Model = model
+        self.seconds: float = 0.0
         self._executables = executables(model.family, model.config)
         self._weights = signature(model.weights)  # once: there are hundreds of arrays
 

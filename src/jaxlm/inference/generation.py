@@ -213,13 +213,17 @@ class Detokenization:
     """Turns the tokens of one request into chunks of text."""
 
     def __init__(self, steps: CompiledSteps, index: int, request: engine.Request):
-        self.steps, model = steps, steps.model
-        self.index, self.request = index, request
+        self.steps: CompiledSteps = steps
+        self.index: int = index
+        self.request: engine.Request = request
+        model = steps.model
         stop = request.options.stop or ()
-        self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
+        self.text: TextStream | None = (
+            None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
+        )
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
-        self.compiled = [steps.seconds] * 2  # at the start of the request, and at its first token
+        self.compiled: list[float] = [steps.seconds] * 2  # at the start of the request, and at its first token
 
     def add(self, token: engine.Token) -> CompletionChunk | None:
         """The chunk of text that this token completes; None while its text may still change."""

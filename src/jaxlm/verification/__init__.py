@@ -22,10 +22,12 @@ from typing import Any
 
 import jax
 
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.loading import Resolved, placement, spread
+from jaxlm.model import Model
 from jaxlm.nn import params
 from jaxlm.verification import ours, recordings
-from jaxlm.verification.checks import Check, compare, compare_places
+from jaxlm.verification.checks import Check, compare, compare_meshes
 from jaxlm.verification.probes import Probes, Trace, probes_for
 from jaxlm.verification.report import Report
 from jaxlm.verification.torch_models import RUNS
@@ -34,48 +36,54 @@ __all__ = ["Check", "Report", "verify"]
 
 
 def verify(
-    model: Any,
+    model: str | Path | ModelSource | Model,
     against: str | Sequence[str] | None = None,
     *,
     record: str | Path | None = None,
     dtype: str = "float32",
     mesh: Any = None,
     progress: Callable[[str], None] = lambda what: None,
-    **options: Any,
+    **fields: Any,
 ) -> Report:
-    """Compares a model with references and with itself; see the module's docstring for what is compared.
+    """Compares a model with reference implementations and with itself. The module's docstring lists what is compared.
 
-    model: what `load` takes, or a Model (then two models share memory while a reference runs). against:
-    "transformers", "meta", a file that `record` wrote, "self", or several; the default is transformers where torch is
-    installed and the checkpoint is at hand, else "self". record: a file for the answers of the first reference. dtype:
-    of jaxlm's weights; float32 proves the mathematics, another type is held against the reference's own error in that
-    type. mesh: as `load` takes it; the model then runs there too, and is held against itself on one device. progress
-    hears what is being done. options go to `load`. Raises what `load` raises, and ValueError for a reference that
-    cannot run.
+    Args:
+        model: hub id, folder, ModelSource or Model. A Model stays in memory while a reference runs.
+        against: "transformers", "meta", the path of a recording (`record`), "self", or several of them. Default:
+            transformers if torch is installed and the checkpoint's files are available, else "self".
+        record: file to write the answers of the first reference to.
+        dtype: type of jaxlm's weights. float32 proves the mathematics; in another type the tolerance is a multiple of
+            the reference's own error in that type.
+        mesh: as in `load`. The model also runs sharded over it, and is compared with itself on one device.
+        progress: called with what is being done.
+        **fields: fields of ModelSource, for a `model` that is a name.
+
+    Raises:
+        ValueError, OSError, MemoryError: as `load`; ValueError for a reference that cannot run.
     """
-    subject = ours.subject_of(model, options)
+    source = model if isinstance(model, Model) else ModelSource.of(model, **fields)
+    subject = ours.subject_of(source)
     if mesh is not None:
-        _require(mesh, subject.config)
+        _require_several_devices(mesh, subject.config)
     names = _references(against, subject)
     if record is not None and names[0] not in RUNS:
-        raise ValueError("--record writes down a reference that runs: name transformers or meta with --against")
+        raise ValueError("--record needs a reference that runs: add --against transformers or --against meta")
     if record is not None and not Path(record).absolute().parent.is_dir():
         raise FileNotFoundError(f"--record {record}: there is no folder {Path(record).absolute().parent}")
-    probes, traces = _answers(names, subject, ours.dtype_of(model, dtype), progress)
+    probes, traces = _answers(names, subject, ours.dtype_of(source, dtype), progress)
     if record is not None:
         recordings.write(record, probes, traces[0], subject.config)
     progress("running jaxlm …")
-    alone = {} if mesh is None else {"device": jax.local_devices()[0]}
-    one = ours.loaded(model, dtype, options | alone)
+    one = ours.loaded(source, dtype, None if mesh is None else jax.local_devices()[0])
     report = compare(one, probes, traces)
     if mesh is not None:
         progress(f"running jaxlm on {mesh} …")
-        compare_places(report, one, spread(one, mesh), probes)
+        compare_meshes(report, one, spread(one, mesh), probes)
     return report
 
 
-def _require(mesh: Any, cfg: Any) -> None:
-    """Refuses, before minutes of work, a mesh that cannot be or on which there is nothing to compare."""
+def _require_several_devices(mesh: Any, cfg: Any) -> None:
+    """ValueError, before minutes of work, for a mesh that is invalid or has a single device."""
     row = params.TensorSpec("embed", "VD", (cfg.V, cfg.D), (), ())
     if len(placement(cfg, mesh, None)(row).device_set) == 1:
         raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")

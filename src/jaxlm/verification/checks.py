@@ -62,7 +62,7 @@ def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report
     return report
 
 
-def compare_places(report: Report, one: Any, spread: Any, probes: Probes) -> None:
+def compare_meshes(report: Report, one: Any, spread: Any, probes: Probes) -> None:
     """Adds what a model computes on a mesh, held against what it computes on one device."""
     alone, there = ours.trace(one, probes, None), ours.trace(spread, probes, None)
     rows, devices = spread.mesh.shape["data"], spread.mesh.size

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import loading
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh
 from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.model import Model
@@ -18,17 +19,17 @@ ROPES = ("rope", "local_rope")  # the config's fields that hold one
 CACHED = 480  # positions of a cached probe without windows: a cache for it must be cheap
 
 
-def subject_of(model: Any, options: dict[str, Any]) -> loading.Resolved:
+def subject_of(model: Model | ModelSource) -> loading.Resolved:
     """What is known of a model before its weights are read."""
     if isinstance(model, Model):
         checkpoint: Any = model.checkpoint  # None where there is none, which only references mind
         return loading.Resolved(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
-    return loading.resolve(model, **options)
+    return loading.resolve(model)
 
 
-def loaded(model: Any, dtype: str, options: dict[str, Any]) -> Model:
-    """The model itself, read now unless it was given."""
-    return model if isinstance(model, Model) else loading.load(model, dtype=dtype, **options)
+def loaded(model: Model | ModelSource, dtype: str, device: Any = None) -> Model:
+    """The model, read from its source if it is not in memory yet."""
+    return model if isinstance(model, Model) else loading.load(model, dtype=dtype, device=device)
 
 
 def dtype_of(model: Any, dtype: str) -> str:
