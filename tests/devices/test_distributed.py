@@ -1,5 +1,4 @@
-"""Multi-process runs on loopback: two processes of four virtual devices each load, generate, export and end
-together."""
+"""Multi-process runs: two processes of four virtual devices each, on loopback, load, generate and export as one."""
 
 import json
 import os

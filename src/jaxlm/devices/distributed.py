@@ -106,21 +106,21 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(_rows(padded), lengths)]
 
 
-def _rows(mine: Any) -> Any:
-    """The array [n] of each process as the rows of one [processes, n], in all of them."""
+def _rows(local: Any) -> Any:
+    """All-gather of arrays: the array [n] of each process as a row of [processes,n]."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
-    divided = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), mine[None])
+    sharded = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), local[None])
     with jax.set_mesh(mesh):
-        whole = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(divided)
-    return np.asarray(whole.addressable_data(0))
+        replicated = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(sharded)
+    return np.asarray(replicated.addressable_data(0))
 
 
-def _same(x: Any) -> Any:
+def _identity(x: Any) -> Any:
     return x
 
 

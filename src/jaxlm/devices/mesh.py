@@ -105,7 +105,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def traced(x: Any) -> bool:
-    """Whether an array is a tracer: it has no devices yet."""
+    """Whether x is a tracer, which has no sharding, rather than an array."""
     return not hasattr(x, "sharding")
 
 
