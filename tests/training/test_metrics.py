@@ -32,7 +32,7 @@ def test_a_spoiled_line_is_named(spoiled, tmp_path) -> None:
     before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + spoiled + b'\n{"step": 4, "loss": 1.0}\n'
     path.write_bytes(before)
     for look in (metrics.read, lambda path: metrics.Lines(path, 4)):
-        with pytest.raises(ValueError, match=rf"^{path}:3 is damaged: take the line away$"):
+        with pytest.raises(ValueError, match=rf"^{path}:3 is damaged"):
             look(path)
     assert path.read_bytes() == before
 

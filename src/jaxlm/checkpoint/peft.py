@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.checkpoint import hf
 from jaxlm.checkpoint import writer as files
+from jaxlm.checkpoint.atomic import staged
 from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS, Settings, read_settings
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, listed, read_header
@@ -184,7 +185,7 @@ def write(
     out = Path(os.path.realpath(os.path.expanduser(out)))
     check = partial(files.check_target, out, (), force, {CONFIG}, "an adapter")
     check()
-    with files.staged(out, sum(entry.nbytes for entry in entries) + (1 << 20), force, check) as folder:
+    with staged(out, sum(entry.nbytes for entry in entries) + (1 << 20), force, check) as folder:
         files.write_json(folder / CONFIG, config)
         files.write_safetensors(folder / WEIGHTS, entries, lambda nbytes: None)
 

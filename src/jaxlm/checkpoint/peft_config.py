@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import quoted, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,11 +64,9 @@ def read_settings(folder: Path, allow: Collection[str] = ()) -> Settings:
     """adapter_config.json, checked; `allow`: names of unknown fields that may pass. ValueError names the file."""
     path = folder / CONFIG
     raw = read_json(path)
-    try:
+    with explain_errors(str(path)):
         _check(raw, allow)
         return _settings(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _check(raw: dict[str, Any], allow: Collection[str]) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxlm.checkpoint.errors import explain_errors
+
 SLICE = 8 << 20  # bytes read at a time
 HEADER = 100_000_000  # bytes: the format's limit
 NAME = 100  # characters of a name that a message shows
@@ -41,10 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or a ValueError that names the file."""
     with _named(path):
         data = path.read_bytes()
-    try:
+    with explain_errors(f"{path} is not valid JSON", "download it again", (ValueError, RecursionError)):
         value = _parse(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, not a {type(value).__name__}: download it again")
     return value
@@ -91,10 +91,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if size < 8 or length > min(size - 8, HEADER):
             raise broken(f"its header should have {length:,} bytes, the file has {size:,}" if first else "it is empty")
         data = file.read(length)
-    try:
+    damaged = f"{path} is truncated or corrupt: its header is not JSON"
+    with explain_errors(damaged, "download it again", (ValueError, RecursionError)):
         header = _parse(data)
-    except (ValueError, RecursionError) as error:
-        raise broken(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise broken("its header is no table")
     header.pop("__metadata__", None)

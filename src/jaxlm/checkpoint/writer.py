@@ -4,14 +4,9 @@ A tensor is an `Entry`: what a file's header says of it, and a function that giv
 than a slice in memory beside the arrays that are written.
 """
 
-import errno
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +17,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint.download import count_bytes
 from jaxlm.checkpoint.hf import pieces_of, read_block
 from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
@@ -31,7 +25,6 @@ SLICE = 8 << 20  # bytes taken from an array at a time
 SPREAD = 2 << 20  # the same of an array on several devices: each of them makes a wider copy
 SHARD = 5 * 10**9  # bytes of a file at most, unless one tensor alone is larger
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-_ROOM = "free some, or choose a folder on another disk"
 
 
 class Entry(NamedTuple):
@@ -205,70 +198,6 @@ def check_target(
         raise FileExistsError(f"{out} is in use and not {what}, it holds {listed(names)}: choose another folder")
     if not force:
         raise FileExistsError(f"{out} is {what} already: --force (force=True) replaces all of the folder")
-
-
-@contextmanager
-def staged(out: Path, needed: int, replace: bool, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A hidden folder beside `out`, on the same file system. When the block ends its files are flushed to the disk and
-    it takes the name; when the block fails it is removed. `check` may refuse at the last moment: writing takes long,
-    and `out` may be another one by then. OSError where the disk lacks the `needed` bytes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _require_room(out, needed)
-    made = _beside(out, "partial")
-    try:
-        made.mkdir()
-        yield made
-        for path in (*made.rglob("*"), made):
-            _flush(path)
-        check()
-        _take_name(made, out, replace)
-    except BaseException as error:
-        shutil.rmtree(made, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"the disk of {out.parent} is full, nothing was left on it: {_ROOM}") from error
-        raise
-
-
-def _beside(out: Path, what: str) -> Path:
-    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{what}")
-
-
-def _require_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if 0 < free < needed:  # some network file systems say 0 and mean that they do not know
-        names = (path.name for path in out.parent.iterdir())
-        left = [name for name in names if name.startswith(f".{out.name}.") and name.endswith(".partial")]
-        killed = f"; an export that was killed left {listed(left)} there" if left else ""
-        needs = f"{out} needs {count_bytes(needed)} and its disk has {count_bytes(free)} free"
-        raise OSError(f"{needs}: {_ROOM}{killed}")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _take_name(made: Path, out: Path, replace: bool) -> None:
-    """Renames; what stands there makes way only for a moment, and comes back where anything fails or interrupts."""
-    old = _beside(out, "old")
-    try:
-        if replace and out.exists():
-            os.rename(out, old)
-        os.rename(made, out)  # over an empty folder too, and an OSError over any other
-        _flush(out.parent)
-    except BaseException:
-        if old.exists() and not made.exists():  # it has the name already
-            os.rename(out, made)
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def gather_rows(x: jax.Array, begin: int, count: int) -> np.ndarray:

@@ -5,12 +5,14 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
@@ -93,12 +95,10 @@ class Generate(SamplingFlags, ModelFlags):
         """The token ids of a prompt; ValueError for what cannot be one, with the place in the file."""
         from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
-        try:
+        with explain_errors(where) if where else nullcontext():
             ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)
             resolve_max_tokens(model, ids, self.max_tokens)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}" if where else str(error)) from None
-        return ids
+            return ids
 
 
 def usage(text: str) -> NoReturn:
@@ -109,22 +109,16 @@ def usage(text: str) -> NoReturn:
 
 def read_prompts(path: Path) -> list[tuple[str, Any]]:
     """The lines of a JSONL file, each with its place; ValueError names the first bad one."""
-    hint = "--prompts takes a file of JSON values, one a line"
-    try:
+    hint = "--prompts takes a UTF-8 file of JSON values, one per line"
+    with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 too
-    except OSError as error:
-        raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): {hint}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
+        with explain_errors(f"{where} is not JSON"):
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
         if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
             (value,) = value.values()
         if not value or not isinstance(value, str | list):

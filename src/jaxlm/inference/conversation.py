@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
 from jaxlm.inference.generation import CompletionChunk
@@ -122,28 +124,24 @@ class Conversation:
             "options": _given(self.options),
             "template_args": self.template_args,
         }
-        try:
-            Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            hint = "name a file in a folder that is there and may be written to"
-            raise type(error)(f"{path} cannot be written ({error.strerror}): {hint}") from None
+        with explain_errors(f"{path} cannot be written", "choose a file in a folder that can be written to", OSError):
+            write_atomically(Path(path), json.dumps(state, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: str | Path) -> None:
         """Goes on with a conversation written by `save`, of this model or another. ValueError or OSError names a bad
         file."""
-        try:
-            state = json.loads(Path(path).read_text("utf-8"))
+        hint = "choose a file that /save (Conversation.save) wrote"
+        invalid = (ValueError, TypeError, KeyError, AttributeError)
+        with explain_errors(f"{path} cannot be read", hint, OSError):
+            text = Path(path).read_bytes()
+        with explain_errors(f"{path} is no conversation", hint, invalid):
+            state = json.loads(text.decode("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
             options = {"logit_bias": None, **state.get("options", {})}
             if options["logit_bias"]:  # the keys of JSON objects are texts
                 options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
             options = from_kwargs(**options)
             template_args = dict(state.get("template_args") or {})
-        except OSError as error:
-            hint = "name a file that /save (Conversation.save) wrote"
-            raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no conversation that jaxlm saved ({error!r})") from None
         self.reset()
         self.messages, self.options, self.template_args = messages, options, template_args
         self.system = state.get("system")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+from jaxlm.checkpoint.errors import explain_errors
+
 # Where neither the user nor the model says anything. transformers would add top_k=50 whenever it samples.
 DEFAULTS = {
     "top_k": 0,
@@ -82,10 +84,8 @@ class SamplingParams:
         model["temperature"] = given.get("temperature", 1.0) if given.get("do_sample") or self._samples() else 0.0
         model["max_tokens"] = given.get("max_new_tokens")
         model["stop"] = given.get("stop_strings", ())
-        try:
+        with explain_errors("the model's generation_config.json is invalid", "set the parameter yourself"):
             return replace(self, **{k: v for k, v in model.items() if getattr(self, k) is None}).validate()
-        except ValueError as error:
-            raise ValueError(f"in the model's generation_config.json, {error}; give a value of your own") from None
 
     def _samples(self) -> bool:
         """Whether the user asks for something that only sampling can do."""

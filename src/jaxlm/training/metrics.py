@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
+
 Line = dict[str, Any]
 
 
@@ -20,9 +23,7 @@ class Lines:
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         found = _parsed(path, [row for row in rows if row.endswith(b"\n")])  # that were written to their end
         self.kept = [line for line in found if line["step"] < begin or (line["step"] == begin and "loss" in line)]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        beside.replace(path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, line: Line) -> None:
         with open(self.path, "a") as file:
@@ -37,11 +38,9 @@ def read(path: Path) -> list[Line]:
 def _parsed(path: Path, rows: list[bytes]) -> list[Line]:
     found = []
     for number, row in enumerate(rows, 1):
-        try:
+        with explain_errors(f"{path}:{number} is damaged", "delete the line", (ValueError, TypeError, LookupError)):
             found.append(json.loads(row))
             found[-1]["step"]
-        except (ValueError, TypeError, LookupError):
-            raise ValueError(f"{path}:{number} is damaged: take the line away") from None
     return found
 
 
@@ -91,10 +90,8 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 def require(names: tuple[str, ...]) -> None:
     """ValueError where the package of a service is missing."""
     for name in names:
-        try:
+        with explain_missing_package(f"--report {name}", f"jaxlm[{name}]", PACKAGES[name]):
             importlib.import_module(PACKAGES[name])
-        except ImportError:
-            raise ValueError(f"--report {name} needs {PACKAGES[name]}: pip install 'jaxlm[{name}]'") from None
 
 
 def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first: int = 0) -> list[Any]:

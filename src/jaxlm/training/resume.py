@@ -5,12 +5,13 @@ A checkpoint appears under its number when it is whole; one that was being writt
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import distributed
 from jaxlm.training.config import to_dict
 from jaxlm.training.setup import Setup
@@ -150,10 +151,9 @@ def _changes(folder: Path, told: dict[str, Any], contents: dict[str, str]) -> di
     for name, now in (("run.json", told), ("contents.json", contents)):
         path = folder / name
         if path.exists():
-            try:
+            # ValueError: no JSON; AttributeError: no names and values.
+            with explain_errors(f"{path} is damaged", "delete it to resume unchecked", (ValueError, AttributeError)):
                 before = flat(json.loads(path.read_text()))
-            except (ValueError, AttributeError):  # no JSON, or no names and values
-                raise ValueError(f"{path} is damaged: take it away, and the run goes on unchecked") from None
             found |= {key: before[key] for key, value in now.items() if key in before and before[key] != value}
     return found
 
@@ -177,6 +177,4 @@ def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 def write(path: Path, value: Any) -> None:
     """A JSON file, whole or not there."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
