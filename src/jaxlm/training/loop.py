@@ -79,8 +79,8 @@ def finish(setup: Setup, state: step.State) -> Path:
             "dropout": run.lora.dropout,
             "writes": distributed.is_coordinator(),
         }
-        seeing = "text_config" in setup.raw
-        peft.write(made, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **how)
+        has_vision = "text_config" in setup.raw
+        peft.write(made, params.unstack(state.weights), table, setup.config, has_vision=has_vision, force=True, **how)
         distributed.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw
