@@ -1,4 +1,4 @@
-"""What the benchmarks share: random-weight checkpoints of known shapes, and this machine's ceilings."""
+"""Shared by the benchmarks: checkpoints with random weights of known shapes, and the limits of this machine."""
 
 import json
 import tempfile
@@ -29,7 +29,7 @@ SHAPES = {"Qwen3-0.6B": QWEN3_06B, "tiny": {**QWEN3_06B, "num_hidden_layers": 2,
 
 
 def checkpoint(shape: str) -> Path:
-    """A folder with random bfloat16 weights of a shape; made once in the temporary folder."""
+    """Returns a checkpoint folder with random bfloat16 weights of a shape. It is made once, in the temporary folder."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -59,7 +59,7 @@ def checkpoint(shape: str) -> Path:
 
 
 def read_rate(seconds: float = 1.0) -> float:
-    """Bytes a second at which all cores together read memory: the ceiling of decoding, in this run."""
+    """Bytes per second at which all cores together read memory: the limit of decoding, measured in this run."""
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,7 @@ def read_rate(seconds: float = 1.0) -> float:
 
 
 def matmul_rate(dtype: str = "float32") -> float:
-    """FLOP/s of a large square product: the ceiling of prefill, in this run."""
+    """FLOP/s of a large square matrix product: the limit of prefill, measured in this run."""
     import jax
     import jax.numpy as jnp
 

@@ -1,11 +1,11 @@
-"""Decode speed beside transformers, on the same weights, in one run.
+"""Decode speed compared with transformers, on the same weights, in one run.
 
     python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32] [--tokens 48] [--batch 1] [--rounds 2]
 
-Rounds alternate between the contestants, so that a noisy machine is noisy for all; the best round counts. The limit is
-this run's memory read rate over the bytes of a step: every weight once (a tied embedding is the head) and the cache.
-transformers runs where torch is installed (extra `oracle`): float32, bfloat16, and with --compile a compiled static
-cache.
+Rounds alternate between the implementations, so that noise of the machine affects all of them. The best round counts.
+The limit is this run's memory read rate divided by the bytes of a step: every weight once (a tied embedding is the
+head) and the KV cache. transformers runs if torch is installed (extra `oracle`): float32, bfloat16, and with --compile
+a compiled static cache.
 """
 
 import argparse
@@ -26,14 +26,14 @@ parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
-parser.add_argument("--torch-python", help="an interpreter that has torch, where this one has none")
-parser.add_argument("--theirs", action="store_true", help="run transformers alone and print its speeds as JSON")
+parser.add_argument("--torch-python", help="an interpreter with torch, if this one has none")
+parser.add_argument("--theirs", action="store_true", help="run transformers only and print its speeds as JSON")
 args = parser.parse_args()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def ours(dtype: str):
-    """-> (name, bytes a step, run): run gives tokens a second."""
+    """Returns (name, bytes per step, run). `run` returns tokens per second."""
     import jaxlm
     from jaxlm.inference.memory import kv_bytes
     from jaxlm.nn import params
@@ -91,7 +91,7 @@ def rivals() -> list:
 
 
 def elsewhere() -> dict[str, float]:
-    """transformers' speeds from the interpreter that has torch."""
+    """The speeds of transformers, from the interpreter that has torch."""
     flags = [
         "--shape",
         args.shape,
@@ -127,7 +127,7 @@ import jax  # noqa: E402
 print(f"{args.shape}, batch {args.batch}, prompt {args.prompt}, {args.tokens} tokens, jax {jax.__version__}, "
       f"{jax.devices()[0].device_kind}, memory read {rate / 1e9:.0f} GB/s")  # fmt: skip
 strongest = max((best[name] for name, *_ in contestants if name.startswith("transformers")), default=0.0)
-print("| | tokens/s | limit | of the limit | against the best transformers |\n| --- | --- | --- | --- | --- |")
+print("| | tokens/s | limit | of limit | vs. fastest transformers |\n| --- | --- | --- | --- | --- |")
 for name, step, _ in contestants:
     limit = args.batch * rate / step if step else 0.0
     share = f"{limit:.0f} | {best[name] / limit:.0%}" if step else " | "

@@ -1,11 +1,11 @@
-"""What fits where, by arithmetic: no compiler, no device. The tables of docs/scaling.md.
+"""Which models fit on which devices, by arithmetic: no compiler, no device. The tables of docs/scaling.md.
 
     python benchmarks/fits.py
 
-A device holds its share of the weights (bfloat16) and of the cache. A row of S tokens takes 2 K H S numbers a layer (of
-a sliding layer the window instead of S), divided by the devices over which kv heads lie. While rows decode, new ones
-are prefilled in a cache of their own, so at worst every row has two; a tenth of the memory is left for temporaries,
-programs and what the runtime keeps.
+A device holds its shard of the weights (bfloat16) and of the KV cache. A row of S tokens takes 2 K H S values per layer
+(the window instead of S for a sliding layer), divided by the number of devices that kv heads are sharded over. While
+rows decode, new ones are prefilled into a cache of their own. So in the worst case every row has two caches. A tenth of
+the memory is left for temporaries, programs and the runtime.
 """
 
 import math
@@ -31,7 +31,7 @@ CONTEXT, LEFT = 8192, 0.9
 
 
 def setting(name: str, count: int, wide: int | None = None) -> Setting:
-    """So many devices, `wide` of them along `model`, without more said the default."""
+    """`count` devices, `wide` of them on `model`. The default is the default mesh."""
     family = models.family_of(MODELS[name]["model_type"])
     cfg = family.Config.from_hf(MODELS[name])
     sizes = {mesh.DATA: count // wide, mesh.MODEL: wide} if wide else topology.default({"N": cfg.N, "F": cfg.F}, count)
@@ -40,7 +40,7 @@ def setting(name: str, count: int, wide: int | None = None) -> Setting:
 
 
 def cell(name: str, chip: str, count: int, wide: int | None = None) -> str:
-    """GB of weights on a device, and how many rows of CONTEXT tokens fit on all of them."""
+    """GB of weights per device, and the number of rows of CONTEXT tokens that fit on all devices."""
     where = setting(name, count, wide)
     held, row = share(weights(where)), share(cache(where, CONTEXT, 1))
     rows = math.floor((LEFT * CHIPS[chip].hbm - held) / (2 * row)) * where.batch
@@ -62,7 +62,7 @@ def sizes(name: str) -> list[str]:
 
 
 def main() -> None:
-    heads = ("parameters", "weights, GB", "a row of 8,192 tokens, GB", "each token more, kB")
+    heads = ("parameters", "weights, GB", "KV cache of 8,192 tokens, GB", "KV cache per further token, kB")
     table("", heads, ((name, sizes(name)) for name in ORDER))
     for chip, counts in COUNTS.items():
         rows = ((name, [cell(name, chip, count) for count in counts]) for name in ORDER)

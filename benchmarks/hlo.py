@@ -23,13 +23,19 @@ WIDTH = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 
 
 class Collective(NamedTuple):
-    """One collective on the way through a program. tensors: what each device holds of its results, as (type, shape);
-    groups: devices that exchange, by their place in the mesh, None where the text could not be read."""
+    """One collective of a program.
+
+    Attributes:
+        kind: one of KINDS.
+        tensors: each device's part of the results, as (type, shape).
+        groups: the devices that communicate, by their index in the mesh; None if the text could not be parsed.
+        conditional: whether it is inside a branch, so that not every run meets it.
+    """
 
     kind: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     groups: tuple[tuple[int, ...], ...] | None
-    conditional: bool  # within a branch, so not on every way
+    conditional: bool
 
     @property
     def nbytes(self) -> int:
@@ -46,15 +52,22 @@ class Instruction(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that a run of the program can meet. What a computation does counts at each of its calls (an
-    asynchronous start, a fusion, a branch); the body of a loop counts once, however often it runs."""
+    """Every collective that a run of the program can meet.
+
+    A computation counts at each of its calls (an asynchronous start, a fusion, a branch). The body of a loop counts
+    once.
+    """
     computations, entry = parse(text)
     return list(_walk(computations, entry, False, _partitions(text)))
 
 
 class Met(NamedTuple):
-    """A collective as a run of the program meets it. loops: the bodies of the loops around it, the outermost first;
-    times: how often they run it."""
+    """A collective as a run of the program meets it.
+
+    Attributes:
+        loops: the bodies of the loops around it, outermost first.
+        times: how often these loops run it.
+    """
 
     collective: Collective
     loops: tuple[str, ...]
@@ -62,11 +75,12 @@ class Met(NamedTuple):
 
 
 def met(text: str) -> list[Met]:
-    """Every collective of a program with the loops around it.
+    """Every collective of a program, with the loops around it.
 
-    TPUs run some beside other work: a start, steps (also of a loop within) and an end each name the collective, and a
-    channel counts once. A reduce-scatter is there mostly a fusion of a sum with the slice that a device keeps; it is
-    given as what it is. The tensors of a reduce-scatter are here those that are summed, whole.
+    TPUs run some collectives asynchronously: a start, steps (also in an inner loop) and an end each name the
+    collective, so each channel counts once. There, a reduce-scatter is mostly a fusion of an all-reduce with the slice
+    that a device keeps; it is returned as a reduce-scatter. The tensors of a reduce-scatter are the whole ones that are
+    summed.
     """
     computations, entry = parse(text)
     seen: set[tuple[tuple[str, ...], str, str]] = set()
@@ -106,20 +120,20 @@ def _whole(kind: str, step: Instruction, devices: int) -> Collective:
 
 
 def _fused(steps: list[Instruction], devices: int) -> Collective:
-    """The reduce-scatter that a fusion stands for; within, its operands may be padded."""
+    """The reduce-scatter that a fusion implements. Its operands may be padded inside."""
     tensors = tuple(tensor for step in steps if step.op == "parameter" for tensor in _tensors(step.shape))
     groups = next(_groups(step.rest, devices) for step in steps if step.op == "all-reduce")
     return Collective("reduce-scatter", tensors, groups, False)
 
 
 def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
-    """How often a loop runs: scans count to a constant."""
+    """The number of iterations of a loop: scans count to a constant."""
     found = [re.match(r"(\d+)\)", step.rest) for step in computations[condition] if step.op == "constant"]
     return max((int(number[1]) for number in found if number), default=1)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation, and the name of the one that a run begins with."""
+    """The instructions of every computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {"": []}
     entry, name = "", ""
     for line in text.splitlines():
@@ -130,7 +144,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)", line):
             computations[name].append(Instruction(*found.groups()))  # no shape has a name between space and bracket
     if not entry:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        raise ValueError("not the text of a compiled program: it has no ENTRY")
     return computations, entry
 
 
@@ -168,7 +182,7 @@ def _partitions(text: str) -> int:
 
 
 def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...] | None:
-    """Groups from any of XLA's notations: lists and pairs, an iota that is transposed, axes of a mesh."""
+    """Device groups from any of XLA's notations: lists and pairs, a transposed iota, axes of a mesh."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", rest):
         lists = json.loads("[" + (found[1] or "").replace("{", "[").replace("}", "]") + "]")
         return tuple(map(tuple, lists)) or (tuple(range(devices)),)
@@ -191,8 +205,8 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 
 def _along(ids: np.ndarray, sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> np.ndarray:
-    """Devices that differ along these axes of a mesh alone, a group each row. An axis is named whole, or a part of it:
-    what lies outside that part, and its size."""
+    """Groups of devices that differ along these axes of a mesh only, one group per row. An axis is given whole, or as a
+    part of it: the size before that part, and its size."""
     dims, within = [], []
     for name, size in sizes.items():
         parts = [(int(pre or 1), int(pre or 1) * int(n or size)) for axis, pre, n in axes if axis == name]

@@ -1,15 +1,19 @@
-"""Loading a checkpoint: peak resident memory against the weights, and speed against a plain read of the same files.
+"""Loading a checkpoint: peak resident memory compared with the weights, speed compared with a plain read of the files.
 
     python benchmarks/load.py [--format hf] [--layers 28] [--vocabulary 151936] [--folder DIR]
 
-Writes checkpoints with random weights (the shape of Qwen3-0.6B: 1.2 GB in bfloat16, 2.4 GB in float32; with --format
-meta a Llama of that width in two shards of Meta's form: 1.3 GB and 2.6 GB) into a temporary folder, or takes those that
-an earlier run left in --folder, and loads each in a fresh process on the CPU. Memory is what comes on top of the peak
-after `import jaxlm, jax`; the bound is 1.1 x weights + 400 MB. Speeds are bytes of the files over seconds, the best of
-three in turn with plain reads; warm (the files in the page cache) and cold (dropped from it before each; the host of a
-virtual machine may still hold them). "read" fills one buffer again and again; "into fresh memory" keeps what it reads,
-which is the least that a loader does (a conversion to a wider type touches twice as much). Exit status 1 if the bound
-is broken.
+Writes checkpoints with random weights into a temporary folder, or uses those that an earlier run left in --folder: the
+shape of Qwen3-0.6B (1.2 GB in bfloat16, 2.4 GB in float32), or with --format meta a Llama of that width in two shards
+of Meta's format (1.3 GB and 2.6 GB). Each is loaded in a fresh process on the CPU.
+
+Memory is the increase over the peak after `import jaxlm, jax`. The bound is 1.1 x weights + 400 MB.
+
+Speeds are bytes of the files per second, the best of three, in turn with plain reads. "warm": the files are in the page
+cache. "cold": they are dropped from it before each load (the host of a virtual machine may still cache them). "read"
+fills one buffer again and again. "into fresh memory" keeps what it reads, which is the least that a loader does (a
+conversion to a wider type touches twice as much).
+
+Exit status 1 if a bound is exceeded.
 """
 
 import argparse
@@ -29,7 +33,7 @@ BUFFER = 8 << 20
 
 
 def shape(layers: int, vocabulary: int) -> dict:
-    """config.json of a Qwen3 as wide as the 0.6B."""
+    """The config.json of a Qwen3 with the width of the 0.6B."""
     return {
         "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": 1024, "intermediate_size": 3072,
         "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -74,7 +78,7 @@ def make(folder: Path, dtype: str, layers: int, vocabulary: int, shard: int = 25
 
 
 def make_meta(folder: Path, dtype: str, layers: int, vocabulary: int, shards: int = 2) -> None:
-    """Writes a checkpoint of random weights in the form of Meta's originals."""
+    """Writes a checkpoint of random weights in Meta's original format."""
     import ml_dtypes
     import numpy as np
 
@@ -118,7 +122,7 @@ def status() -> dict[str, int]:
 
 
 class Sampler(threading.Thread):
-    """The highest RssAnon and RssFile seen; the kernel keeps a peak of their sum alone."""
+    """Samples the peaks of RssAnon and RssFile. The kernel records only the peak of their sum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -132,7 +136,7 @@ class Sampler(threading.Thread):
 
 
 def child(folder: Path, dtype: str, speed: bool) -> dict[str, float]:
-    """One load; then, if asked, speeds. Runs in a process that has done nothing else."""
+    """Loads once and, if `speed`, measures speeds. Runs in a process that has done nothing else."""
     import jax
 
     import jaxlm
@@ -157,7 +161,7 @@ def child(folder: Path, dtype: str, speed: bool) -> dict[str, float]:
 
 
 def speeds(folder: Path, dtype: str, repeats: int = 3) -> dict[str, float]:
-    """Bytes of the files over the seconds of loads and plain reads, taken in turn; the best of each."""
+    """Bytes of the files per second for loads and plain reads, in turn. The best of each."""
     import numpy as np
 
     import jaxlm
@@ -200,7 +204,7 @@ def speeds(folder: Path, dtype: str, repeats: int = 3) -> dict[str, float]:
 
 
 def drop(files: list[Path]) -> None:
-    """Takes files out of the page cache."""
+    """Drops files from the page cache."""
     for path in files:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -216,7 +220,7 @@ def measure(folder: Path, dtype: str, speed: bool = True) -> dict[str, float]:
 def report(stored: str, dtype: str, r: dict[str, float]) -> bool:
     factor, constant = BOUND
     bound = factor * r["weights"] + constant
-    verdict = f"bound {bound / 1e9:.2f} GB: {'kept' if r['peak'] <= bound else 'BROKEN'}"
+    verdict = f"bound {bound / 1e9:.2f} GB: {'ok' if r['peak'] <= bound else 'EXCEEDED'}"
     print(f"\n{stored} -> {dtype}: weights {r['weights'] / 1e9:.2f} GB")
     print(
         f"  peak {r['peak'] / 1e9:.2f} GB = {r['peak'] / r['weights']:.3f} x weights "

@@ -1,11 +1,11 @@
-"""Loading into shards and exporting from them: the memory of each of two processes against its share of the weights.
+"""Loading into shards and exporting from them: the memory of each of two processes compared with its shard.
 
     python benchmarks/load_shards.py [--format hf] [--layers 28] [--vocabulary 151936] [--folder DIR]
 
 Two processes of four virtual CPU devices each load one checkpoint (those of benchmarks/load.py) over `model=8`, then
-export it. Each process's share is what its devices hold, counted once where they hold the same; the bound of its peak
-resident memory, over that after the import, is 1.1 x share + 400 MB, for loading and for the export after it. "read" is
-what the process asked of its files. Exit status 1 if a bound is broken.
+export it. A process's shard is what its devices hold, with replicas counted once. The bound for its peak resident
+memory, above that after the import, is 1.1 x shard + 400 MB, for loading and for the export after it. "read" is the
+number of bytes that the process read from files. Exit status 1 if a bound is exceeded.
 """
 
 import argparse
@@ -46,12 +46,12 @@ def child(folder: Path, out: Path, port: int, index: int) -> dict[str, float]:
 
 
 def share(leaf) -> int:
-    """Bytes of an array's different parts on this process's devices."""
+    """Bytes of an array's distinct shards on this process's devices."""
     return sum({str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}.values())
 
 
 def asked() -> int:
-    """Bytes that this process has read."""
+    """Bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -68,7 +68,7 @@ def run(folder: Path, out: Path) -> list[dict[str, float]]:
         started.append((file, subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)))
     failed = [process.wait() for _, process in started]
     if any(failed):
-        raise SystemExit(f"the processes ended with {failed}")
+        raise SystemExit(f"the processes exited with {failed}")
     return [json.loads(file.read_text()) for file, _ in started]
 
 
@@ -94,9 +94,9 @@ def main() -> int:
         for index, r in enumerate(run(folder, Path(temporary) / "out")):
             bound = BOUND[0] * r["share"] + BOUND[1]
             weights, part, read = (r[name] / 1e9 for name in ("weights", "share", "read"))
-            print(f"process {index}: weights {weights:.2f} GB, share {part:.2f}, read {read:.2f}")
+            print(f"process {index}: weights {weights:.2f} GB, shard {part:.2f}, read {read:.2f}")
             for what in ("load", "export"):
-                verdict = "kept" if r[what] <= bound else "BROKEN"
+                verdict = "ok" if r[what] <= bound else "EXCEEDED"
                 print(f"  peak of {what} {r[what] / 1e9:.2f} GB; bound {bound / 1e9:.2f} GB: {verdict}")
                 kept &= r[what] <= bound
     return 0 if kept else 1

@@ -1,9 +1,10 @@
-"""Prefill speed beside transformers, on the same weights, in one run.
+"""Prefill speed compared with transformers, on the same weights, in one run.
 
     python benchmarks/prefill.py [--shape Qwen3-0.6B] [--lengths 128 512] [--rounds 3]
 
-Tokens/s of a prompt until its first token is there. The limit is this run's matrix product rate (float32) over the
-FLOPs of a token: 2 a weight of the layers, and attention's 2 L N H T (causal, products with k and v).
+Tokens/s are those of the prompt, until its first token is sampled. The limit is this run's matrix product rate
+(float32) divided by the FLOPs per token: 2 per weight of the layers, and 2 L N H T for attention (causal, products with
+k and v).
 """
 
 import argparse
@@ -60,7 +61,7 @@ try:
 
     contestants += [theirs("float32"), theirs("bfloat16")]
 except ImportError:
-    print("torch is not installed: transformers is left out")
+    print("torch is not installed: transformers is skipped")
 
 best: dict[tuple[str, int], float] = {}
 rate = 0.0
@@ -81,7 +82,7 @@ family = models.family_of(hf["model_type"])
 cfg = family.Config.from_hf(hf)
 layers = params.count(family.PARAMS, cfg) - cfg.V * cfg.D * (1 if cfg.tied else 2)
 print(f"{args.shape}, jax {jax.__version__}, {jax.devices()[0].device_kind}, matrix product {rate / 1e9:.0f} GFLOP/s")
-print("| | prompt | tokens/s | of the limit | against the best transformers |\n| --- | --- | --- | --- | --- |")
+print("| | prompt | tokens/s | of limit | vs. fastest transformers |\n| --- | --- | --- | --- | --- |")
 for length in args.lengths:
     limit = rate / (2 * layers + 2 * cfg.L * cfg.N * cfg.H * length)
     rivals = max((best[name, length] for name, _ in contestants if name.startswith("transformers")), default=0.0)

@@ -1,15 +1,17 @@
-"""The programs of generation compiled for TPU slices, on a machine without a TPU: what they take and what they send.
+"""The programs of generation compiled for TPU slices, without a TPU: their memory and their collectives.
 
     pip install "jax[tpu]"
     python benchmarks/programs.py                                           # the table of docs/scaling.md
     python benchmarks/programs.py --chip v6e --slice 2x4 --model llama-3.1-8b [--mesh data=1,model=8] [--batch 8]
                                   [--context 8192] [--program decode] [--logprobs 5] [--json]
 
-Weights, cache and state are shapes with a place on the slice's devices; nothing is allocated. The programs are those of
-jaxlm.generate: one chunk of prefill for all rows at once, and a decode program of as many steps as a TPU runs. Memory
-is the compiler's account of one device, against the chip's published HBM. Exit status 1 where a program does not fit or
-exchanges something that is not meant. The table goes on where it was stopped: results are appended to --out, and what
-is there is not compiled again (delete the file after a change of the code). A case takes one or two minutes.
+Weights, KV cache and state are shapes with shardings on the slice's devices; nothing is allocated. The programs are
+those of jaxlm.generate: one chunk of prefill for all rows at once, and a decode program with as many steps as on a TPU.
+Memory is the compiler's account of one device, compared with the chip's published HBM. Exit status 1 if a program does
+not fit or has an unexpected collective.
+
+Results are appended to --out, and an interrupted table resumes from there. Delete the file after a change of the code.
+A case takes one or two minutes.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from jaxlm.inference import decoding, engine
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
-# libtpu asks the cloud what machine this is, complains when nobody answers, and lets one process load it.
+# libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-4",
@@ -50,7 +52,7 @@ NO_TPU = {
 
 PROGRAMS = ("decode", "prefill")
 EVERY = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b")
-# chip, slice, models, mesh (None: the one that `load` would choose). What cannot hold the weights is left out.
+# chip, slice, models, mesh (None: the default of `load`). Slices that cannot hold the weights are left out.
 TABLE: list[tuple[str, str, tuple[str, ...], str | None]] = [
     ("v5e", "2x4", ("llama-3.1-8b", "gemma-3-27b", "qwen3-32b"), None),
     ("v5e", "4x4", ("llama-3.1-70b",), None),
@@ -67,8 +69,13 @@ TABLE: list[tuple[str, str, tuple[str, ...], str | None]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """One program on one slice. batch: rows (None: 8 for each part of `data`); logprobs: likeliest tokens to report;
-    layers: fewer than the model has."""
+    """One program on one slice.
+
+    Attributes:
+        batch: rows (None: 8 per part of `data`).
+        logprobs: number of top log-probabilities to return.
+        layers: number of layers (None: all).
+    """
 
     model: str
     chip: str
@@ -82,7 +89,7 @@ class Case:
 
 
 class Setting(NamedTuple):
-    """What a case compiles for."""
+    """The model, mesh and batch size of a case."""
 
     family: Any
     cfg: Any
@@ -90,12 +97,12 @@ class Setting(NamedTuple):
     batch: int
 
     def put(self, a: Any, letters: str) -> jax.ShapeDtypeStruct:
-        """An array's shape and type, and where `mesh.place` would put it."""
+        """An array's shape and dtype, with the sharding that `mesh.place` would give it."""
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=mesh.sharding(letters, a.shape, self.over))
 
 
 def chips(topology: str) -> list[Any]:
-    """The devices of a slice such as v6e:2x4, for the compiler alone."""
+    """The devices of a slice such as v6e:2x4, for compilation only."""
     os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
@@ -110,7 +117,7 @@ def setting(case: Case) -> Setting:
 
 
 def weights(where: Setting) -> Any:
-    """bfloat16 weights, placed as `load` places them."""
+    """bfloat16 weights, sharded as `load` shards them."""
     found: dict[str, Any] = {}
     for row in params.tensors(where.family.PARAMS, where.cfg):
         params.put(found, row.path, where.put(jax.ShapeDtypeStruct(row.shape, jnp.bfloat16), row.letters))
@@ -124,7 +131,7 @@ def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
 
 
 def state(where: Setting, context: int) -> decoding.State:
-    """The state of a batch in full use, without penalties and biases."""
+    """The state of a full batch, without penalties and logit biases."""
 
     def made() -> decoding.State:
         blank = engine.Request([], engine.DEFAULT_PARAMS, 1, key=jax.random.key(0))
@@ -135,32 +142,32 @@ def state(where: Setting, context: int) -> decoding.State:
 
 
 def tokens(case: Case, where: Setting) -> int:
-    """Tokens of a row that a program takes at once, as the engine would give them."""
+    """Tokens per row of one call, as the engine passes them."""
     return 1 if case.program == "decode" else max(16, hardware.CHUNK["tpu"] // where.batch)
 
 
 def compiled(case: Case, where: Setting) -> Any:
-    """The program itself, by the code that generation compiles with."""
-    programs = decoding.CompiledSteps(where.family, where.cfg)
-    programs.compiled = {}
-    held = weights(where)
+    """The program, compiled by the code that generation uses."""
+    family, cfg, held = where.family, where.cfg, weights(where)
     if case.program == "decode":
-        return programs.step(case.logprobs, hardware.STEPS["tpu"], held, state(where, case.context))
+        step = partial(decoding.step, family, cfg, case.logprobs, hardware.STEPS["tpu"])
+        return decoding.compile_program(step, (1,), (held, state(where, case.context)))
     chunk = tokens(case, where)
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), jnp.bfloat16), "BD")
-    return programs.prefill(held, cache(where, case.context, chunk), last, ids, ids)
+    args = (held, cache(where, case.context, chunk), last, ids, ids)
+    return decoding.compile_program(partial(decoding.prefill, family, cfg), (1, 2), args)
 
 
 def share(tree: Any) -> int:
-    """Bytes of a tree on one device."""
+    """Bytes of a tree on one device, PRNG keys excluded."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     return params.nbytes([jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype) for a in leaves])
 
 
 def memory(case: Case, where: Setting, program: Any) -> dict[str, int]:
-    """Bytes on one device; what arithmetic knows where there is no program. beside: the cache of the rows that decode,
-    which lies there while others are prefilled."""
+    """Bytes on one device, by arithmetic if there is no program. beside: the KV cache of the rows that decode, which
+    exists while others are prefilled."""
     held, kept = share(weights(where)), share(state(where, case.context).kv)
     used = {"arguments": held + kept, "temporaries": 0, "output": 0, "aliased": 0, "code": 0}
     if program is not None:
@@ -169,7 +176,7 @@ def memory(case: Case, where: Setting, program: Any) -> dict[str, int]:
             "arguments": found.argument_size_in_bytes,
             "temporaries": found.temp_size_in_bytes,
             "output": found.output_size_in_bytes,
-            "aliased": found.alias_size_in_bytes,  # of the arguments: the output takes their place
+            "aliased": found.alias_size_in_bytes,  # of the arguments: donated to the output
             "code": found.generated_code_size_in_bytes,
         }
     used["beside"] = kept if case.program == "prefill" else 0
@@ -177,8 +184,12 @@ def memory(case: Case, where: Setting, program: Any) -> dict[str, int]:
 
 
 def faults(case: Case, where: Setting, found: list[Collective]) -> list[str]:
-    """What a program exchanges and should not. Meant are two sums of activations a layer and one for the embedding, as
-    one all-reduce or as scatter and gather; decode programs add numbers of their rows, and candidates if asked for."""
+    """The unexpected collectives of a program, in words.
+
+    Expected are two all-reduces of activations per layer and one for the embedding (each may also be a reduce-scatter
+    and an all-gather). Decode programs also have small values per row, and candidates if log-probabilities are
+    returned.
+    """
     rows = where.batch // where.over.shape[mesh.DATA]
     wide = where.over.size // where.over.shape[mesh.DATA]
     activation = rows * tokens(case, where) * where.cfg.D
@@ -197,21 +208,21 @@ def faults(case: Case, where: Setting, found: list[Collective]) -> list[str]:
         elif case.program != "decode" or one.kind not in ("all-reduce", "all-gather") or max(sizes) > small:
             wrong.append(f"{one}{'' if within else ' across data'}")
     if sums + scattered != 2 * where.cfg.L + 1:
-        wrong.append(f"{sums + scattered} sums of activations, not {2 * where.cfg.L + 1}: two a layer and one")
+        wrong.append(f"{sums + scattered} sums of activations, not {2 * where.cfg.L + 1}: two per layer and one")
     if gathered != scattered:
         wrong.append(f"activations are scattered {scattered} times and gathered {gathered} times")
     return wrong
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Compiles a case; what docs/scaling.md shows of it, and more."""
+    """Compiles a case. Returns the figures of docs/scaling.md, and more."""
     where = setting(case)
     start = time.perf_counter()
     try:
         program = compiled(case, where)
         found = collectives(program.as_text())
         wrong = faults(case, where, found)
-    except jax.errors.JaxRuntimeError as error:  # newer compilers refuse what they see does not fit
+    except jax.errors.JaxRuntimeError as error:  # newer compilers refuse programs that do not fit
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         program, found, wrong = None, [], [str(error).splitlines()[0]]
@@ -249,12 +260,12 @@ def table() -> list[Case]:
     ]
 
 
-HEADS = ("model", "slice", "data x model (x group)", "rows", "weights", "cache", "decode", "prefill", "of the memory",
-         "sent in decode", "sent in prefill", "compiled in s", "checked")  # fmt: skip
+HEADS = ("model", "slice", "data x model (x group)", "rows", "weights", "cache", "decode", "prefill", "of memory",
+         "collectives in decode", "collectives in prefill", "compile time, s", "check")  # fmt: skip
 
 
 def line(rows: list[dict[str, Any]]) -> list[str]:
-    """The programs of one case as a row of the table."""
+    """A row of the table: the programs of one case."""
     first = rows[0]
     used, axes = first["memory"], first["axes"]
     by_program = {row["program"]: row for row in rows}
@@ -271,12 +282,12 @@ def line(rows: list[dict[str, Any]]) -> list[str]:
         f"{most / first['hbm']:.0%} of {first['hbm'] / 1e9:.0f}",
         *(exchange(by_program[name]["collectives"]) if name in by_program else "" for name in PROGRAMS),
         " + ".join(f"{row['compile_seconds']:.0f}" for row in rows),
-        "; ".join(faults) or "as meant",
+        "; ".join(faults) or "ok",
     ]
 
 
 def exchange(kinds: list[dict[str, Any]]) -> str:
-    """The collectives in short: the large ones, the others that always run, those of sampling."""
+    """The collectives in short: the largest, the others that always run, those of sampling."""
     most = max((kind["bytes"] for kind in kinds), default=0)
     size = f"{most / 1e6:.1f} MB" if most >= 1e6 else f"{most / 1e3:.0f} kB"
     parts = [
@@ -307,7 +318,7 @@ def show(rows: list[dict[str, Any]], markdown: bool) -> None:
 
 
 def known(out: Path | None) -> dict[Case, dict[str, Any]]:
-    """Results of earlier runs with this jax and libtpu."""
+    """Results of earlier calls with this jax and libtpu."""
     if out is None or not out.exists():
         return {}
     rows = [json.loads(text) for text in out.read_text().splitlines()]
@@ -321,16 +332,16 @@ def main() -> int:
     parser.add_argument("--chip", choices=("v5e", "v6e", "v5p"))
     parser.add_argument("--slice", help="chips along each side: 2x4, 16x16; v5p 4x8x8")
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated")
-    parser.add_argument("--mesh", help="data=…,model=… (default: the one that load would choose)")
+    parser.add_argument("--mesh", help="data=…,model=… (default: that of jaxlm.load)")
     parser.add_argument("--program", choices=PROGRAMS)
-    parser.add_argument("--batch", type=int, help="rows (default: 8 for each part of data)")
+    parser.add_argument("--batch", type=int, help="rows (default: 8 per part of data)")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--logprobs", type=int, help="likeliest tokens to report")
-    parser.add_argument("--out", type=Path, help="file of results (the table: programs.jsonl)")
+    parser.add_argument("--logprobs", type=int, help="number of top log-probabilities to return")
+    parser.add_argument("--out", type=Path, help="file for results (for the table: programs.jsonl)")
     parser.add_argument("--json", action="store_true", help="results as JSON lines on stdout")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for
+    jax.config.update("jax_platforms", "cpu")  # do not look for a TPU
     if bool(args.chip) != bool(args.slice):
         parser.error("--chip and --slice go together; without them the whole table is compiled")
     names, wanted = args.model or EVERY, [args.program] if args.program else PROGRAMS

@@ -1,10 +1,10 @@
-"""What makers publish of chips and models: memory, and the config.json of models on the Hugging Face hub."""
+"""Published figures: memory of chips, and the config.json of models on the Hugging Face hub."""
 
 from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """hbm: bytes, a GB read as 10^9, the smaller reading."""
+    """Memory of a chip. hbm: bytes; a published GB counts as 10^9, the smaller of the two readings."""
 
     hbm: float
     source: str

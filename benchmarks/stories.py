@@ -1,9 +1,9 @@
-"""Short runs of the story model with another size, tokenizer, optimizer or other texts: what decided its shape.
+"""Short runs of the story model with another shape, tokenizer, optimizer or other texts.
 
     python benchmarks/stories.py [--steps 150] [--out build/stories_compared]
 
-Needs what examples/stories/config.yaml names in build/stories. Every run takes as many steps of 32 x 256 tokens; bits a
-byte of the held-out stories compare any two. A run that has ended is not repeated.
+Needs the files that examples/stories/config.yaml names in build/stories. Every run has the same number of steps of
+32 x 256 tokens. Bits per byte of the held-out stories are comparable between all runs. A finished run is not repeated.
 """
 
 import argparse
@@ -17,20 +17,20 @@ from jaxlm.nn import flops, params
 STORIES = Path("build/stories")
 SHAPE = json.loads(Path("examples/stories/shape.json").read_text())
 SHAPES = {
-    "as it is": {},
+    "story model": {},
     "wider, fewer layers": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
                             "num_attention_heads": 8, "num_key_value_heads": 4},
     "narrower, more layers": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 16,
                               "num_attention_heads": 4, "num_key_value_heads": 2},
-    "4,096 tokens": {"vocab_size": 4096, "num_hidden_layers": 6},
+    "vocabulary 4,096": {"vocab_size": 4096, "num_hidden_layers": 6},
     "with books": {},
     "adamw": {},
-    "1,024 tokens": {"vocab_size": 1024, "num_hidden_layers": 8},
+    "vocabulary 1,024": {"vocab_size": 1024, "num_hidden_layers": 8},
 }  # fmt: skip
 
 
 def run(name: str, fields: dict[str, int], steps: int, out: Path) -> str:
-    """Trains a variant and evaluates it; -> a row of the table."""
+    """Trains a variant and evaluates it. Returns a row of the table."""
     folder = out / name.replace(",", "").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     shape, size = {**SHAPE, **fields}, fields.get("vocab_size", SHAPE["vocab_size"])
@@ -62,7 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = [run(name, fields, args.steps, args.out) for name, fields in SHAPES.items()]
     print(
-        "| | parameters, M | MFLOP a token | bytes a token | bits a byte, held out |\n| --- | --- | --- | --- | --- |"
+        "| | parameters, M | MFLOP per token | bytes per token | bits per byte, held out |\n"
+        "| --- | --- | --- | --- | --- |"
     )
     print("\n".join(rows))
 

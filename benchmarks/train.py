@@ -1,11 +1,11 @@
-"""Training speed beside torch: the same model, batches, optimizer and type, in one run.
+"""Training speed compared with torch: the same model, batches, optimizer and dtype, in one run.
 
     python benchmarks/train.py [--shape stories | FILE] [--batch 8] [--length 256] [--steps 6] [--rounds 2]
                                [--torch-python PYTHON] [--compile]
 
-Rounds alternate between the two, so that a noisy machine is noisy for both; the median step of the best round counts,
-after two that are not timed. MFU is analytic and causal (jaxlm.nn.flops: work that is done twice counts once) against a
-large float32 product timed in the same run.
+Rounds alternate between the two, so that noise of the machine affects both. The median step of the best round counts,
+after two warm-up steps. MFU is analytic and causal (jaxlm.nn.flops: recomputed work does not count). Its peak is a
+large float32 matrix product timed in the same run.
 """
 
 import argparse
@@ -33,10 +33,10 @@ WARM = 2
 
 
 def batches(V: int, B: int, T: int, steps: int) -> dict[str, np.ndarray]:
-    """Random rows: speed does not depend on what they hold."""
+    """Random rows: speed does not depend on their contents."""
     rows = np.random.default_rng(0).integers(0, V, (steps, B, T + 1)).astype(np.int32)
     pos = np.broadcast_to(np.arange(T, dtype=np.int32), (steps, B, T))
-    return {"tokens": rows[..., :-1], "targets": rows[..., 1:], "pos": pos, "learned": np.ones((steps, B, T), bool)}
+    return {"tokens": rows[..., :-1], "targets": rows[..., 1:], "pos": pos, "loss_mask": np.ones((steps, B, T), bool)}
 
 
 def ours(model: Model, data: dict[str, np.ndarray], of: Optimizer, remat: str) -> list[float]:
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--shape", default=str(STORIES), help="a config.json")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6, help="that are timed, a round")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--remat", default="none", choices=list(step.REMAT))
     parser.add_argument("--torch-python", help="an interpreter with torch and transformers; default: this one")
@@ -92,8 +92,8 @@ def main() -> None:
                 best[name] = min(best.get(name, 1e9), statistics.median(seconds[WARM:]))
     cost = flops.training(family.PARAMS, model.config, args.length) * args.batch * args.length
     print(f"{params.count(family.PARAMS, model.config):,} parameters, {args.batch} x {args.length} tokens, float32, "
-          f"jax {jax.__version__}, {source}, {cost / 1e9:.1f} GFLOP a step")  # fmt: skip
-    print("| | s a step | tokens/s | MFU | against torch |\n| --- | --- | --- | --- | --- |")
+          f"jax {jax.__version__}, {source}, {cost / 1e9:.1f} GFLOP per step")  # fmt: skip
+    print("| | s per step | tokens/s | MFU | vs. torch |\n| --- | --- | --- | --- | --- |")
     for name, seconds in best.items():
         speed = args.batch * args.length / seconds
         ratio = f"{best['torch'] / seconds:.2f} x"

@@ -1,15 +1,15 @@
-"""The training step compiled for TPU slices, on a machine without a TPU: what it takes and what it sends.
+"""The training step compiled for TPU slices, without a TPU: its memory and its collectives.
 
     pip install "jax[tpu]" optax
     python benchmarks/train_programs.py                                           # the table of docs/scaling.md
     python benchmarks/train_programs.py --chip v6e --slice 2x4 --mesh data=8 [--model llama-3.1-8b] [--rows 1]
                                         [--length 8192] [--accumulate 1] [--remat full] [--json]
 
-The state (float32 weights, AdamW's moments) and a batch are shapes with a place on the slice's devices; nothing is
-allocated. The program is that of `jaxlm train --dtype bfloat16`, over all layers. Meant is that each matrix of a layer
-is gathered over `data` in bfloat16 once forward and once backward, embedding and head once, and that each gradient is
-reduce-scattered once for each part of a batch. Exit status 1 where a program does not fit or does otherwise. A case
-takes some minutes.
+The state (float32 weights, AdamW's moments) and a batch are shapes with shardings on the slice's devices; nothing is
+allocated. The program is that of `jaxlm train --dtype bfloat16`, with all layers. Expected: each matrix of a layer is
+all-gathered over `data` in bfloat16 once forward and once backward, embedding and head once, and each gradient is
+reduce-scattered once per gradient accumulation step. Exit status 1 if a program does not fit or does anything else. A
+case takes some minutes.
 """
 
 import argparse
@@ -37,8 +37,12 @@ from jaxlm.training.config import Optimizer
 
 @dataclass(frozen=True)
 class Case:
-    """One program on one slice. rows: of each part of `data`, of each of the `accumulate` parts of a batch; layers:
-    fewer than the model has."""
+    """One program on one slice.
+
+    Attributes:
+        rows: rows per part of `data` and gradient accumulation step.
+        layers: number of layers (None: all).
+    """
 
     model: str
     chip: str
@@ -62,7 +66,7 @@ TABLE = [
 
 
 class Setting(NamedTuple):
-    """What a case compiles for: the state and a batch as shapes in their places."""
+    """The model, mesh and optimizer of a case, with the state and a batch as shapes with shardings."""
 
     family: Any
     cfg: Any
@@ -81,12 +85,12 @@ def setting(case: Case) -> Setting:
     weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
     tx = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
     state = jax.eval_shape(lambda w: step.init_state(tx, w), weights)
-    places = step.state_shardings(state, over, family.PARAMS)
+    places = step.state_shardings(tx, state, over, family.PARAMS)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
     shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
     to = mesh.sharding("BT", shape, over)
-    row, learned = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
-    return Setting(family, cfg, over, tx, state, Batch(row, row, row, learned))  # type: ignore[arg-type]
+    row, loss_mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
+    return Setting(family, cfg, over, tx, state, Batch(row, row, row, loss_mask))  # type: ignore[arg-type]
 
 
 def compiled(case: Case, where: Setting) -> Any:
@@ -98,8 +102,8 @@ def compiled(case: Case, where: Setting) -> Any:
 
 
 def matrices(where: Setting, layers: bool) -> Counter[int]:
-    """How many matrices of each size (numbers that a part of `model` holds) one layer has; or those outside layers, a
-    tied embedding twice."""
+    """The number of matrices of each size (elements per part of `model`) in one layer, or outside layers. A tied
+    embedding counts twice."""
     found: Counter[int] = Counter()
     for row in params.tensors(where.family.PARAMS, where.cfg):
         if row.letters not in params.NORMS and row.path.startswith("layers.0." if layers else ("embed", "head")):
@@ -109,9 +113,16 @@ def matrices(where: Setting, layers: bool) -> Counter[int]:
 
 
 class Exchanged(NamedTuple):
-    """What crosses parts of `data`, by numbers of a tensor: gathered in each loop that gathers (the loops' bodies; how
-    often each runs), of these in another type than bfloat16 (wide), scattered and summed whole in all; sent: bytes that
-    a device sends in a step, by kind, on all axes."""
+    """What is exchanged between parts of `data`, by the number of elements of a tensor.
+
+    Attributes:
+        gathered: all-gathers in each loop that has any (bodies of the loops around them, outermost first).
+        runs: how often each of these loops runs.
+        wide: all-gathers in another dtype than bfloat16.
+        scattered: reduce-scatters.
+        summed: all-reduces.
+        sent: bytes that a device sends per step, by kind, on all axes.
+    """
 
     gathered: dict[tuple[str, ...], Counter[int]]
     runs: dict[tuple[str, ...], int]
@@ -122,7 +133,7 @@ class Exchanged(NamedTuple):
 
 
 def exchanged(where: Setting, found: list[Met]) -> Exchanged:
-    """Sorts a program's collectives. Tensors smaller than any matrix are not looked at."""
+    """Sorts a program's collectives. Tensors smaller than every matrix are ignored."""
     wide = where.over.size // where.over.shape[mesh.DATA]
     least = min(matrices(where, True))
     out = Exchanged({}, {}, Counter(), Counter(), Counter(), Counter())
@@ -144,7 +155,7 @@ def exchanged(where: Setting, found: list[Met]) -> Exchanged:
 
 
 def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
-    """What a program exchanges otherwise than is meant."""
+    """The unexpected collectives of a program, in words."""
     layer, apart, wrong = matrices(where, True), matrices(where, False), []
     period = len(params.period(where.cfg.windows))
     turns = case.accumulate * (where.cfg.L // period)
@@ -152,7 +163,7 @@ def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
     loops = [sizes for name, sizes in found.gathered.items() if found.runs[name] == turns]
     if loops != [wanted, wanted]:
         wrong.append(f"layers gather {[dict(sizes) for sizes in loops]}, not {dict(wanted)} forward and backward")
-    # Of a batch in parts the compiler may gather some of these once for all.
+    # With gradient accumulation the compiler may gather some of these once for all parts.
     rest = [sizes for name, sizes in found.gathered.items() if found.runs[name] in (1, case.accumulate)]
     if sum(rest, Counter()) != apart:
         wrong.append(f"outside layers {dict(sum(rest, Counter()))} are gathered, not {dict(apart)}")
@@ -170,13 +181,13 @@ def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Compiles a case; what docs/scaling.md shows of it, and more. Bytes are of one device."""
+    """Compiles a case. Returns the figures of docs/scaling.md, and more. Bytes are of one device."""
     where, start = setting(case), time.perf_counter()
     row = {**asdict(case), "chips": where.over.size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
     held = share(where.state.weights) + share(where.state.opt_state)
     try:
         program = compiled(case, where)
-    except jax.errors.JaxRuntimeError as error:  # newer compilers refuse what they see does not fit
+    except jax.errors.JaxRuntimeError as error:  # newer compilers refuse programs that do not fit
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = round(time.perf_counter() - start, 1)
@@ -202,8 +213,9 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-HEADS = ("model", "slice", "mesh", "rows x length a device", "remat", "state", "temporaries", "peak", "of the memory",
-         "gathered (times x matrices)", "scattered", "summed whole", "GB sent", "compiled in s", "checked")  # fmt: skip
+HEADS = ("model", "slice", "mesh", "rows x length per device", "remat", "state", "temporaries", "peak", "of memory",
+         "all-gathers (times x matrices)", "reduce-scatters", "all-reduces of gradients", "GB sent", "compile time, s",
+         "check")  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> list[str]:
@@ -224,7 +236,7 @@ def line(row: dict[str, Any]) -> list[str]:
         str(row.get("summed", "")),
         ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in row.get("sent", {}).items() if n > 5e7),
         f"{row['compile_seconds']:.0f}",
-        "; ".join(row["faults"]) or "as meant",
+        "; ".join(row["faults"]) or "ok",
     ]
 
 
@@ -235,12 +247,12 @@ def main() -> int:
     parser.add_argument("--slice", help="chips along each side: 2x4, 16x16; v5p 4x8x8")
     parser.add_argument("--mesh", help="data=…,model=…")
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--rows", type=int, default=1, help="of each part of data, of each part of a batch")
+    parser.add_argument("--rows", type=int, default=1, help="rows per part of data and gradient accumulation step")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--remat", choices=tuple(step.REMAT), default="full")
     parser.add_argument("--json", action="store_true", help="results as JSON lines on stdout")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for
+    jax.config.update("jax_platforms", "cpu")  # do not look for a TPU
     if len({bool(args.chip), bool(args.slice), bool(args.mesh)}) > 1:
         parser.error("--chip, --slice and --mesh go together; without them the whole table is compiled")
     given = {name: value for name, value in vars(args).items() if name in Case.__dataclass_fields__}

@@ -1,8 +1,8 @@
-"""The same training run by torch and transformers: `python benchmarks/train_torch.py FOLDER`.
+"""The same training run with torch and transformers: `python benchmarks/train_torch.py FOLDER`.
 
-FOLDER holds a Hugging Face model, batches.npz (tokens, targets, pos, learned [steps,B,T]) and run.json (the optimizer's
-numbers, the rate of each step, and what to evaluate). Prints one JSON line: losses, seconds a step, validation losses.
-Where a row holds several documents torch is given the mask that keeps them apart.
+FOLDER holds a Hugging Face model, batches.npz (tokens, targets, pos, loss_mask [steps,B,T]) and run.json (optimizer
+settings, the learning rate of each step, and what to evaluate). Prints one JSON line: losses, seconds per step,
+validation losses. If a row holds several documents, torch gets the attention mask that keeps them apart.
 """
 
 import json
@@ -16,8 +16,8 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 
-def nats(model, tokens, targets, pos, learned):
-    """Summed nats of the learned tokens, and how many there are."""
+def nats(model, tokens, targets, pos, loss_mask):
+    """The sum of nats over the loss mask, and its number of tokens."""
     begins = pos == 0
     if begins.sum() == len(pos):
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -27,12 +27,12 @@ def nats(model, tokens, targets, pos, learned):
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         logits = model(input_ids=tokens, position_ids=pos.clamp(min=0), attention_mask=mask, use_cache=False).logits
     each = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    counts = learned.flatten().float()
+    counts = loss_mask.flatten().float()
     return (each * counts).sum(), counts.sum()
 
 
 def tensors(batches, i):
-    return (torch.from_numpy(batches[name][i]) for name in ("tokens", "targets", "pos", "learned"))
+    return (torch.from_numpy(batches[name][i]) for name in ("tokens", "targets", "pos", "loss_mask"))
 
 
 def evaluate(model, batches):
@@ -51,17 +51,17 @@ def main(folder: Path) -> None:
     wide = [p for p in model.parameters() if p.ndim >= 2]
     flat = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": wide, "weight_decay": run["weight_decay"]}, {"params": flat, "weight_decay": 0.0}]
-    rule = torch.optim.AdamW(groups, lr=0.0, betas=(run["b1"], run["b2"]), eps=run["eps"], fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(run["b1"], run["b2"]), eps=run["eps"], fused=True)
     losses, seconds, valid = [], [], []
     for i, rate in enumerate(run["rates"]):
         begin = time.perf_counter()
-        for group in rule.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         total, count = nats(model, *tensors(batches["batches"], i))
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run["clip"])
-        rule.step()
-        rule.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append((total / count).item())
         seconds.append(time.perf_counter() - begin)
         if (i + 1) in run["at"]:

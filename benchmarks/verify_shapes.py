@@ -1,9 +1,10 @@
-"""`jaxlm verify` at the width of a published model: its config with fewer layers, random weights, all other sizes kept.
+"""`jaxlm verify` at the width of a published model: its config with fewer layers and random weights.
 
     python benchmarks/verify_shapes.py CONFIG.json [--layers 2] [--against transformers,meta] [--dtype float32]
 
-Weights are drawn so that attention is not flat and norms are not neutral: at the usual initialization a wrong rotary
-factor moves no logit. The checkpoint is bfloat16, in the temporary folder, and removed afterwards.
+All other sizes are kept. Weights are drawn so that attention is not flat and norms are not neutral: with the usual
+initialization, a wrong RoPE factor changes no logit. The checkpoint is bfloat16, in a temporary folder that is removed
+afterwards.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from jaxlm import models
 from jaxlm.cli import main
 from jaxlm.nn import params
 
-PART = 1 << 24  # numbers drawn at a time
+PART = 1 << 24  # values drawn at a time
 
 
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], neutral: float) -> np.ndarray:
-    """Norms around their neutral value, attention's scores with a deviation above 1."""
+    """Norms around their neutral value; attention scores with a standard deviation above 1."""
     out = np.empty(int(np.prod(shape)), ml_dtypes.bfloat16)
     norm, scores = name.endswith("norm.weight"), "q_proj" in name or "k_proj" in name
     for begin in range(0, out.size, PART):
@@ -45,7 +46,7 @@ def write(folder: Path, hf: dict) -> None:
 
 
 def shortened(path: str, layers: int) -> dict:
-    """The text half of a config.json with so many layers; of unlike kinds, the last and the first."""
+    """The text model's part of a config.json with `layers` layers. If its layers differ in kind, one of each."""
     hf = json.loads(Path(path).read_text())
     if "text_config" in hf:
         hf = {**hf["text_config"], "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}

@@ -1,10 +1,10 @@
-"""A small run beside torch: WikiText-2's validation file is learned, its test file measured, three seeds.
+"""A small training run compared with torch: WikiText-2, three seeds.
 
     python benchmarks/wikitext.py FOLDER [--torch-python PYTHON] [--steps 300] [--out build/wikitext]
 
-FOLDER holds wikitext2_valid_tokenized.txt and wikitext2_test_tokenized.txt. jaxlm runs as a user would run it
-(`training.loop.train`); torch gets the same first weights, batches and rates. The losses must agree within the spread
-of the seeds; the plot shows both curves.
+FOLDER holds wikitext2_valid_tokenized.txt, which is trained on, and wikitext2_test_tokenized.txt, which is evaluated.
+jaxlm runs as a user would run it (`training.loop.train`). torch gets the same initial weights, batches and learning
+rates. The losses must agree within the spread of the seeds. The plot shows both curves.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -23,6 +22,7 @@ from jaxlm.cli import main as jaxlm
 from jaxlm.nn import params
 from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.config import Data, Optimizer, Run
+from jaxlm.training.init_state import init_weights
 from jaxlm.training.setup import set_up
 
 SHAPE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1024, "hidden_size": 128,
@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2)
 
 
 def ours(run: Run) -> tuple[list[float], list[float], float]:
-    """Losses of the steps that are told, losses on the test file, tokens a second."""
+    """Training losses of the logged steps, losses on the test file, tokens per second."""
     loop.train(run)
     lines = metrics.read(run.out / "metrics.jsonl")
     speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
@@ -42,20 +42,20 @@ def ours(run: Run) -> tuple[list[float], list[float], float]:
 
 
 def theirs(run: Run, python: str) -> tuple[list[float], list[float], float]:
-    """The same, of torch."""
+    """The same with torch."""
     setup = set_up(run)
     run, folder = setup.run, run.out / "torch"
-    model = setup.model(params.unstack(setup.trained(jax.random.key(run.seed))))
+    model = setup.model(params.unstack(init_weights(setup)))
     export(model, folder, config=SHAPE, force=True)
     for name, batches in (("batches", [setup.data.batch(i) for i in range(run.steps)]), ("test", setup.valid.once())):
         columns = zip(*batches, strict=True)
-        fields = ("tokens", "targets", "pos", "learned")
+        fields = ("tokens", "targets", "pos", "loss_mask")
         np.savez(folder / f"{name}.npz", **{field: np.stack(rows) for field, rows in zip(fields, columns)})
     rate = optimizers.schedule(run.optimizer, run.steps)
-    told = {name: getattr(run.optimizer, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
-    told |= {"rates": [float(rate(i)) for i in range(run.steps)], "compile": False, "evaluate": ["test"]}
-    told |= {"at": [run.steps]}
-    (folder / "run.json").write_text(json.dumps(told))
+    settings = {name: getattr(run.optimizer, name) for name in ("weight_decay", "b1", "b2", "eps", "clip")}
+    settings |= {"rates": [float(rate(i)) for i in range(run.steps)], "compile": False, "evaluate": ["test"]}
+    settings |= {"at": [run.steps]}
+    (folder / "run.json").write_text(json.dumps(settings))
     script = str(Path(__file__).with_name("train_torch.py"))
     done = subprocess.run([python, script, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -77,7 +77,7 @@ def main() -> None:
     if not tokenizer.exists():
         assert jaxlm(["tokenizer", "train", train, "--vocab-size", "1024", "--out", str(tokenizer)]) == 0
     found: dict[str, list] = {"jaxlm": [], "torch": []}
-    for seed in SEEDS:  # in turns, so that a noisy machine is noisy for both
+    for seed in SEEDS:  # in turns, so that noise of the machine affects both
         run = Run(
             out=args.out / f"seed{seed}", shape=args.out / "shape.json", tokenizer=tokenizer, seed=seed, batch=16,
             length=128, steps=args.steps, data=Data(train=(train,), valid=(test,)), log_every=5, eval_every=0,
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def report(found: dict[str, list], steps: int, path: Path) -> None:
-    print("| | test loss (nats a token), 3 seeds | mean | spread | tokens/s |\n| --- | --- | --- | --- | --- |")
+    print("| | test loss (nats per token), 3 seeds | mean | spread | tokens/s |\n| --- | --- | --- | --- | --- |")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     styles = {"jaxlm": {"color": "C0", "linewidth": 2.5, "alpha": 0.5}, "torch": {"color": "k", "linestyle": ":"}}
@@ -102,11 +102,11 @@ def report(found: dict[str, list], steps: int, path: Path) -> None:
         for losses, valid, _ in runs:
             axes.plot(np.linspace(5, steps, len(losses)), losses, **styles[name])
             axes.plot(steps, valid[-1], "o" if name == "jaxlm" else "x", color=styles[name]["color"])
-        axes.plot([], [], **styles[name], label=f"{name}: training, and test at the end")
+        axes.plot([], [], **styles[name], label=f"{name}: training, and final test")
     apart = [abs(a[1][-1] - b[1][-1]) for a, b in zip(*found.values())]
     each = max(abs(x - y) for a, b in zip(*found.values()) for x, y in zip(a[0], b[0]))
     print(f"same seed: test losses differ by {max(apart):.5f} at most, training losses by {each:.5f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="WikiText-2, 1.0 M parameters, three seeds")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="WikiText-2, 1.0 M parameters, three seeds")
     axes.legend()
     figure.savefig(path, dpi=120)
 

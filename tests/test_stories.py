@@ -9,6 +9,8 @@ import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.nn import params
 
+pytestmark = pytest.mark.smoke
+
 TEXT = """Once upon a time, there was a little boy named Tom. He loved to play with his red ball in the park. One day,
 the ball rolled under a big tree. Tom was sad. "Where is my ball?" he asked. A bird looked down and said, "It is here!"
 Tom was so happy that he hugged his mom."""  # ours

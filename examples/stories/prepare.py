@@ -1,9 +1,14 @@
-"""Makes the story model's texts: `python examples/stories/prepare.py CORPORA OUT`.
+"""Writes the texts of the story model: `python examples/stories/prepare.py CORPORA OUT`.
 
-CORPORA holds tinystories (machine-made stories of Eldan and Li, CDLA-Sharing-1.0) and stories (those, and books in the
-public domain, with an index). Held out: the 220 stories from TinyStories' own validation split, which end
-stories/tinystories.txt. Books whose authors are not certain, or protected somewhere (life + 70 years), are left out,
-and so are chapters with many words to a sentence.
+CORPORA holds two folders: tinystories (generated stories by Eldan and Li, CDLA-Sharing-1.0), and stories (more of them,
+and books in the public domain with an index).
+
+    OUT/tiny.txt    the training data
+    OUT/valid.txt   held out: the last 220 stories of stories/tinystories.txt, from TinyStories' own validation split
+    OUT/books.txt   chapters of books, which benchmarks/stories.py tries; the story model is not trained on them
+
+Books are left out if their authors are uncertain or protected somewhere (life + 70 years). Chapters with long sentences
+are left out too.
 """
 
 import csv
@@ -12,16 +17,16 @@ from pathlib import Path
 
 END = "\n<|endoftext|>\n"
 HELD_OUT = 220
-# Authors who died after 1955, house names, and anthologies of many hands.
-DOUBTFUL = ("Laura Lee Hope", "Howard R. Garis", "Thornton W. Burgess", "Richard Barnum", "Sara Cone Bryant", "Various")
-SIMPLE = 16.5  # words to a sentence, on average
-VIOLENT = 1  # words of a list that the index brings
+# Authors who died after 1955, house names, anthologies.
+EXCLUDED = ("Laura Lee Hope", "Howard R. Garis", "Thornton W. Burgess", "Richard Barnum", "Sara Cone Bryant", "Various")
+MAX_WORDS_PER_SENTENCE = 16.5  # mean of a chapter
+MAX_VIOLENCE_WORDS = 1  # as the index counts them
 
 
 def main(corpora: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     stories = split(corpora / "stories/tinystories.txt")
-    more = split(corpora / "tinystories/toyrnn_tinystories_sample_2MiB.txt")[:-1]  # the last one is cut off
+    more = split(corpora / "tinystories/toyrnn_tinystories_sample_2MiB.txt")[:-1]  # the last one is truncated
     write(out / "tiny.txt", stories[:-HELD_OUT] + more)
     write(out / "valid.txt", stories[-HELD_OUT:])
     write(out / "books.txt", list(books(corpora / "stories")))
@@ -33,13 +38,13 @@ def split(path: Path) -> list[str]:
 
 
 def books(folder: Path):
-    """Chapters that are simple and whose rights are clear."""
+    """Chapters with short sentences from books whose rights are clear."""
     texts = (folder / "public_domain.txt").read_bytes()
     with open(folder / "public_domain.index.tsv") as file:
         for row in csv.DictReader(file, delimiter="\t"):
-            if any(name in row["book"] for name in DOUBTFUL) or int(row["violence_words"]) > VIOLENT:
+            if any(name in row["book"] for name in EXCLUDED) or int(row["violence_words"]) > MAX_VIOLENCE_WORDS:
                 continue
-            if float(row["words_per_sentence"]) <= SIMPLE:
+            if float(row["words_per_sentence"]) <= MAX_WORDS_PER_SENTENCE:
                 begin = int(row["byte_offset"])
                 yield texts[begin : begin + int(row["bytes"])].decode().strip()
 

@@ -1,4 +1,4 @@
-"""`python -m jaxlm` is `jaxlm`."""
+"""Runs the command line: `python -m jaxlm` is the same as `jaxlm`."""
 
 from jaxlm.cli import entry
 

@@ -46,15 +46,8 @@ def fuse(model: Model) -> Model:
     if not lora.count(model.weights):
         raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
     whole = None if model.checkpoint is None else without_adapter(model.checkpoint)
-    return Model(
-        family=model.family,
-        config=model.config,
-        weights=jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora),
-        tokenizer=model.tokenizer,
-        generation_config=model.generation_config,
-        source=model.source,
-        checkpoint=whole,
-    )
+    weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
+    return replace(model, weights=weights, checkpoint=whole)
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:

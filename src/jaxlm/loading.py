@@ -254,7 +254,7 @@ def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Toke
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
     """The sharding of each weight, from the arguments `mesh` and `device` of `load`."""
-    one = device if device is not None else jax.config.values["jax_default_device"]
+    one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
         mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
     if mesh is None:
@@ -273,15 +273,7 @@ def spread(model: Model, mesh: Any) -> Model:
     where, weights = placement(model.config, mesh, None), {}
     for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
-    return Model(
-        family=model.family,
-        config=model.config,
-        weights=weights,
-        tokenizer=model.tokenizer,
-        generation_config=model.generation_config,
-        source=model.source,
-        checkpoint=model.checkpoint,
-    )
+    return replace(model, weights=weights)
 
 
 def _assert_same_model(name: str, resolved: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:

@@ -9,10 +9,10 @@ The module is a view: it holds the model's arrays, and computes with the family'
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
 from jaxlm.devices import mesh
 from jaxlm.model import Model, Weights
@@ -34,7 +34,7 @@ class Module(nnx.Module):
         for name, part in jax.tree_util.tree_map_with_path(_param, model.weights).items():
             setattr(self, name, nnx.data(part))
         # What NNX is to keep as it is. Shapes alone: the arrays would stay in memory when training has replaced them.
-        self._model = _with(model, jax.eval_shape(lambda weights: weights, model.weights))
+        self._model = replace(model, weights=jax.eval_shape(lambda weights: weights, model.weights))
 
     @property
     def weights(self) -> Weights:
@@ -52,18 +52,13 @@ class Module(nnx.Module):
 
     def init_kv(self, batch: int, length: int, **options: Any) -> caches.KVCache:
         """An empty cache: `Model.init_kv`. ValueError within nnx.jit, where the devices are not known."""
-        if isinstance(self.weights["embed"], Tracer):
+        if mesh.traced(self.weights["embed"]):
             raise ValueError("init_kv within nnx.jit or nnx.grad: make the cache outside, and pass it in")
         return self.to_model().init_kv(batch, length, **options)
 
     def to_model(self) -> Model:
         """A Model of the arrays that the parameters hold now, with the tokenizer and all that the first one had."""
-        return _with(self._model, self.weights)
-
-
-def _with(model: Model, weights: Weights) -> Model:
-    more = (model.tokenizer, model.generation_config, model.source, model.checkpoint)
-    return Model(model.family, model.config, weights, *more)
+        return replace(self._model, weights=self.weights)
 
 
 def _param(path: Any, array: jax.Array) -> nnx.Param:
@@ -78,6 +73,6 @@ def _is_param(x: Any) -> bool:
 def _on_mesh(weights: Weights) -> AbstractContextManager[Any]:
     """What is traced within nnx.jit and nnx.grad runs on the mesh of the weights, also where no jax.set_mesh says so:
     without it, activations and caches would lie where the compiler likes."""
-    if not isinstance(weights["embed"], Tracer) or mesh.active():
+    if not mesh.traced(weights["embed"]) or mesh.active():
         return nullcontext()
     return jax.sharding.use_abstract_mesh(jax.typeof(weights["embed"]).sharding.mesh)

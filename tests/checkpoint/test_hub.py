@@ -466,9 +466,7 @@ def test_no_network(dead: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_hub_falls_silent(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.2")
     monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut, hub.hang = CUT, True
     with pytest.raises(ConnectionError, match="timed out"):
@@ -613,9 +611,7 @@ def test_several_loads_at_once(hub: StubHub) -> None:
 
 def test_files_that_huggingface_hub_downloads_itself(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest files, and all where hf_xet's speed is asked for; a size that the server does not tell, too."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_XET_HIGH_PERFORMANCE", True)
+    monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "yes")
     monkeypatch.setattr(download_module, "_blob", None)
     holds(resolve("org/sharded"), hub.repos["org/sharded"], SHARDS)
     hub.requests.clear()

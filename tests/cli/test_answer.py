@@ -1,4 +1,4 @@
-"""What a person sees of an answer."""
+"""How an answer is printed."""
 
 import json
 
@@ -16,35 +16,35 @@ DIM, RESET = "\033[2m", "\033[0m"
 THINKING = tokenizer_of(TEMPLATE, thinking=True)
 
 
-def shown(capsys, monkeypatch, *pieces, opened=False, tokenizer=THINKING, tty=True) -> str:
+def shown(capsys, monkeypatch, *chunks, opened=False, tokenizer=THINKING, tty=True) -> str:
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    last = print_answer(iter(map(CompletionChunk, pieces)), tokenizer, opened)
-    assert last == pieces[-1]
+    last = print_answer(iter(map(CompletionChunk, chunks)), tokenizer, opened)
+    assert last == chunks[-1]
     return capsys.readouterr().out
 
 
-def test_a_block_of_thinking_is_dim_on_a_terminal(capsys, monkeypatch):
-    pieces = ("<think>", "hm", "</think>", "yes")
-    assert shown(capsys, monkeypatch, *pieces) == f"{DIM}<think>hm</think>{RESET}yes{RESET}\n"
-    assert shown(capsys, monkeypatch, *pieces[1:], opened=True) == f"{DIM}hm</think>{RESET}yes{RESET}\n"
-    assert shown(capsys, monkeypatch, *pieces, tty=False) == "<think>hm</think>yes\n"
-    assert shown(capsys, monkeypatch, *pieces, tokenizer=None) == "<think>hm</think>yes\n"
-    assert shown(capsys, monkeypatch, *pieces, tokenizer=tokenizer_of(TEMPLATE)) == "<think>hm</think>yes\n"
+def test_reasoning_is_dim_on_a_terminal(capsys, monkeypatch):
+    chunks = ("<think>", "hm", "</think>", "yes")
+    assert shown(capsys, monkeypatch, *chunks) == f"{DIM}<think>hm</think>{RESET}yes{RESET}\n"
+    assert shown(capsys, monkeypatch, *chunks[1:], opened=True) == f"{DIM}hm</think>{RESET}yes{RESET}\n"
+    assert shown(capsys, monkeypatch, *chunks, tty=False) == "<think>hm</think>yes\n"
+    assert shown(capsys, monkeypatch, *chunks, tokenizer=None) == "<think>hm</think>yes\n"
+    assert shown(capsys, monkeypatch, *chunks, tokenizer=tokenizer_of(TEMPLATE)) == "<think>hm</think>yes\n"
 
 
-def test_an_interrupt_leaves_no_dim_terminal(capsys, monkeypatch):
-    def pieces():
+def test_an_interrupt_resets_the_terminal(capsys, monkeypatch):
+    def chunks():
         yield CompletionChunk("<think>")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with pytest.raises(KeyboardInterrupt):
-        print_answer(pieces(), THINKING, False)
+        print_answer(chunks(), THINKING, False)
     assert capsys.readouterr().out == f"{DIM}<think>{RESET}"
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_generate_dims_as_chat_does(capsys, monkeypatch, opened):
+def test_generate_prints_reasoning_as_chat_does(capsys, monkeypatch, opened):
     template = TEMPLATE.replace("<assistant>", "<assistant><think>") if opened else TEMPLATE
     config = llama3.Config(**SIZES, L=1, rope=Rope(), context=128)
     model = model_of(llama3, config, tokenizer_of(template, thinking=True))
@@ -59,5 +59,5 @@ def test_generate_dims_as_chat_does(capsys, monkeypatch, opened):
         assert main(command) == 0
         want = DIM + 2 * f"{tag}{RESET}" if opened else 2 * f"{DIM}{tag}"
         assert capsys.readouterr().out == f"{want}{RESET}\n"
-        assert main([*command, "--json"]) == 0  # for programs
+        assert main([*command, "--json"]) == 0  # for programs: no escape codes
         assert json.loads(capsys.readouterr().out)["text"] == 2 * tag

@@ -1,4 +1,4 @@
-"""`jaxlm chat`: line by line in this process, and once in a real terminal."""
+"""`jaxlm chat`: with lines as input in this process, and once in a pseudo-terminal."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import tiny_files
 from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 from jaxlm import cli
-from jaxlm.cli.chat import Talk, parse
+from jaxlm.cli.chat import ChatSession, parse
 from jaxlm.inference.conversation import Conversation
 from jaxlm.model import Model
 from jaxlm.models import llama3
@@ -33,27 +34,25 @@ def quick():
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    made = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True))
-    made.source = "tiny/chatting"
-    return made
+    return replace(model_of(llama3, CONFIG, tokenizer_of(TEMPLATE, thinking=True)), source="tiny/chatting")
 
 
 class Lines:
-    """Runs a chat with these lines as its input; `tty` names the streams that are a terminal."""
+    """Runs a chat with lines as its input. `tty` names the streams that are a terminal."""
 
     def __init__(self, model: Model, monkeypatch, capsys):
         self.model, self.monkeypatch, self.capsys = model, monkeypatch, capsys
         self.conversation = Conversation(model, temperature=0, max_tokens=5, logit_bias=bias_of(model))
 
     def __call__(self, *lines: str, tty: str = "") -> tuple[int, list[str], str]:
-        """-> exit status, lines on stdout, stderr."""
+        """Returns the exit status, the lines on stdout, and stderr."""
         typed = iter(lines)
         with self.monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
             patch.setattr("builtins.input", lambda prompt: next(typed))
             for name in tty.split():
                 patch.setattr(f"sys.{name}.isatty", lambda: True)
-            status = Talk(self.conversation).run()
+            status = ChatSession(self.conversation).run()
         out, err = self.capsys.readouterr()
         return status, out.split("\n")[:-1], err
 
@@ -63,24 +62,24 @@ def lines(model, monkeypatch, capsys) -> Lines:
     return Lines(model, monkeypatch, capsys)
 
 
-def test_from_a_pipe_each_line_is_answered_and_nothing_else_is_on_stdout(lines):
+def test_piped_lines_are_answered_and_stdout_has_only_answers(lines):
     status, out, err = lines("hello", "", "and?")
     answers = [m["content"] for m in lines.conversation.messages if m["role"] == "assistant"]
     assert status == 0
     assert out == answers
     assert len(answers) == 2
-    assert re.search(r"\d+ of \d+ tokens new · 5 generated · \d+\.\d tokens/s · first after .* · peak memory", err)
-    assert "cut off at max_tokens: /set max_tokens VALUE allows more" in err
+    assert re.search(r"\d+ prompt tokens \(\d+ cached\) · 5 generated · \d+\.\d tokens/s · first token .* · peak", err)
+    assert "stopped at max_tokens: /set max_tokens" in err
     assert ">" not in err
 
 
-def test_the_prompt_stays_out_of_a_file(lines):
+def test_the_input_prompt_is_not_on_redirected_stdout(lines):
     _, out, err = lines("hello", tty="stdin stderr")
     assert out == [lines.conversation.messages[1]["content"]]
     assert "> " in err
 
 
-def test_the_settings(lines):
+def test_set_changes_sampling_parameters(lines):
     changes = "/set max_tokens 3", "/set temperature 0.5", "/set top-k 4"
     status, out, err = lines(*changes, "hi", "/set", "/set top_k none")
     assert status == 0
@@ -89,22 +88,22 @@ def test_the_settings(lines):
     assert lines.conversation.options.top_k is None
     assert "3 generated" in err
     assert "temperature 0.5\n" in err
-    assert "min_p 0.0 (by default)\n" in err
-    assert err.endswith("top_k 0 (by default)\n")
+    assert "min_p 0.0 (default)\n" in err
+    assert err.endswith("top_k 0 (default)\n")
 
 
 def test_retry_reset_and_system(lines):
     _, out, err = lines("hi", "/retry", "/system be kind", "ho", "/system", "/reset", "hi")
     assert out[0] == out[1] == out[3]
     assert lines.conversation.system is None
-    assert "system message from the next turn on: be kind" in err
-    assert "system message from the next turn on: none" in err
-    assert "all messages are forgotten" in err
+    assert "system message for the next turns: be kind" in err
+    assert "system message for the next turns: none" in err
+    assert "all messages deleted" in err
     assert len(lines.conversation.messages) == 2
 
 
 def test_save_and_load(lines, tmp_path):
-    path = tmp_path / "talk with blanks.json"
+    path = tmp_path / "chat with spaces.json"
     lines("hi", f"/save {path}")
     assert len(json.loads(path.read_text())["messages"]) == 2
     lines.conversation.reset()
@@ -114,11 +113,12 @@ def test_save_and_load(lines, tmp_path):
     assert f"> hi\n{lines.conversation.messages[1]['content']}\n" in err
 
 
-def test_what_goes_wrong_is_told_and_the_chat_goes_on(lines, tmp_path):
+def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
     wrong = {
         "refuse": "the chat template refuses these messages: no such words",
-        "/what": "no command /what: /help, /system, /set, /retry, /save, /load, /reset, /exit",
-        "/retry": "no message yet that could be answered again",
+        "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
+        "/rety": "did you mean /retry?",
+        "/retry": "no message yet",
         "/set top_p 3": "top_p=3: must be a number from 0 to 1",
         "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
         "/set top_p": "expected /set NAME VALUE",
@@ -128,11 +128,11 @@ def test_what_goes_wrong_is_told_and_the_chat_goes_on(lines, tmp_path):
         "x" * 200: "context is full: the conversation has 20",
     }
     status, out, err = lines(*wrong, "hi")
-    assert status == 1  # nobody was there to see
+    assert status == 1  # piped input
     assert len(out) == 1
-    told = [line for line in err.splitlines() if line.startswith("jaxlm: ")]
-    assert len(told) == len(wrong)
-    for line, text in zip(told, wrong.values(), strict=True):
+    errors = [line for line in err.splitlines() if line.startswith("jaxlm: ")]
+    assert len(errors) == len(wrong)
+    for line, text in zip(errors, wrong.values(), strict=True):
         assert text in line
 
 
@@ -143,13 +143,13 @@ def test_help_lists_every_command(lines):
     assert not lines.conversation.messages
 
 
-def test_a_full_context_is_told_with_the_answer(lines):
+def test_a_full_context_is_reported_after_the_answer(lines):
     _, _, err = lines("/set max_tokens none", "hi", "more")
-    assert "the context of 128 tokens is full: /reset begins anew" in err
+    assert "the context of 128 tokens is full: /reset" in err
     assert "jaxlm: the context is full" in err
 
 
-def test_thoughts_are_dim_on_a_terminal_alone(lines):
+def test_reasoning_is_dim_on_a_terminal_only(lines):
     lines.conversation.set("max_tokens", 2)
     for tag, shown in (("<think>", "\033[2m<think>"), ("</think>", "</think>\033[0m")):
         lines.conversation.set("logit_bias", {lines.model.tokenizer.convert_tokens_to_ids(tag): 1e4})
@@ -159,19 +159,19 @@ def test_thoughts_are_dim_on_a_terminal_alone(lines):
         assert "\033[2mtiny/chatting: /help lists the commands" in err
 
 
-def test_a_model_without_template_continues_text_and_names_some_that_chat(model, monkeypatch, capsys):
+def test_a_model_without_chat_template_continues_text_and_names_chat_models(model, monkeypatch, capsys):
     plain = model_of(llama3, CONFIG, tokenizer_of(None))
-    plain.programs, plain.source = model.programs, "tiny/plain"
+    plain = replace(plain, source="tiny/plain")
     lines = Lines(plain, monkeypatch, capsys)
     status, out, err = lines("one", "", "/system be kind")
     assert status == 1
     assert len(out) == 2
     assert "a system message needs a chat template; tiny/plain has none" in err
-    assert "cut off" not in err
+    assert "stopped at max_tokens" not in err
     assert plain.tokenizer.decode(lines.conversation._seen[0].ids) == "one" + "".join(out)
-    Talk(lines.conversation).greet()
+    ChatSession(lines.conversation).greet()
     err = capsys.readouterr().err
-    assert "tiny/plain has no chat template: it continues what you write. Some models that chat: Qwen/Qwen3-0.6B" in err
+    assert re.search("tiny/plain has no chat template.*Qwen/Qwen3-0.6B", err)
 
 
 @pytest.mark.parametrize(("name", "typed", "value"), [
@@ -179,16 +179,16 @@ def test_a_model_without_template_continues_text_and_names_some_that_chat(model,
     ("ignore_eos", "True", True), ("stop", "the end", "the end"), ("stop", '["a", "b"]', ["a", "b"]),
     ("stop", "12", "12"), ("logit_bias", '{"5": 1.5}', {5: 1.5}),
 ])  # fmt: skip
-def test_values_as_they_are_typed(name, typed, value):
+def test_parse_reads_values_of_sampling_parameters(name, typed, value):
     assert parse(name, typed) == value
 
 
-# The whole program
+# The program as a process
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint that talks on for as long as it is let."""
+    """A checkpoint whose answers end at max_tokens only."""
     path = tmp_path_factory.mktemp("chatting")
     tiny_files.write(path)
     config = json.loads((path / "config.json").read_text())
@@ -202,18 +202,18 @@ def folder(tmp_path_factory) -> Path:
     (["--template-arg", "mood=1"], "--template-arg mood: the chat template of .* does not use 'mood'"),
     (["--temperature", "-1"], "temperature=-1.0: must be a finite number"),
 ])  # fmt: skip
-def test_flags_that_cannot_be_followed(folder, capsys, monkeypatch, flags, message):
+def test_flags_that_the_model_does_not_support(folder, capsys, monkeypatch, flags, message):
     monkeypatch.setattr("jaxlm.cli.common.set_up_process", lambda: None)
     assert cli.main(["chat", "-m", str(folder), *flags]) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
-# The terminal on its stdin is to be the one that Ctrl-C comes from.
+# Makes the terminal on stdin the controlling terminal, from which Ctrl-C comes.
 OWN_TERMINAL = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
 class Terminal:
-    """A program in a terminal of its own."""
+    """A program in a pseudo-terminal."""
 
     def __init__(self, *argv: str, **env: str):
         self.fd, inside = pty.openpty()
@@ -226,25 +226,25 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def enter(self, text: str) -> None:
-        """Types at the next prompt: before it the terminal is not yet readline's."""
+        """Types at the next prompt. Before the prompt, readline does not read the terminal yet."""
         self.until("> ")
         self.type(text)
 
     def until(self, text: str, seconds: float = 120) -> str:
-        """Everything up to `text`, from where the last call ended."""
+        """Returns the output up to `text`, from the end of the last call."""
         end = time.monotonic() + seconds
         while text.encode() not in self.read:
             ready = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]
-            assert ready, f"{text!r} did not come; there is {self.read[-2000:]!r}"
+            assert ready, f"no {text!r} in {self.read[-2000:]!r}"
             try:
                 self.read += os.read(self.fd, 65536)
-            except OSError as error:  # the other side is closed
-                raise AssertionError(f"{text!r} did not come; there is {self.read[-2000:]!r}") from error
+            except OSError as error:  # the program has exited
+                raise AssertionError(f"no {text!r} in {self.read[-2000:]!r}") from error
         before, _, self.read = self.read.partition(text.encode())
         return before.decode(errors="replace")
 
     def end(self) -> int:
-        """The exit status."""
+        """Returns the exit status."""
         status = self.process.wait(60)
         os.close(self.fd)
         return status
@@ -258,28 +258,28 @@ def test_in_a_terminal(folder, tmp_path):
         terminal.until("/help lists the commands")
         terminal.enter("tell me all\n")
         for _ in range(3):
-            terminal.until("\033[J")  # the notice of a compilation is wiped away
+            terminal.until("\033[J")  # a compilation notice is erased
         terminal.type("\x03")
-        terminal.until("/retry answers again, /exit or Ctrl-D ends the chat")
+        terminal.until("stopped; /retry answers again, /exit or Ctrl-D ends the chat")
         terminal.until("> ")
-        time.sleep(0.5)  # between showing the prompt and waiting for a key readline is deaf
-        terminal.type("\x03")  # at the prompt it only says how to leave
+        time.sleep(0.5)  # readline ignores keys between showing the prompt and reading
+        terminal.type("\x03")  # at the prompt, Ctrl-C only says how to end the chat
         terminal.until("/exit or Ctrl-D ends the chat")
         terminal.enter("/set max_tokens 7\n")
         terminal.until("max_tokens 7\033[0m")
-        terminal.enter(f"/save {tmp_path / 'talk.json'}\n")
+        terminal.enter(f"/save {tmp_path / 'chat.json'}\n")
         terminal.until("saved to")
         terminal.enter("and more\n")
-        terminal.until("tokens new · 7 generated")
-        terminal.enter("/set max_tokens 9\x7f89\n")  # edited on the way
+        terminal.until("cached) · 7 generated")
+        terminal.enter("/set max_tokens 9\x7f89\n")  # edited with backspace
         terminal.until("max_tokens 89\033[0m")
-        terminal.enter("\x1b[A\n")  # the line typed before once more
+        terminal.enter("\x1b[A\n")  # the previous line from the history
         terminal.until("max_tokens 89\033[0m")
         terminal.enter("\x04")
         assert terminal.end() == 0
     except BaseException:
         terminal.process.kill()
         raise
-    stopped = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    stopped = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [m["role"] for m in stopped] == ["user", "assistant"]
     assert stopped[1]["content"]

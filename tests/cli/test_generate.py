@@ -1,4 +1,4 @@
-"""The generate command as a user types it."""
+"""`jaxlm generate` as a user types it."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 from jaxlm.cli import main, parse
 from jaxlm.inference import decoding
 
-# As many tokens in every test, so that they share their programs.
+# The same number of tokens in every test, so that they share compiled programs.
 GREEDY = ["--temperature", "0", "--max-tokens", "200"]
 
 
@@ -21,7 +21,7 @@ def stories(shared):
     return str(shared / "checkpoints/stories260K")
 
 
-def test_the_published_text_through_the_command(stories, shared, capsys):
+def test_greedy_text_matches_the_reference(stories, shared, capsys):
     reference = json.loads((shared / "checkpoints/stories260K/greedy_reference.json").read_text())
     assert main(["generate", "<s>", "-m", stories, *GREEDY, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
@@ -30,7 +30,7 @@ def test_the_published_text_through_the_command(stories, shared, capsys):
 
 
 def test_streamed_text_and_statistics(stories, capsys):
-    decoding.compiled_for.cache_clear()  # other tests may have compiled the same programs
+    decoding.executables.cache_clear()  # other tests may have compiled the same programs
     assert main(["generate", "-m", stories, "Once upon", *GREEDY, "--stop", "irl"]) == 0
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"
@@ -39,11 +39,10 @@ def test_streamed_text_and_statistics(stories, capsys):
     assert "compiling prefill" in err
 
 
-def test_without_a_model_it_tells_a_story(capsys):
-    """The one in the package, and it says so."""
+def test_the_default_is_the_story_model(capsys):
     assert main(["generate", "Once upon a time", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
-    assert "using the story model that comes with jaxlm" in err
+    assert "story model" in err
     assert len(set(re.findall("[a-z]+", out))) > 20
 
 
@@ -107,9 +106,9 @@ def test_bad_input_gets_one_message(stories, capsys, monkeypatch, arguments, sta
         ("", " holds no prompts"),
         ('{"text": "x"}', ", line 1: expected a text"),
         (b'"\xff"', " cannot be read ('utf-8' codec"),
-        # What only the model can tell.
+        # Errors that need the model.
         ('"a"\n\n[1, 512]\n', ", line 3: the prompt has token id 512"),
-        ('"a"\n["b"]\n', ", line 2: a prompt is a text, a list of messages or a list of token ids"),
+        ('"a"\n["b"]\n', ", line 2: a prompt is a str, a list of messages or a list of token ids"),
         ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
         (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
     ],
@@ -122,7 +121,7 @@ def test_bad_prompt_files(stories, tmp_path, capsys, content, words):
     assert f"jaxlm: {file}{words}" in capsys.readouterr().err
 
 
-def test_unknown_model_type_lists_what_is_known(tmp_path, capsys):
+def test_an_unknown_model_type_lists_the_supported_ones(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert main(["generate", "-m", str(tmp_path), "hi"]) == 1
@@ -136,19 +135,20 @@ def run(*arguments, **more):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **more)
 
 
-def test_help_does_not_import_jax():
-    code = "import sys, jaxlm.cli\ntry: jaxlm.cli.main(['--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--max-length", "5"]])
+def test_help_and_usage_errors_do_not_import_jax(arguments):
+    code = f"import sys, jaxlm.cli\ntry: jaxlm.cli.main({arguments})\nexcept SystemExit: pass\n"
     heavy = "print(sorted({'jax', 'transformers', 'torch', 'huggingface_hub'} & set(sys.modules)))"
     assert run("-c", code + heavy).stdout.splitlines()[-1] == "[]"
 
 
-def test_module_reads_stdin(stories):
+def test_a_dash_reads_stdin(stories):
     arguments = ["generate", "-", "-m", stories, *GREEDY, "--stop", " was"]
     done = run("-m", "jaxlm", *arguments, input="Once upon")
     assert (done.returncode, done.stdout) == (0, " a time, there\n")
 
 
-def test_a_pipe_needs_no_dash(stories, monkeypatch, capsys):
+def test_piped_input_is_the_prompt(stories, monkeypatch, capsys):
     command = ["generate", "-m", stories, *GREEDY, "--stop", " was"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
     assert main(command) == 0
@@ -161,10 +161,10 @@ def test_a_pipe_needs_no_dash(stories, monkeypatch, capsys):
         assert "give a prompt, as an argument or on stdin" in capsys.readouterr().err
 
 
-def test_flags_that_may_be_repeated():
+def test_repeated_flags():
     line = "generate None --stop a --stop b --logit-bias 5 -1.5 --logit-bias 7 2 --stop-token-ids 3 --stop-token-ids 4"
     command = parse(line.split())
-    assert command.prompt == "None"  # a text like others
+    assert command.prompt == "None"  # a text as any other
     assert command.sampling() == {"stop": ("a", "b"), "logit_bias": {5: -1.5, 7: 2.0}, "stop_token_ids": (3, 4),
                                   "ignore_eos": False}  # fmt: skip
     assert parse(["chat", "--top-k", "0"]).sampling() == {"top_k": 0, "ignore_eos": False}
@@ -174,14 +174,14 @@ def test_help_names_plain_types(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     out = capsys.readouterr().out
-    assert "usage: jaxlm generate [-h] [OPTIONS] [PROMPT]" in out
+    assert "Usage: jaxlm generate [PROMPT] [flags]" in out
     assert "--system STR" in out
     assert "None}" not in out
-    assert "Texts that end the answer" in out
+    assert "Stop strings" in out
 
 
-def test_a_reader_that_leaves(stories):
-    """`jaxlm generate … | head -c 1` ends quietly."""
+def test_a_closed_pipe_ends_without_an_error(stories):
+    """`jaxlm generate … | head -c 1`."""
     command = f'"{sys.executable}" -m jaxlm generate "Once" -m "{stories}" --max-tokens 200 | head -c 1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
     assert len(done.stdout) == 1

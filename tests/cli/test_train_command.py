@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from jaxlm import cli
+from jaxlm.cli.train import Train
+from jaxlm.training import config
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_a_second_file_is_refused(second, capsys) -> None:
 
 
 def test_a_file_without_a_name(capsys) -> None:
-    assert "Missing value for argument '-c/--config'" in refused(capsys, "-c")
+    assert "-c needs a value" in refused(capsys, "-c")
 
 
 def test_a_file_names_no_other_file(tmp_path, capsys) -> None:
@@ -112,16 +114,52 @@ def test_other_commands_have_no_such_flags(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "flag"),
+    ("text", "line", "field"),
     [
-        ("rslro: true", "--rslro"),
-        ("lora: {rslro: false}", "--lora.no-rslro"),
-        ("resume: false", "--no-resume"),
-        ("optimizer: {lr: 1}", "--optimizer.lr=1"),
-        ("optimizer: 3", "--optimizer=3"),
+        ("rslro: true", 1, "lora.rslora"),
+        ("lora: {rslro: false}", 1, "lora.rslora"),
+        ("steps: 3\n\nstepps: 7\n", 3, "steps"),
+        ("steps: 3\nlora:\n  r: 8\n", 3, "lora.rank"),
+        ("training:\n  learning_rate: 1\n", 2, "optimizer.lr"),
+        ("num_train_epochs: 3", 1, "epochs"),
+        ("lr: 1.0", 1, "optimizer.lr"),
+        ("optimiser: {lr: 1, b1: 0.9}", 1, "optimizer"),
+        ("data:\n  train: x\n  learn: all\n", 3, "data.train_on"),
+        ("data: {form: text}", 1, "data.format"),
+        ("optimizer: 3", 1, "optimizer.lr"),
+        ("steps: {a: 1}", 1, "steps.a"),
     ],
 )
-def test_unknown_fields_are_named(text, flag, tmp_path, capsys) -> None:
+def test_an_unknown_key_is_named_with_its_line_and_the_right_key(text, line, field, tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    assert f"Unrecognized options: {flag} " in refused(capsys, "-c", str(path))
+    message = refused(capsys, "-c", str(path))
+    assert message.startswith(f"jaxlm: {path}:{line}: ")
+    assert field in message
+
+
+def test_every_unknown_key_is_reported(tmp_path, capsys) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("max_steps: 1\nsteps: 2\nbatch_size: 3\nqqqq: 4\n")
+    message = refused(capsys, "-c", str(path))
+    assert [f"{path}:{n}:" in message for n in (1, 2, 3, 4)] == [True, False, True, True]
+
+
+def test_a_value_of_a_known_key_is_checked_by_its_flag(tmp_path, capsys) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("resume: false")
+    assert "--no-resume" in refused(capsys, "-c", str(path))
+
+
+def test_keys_with_hyphens_aliases_and_merged_mappings(parsed) -> None:
+    run = parsed("save-every: 7\ndataset: wikitext\noptimizer: &a {lr: 0.5}\nlora: \ndata: {<<: {format: text}}")
+    assert (run.save_every, run.data.dataset, run.optimizer.lr, run.data.format) == (7, "wikitext", 0.5, "text")
+
+
+def test_the_tables_lead_to_fields_that_exist() -> None:
+    known = set(config.field_names(Train))
+    groups = {name.partition(".")[0] for name in known}
+    assert {*config.RENAMED_FIELDS.values(), *config.OTHER_TOOLS.values()} <= known | groups
+    assert not known & {*config.RENAMED_FIELDS, *config.OTHER_TOOLS}
+    assert config.current_name("optimiser.lr") == "optimizer.lr"
+    assert config.suggest("optimiser.lr", known) == "optimiser.lr is now optimizer.lr"

@@ -159,6 +159,25 @@ def test_an_incomplete_corpus_is_made_again(tmp_path, cache):
         assert folders(cache) == [folder.name]
 
 
+@pytest.mark.parametrize("rows", [GOOD, [{"text": "abc"}]])
+def test_a_corpus_of_an_earlier_version_is_made_again(rows, tmp_path, cache):
+    """It names format, train_on and the loss mask (absent where all tokens count) otherwise, under the same digest."""
+    path = write(tmp_path / "a.jsonl", *rows)
+    corpus = made(cache, path)
+    [folder] = cache.iterdir()
+    about = json.loads((folder / "corpus.json").read_text())
+    about["form"], about["learn"] = about.pop("format"), about.pop("train_on")
+    about["learned"] = about.pop("loss_tokens")
+    if "loss_mask" in about["arrays"]:
+        (folder / "loss_mask.bin").rename(folder / "learned.bin")
+        for part in ("arrays", "sizes"):
+            about[part]["learned"] = about[part].pop("loss_mask")
+    (folder / "corpus.json").write_text(json.dumps(about))
+    again = made(cache, path)
+    assert again.about == corpus.about
+    assert again.document(0).loss_mask.tolist() == corpus.document(0).loss_mask.tolist()
+
+
 def test_nothing_is_left_of_what_failed(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "a.jsonl", *GOOD, {"prompt": "a"})
     with pytest.raises(ValueError, match=r"a\.jsonl:3"):

@@ -1,5 +1,5 @@
-"""jaxlm.data.packing: every token once an epoch, in any packing; batches that depend on seed and step alone; and
-documents in one row do not see each other, by the loss of a model."""
+"""The data loader: every token once per epoch, in any packing; batches depend on seed and step alone; documents in one
+row do not attend to each other, by the loss of a model."""
 
 import hashlib
 import sys

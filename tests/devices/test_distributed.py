@@ -82,7 +82,7 @@ def test_the_command_speaks_once(speaking, capsys):
     assert silence == ""
     assert main(["generate", "Once upon a time", "-m", str(speaking), *flags]) == 0
     assert text == capsys.readouterr().out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
 
 
 def test_processes_that_were_asked_different_things(speaking):
@@ -115,7 +115,7 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path, dead):
         f"import sys; from jaxlm.devices import distributed as p; p.HEARTBEAT = {HEARTBEAT};"
         "p.start(sys.argv[1], 2, int(sys.argv[2]));"
         "p.gather('here'); print('here', file=sys.stderr, flush=True);"
-        "import time; time.sleep(600 * (p.number() == int(sys.argv[3]))); p.gather('there')"
+        "import time; time.sleep(600 * (p.process_index() == int(sys.argv[3]))); p.gather('there')"
     )
     address = f"127.0.0.1:{free_port()}"
     started = two(*(["-c", code, address, str(i), str(dead)] for i in range(2)))
@@ -150,7 +150,7 @@ def test_others_that_do_not_come(folder):
     [(status, out, err)] = ended(two(["-c", command]))
     assert status != 0
     assert not out
-    assert "waiting for 2 processes at 127.0.0.1:" in err
+    assert "for 2 processes at 127.0.0.1:" in err
     assert "distributed service detected fatal errors" in err
 
 
@@ -177,4 +177,4 @@ def test_a_chat_is_with_one_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="1"):
         main(["chat", "-m", str(folder)])
-    assert "a chat is with one process: use jaxlm generate" in capsys.readouterr().err
+    assert "chat runs in a single process" in capsys.readouterr().err

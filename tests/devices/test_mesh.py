@@ -1,4 +1,5 @@
-"""One forward on any mesh of virtual devices: the same text, logits and gradients, no exchange that is not meant."""
+"""One forward on any mesh of virtual devices, with tensor parallelism: the same text, logits and gradients, and no
+unintended collectives."""
 
 import re
 from collections import Counter
@@ -15,9 +16,11 @@ from jaxlm import Model
 from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
-from jaxlm.inference.decoding import compiled_for
+from jaxlm.inference.decoding import compiled_for, executables
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
+
+pytestmark = pytest.mark.smoke
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
@@ -121,7 +124,7 @@ def test_two_sums_a_layer_and_one_for_the_embedding(family: str, T: int) -> None
 
 def gathered(model: Model, name: str) -> list[list[int]]:
     """The shapes of all that devices of a model's compiled programs send each other, sums apart."""
-    programs = [program.as_text() for key, program in model.programs.compiled.items() if key[0] == name]
+    programs = [program.as_text() for key, program in executables(model.family, model.config).items() if key[0] == name]
     assert programs
     moved = r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\("
     return [[int(n) for n in shape.split(",") if n] for text in programs for shape in re.findall(moved, text)]

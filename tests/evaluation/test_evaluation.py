@@ -34,9 +34,7 @@ TEXTS = [
 
 
 def model_of(family: str = "llama3", tokenizer: Any = PLAIN, **fields: Any) -> jaxlm.Model:
-    model = tiny(family, **fields)
-    model.tokenizer = tokenizer
-    return model
+    return replace(tiny(family, **fields), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +48,7 @@ def uniform(tmp_path_factory) -> jaxlm.Model:
     folder = tmp_path_factory.mktemp("uniform")
     bytes_model.write(folder)
     model = jaxlm.load(folder)
-    model.weights = jax.tree.map(jnp.zeros_like, model.weights)
-    return model
+    return replace(model, weights=jax.tree.map(jnp.zeros_like, model.weights))
 
 
 def file(folder: Path, *values: Any) -> Path:
@@ -242,11 +239,9 @@ def test_on_a_mesh(spec, tmp_path) -> None:
     model = model_of(num_attention_heads=8, num_key_value_heads=4, hidden_size=64, vocab_size=200)
     path = file(tmp_path, *TEXTS, *TEXTS)
     alone, over = evaluate(model, path, length=32), topology.make(spec, model.config.K)
-    model.weights = jax.tree.map(
-        lambda w, letters: mesh.place(w, letters, over),
-        model.weights,
-        params.letters(model.family.PARAMS, model.weights),
-    )
+    letters = params.letters(model.family.PARAMS, model.weights)
+    placed = jax.tree.map(lambda w, letters: mesh.place(w, letters, over), model.weights, letters)
+    model = replace(model, weights=placed)
     assert model.mesh is not None
     spread = evaluate(model, path, length=32)
     assert spread.nats == pytest.approx(alone.nats, rel=1e-6)
@@ -266,9 +261,8 @@ def test_with_an_adapter(model, tmp_path) -> None:
         path = next(p for p in jax.tree_util.tree_leaves_with_path(adapter, is_leaf=lora.is_lora) if p[1] is leaf)[0]
         b = jax.random.normal(jax.random.key(number), leaf.b.shape) * 0.1
         adapter["layers"][path[1].idx][path[2].key] = replace(leaf, b=b)
-    adapted, fused = model_of(), model_of()
-    adapted.weights = lora.join(model.weights, adapter)
-    fused.weights = lora.fused(adapted.weights)
+    adapted = replace(model, weights=lora.join(model.weights, adapter))
+    fused = replace(model, weights=lora.fused(adapted.weights))
     values = [evaluate(one, file(tmp_path, *TEXTS)).nats for one in (adapted, fused, model)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert abs(values[0] - values[2]) > 1
@@ -324,7 +318,6 @@ def test_models_that_cannot_be_evaluated(model, tmp_path) -> None:
         evaluate(tiny("llama3"), path)
     with pytest.raises(ValueError, match=r"token id 1\d\d, but random weights knows 0 to 49: the tokenizer belongs"):
         evaluate(model_of(vocab_size=50), path)
-    broken = model_of()
-    broken.weights = {**broken.weights, "norm": broken.weights["norm"] * jnp.nan}
+    broken = replace(model, weights={**model.weights, "norm": model.weights["norm"] * jnp.nan})
     with pytest.raises(ValueError, match="random weights gives logits that are no numbers: try --dtype float32"):
         evaluate(broken, path)

@@ -26,7 +26,7 @@ from jaxlm.inference.generation import resolve
 from jaxlm.inference.prompts import stop_ids
 from jaxlm.inference.sampling_params import unsupported
 from jaxlm.loading import load
-from jaxlm.nn import frequencies, params
+from jaxlm.nn import params
 from jaxlm.processing.detokenizer import TextStream
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def use_config(raw: dict[str, Any]) -> None:
     assert isinstance(hash(cfg), int)
     assert params.count(family.PARAMS, cfg) > 0
     for rope in (cfg.rope, getattr(cfg, "local_rope", cfg.rope)):
-        assert all(np.isfinite(frequencies(rope, H).radians).all() for H in (2, 20, 256))
+        assert all(np.isfinite(rope.frequencies(H).radians).all() for H in (2, 20, 256))
         assert math.isfinite(rope.amplitude)
 
 

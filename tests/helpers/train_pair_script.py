@@ -1,4 +1,4 @@
-"""One of two processes that train as one: python train_pair_script.py PORT INDEX FOLDER OUT MESH [adapter]."""
+"""One of two processes of a distributed run: python train_pair_script.py PORT INDEX FOLDER OUT MESH [adapter]."""
 
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ from jaxlm.training.config import LoraOptions, Run
 
 
 def run_for(folder: Path, out: Path, mesh: str, adapter: bool = False) -> Run:
-    """What both processes do, and one alone."""
+    """Returns the run of both processes, or of one alone."""
     names = {"shape": "shape.json", "tokenizer": "tokenizer", "train": "train.txt", "valid": "valid.txt"}
     files = {name: str(folder / file) for name, file in names.items()}
     run = run_of(files, out, batch=8, steps=6, save_every=4, eval_every=3, mesh=mesh)
@@ -27,10 +27,10 @@ def main(port: str, index: str, folder: str, out: str, mesh: str, adapter: str =
     distributed.start(f"127.0.0.1:{port}", 2, int(index))
     distributed.gather("here")
     run = run_for(Path(folder), Path(out), mesh, bool(adapter))
-    if adapter:  # an end in the middle, after a checkpoint
+    if adapter:  # interrupted after a checkpoint
         try:
             loop.train(replace(run, save_every=2), stopping_at(4))
-            raise AssertionError("it went on")
+            raise AssertionError("the run was not interrupted")
         except Stopped:
             pass
     loop.train(run)

@@ -17,6 +17,7 @@ import jaxlm
 from jaxlm.devices import hardware
 from jaxlm.inference import conversation
 from jaxlm.inference.conversation import Conversation, can_reuse
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.model import Model
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -209,23 +210,19 @@ def test_the_next_call_stops_a_running_answer(gemma, also, tmp_path):
     assert list(pieces) == []
 
 
-@pytest.mark.parametrize("program", ["prefill", "pick", "step"])
+@pytest.mark.parametrize("program", ["prefill", "sample_token", "step"])
 def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeypatch, program):
     """Ctrl-C arrives while a program runs, which has taken the cache with it."""
     c = talk(gemma)
     said = check(c, ask(c, [], "hi"), c.send("hi"))
 
     def interrupted(*args):
-        def run(*args):
-            compiled(*args)
-            raise KeyboardInterrupt
+        real(*args)
+        raise KeyboardInterrupt
 
-        compiled = real(*args)
-        return run
-
-    real = getattr(gemma.programs, program)
+    real = getattr(CompiledSteps, program)
     with monkeypatch.context() as patch:
-        patch.setattr(gemma.programs, program, interrupted)
+        patch.setattr(CompiledSteps, program, interrupted)
         c.system = "x"  # so that other tokens take the place of those that were said; few, for the ring keeps the rest
         with pytest.raises(KeyboardInterrupt):
             list(c.send("y"))
@@ -240,7 +237,6 @@ def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeyp
 
 def test_a_full_context(gemma):
     short = model_of(gemma3, replace(GEMMA, context=64), gemma.tokenizer)
-    short.programs = gemma.programs
     c = talk(short, max_tokens=None)
     ids = ask(c, [], "go")
     said = check(c, ids, c.send("go"))
@@ -291,18 +287,16 @@ def test_a_stop_string_ends_an_answer_and_is_not_kept(gemma):
 def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
     template = TEMPLATE.replace("<assistant>", "<assistant><think>") if opened else TEMPLATE
     model = model_of(gemma3, GEMMA, tokenizer_of(template, thinking=True))
-    model.programs = gemma.programs
     close = model.tokenizer.convert_tokens_to_ids("</think>")
     c = talk(model, max_tokens=12)
     *_, begin = model.tokenizer.encode("<think>", add_special_tokens=False)
     # The model's every token is forced: first the tag that opens, then a word, then the tag that closes, then words.
     answer = ([] if opened else [begin]) + model.tokenizer.encode("hm", add_special_tokens=False) + [close]
     forced = iter(answer)
-    real = model.programs.pick, model.programs.step
 
-    def forcing(program):
+    def forcing(real):
         def run(*args):
-            state, made = program(*args)
+            state, made = real(*args)
             token = next(forced, None)
             if token is None:
                 return state, made
@@ -310,8 +304,8 @@ def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
 
         return run
 
-    monkeypatch.setattr(model.programs, "pick", lambda *args: forcing(real[0](*args)))
-    monkeypatch.setattr(model.programs, "step", lambda *args: forcing(real[1](*args)))
+    for name in ("sample_token", "step"):
+        monkeypatch.setattr(CompiledSteps, name, forcing(getattr(CompiledSteps, name)))
     shown = "".join(c.send("why"))
     assert c.opened == opened
     assert shown.removeprefix("<think>").startswith("hm</think>")

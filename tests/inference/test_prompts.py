@@ -1,6 +1,7 @@
 """From prompts to ids, and the ids that end an answer. What is refused is read in test_generation.py."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers import tiny_files
@@ -23,11 +24,11 @@ def test_what_ends_an_answer_follows_generation_config():
     assert stop_ids(model, SamplingParams()) == {3, end}
     model.generation_config["eos_token_id"] = [5, 6]
     assert stop_ids(model, SamplingParams()) == {5, 6, end}
-    model.generation_config = {"eos_token_id": 7}
+    model = replace(model, generation_config={"eos_token_id": 7})
     assert stop_ids(model, SamplingParams(stop_token_ids=(8,))) == {7, 8, end}
     assert stop_ids(model, SamplingParams(ignore_eos=True)) == set()
     assert stop_ids(model, SamplingParams(ignore_eos=True, stop_token_ids=(8,))) == {8}
-    model.tokenizer = None
+    model = replace(model, tokenizer=None)
     assert stop_ids(model, SamplingParams()) == {7}
 
 

@@ -13,6 +13,8 @@ from jaxlm.inference import sampling
 from jaxlm.inference.sampling import Sampling
 from jaxlm.inference.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.smoke
+
 B, V = 4, 23
 EPS = 1e-5  # thresholds closer than this to a token's value may fall either way in float32
 MAX = float(np.finfo(np.float32).max)
@@ -153,11 +155,11 @@ def test_count_ignores_padding_and_takes_token_0_for_a_token():
     pos = jnp.asarray([[0, 1, 2, 3], [0, -1, -1, -1]], jnp.int32)
     counts = count(tokens, pos, 7)  # 9 lies outside: dropped, not wrapped or clamped
     assert [np.flatnonzero(row).tolist() for row in np.asarray(counts.seen)] == [[0, 3], [5]]
-    assert not np.any(counts.made)
+    assert not np.any(counts.generated)
     for step in ([0, 6], [0, -1]):
         counts = update(counts, np.array(step, np.int32))
     assert [np.flatnonzero(row).tolist() for row in np.asarray(counts.seen)] == [[0, 3], [5, 6]]
-    np.testing.assert_array_equal(counts.made, [[2, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(counts.generated, [[2, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]])
 
 
 @settings(max_examples=40, deadline=None)

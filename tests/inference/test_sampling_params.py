@@ -111,7 +111,7 @@ def test_length_and_stops_come_from_the_file_too():
         ("logit_bias", {"5": 1.0}, "integers"),
         ("logit_bias", {5: float("inf")}, "finite"),
         ("logit_bias", [5], "token ids"),
-        ("stop", ("a", ""), "texts, none of them empty (--stop)"),
+        ("stop", ("a", ""), "(--stop)"),
         ("stop", 5, "texts"),
         ("stop_token_ids", (3, -1), "token ids (integers, 0 or more) (--stop-token-ids)"),
         ("stop_token_ids", "5", "integers"),

@@ -1,4 +1,4 @@
-"""config.json: what the code computes is read in both spellings, what it does not compute is refused by name."""
+"""config.json: supported fields in the formats of transformers 4 and 5; unsupported fields are errors by name."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def config(family: str, allow: tuple[str, ...] = (), without: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_harmless_fields_pass(family: str) -> None:
+def test_fields_that_do_not_change_the_result_are_accepted(family: str) -> None:
     plain = config(family)
     assert (plain.V, plain.D, plain.F, plain.L, plain.N, plain.K) == (199, 48, 72, 2, 4, 2)
     harmless = {
@@ -32,8 +32,14 @@ def test_harmless_fields_pass(family: str) -> None:
         "pad_token_id": 0,
         "_name_or_path": "x/y",
     }
-    idle = {"attention_bias": False, "mlp_bias": False, "made_up": None, "made_up_too": False, "sliding_windows": []}
-    assert config(family, **harmless, **idle) == plain
+    disabled = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "made_up": None,
+        "made_up_too": False,
+        "sliding_windows": [],
+    }
+    assert config(family, **harmless, **disabled) == plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,22 +58,20 @@ def test_harmless_fields_pass(family: str) -> None:
         ("quantization_config", {"bits": 4}),
     ],
 )
-def test_unknown_fields_are_refused_by_name(family: str, field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"does not compute: {field} = .*--allow-field NAME"):
+def test_unknown_fields_are_rejected_by_name(family: str, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field} = "):
         config(family, **{field: value})
     assert config(family, allow=(field,), **{field: value}) == config(family)
-    with pytest.raises(ValueError, match="another = 1"):  # the one that was not let pass
+    with pytest.raises(ValueError, match="another = 1"):  # not the allowed one
         config(family, allow=(field,), **{field: value, "another": 1})
 
 
 def test_several_faults_are_named_together() -> None:
-    with pytest.raises(
-        ValueError, match=r"hidden_act = 'gelu' \(only 'silu' is computed\); attention_bias = True; x = 1"
-    ):
+    with pytest.raises(ValueError, match=r"hidden_act = 'gelu' .*; attention_bias = True; x = 1"):
         config("llama3", hidden_act="gelu", attention_bias=True, x=1)
 
 
-def test_another_activation_is_refused() -> None:
+def test_unsupported_activations_are_rejected() -> None:
     for family in ("llama3", "qwen3", "olmo2"):
         assert config(family, hidden_act="silu") == config(family)
         with pytest.raises(ValueError, match=r"hidden_act = 'gelu'"):
@@ -78,8 +82,8 @@ def test_another_activation_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2"])
-def test_layers_that_all_see_everything(family: str) -> None:
-    """transformers 5 writes these beside a model without windows."""
+def test_layer_types_of_full_attention_only(family: str) -> None:
+    """transformers 5 writes these for a model without sliding windows."""
     written = {
         "layer_types": [FULL, FULL],
         "use_sliding_window": False,
@@ -91,7 +95,7 @@ def test_layers_that_all_see_everything(family: str) -> None:
         config(family, layer_types=[FULL, SLIDING])
 
 
-def test_gemmas_kinds_of_layers() -> None:
+def test_gemma_layer_types() -> None:
     assert config("gemma3").windows == (5, None)
     by_pattern = config("gemma3", without=("layer_types",), num_hidden_layers=7, sliding_window_pattern=3)
     assert by_pattern.windows == (5, 5, None, 5, 5, None, 5)
@@ -103,7 +107,7 @@ def test_gemmas_kinds_of_layers() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2"])
-def test_rope_in_both_spellings(family: str) -> None:
+def test_rope_in_both_formats(family: str) -> None:
     def both(rope: dict[str, Any], theta: float = 5e5) -> Rope:
         old = config(family, rope_theta=theta, rope_scaling=rope or None).rope
         older = {**rope, "type": rope["rope_type"]} if rope else {}
@@ -128,77 +132,75 @@ def test_rope_in_both_spellings(family: str) -> None:
     assert both_scales == pytest.approx((0.12 * math.log(4) + 1) / (0.07 * math.log(4) + 1))
 
 
-def test_gemmas_rope_in_both_spellings() -> None:
+def test_gemma_rope_in_both_formats() -> None:
     assert (config("gemma3").rope, config("gemma3").local_rope) == (Rope(1e6), Rope(1e4))
     linear = {"rope_type": "linear", "factor": 8.0}
     old = config("gemma3", rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling=linear)
     assert (old.rope, old.local_rope) == (Rope(2e6, "linear", 8.0), Rope(3e4))
     local = {"rope_type": "default", "rope_theta": 3e4}
     assert config("gemma3", rope_parameters={FULL: {**linear, "rope_theta": 2e6}, SLIDING: local}) == old
-    # Defaults where a section leaves theta out, as in files that transformers 5 fills in.
+    # Defaults where a section has no theta: transformers 5 fills it in.
     sparse = config("gemma3", rope_parameters={FULL: linear, SLIDING: {"rope_type": "default"}})
     assert (sparse.rope, sparse.local_rope) == (Rope(1e6, "linear", 8.0), Rope(1e4))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported: .* cached decoding differs"),
-        ({"rope_type": "longrope", "factor": 2.0}, r"rope_type 'longrope' is not supported \(known: default, linear, "),
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_type 'longrope'"),
         ({"rope_type": "linear"}, "rope_type 'linear' lacks factor"),
         (
             {"rope_type": "llama3", "factor": 8.0},
-            "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original",
+            "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
         ),
-        ({"rope_type": "linear", "factor": 2.0, "made_up": 1}, "has fields that are not supported: made_up"),
-        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
+        ({"rope_type": "linear", "factor": 2.0, "made_up": 1}, "made_up"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
-def test_ropes_that_are_refused(family: str, spelling: str, section: dict[str, Any], message: str) -> None:
-    if family == "gemma3" and spelling == "rope_parameters":
+def test_unsupported_ropes_are_rejected(family: str, field: str, section: dict[str, Any], message: str) -> None:
+    if family == "gemma3" and field == "rope_parameters":
         section = {FULL: section, SLIDING: {"rope_type": "default"}}
     with pytest.raises(ValueError, match=message):
-        config(family, **{spelling: section})
+        config(family, **{field: section})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 15}, "head_dim 15 is odd"),
-        ({"hidden_size": 0}, "hidden_size is 0, but must be a whole number of at least 1"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
         ({"vocab_size": "199"}, "vocab_size is '199'"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ],
 )
-def test_sizes_that_make_no_sense(family: str, fields: dict[str, Any], message: str) -> None:
+def test_invalid_sizes_are_rejected(family: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(family, **fields)
 
 
 def test_missing_fields_are_named() -> None:
-    with pytest.raises(ValueError, match="no field 'hidden_size', which this architecture needs"):
+    with pytest.raises(ValueError, match="hidden_size"):
         config("llama3", without=("hidden_size",))
     assert config("qwen3", without=("head_dim",)).H == 128  # as in an early Qwen3-8B file
     assert config("llama3", without=("num_key_value_heads",)).K == 4
-    seeing = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34, "hidden_size": 2560}}
-    sparse = models.gemma3.Config.from_hf(seeing)
+    vision_language = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34, "hidden_size": 2560}}
+    sparse = models.gemma3.Config.from_hf(vision_language)
     assert (sparse.V, sparse.N, sparse.K, sparse.H, sparse.tied) == (262208, 8, 4, 256, True)
 
 
-def test_unknown_families_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match="model_type 'mamba' is not supported; jaxlm knows gemma3, gemma3_text, llama,"
-    ):
+def test_unknown_model_types_are_rejected_with_the_supported_ones() -> None:
+    with pytest.raises(ValueError, match=r"mamba.*gemma3, gemma3_text, llama,"):
         models.family_of("mamba")
-    with pytest.raises(ValueError, match="it has no model_type"):
+    with pytest.raises(ValueError, match="model_type"):
         models.family_of(None)
 
 
-def test_gemmas_rope_sections_with_gaps() -> None:
+def test_gemma_rope_sections_with_missing_fields() -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     nulls = config("gemma3", rope_parameters={FULL: {**linear, "rope_theta": None}, SLIDING: None})
     assert (nulls.rope, nulls.local_rope) == (Rope(1e6, "linear", 8.0), Rope(1e4))
@@ -206,13 +208,13 @@ def test_gemmas_rope_sections_with_gaps() -> None:
         config("gemma3", rope_parameters={**linear, "rope_theta": 1e6})
 
 
-def test_a_window_that_is_switched_off() -> None:
+def test_disabled_sliding_window() -> None:
     assert config("qwen3", sliding_window=4096, use_sliding_window=False) == config("qwen3")
     with pytest.raises(ValueError, match="use_sliding_window"):
         config("qwen3", sliding_window=4096, use_sliding_window=True)
 
 
-def test_a_stated_yarn_amplitude_wins() -> None:
+def test_explicit_yarn_attention_factor_wins() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5}
     stated = config("llama3", rope_scaling={**yarn, "mscale": 1.0, "mscale_all_dim": 0.5}).rope
     assert stated == config("llama3", rope_scaling=yarn).rope

@@ -1,6 +1,6 @@
 """Published configs: parameter counts, tensor names and shapes, and the forward pass traced at full size.
 
-Nothing is allocated: shapes alone go through `params` and jax.eval_shape.
+Nothing is allocated: `params` and jax.eval_shape work on shapes.
 """
 
 import json
@@ -30,8 +30,9 @@ KEYS = {
     "allenai-OLMo-2-1124-13B": ["allenai-OLMo-2-1124-13B"],
     "allenai-OLMo-2-0325-32B": ["allenai-OLMo-2-0325-32B"],
 }
-# The text halves of the Gemma models that see: stated for 262,144 rows (keras-hub's presets); the hub's have 262,208.
-TEXT_HALVES = {
+# Language models of the vision-language Gemmas: keras-hub's presets count 262,144 rows of the embedding, the hub's
+# checkpoints have 262,208.
+LANGUAGE_MODELS = {
     "google-gemma-3-4b-it": 3_880_099_328 + 64 * 2560,
     "google-gemma-3-4b-it.rawstyle": 3_880_099_328 + 64 * 2560,
     "google-gemma-3-12b-it": 11_765_788_416 + 64 * 3840,
@@ -48,7 +49,7 @@ def read(shared: Path, stem: str) -> dict[str, Any]:
 def expected_counts(shared: Path) -> dict[str, int]:
     computed = read(shared, "param_counts")
     counts = {stem: computed[key]["computed"] for key, stems in KEYS.items() for stem in stems}
-    return counts | TEXT_HALVES
+    return counts | LANGUAGE_MODELS
 
 
 def test_every_config_is_counted(shared: Path) -> None:
@@ -77,7 +78,7 @@ def test_counts_and_shapes_at_full_size(shared: Path) -> None:
         assert (logits.shape, logits.dtype) == ((1, 8, cfg.V), jnp.float32), stem
 
 
-def test_random_weights_have_the_deviations_that_keep_activations_level() -> None:
+def test_init_scales_weights_by_fan_in() -> None:
     D = 32
     cfg = models.llama3.Config(V=D, D=D, F=D, L=1, N=4, K=4, H=8, eps=1e-6, rope=Rope(), context=64, tied=False)
     weights = Model.init(models.llama3, cfg, jax.random.key(0), jnp.bfloat16).weights
@@ -88,14 +89,14 @@ def test_random_weights_have_the_deviations_that_keep_activations_level() -> Non
             assert (leaf == 1).all()
         else:
             assert float(leaf.astype("float32").std()) == pytest.approx(D**-0.5, rel=0.1), path
-    assert len({float(leaf.ravel()[0]) for leaf in leaves.values()}) == 10  # nine draws, all apart, and 1
+    assert len({float(leaf.ravel()[0]) for leaf in leaves.values()}) == 10  # nine draws, all different, and 1
 
 
-def test_mixtures_of_experts_are_refused_by_name(shared: Path) -> None:
+def test_mixture_of_experts_configs_are_rejected_by_name(shared: Path) -> None:
     raw = read(shared, REFUSED)
-    with pytest.raises(ValueError, match=r"model_type 'qwen3_moe' is not supported; jaxlm knows .*qwen3"):
+    with pytest.raises(ValueError, match="qwen3_moe"):
         models.family_of(raw["model_type"])
-    with pytest.raises(ValueError, match=r"num_experts = 128.*--allow-field"):
+    with pytest.raises(ValueError, match="num_experts = 128"):
         models.qwen3.Config.from_hf(raw)
 
 
@@ -109,7 +110,7 @@ INDEX = {  # files of index/ -> config
 
 @pytest.mark.parametrize("index", INDEX)
 def test_names_and_shapes_of_published_checkpoints(shared: Path, index: str) -> None:
-    """Every tensor is a row's, under exactly one of its names, or known and not read; and none is missing."""
+    """Every tensor matches exactly one row of PARAMS or an ignored prefix, and none is missing."""
     tensors = json.loads((shared / "index" / f"{index}.json").read_text())
     shapes = dict.fromkeys(tensors["weight_map"]) if "weight_map" in tensors else tensors
     raw = read(shared, INDEX[index])

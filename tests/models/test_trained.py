@@ -1,4 +1,4 @@
-"""Trained models: published tokens and a published cross-entropy come out of the forward pass."""
+"""Trained models reproduce published greedy tokens and a published cross-entropy."""
 
 import json
 import re
@@ -11,8 +11,8 @@ import pytest
 import jaxlm
 
 
-def test_stories260k_writes_the_published_tokens(shared: Path) -> None:
-    """The 200 greedy float32 tokens that llama2.c publishes, one at a time through a cache."""
+def test_stories260k_reproduces_the_published_greedy_tokens(shared: Path) -> None:
+    """The 200 greedy float32 tokens that llama2.c publishes, decoded one at a time with a KV cache."""
     folder = shared / "checkpoints" / "stories260K"
     reference = json.loads((folder / "greedy_reference.json").read_text())
     expected = reference["greedy_ids"]
@@ -36,7 +36,7 @@ def characters(vocabulary: Path, text: str) -> list[int]:
 
 
 def test_babyllama_has_the_published_cross_entropy(shared: Path) -> None:
-    """0.605 nats a character over the first 20 stories, each from its start: BOS and what follows, 256 tokens."""
+    """0.605 nats per character over the first 20 stories: BOS and the first 255 characters of each."""
     folder = shared / "checkpoints" / "babyllama_tok105"
     corpus = next((shared / "corpora" / "tinystories").glob("toyrnn*.txt")).read_text("utf-8")
     stories = [story.strip() for story in corpus.split("<|endoftext|>")][:20]

@@ -11,6 +11,8 @@ import pytest
 
 from jaxlm.nn import attend
 
+pytestmark = pytest.mark.smoke
+
 module = import_module("jaxlm.nn.attention")
 
 

@@ -11,6 +11,8 @@ from helpers.tiny_models import tiny
 from jaxlm import Model
 from jaxlm.nn import kv_cache as caches
 
+pytestmark = pytest.mark.smoke
+
 TEXT = np.random.RandomState(1).randint(0, 199, (3, 24)).astype(np.int32)
 
 

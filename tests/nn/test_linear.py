@@ -7,6 +7,8 @@ import pytest
 
 from jaxlm.nn import einsum, embed
 
+pytestmark = pytest.mark.smoke
+
 SPECS = [("BTD,NHD->BTNH", (3, 8)), ("BTNH,DNH->BTD", (24,)), ("BTF,DF->BTD", (7,)), ("BTD,VD->BTV", (97,))]
 
 

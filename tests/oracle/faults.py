@@ -5,7 +5,6 @@ past the limit.
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -15,18 +14,14 @@ import numpy as np
 import pytest
 
 from jaxlm import Model
-from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.models import olmo2
 
 Fault = Callable[[Model, pytest.MonkeyPatch], Model]
 
 
 def _with(model: Model, config: Any = None, weights: Any = None) -> Model:
-    faulty = copy(model)
-    faulty.config = model.config if config is None else config
-    faulty.weights = model.weights if weights is None else weights
-    faulty.programs = CompiledSteps(faulty.family, faulty.config)
-    return faulty
+    changed = {"config": config, "weights": weights}
+    return replace(model, **{name: value for name, value in changed.items() if value is not None})
 
 
 def config(**changes: Any) -> Fault:

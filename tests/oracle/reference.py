@@ -16,7 +16,6 @@ import numpy as np
 from helpers.random_weights import draw
 
 import jaxlm
-from jaxlm.nn import frequencies
 
 CLASSES = {
     "llama3": ("LlamaConfig", "LlamaForCausalLM"),
@@ -104,7 +103,7 @@ def share_frequencies(oracle: Any, model: jaxlm.Model) -> None:
         ropes = {f"{FULL}_inv_freq": cfg.rope, f"{SLIDING}_inv_freq": cfg.local_rope}
     for buffer, rope in ropes.items():
         if hasattr(rotary, buffer):  # a model of one kind of layer has one buffer
-            getattr(rotary, buffer).copy_(torch.from_numpy(np.array(frequencies(rope, cfg.H).radians)))
+            getattr(rotary, buffer).copy_(torch.from_numpy(np.array(rope.frequencies(cfg.H).radians)))
 
 
 def _rotary(oracle: Any) -> Any:

@@ -12,7 +12,7 @@ from oracle.cases import CASES, Case
 from oracle.reference import FULL, SLIDING
 
 from jaxlm import models
-from jaxlm.nn import Rope, frequencies
+from jaxlm.nn import Rope
 
 pytestmark = pytest.mark.oracle
 
@@ -49,7 +49,7 @@ def compare(raw: dict[str, Any]) -> None:
         hf = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw)))  # which changes what it is given
         expected = oracle_ropes(hf)
     for kind, (radians, amplitude) in expected.items():
-        ours = frequencies(config.local_rope if kind == SLIDING else config.rope, config.H)
+        ours = (config.local_rope if kind == SLIDING else config.rope).frequencies(config.H)
         assert ulps(ours.radians, radians) <= 2, kind
         assert ours.amplitude == pytest.approx(amplitude, rel=1e-6), kind
 
@@ -76,6 +76,6 @@ def test_published_configs(shared: Path) -> None:
 
 def test_a_wrong_factor_shows() -> None:
     rope = Rope(500_000.0, "llama3", 32.0, 8192)
-    ours = frequencies(rope, 64).radians
-    assert (ours != frequencies(Rope(500_000.0, "llama3", 8.0, 8192), 64).radians).sum() == 17  # for Llama 3.2 1B
-    assert ulps(ours, frequencies(Rope(500_000.0, "llama3", 32.0001, 8192), 64).radians) > 2
+    ours = rope.frequencies(64).radians
+    assert (ours != Rope(500_000.0, "llama3", 8.0, 8192).frequencies(64).radians).sum() == 17  # for Llama 3.2 1B
+    assert ulps(ours, Rope(500_000.0, "llama3", 32.0001, 8192).frequencies(64).radians) > 2

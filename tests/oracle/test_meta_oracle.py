@@ -27,7 +27,6 @@ from jaxlm import Model
 from jaxlm.checkpoint import hf, meta
 from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import chunks
-from jaxlm.nn import frequencies
 
 pytestmark = pytest.mark.oracle
 PARAMS = {
@@ -104,7 +103,7 @@ def at_positions(model: Any, ours: Model, tokens: np.ndarray, pos: np.ndarray) -
     """Meta's logits of rows at any positions: its table of rotations is filled for them, from our frequencies."""
     import torch
 
-    radians = torch.from_numpy(np.array(frequencies(ours.config.rope, ours.config.H).radians))
+    radians = torch.from_numpy(np.array(ours.config.frequencies().radians))
     rows = []
     for row, places in zip(tokens, pos):
         angles = torch.outer(torch.from_numpy(places).float(), radians)
@@ -148,7 +147,7 @@ def test_frequencies(factor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(code, "apply_scaling", scaling_by(32))
     code.precompute_freqs_cis(16, 4, 500000.0, bool(factor))
     theirs = table["freqs"].numpy()
-    assert ulps(np.asarray(frequencies(ours.rope, ours.H).radians), theirs) <= 2
+    assert ulps(np.asarray(ours.frequencies().radians), theirs) <= 2
 
 
 def test_greedy_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_namespaces_in_each_other_are_not_written_out():
 
 
 def test_time_ends_what_steps_do_not(monkeypatch):
-    monkeypatch.setattr(template_sandbox, "LIMIT", 10**12)
+    monkeypatch.setattr(template_sandbox, "LIMIT", 10**9)  # some ten seconds
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"refuses these messages: it takes more than 0.2 seconds"):
         render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
@@ -219,22 +219,16 @@ def test_ordinary_templates_are_rendered_as_by_transformers(kind):
     assert tokenizer.render(CHAT, tools=TOOLS) == theirs
 
 
-def test_published_templates_are_rendered_as_by_transformers(shared):
-    """And take little of what they may: a hundred times as much would do for this chat."""
-    checked = 0
-    for path in sorted((shared / "chat_templates").glob("*.jinja")):
+def test_published_templates_take_little_of_what_they_may(shared, monkeypatch):
+    """A hundredth of it would do for this chat. tests/test_templates.py has their texts."""
+    monkeypatch.setattr(template_sandbox, "LIMIT", template_sandbox.LIMIT // 100)
+    monkeypatch.setattr(template_sandbox, "SHARE", template_sandbox.SHARE // 100)
+    paths = sorted((shared / "chat_templates").glob("*.jinja"))
+    assert len(paths) > 10
+    for path in paths:
         tokenizer = tokenizer_of(path.read_text())
         for tools in (None, TOOLS):
-            chat = CHAT[1:] if "gemma-2" in path.name else CHAT
-            theirs = tokenizer.hf.apply_chat_template(chat, tokenize=False, tools=tools, add_generation_prompt=True)
-            assert tokenizer.render(chat, tools=tools) == theirs, path.name
-            with template_sandbox.bounded([chat, tools]):
-                meter = template_sandbox._meter.get()
-                before = meter.left
-                tokenizer.hf.apply_chat_template(chat, tokenize=False, tools=tools, add_generation_prompt=True)
-                assert meter.left > 0.99 * before, path.name
-            checked += 1
-    assert checked >= 20
+            assert tokenizer.render(CHAT[1:] if "gemma-2" in path.name else CHAT, tools=tools)
 
 
 def test_long_chats_have_room(monkeypatch):

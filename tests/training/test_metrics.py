@@ -14,16 +14,27 @@ from jaxlm.devices import hardware
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics
 
-LINES = [{"step": n, "loss": 5 / n, "rate": 0.1} for n in range(1, 30)] + [{"step": 29, "valid_loss": 0.3}]
+LINES = [{"step": n, "loss": 5 / n, "learning_rate": 0.1} for n in range(1, 30)] + [{"step": 29, "valid_loss": 0.3}]
 
 
 def test_lines_past_the_step_and_lines_cut_short_are_gone(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES[:9]) + '{"step": 10, "lo')
-    lines = metrics.Lines(path, 5)
+    lines = metrics.MetricsFile(path, 5)
     lines.add({"step": 6, "loss": 1.0})
     assert [line["step"] for line in metrics.read(path)] == [1, 2, 3, 4, 5, 6]
     assert metrics.read(path)[-1]["loss"] == 1.0
+
+
+def test_an_earlier_version_named_two_metrics_otherwise(tmp_path) -> None:
+    """Its file reads with today's names, and has them after the run resumes."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0, "gradient": 0.5, "rate": 0.1}\n')
+    line = {"step": 1, "loss": 2.0, "grad_norm": 0.5, "learning_rate": 0.1}
+    assert metrics.read(path) == [line]
+    assert metrics.MetricsFile(path, 1).kept == [line]
+    assert json.loads(path.read_text()) == line
+    assert metrics.plot_loss(metrics.read(path), tmp_path / "loss.png", "a run")
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"\0\0", b'{"step": 3, "te\xff": 1}', b'{"step": 3', b"3", b'{"loss": 1.0}'])
@@ -31,7 +42,7 @@ def test_a_spoiled_line_is_named(spoiled, tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + spoiled + b'\n{"step": 4, "loss": 1.0}\n'
     path.write_bytes(before)
-    for look in (metrics.read, lambda path: metrics.Lines(path, 4)):
+    for look in (metrics.read, lambda path: metrics.MetricsFile(path, 4)):
         with pytest.raises(ValueError, match=rf"^{path}:3 is damaged"):
             look(path)
     assert path.read_bytes() == before
@@ -81,7 +92,7 @@ def test_the_curve_shows_the_losses(tmp_path) -> None:
     from matplotlib import colors
     from matplotlib.image import imread
 
-    assert metrics.draw(LINES, tmp_path / "loss.png", "a run")
+    assert metrics.plot_loss(LINES, tmp_path / "loss.png", "a run")
     pixels = imread(tmp_path / "loss.png")[..., :3].reshape(-1, 3)
     assert len(pixels) == 960 * 540
     for color in ("C0", "C1"):
@@ -91,15 +102,15 @@ def test_the_curve_shows_the_losses(tmp_path) -> None:
 
 def test_no_curve_without_matplotlib(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not metrics.draw(LINES, tmp_path / "loss.png", "a run")
+    assert not metrics.plot_loss(LINES, tmp_path / "loss.png", "a run")
     assert not (tmp_path / "loss.png").exists()
 
 
 def test_the_smooth_curve_does_not_lag() -> None:
     """A line stays a line to its ends, and a peak is spread to both sides."""
     line = np.arange(9.0)
-    np.testing.assert_allclose(metrics.smoothed(line, 3), line)
-    np.testing.assert_allclose(metrics.smoothed(np.array([0, 0, 0, 5.0, 0, 0, 0]), 2), [0, 0, 1, 1, 1, 0, 0])
+    np.testing.assert_allclose(metrics.moving_average(line, 3), line)
+    np.testing.assert_allclose(metrics.moving_average(np.array([0, 0, 0, 5.0, 0, 0, 0]), 2), [0, 0, 1, 1, 1, 0, 0])
 
 
 def test_flops_of_a_token() -> None:

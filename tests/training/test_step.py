@@ -1,7 +1,10 @@
-"""The training step against its plain twins: chunks, accumulation, scans, recomputation, meshes, half precision."""
+"""The training step against its plain twins: chunked logits, gradient accumulation, scans, activation checkpointing,
+meshes, half precision."""
 
+import itertools
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +16,7 @@ from helpers.tiny_models import tiny
 
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh, topology
-from jaxlm.nn import attention, params
+from jaxlm.nn import attention, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss, token_logprobs
@@ -98,7 +101,7 @@ def near(model: Any, found: Any, expected: tuple[float, Any], limit: float = 1e-
     assert float(metrics.loss) == pytest.approx(expected[0], rel=limit)
     assert float(metrics.tokens) == batch().loss_mask.sum()
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(expected[1])))
-    assert float(metrics.gradient) == pytest.approx(norm, rel=limit)
+    assert float(metrics.grad_norm) == pytest.approx(norm, rel=limit)
     for new, old, gradient in zip(*map(jax.tree.leaves, (weights, model.weights, expected[1])), strict=True):
         step_taken = (np.asarray(old) - np.asarray(new)) / RATE
         assert np.linalg.norm(step_taken - np.asarray(gradient)) <= 10 * limit * np.linalg.norm(gradient) + 1e-4
@@ -120,8 +123,7 @@ def test_listed(model, descent, expected) -> None:
 def test_on_a_mesh(model, stacked, expected, spec) -> None:
     """Weights divided over data and model, the batch over data: the same step."""
     over = topology.make(spec, model.config.K)
-    state = jax.eval_shape(lambda: step.State(stacked, (), jnp.zeros(())))
-    where = step.state_shardings(state, over, model.family.PARAMS).weights
+    where = step.weight_shardings(stacked, over, model.family.PARAMS)
     assert where["layers"]["stacked"][0]["q"].spec == jax.sharding.PartitionSpec(None, "model", None, "data")
     with jax.set_mesh(over):
         there = jax.tree.map(lambda a: mesh.place(a, "BT", over), batch())
@@ -140,6 +142,51 @@ def test_where_trained_weights_lie() -> None:
     assert lies("VD", 199, 32) == (None, "data")
     assert lies("LDNH", 3, 32, 8, 4) == (None, "data", "model")
     assert lies("LD", 3, 32) == ()
+
+
+def by_path(state: Any, over: Any, table: Any) -> Any:
+    """The shardings of a state found by path: an array whose path ends with that of a weight of its shape is sharded
+    like it, all else is replicated."""
+    shardings = step.weight_shardings(state.weights, over, table)
+    of_weights = [
+        (jax.tree_util.keystr(path), weight.shape, sharding)
+        for (path, weight), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.weights), jax.tree.leaves(shardings), strict=True
+        )
+    ]
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        matches = [where for end, shape, where in of_weights if name.endswith(end) and shape == leaf.shape]
+        return matches[0] if matches else mesh.sharding("", leaf.shape, over)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+@pytest.mark.parametrize("spec", ["data=4,model=2", "data=8", "model=8"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_moments_are_sharded_as_their_weights(family, method, spec) -> None:
+    """For every optimizer, stacked weights and adapters, with and without gradient clipping. Matrices are large enough
+    for adafactor to factor their second moments, which are replicated."""
+    model = tiny(family)
+    cfg, table = replace(model.config, D=256, F=512, H=32), model.family.PARAMS
+    over = topology.make(spec, cfg.K)
+
+    def weights() -> Any:
+        adapter = lora.init(lora.targets(table, cfg, ("all-linear",)), cfg.L, 128, 2.0, jax.random.key(0))
+        full = params.init(table, cfg, jax.random.key(0), model.family.NORM_IDENTITY)
+        return params.stack(full if method == "full" else adapter, len(params.period(cfg.windows)))
+
+    shapes = jax.eval_shape(weights)
+    for name, clip in itertools.product(("adamw", "muon", "adafactor", "lion"), (1.0, 0.0)):
+        tx = optimizers.make_optimizer(Optimizer(name=name, clip=clip), 10, params.letters(table, shapes))
+        state = jax.eval_shape(partial(step.init_state, tx), shapes)
+        found, expected = step.state_shardings(tx, state, over, table), by_path(state, over, table)
+        assert jax.tree.structure(found) == jax.tree.structure(expected), name
+        assert jax.tree.leaves(found) == jax.tree.leaves(expected), name
+        sharded = [where for where in jax.tree.leaves(found.opt_state) if where.spec != jax.sharding.PartitionSpec()]
+        assert sharded or name == "adafactor", name
 
 
 def test_chunks_of_logits_are_of_one_device(small) -> None:

@@ -1,4 +1,4 @@
-"""Two processes of four virtual devices each take the steps that one process of eight takes."""
+"""Two processes of four virtual devices each train as one process of eight."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.process_pair import ended, free_port, two
 from helpers.train_pair_script import run_for
-from helpers.training_runs import lines, made
+from helpers.training_runs import lines, write_files
 
 import jaxlm
 from jaxlm.nn import lora
@@ -20,15 +20,15 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "train_pair_script.py"
 
 @pytest.fixture
 def folder(shared, tmp_path) -> Path:
-    """Shape, texts, and a checkpoint that is also the tokenizer."""
-    made(tmp_path, shared)
+    """The files of a run, and a checkpoint that is also the tokenizer."""
+    write_files(tmp_path, shared)
     shutil.copytree(shared / "checkpoints/stories260K", tmp_path / "tokenizer")
     return tmp_path
 
 
 def runs(folder: Path, mesh: str, *more: str) -> tuple[Path, Path]:
-    """The folders of a run by two processes and of the same by one; their metrics agree to float32's rounding, for only
-    the order of sums over devices differs."""
+    """Returns the folders of a run by two processes, and of the same run by one. Metrics agree to float32 rounding:
+    only the order of sums over devices differs."""
     both, one = folder / "both", folder / "one"
     port = free_port()
     commands = ([str(SCRIPT), port, str(i), str(folder), str(both), mesh, *more] for i in range(2))
@@ -48,13 +48,13 @@ def near(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("mesh", ["data=4,model=2", pytest.param("data=1,model=8", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(folder, mesh) -> None:
-    """Each makes the rows that its devices hold, and one writes."""
+    """Each loads the rows that its devices hold, and the coordinator writes."""
     ours, theirs = (jaxlm.load(out / "model").weights for out in runs(folder, mesh))
     jax.tree.map(near, ours, theirs)
 
 
 @pytest.mark.slow
-def test_an_adapter_of_two_processes_that_end_and_go_on(folder) -> None:
+def test_an_adapter_of_two_processes_resumes(folder) -> None:
     base, found = folder / "tokenizer", runs(folder, "data=4,model=2", "adapter")
     ours, theirs = (jaxlm.load(base, adapter=out / "adapter").weights for out in found)
     assert lora.count(ours) > 0

@@ -16,7 +16,6 @@ from helpers.tiny_models import CONFIGS, tiny
 import jaxlm
 from jaxlm import loading
 from jaxlm.cli import main
-from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.nn import Rope, attention
 from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
 
@@ -47,11 +46,9 @@ def answers(model: jaxlm.Model) -> probes.Trace:
 
 
 def changed(model: jaxlm.Model, layer: int, name: str, factor: float) -> jaxlm.Model:
-    other = copy(model)
     layers = [dict(w) for w in model.weights["layers"]]
     layers[layer][name] = jnp.asarray(np.asarray(layers[layer][name]) * np.float32(factor))
-    other.weights = {**model.weights, "layers": layers}
-    return other
+    return replace(model, weights={**model.weights, "layers": layers})
 
 
 def test_positions_mix_near_far_and_every_window() -> None:
@@ -82,10 +79,8 @@ def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
         return whole(q, k, v, pos, cache, window=None if cache is not None else window, scale=scale)
 
     monkeypatch.setattr(gemma.family, "attend", attend)
-    monkeypatch.setattr("jaxlm.inference.decoding.compiled_for", lambda family, cfg: {})
-    faulty = copy(gemma)
-    faulty.programs = CompiledSteps(gemma.family, gemma.config)
-    failed = [check.what for check in jaxlm.verify(faulty, "self").checks if not check.passed]
+    monkeypatch.setattr("jaxlm.inference.decoding.executables", lambda family, cfg: {})
+    failed = [check.what for check in jaxlm.verify(gemma, "self").checks if not check.passed]
     assert "decoded = whole, logits, rms" in failed
 
 
@@ -188,8 +183,7 @@ def test_text_that_ends_early_fails(gemma) -> None:
 
 
 def test_names_are_no_markup(gemma) -> None:
-    odd = copy(gemma)
-    odd.source = "models/[/x] [beta]"
+    odd = replace(gemma, source="models/[/x] [beta]")
     assert "models/[/x] [beta]" in str(jaxlm.verify(odd))
 
 

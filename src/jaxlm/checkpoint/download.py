@@ -20,6 +20,8 @@ from typing import Any
 
 THREADS = 4
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that bring no byte; then the download gives up
+_SILENCE = 10.0  # seconds without a byte, after which an attempt ends: huggingface_hub's too
+_LARGEST = 50 * 10**9  # bytes that the hub serves by plain HTTP
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 AGAIN = "run again, what has arrived is kept"
 ROOM = f"Free some (`hf cache ls`, `hf cache rm`) or set HF_HOME to a larger disk, then {AGAIN}"
@@ -63,9 +65,8 @@ def _streamable(file: Any) -> bool:
     and all of them from those who ask for hf_xet's speed (HF_XET_HIGH_PERFORMANCE=1); an interrupted file begins again
     there. The etag becomes a file's name, so anything but hex digits is left to it as well.
     """
-    from huggingface_hub import constants
-
-    plain = file.size and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE and not constants.HF_XET_HIGH_PERFORMANCE
+    fast = os.environ.get("HF_XET_HIGH_PERFORMANCE", "").upper() in ("1", "ON", "YES", "TRUE")
+    plain = file.size and file.size <= _LARGEST and not fast
     return bool(plain and re.fullmatch(r"[0-9a-f]{40,64}", file.etag))
 
 
@@ -105,13 +106,13 @@ def _blob(repo: str, name: str, file: Any, blob: Path, token: str | None, stop: 
 
 def _stream(url: str, headers: dict[str, str], part: Path, stop: threading.Event) -> None:
     """One request, for all that is not in `part` yet."""
-    from huggingface_hub import constants
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
+    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or _SILENCE)
     with part.open("ab") as out:
         if have := out.tell():
             headers = {**headers, "Range": f"bytes={have}-"}
-        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        with get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
             hf_raise_for_status(response)
             if have and response.status_code != 206:  # a server without ranges begins again
                 out.truncate(0)

@@ -28,9 +28,9 @@ def find(source: ModelSource) -> tuple[Path, ReadIndex]:
         raise FileNotFoundError(f"{repo}: Meta's files must be in the cache to be described: load the model once")
     if cached.folder and not cached.missing:
         return _local(cached.folder / hub.ORIGINAL if is_meta else cached.folder)
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    if source.offline or constants.HF_HUB_OFFLINE:
+    if source.offline or is_offline_mode():
         return _local(cached.folder or hub.offline_copy(repo, source.revision, cached))
     token = hub.checked_token(source.token)
     with explained(repo, source.revision):

@@ -67,12 +67,12 @@ def resolve(source: ModelSource) -> Path:
     if str(source.name) and path.exists():
         return _local(path, source.revision, source.format)
     repo, meta = repo_id(source.name), source.format == "meta"
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
     cached = look_up(repo, source.revision, meta)
     if cached.folder and not cached.missing and not cached.unknown:
         folder = cached.folder
-    elif source.offline or constants.HF_HUB_OFFLINE:
+    elif source.offline or is_offline_mode():
         folder = offline_copy(repo, source.revision, cached)
     else:
         token = checked_token(source.token)
@@ -275,7 +275,7 @@ def _small(repo: str, name: str, commit: str, token: str | None) -> None:
 
 def metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
     """huggingface_hub's HfFileMetadata, or None where the repository has no such file."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
@@ -284,7 +284,7 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
         return None
     if file.commit_hash is None or file.etag is None:
         raise OSError(
-            f"{constants.ENDPOINT} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
+            f"{HfApi().endpoint} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
             "a sign-in page stands between"
         )
     return file
@@ -301,12 +301,12 @@ def resolve_adapter(source: ModelSource) -> Path:
     if str(source.name) and path.exists():
         return _local_adapter(path)
     repo, revision = repo_id(source.name), source.revision
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 
     cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
     if all(isinstance(found, str) for found in cached):
         return Path(str(cached[0])).parent.resolve()
-    if source.offline or constants.HF_HUB_OFFLINE:
+    if source.offline or is_offline_mode():
         raise FileNotFoundError(
             f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
             "--offline and HF_HUB_OFFLINE"

@@ -32,7 +32,7 @@ def explained(repo: str, revision: str | None, is_cached: bool = False) -> Itera
 
 def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool) -> Exception | None:
     """The error with what to do about it, or None if its own message is clear. Never quotes a header."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -42,7 +42,7 @@ def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool)
     if isinstance(error, http_error()):
         hint = "a copy is cached, add --offline to use it" if is_cached else f"then {AGAIN}"
         return ConnectionError(
-            f"there is no folder {repo!r} here, and no connection to {constants.ENDPOINT} "
+            f"there is no folder {repo!r} here, and no connection to {HfApi().endpoint} "
             f"({error or type(error).__name__}): check the network, HF_ENDPOINT and the proxy; {hint}"
         )
     if is_disk_full(error):
@@ -53,10 +53,11 @@ def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool)
 
 def _refused(error: Any, repo: str, revision: str | None) -> OSError:
     """An HfHubHTTPError: the hub was reached and answered with a status."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page, status = f"{constants.ENDPOINT}/{repo}", error.response.status_code
+    hub, status = HfApi().endpoint, error.response.status_code
+    page = f"{hub}/{repo}"
     said = f"{status} {error.response.headers.get('X-Error-Message', '')}".strip()
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo} is gated: accept its license at {page}, then sign in with {_LOGIN}")
@@ -68,7 +69,7 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
         return PermissionError(f"the hub refuses the token (expired or mistyped?): sign in anew with {_LOGIN}")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         return FileNotFoundError(
-            f"there is no model {repo!r} at {constants.ENDPOINT} (nor a folder of that name here), or it is private: "
+            f"there is no model {repo!r} at {hub} (nor a folder of that name here), or it is private: "
             f"check the spelling; for a private one sign in with {_LOGIN}"
         )
     if status == 403:

@@ -24,7 +24,7 @@ from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 SLICE = 8 << 20  # bytes of an array at a time
 SPREAD = 2 << 20  # the same for an array on several devices: each of them makes a wider copy
 SHARD = 5 * 10**9  # maximum bytes of a file, unless one tensor is larger
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+KINDS: dict[np.dtype[Any], str] = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -45,8 +45,10 @@ class LazyTensor:
     """A tensor on disk in place of an array, in the model's shape and row order. Rows are read when they are needed."""
 
     def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
-        self.tensor, self.shape, self.nbytes = tensor, shape, tensor.nbytes
-        self.dtype = DTYPES[tensor.dtype]
+        self.tensor: Tensor | ConcatTensor = tensor
+        self.shape: tuple[int, ...] = shape
+        self.nbytes: int = tensor.nbytes
+        self.dtype: np.dtype[Any] = DTYPES[tensor.dtype]
 
     def __len__(self) -> int:
         return self.shape[0]

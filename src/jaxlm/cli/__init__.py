@@ -1,21 +1,28 @@
-"""The command line: one module a command, each a dataclass whose fields are the flags and whose `run` does the work.
+"""The command line: one module per command. A command is a dataclass; its fields are the flags, `run` does the work.
 
-Nothing here imports jax at the top: `jaxlm --help` must answer at once.
+No module here imports jax at the top level, so that `jaxlm --help` answers at once.
 """
 
+import itertools
 import os
 import signal
 import sys
 import traceback
 from typing import Any, NoReturn
 
+from jaxlm.cli.errors import explain, usage
 from jaxlm.version import __version__
-
-ABOUT = "Language models in pure JAX: load Hugging Face checkpoints, generate, chat."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; -> 0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + the signal)."""
+    """Runs a command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + the signal).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["--version"], ["-V"]):
         print(f"jaxlm {__version__}")
@@ -26,18 +33,18 @@ def main(argv: list[str] | None = None) -> int:
         return command.run() or 0
     except KeyboardInterrupt as error:
         return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
-    except BrokenPipeError:  # the reader of stdout has left; a flush at exit would complain again
+    except BrokenPipeError:  # the reader of stdout has left; flushing at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return end(command, "", 0)
     except Exception as error:
-        if command is None or (command.debug and command.alone):
+        if command is None or (command.debug and command.is_single_process):
             raise
         trace = traceback.format_exc() if command.debug else ""
         return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
 
 
 def entry() -> NoReturn:
-    """The `jaxlm` command. After an interruption threads may still compute, and would fall over a normal end."""
+    """The `jaxlm` program. Threads may still compute after an interruption, so that a normal exit could crash."""
     status = main()
     if status > 128:
         sys.stdout.flush()
@@ -46,23 +53,21 @@ def entry() -> NoReturn:
 
 
 def end(command: Any, text: str, status: int) -> int:
-    """Tells why the command ends. One of several processes ends at once: a normal end would wait for the others, and
-    they for this one."""
-    alone = command is None or command.alone
+    """Prints why a command ends. A process of a distributed run exits at once: a normal exit would wait for the other
+    processes, and they for this one."""
+    single = command is None or command.is_single_process
     if text:
         from jaxlm.devices.distributed import process_index
 
-        who = "" if alone or process_index() is None else f"process {process_index()}: "
-        print(f"{who}{text.strip() if who else text}", file=sys.stderr if alone else sys.__stderr__, flush=True)
-    if not alone:
+        who = "" if single or process_index() is None else f"process {process_index()}: "
+        print(f"{who}{text.strip() if who else text}", file=sys.stderr if single else sys.__stderr__, flush=True)
+    if not single:
         os._exit(status)
     return status
 
 
-def parse(argv: list[str]) -> Any:
-    """The command that the arguments describe; exits with 2 where they describe none."""
-    import tyro
-
+def commands() -> dict[str, type]:
+    """The commands by name."""
     from jaxlm.cli.chat import Chat
     from jaxlm.cli.eval import Eval
     from jaxlm.cli.export import Export
@@ -70,34 +75,44 @@ def parse(argv: list[str]) -> Any:
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
     from jaxlm.cli.tokenizer import Tokenizer
-    from jaxlm.cli.train import Finetune, Train, with_file
+    from jaxlm.cli.train import Finetune, Train
     from jaxlm.cli.verify import Verify
 
-    commands = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    commands |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
-    markers: tuple[Any, ...] = (tyro.conf.UseAppendAction,)
-    markers += (tyro.conf.DisallowNone,)  # a flag that is not given is None; nobody types it
-    if argv[0] in ("train", "finetune"):  # each flag has its --no-: a file may have said yes
-        argv = [argv[0], *with_file(argv[1:])]
+    known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
+    return known | {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
+
+
+def parse(argv: list[str]) -> Any:
+    """The command with its flags. Exits with status 0 after --help, with 2 for wrong usage."""
+    import tyro
+
+    from jaxlm.cli import help
+    from jaxlm.cli.arguments import Arguments
+    from jaxlm.cli.flags import flags_of
+    from jaxlm.cli.suggestions import unknown_command
+
+    name, *args = argv
+    known = commands()
+    # DisallowNone: an absent flag is None, and nobody types it.
+    markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
+    if name.startswith("--tyro-"):  # shell completion: --tyro-write-completion SHELL FILE
+        return tyro.extras.subcommand_cli_from_dict(known, prog="jaxlm", args=argv, config=markers)
+    if name in ("-h", "--help"):
+        print(help.overview(known), flush=True)
+        raise SystemExit(0)
+    if name.startswith("-"):
+        usage(f"the command comes before the flags: jaxlm COMMAND {name} (jaxlm --help)")
+    if name not in known:
+        usage(unknown_command(name, list(known)))
+    negations = name in ("train", "finetune")  # every switch has a --no- form: the YAML file may turn it on
+    if {"-h", "--help"} & set(itertools.takewhile(lambda arg: arg != "--", args)):
+        print(help.of_command(name, known[name], negations), flush=True)
+        raise SystemExit(0)
+    if negations:
+        from jaxlm.cli.train import with_file
+
+        args = with_file(args)
     else:
         markers += (tyro.conf.FlagCreatePairsOff,)
-    if argv[0] in commands:  # by itself, so that errors point to the help of the command
-        return tyro.cli(commands[argv[0]], prog=f"jaxlm {argv[0]}", args=argv[1:], config=markers)
-    return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxlm", description=ABOUT, args=argv, config=markers)
-
-
-def explain(error: Exception, command: Any = None) -> str:
-    """What went wrong, in a line for a person; --debug shows the traceback."""
-    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
-    if isinstance(error, ValueError | OSError | MemoryError):
-        return text
-    if "RESOURCE_EXHAUSTED" in text:
-        from jaxlm.cli.train import Train
-
-        hint = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
-        if isinstance(command, Train):
-            hint = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
-        return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
-    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
-        return f"another process has ended or cannot be reached, its own message says why ({text.splitlines()[0]})"
-    return f"{type(error).__name__}: {text} (--debug shows where; please report it)"
+    args = Arguments(name, flags_of(known[name]), negations).normalize(args)
+    return tyro.cli(known[name], prog=f"jaxlm {name}", args=args, config=markers)

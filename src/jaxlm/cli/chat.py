@@ -1,6 +1,7 @@
 """`jaxlm chat`: a conversation in the terminal, or with lines from a pipe."""
 
 import dataclasses
+import difflib
 import json
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import explain
 from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
 from jaxlm.inference.sampling_params import SamplingParams
 
@@ -18,62 +20,65 @@ if TYPE_CHECKING:
     from jaxlm.inference.conversation import Conversation
     from jaxlm.inference.generation import CompletionChunk
 
-CHATTING = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
-            "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
+CHAT_MODELS = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
+               "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chat(SamplingFlags, ModelFlags):
-    """Talk with a model; /help lists what can be typed besides messages.
+    """Chat with a model in the terminal. /help lists the commands of a chat.
 
-    Only the new words of each message are computed. Ctrl-C stops an answer, Ctrl-D ends the chat. Lines from a pipe are
-    answered one by one.
+    The KV cache is kept between turns, so that each turn prefills only its new tokens. Ctrl-C stops an answer, Ctrl-D
+    ends the chat. Piped input is answered line by line: answers go to stdout, everything else to stderr.
+
+    Sampling parameters that are not given come from the model's generation_config.json; /set changes them.
     """
 
     system: str | None = None
-    """System message, for models with a chat template."""
+    """System message. Needs a chat template."""
     no_think: bool = False
-    """Ask a thinking model to answer at once."""
+    """Turn off the reasoning of a reasoning model."""
     template_arg: tuple[str, ...] = ()
-    """KEY=VALUE for the chat template (VALUE is JSON, or a text)."""
+    """Variables of the chat template, KEY=VALUE. VALUE is JSON or text."""
 
     def run(self) -> int:
         self.validate()
-        if not self.alone:
-            raise ValueError("a chat is with one process: use jaxlm generate, which reads many prompts from --prompts")
+        if not self.is_single_process:
+            raise ValueError("chat runs in a single process; jaxlm generate --prompts FILE.jsonl runs in several")
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
         warn_ignored(model)
         from jaxlm.inference.conversation import Conversation
 
-        talk = Talk(Conversation(model, template_args=args, **self.sampling()), self.debug)
+        session = ChatSession(Conversation(model, template_args=args, **self.sampling()), self.debug)
         if self.system is not None:
-            talk.set_system(self.system)
-        return talk.run()
+            session.set_system(self.system)
+        return session.run()
 
 
-class Talk:
-    """Reads lines, shows answers. Answers go to stdout, all else to stderr."""
+class ChatSession:
+    """The loop of a chat: reads lines, prints answers to stdout and everything else to stderr."""
 
     def __init__(self, conversation: "Conversation", debug: bool = False):
         self.conversation, self.debug = conversation, debug
         self.model = conversation.model
-        self.chats = conversation.tokenizer.has_template
+        self.has_template = conversation.tokenizer.has_template
         self.failed = False
         self.interactive = sys.stdin.isatty()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            "/help": ("", "show this", self.help),
-            "/system": ("TEXT", "change the system message; without TEXT there is none", self.set_system),
-            "/set": ("NAME VALUE", "change an option (/set temperature 0.7); without NAME show all", self.set_option),
-            "/retry": ("", "answer the last message again", lambda rest: self.show(conversation.retry())),
+            "/help": ("", "show this help", self.help),
+            "/system": ("TEXT", "set the system message; without TEXT remove it", self.set_system),
+            "/set": ("NAME VALUE", "set a sampling parameter (/set temperature 0.7); without NAME show all",
+                     self.set_option),
+            "/retry": ("", "generate another answer to the last message", lambda rest: self.show(conversation.retry())),
             "/save": ("FILE", "write the conversation as JSON", self.save),
-            "/load": ("FILE", "go on with a conversation that was saved", self.load),
-            "/reset": ("", "forget all messages", self.reset),
-            "/exit": ("", "leave; so does Ctrl-D", self.exit),
-        }
+            "/load": ("FILE", "resume a saved conversation", self.load),
+            "/reset": ("", "delete all messages", self.reset),
+            "/exit": ("", "end the chat (Ctrl-D)", self.exit),
+        }  # fmt: skip
 
     def run(self) -> int:
-        """The whole chat; -> 1 if something failed and nobody was there to see it."""
+        """Runs the chat to its end. Returns 1 if a line of piped input failed, else 0."""
         if self.interactive:
             self.greet()
         try:
@@ -85,7 +90,7 @@ class Talk:
             return int(self.failed and not self.interactive)
 
     def turn(self) -> None:
-        """One line and what it asks for; EOFError at the end."""
+        """Reads and handles one line. Raises EOFError at the end of input."""
         try:
             self.take(self.ask())
         except EOFError:
@@ -95,23 +100,23 @@ class Talk:
                 raise
             print(flush=True)
             self.conversation.stop()
-            note("/retry answers again, /exit or Ctrl-D ends the chat")
+            note("stopped; /retry answers again, /exit or Ctrl-D ends the chat")
         except Exception as error:
             self.fail(error)
 
     def greet(self) -> None:
-        if self.chats:
+        if self.has_template:
             note(f"{self.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat")
         else:
             note(
-                f"{self.model.source} has no chat template: it continues what you write. Some models that chat: "
-                f"{', '.join(CHATTING)}. /help lists the commands, Ctrl-C stops, Ctrl-D ends"
+                f"{self.model.source} has no chat template: it continues your text. Some chat models: "
+                f"{', '.join(CHAT_MODELS)}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat"
             )
         with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 (gives input() line editing and the lines typed before)
+            import readline  # noqa: F401 (line editing and history for input())
 
     def ask(self) -> str:
-        """The next line. Where stdout is no terminal, nothing but answers goes there."""
+        """Reads the next line. The prompt `> ` goes to stderr if stdout is not a terminal."""
         if self.interactive and sys.stdout.isatty():
             return input("> ")
         if self.interactive:
@@ -122,33 +127,30 @@ class Talk:
         return line.rstrip("\r\n")
 
     def take(self, line: str) -> None:
-        """A line that was typed: a command, or a message to answer."""
+        """Handles a line: a command, or a message to answer."""
         word, _, rest = line.strip().partition(" ")
         if line.startswith("/"):
             if word not in self.commands:
-                raise ValueError(
-                    f"there is no command {word}: {', '.join(self.commands)} (a message that begins with / needs a "
-                    "space before it)"
-                )
+                close = difflib.get_close_matches(word, self.commands, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(self.commands)}"
+                raise ValueError(f"unknown command {word}: {hint} (put a space before a message that begins with /)")
             self.commands[word][2](rest.strip())
-        elif line.strip() or not (self.chats or not self.conversation.messages):
+        elif line.strip() or not (self.has_template or not self.conversation.messages):
             self.show(self.conversation.send(line))
 
-    def show(self, pieces: "Iterator[CompletionChunk]") -> None:
-        """Streams an answer, then says what is to be said of it."""
-        piece = print_answer(pieces, self.conversation.tokenizer, self.conversation.opened)
-        if piece is None:
+    def show(self, chunks: "Iterator[CompletionChunk]") -> None:
+        """Streams an answer, then prints its counts and, if it was cut off, why."""
+        chunk = print_answer(chunks, self.conversation.tokenizer, self.conversation.opened)
+        if chunk is None:
             return
-        note(statistics(piece, self.conversation.prefilled))
-        if piece.prompt_tokens + piece.generation_tokens >= self.model.config.context:
-            note(f"the context of {self.model.config.context:,} tokens is full: /reset begins anew")
-        elif piece.finish_reason == "length" and self.chats:
-            note("cut off at max_tokens: /set max_tokens VALUE allows more")
+        note(statistics(chunk, self.conversation.prefilled))
+        if chunk.prompt_tokens + chunk.generation_tokens >= self.model.config.context:
+            note(f"the context of {self.model.config.context:,} tokens is full: /reset starts over")
+        elif chunk.finish_reason == "length" and self.has_template:
+            note("stopped at max_tokens: /set max_tokens VALUE allows more")
 
     def fail(self, error: Exception) -> None:
-        """What went wrong in a turn; the chat goes on."""
-        from jaxlm.cli import explain
-
+        """Prints the error of a turn. The chat continues."""
         self.failed = True
         if self.debug:
             traceback.print_exception(error)
@@ -159,34 +161,35 @@ class Talk:
         width = max(len(f"{name} {argument}") for name, (argument, _, _) in self.commands.items())
         for name, (argument, text, _) in self.commands.items():
             note(f"{f'{name} {argument}':{width}}  {text}")
-        note("All else is a message. Ctrl-C stops an answer." + ("" if self.chats else " An empty line goes on."))
+        note("Any other line is a message. Ctrl-C stops an answer."
+             + ("" if self.has_template else " An empty line continues the text."))  # fmt: skip
 
     def exit(self, rest: str) -> None:
         raise EOFError
 
     def reset(self, rest: str) -> None:
         self.conversation.reset()
-        note("all messages are forgotten")
+        note("all messages deleted")
 
     def set_system(self, text: str) -> None:
-        if not self.chats:
+        if not self.has_template:
             raise ValueError(f"a system message needs a chat template; {self.model.source} has none")
         self.conversation.system = text or None
-        note(f"system message from the next turn on: {text or 'none'}")
+        note(f"system message for the next turns: {text or 'none'}")
 
     def set_option(self, text: str) -> None:
         name, _, value = text.partition(" ")
         name = name.replace("-", "_")
         if name and not value:
-            raise ValueError("expected /set NAME VALUE (none gives the option back to the model), or /set alone")
+            raise ValueError("expected /set NAME VALUE (VALUE none restores the default of the model), or /set alone")
         if name:
             self.conversation.set(name, parse(name, value.strip()))
-        given = self.conversation.options
-        resolved = given.resolve(self.model.generation_config)
+        options = self.conversation.options
+        resolved = options.resolve(self.model.generation_config)
         for field in dataclasses.fields(SamplingParams):
             if name in ("", field.name):
-                own = getattr(given, field.name) == field.default
-                note(f"{field.name} {shown(getattr(resolved, field.name))}{' (by default)' if own else ''}")
+                suffix = " (default)" if getattr(options, field.name) == field.default else ""
+                note(f"{field.name} {shown(getattr(resolved, field.name))}{suffix}")
 
     def save(self, path: str) -> None:
         if not path:
@@ -204,7 +207,7 @@ class Talk:
 
 
 def parse(name: str, value: str) -> Any:
-    """The value of an option as it is typed: JSON, "none", or a text."""
+    """The value of a sampling parameter from its text: JSON, "none", or a string."""
     if value.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[value.lower()]
     try:
@@ -212,14 +215,14 @@ def parse(name: str, value: str) -> Any:
     except json.JSONDecodeError:
         return value
     if name == "stop" and not isinstance(parsed, str | list):
-        return value  # digits are a text here
+        return value  # digits are a string here
     if name == "logit_bias" and isinstance(parsed, dict):
         return {int(token) if token.isdecimal() else token: bias for token, bias in parsed.items()}
     return parsed
 
 
 def shown(value: Any) -> str:
-    """An option's value as it would be typed."""
+    """The value of a sampling parameter as `parse` reads it."""
     if value is None or value == ():
         return "none"
     return json.dumps(value)

@@ -1,11 +1,11 @@
-"""What the commands share: the model's flags, the process's settings, and what is told on stderr."""
+"""What the commands share: flags for the model and for distributed runs, process settings, notices on stderr."""
 
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -14,82 +14,85 @@ from jaxlm.checkpoint.source import ModelSource
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-STORIES = Path(__file__).parents[1] / "stories"  # what runs where no model is named: a checkpoint in the package
+STORIES = Path(__file__).parents[1] / "stories"  # the default model: a checkpoint that ships with the package
 
 
 @dataclass(frozen=True)
 class _ModelFlags:
-    """Which model, and how it is loaded."""
+    """Which model, and how to load it."""
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="NAME|FOLDER")] = None
-    """Hugging Face hub id or a local folder; that of a LoRA adapter loads the base that it names."""
-    adapter: Annotated[str | None, tyro.conf.arg(metavar="NAME|FOLDER")] = None
-    """LoRA adapter in PEFT's form, beside the model."""
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
+    """Hugging Face hub id or local folder. A LoRA adapter loads the base model that it names."""
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
+    """LoRA adapter (PEFT format) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; auto keeps the file's."""
+    """Data type of the weights; auto keeps that of the checkpoint."""
     format: Literal["hf", "meta"] | None = None
-    """Form of the files: Hugging Face's, or Meta's originals (consolidated.*.pth); default: what the folder holds."""
+    """Checkpoint format: Hugging Face, or Meta's original files (consolidated.*.pth). Default: detected."""
     tokenizer: Path | None = None
-    """Folder or tokenizer.model, where it does not lie beside the weights."""
+    """Tokenizer folder or tokenizer.model, if it is not stored with the weights."""
     rope_factor: float | None = None
-    """What Meta's params.json does not say: 8 for Llama 3.1 and 3.3, 32 for 3.2. Known for published models."""
+    """RoPE scaling factor for Meta's original files, whose params.json omits it: 8 for Llama 3.1 and 3.3, 32 for 3.2.
+    Default: that of the published model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: str | None = None
-    """Hub access token; better kept in HF_TOKEN or by `hf auth login`."""
+    """Hub access token. HF_TOKEN and `hf auth login` keep it out of the shell history."""
     offline: bool = False
-    """Use the local cache only, never the network."""
+    """Use local files and the cache only, no network."""
     allow_field: tuple[str, ...] = ()
-    """Let a field of config.json pass that jaxlm does not know."""
+    """Fields of config.json to accept although jaxlm does not know them."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
-    """How the devices share the work: copies for different rows of a batch, and parts of the weights. Default: all on
-    model as far as the heads divide."""
+    """Device mesh: data parallelism times tensor parallelism. Default: tensor parallelism over all devices, as far as
+    the attention heads divide."""
 
 
 @dataclass(frozen=True)
 class ProcessFlags:
-    """How the process meets others, and what it tells of errors. Named before other bases: its flags then come last."""
+    """Distributed runs and error output. Listed before other base classes, so that its flags come last."""
+
+    memory_hint: ClassVar[str] = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
+    """How to use less device memory, for the message of an out-of-memory error."""
 
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Several processes, started by hand: the address of process 0, with the next two."""
+    """Address of process 0, for processes started by hand. Needs the next two flags."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Index of this process, from 0."""
     distributed: bool = False
-    """Several processes, on a cluster that jax knows and whose launcher does not say so."""
+    """Let jax.distributed detect the cluster. Not needed with srun, mpirun or on a TPU pod."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def begin(self) -> None:
-        """Settings of the process; one of several meets the others, and is silent unless it is the first."""
-        from jaxlm.devices import distributed as processes
+        """Configures the process. A distributed run waits for all processes, then silences all but the coordinator."""
+        from jaxlm.devices.distributed import CONNECT, gather, is_coordinator, num_launched, process_index, start
 
         set_up_process()
-        if not self.alone and processes.process_index() is None:
+        if not self.is_single_process and process_index() is None:
             where = f" at {self.coordinator}" if self.coordinator else ""
             if self.coordinator is None or None not in (self.num_processes, self.process_id):
-                count = self.num_processes or processes.num_launched()
-                note(f"waiting for {count} processes{where}, {processes.CONNECT} s at most …")
+                note(f"waiting up to {CONNECT} s for {self.num_processes or num_launched()} processes{where} …")
             import jax
 
-            jax.config.update("jax_enable_preemption_service", False)  # it would catch a SIGTERM and go on
-            processes.start(self.coordinator, self.num_processes, self.process_id, self.distributed)
-            silence_workers(processes.is_coordinator())
-            processes.gather("here")  # the first exchange waits 30 s (Gloo), later ones as long as it takes
+            jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and continue
+            start(self.coordinator, self.num_processes, self.process_id, self.distributed)
+            silence_workers(is_coordinator())
+            gather("here")  # the first exchange times out after 30 s (Gloo), later ones never
 
     @property
-    def alone(self) -> bool:
-        """Whether this is the only process, as far as flags and launcher say."""
-        from jaxlm.devices import distributed as processes
+    def is_single_process(self) -> bool:
+        """Whether neither the flags nor a launcher ask for several processes."""
+        from jaxlm.devices.distributed import num_launched
 
         by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
-        return not (by_hand or self.distributed or processes.num_launched() > 1)
+        return not (by_hand or self.distributed or num_launched() > 1)
 
 
 @dataclass(frozen=True)
 class ModelFlags(ProcessFlags, _ModelFlags):
-    """Which model, how it is loaded, and in which process."""
+    """Which model, how to load it, and in which process."""
 
     def source(self, name: str | None = None) -> ModelSource:
         """The checkpoint that the flags select: `name`, else --model, else --adapter, which names its base model."""
@@ -107,37 +110,38 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         )
 
     def stdin(self) -> str:
-        """What stands on stdin; of several processes, on that of the first."""
-        if self.alone:
+        """Reads stdin; in a distributed run, that of the coordinator."""
+        if self.is_single_process:
             return sys.stdin.read()
-        from jaxlm.devices import distributed as processes
+        from jaxlm.devices.distributed import broadcast, is_coordinator
 
         self.begin()
-        return processes.broadcast(sys.stdin.read() if processes.is_coordinator() else "")
+        return broadcast(sys.stdin.read() if is_coordinator() else "")
 
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
         self.begin()
         import jaxlm
         from jaxlm.devices.hardware import unseen_accelerator
+        from jaxlm.inference.decoding import on_compile
 
         name = None
         if self.model is None and self.adapter is None:
             name = str(STORIES)
-            note("No model named (-m): using the story model that comes with jaxlm. It continues children's stories.")
+            note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():
             note(unseen)
         model = jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh)
         if model.ignored:
-            note(f"{len(model.ignored)} tensors are known but not used yet (vision): text only.")
-        model.programs.notify = compiling
+            note(f"{len(model.ignored)} tensors of the vision tower are not loaded: text only.")
+        on_compile.set(compiling)
         return model
 
 
 def set_up_process() -> None:
-    """Settings of the whole process, which only the command line may make; environment variables win."""
+    """Process-wide settings, which only the command line may change. Environment variables win."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
-    # Extension modules turn a Ctrl-C in the middle of their import into an ImportError: here it just ends the process.
+    # Extension modules turn a Ctrl-C during their import into an ImportError. Here it ends the process.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
@@ -146,36 +150,36 @@ def set_up_process() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def nowhere() -> IO[str]:
+def devnull() -> IO[str]:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def silence_workers(speaks: bool) -> None:
-    """What libraries print on stdout goes to stderr (Gloo does), and of several processes one is heard. Errors are
-    written to sys.__stderr__ by all of them."""
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if speaks else nowhere()
+def silence_workers(is_coordinator: bool) -> None:
+    """Sends what libraries print on stdout (Gloo does) to stderr, and discards the output of all processes but the
+    coordinator. Errors of every process go to sys.__stderr__."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if is_coordinator else devnull()
     os.dup2(2, 1)
-    if not speaks:
-        sys.stderr = nowhere()
+    if not is_coordinator:
+        sys.stderr = devnull()
 
 
 def cache_folder() -> Path:
-    """Where jaxlm keeps what it can make again: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
+    """The cache of jaxlm: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
 def note(text: str) -> None:
-    """A line on stderr, dim on a terminal."""
+    """Prints a line on stderr, dim on a terminal."""
     print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def compiling(name: str, seconds: float | None = None) -> None:
-    """Tells of a compilation while it lasts. On a terminal the notice stands behind the text that the line holds
-    already, and goes when it is over; elsewhere it is a line with the seconds."""
+    """Shows a compilation: called when it starts, and with its seconds when it ends. On a terminal the notice follows
+    the text on the current line and is erased at the end; elsewhere it becomes a line with the seconds."""
     if not sys.stderr.isatty():
         print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
               end="" if seconds is None else "\n")  # fmt: skip
-    elif seconds is None:  # saves the cursor, and restores it to wipe what came after
+    elif seconds is None:  # save the cursor
         print(f"\0337\033[2m compiling {name} …\033[0m", end="", file=sys.stderr, flush=True)
-    else:
+    else:  # restore it and erase the notice
         print("\0338\033[J", end="", file=sys.stderr, flush=True)

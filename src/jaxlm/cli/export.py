@@ -34,7 +34,7 @@ class Export(ModelFlags):
         if len(paths) != 2:
             print("jaxlm: pass a model and a folder to write: jaxlm export MODEL OUT (--help)", file=sys.stderr)
             return 2
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("export runs in a single process: start it without --num-processes or a launcher")
         self.begin()
         from jaxlm.devices.hardware import gigabytes

@@ -29,7 +29,7 @@ class Fuse(ModelFlags):
         if self.out is None or (self.model is None and self.adapter is None):
             print("jaxlm: pass all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)", file=sys.stderr)
             return 2
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("fuse runs in a single process: start it without --num-processes or a launcher")
         self.begin()
         from jaxlm.devices.hardware import gigabytes

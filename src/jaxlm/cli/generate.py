@@ -1,4 +1,4 @@
-"""`jaxlm generate`: text from a prompt, or from a file of them."""
+"""`jaxlm generate`: text from one prompt, or from a file of prompts."""
 
 import dataclasses
 import io
@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import usage
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
 from jaxlm.processing.chat_template import THINKING
 
@@ -25,40 +26,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingFlags(SamplingParams):
-    """Options as flags. tyro repeats no flag whose type is `… | None`: here what is empty was not given."""
+    """Sampling parameters as flags. tyro cannot repeat a flag of type `... | None`: here an empty value means None."""
 
     stop: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict)
 
     def sampling(self) -> dict[str, Any]:
-        """The options that were given, as arguments of jaxlm.generate."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)}
-        return {name: value for name, value in given.items() if value not in (None, (), {})}
+        """The sampling parameters on the command line, as arguments of jaxlm.generate."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingParams)}
+        return {name: value for name, value in values.items() if value not in (None, (), {})}
 
 
 @dataclass(frozen=True)
 class Generate(SamplingFlags, ModelFlags):
-    """Continue or answer a prompt, streamed to stdout.
+    """Generate text from a prompt and stream it to stdout.
 
-    With a chat template the prompt becomes a user's message; --raw (or a model without template) continues it as text.
+    With a chat template the prompt is a user message. With --raw, or for a model without a chat template, the model
+    continues the prompt as plain text. Without -m, a small story model that ships with jaxlm continues the prompt.
+
+    Sampling parameters that are not given come from the model's generation_config.json. Counts and speeds go to stderr.
     """
 
     prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[PROMPT]")]] = None
-    """The prompt; - reads it from stdin, and so does a pipe without it."""
+    """The prompt; - reads it from stdin. Without a prompt, piped input is the prompt."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Many prompts, one a line: a JSON string, {"prompt": …} or {"messages": […]}. Answers come as JSON lines."""
+    """File with one prompt per line: a JSON string, {"prompt": …} or {"messages": […]}. Prints one JSON object per
+    prompt."""
     batch_size: int | None = None
-    """How many of --prompts are decoded together."""
+    """Number of --prompts to decode together. The default depends on the platform."""
     system: str | None = None
-    """System message, for models with a chat template."""
+    """System message. Needs a chat template."""
     raw: bool = False
-    """Continue the prompt as text, without the chat template."""
+    """Continue the prompt as plain text, without the chat template."""
     no_think: bool = False
-    """Ask a thinking model to answer at once."""
+    """Turn off the reasoning of a reasoning model."""
     template_arg: tuple[str, ...] = ()
-    """KEY=VALUE for the chat template (VALUE is JSON, or a text)."""
+    """Variables of the chat template, KEY=VALUE. VALUE is JSON or text."""
     json: bool = False
-    """One JSON object instead of streamed text (also with --logprobs)."""
+    """Print one JSON object instead of streamed text. --logprobs implies it."""
 
     def run(self) -> int:
         self.validate()
@@ -69,30 +74,30 @@ class Generate(SamplingFlags, ModelFlags):
         from jaxlm.inference.generation import stream
 
         prompts = [self._ids(model, where, line, args) for where, line in lines]
-        pieces = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
+        chunks = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
         if self.prompts or self.json or self.logprobs is not None:
-            print_json(pieces, len(prompts), model)
+            print_json(chunks, len(prompts), model)
         else:
-            print_text(pieces, prompts[0], model)
+            print_text(chunks, prompts[0], model)
         return 0
 
     def _lines(self) -> list[tuple[str, Any]]:
-        """The prompts as given, texts or JSON values, each with where it stands."""
+        """The prompts, texts or JSON values, each with its place in the file."""
         if self.prompt is not None and self.prompts is not None:
-            usage("give a prompt or --prompts FILE.jsonl, not both")
+            usage("give a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
         if self.prompts is not None:
             return read_prompts(self.prompts)
         text, stdin = self.prompt, sys.stdin or io.StringIO()  # a process may have none
         if text == "-" or (text is None and not stdin.isatty()):
             text = self.stdin().removesuffix("\n") if sys.stdin else ""
         if not text and self.prompt is None:
-            usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl")
+            usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
-            raise ValueError("the prompt is empty: give some text, or the model's begin token (such as <s>) with --raw")
+            raise ValueError("the prompt is empty: give some text, or the BOS token (such as <s>) with --raw")
         return [("", text)]
 
     def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
-        """The token ids of a prompt; ValueError for what cannot be one, with the place in the file."""
+        """The token ids of a prompt. Raises ValueError, with the place in the file, for an invalid one."""
         from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
         with explain_errors(where) if where else nullcontext():
@@ -101,17 +106,11 @@ class Generate(SamplingFlags, ModelFlags):
             return ids
 
 
-def usage(text: str) -> NoReturn:
-    """Ends the program for arguments that make no sense."""
-    print(f"jaxlm: {text} (jaxlm generate --help)", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """The lines of a JSONL file, each with its place; ValueError names the first bad one."""
-    hint = "--prompts takes a UTF-8 file of JSON values, one per line"
+    """The lines of a JSONL file, each with its place. Raises ValueError for the first invalid line."""
+    hint = "--prompts takes a UTF-8 file with one JSON value per line"
     with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
-        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 too
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -130,11 +129,11 @@ def read_prompts(path: Path) -> list[tuple[str, Any]]:
 
 
 def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
-    """A text as the model wants it: a chat where there is a template, unless --raw."""
+    """The prompt for jaxlm.generate: messages if the model has a chat template, unless --raw."""
     chat = model.tokenizer is not None and model.tokenizer.has_template and not raw
     if system is not None and not chat:
         raise ValueError(
-            f"--system needs a chat template; {'--raw leaves it out' if raw else model.source + ' has none'}"
+            f"--system needs a chat template; {'--raw does not apply it' if raw else model.source + ' has none'}"
         )
     if not isinstance(line, str):
         has_own = isinstance(line[0], dict) and line[0].get("role") == "system"
@@ -144,10 +143,11 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": line}]
 
 
-def template_args(model: "Model", given: tuple[str, ...], no_think: bool) -> dict[str, Any]:
-    """--template-arg and --no-think as variables of the template; one that it does not use is refused."""
+def template_args(model: "Model", pairs: tuple[str, ...], no_think: bool) -> dict[str, Any]:
+    """The variables of the chat template that --template-arg and --no-think set. Raises ValueError for a variable that
+    the template does not use."""
     args: dict[str, Any] = {}
-    for pair in given:
+    for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator:
             raise ValueError(f"--template-arg {pair}: expected KEY=VALUE")
@@ -165,30 +165,30 @@ def template_args(model: "Model", given: tuple[str, ...], no_think: bool) -> dic
 
 
 def warn_ignored(model: "Model") -> None:
-    """Names fields of generation_config.json that change the text and that jaxlm does not have."""
+    """Names the fields of generation_config.json that would change the text but are not supported."""
     if ignored := unsupported(model.generation_config):
-        note(f"generation_config.json asks for what jaxlm does not do: {', '.join(ignored)}")
+        note(f"not supported and ignored, from generation_config.json: {', '.join(ignored)}")
 
 
-def print_text(pieces: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:
+def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:
     """Streams one answer to stdout, then the counts to stderr."""
     tokenizer = model.tokenizer
     end = "" if tokenizer is None else tokenizer.decode(prompt[-16:], skip_special=False)
-    piece = print_answer(pieces, tokenizer, opened=end.rstrip().endswith(THINKING[0]))
-    if piece is not None:
-        full = len(prompt) + piece.generation_tokens >= model.config.context
-        ended = f" · ended by {'the context' if full else '--max-tokens'}" if piece.finish_reason == "length" else ""
-        note(statistics(piece) + ended)
+    chunk = print_answer(chunks, tokenizer, opened=end.rstrip().endswith(THINKING[0]))
+    if chunk is not None:
+        full = len(prompt) + chunk.generation_tokens >= model.config.context
+        limit = f" · stopped at {'the context length' if full else '--max-tokens'}"
+        note(statistics(chunk) + (limit if chunk.finish_reason == "length" else ""))
 
 
-def print_json(pieces: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
-    """One JSON object a prompt on stdout, in the order of the prompts; a count on stderr while it lasts."""
-    parts: list[list[CompletionChunk]] = [[] for _ in range(count)]
+def print_json(chunks: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
+    """Prints one JSON object per prompt on stdout, in the order of the prompts, and a progress count on stderr."""
+    answers: list[list[CompletionChunk]] = [[] for _ in range(count)]
     printed = 0
-    for piece in pieces:
-        parts[piece.index].append(piece)
-        while printed < count and parts[printed] and parts[printed][-1].finish_reason:
-            print(json.dumps(record(parts[printed], model), ensure_ascii=False), flush=True)
+    for chunk in chunks:
+        answers[chunk.index].append(chunk)
+        while printed < count and answers[printed] and answers[printed][-1].finish_reason:
+            print(json.dumps(record(answers[printed], model), ensure_ascii=False), flush=True)
             printed += 1
             if count > 1 and sys.stderr.isatty():
                 print(f"\r{printed} of {count} done", end="", file=sys.stderr, flush=True)
@@ -196,14 +196,14 @@ def print_json(pieces: "Iterator[CompletionChunk]", count: int, model: "Model") 
         print(file=sys.stderr)
 
 
-def record(pieces: "list[CompletionChunk]", model: "Model") -> dict[str, Any]:
+def record(chunks: "list[CompletionChunk]", model: "Model") -> dict[str, Any]:
     """An answer as a JSON object."""
-    last = pieces[-1]
+    last = chunks[-1]
     out = {
         "index": last.index,
         "model": model.source,
-        "text": "".join(pieces),
-        "tokens": [token for piece in pieces for token in piece.tokens],
+        "text": "".join(chunks),
+        "tokens": [token for chunk in chunks for token in chunk.tokens],
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.prompt_tokens,
         "generation_tokens": last.generation_tokens,
@@ -215,7 +215,7 @@ def record(pieces: "list[CompletionChunk]", model: "Model") -> dict[str, Any]:
     if last.logprobs is not None:
         out["logprobs"] = [
             {"logprob": x.chosen, "top": [{"id": i, "logprob": v} for i, v in x.top]}
-            for piece in pieces
-            for x in piece.logprobs or []
+            for chunk in chunks
+            for x in chunk.logprobs or []
         ]
     return out

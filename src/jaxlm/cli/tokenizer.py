@@ -44,7 +44,7 @@ class Tokenizer:
     """Show the traceback of an error."""
 
     @property
-    def alone(self) -> bool:
+    def is_single_process(self) -> bool:
         return True
 
     def run(self) -> int:

@@ -1,40 +1,44 @@
-"""`jaxlm train` and `jaxlm finetune`: a model from scratch, or a checkpoint trained further, whole or by an adapter."""
+"""`jaxlm train` and `jaxlm finetune`: pretraining, full fine-tuning and LoRA."""
 
 import logging
 import sys
 import threading
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ProcessFlags, note
-from jaxlm.training.config import Optimizer, Run, flags
+from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags, suggest
 
-RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, where none is given
+LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, by method
 
 
 @dataclass(frozen=True)
 class Train(ProcessFlags, Run):
     """Train a model from random weights (--shape config.json) or from a checkpoint (--model).
 
-    All flags may stand in a YAML file (-c); flags win. The same command goes on where the run's last checkpoint ends.
+    Every flag can also be a key of a YAML file (-c); a flag overrides the file. Running the same command again resumes
+    from the last checkpoint.
     """
 
+    memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
+
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
-    """A file with any of these, nested as the flags are (optimizer: {lr: 0.001})."""
+    """YAML file of flags, nested as their names are (optimizer: {lr: 0.001})."""
     dry_run: bool = False
-    """Show memory, steps, tokens and two examples (what is not learned is marked), and end."""
+    """Print memory, steps, tokens and two examples with their loss mask, and exit."""
 
     def run(self) -> int:
         self.check()
         self.begin()
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
         if isinstance(self, Finetune) and not run.optimizer.lr:
-            run = replace(run, optimizer=replace(run.optimizer, lr=RATES[run.method]))
+            run = replace(run, optimizer=replace(run.optimizer, lr=LEARNING_RATES[run.method]))
         with explain_missing_package("training", "jaxlm[train]"):
             from jaxlm.training.loop import train
 
@@ -43,51 +47,51 @@ class Train(ProcessFlags, Run):
         if not self.debug:
             silence_orbax()
         with Display() as display:
-            done = train(run, display.log, display.prepared)
-        if done.model.name == "adapter":
-            note(f"the adapter is in {done.model}: jaxlm generate -m {self.model} --adapter {done.model} …")
+            trained = train(run, display.log, display.log_progress)
+        if trained.model.name == "adapter":
+            note(f"adapter: {trained.model} (jaxlm generate -m {self.model} --adapter {trained.model} …)")
         else:
-            note(f"the model is in {done.model}: jaxlm generate -m {done.model} …")
-        if (curve := done.folder / "loss.png").exists():
-            note(f"the curve of the loss is {curve}")
+            note(f"model: {trained.model} (jaxlm generate -m {trained.model} …)")
+        if (plot := trained.folder / "loss.png").exists():
+            note(f"loss curve: {plot}")
         return 0
 
 
 @dataclass(frozen=True)
 class Finetune(Train):
-    """Train a checkpoint further: an adapter beside its weights (--method lora), or all of them (--method full).
+    """Fine-tune a checkpoint: a LoRA adapter (--method lora), or all weights (--method full).
 
-    What is learned are the answers, where the data have any. All flags may stand in a YAML file (-c); flags win. The
-    same command goes on where the run's last checkpoint ends.
+    If the data have prompts and answers, only the answers count in the loss. Every flag can also be a key of a YAML
+    file (-c); a flag overrides the file. Running the same command again resumes from the last checkpoint.
     """
 
     method: Literal["full", "lora"] = "lora"
-    """Train an adapter, or all weights."""
+    """Train a LoRA adapter (lora) or all weights (full)."""
     epochs: float = 3.0
-    """How often all data are seen, where no steps are given."""
+    """Number of passes over the data, if --steps is 0."""
     batch: int = 8
-    """Rows of a step, over all devices."""
+    """Batch size: rows per step, over all devices."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.0, weight_decay=0.0, warmup=0.05))
-    """lr 0: 2e-4 for an adapter, 1e-5 for all weights."""
+    """Optimizer settings. lr 0: 2e-4 for an adapter, 1e-5 for all weights."""
 
 
 def dry_run(run: Run) -> int:
-    """The plan, on stdout."""
+    """Prints the dry run."""
     from jaxlm.training import dry_run as plan
-    from jaxlm.training.loop import program
+    from jaxlm.training.loop import jit_step
     from jaxlm.training.setup import set_up
 
     with Display() as display:
-        setup = set_up(run, display.prepared)
-    print("\n".join(plan.describe(setup, plan.plan_memory(setup, program(setup)))))
+        setup = set_up(run, display.log_progress)
+    print("\n".join(plan.describe(setup, plan.plan_memory(setup, jit_step(setup)))))
     for number, pieces in enumerate(plan.examples(setup, 2), 1):
-        print(f"\nexample {number} (what is not learned stands {marked('like this', False)})")
-        print("".join(marked(text, learned) for text, learned in pieces))
+        print(f"\nexample {number} (outside the loss mask: {mark('like this', False)})")
+        print("".join(mark(text, trained_on) for text, trained_on in pieces))
     return 0
 
 
 class Display:
-    """A bar on a terminal's stderr, and on stdout a line whenever there is something to say."""
+    """A progress bar on the terminal's stderr, and lines of metrics on stdout."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -95,11 +99,11 @@ class Display:
 
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                   TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True))  # fmt: skip
-        # A line printed meanwhile goes above the bar; into a file it goes as it is.
+                   TextColumn("{task.fields[status]}"), TimeRemainingColumn(compact=True))  # fmt: skip
+        # Lines printed meanwhile go above the bar; stdout that is a file stays as it is.
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal,
                             redirect_stdout=sys.stdout.isatty())  # fmt: skip
-        self.task = self.bar.add_task("preparing", total=None, told="")
+        self.task = self.bar.add_task("preparing", total=None, status="")
         self.steps = 0
 
     def __enter__(self) -> "Display":
@@ -109,91 +113,117 @@ class Display:
     def __exit__(self, *error: Any) -> None:
         self.bar.stop()
 
-    def prepared(self, documents: int, tokens: int) -> None:
-        self.bar.update(self.task, told=f"{documents:,} documents, {tokens:,} tokens")
+    def log_progress(self, documents: int, tokens: int) -> None:
+        self.bar.update(self.task, status=f"{documents:,} documents, {tokens:,} tokens")
 
     def log(self, line: dict[str, Any]) -> None:
         if "note" in line:
             note(line["note"])
-        if "steps" in line:  # the beginning, or where an earlier run ended
+        if "steps" in line:  # the run starts or resumes
             self.steps = line["steps"]
-            self.bar.reset(self.task, total=self.steps, completed=line["step"], description="step", told="compiling …")
+            self.bar.reset(
+                self.task, total=self.steps, completed=line["step"], description="step", status="compiling …"
+            )
         elif line.keys() == {"step"}:
             self.bar.update(self.task, completed=line["step"])
         elif "note" not in line:
             if "loss" in line:
-                self.bar.update(self.task, told=facts(line))
-            print(told(line, self.steps), flush=True)
+                self.bar.update(self.task, status=step_metrics(line))
+            print(metrics_line(line, self.steps), flush=True)
 
 
 def silence_orbax() -> None:
-    """What goes wrong in a thread of Orbax is raised again in ours, where it gets a message: the tracebacks that are
-    printed and logged on its way are not shown."""
+    """Hides the tracebacks that Orbax's threads print and log. Their errors are raised again in the main thread."""
     before = threading.excepthook, sys.unraisablehook
 
     def of_thread(error: Any) -> None:
         if not type(error.thread).__module__.startswith("orbax."):
             before[0](error)
 
-    def of_nobody(error: Any) -> None:
-        if str(error.exc_value) != "Event loop is closed":  # TensorStore's other writes end, and nobody waits for them
+    def unraisable(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":  # TensorStore's other writes, which nobody awaits
             before[1](error)
 
-    threading.excepthook, sys.unraisablehook = of_thread, of_nobody
+    threading.excepthook, sys.unraisablehook = of_thread, unraisable
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def facts(line: dict[str, Any]) -> str:
-    """The numbers of a step, for people and grep."""
-    names = {"loss": ".4f", "rate": ".3g", "gradient": ".3g", "tokens_per_second": ",.0f", "mfu": ".1%"}
-    return " ".join(f"{name} {line[name]:{form}}" for name, form in names.items())
+def step_metrics(line: dict[str, Any]) -> str:
+    """Returns the metrics of a step as text: "loss 2.3456 learning_rate 0.0003 …"."""
+    formats = {"loss": ".4f", "learning_rate": ".3g", "grad_norm": ".3g", "tokens_per_second": ",.0f", "mfu": ".1%"}
+    return " ".join(f"{name} {line[name]:{spec}}" for name, spec in formats.items())
 
 
-def told(line: dict[str, Any], steps: int) -> str:
-    """A line of metrics."""
-    at = f"step {line['step']}/{steps}"
+def metrics_line(line: dict[str, Any], steps: int) -> str:
+    """Returns a line of metrics as text."""
+    step = f"step {line['step']}/{steps}"
     if "text" in line:
-        return f"{at} sample {line['prompt']}{line['text']}"
-    return f"{at} valid_loss {line['valid_loss']:.4f}" if "valid_loss" in line else f"{at} {facts(line)}"
+        return f"{step} sample {line['prompt']}{line['text']}"
+    return f"{step} valid_loss {line['valid_loss']:.4f}" if "valid_loss" in line else f"{step} {step_metrics(line)}"
 
 
-def marked(text: str, learned: bool) -> str:
-    """A piece of an example: what is not learned is dim on a terminal, and in brackets elsewhere."""
-    if learned:
+def mark(text: str, trained_on: bool) -> str:
+    """Returns a piece of an example; outside the loss mask it is dim on a terminal, in brackets elsewhere."""
+    if trained_on:
         return text
     return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else f"⟦{text}⟧"
 
 
 def with_file(argv: list[str]) -> list[str]:
-    """The arguments, with those of the file that -c names before them; exits with 2 where there is no such file, or
-    more than one."""
+    """Returns the arguments, preceded by those of the YAML file that -c names, so that typed flags win.
+
+    Exits with 2 for more than one file and for a file that cannot be used.
+    """
     paths = files(argv)
     if not paths:
         return argv
     if len(paths) > 1:
-        refuse(f"-c takes one file, not {' and '.join(paths)}; flags may stand beside it")
+        refuse(f"-c takes one file, not {' and '.join(paths)}: merge them, or give the rest as flags")
+    return flags(read_file(paths[0]), [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Returns the fields of a YAML file. Exits with 2 if it cannot be read, and for keys that are no fields."""
     import yaml
 
     try:
-        values = yaml.safe_load(Path(paths[0]).read_text())
+        loader = yaml.SafeLoader(Path(path).read_text())
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"{paths[0]} cannot be read: {error}")
+        refuse(f"{path} cannot be read: {error}")
     if not isinstance(values, dict):
-        refuse(f"{paths[0]} should hold fields and values (steps: 1000), not {values!r}")
+        refuse(f"{path} is not a mapping of fields to values (steps: 1000), but {values!r}")
     if values.get("config"):
-        refuse(f"{paths[0]} names another file (config: {values['config']}), but one is read: put its lines here")
-    return flags(values, [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
+        refuse(f"{path} names another file (config: {values['config']}), which is not read: copy its lines into {path}")
+    if wrong := list(wrong_keys(node, {*field_names(Train), "dataset"})):  # --dataset is an alias
+        refuse("\n".join(f"{path}:{line}: {message}" for line, message in wrong))
+    return values
+
+
+def wrong_keys(node: Any, known: Collection[str], before: str = "") -> Iterator[tuple[int, str]]:
+    """Yields the line number of each key of a YAML mapping that is no field, and what to use instead."""
+    for key, value in node.value:
+        name = before + key.value.replace("-", "_")
+        if value.id == "mapping" and name not in RENAMED_FIELDS:
+            yield from wrong_keys(value, known, f"{name}.")
+        elif fields := [field for field in known if field.startswith(f"{name}.")]:
+            if value.tag != "tag:yaml.org,2002:null":
+                yield key.start_mark.line + 1, f"{name} takes fields ({', '.join(sorted(fields))}), not one value"
+        elif name not in known:
+            hint = suggest(name, known) or "jaxlm train --help lists the fields"
+            yield key.start_mark.line + 1, f"unknown key {name}: {hint}"
 
 
 def refuse(text: str) -> NoReturn:
-    """Ends the process as wrong usage does."""
+    """Exits with status 2 (wrong usage)."""
     print(f"jaxlm: {text}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def files(argv: list[str]) -> list[str]:
-    """What -c names, in every form that tyro reads: -c F, -c=F, -cF, --config F, --config=F."""
+    """Returns the files that -c names, in every form that tyro reads: -c F, -c=F, -cF, --config F, --config=F."""
     found, rest = [], iter(argv)
     for arg in rest:
         if arg in ("-c", "--config"):

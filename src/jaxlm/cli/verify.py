@@ -49,7 +49,7 @@ class Verify(ModelFlags):
             print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
             return 2
         name = str(self.name or self.model)
-        if not self.alone:
+        if not self.is_single_process:
             raise ValueError("verify runs in one process: it holds a model against references that do")
         self.begin()
         if self.mesh is not None:

@@ -64,16 +64,11 @@ class AssistantTurns:
 
     def _tagged(self, messages: list[dict], tools: list | None, template: str) -> tuple[str, Spans]:
         """By the template's own {% generation %} tags."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from jaxlm.processing.template_rendering import write
 
-        from jaxlm.processing.template_sandbox import bounded
-
-        given = {**self.tokenizer.hf.special_tokens_map, **self.template_args}
-        with template_errors(), bounded([messages, tools, given]):
-            rendered: Any = render_jinja_template(
-                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **given
-            )
-        [text], [spans] = rendered
+        options = {"chat_template": template, **self.template_args}
+        with template_errors():
+            text, spans = write(self.tokenizer.hf, messages, tools, **options)
         return text, [span for span in spans if span[0] < span[1]]
 
     def _closed(self, text: str, span: tuple[int, int]) -> tuple[int, int]:

@@ -6,8 +6,8 @@ corpus.json, which is written last. A folder appears under its name when it is c
 
 The cache has one such folder a digest: of the contents and kinds of the files (a hub dataset's commit, configuration
 and split), of the tokenizer with its chat template, and of the options, but not of names: those given now are told. So
-nothing is tokenized twice, and nothing stale is read; reading the files once to know that is small beside tokenising
-them. Nothing is ever removed from the cache.
+nothing is tokenized twice, and nothing stale is read; reading the files once to know that is small compared with
+tokenizing them. Nothing is ever removed from the cache.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]  # documents, tokens
 
 
 class Corpus:
-    """Tokenised documents, in the order of their files.
+    """Tokenized documents, in the order of their files.
 
     Attributes:
         ids: [tokens] of all documents, unsigned 16 bits or int32. loss_mask: [tokens] bool, or None: all.
@@ -137,7 +137,7 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
         }
     except (OSError, ValueError, KeyError):
         return None
-    if "learned" in arrays:  # written by an earlier version: prepared again, under the same digest
+    if "train_on" not in about:  # written by an earlier version: prepared again, under the same digest
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
     return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None

@@ -66,7 +66,7 @@ class Texts:
 
     @cached_property
     def rust(self) -> Any:
-        """A copy that only tokenises: a post-processor may move offsets, and adds what is added here."""
+        """A copy that only tokenizes: a post-processor may move offsets, and adds what is added here."""
         from tokenizers import Tokenizer as Rust
 
         rust = Rust.from_str(self.tokenizer.hf.backend_tokenizer.to_str())

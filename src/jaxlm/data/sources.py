@@ -84,7 +84,7 @@ class Hub:
         return (Row(self.name, i, _known(row)) for i, row in enumerate(self.data, 1))
 
     def digest(self) -> str:
-        return self.data._fingerprint  # datasets' own: of the commit, the configuration and the split
+        return self.data._fingerprint  # of datasets: of the commit, the configuration and the split
 
 
 def find(
@@ -145,12 +145,12 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 def _from_hub(name: str, split: str, config: str | None, revision: str | None, offline: bool) -> Hub:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
     repo, default = KNOWN.get(name, (name, None))
     config = config or default
     try:
-        if offline or constants.HF_HUB_OFFLINE:
+        if offline or is_offline_mode():
             last = repo.split("/")[-1]
             cached = Cache(repo_id=repo, dataset_name=last, config_name=config, version="auto", hash="auto")
             return Hub(repo, cached.as_dataset(split=split))

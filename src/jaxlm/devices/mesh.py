@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL, GROUP = "data", "model", "group"
@@ -90,10 +89,15 @@ def active() -> bool:
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh on which the arrays of a tree lie; None where they lie on one device."""
     leaf = jax.tree.leaves(tree)[0]
-    if isinstance(leaf, Tracer):  # within another program, whose maker has said where it runs
+    if traced(leaf):  # within another program, whose maker has said where it runs
         return None
     over = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
     return over if isinstance(over, Mesh) and over.size > 1 else None
+
+
+def traced(x: Any) -> bool:
+    """Whether an array stands for one in a program that is being traced: it lies nowhere."""
+    return not hasattr(x, "sharding")
 
 
 def use_mesh_of(tree: Any) -> AbstractContextManager[Any]:

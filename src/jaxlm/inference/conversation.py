@@ -1,4 +1,4 @@
-"""Conversation: several turns over one growing cache, of which each turn computes only what is new."""
+"""Conversation: a chat of several turns over one KV cache. Each turn computes only its new tokens."""
 
 import json
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -15,44 +15,46 @@ from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.generation import CompletionChunk
-from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
+    from jaxlm.processing.tokenizer import Tokenizer
 
-START = 1024  # positions of a new cache, if the context has as many; it doubles when they are used up
+START = 1024  # slots of a new KV cache, if the context is as long; it doubles when they are used up
 Messages = list[dict[str, str]]
 
 
 class CachedPrefix(NamedTuple):
-    """A beginning of the conversation as text, and the ids that stood for it when the model read or wrote it."""
+    """A prefix of the conversation as text, and the token ids that the model read or generated for it."""
 
     text: str
     ids: list[int]
 
 
 class Conversation:
-    """A chat with a model, one turn after the other; a model without chat template continues the text instead.
+    """A chat of several turns with a model. A model without a chat template continues the text instead.
 
         talk = jaxlm.Conversation(model, system="Be brief.", temperature=0.7)
         for piece in talk.send("Why is the sky blue?"):
             print(piece, end="")
 
-    The cache of keys and values stays from turn to turn, so that a turn prefills only its new tokens, `prefilled` of
-    them. Options are those of jaxlm.generate, with one difference: without max_tokens an answer may fill the context.
+    The KV cache is kept from turn to turn, so that a turn prefills only its new tokens. Options are those of
+    jaxlm.generate, with one difference: without max_tokens an answer may fill the context.
 
     Attributes:
         messages: {"role": "user" or "assistant", "content": text}, oldest first, without the system message and
-            without what a thinking model thought. It changes when an answer ends, or is stopped.
-        system: the system message or None; template_args: variables of the chat template. Both count from the next
-            turn on.
+            without reasoning. It changes when an answer ends or is stopped.
+        system: the system message or None.
+        template_args: variables of the chat template. Like `system`, a change takes effect in the next turn.
         options: jaxlm.inference.sampling_params.SamplingParams, as given.
-        prefilled: how many tokens of its prompt the last turn had to compute.
-        opened: whether the prompt of the last turn ended inside a block of thinking, as some templates write it.
+        prefilled: number of prompt tokens that the last turn computed.
+        opened: whether the prompt of the last turn ended inside a reasoning block, as some templates write it.
     """
 
     def __init__(
@@ -61,61 +63,72 @@ class Conversation:
         *,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ):
         if model.tokenizer is None:
-            raise ValueError(f"{model.source} has no tokenizer: a conversation needs one (jaxlm.generate takes ids)")
-        self.model, self.tokenizer = model, model.tokenizer
-        self.system = system
-        self.template_args = dict(template_args or {})
-        self.options = from_kwargs(**options)
+            raise ValueError(
+                f"{model.source} has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token "
+                "ids to jaxlm.generate"
+            )
+        self.model: Model = model
+        self.tokenizer: Tokenizer = model.tokenizer
+        self._steps = CompiledSteps(model)
+        self.system: str | None = system
+        self.template_args: dict[str, Any] = dict(template_args or {})
+        self.options: SamplingParams = from_kwargs(**options)
         self._running: Any = None
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all messages; the system message and the options stay."""
+        """Deletes all messages. The system message and the options stay."""
         self.stop()
         self.messages: Messages = []
-        self.prefilled = 0
-        self.opened = False
-        self._turns = 0  # moves the seed on, so that no two answers use the same draws
+        self.prefilled: int = 0
+        self.opened: bool = False
+        self._turns = 0  # added to the seed, so that no two answers use the same random numbers
         self._seen: list[CachedPrefix] = []  # of the last turn: with its answer, and its prompt alone
         self._kv: caches.KVCache | None = None
-        self._written: list[int] = []  # the tokens whose keys and values the cache holds
+        self._written: list[int] = []  # the tokens whose keys and values the KV cache holds
 
     def set(self, name: str, value: Any) -> None:
-        """Changes an option from the next turn on; None gives it back to the model. TypeError for a name that is no
-        option, ValueError for a value out of range."""
+        """Changes an option from the next turn on. None restores the model's default.
+
+        Raises:
+            TypeError: an unknown option.
+            ValueError: a value out of range.
+        """
         default = next((field.default for field in fields(SamplingParams) if field.name == name), None)
         self.options = from_kwargs(**{**_given(self.options), name: default if value is None else value})
 
     def send(self, text: str) -> Iterator[CompletionChunk]:
-        """The model's answer to a message, in pieces of text as they are made
+        """The model's answer to a message, in chunks of text as they are generated
         (jaxlm.inference.generation.CompletionChunk).
 
-        Nothing is kept of a turn that fails or is stopped before its first token; a later stop (the iterator closed,
-        Ctrl-C, the next call) keeps what there is of the answer. Raises ValueError when the context is full or the
-        chat template refuses.
+        A turn that fails or is stopped before its first token leaves no trace. A later stop (the iterator is closed,
+        Ctrl-C, the next call) keeps the answer so far.
+
+        Raises:
+            ValueError: the context is full, or the chat template refuses the messages.
         """
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 
     def retry(self) -> Iterator[CompletionChunk]:
-        """Another answer to the last message, in the place of the one it had; drawn anew."""
+        """Another answer to the last message, sampled again. It replaces the former one."""
         self.stop()
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
-            raise ValueError("there is no message yet that could be answered again")
+            raise ValueError("there is no message yet to answer again")
         return self._turn(self.messages[: asked[-1] + 1])
 
     def stop(self) -> None:
-        """Ends the answer that is being made, if any; what there is of it is kept."""
+        """Stops the running answer, if any. The text so far is kept."""
         if self._running is not None:
             self._running.close()
             self._running = None
 
     def save(self, path: str | Path) -> None:
-        """Writes messages, system message, options and template arguments as JSON. OSError says why it cannot."""
+        """Writes messages, system message, options and template arguments as JSON. Raises OSError if it cannot."""
         self.stop()
         state = {
             "model": self.model.source,
@@ -124,17 +137,17 @@ class Conversation:
             "options": _given(self.options),
             "template_args": self.template_args,
         }
-        with explain_errors(f"{path} cannot be written", "choose a file in a folder that can be written to", OSError):
+        with explain_errors(f"{path} cannot be written", "name a file in an existing, writable folder", OSError):
             write_atomically(Path(path), json.dumps(state, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: str | Path) -> None:
-        """Goes on with a conversation written by `save`, of this model or another. ValueError or OSError names a bad
-        file."""
-        hint = "choose a file that /save (Conversation.save) wrote"
+        """Continues a conversation written by `save`, with this model or another. Raises ValueError or OSError for a
+        bad file."""
+        hint = "name a file that /save (Conversation.save) wrote"
         invalid = (ValueError, TypeError, KeyError, AttributeError)
         with explain_errors(f"{path} cannot be read", hint, OSError):
             text = Path(path).read_bytes()
-        with explain_errors(f"{path} is no conversation", hint, invalid):
+        with explain_errors(f"{path} is not a conversation saved by jaxlm", hint, invalid):
             state = json.loads(text.decode("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
             options = {"logit_bias": None, **state.get("options", {})}
@@ -147,7 +160,7 @@ class Conversation:
         self.system = state.get("system")
 
     def _turn(self, messages: Messages) -> Iterator[CompletionChunk]:
-        """Prepares the answer to `messages`; the work begins with the first piece that is asked for."""
+        """Prepares the answer to `messages`. Computation starts with the first chunk that is requested."""
         model = self.model
         text = self._render(messages)
         ids = prompts.to_ids(model, self._ids(text), {})
@@ -155,7 +168,7 @@ class Conversation:
         if left < 1:
             raise ValueError(
                 f"the context is full: the conversation has {len(ids):,} tokens, {model.source} takes "
-                f"{model.config.context:,}. Begin anew with /reset (Conversation.reset)"
+                f"{model.config.context:,}. Start over with /reset (Conversation.reset)"
             )
         options = generation.resolve(model, _given(self.options))
         seed = ((options.seed or 0) + self._turns) % 2**32
@@ -166,30 +179,32 @@ class Conversation:
             left if self.tokenizer.has_template else prompts.resolve_max_tokens(model, ids, None)
         )
         stops = prompts.stop_ids(model, options)
-        key = jax.random.fold_in(jax.random.key(seed), 0)  # as jaxlm.generate: piece.seed serves there too
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # as in jaxlm.generate: chunk.seed reproduces the text there
         self._running = self._answer(messages, text, engine.Request(ids, options, min(most, left), stops, key))
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
-        answer, made, shown = generation.Answer(self.model, 0, request), [], ""
+        detokenization = generation.Detokenization(self._steps, 0, request)
+        generated: list[int] = []
+        shown = ""
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):
-                made.append(token.id)
-                piece = answer.add(token)
-                if piece is not None:
-                    shown += piece
-                    yield piece
+                generated.append(token.id)
+                chunk = detokenization.add(token)
+                if chunk is not None:
+                    shown += chunk
+                    yield chunk
         finally:
-            if made:
-                self._keep(messages, text, request, made, shown)
+            if generated:
+                self._keep(messages, text, request, generated, shown)
 
-    def _keep(self, messages: Messages, text: str, request: engine.Request, made: list[int], shown: str) -> None:
-        """Notes a turn that has ended, or was stopped."""
-        ids, tail = request.ids, made
-        self._written = [*ids, *made][:-1]  # the last token was read, but never given to the model
-        if not self.tokenizer.has_template and made[-1] in request.stop_ids:
-            tail = made[:-1]  # the text goes on, so this was not its end
+    def _keep(self, messages: Messages, text: str, request: engine.Request, generated: list[int], shown: str) -> None:
+        """Records a turn that has ended or was stopped."""
+        ids, tail = request.ids, generated
+        self._written = [*ids, *generated][:-1]  # the last token was read, but never fed to the model
+        if not self.tokenizer.has_template and generated[-1] in request.stop_ids:
+            tail = generated[:-1]  # the text continues, so this was not its end
         after = self._decoded([*ids, *tail])[len(self._decoded(ids)) :]
         self._seen = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
         content = split_thinking(shown, self.opened)[1] if self._thinks else shown
@@ -203,65 +218,64 @@ class Conversation:
         return self.tokenizer.decode(ids, skip_special=False)
 
     def _render(self, messages: Messages) -> str:
-        """The whole conversation as the model reads it, up to where its answer begins."""
+        """The conversation as the model reads it, up to the beginning of its answer."""
         if self.tokenizer.has_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             return self.tokenizer.render(system + messages, **self.template_args)
         if self.system:
-            raise ValueError(f"{self.model.source} has no chat template, so it takes no system message")
+            raise ValueError(f"{self.model.source} has no chat template, so it cannot take a system message")
         return "".join(message["content"] for message in messages)
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids of the conversation. What the model has seen keeps its ids: it may have spelled its own words with
-        other tokens than the tokenizer would, and with those its keys and values were computed."""
+        """Token ids of the conversation. A cached prefix keeps its ids: the model may have generated other tokens than
+        the tokenizer would, and the KV cache holds these."""
         for seen in self._seen:
             if text.startswith(seen.text):
                 rest = text[len(seen.text) :]
                 ids = [*seen.ids, *(self.tokenizer.encode(rest, add_special_tokens=False) if rest else [])]
-                # Some tokenizers put a space before every text that they are given.
+                # Some tokenizers put a space before every text.
                 if self._decoded(ids) == self._decoded(seen.ids) + rest:
                     return ids
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_template)
 
     def _prefill(self, ids: list[int]) -> jax.Array:
-        """Brings the cache to `ids` -> the last hidden state [1,D]. What the cache holds of them is not computed again,
-        but for the last token, whose hidden state is wanted."""
-        kv, self._kv = self._kv, None  # an interrupt in what follows leaves no cache, rather than half of one
+        """Prefills `ids` and returns the last hidden state [1,D]. The prefix that the KV cache holds is reused, except
+        for the last token, whose hidden state is needed."""
+        kv, self._kv = self._kv, None  # after an interrupt there is no cache, rather than half of one
         same = (i for i, pair in enumerate(zip(ids, self._written)) if pair[0] != pair[1])
         m = next(same, min(len(self._written), len(ids) - 1))
         if kv is None or not m or not can_reuse(kv, self.model.config.windows, m):
             kv, m = None, 0
         self.prefilled = len(ids) - m
-        kv, last = engine.extend(self.model, self._fit(kv, len(ids)), [ids[m:]], m)
+        kv, last = engine.extend(self._steps, self._fit(kv, len(ids)), [ids[m:]], m)
         self._written = ids
         self._kv = kv
         return last
 
     def _decode(self, request: engine.Request, last: jax.Array) -> Iterator[engine.Token]:
-        """The tokens of an answer. One program is ahead of what is read, so that the device does not wait."""
+        """The tokens of an answer. Dispatch is one program ahead of what is read, so that the device does not wait."""
         model, k = self.model, request.options.logprobs
         steps = hardware.STEPS[model.device.platform]
-        # Without the cache in it the first program does not depend on the cache's length.
+        # Without the KV cache in its arguments, this program does not depend on the length of the cache.
         state = engine.new_rows(model, [request], None, engine.optional([request]))
-        state, made = model.programs.pick(k, model.weights, state, last)(model.weights, state, last)
-        yield from engine.fetch_tokens([request], made, [(0, 0)])
+        state, output = self._steps.sample_token(k, state, last)
+        yield from engine.fetch_tokens([request], output, [(0, 0)])
         in_flight: deque[decoding.StepOutput] = deque()
-        pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens still to be asked for
+        pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens left to generate
         while not request.finished:
             if left > 0:
                 self._kv = self._fit(self._kv, pos + steps)
                 state = state._replace(kv=self._kv)
-                program = model.programs.step(k, steps, model.weights, state)
                 self._kv = None  # donated
-                state, made = program(model.weights, state)
+                state, output = self._steps.step(k, steps, state)
                 self._kv = state.kv
-                in_flight.append(made)
+                in_flight.append(output)
                 pos, left = pos + steps, left - steps
             if len(in_flight) > 1 or left <= 0:
                 yield from engine.fetch_tokens([request], in_flight.popleft(), [(0, 0)])
 
     def _fit(self, kv: caches.KVCache | None, need: int) -> caches.KVCache:
-        """A cache for `need` positions: this one if they fit, else a larger one with the same contents."""
+        """A KV cache for `need` positions: this one if they fit, else a larger one with the same contents."""
         model = self.model
         context = model.config.context
         if kv is not None and (need <= kv.length or kv.length == context):
@@ -272,27 +286,26 @@ class Conversation:
         length = min(length, context)
         chunk = hardware.CHUNK[model.device.platform]
         make = partial(model.init_kv, 1, length, chunk=chunk)
-        hint = "begin anew with /reset (Conversation.reset), or use a smaller model"
+        hint = "start over with /reset (Conversation.reset), or use a smaller model"
         needed = params.nbytes(jax.eval_shape(make)) // memory.memories(model)[1]
         hardware.require(needed, model.device, f"{length:,} tokens of conversation", hint)
         if kv is None:
             return make()
-        return engine.resize_cache(model, kv, length, chunk)
+        return engine.resize_cache(self._steps, kv, length, chunk)
 
 
 def _given(options: SamplingParams) -> dict[str, Any]:
-    """The options that are not at their default."""
+    """The options that differ from their defaults."""
     return {f.name: v for f in fields(options) if (v := getattr(options, f.name)) != f.default}
 
 
 def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bool:
-    """Whether the cache of one row has all that tokens from position m on look back to.
+    """Whether the KV cache of one row holds every position that tokens from position m on attend to.
 
-    A layer with window W needs positions m - W + 1 to m - 1. Once its ring of W + C - 1 slots (C: chunk) has been
-    written up to position n - 1, it holds n - W - C + 1 to n - 1: it can go back by C tokens and no more, and n counts
-    also what the device wrote behind the end of an answer that was cut off. Slots that hold positions from m on (of
-    what was said before and is now dropped) do no harm: no query before such a position sees it, and when a query has
-    come that far, its slot has been written anew.
+    A layer with window W needs positions m - W + 1 to m - 1. Its ring buffer of W + C - 1 slots (C: chunk), written up
+    to position n - 1, holds n - W - C + 1 to n - 1. It can therefore be rewound by C tokens and no more, where n
+    includes what the device wrote after the end of an answer. Slots with positions from m on do no harm: no earlier
+    query attends to them, and they are overwritten before a later one does.
     """
     at = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
     for window, S in {(window, w["k"].shape[2]) for window, w in zip(windows, kv.layers, strict=True)}:

@@ -1,56 +1,62 @@
-"""Prefill, insert and step: the pure functions of generation, and the programs compiled from them.
+"""Prefill, insert and decode: the pure functions of generation, and the programs compiled from them.
 
-A batch of B rows is a `State`. `prefill` runs prompts through the model into a cache of their own, `insert` puts the
-rows that it made into a state, `step` makes the next token of every row. Rows are independent: each has its sampling
-parameters, its key and its place in its own sequence, so a row's text does not depend on what shares its batch.
+A batch of B rows is a `State`. `prefill` runs prompts through the model into a KV cache of their own, `insert` puts
+these rows into the state of a batch, `step` generates the next token of every row. Rows are independent: each has its
+own sampling parameters, PRNG key and position, so a row's text does not depend on the other rows.
 """
 
 import time
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import sampling
 from jaxlm.inference.sampling import Counts, Sampling
 from jaxlm.nn import kv_cache as caches
 
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
 
 class State(NamedTuple):
-    """What decoding carries from step to step."""
+    """What is carried from one decoding step to the next."""
 
-    kv: Any  # caches.Cache; None while rows are made or picked apart from it
-    token: jax.Array  # [B] int32: the newest token, not in the cache yet
-    pos: jax.Array  # [B] int32: its position
-    keys: jax.Array  # [B] typed keys, one a sequence
+    kv: Any  # KVCache; None for rows that are not yet in a batch
+    token: Int[Array, " B"]  # the newest token, not yet in the KV cache
+    pos: Int[Array, " B"]  # its position
+    keys: Key[Array, " B"]  # typed PRNG keys, one per sequence
     sampling: Sampling
     counts: Counts | None  # None where no row has a penalty
-    bias: jax.Array | None  # [B,V] float32, None where no row has one
+    bias: Float[Array, "B V"] | None  # None where no row has one
 
 
 class StepOutput(NamedTuple):
-    """What a program hands to the host: tokens [n,B] int32, and when asked for the log-probability of each [n,B], the
-    likeliest ids [n,B,k] and their log-probabilities [n,B,k]."""
+    """The output of a program for the host: tokens [n,B] int32, and if asked for the log-probability of each [n,B], the
+    most likely ids [n,B,k] and their log-probabilities [n,B,k]."""
 
     tokens: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 def constrain_state(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
-    """`put(array, letters)` over every array of a state: rows over the mesh's `data`, vocabulary over `model`."""
+    """Applies `put(array, letters)` to every array of a state: rows over the mesh axis `data`, the vocabulary over
+    `model`."""
     rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
     return rest if state.kv is None else rest._replace(kv=caches.map_arrays(state.kv, put))
 
 
-NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
+NOT_FINITE = -1  # the token of a row whose logits are NaN or Inf
 
 
 def bucket(n: int, least: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, … that holds n: the lengths for which programs are compiled."""
+    """The smallest of 16, 24, 32, 48, 64, 96, … that is at least n: the lengths for which programs are compiled."""
     power = least
     while power < n:
         power *= 2
@@ -58,10 +64,19 @@ def bucket(n: int, least: int = 16) -> int:
 
 
 def prefill(
-    family: Any, cfg: Any, weights: Any, kv: caches.KVCache, last: jax.Array, tokens: jax.Array, pos: jax.Array
-):
-    """One chunk of prompts: tokens, pos [B,T] int32 (-1: padding) -> the cache with the chunk in it, and the hidden
-    states [B,D] of each row's newest token; rows without a token here keep theirs in `last`."""
+    family: Any,
+    cfg: Any,
+    weights: Any,
+    kv: caches.KVCache,
+    last: Float[Array, "B D"],
+    tokens: Int[Array, "B T"],
+    pos: Int[Array, "B T"],
+) -> tuple[caches.KVCache, Float[Array, "B D"]]:
+    """Prefills one chunk of the prompts: tokens, pos [B,T] int32 (-1: padding).
+
+    Returns the KV cache with the chunk in it, and the hidden state [B,D] of each row's newest token. A row without a
+    token in this chunk keeps its `last`.
+    """
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     x = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
@@ -70,9 +85,9 @@ def prefill(
 
 
 def sample_token(
-    family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: jax.Array
+    family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: Float[Array, "B D"]
 ) -> tuple[State, StepOutput]:
-    """The next token of each row from its newest hidden state x [B,D]; k: how many likeliest tokens to report."""
+    """Samples the next token of each row from its newest hidden state x [B,D]. k: number of top log-probabilities."""
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
     pos = state.pos + 1
     keys = sampling.step_keys(state.keys, pos)
@@ -80,14 +95,13 @@ def sample_token(
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
-    made = jax.tree.map(
-        lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen)
-    )  # every process reads all of it
-    return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), made
+    # Replicated: every process reads all of it.
+    output = jax.tree.map(lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen))
+    return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), output
 
 
 def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: State) -> tuple[State, StepOutput]:
-    """`steps` tokens of every row."""
+    """Decodes `steps` tokens of every row."""
 
     def one(state: State, _: Any) -> tuple[State, StepOutput]:
         x, kv = family.forward(cfg, state.token[:, None], weights, state.kv, state.pos[:, None])
@@ -95,69 +109,109 @@ def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: 
 
     if steps == 1:
         return one(state, None)
-    state, made = jax.lax.scan(one, state, length=steps)
-    return state, jax.tree.map(lambda a: a[:, 0], made)
+    state, output = jax.lax.scan(one, state, length=steps)
+    return state, jax.tree.map(lambda a: a[:, 0], output)
 
 
-def insert(state: State, rows: jax.Array, part: State) -> State:
-    """Puts the rows of `part` (batch b) into rows [b] of a state; a row number past the end is dropped."""
+def insert(state: State, rows: Int[Array, " b"], part: State) -> State:
+    """Inserts the rows of `part` (batch b) into rows [b] of a state. A row number past the end is dropped."""
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
     state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
     return constrain_state(state, mesh.constrain)
 
 
-@cache
-def compiled_for(family: Any, cfg: Any) -> dict[Any, Any]:
-    """The programs of one architecture, shared by all models of its shape."""
+MAX_EXECUTABLES = 256  # per architecture; the oldest is dropped
+# Called with the name of a program before it is compiled, and with its name and the seconds after.
+on_compile: ContextVar[Callable[..., None]] = ContextVar("on_compile", default=lambda name, seconds=None: None)
+
+
+@lru_cache(maxsize=16)
+def executables(family: Any, cfg: Any) -> dict[Any, Any]:
+    """The compiled programs of one architecture, shared by all models of its shape: key -> executable."""
     return {}
 
 
 class CompiledSteps:
-    """Compiled programs of one model, by what they were compiled for. `notify(name)` is called before a compilation
-    and `notify(name, seconds)` after."""
+    """Prefill, sampling and decoding of one model as compiled programs.
 
-    def __init__(self, family: Any, cfg: Any):
-        self.family, self.cfg = family, cfg
-        self.compiled = compiled_for(family, cfg)
-        self.seconds = 0.0
-        self.notify: Callable[..., None] = lambda name, seconds=None: None
+    A program is compiled ahead of time when its arguments first have new shapes, types or shardings. The KV cache and
+    the state that go in are donated.
 
-    def prefill(self, *args: Any) -> Callable[..., Any]:
-        return self._get("prefill", partial(prefill, self.family, self.cfg), (), (1, 2), args)
+    Attributes:
+        model: the model whose weights every call uses.
+        seconds: time spent compiling so far.
+    """
 
-    def pick(self, k: int | None, *args: Any) -> Callable[..., Any]:
-        return self._get("first token", partial(sample_token, self.family, self.cfg, k), (k,), (1,), args)
+    def __init__(self, model: "Model"):
+        self.model: Model = model
+        self.seconds: float = 0.0
+        self._executables = executables(model.family, model.config)
+        self._weights = signature(model.weights)  # once: there are hundreds of arrays
 
-    def step(self, k: int | None, steps: int, *args: Any) -> Callable[..., Any]:
-        return self._get("decode", partial(step, self.family, self.cfg, k, steps), (k, steps), (1,), args)
+    def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
+        return self._run("prefill", self._bound(prefill), (), (1, 2), True, kv, last, tokens, pos)
 
-    def insert(self, *args: Any) -> Callable[..., Any]:
-        return self._get("insert", insert, (), (0,), args)
+    def sample_token(self, k: int | None, state: State, x: jax.Array) -> tuple[State, StepOutput]:
+        return self._run("first token", self._bound(sample_token, k), (k,), (1,), True, state, x)
 
-    def grow(self, *args: Any) -> Callable[..., Any]:
-        return self._get("larger cache", caches.resize_cache, (), (0,), args)
+    def step(self, k: int | None, steps: int, state: State) -> tuple[State, StepOutput]:
+        return self._run("decode", self._bound(step, k, steps), (k, steps), (1,), True, state)
 
-    def _get(self, name: str, function: Any, static: tuple[Any, ...], donate: tuple[int, ...], args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        key = (name, static, tree, frozenset(a.sharding for a in leaves), tuple((a.shape, a.dtype) for a in leaves))
-        if key not in self.compiled:
-            self.notify(name)
-            start = time.perf_counter()
-            options = hardware.COMPILER_OPTIONS.get(next(iter(leaves[0].sharding.device_set)).platform)
-            program = jax.jit(function, donate_argnums=donate, compiler_options=options)
-            with mesh.use_mesh_of(args):
-                self.compiled[key] = program.lower(*args).compile()
-            seconds = time.perf_counter() - start
-            self.seconds += seconds
-            self.notify(name, seconds)
-        return self.compiled[key]
+    def insert(self, state: State, rows: jax.Array, part: State) -> State:
+        return self._run("insert", insert, (), (0,), False, state, rows, part)
+
+    def resize_cache(self, cache: Any, part: Any) -> Any:
+        return self._run("larger KV cache", caches.resize_cache, (), (0,), False, cache, part)
+
+    def _bound(self, function: Any, *static: Any) -> Any:
+        return partial(function, self.model.family, self.model.config, *static)
+
+    def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
+        key = (name, static, self._weights if weighted else None, signature(args))
+        args = (self.model.weights, *args) if weighted else args
+        if key not in self._executables:
+            self._compile(key, function, donate, args)
+        return self._executables[key](*args)
+
+    def _compile(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> None:
+        notify, start = on_compile.get(), time.perf_counter()
+        notify(key[0])
+        executable = compile_program(function, donate, args)
+        while len(self._executables) >= MAX_EXECUTABLES:
+            self._executables.pop(next(iter(self._executables)))
+        self._executables[key] = executable
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        notify(key[0], seconds)
+
+
+def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
+    """Compiles `function` for these arguments (arrays, or jax.ShapeDtypeStruct with shardings) without running it."""
+    platform = next(iter(jax.tree.leaves(args)[0].sharding.device_set)).platform
+    program = jax.jit(function, donate_argnums=donate, compiler_options=hardware.COMPILER_OPTIONS.get(platform))
+    with mesh.use_mesh_of(args):
+        return program.lower(*args).compile()
+
+
+def signature(tree: Any) -> Any:
+    """What a program is compiled for: the structure of its arguments, and shape, dtype and sharding of each array. A KV
+    cache is described by its first layer, from which the others follow."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, caches.KVCache))
+    return structure, tuple(_signature(leaf) for leaf in leaves)
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, caches.KVCache):
+        first = leaf.layers[0]["k"]
+        return tuple(leaf.positions), leaf.length, leaf.chunk, first.shape, first.dtype, first.sharding
+    return leaf.shape, leaf.dtype, leaf.sharding
 
 
 def chunks(ids: list[list[int]], start: int, width: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompts as padded (tokens, pos) pieces [B,T] of at most `chunk` tokens; `width` is the length of the longest.
+    """Splits prompts into padded (tokens, pos) chunks [B,T] of at most `chunk` tokens. width: length of the longest.
 
-    Only the last piece is shorter, and its length a bucket.
+    Only the last chunk is shorter. Its length is a bucket.
     """
     pieces = []
     for begin in range(0, width, chunk):

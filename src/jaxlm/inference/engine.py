@@ -1,9 +1,10 @@
-"""The host's side of decoding: requests share a batch of rows, and tokens come out in the order in which they are made.
+"""Continuous batching: requests share the rows of one batch, and a finished row is given to the next request.
 
-A row that ends makes room for the next request. Programs are dispatched one ahead of the tokens that are read, so the
-device never waits for the host: a row that has ended is noticed one program late, and what it made since is dropped.
-The cache has room for the prompts and ROOM tokens at first, and doubles when a row has come to its end: few answers are
-as long as they may be, and a step costs what the cache is long.
+The host dispatches one program ahead of the tokens that it reads, so the device never waits for the host. A finished
+row is therefore noticed one program late; the tokens that it generated since are dropped.
+
+The KV cache starts with room for the prompts and HEADROOM tokens, and doubles when a row reaches its end. Few answers
+are as long as they may be, and the cost of a decoding step grows with the length of the cache.
 """
 
 import time
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import decoding, sampling
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.nn import kv_cache as caches
 
@@ -25,26 +27,26 @@ if TYPE_CHECKING:
     from jaxlm.model import Model
 
 
-HEADROOM = 512  # tokens behind the longest prompt for which a cache has slots from the start
+HEADROOM = 512  # slots of a new KV cache beyond the longest prompt
 
 
 @dataclass
 class Request:
-    """One prompt and what is asked for it; `finished` is set by the engine, or by the reader to end it early."""
+    """One prompt with its sampling parameters. `finished` is set by the engine, or by the reader to end it early."""
 
     ids: list[int]
-    options: SamplingParams  # resolved: every number is there
+    options: SamplingParams  # resolved: every field has a value
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     key: Any = None  # typed PRNG key
     finished: str | None = None  # "stop" or "length"
-    made: int = 0
+    generated: int = 0  # tokens so far
     started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0  # when the first token was there
+    first: float = 0.0  # time of the first token
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probability of a token under the raw logits, and the likeliest tokens with theirs."""
+    """Natural log-probability of a token under the raw logits, and the most likely tokens with theirs."""
 
     chosen: float
     top: list[tuple[int, float]]
@@ -65,37 +67,38 @@ class _Row:
     left: int  # tokens that may still be dispatched
 
 
-def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Token]:
-    """Decodes all requests, at most `slots` at once, and yields their tokens. Stop tokens are yielded too."""
+def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterator[Token]:
+    """Decodes all requests, at most `slots` at a time, and yields their tokens as they come, stop tokens included."""
+    model = steps.model
     slots = mesh.round_up_batch(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
     rows: list[_Row | None] = [None] * slots
     in_flight: deque[tuple[decoding.StepOutput, list[tuple[int, int]]]] = deque()
     lengths = cache_lengths(requests)
     state, k = empty_state(model, requests, slots, lengths[0])
-    steps = hardware.STEPS[model.device.platform]
+    n = hardware.STEPS[model.device.platform]
     while True:
         rows = _drop_finished(rows, requests)
         free = [i for i, row in enumerate(rows) if row is None]
         if waiting and free:
             batch = _same_bucket(waiting, requests, len(free))
-            state, made = admit(model, [requests[i] for i in batch], free[: len(batch)], state, k)
+            state, output = admit(steps, [requests[i] for i in batch], free[: len(batch)], state, k)
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
-            in_flight.append((made, list(enumerate(batch))))
-            while in_flight:  # a first token is shown at once, not after the next program is compiled or done
+            in_flight.append((output, list(enumerate(batch))))
+            while in_flight:  # the first token is shown at once, not after the next program
                 yield from fetch_tokens(requests, *in_flight.popleft())
             rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
-            last = max(row.pos + min(steps, row.left) for _, row in busy)  # what is past the last wanted token drops
+            last = max(row.pos + min(n, row.left) for _, row in busy)  # tokens past the last wanted one are dropped
             if last > state.kv.length:
                 longer = next(length for length in lengths if length >= last)
-                state = state._replace(kv=resize_cache(model, state.kv, longer, 1))
-            state, made = model.programs.step(k, steps, model.weights, state)(model.weights, state)
-            in_flight.append((made, [(i, row.request) for i, row in busy]))
+                state = state._replace(kv=resize_cache(steps, state.kv, longer, 1))
+            state, output = steps.step(k, n, state)
+            in_flight.append((output, [(i, row.request) for i, row in busy]))
             for _, row in busy:
-                row.pos, row.left = row.pos + steps, row.left - steps
+                row.pos, row.left = row.pos + n, row.left - n
         if len(in_flight) > 1 or (in_flight and not busy):
             yield from fetch_tokens(requests, *in_flight.popleft())
         elif not in_flight and not waiting:
@@ -103,7 +106,7 @@ def run(model: "Model", requests: Sequence[Request], slots: int) -> Iterator[Tok
 
 
 def _same_bucket(waiting: deque[int], requests: Sequence[Request], most: int) -> list[int]:
-    """Takes the next request, and others whose prompts share its length bucket: a batch is padded to its longest."""
+    """Takes the next request and others whose prompts share its length bucket: a batch is padded to its longest."""
     size = decoding.bucket(len(requests[waiting[0]].ids))
     batch = [i for i in waiting if decoding.bucket(len(requests[i].ids)) == size][:most]
     for i in batch:
@@ -112,15 +115,15 @@ def _same_bucket(waiting: deque[int], requests: Sequence[Request], most: int) ->
 
 
 def _drop_finished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
-    """The rows, those whose request has ended made free."""
+    """The rows, with None for those whose request has finished."""
     return [row if row is not None and not requests[row.request].finished else None for row in rows]
 
 
 def fetch_tokens(
-    requests: Sequence[Request], made: decoding.StepOutput, where: list[tuple[int, int]]
+    requests: Sequence[Request], output: decoding.StepOutput, where: list[tuple[int, int]]
 ) -> Iterator[Token]:
-    """Brings tokens to the host; `where` pairs a row with its request. What a request made after its end is dropped."""
-    tokens, logprobs = jax.device_get(made)
+    """Copies tokens to the host. `where` pairs rows with requests. Tokens after the end of a request are dropped."""
+    tokens, logprobs = jax.device_get(output)
     for n in range(tokens.shape[0]):
         for row, index in where:
             request = requests[index]
@@ -129,14 +132,14 @@ def fetch_tokens(
             token = int(tokens[n, row])
             if token == decoding.NOT_FINITE:
                 raise ValueError(
-                    "the model's logits are not finite: its weights hold NaN or infinity, or overflow in their type "
+                    "the logits are not finite: the weights hold NaN or Inf, or overflow in their dtype "
                     "(try dtype='float32', --dtype float32)"
                 )
-            request.made += 1
+            request.generated += 1
             request.first = request.first or time.perf_counter()
             if token in request.stop_ids:
                 request.finished = "stop"
-            elif request.made >= request.max_tokens:
+            elif request.generated >= request.max_tokens:
                 request.finished = "length"
             yield Token(index, token, None if logprobs is None else _logprobs(*(a[n, row] for a in logprobs)))
 
@@ -146,7 +149,7 @@ def _logprobs(chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Logpro
 
 
 def cache_lengths(requests: Sequence[Request]) -> list[int]:
-    """The buckets that the cache may have, one after the other: twice as long each time, the last for all tokens."""
+    """The lengths that the KV cache grows through: each is twice the one before, the last holds all tokens."""
     most = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
     lengths = [decoding.bucket(max(len(r.ids) for r in requests) + HEADROOM)]
     while 2 * lengths[-1] <= most:
@@ -154,17 +157,16 @@ def cache_lengths(requests: Sequence[Request]) -> list[int]:
     return [*lengths[:-1], most]
 
 
-def resize_cache(model: "Model", kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
-    """A cache of this length with the contents of a shorter one."""
+def resize_cache(steps: CompiledSteps, kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
+    """A KV cache of this length with the contents of a shorter one."""
     rows = next(iter(kv.positions.values())).shape[0]
-    args = (model.init_kv(rows, length, chunk=chunk), kv)
-    return model.programs.grow(*args)(*args)
+    return steps.resize_cache(steps.model.init_kv(rows, length, chunk=chunk), kv)
 
 
 def empty_state(
     model: "Model", requests: Sequence[Request], slots: int, length: int
 ) -> tuple[decoding.State, int | None]:
-    """A state in which no row is used, with a cache of this length; and how many likeliest tokens to report."""
+    """A state without requests, with a KV cache of this length; and the number of top log-probabilities to return."""
     asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
     kv = model.init_kv(slots, length, chunk=1)
     blank = [Request([], DEFAULT_PARAMS, 1, key=requests[0].key)] * slots
@@ -175,7 +177,7 @@ DEFAULT_PARAMS = SamplingParams().resolve({})
 
 
 class Optionals(NamedTuple):
-    """Which optional arrays the rows of a batch carry: those that any of its requests needs."""
+    """Which optional arrays the state of a batch has: those that any of its requests needs."""
 
     counts: bool
     bias: bool
@@ -186,7 +188,7 @@ def optional(requests: Sequence[Request]) -> Optionals:
 
 
 def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optionals) -> decoding.State:
-    """The rows of these requests before their first token."""
+    """The state of these requests before their first token."""
     V = model.config.V
     counts = bias = None
     if shared.counts:
@@ -208,29 +210,31 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
     return decoding.constrain_state(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
 
 
-def admit(model: "Model", requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
-    """Prefills requests as one batch, makes their first tokens and puts them into `rows` of the state."""
-    # Batches come in powers of two; the rows that fill one up repeat the last request and are dropped by `insert`.
+def admit(steps: CompiledSteps, requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
+    """Prefills requests as one batch, samples their first tokens and inserts them into `rows` of the state."""
+    model = steps.model
+    # Batch sizes are powers of two. Padding rows repeat the last request and are dropped by `insert`.
     b = mesh.round_up_batch(1 << (len(requests) - 1).bit_length(), model.mesh)
     padded = requests + [requests[-1]] * (b - len(requests))
     target = rows + [state.pos.shape[0]] * (b - len(requests))
     width = max(len(r.ids) for r in requests)
-    chunk = max(16, hardware.CHUNK[model.device.platform] // b)  # tokens of all rows together
+    chunk = max(16, hardware.CHUNK[model.device.platform] // b)  # the limit is for the tokens of all rows
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
     shared = Optionals(state.counts is not None, state.bias is not None)
-    kv, last = extend(model, kv, [r.ids for r in padded], 0)
-    # Without the cache in it the first program does not depend on the prompts' length.
+    kv, last = extend(steps, kv, [r.ids for r in padded], 0)
+    # Without the KV cache in its arguments, this program does not depend on the length of the prompts.
     part = new_rows(model, padded, None, shared)
-    part, made = model.programs.pick(k, model.weights, part, last)(model.weights, part, last)
+    part, output = steps.sample_token(k, part, last)
     part = part._replace(kv=kv)
     where = mesh.place(np.array(target, np.int32), "", model.mesh)
-    return model.programs.insert(state, where, part)(state, where, part), made
+    return steps.insert(state, where, part), output
 
 
-def extend(model: "Model", kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
-    """Prefills token ids of each row at positions from `start` on -> the cache and the last hidden states [B,D]."""
+def extend(steps: CompiledSteps, kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
+    """Chunked prefill: token ids of each row at positions from `start` on. Returns the KV cache and the last hidden
+    states [B,D]."""
+    model = steps.model
     last = mesh.place(np.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
     for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):
-        args = (model.weights, kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
-        kv, last = model.programs.prefill(*args)(*args)
+        kv, last = steps.prefill(kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
     return kv, last

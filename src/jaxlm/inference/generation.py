@@ -1,38 +1,46 @@
-"""generate and stream: from prompts in any form to text, with the counts and speeds that belong to it."""
+"""generate and stream: from prompts in any format to text, with token counts and speeds."""
 
 import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
 
 from jaxlm.devices import distributed, hardware
 from jaxlm.inference import engine
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.memory import check_memory
 from jaxlm.inference.prompts import resolve_max_tokens, split_prompts, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of
-from jaxlm.inference.sampling_params import SamplingParams, from_kwargs
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.processing.detokenizer import TextStream
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-# A text, a chat, token ids; or a list of them.
-Prompt = str | Sequence[Any]
+Message = Mapping[str, Any]  # {"role", "content"}, as a chat template takes it
+# One prompt: a text, a chat, or token ids.
+Prompt = str | Sequence[Message] | Sequence[int]
 
 
 class CompletionChunk(str):
-    """New text of one answer, as `stream` yields it: a str with what is known so far.
+    """New text of one completion, as `stream` yields it: a str with the state of the completion so far.
 
-    index: which prompt; tokens: the ids behind the text; logprobs: one engine.Logprobs a token when asked for;
-    prompt_tokens, generation_tokens: counts up to here; first_token_seconds and tokens_per_second (of generation, after
-    the first token), both without compile_seconds; finish_reason: None, or on the last piece "stop" (a stop token or
-    string) or "length"; seed: gives the same text again.
+    Attributes:
+        index: which prompt it continues.
+        tokens: token ids behind the text.
+        logprobs: one engine.Logprobs per token if `logprobs` was asked for, else None.
+        prompt_tokens, generation_tokens: token counts so far.
+        first_token_seconds: time to the first token, without compilation.
+        tokens_per_second: decoding speed after the first token, without compilation.
+        compile_seconds: time spent compiling.
+        finish_reason: None, or on the last chunk "stop" (a stop token or stop string) or "length".
+        seed: the seed that reproduces the text.
     """
 
     index: int
@@ -52,7 +60,7 @@ class CompletionChunk(str):
 
 
 class Completion(str):
-    """The whole text of an answer: a str with what a Piece has, of the whole."""
+    """The whole text of one completion: a str with the attributes of CompletionChunk, for the whole text."""
 
     tokens: list[int]
     logprobs: list[engine.Logprobs] | None
@@ -69,41 +77,85 @@ class Completion(str):
         return str(self)
 
 
+@overload
 def generate(
-    model: "Model", prompt: Prompt, *, batch_size: int | None = None, template_args: Any = None, **options: Any
-) -> Any:
-    """The model's continuation of a prompt, or its answer to a chat.
+    model: "Model",
+    prompt: Prompt,
+    *,
+    batch_size: int | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Completion: ...
 
-    prompt: a str (continued as it stands), a list of messages {"role", "content"} (put through the chat template), a
-    list of token ids; or a list of any of these, decoded `batch_size` at a time, which gives a list. Options are those
-    of `sampling_params.Options`: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-    frequency_penalty, logit_bias, stop, stop_token_ids, seed, ignore_eos, logprobs; what is left out comes from the
-    checkpoint's generation_config.json. Returns a Completion (a str), or a list of them. Raises ValueError for what a
-    prompt or an option cannot be.
+
+@overload
+def generate(
+    model: "Model",
+    prompt: Sequence[Prompt],
+    *,
+    batch_size: int | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    **options: Unpack[SamplingOptions],
+) -> list[Completion]: ...
+
+
+def generate(
+    model: "Model",
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    batch_size: int | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Completion | list[Completion]:
+    """Generates the continuation of a prompt, or the answer to a chat.
+
+    Args:
+        model: a loaded model.
+        prompt: a str (continued as it is), a list of messages {"role", "content"} (formatted by the chat template) or a
+            list of token ids. A list of these is a batch.
+        batch_size: how many prompts are decoded together (continuous batching). The default depends on the platform.
+        template_args: variables of the chat template, such as {"enable_thinking": False}.
+        **options: the fields of `SamplingParams`. What is not given comes from the checkpoint's generation_config.json.
+
+    Returns:
+        A Completion, which is a str; a list of them for a batch.
+
+    Raises:
+        ValueError: a prompt or an option is invalid.
+        MemoryError: the KV cache does not fit.
     """
     if isinstance(model, str | Path):
         raise ValueError(f"generate takes a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
     prompts, single = split_prompts(prompt)
-    answers: list[list[CompletionChunk]] = [[] for _ in prompts]
-    resolved = resolve(model, options)
-    for piece in _stream(model, prompts, resolved, batch_size, template_args or {}):
-        answers[piece.index].append(piece)
-    whole = [join_chunks(pieces) for pieces in answers]
-    return whole[0] if single else whole
+    chunks: list[list[CompletionChunk]] = [[] for _ in prompts]
+    for chunk in _stream(model, prompts, resolve(model, options), batch_size, template_args or {}):
+        chunks[chunk.index].append(chunk)
+    completions = [join_chunks(each) for each in chunks]
+    return completions[0] if single else completions
 
 
 def stream(
-    model: "Model", prompt: Prompt, *, batch_size: int | None = None, template_args: Any = None, **options: Any
+    model: "Model",
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    batch_size: int | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> Iterator[CompletionChunk]:
-    """As `generate`, but yields each Piece of text as soon as it is there; pieces of several prompts are told apart
-    by their `index`. Never shows half a character, nor the beginning of what may be a stop string."""
+    """Like `generate`, but yields each CompletionChunk as soon as its text is final.
+
+    Chunks of several prompts are told apart by `index`. A chunk never ends inside a character or inside what may become
+    a stop string.
+    """
     prompts, _ = split_prompts(prompt)
     return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
 
 
-def resolve(model: "Model", options: dict[str, Any]) -> SamplingParams:
-    """Options with every number filled in: as given, else from generation_config.json, else neutral; a seed is drawn
-    where none is given."""
+def resolve(model: "Model", options: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters with every number filled in: as given, else from generation_config.json, else neutral.
+
+    A seed is drawn where none is given. Of several processes all use the coordinator's seed.
+    """
     asked = from_kwargs(**options)
     seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
     seed = int(distributed.broadcast(str(seed))) if asked.seed is None and model.is_multiprocess else seed
@@ -113,8 +165,11 @@ def resolve(model: "Model", options: dict[str, Any]) -> SamplingParams:
 def requests_for(
     model: "Model", prompts: list[Any], options: SamplingParams, template_args: Any
 ) -> list[engine.Request]:
-    """One request a prompt. Equal prompts draw from different keys; otherwise a key depends on the seed alone, so
-    that a sequence's text does not depend on what shares its batch."""
+    """One engine request per prompt.
+
+    Equal prompts draw from different PRNG keys. Otherwise a key depends on the seed alone, so that a text does not
+    depend on the other requests in its batch.
+    """
     if options.stop and model.tokenizer is None:
         raise ValueError(f"stop strings need a tokenizer, and {model.source} has none")
     bias_of([options.logit_bias], model.config.V)  # refuses ids outside the vocabulary
@@ -140,36 +195,41 @@ def _stream(
     if model.is_multiprocess:
         asked = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]
         digest = hashlib.sha256(repr((asked, options, batch_size)).encode()).hexdigest()[:8]
-        told = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
-        distributed.assert_equal("what is to be generated", digest, told)
+        summary = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
+        distributed.assert_equal("what to generate", digest, summary)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
     check_memory(model, requests, slots)
-    answers = [Answer(model, i, request) for i, request in enumerate(requests)]
-    for token in engine.run(model, requests, slots):
-        piece = answers[token.index].add(token)
-        if piece is not None:
-            yield piece
+    steps = CompiledSteps(model)
+    answers = [Detokenization(steps, i, request) for i, request in enumerate(requests)]
+    for token in engine.run(steps, requests, slots):
+        chunk = answers[token.index].add(token)
+        if chunk is not None:
+            yield chunk
 
 
-class Answer:
-    """Turns the tokens of one request into pieces of text."""
+class Detokenization:
+    """Turns the tokens of one request into chunks of text."""
 
-    def __init__(self, model: "Model", index: int, request: engine.Request):
-        self.index, self.request = index, request
+    def __init__(self, steps: CompiledSteps, index: int, request: engine.Request):
+        self.steps: CompiledSteps = steps
+        self.index: int = index
+        self.request: engine.Request = request
+        model = steps.model
         stop = request.options.stop or ()
-        self.text = None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
+        self.text: TextStream | None = (
+            None if model.tokenizer is None else TextStream(model.tokenizer, stop, request.ids)
+        )
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
-        self.programs = model.programs
-        self.compiled = [model.programs.seconds] * 2  # when the request began, and when its first token was there
+        self.compiled: list[float] = [steps.seconds] * 2  # at the start of the request, and at its first token
 
     def add(self, token: engine.Token) -> CompletionChunk | None:
-        """The text that this token sets free; None while there is none to show."""
+        """The chunk of text that this token completes; None while its text may still change."""
         request = self.request
-        if request.made == 1:
-            self.compiled[1] = self.programs.seconds
+        if request.generated == 1:
+            self.compiled[1] = self.steps.seconds
         self.tokens.append(token.id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
@@ -185,29 +245,29 @@ class Answer:
                     request.finished = "stop"
         if not (text or request.finished or self.text is None):
             return None
-        return self._piece(text)
+        return self._chunk(text)
 
-    def _piece(self, text: str) -> CompletionChunk:
-        request, piece = self.request, CompletionChunk(text)
-        before, after = self.compiled[1] - self.compiled[0], self.programs.seconds - self.compiled[1]
+    def _chunk(self, text: str) -> CompletionChunk:
+        request, chunk = self.request, CompletionChunk(text)
+        before, after = self.compiled[1] - self.compiled[0], self.steps.seconds - self.compiled[1]
         seconds = time.perf_counter() - request.first - after
-        piece.index = self.index
-        piece.tokens, self.tokens = self.tokens, []
-        piece.logprobs, self.logprobs = (None if request.options.logprobs is None else self.logprobs), []
-        piece.prompt_tokens, piece.generation_tokens = len(request.ids), request.made
-        piece.first_token_seconds = request.first - request.started - before
-        piece.compile_seconds = before + after
-        piece.seed = request.options.seed or 0
-        piece.tokens_per_second = (request.made - 1) / seconds if request.made > 1 else 0.0
-        piece.finish_reason = request.finished
-        return piece
+        chunk.index = self.index
+        chunk.tokens, self.tokens = self.tokens, []
+        chunk.logprobs, self.logprobs = (None if request.options.logprobs is None else self.logprobs), []
+        chunk.prompt_tokens, chunk.generation_tokens = len(request.ids), request.generated
+        chunk.first_token_seconds = request.first - request.started - before
+        chunk.compile_seconds = before + after
+        chunk.seed = request.options.seed or 0
+        chunk.tokens_per_second = (request.generated - 1) / seconds if request.generated > 1 else 0.0
+        chunk.finish_reason = request.finished
+        return chunk
 
 
-def join_chunks(pieces: list[CompletionChunk]) -> Completion:
-    """The pieces of one answer as one."""
-    whole, last = Completion("".join(pieces)), pieces[-1]
-    whole.tokens = [token for piece in pieces for token in piece.tokens]
-    whole.logprobs = None if last.logprobs is None else [x for piece in pieces for x in piece.logprobs or []]
+def join_chunks(chunks: list[CompletionChunk]) -> Completion:
+    """Joins the chunks of one completion."""
+    whole, last = Completion("".join(chunks)), chunks[-1]
+    whole.tokens = [token for chunk in chunks for token in chunk.tokens]
+    whole.logprobs = None if last.logprobs is None else [x for chunk in chunks for x in chunk.logprobs or []]
     whole.finish_reason = last.finish_reason or "length"
     whole.prompt_tokens, whole.generation_tokens = last.prompt_tokens, last.generation_tokens
     whole.first_token_seconds, whole.tokens_per_second = last.first_token_seconds, last.tokens_per_second

@@ -1,4 +1,4 @@
-"""Prompts in any form to token ids, with the room that is left after them and the tokens that end what follows."""
+"""Prompts in any format to token ids, with their max_tokens and stop tokens."""
 
 import operator
 import reprlib
@@ -15,14 +15,14 @@ from jaxlm.processing.tokenizer_files import eos_ids
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-DEFAULT_TOKENS = 256  # when max_tokens is not given and the context has room
+DEFAULT_TOKENS = 256  # max_tokens where neither the user nor the model sets it
 
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether it was only one."""
+    """The prompts as a list, and whether a single prompt was given."""
     if isinstance(prompt, str):
         return [prompt], True
-    if isinstance(prompt, Mapping):  # what a tokenizer of transformers returns
+    if isinstance(prompt, Mapping):  # what tokenizers of transformers return
         if "input_ids" not in prompt:
             raise ValueError("a chat is a list of messages: [{'role': 'user', 'content': …}]")
         prompt = prompt["input_ids"]
@@ -35,7 +35,7 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
 
 
 def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
-    """Token ids of one prompt; ValueError for what cannot be a prompt of this model."""
+    """Token ids of one prompt. ValueError for an invalid prompt, or ids outside the vocabulary."""
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
@@ -44,8 +44,8 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
         ids = _whole_numbers(prompt)
     if not ids:
         begin = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
-        hint = f", or {begin!r} to begin from nothing" if begin else ""
-        raise ValueError(f"the prompt is empty: give some text{hint}")
+        hint = f", or {begin!r} to generate without a prompt" if begin else ""
+        raise ValueError(f"the prompt is empty: pass some text{hint}")
     if min(ids) < 0 or max(ids) >= model.config.V:
         raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
                          f"this model's ids are 0 to {model.config.V - 1}")  # fmt: skip
@@ -54,7 +54,7 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
 
 def _tokenizer(model: "Model") -> Tokenizer:
     if model.tokenizer is None:
-        raise ValueError(f"{model.source} has no tokenizer: give token ids (a list of int) instead of text")
+        raise ValueError(f"{model.source} has no tokenizer: pass token ids (a list of int) instead of text")
     return model.tokenizer
 
 
@@ -63,12 +63,12 @@ def _whole_numbers(prompt: Any) -> list[int]:
         return [operator.index(i) for i in prompt]
     except TypeError:
         raise ValueError(
-            f"a prompt is a text, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
+            f"a prompt is a str, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
         ) from None
 
 
 def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -> int:
-    """How many tokens may be made after `ids`; ValueError where the context has no room for them."""
+    """The number of tokens to generate at most after `ids`. ValueError if they exceed the context length."""
     context = model.config.context
     left = context - len(ids)
     if left < 1:
@@ -82,8 +82,10 @@ def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -
 
 
 def stop_ids(model: "Model", options: SamplingParams) -> frozenset[int]:
-    """The tokens that end an answer: the options', and unless these say ignore_eos the model's own. Those are what
-    model.generation_config names, the tokenizer's and the one that closes a turn in its chat template."""
+    """The stop tokens: those of the sampling parameters and, unless ignore_eos is set, the model's EOS tokens.
+
+    These are the ids in model.generation_config, the tokenizer's EOS and the end-of-turn token of its chat template.
+    """
     asked = options.stop_token_ids
     if asked and max(asked) >= model.config.V:
         raise ValueError(f"stop_token_ids has {max(asked)}; this model's ids are 0 to {model.config.V - 1}")

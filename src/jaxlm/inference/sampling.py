@@ -1,63 +1,60 @@
-"""From logits to tokens: bias, penalties, temperature, top-k, top-p, min-p, and the draw.
+"""Sampling: from logits to the next token by logit bias, penalties, temperature, top-k, top-p and min-p.
 
-Pure functions on logits [B, V] float32. Every parameter is an array with one value a row, so that a batch mixes
-requests and a new value compiles nothing. The order is that of transformers' `generate`: bias, repetition penalty,
-(presence and frequency penalty), temperature, top-k, top-p, min-p.
+Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row, so that a batch
+mixes requests and a new value compiles nothing. The order is that of transformers' `generate`: logit bias, repetition
+penalty (presence and frequency penalty), temperature, top-k, top-p, min-p.
 
-Each filter is a floor: the row keeps the logits that reach a value, so equal logits live or die together. top-k finds
-its floor as the k-th largest logit, top-p as the largest value whose kept share of the probability reaches `top_p`;
-where transformers' top-p cuts through a tie, this one keeps all of it. Nothing sorts the vocabulary: the floor is built
-bit by bit (32 counts over V), and only in batches where a row asks for it.
+Each filter is a threshold: a row keeps the logits at or above a value, so equal logits are kept or dropped together.
+The top-k threshold is the k-th largest logit. The top-p threshold is the largest value above which the kept probability
+reaches `top_p`; where transformers' top-p cuts through a tie, this one keeps all of it. Nothing sorts the vocabulary: a
+threshold is built bit by bit (32 counts over V), and only in batches where a row asks for it.
 
-A row's token depends on that row alone, to the bit: shares of probability are summed as integers, whose sum does not
-depend on the order, which batch size and sharding change.
+A row's token depends on that row alone, to the bit: probabilities are summed as integers, whose sum does not depend on
+the order, which batch size and sharding change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlm.devices import mesh
-
-if TYPE_CHECKING:
-    from jaxlm.inference.sampling_params import SamplingParams
+from jaxlm.inference.sampling_params import SamplingParams
 
 # Above every logit, and far enough below float32's limit that a quotient of the two rounds to no infinity.
 HUGE = 2.0**126
 
 
 class Sampling(NamedTuple):
-    """What each row asks for. Arrays [B]; the neutral value in brackets."""
+    """Sampling parameters of each row. Arrays [B]; the neutral value in brackets."""
 
-    temperature: jax.Array  # float32 (0: greedy, no filter below applies)
-    top_k: jax.Array  # int32 (0: off)
-    top_p: jax.Array  # float32 (1: off; 0 keeps the largest alone)
-    min_p: jax.Array  # float32 (0: off; 1 keeps the largest alone), relative to the largest probability
-    repetition_penalty: jax.Array  # float32 (1), CTRL, arXiv:1909.05858, section 4.1
-    presence_penalty: jax.Array  # float32 (0), subtracted from every token generated so far
-    frequency_penalty: jax.Array  # float32 (0), subtracted once for each time it was generated
+    temperature: Float[Array, " B"]  # (0: greedy, no filter below applies)
+    top_k: Int[Array, " B"]  # (0: off)
+    top_p: Float[Array, " B"]  # (1: off; 0 keeps the largest alone)
+    min_p: Float[Array, " B"]  # (0: off; 1 keeps the largest alone), relative to the largest probability
+    repetition_penalty: Float[Array, " B"]  # (1), CTRL, arXiv:1909.05858, section 4.1
+    presence_penalty: Float[Array, " B"]  # (0), subtracted from every token generated so far
+    frequency_penalty: Float[Array, " B"]  # (0), subtracted once for each time it was generated
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams]) -> Sampling:
-        """One row for each of the resolved `rows`."""
+    def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
+        """One row per resolved SamplingParams."""
         kinds = {name: np.int32 if name == "top_k" else np.float32 for name in cls._fields}
         return cls(*(jnp.asarray(np.array([getattr(row, name) for row in rows], kinds[name])) for name in cls._fields))
 
 
 class Counts(NamedTuple):
-    """What the penalties need to know of the tokens so far. Batches without penalties keep None instead."""
+    """Token counts for the penalties. Batches without penalties have None instead."""
 
-    seen: jax.Array  # [B, V] bool, in the prompt or generated
-    made: jax.Array  # [B, V] int32, times generated
+    seen: Bool[Array, "B V"]  # in the prompt or generated
+    generated: Int[Array, "B V"]  # times generated
 
 
-def count(tokens: jax.Array, pos: jax.Array, vocab: int) -> Counts:
+def count(tokens: Int[Array, "B T"], pos: Int[Array, "B T"], vocab: int) -> Counts:
     """Counts after prompts `tokens` [B, T] int32 at positions `pos` [B, T] int32, where -1 marks padding."""
     made = jnp.zeros((tokens.shape[0], vocab), jnp.int32)
     row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
@@ -66,11 +63,11 @@ def count(tokens: jax.Array, pos: jax.Array, vocab: int) -> Counts:
     return Counts(seen, made)
 
 
-def update(counts: Counts, tokens: jax.Array) -> Counts:
-    """Counts after one generated token a row: `tokens` [B] int32, -1 where a row made none."""
-    batch, vocab = counts.made.shape
+def update(counts: Counts, tokens: Int[Array, " B"]) -> Counts:
+    """Counts after one generated token per row: tokens [B] int32, -1 where a row generated none."""
+    batch, vocab = counts.generated.shape
     at = (jnp.arange(batch, dtype=jnp.int32), jnp.where(tokens < 0, vocab, tokens))
-    return Counts(counts.seen.at[at].set(True, mode="drop"), counts.made.at[at].add(1, mode="drop"))
+    return Counts(counts.seen.at[at].set(True, mode="drop"), counts.generated.at[at].add(1, mode="drop"))
 
 
 def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarray | None:
@@ -89,17 +86,19 @@ def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarra
     return out
 
 
-def penalize(logits: jax.Array, s: Sampling, counts: Counts) -> jax.Array:
+def penalize(logits: Float[Array, "B V"], s: Sampling, counts: Counts) -> Float[Array, "B V"]:
     """Logits [B, V] after the repetition penalty (prompt and generated), presence and frequency (generated only)."""
     repetition = s.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
     logits = jnp.where(counts.seen, repeated, logits)
-    logits -= s.presence_penalty[:, None] * (counts.made > 0).astype(jnp.float32)
-    return logits - s.frequency_penalty[:, None] * counts.made.astype(jnp.float32)
+    logits -= s.presence_penalty[:, None] * (counts.generated > 0).astype(jnp.float32)
+    return logits - s.frequency_penalty[:, None] * counts.generated.astype(jnp.float32)
 
 
-def process(logits: jax.Array, s: Sampling, counts: Counts | None = None, bias: jax.Array | None = None) -> jax.Array:
-    """Logits [B, V] float32 whose softmax a row is drawn from, -inf for what it may not draw.
+def process(
+    logits: Float[Array, "B V"], s: Sampling, counts: Counts | None = None, bias: Float[Array, "B V"] | None = None
+) -> Float[Array, "B V"]:
+    """Logits [B,V] float32 whose softmax a row is sampled from, -inf for excluded tokens.
 
     Rows at temperature 0 get bias and penalties alone. `bias` [B, V] float32 is added first. A temperature so low that
     a quotient would overflow is raised until it does not.
@@ -113,8 +112,12 @@ def process(logits: jax.Array, s: Sampling, counts: Counts | None = None, bias: 
 
 
 def sample(
-    logits: jax.Array, s: Sampling, keys: jax.Array, counts: Counts | None = None, bias: jax.Array | None = None
-) -> jax.Array:
+    logits: Float[Array, "B V"],
+    s: Sampling,
+    keys: Key[Array, " B"],
+    counts: Counts | None = None,
+    bias: Float[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
     """Next tokens [B] int32: the largest processed logit at temperature 0, else a draw from their softmax.
 
     `keys` [B] are typed PRNG keys, one a row, never used twice (`step_keys`). Gumbel-max: the largest of logit plus
@@ -129,12 +132,14 @@ def sample(
     return _argmax(lax.cond(jnp.any(drawn), noisy, lambda x: x, logits))
 
 
-def step_keys(keys: jax.Array, pos: jax.Array) -> jax.Array:
+def step_keys(keys: Key[Array, " B"], pos: Int[Array, " B"]) -> Key[Array, " B"]:
     """Keys [B] of one step from the rows' keys [B] and the positions `pos` [B] int32 of the tokens to draw."""
     return jax.vmap(jax.random.fold_in)(keys, pos)
 
 
-def logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], n: int
+) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
     """Natural log-probabilities under the raw logits [B, V]: of `tokens` [B], and the n likeliest ids with theirs.
 
     Returns [B] float32, [B, n] int32, [B, n] float32, likeliest first. n is static.
@@ -145,12 +150,13 @@ def logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> tuple[jax.Array, j
     return jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0] - total[:, 0], ids, values - total
 
 
-def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The n largest of each row [B, n] and their places; of equal ones the first. On a mesh every device offers the n
-    largest of its part, so that nothing but those is gathered."""
+def _top_k(x: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """The n largest values of each row [B,n] and their indices; of equal ones the first. On a mesh every device offers
+    the n largest of its shard, so that only those are gathered."""
     places = mesh.traced_spec("BV", x.shape)
     if len(places) < 2:
-        return lax.top_k(x, n)
+        values, ids = lax.top_k(x, n)
+        return values, ids
     rows, axes = places
 
     def local(part: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,8 +170,8 @@ def _top_k(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     return jax.shard_map(local, in_specs=spec(rows, axes), out_specs=spec(rows), check_vma=False)(x)
 
 
-def _filtered(x: jax.Array, s: Sampling) -> jax.Array:
-    """Temperature, top-k, top-p and min-p; rows at temperature 0 come out meaningless."""
+def _filtered(x: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
+    """Temperature, top-k, top-p and min-p. The result is meaningless for rows at temperature 0."""
     drawn = s.temperature > 0
     x = jnp.minimum(x, HUGE)
     x /= jnp.maximum(jnp.where(drawn, s.temperature, 1.0)[:, None], jnp.max(x, -1, keepdims=True) / HUGE)
@@ -175,14 +181,16 @@ def _filtered(x: jax.Array, s: Sampling) -> jax.Array:
     return jnp.where(x < jnp.max(x, -1, keepdims=True) + jnp.log(s.min_p)[:, None], -jnp.inf, x)
 
 
-def _mask_below(x: jax.Array, rows: jax.Array, floor: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """-inf below the floor [B] in `rows` [B]; the floor is computed only where some row wants it."""
+def _mask_below(
+    x: Float[Array, "B V"], rows: Bool[Array, " B"], threshold: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "B V"]:
+    """-inf below the threshold [B] in `rows` [B] bool. The threshold is computed only if some row needs it."""
     lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
-    at = lax.cond(jnp.any(rows), lambda x: jnp.where(rows, floor(x), lowest), lambda x: lowest, x)
+    at = lax.cond(jnp.any(rows), lambda x: jnp.where(rows, threshold(x), lowest), lambda x: lowest, x)
     return jnp.where(x < at[:, None], -jnp.inf, x)
 
 
-def _kth_threshold(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+def _kth_threshold(x: Float[Array, "B V"], weight: Int[Array, "*BV"], target: Int[Array, " B"]) -> Float[Array, " B"]:
     """The largest value of each row whose logits at or above it weigh `target` [B] int32 together.
 
     `weight` [B, V] int32, or one for all. Built from the highest bit down over the bit patterns, which order as the
@@ -201,7 +209,7 @@ def _kth_threshold(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Ar
     return lax.bitcast_convert_type(jnp.where(found < sign, ~found, found ^ sign), jnp.float32)
 
 
-def _top_p_threshold(x: jax.Array, share: jax.Array) -> jax.Array:
+def _top_p_threshold(x: Float[Array, "B V"], share: Float[Array, " B"]) -> Float[Array, " B"]:
     """The largest value of each row whose logits at or above it hold `share` [B] of its probability.
 
     Probabilities are rounded to multiples of 2^-30. Measured at V = 262,144, the kept share was off by at most 3e-6 in
@@ -219,7 +227,7 @@ def _top_p_threshold(x: jax.Array, share: jax.Array) -> jax.Array:
     return _kth_threshold(x, mass, jnp.clip(target, 1, whole))
 
 
-def _gumbel(key: jax.Array, size: int) -> jax.Array:
+def _gumbel(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
     """Standard Gumbel noise [size] float32 with 32 random bits each.
 
     jax.random.gumbel spends 23 bits, so its upper tail ends at 16 and a token whose probability is below some 1e-8 is
@@ -230,7 +238,7 @@ def _gumbel(key: jax.Array, size: int) -> jax.Array:
     return -jnp.log(-jnp.log1p(-below_one))
 
 
-def _argmax(x: jax.Array) -> jax.Array:
+def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
     """First index of the largest value of each row: [B] int32.
 
     Two plain reductions: on CPU, XLA's own argmax takes 3 to 9 times as long.

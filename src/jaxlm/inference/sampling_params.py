@@ -1,4 +1,4 @@
-"""What a user may ask of generation: one dataclass for the Python arguments and the command-line flags.
+"""Sampling parameters: one dataclass for the Python arguments and the command-line flags.
 
 Imports neither JAX nor transformers, so that `--help` is quick.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
 
 from jaxlm.checkpoint.errors import explain_errors
 
-# Where neither the user nor the model says anything. transformers would add top_k=50 whenever it samples.
+# Used where neither the user nor generation_config.json sets a value. transformers would add top_k=50 when it samples.
 DEFAULTS = {
     "top_k": 0,
     "top_p": 1.0,
@@ -27,43 +27,43 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. What is left at None is the model's own (its generation_config.json), else neutral."""
+    """Sampling parameters. A field left at None comes from the model's generation_config.json, else it is neutral."""
 
     max_tokens: int | None = None
-    """Most tokens to generate; 256, or as many as the context has room for, when not given."""
+    """Maximum number of tokens to generate. Default: 256, or what the context has room for."""
     temperature: float | None = None
-    """0 takes the likeliest token every time; higher is more random, 1 is the model's own distribution."""
+    """Sampling temperature. 0 is greedy decoding, 1 is the model's own distribution."""
     top_k: int | None = None
-    """Draw from the K likeliest tokens only; 0 is off."""
+    """Sample from the K most likely tokens only. 0 is off."""
     top_p: float | None = None
-    """Draw from the likeliest tokens that hold this share of the probability; 1 is off."""
+    """Nucleus sampling: sample from the most likely tokens that hold this share of the probability. 1 is off."""
     min_p: float | None = None
-    """Draw from tokens at least this fraction as likely as the likeliest; 0 is off."""
+    """Sample from tokens at least this fraction as likely as the most likely one. 0 is off."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens of the prompt and the answer less likely to come again; 1 is off."""
+    """Above 1, makes tokens of the prompt and the answer less likely to be repeated. 1 is off."""
     presence_penalty: float | None = None
-    """Taken off the logit of each token already generated, -2 to 2; 0 is off."""
+    """Subtracted from the logit of each token already generated, -2 to 2. 0 is off."""
     frequency_penalty: float | None = None
-    """Taken off the logit of a token once for each time it was generated, -2 to 2; 0 is off."""
+    """Subtracted from the logit of a token once per time it was generated, -2 to 2. 0 is off."""
     logit_bias: dict[int, float] | None = None
-    """Token ids and what to add to their logits: 100 all but forces a token, -100 all but bans it."""
+    """Token ids and what to add to their logits. 100 nearly forces a token, -100 nearly bans it."""
     stop: tuple[str, ...] | None = None
-    """Texts that end the answer; they are not part of it."""
+    """Stop strings. They end the answer and are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, beside the model's own; their text is not part of it."""
+    """Token ids that end the answer, in addition to the model's EOS tokens. Their text is not part of it."""
     seed: int | None = None
-    """Makes the draws repeatable; without it they differ from run to run."""
+    """Seed of the random numbers. Default: a new one per run."""
     ignore_eos: bool = False
-    """Do not end at the model's end-of-text tokens."""
+    """Do not stop at the model's EOS tokens."""
     logprobs: int | None = None
-    """Return the log-probability of each token and of this many likeliest ones, 0 to 20."""
+    """Return the log-probability of each token and of this many most likely tokens, 0 to 20."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", None if self.stop is None else _tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _tuple(() if self.stop_token_ids is None else self.stop_token_ids))
 
     def validate(self) -> SamplingParams:
-        """Itself. ValueError names the first field out of its range, the range, and its flag."""
+        """Returns self. ValueError names the first field that is out of range, the range, and its flag."""
         for name, (allowed, text) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed(value):
@@ -71,12 +71,14 @@ class SamplingParams:
         return self
 
     def resolve(self, generation_config: Mapping[str, Any]) -> SamplingParams:
-        """With every sampling number filled in: the user's, else the model's, else the neutral one.
+        """Fills in every sampling parameter: the user's value, else the model's, else the neutral one.
 
-        As in transformers, a model samples by itself only where its file says `do_sample`; asking for a temperature,
-        top_k, top_p or min_p samples too. `max_tokens` and `stop` fall back to the file's `max_new_tokens` and
-        `stop_strings` (`stop=()` is none at all). `unsupported` names what else the file asks for. ValueError for a
-        value out of range.
+        As in transformers, a model samples by default only if its file sets `do_sample`. A given temperature, top_k,
+        top_p or min_p samples too. `max_tokens` and `stop` fall back to the file's `max_new_tokens` and `stop_strings`
+        (`stop=()` is none at all). `unsupported` lists what else the file asks for.
+
+        Raises:
+            ValueError: a value is out of range.
         """
         self.validate()
         given = {name: value for name, value in generation_config.items() if value is not None}
@@ -88,22 +90,43 @@ class SamplingParams:
             return replace(self, **{k: v for k, v in model.items() if getattr(self, k) is None}).validate()
 
     def _samples(self) -> bool:
-        """Whether the user asks for something that only sampling can do."""
+        """Whether a parameter was given that only has an effect when sampling."""
         return bool(self.top_k) or bool(self.min_p) or (self.top_p is not None and self.top_p < 1)
 
     @property
     def penalized(self) -> bool:
-        """Whether a resolved option needs the tokens so far to be counted."""
+        """Whether a penalty is on, which needs counts of the tokens so far."""
         return any(
             getattr(self, name) != DEFAULTS[name]
             for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
         )
 
 
-def from_kwargs(**kwargs: Any) -> SamplingParams:
-    """Options from keyword arguments, validated.
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keyword arguments, for type checkers: a misspelled option is a type error."""
 
-    TypeError, as for any function, for a name that is no option; ValueError for a value out of range.
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: dict[int, float] | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: int | Sequence[int] | None
+    seed: int | None
+    ignore_eos: bool
+    logprobs: int | None
+
+
+def from_kwargs(**kwargs: Any) -> SamplingParams:
+    """SamplingParams from keyword arguments, validated.
+
+    Raises:
+        TypeError: an unknown name, with the right one where there is one.
+        ValueError: a value is out of range.
     """
     names = [field.name for field in fields(SamplingParams)]
     for name in kwargs:
@@ -117,9 +140,9 @@ def from_kwargs(**kwargs: Any) -> SamplingParams:
 
 
 def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
-    """Fields of a generation_config.json that ask for something else than is computed here, for the caller to name.
+    """Names of the fields of a generation_config.json that ask for something that jaxlm does not compute.
 
-    A field that is not known here counts unless it is null, false or empty: it may be one of tomorrow's.
+    An unknown field counts unless it is null, false or empty: a later version of transformers may have added it.
     """
     read = {"do_sample", "temperature", "max_new_tokens", "stop_strings", *DEFAULTS}
     return [
@@ -131,12 +154,12 @@ def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
-    """Several values, or the one that was given alone."""
+    """A tuple of several values, or of the one given."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _number(low: float, high: float = 3e38, *, above: bool = False) -> Callable[[Any], bool]:
-    """Whether a value is a number in [low, high], or above low; float32 ends soon after 3e38."""
+    """Tests for a number in [low, high], or above low. float32 ends soon after 3e38."""
 
     def allowed(x: Any) -> bool:
         if not isinstance(x, Real) or isinstance(x, bool):
@@ -148,18 +171,18 @@ def _number(low: float, high: float = 3e38, *, above: bool = False) -> Callable[
 
 
 def _integer(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
-    """Whether a value is an integer in [low, high]; ids and counts are int32."""
+    """Tests for an integer in [low, high]. Token ids and counts are int32."""
     return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and low <= int(x) <= high
 
 
 def _biases(value: Any) -> bool:
-    """Whether a value maps token ids to finite numbers."""
+    """Tests for a mapping of token ids to finite numbers."""
     token, bias = _integer(0), _number(-3e38)
     return isinstance(value, Mapping) and all(token(key) and bias(added) for key, added in value.items())
 
 
 def _texts(stop: Any) -> bool:
-    """Whether these are texts that may be looked for after every token."""
+    """Tests for stop strings that can be searched for after every token."""
     return all(isinstance(text, str) and text for text in stop) and sum(map(len, stop)) <= 10_000
 
 
@@ -173,23 +196,30 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": (_number(-2, 2), "a number from -2 to 2; 0 is off"),
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2; 0 is off"),
     "logit_bias": (_biases, "token ids (integers, 0 or more) with finite numbers"),
-    "stop": (_texts, "at most 10,000 characters in texts, none of them empty"),
+    "stop": (_texts, "non-empty strings, at most 10,000 characters in all"),
     "stop_token_ids": (lambda ids: all(map(_integer(0), ids)), "token ids (integers, 0 or more)"),
-    # JAX keeps 32 bits of a seed: a longer one would repeat the draws of another.
+    # JAX keeps 32 bits of a seed: a longer one would repeat the random numbers of another.
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
     "ignore_eos": (lambda value: isinstance(value, bool), "True or False"),
     "logprobs": (_integer(0, 20), "an integer from 0 to 20"),
 }
 
-# What users of transformers and of other tools type.
+# Names that users of transformers and other tools know.
 _OTHER_TOOLS = {
     "do_sample": "temperature=0 is greedy, a temperature above 0 samples",
-    "max_new_tokens": "did you mean 'max_tokens'? (it counts new tokens only)",
-    "max_length": "did you mean 'max_tokens'? (it counts new tokens only)",
+    "max_new_tokens": "did you mean 'max_tokens'? It counts new tokens only",
+    "max_length": "did you mean 'max_tokens'? It counts new tokens only",
     "stop_strings": "did you mean 'stop'?",
+    "num_predict": "did you mean 'max_tokens'?",
+    "n_predict": "did you mean 'max_tokens'?",
+    "max_completion_tokens": "did you mean 'max_tokens'?",
+    "temp": "did you mean 'temperature'?",
+    "repeat_penalty": "did you mean 'repetition_penalty'?",
+    "eos_token_id": "did you mean 'stop_token_ids'?",
+    "top_logprobs": "did you mean 'logprobs'?",
 }
 
-# The values at which fields of transformers' GenerationConfig change nothing, beside null, false and empty.
+# Neutral values of fields of transformers' GenerationConfig, besides null, false and empty.
 _OFF = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -207,8 +237,8 @@ _OFF = {
     "min_new_tokens": 0,
 }
 
-# Fields that change no drawn token: ids read elsewhere, caches, forms of output, what only beam search reads, and
-# max_length, where the context length bounds prompt and answer.
+# Fields that do not change the sampled tokens: ids read elsewhere, caches, output formats, what only beam search reads,
+# and max_length, where the context length bounds prompt and answer.
 _HARMLESS = frozenset(
     """
     bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config _commit_hash

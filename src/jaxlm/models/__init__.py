@@ -1,47 +1,48 @@
-"""The families: which module computes which `model_type` of Hugging Face's config.json.
+"""The model families: which module computes which `model_type` of a Hugging Face config.json.
 
-A family is a module with Config, PARAMS, NORM_IDENTITY, IGNORED_PREFIXES, forward and logits; llama3.py is the one to
-read first. `register` adds one from outside the package.
+A family is a module (`Family` in family.py says what it holds). Read llama3.py first. `register` adds a family from
+outside the package:
+
+    jaxlm.models.register("my_model", my_package.my_model)
+    model = jaxlm.load("path/to/checkpoint")  # whose config.json has model_type "my_model"
 """
 
-from functools import partial
 from typing import Any
 
 from jaxlm.models import gemma3, llama3, olmo2, qwen3
 from jaxlm.models.config import brief
+from jaxlm.models.family import Family
 
-FAMILIES: dict[str, Any] = {}
+FAMILIES: dict[str, Family] = {
+    "llama": llama3,
+    "qwen3": qwen3,
+    "olmo2": olmo2,
+    "gemma3_text": gemma3,
+    "gemma3": gemma3,
+}
 
 
-def register(model_type: str, family: Any) -> None:
-    """Makes `load` use `family` for checkpoints whose config.json has this model_type, and gives it a `load`."""
+def register(model_type: str, family: Family) -> None:
+    """Makes `jaxlm.load` use `family` for checkpoints whose config.json has this model_type.
+
+    Args:
+        model_type: The field `model_type` of config.json.
+        family: A module, or another object with the attributes of `Family`. It needs no `load` of its own.
+    """
     FAMILIES[model_type] = family
-    family.load = partial(_load, family)
 
 
-def _load(family: Any, name: Any, **options: Any) -> Any:
-    from jaxlm.loading import load
+def family_of(model_type: Any) -> Family:
+    """The family of a model_type.
 
-    return load(name, family=family, **options)
-
-
-def family_of(model_type: Any) -> Any:
-    """The family of a model_type, or a ValueError that lists what is supported."""
+    Raises:
+        ValueError: model_type is None or unknown; the message lists the supported ones.
+    """
     if model_type is None:
-        raise ValueError("this is no config.json of a model: it has no model_type")
+        raise ValueError("config.json has no field 'model_type', so this is not the config of a model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {brief(model_type)} is not supported; jaxlm knows {', '.join(sorted(FAMILIES))}. "
-            "Another family joins with jaxlm.models.register(model_type, module)."
+            f"model_type {brief(model_type)} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
+            "Add a family with jaxlm.models.register(model_type, module)."
         )
     return FAMILIES[model_type]
-
-
-for _type, _family in (
-    ("llama", llama3),
-    ("qwen3", qwen3),
-    ("olmo2", olmo2),
-    ("gemma3_text", gemma3),
-    ("gemma3", gemma3),
-):
-    register(_type, _family)

@@ -1,10 +1,19 @@
-"""Reading a Hugging Face config.json: what the code computes is taken, what it does not know is refused by name."""
+"""Reads a Hugging Face config.json: the model files' `Config.from_hf` is written with `Fields`.
 
+A field that changes what the model computes and that the code does not know is an error that names the field.
+"""
+
+import importlib
+import math
 import reprlib
-from collections.abc import Collection, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.nn.rope import TYPES, Rope
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
 
 # Fields that do not change what the forward pass computes.
 HARMLESS = set(
@@ -17,15 +26,30 @@ HARMLESS = set(
     """.split()  # noqa: SIM905
 )
 LARGEST = 2**31 - 1  # ids and positions are int32
-LAYERS = 2_000  # so that what walks the layers of a config stays quick
+LAYERS = 2_000  # bounds loops over the layers of a hostile config
 REQUIRED: Any = object()
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-class Fields:
-    """The fields of a config, each taken once; `done` refuses by name what is left and matters.
+def family_load(name: str) -> Callable[..., "Model"]:
+    """The `load` of a model file, which ends with `load = family_load(__name__)`.
 
-    allow: names that pass although the code does not know them (`--allow-field`).
+    Model files are imported by jaxlm.loading, so jaxlm.loading is imported when `load` is called.
+    """
+
+    def load(checkpoint: Any, **options: Any) -> "Model":
+        """`jaxlm.load` for a checkpoint of this family; a ValueError for one of another family."""
+        return importlib.import_module("jaxlm.loading").load(checkpoint, family=sys.modules[name], **options)
+
+    return load
+
+
+class Fields:
+    """The fields of a config.json, each read once; `done` raises an error for unread fields that matter.
+
+    Args:
+        hf: The fields of config.json.
+        allow: Names of fields that may pass although the code does not know them (`--allow-field`).
     """
 
     def __init__(self, hf: Mapping[str, Any], allow: Collection[str] = ()):
@@ -34,21 +58,19 @@ class Fields:
         self.faults: list[str] = []
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value of a field; the default where it is absent or null."""
+        """The value of a field. The default stands for an absent or null field."""
         value = self.left.pop(name, None)
         if value is not None:
             return value
         if default is REQUIRED:
-            raise ValueError(f"config.json has no field {name!r}, which this architecture needs")
+            raise ValueError(f"config.json has no field {name!r}, which this architecture needs: add it")
         return default
 
     def number(self, name: str, default: Any = REQUIRED) -> int:
-        """A field that is a size: a whole number of at least 1."""
+        """A field that is a size: an integer of at least 1."""
         value, most = self(name, default), LAYERS if name == "num_hidden_layers" else LARGEST
         if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(
-                f"config.json: {name} is {brief(value)}, but must be a whole number of at least 1 and at most {most:,}"
-            )
+            raise ValueError(f"config.json: {name} is {brief(value)}, but must be an integer from 1 to {most:,}")
         return value
 
     def real(self, name: str, default: Any = REQUIRED) -> float:
@@ -60,17 +82,17 @@ class Fields:
         return _true_or_false(name, self(name, default))
 
     def section(self, name: str) -> dict[str, Any]:
-        """A field that has fields of its own; empty where it is absent or null."""
+        """A field that is an object; empty where it is absent or null."""
         value = self(name, {})
         if not isinstance(value, Mapping):
-            raise ValueError(f"config.json: {name} is {brief(value)}, but must be a section with fields of its own")
+            raise ValueError(f"config.json: {name} is {brief(value)}, but must be an object")
         return dict(value)
 
     def must(self, name: str, expected: Any) -> None:
-        """Absent, null, or exactly this: the code computes nothing else."""
+        """A field that must be absent, null, or `expected`: the code computes nothing else."""
         value = self(name, expected)
         if value != expected and name not in self.allow:
-            self.faults.append(f"{name} = {brief(value)} (only {expected!r} is computed)")
+            self.faults.append(f"{name} = {brief(value)} (only {expected!r} is supported)")
 
     def heads(
         self, D: int, default_H: int | None = None, default_N: int = REQUIRED, default_K: int | None = None
@@ -82,7 +104,7 @@ class Fields:
         if N % K:
             raise ValueError(f"config.json: num_attention_heads {N} is not a multiple of num_key_value_heads {K}")
         if H % 2:
-            raise ValueError(f"config.json: head_dim {H} is odd; rotary positions need pairs")
+            raise ValueError(f"config.json: head_dim {H} is odd, but rotary position embedding needs an even width")
         return N, K, H
 
     def context(self, default: Any = REQUIRED) -> int:
@@ -90,33 +112,33 @@ class Fields:
         return self.number("max_position_embeddings", default)
 
     def windows(self, L: int, default_window: int, default_every: int) -> tuple[int | None, ...]:
-        """Each layer's sliding window, None for one that sees everything: by layer_types, else every n-th."""
+        """Sliding window of each layer, None for full attention: from layer_types, else every n-th layer is full."""
         window = self.number("sliding_window", default_window)
         every = self.number("sliding_window_pattern", self.number("_sliding_window_pattern", default_every))
         kinds = self("layer_types", [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
         if not isinstance(kinds, list) or len(kinds) != L or not all(kind in (_FULL, _SLIDING) for kind in kinds):
-            raise ValueError(f"config.json: layer_types must name {_FULL} or {_SLIDING} for each of {L} layers")
+            raise ValueError(f"config.json: layer_types must list {_FULL!r} or {_SLIDING!r} for each of {L} layers")
         return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def rope(self, context: int) -> Rope:
-        """The rope section in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
+        """The rope section, in transformers 4's format (rope_theta, rope_scaling) or 5's (rope_parameters)."""
         sections = self.section("rope_scaling") | self.section("rope_parameters")
         return read_rope({"rope_theta": self("rope_theta", None), **sections}, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
-        """rope_parameters with a section for each kind of layer, empty where the file says nothing."""
-        given = Fields(self.section("rope_parameters"))
-        sections = {kind: given.section(kind) for kind in (_FULL, _SLIDING)}
-        if given.left:
+        """The section of rope_parameters of each layer type, empty where the file has none."""
+        ropes = Fields(self.section("rope_parameters"))
+        sections = {kind: ropes.section(kind) for kind in (_FULL, _SLIDING)}
+        if ropes.left:
             raise ValueError(
-                f"config.json: rope_parameters must have sections {_FULL} and {_SLIDING}, not {brief(list(given.left))}"
+                f"config.json: rope_parameters must have sections {_FULL} and {_SLIDING}, not {brief(list(ropes.left))}"
             )
         return {kind: {k: v for k, v in fields.items() if v is not None} for kind, fields in sections.items()}
 
     def done(self, config: Any) -> Any:
-        """The config, unless a field was not read and is not known to be harmless: then an error that names it."""
+        """Returns the config. ValueError for fields that were not read and are not known to be harmless."""
         if not self.left.get("use_sliding_window", True):
-            self.left.pop("sliding_window", None)  # transformers sees no window then
+            self.left.pop("sliding_window", None)  # transformers ignores it then
         for name, value in self.left.items():
             if name == "layer_types" and isinstance(value, list) and all(kind == _FULL for kind in value):
                 continue
@@ -125,10 +147,10 @@ class Fields:
         if self.faults:
             more = len(self.faults) - 20
             raise ValueError(
-                "config.json asks for what this architecture does not compute: "
+                "config.json has fields that this architecture does not support: "
                 + "; ".join(self.faults[:20])
                 + f"; and {more} more fields" * (more > 0)
-                + ". If a field does not change the result, let it pass with --allow-field NAME (allow_fields=[NAME])."
+                + ". If a field does not change the result, allow it with --allow-field NAME (allow_fields=[NAME])."
             )
         return config
 
@@ -146,24 +168,24 @@ def _true_or_false(name: str, value: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """The repr of a value from a file, where it may be as long and as nested as it likes."""
+    """The repr of a value from a file, shortened: the value may be long and deeply nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
 
 
 def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] = ()) -> Rope:
-    """A Rope from the fields of a rope section; a type or field that the code does not compute is refused by name."""
+    """The Rope of a rope section. ValueError for a type or field that the code does not support."""
     left = {name: value for name, value in section.items() if value is not None}
     kind = left.pop("rope_type", left.pop("type", "default"))
     left.pop("type", None)
     if kind == "dynamic":
         raise ValueError(
-            "config.json: rope_type 'dynamic' is not supported: its frequencies change with the length of the text, "
-            "so that cached decoding differs from the full forward pass by definition"
+            "config.json: rope_type 'dynamic' is not supported: its frequencies depend on the sequence length, "
+            "so cached decoding would differ from the full forward pass"
         )
     if kind not in TYPES:
-        raise ValueError(f"config.json: rope_type {brief(kind)} is not supported (known: {', '.join(TYPES)})")
+        raise ValueError(f"config.json: rope_type {brief(kind)} is not supported (supported: {', '.join(TYPES)})")
     read = {ours: _rope_field(theirs, left.pop(theirs)) for theirs, ours in ROPE_FIELDS[kind].items() if theirs in left}
     missing = [name for name in _ROPE_NEEDS[kind] if ROPE_FIELDS[kind][name] not in read]
     if missing == ["original_max_position_embeddings"] and kind == "yarn":
@@ -184,7 +206,7 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
     if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         raise ValueError("config.json: low_freq_factor must be below high_freq_factor")
     if kind == "yarn" and rope.theta == 1:
-        raise ValueError("config.json: rope_theta 1 rotates every pair alike, which yarn cannot stretch")
+        raise ValueError("config.json: rope_theta 1 gives every pair the same frequency, which yarn cannot scale")
     return rope
 
 
@@ -193,16 +215,15 @@ def _rope_field(name: str, value: Any) -> Any:
 
 
 def _yarn_amplitude(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """YaRN, section 3.4: 0.1 ln(factor) + 1; DeepSeek's two scales divide each other."""
-    import math
+    """YaRN, section 3.4: 0.1 ln(factor) + 1. With both of DeepSeek's mscale fields, the ratio of their amplitudes."""
 
-    def grow(weight: float) -> float:
+    def amplitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    return grow(mscale) / grow(mscale_all_dim) if mscale and mscale_all_dim else grow(1)
+    return amplitude(mscale) / amplitude(mscale_all_dim) if mscale and mscale_all_dim else amplitude(1)
 
 
-# Hugging Face's name of each field that a type reads -> ours.
+# Per rope type: Hugging Face's field name -> the field of Rope.
 ROPE_FIELDS = {
     "default": {"rope_theta": "theta"},
     "linear": {"rope_theta": "theta", "factor": "factor"},
@@ -229,6 +250,6 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-_SCALES = ("mscale", "mscale_all_dim")  # yarn, DeepSeek's; 0 is none
-# Written by transformers beside every type; read by none of these.
+_SCALES = ("mscale", "mscale_all_dim")  # yarn, DeepSeek's fields; 0 means absent
+# transformers writes these for every type; the types that do not read them ignore them.
 _ROPE_HARMLESS = frozenset({"original_max_position_embeddings", "rope_theta"})

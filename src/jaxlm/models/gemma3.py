@@ -1,18 +1,21 @@
-"""Gemma 3, text (Gemma team 2025, arXiv:2503.19786): 270M and 1B, and the language half of 4B, 12B and 27B.
+"""Gemma 3, text (Gemma team 2025, arXiv:2503.19786): 270M and 1B, and the language model of 4B, 12B and 27B.
 
-Five of six layers see a sliding window and rotate with theta 10,000; every sixth sees everything and rotates with theta
-1,000,000, its frequencies divided by 8 from 4B on. Norms stand before and after attention and MLP and on every query
-and key head; their weights are stored around zero. The embedding is scaled by sqrt(D), rounded as the activations are.
+Five of six layers have sliding-window attention and rotary theta 10,000. Every sixth has full attention and theta
+1,000,000, its frequencies divided by 8 from 4B on. Norms come before and after attention and MLP and on every query and
+key head; their weights are stored as w - 1. The embedding is scaled by sqrt(D) in the activations' dtype.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from jaxlm.models.config import Fields, read_rope
-from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
+from jaxlm.models.config import Fields, family_load, read_rope
+from jaxlm.nn import Frequencies, KVCache, Rope, apply_rope, attend, einsum, embed, rms_norm, scan_layers
 from jaxlm.nn.params import period
 
 
@@ -34,9 +37,9 @@ class Config:
     tied: bool
 
     @classmethod
-    def from_hf(cls, hf, allow=()):
+    def from_hf(cls, hf: Mapping[str, Any], allow: Collection[str] = ()) -> "Config":
         text = hf
-        if "text_config" in hf:  # the models that also see; their language half
+        if "text_config" in hf:  # a vision-language model: read its language model
             outer = Fields(hf, allow)
             text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **outer.section("text_config")}
             for name in VISION_FIELDS:
@@ -49,23 +52,25 @@ class Config:
         N, K, H = f.heads(D, 256, default_N=8, default_K=4)
         eps, tied, context = f.real("rms_norm_eps", 1e-6), f.flag("tie_word_embeddings", True), f.context(131072)
         windows, scale = f.windows(L, 4096, 6), f.real("query_pre_attn_scalar", 256) ** -0.5
-        sections = f.rope_sections()  # the newer spelling holds one for each kind of layer
-        wide = {"rope_theta": f("rope_theta", 1e6), **f.section("rope_scaling"), **sections["full_attention"]}
+        sections = f.rope_sections()  # transformers 5: one section per layer type
+        full = {"rope_theta": f("rope_theta", 1e6), **f.section("rope_scaling"), **sections["full_attention"]}
         local = {"rope_theta": f("rope_local_base_freq", 1e4), **sections["sliding_attention"]}
-        ropes = read_rope(wide, context, allow), read_rope(local, context, allow)
+        ropes = read_rope(full, context, allow), read_rope(local, context, allow)
         return f.done(cls(V, D, F, L, N, K, H, eps, *ropes, windows, scale, context, tied))
 
+    def frequencies(self, window: int | None = None) -> Frequencies:
+        return (self.rope if window is None else self.local_rope).frequencies(self.H)
 
-# Fields of the outer config of the models that see.
+
+# Fields of the outer config of vision-language models.
 VISION_FIELDS = ("text_config", "vision_config", "boi_token_index", "eoi_token_index", "image_token_index",
-"image_token_id",
-          "mm_tokens_per_image", "tie_word_embeddings")  # fmt: skip
-NORM_IDENTITY = 0.0  # a norm weight that changes nothing
+                 "image_token_id", "mm_tokens_per_image", "tie_word_embeddings")  # fmt: skip
+NORM_IDENTITY = 0.0  # initial value of norm weights
 norm = partial(rms_norm, offset=1.0)
 
 
-def names(tail):
-    """The three spellings of a tensor: text models; the hub's seeing models; those that transformers 5 saves."""
+def names(tail: str) -> tuple[str, ...]:
+    """Names of a tensor: in text models, in vision-language models on the hub, and as transformers 5 saves those."""
     return "model." + tail, "language_model.model." + tail, "model.language_model." + tail
 
 
@@ -87,7 +92,7 @@ PARAMS = {
     "norm": ("D", *names("norm.weight")),
     "head": ("VD", "lm_head.weight", "language_model.lm_head.weight"),
 }
-# Tensors of the half that sees: known by their beginnings, not read yet.
+# The vision tower is not read yet.
 IGNORED_PREFIXES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -105,16 +110,21 @@ def layer(cfg, pos, freqs, window, x, w, cache):
     return x + norm(y, w["mlp_out_norm"], cfg.eps), cache
 
 
-def forward(cfg, tokens, w, cache, pos, **how):
-    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+def forward(
+    cfg: Config, tokens: Int[Array, "B T"], w: Any, cache: KVCache | None, pos: Int[Array, "B T"], **options: Any
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Last hidden states and the updated KV cache. `options` go to `scan_layers`."""
     x = embed(tokens, w["embed"])
     x *= jnp.asarray(cfg.D**0.5, x.dtype)
-    wide, local = frequencies(cfg.rope, cfg.H), frequencies(cfg.local_rope, cfg.H)
-    layers = [partial(layer, cfg, pos, local if window else wide, window) for window in period(cfg.windows)]
-    x, cache = scan_layers(layers, x, w["layers"], cache, pos, **how)
+    freqs = {window: cfg.frequencies(window) for window in cfg.windows}
+    layers = [partial(layer, cfg, pos, freqs[window], window) for window in period(cfg.windows)]
+    x, cache = scan_layers(layers, x, w["layers"], cache, pos, **options)
     return norm(x, w["norm"], cfg.eps), cache
 
 
-def logits(cfg, x, w):
-    """Hidden states [...,D] -> [...,V] float32."""
+def logits(cfg: Config, x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"]:
+    """Float32 logits of hidden states."""
     return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")
+
+
+load = family_load(__name__)

@@ -1,17 +1,20 @@
 """Llama 3, 3.1, 3.2 and 3.3 (Grattafiori et al. 2024, arXiv:2407.21783).
 
-A pre-norm transformer with grouped-query attention, a gated SiLU MLP and rotary positions. From 3.1 on the rotary
-frequencies are stretched (rope_type "llama3"): by 8 in 3.1 and 3.3, by 32 in 3.2. The 1B and 3B models tie the output
-head to the embedding.
+A pre-norm transformer with grouped-query attention, a gated SiLU MLP and rotary position embedding. 3.1 extends the
+context by scaling low rotary frequencies (rope_type "llama3"): by 8 in 3.1 and 3.3, by 32 in 3.2. The 1B and 3B models
+tie the output head to the embedding.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
+from jaxtyping import Array, Float, Int
 
-from jaxlm.models.config import Fields
-from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
+from jaxlm.models.config import Fields, family_load
+from jaxlm.nn import Frequencies, KVCache, Rope, apply_rope, attend, einsum, embed, rms_norm, scan_layers
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Config:
     tied: bool
 
     @classmethod
-    def from_hf(cls, hf, allow=()):
+    def from_hf(cls, hf: Mapping[str, Any], allow: Collection[str] = ()) -> "Config":
         f = Fields(hf, allow)
         f.must("hidden_act", "silu")
         V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
@@ -38,11 +41,14 @@ class Config:
         return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context), context, tied))
 
     @property
-    def windows(self):
+    def windows(self) -> tuple[int | None, ...]:
         return (None,) * self.L
 
+    def frequencies(self, window: int | None = None) -> Frequencies:
+        return self.rope.frequencies(self.H)
 
-NORM_IDENTITY = 1.0  # a norm weight that changes nothing
+
+NORM_IDENTITY = 1.0  # initial value of norm weights
 
 PARAMS = {
     "embed": ("VD", "model.embed_tokens.weight"),
@@ -58,7 +64,7 @@ PARAMS = {
     "norm": ("D", "model.norm.weight"),
     "head": ("VD", "lm_head.weight"),
 }
-IGNORED_PREFIXES = ()  # beginnings of tensor names that are known and not used
+IGNORED_PREFIXES = ()  # prefixes of checkpoint tensors that are not used
 
 
 def layer(cfg, pos, freqs, x, w, cache):
@@ -71,14 +77,19 @@ def layer(cfg, pos, freqs, x, w, cache):
     return x + einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, w["down"]), cache
 
 
-def forward(cfg, tokens, w, cache, pos, **how):
-    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+def forward(
+    cfg: Config, tokens: Int[Array, "B T"], w: Any, cache: KVCache | None, pos: Int[Array, "B T"], **options: Any
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Last hidden states and the updated KV cache. `options` go to `scan_layers`."""
     x = embed(tokens, w["embed"])
-    period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
-    x, cache = scan_layers(period, x, w["layers"], cache, pos, **how)
+    layers = [partial(layer, cfg, pos, cfg.frequencies())]
+    x, cache = scan_layers(layers, x, w["layers"], cache, pos, **options)
     return rms_norm(x, w["norm"], cfg.eps), cache
 
 
-def logits(cfg, x, w):
-    """Hidden states [...,D] -> [...,V] float32."""
+def logits(cfg: Config, x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"]:
+    """Float32 logits of hidden states."""
     return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")
+
+
+load = family_load(__name__)

@@ -1,16 +1,19 @@
 """OLMo 2 (OLMo team 2025, arXiv:2501.00656).
 
-Llama's layer with the norms moved: none before attention and MLP, one after each, on the branch alone; and queries and
-keys are normalized over all their heads at once (N * H numbers), before the rotation.
+Llama's layer with the norms moved: none before attention and MLP, one on the output of each, before the residual
+addition. Queries and keys are normalized over all their heads at once (N * H elements), before the rotation.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
+from jaxtyping import Array, Float, Int
 
-from jaxlm.models.config import Fields
-from jaxlm.nn import Rope, apply_rope, attend, einsum, embed, frequencies, rms_norm, scan_layers
+from jaxlm.models.config import Fields, family_load
+from jaxlm.nn import Frequencies, KVCache, Rope, apply_rope, attend, einsum, embed, rms_norm, scan_layers
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Config:
     tied: bool
 
     @classmethod
-    def from_hf(cls, hf, allow=()):
+    def from_hf(cls, hf: Mapping[str, Any], allow: Collection[str] = ()) -> "Config":
         f = Fields(hf, allow)
         f.must("hidden_act", "silu")
         V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
@@ -37,11 +40,14 @@ class Config:
         return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context), context, tied))
 
     @property
-    def windows(self):
+    def windows(self) -> tuple[int | None, ...]:
         return (None,) * self.L
 
+    def frequencies(self, window: int | None = None) -> Frequencies:
+        return self.rope.frequencies(self.H)
 
-NORM_IDENTITY = 1.0  # a norm weight that changes nothing
+
+NORM_IDENTITY = 1.0  # initial value of norm weights
 
 PARAMS = {
     "embed": ("VD", "model.embed_tokens.weight"),
@@ -59,7 +65,7 @@ PARAMS = {
     "norm": ("D", "model.norm.weight"),
     "head": ("VD", "lm_head.weight"),
 }
-IGNORED_PREFIXES = ()  # beginnings of tensor names that are known and not used
+IGNORED_PREFIXES = ()  # prefixes of checkpoint tensors that are not used
 
 
 def layer(cfg, pos, freqs, x, w, cache):
@@ -71,14 +77,19 @@ def layer(cfg, pos, freqs, x, w, cache):
     return x + rms_norm(einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, w["down"]), w["mlp_norm"], cfg.eps), cache
 
 
-def forward(cfg, tokens, w, cache, pos, **how):
-    """tokens, pos [B,T] int32 -> the last hidden states [B,T,D], cache. `how` goes to `fold`."""
+def forward(
+    cfg: Config, tokens: Int[Array, "B T"], w: Any, cache: KVCache | None, pos: Int[Array, "B T"], **options: Any
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Last hidden states and the updated KV cache. `options` go to `scan_layers`."""
     x = embed(tokens, w["embed"])
-    period = [partial(layer, cfg, pos, frequencies(cfg.rope, cfg.H))]
-    x, cache = scan_layers(period, x, w["layers"], cache, pos, **how)
+    layers = [partial(layer, cfg, pos, cfg.frequencies())]
+    x, cache = scan_layers(layers, x, w["layers"], cache, pos, **options)
     return rms_norm(x, w["norm"], cfg.eps), cache
 
 
-def logits(cfg, x, w):
-    """Hidden states [...,D] -> [...,V] float32."""
+def logits(cfg: Config, x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"]:
+    """Float32 logits of hidden states."""
     return einsum("BTD,VD->BTV", x, w["embed"] if cfg.tied else w["head"], dtype="float32")
+
+
+load = family_load(__name__)

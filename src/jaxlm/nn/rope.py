@@ -1,46 +1,87 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which checkpoints stretch it."""
+"""Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864), and its context-extension methods.
+
+`Rope` holds the rope section of a config.json. The methods are those of transformers' `rope_type`: default, linear
+(position interpolation), llama3 and yarn.
+"""
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Frequencies(NamedTuple):
+    """Rotary frequencies of one kind of layer.
+
+    radians: [H/2] float32, the angle per position of each rotated pair. amplitude: factor on cos and sin, above 1 in
+    yarn.
+    """
+
+    radians: Float[np.ndarray, " H/2"]
+    amplitude: float
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The numbers of a config's rope section; fields that a type does not use keep their default."""
+    """The rope section of a config. A field that a type does not use keeps its default.
+
+    Attributes:
+        theta: Base of the frequencies (`rope_theta`).
+        type: One of TYPES (`rope_type`).
+        factor: How many times longer the context becomes (`factor`).
+        original_context: llama3, yarn: context length before the extension (`original_max_position_embeddings`).
+        low_freq_factor: llama3: pairs with fewer turns in the original context are divided by `factor`.
+        high_freq_factor: llama3: pairs with more turns in the original context are left alone.
+        beta_fast: yarn: turns in the original context above which a pair is left alone.
+        beta_slow: yarn: turns in the original context below which a pair is divided by `factor`.
+        truncate: yarn: round the ends of the ramp to whole dimensions.
+        amplitude: yarn: factor on cos and sin (`attention_factor`).
+    """
 
     theta: float = 10_000.0
     type: str = "default"
     factor: float = 1.0
-    original_context: int = 0  # llama3, yarn: the context length before stretching
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-    amplitude: float = 1.0  # yarn: what cos and sin are multiplied by
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    amplitude: float = 1.0
+
+    def frequencies(self, H: int) -> Frequencies:
+        """Rotary frequencies of heads of width H, rounded to float32 at every step as the reference codes do."""
+        exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
+        wavelength = (np.float64(self.theta) ** exponent).astype(np.float32)  # over 2 pi
+        return Frequencies(_METHODS[self.type](self, np.float32(1) / wavelength, H), self.amplitude)
 
 
-class Frequencies(NamedTuple):
-    """radians [H/2] float32 a position, and the amplitude of the rotated vectors."""
+@dataclass(frozen=True)
+class FixedRope:
+    """Rotary frequencies that are already known, in a config in place of a `Rope`.
 
-    radians: np.ndarray
-    amplitude: float
+    Comparisons with another implementation use its frequencies: one unit in the last place of a frequency moves the
+    logits at position 9,000 by 1e-3 standard deviations.
 
+    Attributes:
+        radians: H/2 numbers, exact in float32.
+        amplitude: Factor on cos and sin.
+    """
 
-def frequencies(rope: Rope, H: int) -> Frequencies:
-    """The angular step of each rotated pair. float32 step by step, as the checkpoints' authors computed it."""
-    exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    wavelength = (np.float64(rope.theta) ** exponent).astype(np.float32)  # over 2 pi
-    return Frequencies(_STRETCH[rope.type](rope, np.float32(1) / wavelength, H), rope.amplitude)
+    radians: tuple[float, ...]
+    amplitude: float = 1.0
+
+    def frequencies(self, H: int) -> Frequencies:
+        if 2 * len(self.radians) != H:
+            raise ValueError(f"{len(self.radians)} rotary frequencies do not fit heads of width {H}: give {H // 2}")
+        return Frequencies(np.array(self.radians, np.float32), self.amplitude)
 
 
 def _llama3(rope: Rope, base: np.ndarray, H: int) -> np.ndarray:
-    """Llama 3.1: slow pairs are divided by the factor, fast ones kept, those between blended (Meta's model card)."""
+    """Llama 3.1 (Meta's model card): divides low frequencies by the factor, keeps high ones, interpolates between."""
     f32 = np.float32
     turns = f32(rope.original_context) / (f32(2 * math.pi) / base)
     low, high = f32(rope.low_freq_factor), f32(rope.high_freq_factor)
@@ -49,7 +90,7 @@ def _llama3(rope: Rope, base: np.ndarray, H: int) -> np.ndarray:
 
 
 def _yarn(rope: Rope, base: np.ndarray, H: int) -> np.ndarray:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions between kept and divided frequencies."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a linear ramp over dimensions between kept and divided frequencies."""
 
     def dimension(turns: float) -> float:
         return H * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -64,19 +105,20 @@ def _yarn(rope: Rope, base: np.ndarray, H: int) -> np.ndarray:
     return base / f32(rope.factor) * divide + base * (f32(1) - divide)
 
 
-_STRETCH = {
+_METHODS = {
     "default": lambda rope, base, H: base,
     "linear": lambda rope, base, H: base / np.float32(rope.factor),
     "llama3": _llama3,
     "yarn": _yarn,
 }
-TYPES = tuple(_STRETCH)
+TYPES = tuple(_METHODS)
 
 
-def apply_rope(x: jax.Array, pos: jax.Array, freqs: Frequencies) -> jax.Array:
-    """Rotates each head of x [B,T,N,H] by its position [B,T]; pair i is (x[i], x[i + H/2]), Hugging Face's order.
+def apply_rope(x: Float[Array, "B T N H"], pos: Int[Array, "B T"], freqs: Frequencies) -> Float[Array, "B T N H"]:
+    """Rotates each head of x [B,T,N,H] by its position pos [B,T].
 
-    Angles are float32 elementwise products: a reduced-precision product would be wrong by radians at long positions.
+    Pair i is (x[i], x[i + H/2]), the order of Hugging Face checkpoints. Angles are elementwise float32 products: a
+    reduced-precision matmul would be wrong by radians at long positions.
     """
     angle = pos.astype(jnp.float32)[:, :, None, None] * freqs.radians  # [B,T,1,H/2]
     cos, sin = jnp.cos(angle) * freqs.amplitude, jnp.sin(angle) * freqs.amplitude

@@ -3,9 +3,15 @@
 A template that is handed content of a shape it does not expect writes its Python repr, or nothing, and says nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+
+# Of a subclass too, an enumeration say, whatever it has made of these methods.
+EXACT: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 
 
 def plain(messages: Iterable[Any]) -> list[dict[str, Any]]:
@@ -38,10 +44,39 @@ def _text(part: Any) -> str:
     return part["text"]
 
 
+def plain_data(value: Any) -> Any:
+    """A copy made of Python's plain types alone, as transformers hands a template its data.
+
+    Other objects bring methods that a sandbox cannot judge, some of which write files. What has no plain form becomes
+    the name of its type.
+    """
+    if isinstance(value, bool) or value is None:
+        return value
+    for kind, exact in EXACT.items():
+        if isinstance(value, kind):
+            return exact(value)
+    if isinstance(value, Mapping):
+        return {plain_data(name): plain_data(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain_data(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(plain_data(item) for item in value)
+    if isinstance(value, np.generic):
+        return plain_data(value.item())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):  # a pydantic model
+        return plain_data(dump())
+    return f"<{type(value).__name__}>"
+
+
 @contextmanager
 def template_errors() -> Iterator[None]:
     """ValueError for what goes wrong inside a chat template, in the template's own words."""
-    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+    from transformers.utils import (
+        DocstringParsingException,  # pyright: ignore[reportPrivateImportUsage]
+        TypeHintParsingException,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     try:
         yield

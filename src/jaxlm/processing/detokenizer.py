@@ -103,7 +103,7 @@ def _is_byte_level(hf: Any) -> bool:
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for.
 
     Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in order
@@ -115,7 +115,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _byte_level(token: str) -> bytes:
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
     return token.encode()  # an added token, spelled as it is

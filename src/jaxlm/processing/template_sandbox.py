@@ -1,9 +1,11 @@
 """Bounds for chat templates, which are programs and come with a checkpoint from a stranger.
 
-transformers renders them in jinja2's sandbox. It keeps them from files, modules and the insides of Python, but not from
-running for ever or filling the memory. Here every step pays for itself and for what it makes, out of LIMIT, and all end
-with SECONDS. No step may be large in itself, for nothing interrupts it: an operation can make, and take, as much as the
-sizes of its operands multiplied, and runs only where that is left.
+jinja2's sandbox keeps them from files, modules and the insides of Python, but not from running for ever or filling the
+memory. Here every step pays for itself and for what it makes, out of LIMIT, and all end with SECONDS. No step may be
+large in itself, for nothing interrupts it: an operation can make, and take, as much as the sizes of its operands
+multiplied, and runs only where that is left.
+
+Nothing inside transformers is used or changed: a program may render with it and with jaxlm at once.
 """
 
 import functools
@@ -19,9 +21,11 @@ from typing import Any
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Call, EnvironmentAttribute, Slice
+from jinja2.nodes import Call, EnvironmentAttribute, Output, Slice, TemplateData
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jaxlm.processing.template_language import FILTERS, GLOBALS, Generation, Written, written
 
 SECONDS = 10.0
 LIMIT, SHARE = 5_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
@@ -126,8 +130,15 @@ class _Code(CodeGenerator):
     """Python for a template, with a step counted in every loop and a price on everything that it builds."""
 
     def visit_For(self, node: Any, frame: Any) -> None:
-        node.iter = Call(EnvironmentAttribute("steps"), [node.iter], [], None, None)
+        node.iter = _called("steps", node.iter)
         super().visit_For(node, frame)
+
+    def visit_Output(self, node: Any, frame: Any) -> None:
+        # Within macros and blocks that are captured, texts wait in a list: `concat` would count them too late.
+        if frame.buffer is not None:
+            parts = [part if isinstance(part, TemplateData) else _called("text", part) for part in node.nodes]
+            node = Output(parts, lineno=node.lineno)
+        super().visit_Output(node, frame)
 
     def visit_Concat(self, node: Any, frame: Any) -> None:
         self.write("environment.concat(map(str, (")
@@ -148,19 +159,15 @@ class _Code(CodeGenerator):
     def visit_Dict(self, node: Any, frame: Any) -> None:
         self._priced(super().visit_Dict, node, frame)
 
-    def _output_child_pre(self, node: Any, frame: Any, finalize: Any) -> None:
-        # Within macros and blocks that are captured, texts wait in a list: `concat` would count them too late.
-        self.write("environment.made(" * (frame.buffer is not None))
-        super()._output_child_pre(node, frame, finalize)
-
-    def _output_child_post(self, node: Any, frame: Any, finalize: Any) -> None:
-        super()._output_child_post(node, frame, finalize)
-        self.write(")" * (frame.buffer is not None))
-
     def _priced(self, visit: Callable[..., None], node: Any, frame: Any, priced: bool = True) -> None:
         self.write("environment.made(" * priced)
         visit(node, frame)
         self.write(")" * priced)
+
+
+def _called(method: str, node: Any) -> Call:
+    """What a method of the environment makes of a node's value."""
+    return Call(EnvironmentAttribute(method), [node], [], None, None)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -177,6 +184,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _meter.get().spend(len(part))
             kept.append(part)
         return "".join(kept)
+
+    def text(self, value: Any) -> str:
+        return value if isinstance(value, str) else str(value)
 
     def steps(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -213,16 +223,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def bounded(given: Any) -> Iterator[None]:
-    """Chat templates that are rendered within, by transformers, keep to the bounds. given: what they are rendered with.
+    """Templates that run within keep to the bounds. given: what they are run with, which gives them room.
 
     Raises what a template raises, and jinja2's SecurityError where it would pass a bound.
     """
-    from transformers.utils import chat_template_utils as theirs
-
-    found = theirs._compile_jinja_template  # read once: another thread may exchange it at any moment
-    if found is not _compile:
-        _stock[:] = [found]
-        theirs._compile_jinja_template = _compile
     token = _meter.set(_Meter(given))
     try:
         yield
@@ -230,18 +234,28 @@ def bounded(given: Any) -> Iterator[None]:
         _meter.reset(token)
 
 
+def run(source: str, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that a template writes, and the spans in it that its {% generation %} tags mark. given: its variables.
+
+    A span within a macro or a captured block is counted from what was written before that, as transformers does.
+    """
+    with bounded(given):
+        so_far, parts = Written(), []
+        token = written.set(so_far)
+        try:
+            for part in _compiled(_short(source)).generate(**given):
+                _meter.get().spend(len(part))
+                parts.append(part)
+                so_far.length += len(part)
+        finally:
+            written.reset(token)
+        return "".join(parts), so_far.spans
+
+
 def variables(source: str) -> set[str]:
     """The names that a template reads and does not set itself: what a caller can give it."""
     with bounded(None):  # jinja2 computes what is constant on the way
         return find_undeclared_variables(_environment().parse(_short(source)))
-
-
-_stock: list[Callable[[str], Any]] = []  # transformers' own compiler, from then on behind ours
-
-
-def _compile(source: str) -> Any:
-    """transformers' compiler of chat templates as it is, except within `bounded`."""
-    return _stock[0](source) if _meter.get(None) is None else _bounded_compile(_short(source))
 
 
 def _short(source: str) -> str:
@@ -251,23 +265,15 @@ def _short(source: str) -> str:
 
 
 @functools.lru_cache(16)
-def _bounded_compile(source: str) -> Any:
+def _compiled(source: str) -> Any:
     return _environment().from_string(source)
 
 
 @functools.cache
 def _environment() -> Sandbox:
-    """A copy of transformers' environment, for its functions, filters and tags, under the bounds."""
-    environment = _stock[0]("").environment.overlay(cache_size=0)
-    environment.__class__ = Sandbox
-    kept = {name: filter for name, filter in environment.filters.items() if name not in ABSENT}
-    environment.filters = {name: _metered(name, filter) for name, filter in kept.items()}
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    filters = {name: filter for name, filter in (environment.filters | FILTERS).items() if name not in ABSENT}
+    environment.filters = {name: _metered(name, filter) for name, filter in filters.items()}
     environment.tests = {name: _metered(name, test) for name, test in environment.tests.items()}
-    theirs = environment.globals["namespace"]  # whose repr would follow namespaces in each other
-    namespace = type("namespace", (theirs,), {"__repr__": lambda self: "<namespace>"})
-    environment.globals = {**environment.globals, "namespace": namespace}
-    environment.globals.pop("lipsum")
-    # {% generation %} is followed by an extension, of which the copy has its own.
-    tracker = next(found for found in environment.extensions.values() if hasattr(found, "activate_tracker"))
-    environment.activate_tracker = tracker.activate_tracker  # pyright: ignore[reportAttributeAccessIssue]
+    environment.globals = {name: made for name, made in environment.globals.items() if name not in ABSENT} | GLOBALS
     return environment

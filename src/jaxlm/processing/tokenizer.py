@@ -31,11 +31,14 @@ class Tokenizer:
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
         self.hf = hf
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids: frozenset[int] = frozenset(eos_ids)
 
     @classmethod
     def load(
-        cls, folder: str | Path, generation_config: dict | None = None, config: dict | None = None
+        cls,
+        folder: str | Path,
+        generation_config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> "Tokenizer | None":
         """The tokenizer of a checkpoint folder, or of one tokenizer.model; None where the folder holds none.
 
@@ -147,7 +150,11 @@ class Tokenizer:
         return bool(self.hf.chat_template)
 
     def render(
-        self, messages: Messages, tools: list | None = None, add_generation_prompt: bool = True, **template_args: Any
+        self,
+        messages: Messages,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
     ) -> str:
         """The text of a conversation as the checkpoint's chat template writes it.
 
@@ -155,7 +162,8 @@ class Tokenizer:
             messages: dicts with "role" and "content" (a text, or a list of text parts), oldest first.
             tools: JSON schemas, or functions with type hints and a docstring.
             add_generation_prompt: open the assistant's turn at the end.
-            template_args: variables of the template (`enable_thinking=False`); see `template_accepts`.
+            template_args: variables of the template (`enable_thinking=False`); see `template_accepts`. Also
+                `documents`, `chat_template` and `continue_final_message`, as of transformers' apply_chat_template.
 
         Raises:
             ValueError: there is no template, or a message holds what is no text (images are not supported yet), or the
@@ -166,12 +174,11 @@ class Tokenizer:
                 "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model with one: "
                 "Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
             )
-        from jaxlm.processing.template_sandbox import bounded
+        from jaxlm.processing.template_rendering import render
 
         texts = plain(messages)
-        options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **template_args}
-        with template_errors(), bounded([texts, options]):
-            return self.hf.apply_chat_template(texts, tokenize=False, **options)
+        with template_errors():
+            return render(self.hf, texts, tools, add_generation_prompt=add_generation_prompt, **template_args)
 
     def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:
         """Token ids of `render(...)`, same arguments. BOS is there if the template writes it, never a second time."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import read_json
+from jaxlm.processing.detokenizer import byte_alphabet
 
 MAX_SPECIAL_TOKENS = 10_000  # special tokens: adding one takes as long as there are others
 MAX_GROWTH = 100  # times that a text may become longer on its way through the tokenizer
@@ -69,6 +70,11 @@ META_SPECIAL_TOKENS = [f"<|{name}|>" for name in META_SPECIAL_NAMES] + [
 ]
 
 
+# How a text is cut into pieces, each of which is merged by itself: Meta's `pat_str`.
+META_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 META_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
     "{{ message.content | trim }}<|eot_id|>{% endfor %}"
@@ -88,20 +94,37 @@ def tiktoken_ranks(path: Path) -> dict[bytes, int]:
     return found
 
 
+def merges(found: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Pairs of tokens that are joined, the earliest first. What two tokens make has the rank of the whole; of the ways
+    to make one token, the pair whose own ranks are lowest comes first."""
+    pairs = []
+    for token in sorted(found, key=found.__getitem__):
+        cut = ((token[:at], token[at:]) for at in range(1, len(token)))
+        both = [(left, right) for left, right in cut if left in found and right in found]
+        pairs += sorted(both, key=lambda pair: (found[pair[0]], found[pair[1]]))
+    return pairs
+
+
 def from_tiktoken(path: Path) -> Any:
     """The tokenizer of transformers that reads as this file's does.
 
     Source: `Tokenizer` and `ChatFormat` in meta-llama/llama-models, models/llama3; special tokens named as in 3.1.
     """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    class Converter(TikTokenConverter):
-        @staticmethod
-        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:  # transformers' own wants the tiktoken package for this
-            return tiktoken_ranks(Path(path))
-
-    tokenizer = Converter(str(path), extra_special_tokens=META_SPECIAL_TOKENS).converted()
+    found = tiktoken_ranks(path)
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    names = {token: "".join(map(letters.__getitem__, token)) for token in found}
+    joined = [(names[left], names[right]) for left, right in merges(found)]
+    vocabulary = {names[token]: rank for token, rank in found.items()}
+    # A piece that is a token is that token, whatever merges would make of it.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=joined, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(META_WORDS), behavior="isolated")
+    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in META_SPECIAL_TOKENS])
     bos, eos = META_SPECIAL_TOKENS[:2]
     tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = import_transformers().PreTrainedTokenizerFast

@@ -1,184 +1,254 @@
-"""What a training run is: one tree of dataclasses, at once the Python argument, the YAML file and the flags."""
+"""The configuration of a training run: one tree of dataclasses, which is the Python argument, the YAML file and the
+flags. The docstrings of the fields are the help texts."""
 
 import dataclasses
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+# Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names.
+RENAMED_FIELDS = {"optimiser": "optimizer", "data.form": "data.format", "data.learn": "data.train_on"}
+# What other tools (transformers, TRL, PEFT, axolotl, nanoGPT) call a field.
+OTHER_TOOLS = {
+    "model_name_or_path": "model", "base_model": "model", "config_name": "shape", "tokenizer_name": "tokenizer",
+    "output_dir": "out", "out_dir": "out", "overwrite_output_dir": "resume", "resume_from_checkpoint": "resume",
+    "dataset_name": "data.dataset", "dataset_config_name": "data.config", "train_file": "data.train",
+    "train_data": "data.train", "validation_file": "data.valid", "dataset_text_field": "data.text_field",
+    "assistant_only_loss": "data.train_on", "completion_only_loss": "data.train_on", "train_on_inputs": "data.train_on",
+    "sample_packing": "data.packing",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "steps", "max_iters": "steps",
+    "batch_size": "batch", "train_batch_size": "batch", "micro_batch_size": "batch", "global_batch_size": "batch",
+    "per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulate",
+    "max_seq_length": "length", "max_length": "length", "block_size": "length", "sequence_len": "length",
+    "seq_len": "length", "context_length": "length",
+    "lora_r": "lora.rank", "r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "target_modules": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "learning_rate": "optimizer.lr", "optim": "optimizer.name", "lr_scheduler_type": "optimizer.schedule",
+    "lr_scheduler": "optimizer.schedule", "warmup_steps": "optimizer.warmup", "warmup_ratio": "optimizer.warmup",
+    "warmup_iters": "optimizer.warmup", "adam_beta1": "optimizer.b1", "beta1": "optimizer.b1",
+    "adam_beta2": "optimizer.b2", "beta2": "optimizer.b2", "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "optimizer.clip", "grad_clip": "optimizer.clip", "gradient_clipping": "optimizer.clip",
+    "gradient_checkpointing": "remat", "activation_checkpointing": "remat",
+    "bf16": "dtype", "fp16": "dtype", "tf32": "dtype", "precision": "dtype", "torch_dtype": "dtype",
+    "save_steps": "save_every", "save_total_limit": "keep", "eval_steps": "eval_every", "eval_interval": "eval_every",
+    "eval_iters": "eval_batches", "logging_steps": "log_every", "log_interval": "log_every", "report_to": "report",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from."""
+    """Training data."""
 
     train: tuple[str, ...] = ()
-    """Files (.txt, .jsonl, .json, .parquet), folders, globs, or hub datasets."""
+    """Training data: files (.txt, .jsonl, .json, .parquet), folders, globs, or hub datasets."""
     valid: tuple[str, ...] = ()
-    """The same, for the loss on what is not learned; of a folder or dataset with splits the one for validation."""
+    """Validation data, named likewise. A folder or dataset with splits contributes its validation split."""
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
-    """A hub dataset by name (wikitext, org/name), to learn from."""
+    """Hub dataset to train on (wikitext, org/name)."""
     config: str | None = None
-    """Of a hub dataset that has several configurations."""
+    """Configuration of a hub dataset that has several."""
     revision: str | None = None
-    """Of a hub dataset: branch, tag or commit."""
+    """Branch, tag or commit of a hub dataset."""
     format: str | None = None
-    """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
+    """Row format: text, messages, prompt, instruction, question or conversations. Default: detected from the first
+    row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
-    """Which tokens count; default: answers where there are any, else all."""
+    """Loss mask: assistant turns, the completion, or all tokens. Default: assistant turns or completions if the format
+    has them, else all tokens."""
     text_field: str = "text"
-    """Field of a row that is a text."""
+    """Field of a row that holds the text."""
     prompt_field: str = "prompt"
-    """Field of a prompt."""
+    """Field of a row that holds the prompt."""
     completion_field: str = "completion"
-    """Field of its completion."""
+    """Field of a row that holds the completion."""
     template_arg: tuple[str, ...] = ()
-    """A variable of the chat template, NAME=VALUE (JSON, else text)."""
+    """Variable of the chat template as NAME=VALUE, where VALUE is JSON or text."""
     packing: Literal["split", "whole", "none"] | None = None
-    """Rows are filled with documents cut where a row ends, with whole documents, or with one each."""
+    """Packing of documents into rows: split (cut where a row ends), whole (best fit, uncut) or none (one document per
+    row). Default: split for text, whole for other formats."""
     long: Literal["truncate", "drop", "stop"] = "truncate"
-    """What happens to a document that is longer than a row, where it is not cut."""
+    """Documents longer than a row, with packing whole or none: truncate, drop, or stop with an error."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What happens at a row that cannot be used."""
+    """Invalid rows: stop with an error, or skip and count them."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How weights follow their gradients."""
+    """Optimizer settings."""
 
     name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
-    """The method; muon (Jordan 2024) is for the matrices of layers, the rest then goes by adam without decay."""
+    """Optimizer. muon applies to the matrices of layers; other weights use adam without weight decay."""
     lr: float = 3e-4
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After the warm-up: down along a cosine or a line, or (wsd) stable and then down."""
+    """Learning rate schedule after the warmup. wsd is constant and decays at the end."""
     warmup: float = 0.02
-    """Steps in which the rate rises from 0; below 1 a part of all steps."""
+    """Linear warmup of the learning rate, in steps; below 1, as a fraction of all steps."""
     decay: float = 0.2
-    """wsd: the part of all steps in which the rate goes down at the end."""
+    """wsd: length of the final decay, as a fraction of all steps."""
     final: float = 0.1
-    """The rate at the end, relative to `lr`."""
+    """Final learning rate, as a fraction of the peak."""
     weight_decay: float = 0.1
-    """Decoupled decay of weights that are multiplied (not of norms)."""
+    """Decoupled weight decay. Norms do not decay."""
     b1: float = 0.9
-    """Decay of the mean of gradients; muon's matrices have their own, 0.95."""
+    """Decay rate of the first moment. The momentum of muon's matrices is always 0.95."""
     b2: float = 0.95
-    """Decay of the mean of their squares."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """What is added to the denominator."""
+    """Adam epsilon."""
     clip: float = 1.0
-    """Largest norm of all gradients together; 0 does not clip."""
+    """Gradient clipping: maximum global norm of the gradient. 0 turns it off."""
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What is trained beside frozen weights (--method lora)."""
+    """LoRA settings (--method lora)."""
 
     rank: int = 16
-    """r, the inner width of what is added."""
+    """Rank r of the adapter."""
     alpha: float = 32.0
-    """What is added is weighed by alpha / rank."""
+    """LoRA alpha: the adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Part of an adapter's inputs that is dropped at each step."""
+    """Dropout rate of the adapter's inputs."""
     rslora: bool = False
-    """Weigh by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     targets: tuple[str, ...] = ()
-    """Weights by name (q or q_proj, …, head); all-linear, or none named, is every product of the layers."""
+    """Weights to adapt, by name (q or q_proj, ..., head). Default: all-linear, every matrix of the layers."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run. Its folder holds all of it: configuration, metrics, checkpoints, the model at the end."""
+    """A training run: what to train, on what, and how."""
 
     out: Path = Path("run")
-    """The run's folder."""
-    model: str | None = None
-    """Checkpoint to go on from: hub id or folder."""
+    """Output folder: configuration, metrics, checkpoints, and at the end the model."""
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
+    """Checkpoint to start from: hub id or folder."""
     shape: Path | None = None
-    """config.json of a model that begins with random weights."""
+    """config.json of a new model with random weights."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer, where no checkpoint brings one."""
+    """Folder of the tokenizer. Default: that of the checkpoint."""
     method: Literal["full", "lora"] = "full"
-    """Train all weights, or an adapter."""
+    """Train all weights (full) or a LoRA adapter (lora)."""
     adapter: Path | None = None
-    """Adapter in PEFT's format to go on from."""
+    """LoRA adapter to start from, in PEFT's format."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int = 0
-    """Steps in all; 0: as many as `epochs` says, or 1000."""
+    """Number of steps. 0: as many as --epochs needs, or 1000 without --epochs."""
     epochs: float = 0.0
-    """How often all data are seen, where no steps are given."""
+    """Number of passes over the data, if --steps is 0."""
     batch: int = 32
-    """Rows of a step, over all devices."""
+    """Batch size: rows per step, over all devices."""
     length: int = 0
-    """Tokens of a row; 0: as many as the model is made for, 1024 at most."""
+    """Row length in tokens. 0: the context length of the model, at most 1024."""
     accumulate: int = 1
-    """Parts into which a batch is cut to save memory; the gradient is that of the whole."""
+    """Gradient accumulation: number of parts of a batch, computed one after the other to save memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of products and activations, and of frozen weights; what is trained is float32. auto: bfloat16 on
+    """Type of activations, matrix products and frozen weights; trained weights are float32. auto: bfloat16 on
     accelerators, float32 on CPU."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again: nothing, all, or all but products."""
+    """Activation checkpointing: none, full, or dots (keep matmul outputs)."""
     z_loss: float = 0.0
-    """Weight of the squared log-denominator of the softmax."""
+    """z-loss coefficient."""
     mesh: str | None = None
-    """data=4,model=2; default: all devices on data."""
+    """Device mesh, such as data=4,model=2: data parallelism with FSDP, and tensor parallelism. Default: all devices on
+    data."""
     seed: int = 0
-    """Of the first weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     log_every: int = 10
-    """Steps between lines of metrics; a tenth of all steps at most."""
+    """Steps between lines of metrics, at most a tenth of all steps."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
     eval_every: int = 200
-    """Steps between losses on `data.valid` and sample texts; 0: at the end alone."""
+    """Steps between evaluations (validation loss and sample texts). 0: only at the end."""
     eval_batches: int = 16
-    """Batches of an evaluation at most; the one at the end sees all of `data.valid`."""
+    """Maximum number of batches per evaluation. The last evaluation uses all validation data."""
     samples: tuple[str, ...] = ()
-    """Prompts that are continued at each evaluation."""
+    """Prompts to continue at each evaluation."""
     sample_tokens: int = 64
-    """Length of these texts at most."""
+    """Maximum length of a sample text, in tokens."""
     report: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics also go."""
+    """Services that also receive the metrics."""
     resume: Literal["auto", "never"] = "auto"
-    """auto goes on where the folder's last checkpoint ends."""
+    """Resume from the last checkpoint in the output folder (auto), or stop with an error if there is one (never)."""
 
     def check(self) -> "Run":
-        """Raises ValueError for what cannot be run."""
+        """Returns the run. Raises ValueError for values that are out of range or contradict each other."""
         if (self.model is None) == (self.shape is None):
-            raise ValueError("name a checkpoint (--model) or a config.json for random weights (--shape), one of them")
+            raise ValueError("give either --model (a checkpoint) or --shape (the config.json of a new model)")
         if self.method == "lora" and self.model is None:
-            raise ValueError("LoRA adapts a checkpoint: name it (--model)")
+            raise ValueError("--method lora needs a checkpoint: give --model")
         if self.adapter is not None and self.method != "lora":
-            raise ValueError("an adapter goes on with --method lora; to train all weights, jaxlm fuse it first")
+            raise ValueError("--adapter needs --method lora; to train all weights, merge it first (jaxlm fuse)")
         if not self.data.train and not self.data.dataset:
-            raise ValueError("name what to learn from: --data.train FILES, or --dataset NAME from the hub")
+            raise ValueError("no training data: give --data.train FILES or --dataset NAME")
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         for name in ("steps", "epochs", "length", "eval_every", "z_loss"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must not be below 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0")
         if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed is {self.seed}, but must be from 0 to {(1 << 32) - 1}")
+            raise ValueError(f"seed is {self.seed}, but must be between 0 and {(1 << 32) - 1}")
         for name in ("lr", "warmup", "decay", "final", "weight_decay", "eps", "clip"):
             if getattr(self.optimizer, name) < 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must not be below 0")
+                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must be at least 0")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self.optimizer, name) < 1:
-                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must be from 0 to below 1")
-        if self.lora.rank < 1 or not 0 <= self.lora.dropout < 1:
-            raise ValueError(f"lora.rank is {self.lora.rank} (at least 1), lora.dropout {self.lora.dropout} (0 to 1)")
+                raise ValueError(f"optimizer.{name} is {getattr(self.optimizer, name)}, but must be in [0, 1)")
+        if self.lora.rank < 1:
+            raise ValueError(f"lora.rank is {self.lora.rank}, but must be at least 1")
+        if not 0 <= self.lora.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.lora.dropout}, but must be in [0, 1)")
         if self.batch % self.accumulate:
-            raise ValueError(f"batch {self.batch} cannot be cut into {self.accumulate} equal parts (accumulate)")
+            raise ValueError(f"batch is {self.batch}, which accumulate ({self.accumulate}) does not divide")
         return self
 
 
+def current_name(name: str) -> str:
+    """Returns today's name of a field that an earlier version called `name` ("optimiser.lr" -> "optimizer.lr")."""
+    for old, new in RENAMED_FIELDS.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name
+
+
+def field_names(cls: type, before: str = "") -> Iterator[str]:
+    """Yields the fields of a dataclass tree ("steps", "optimizer.lr"), groups left out."""
+    for f in dataclasses.fields(cls):
+        group = f.default_factory if f.default_factory is not dataclasses.MISSING else None
+        value = group() if group else None
+        if dataclasses.is_dataclass(value):
+            yield from field_names(type(value), f"{before}{f.name}.")
+        else:
+            yield f"{before}{f.name}"
+
+
+def suggest(name: str, fields: Collection[str]) -> str:
+    """Returns what to use in place of `name`, which is none of `fields`, as a phrase; "" where nothing is close."""
+    if (new := current_name(name)) != name:
+        return f"{name} is now {new}"
+    last = name.rpartition(".")[2]
+    by_last = {f.rpartition(".")[2]: f for f in reversed(list(fields))}
+    by_last |= {old.rpartition(".")[2]: new for old, new in RENAMED_FIELDS.items()}
+    if field := OTHER_TOOLS.get(last) or by_last.get(last):
+        return f"use {field}"
+    meant = {**OTHER_TOOLS, **by_last, **RENAMED_FIELDS, **{f: f for f in fields}}
+    close = difflib.get_close_matches(name, meant, n=1) or difflib.get_close_matches(last, meant, n=1)
+    return f"did you mean {meant[close[0]]}?" if close else ""
+
+
 def to_dict(value: Any) -> Any:
-    """A dataclass tree as plain values, for YAML and JSON."""
+    """Returns a dataclass tree as plain values, for YAML and JSON."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
@@ -186,17 +256,25 @@ def to_dict(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def flags(values: dict[str, Any], given: Collection[str] = (), before: str = "") -> list[str]:
-    """The fields of a YAML file as flags of the command, which checks names and types; those `given` there win. A flag
-    and its value are one token, so that the value may begin with a hyphen."""
+def flags(values: dict[str, Any], typed: Collection[str] = (), before: str = "") -> list[str]:
+    """Returns the fields of a YAML file as flags, whose names and types the command line checks.
+
+    Args:
+        values: The contents of the file.
+        typed: Flags of the command line. They override the file.
+        before: Prefix of the names ("optimizer.").
+
+    Returns:
+        The flags. A flag and its value are one token, so that a value may begin with a hyphen.
+    """
     found = []
     for name, value in values.items():
         no = "no-" if value is False else ""
         flag = f"--{before}{no}{name}".replace("_", "-")
         if isinstance(value, dict):
-            found += flags(value, given, f"{before}{name}.")
+            found += flags(value, typed, f"{before}{name}.")
         elif isinstance(value, bool):
             found.append(flag)
-        elif value is not None and flag not in given:
+        elif value is not None and flag not in typed:
             found += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
     return found

@@ -1,6 +1,7 @@
-"""What a run will take and what it will see, before it begins: memory a device, steps, tokens, and examples."""
+"""The dry run: memory per device, steps, tokens, FLOPs and examples of a run, without a step of it."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,13 +12,22 @@ import numpy as np
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
 from jaxlm.training import step
-from jaxlm.training.loop import flops_a_token
-from jaxlm.training.setup import Setup
+from jaxlm.training.loop import flops_per_token
+from jaxlm.training.setup import Setup, period
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes on one device, of what is trained, what is frozen, the optimizer's state, gradients, and all else that a
-    step needs at once (activations); peak: what the compiler says of the whole program."""
+    """Memory of a run on one device, in bytes.
+
+    Attributes:
+        weights: What is trained, in float32.
+        frozen: The frozen weights of an adapter's base.
+        optimizer: The optimizer state.
+        gradients: The gradients.
+        activations: The rest of the peak, mostly activations.
+        peak: Peak of the compiled step, as the compiler counts it.
+        free: Memory available on the device; None where unknown.
+    """
 
     weights: int
     frozen: int
@@ -28,32 +38,46 @@ class MemoryPlan(NamedTuple):
     free: int | None
 
 
-def plan_memory(setup: Setup, program: Any) -> MemoryPlan:
-    """The plan of a run from its step's program, which is compiled and not run."""
-    state, frozen, over = setup.state_like(), setup.frozen_shapes(), setup.over
-    if over is not None and frozen is not None:
-        places = step.weight_shardings(frozen, over, setup.family.PARAMS)
-        frozen = jax.tree.map(lambda a, where: a.update(sharding=where), frozen, places)
-    shape = (setup.run.batch, setup.run.length)
-    where = None if over is None else mesh.sharding("BT", shape, over)
-    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
-    batch = type(setup.data.batch(0))(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where))
-    with mesh.use_mesh(over):
-        found = program.lower(state, batch, frozen).compile().memory_analysis()
-    weights, gradients = _bytes(state.weights), _bytes(state.weights)
-    peak = found.argument_size_in_bytes + found.temp_size_in_bytes
-    peak += found.output_size_in_bytes - found.alias_size_in_bytes
-    optimizer, frozen = _bytes(state.opt_state), _bytes(frozen)
-    if setup.run.samples:  # they are made by a copy of the weights, in the type of products
-        cast = weights * np.dtype(jnp.dtype(setup.run.dtype)).itemsize // 4
-        peak = max(peak, weights + optimizer + frozen + cast + frozen)
-    rest = max(peak - weights - frozen - optimizer - gradients, 0)
+def plan_memory(setup: Setup, jitted_step: Any) -> MemoryPlan:
+    """Returns the memory of a run. The step is compiled, not run.
+
+    Args:
+        setup: The run.
+        jitted_step: Its step (loop.jit_step).
+    """
+    run, state, frozen = setup.run, setup.state, _frozen_shapes(setup)
+    shape = (run.batch, run.length)
+    sharding = None if setup.mesh is None else mesh.sharding("BT", shape, setup.mesh)
+    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    batch = type(setup.data.batch(0))(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
+    with mesh.use_mesh(setup.mesh):
+        compiled = jitted_step.lower(state, batch, frozen).compile().memory_analysis()
+    weights = gradients = _bytes_per_device(state.weights)
+    optimizer, base = _bytes_per_device(state.opt_state), _bytes_per_device(frozen)
+    peak = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
+    peak += compiled.output_size_in_bytes - compiled.alias_size_in_bytes
+    if run.samples:  # generated with a copy of the weights in the compute dtype
+        cast = weights * np.dtype(jnp.dtype(run.dtype)).itemsize // 4
+        peak = max(peak, weights + optimizer + base + cast + base)
+    rest = max(peak - weights - base - optimizer - gradients, 0)
     free = hardware.available_memory(jax.local_devices()[0])
-    return MemoryPlan(weights, frozen, optimizer, gradients, rest, peak, free)
+    return MemoryPlan(weights, base, optimizer, gradients, rest, peak, free)
 
 
-def _bytes(tree: Any) -> int:
-    """On one device."""
+def _frozen_shapes(setup: Setup) -> Any:
+    """Returns the shapes of an adapter's frozen base weights, with shardings on a mesh; None where all weights are
+    trained."""
+    if setup.run.method == "full":
+        return None
+    weights = params.shapes(setup.family.PARAMS, setup.config, jnp.dtype(setup.run.dtype))
+    shapes = jax.eval_shape(partial(params.stack, period=period(setup.config)), weights)
+    if setup.mesh is None:
+        return shapes
+    shardings = step.weight_shardings(shapes, setup.mesh, setup.family.PARAMS)
+    return jax.tree.map(lambda a, sharding: a.update(sharding=sharding), shapes, shardings)
+
+
+def _bytes_per_device(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -61,13 +85,14 @@ def _bytes(tree: Any) -> int:
     return total
 
 
-def describe(setup: Setup, found: MemoryPlan) -> Iterator[str]:
-    """The plan in lines."""
+def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
+    """Yields the lines of the dry run."""
     run, cfg, data = setup.run, setup.config, setup.data
-    trained = params.num_elements(setup.state_shapes().weights)
-    every = params.count(setup.family.PARAMS, cfg)
-    what = f"{every:,} parameters" if run.method == "full" else f"{trained:,} of an adapter to {every:,} parameters"
-    yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} products"
+    total = params.count(setup.family.PARAMS, cfg)
+    what = f"{total:,} parameters"
+    if run.method == "lora":
+        what = f"{params.num_elements(setup.state.weights):,} parameters of an adapter, {total:,} of its base"
+    yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} compute"
     yield f"data        {data.corpus}"
     if setup.valid is not None:
         yield f"validation  {setup.valid.corpus}"
@@ -78,41 +103,50 @@ def describe(setup: Setup, found: MemoryPlan) -> Iterator[str]:
         f"steps       {run.steps:,} of {run.batch} rows x {run.length} tokens: {tokens:,} tokens, "
         f"{data.epoch(run.steps):.2f} epochs; rows are {data.fill():.0%} full"
     )
-    cost = flops_a_token(setup)
-    yield f"work        {cost / 1e6:,.1f} MFLOP a token, {cost * tokens / 1e15:,.3f} PFLOP in all"
-    over = setup.over
-    yield "mesh        " + ("one device" if over is None else ", ".join(f"{n}={s}" for n, s in over.shape.items()))
+    cost = flops_per_token(setup)
+    yield f"work        {cost / 1e6:,.1f} MFLOPs per token, {cost * tokens / 1e15:,.3f} PFLOPs in total"
+    sizes = "one device" if setup.mesh is None else ", ".join(f"{n}={s}" for n, s in setup.mesh.shape.items())
+    yield f"mesh        {sizes}"
     names = ("weights", "frozen", "optimizer", "gradients", "activations", "peak")
-    parts = [f"{name} {hardware.gigabytes(getattr(found, name))}" for name in names if getattr(found, name)]
-    yield "memory      " + ", ".join(parts) + " a device"
-    if found.free is not None:
-        fits = "it fits" if found.peak <= found.free else "IT DOES NOT FIT: smaller batch, more accumulate, remat full"
-        yield f"            {hardware.gigabytes(found.free)} are free: {fits}"
+    parts = [f"{name} {hardware.gigabytes(getattr(plan, name))}" for name in names if getattr(plan, name)]
+    yield f"memory      {', '.join(parts)} per device"
+    if plan.free is not None:
+        fits = (
+            "the run fits"
+            if plan.peak <= plan.free
+            else "THE RUN DOES NOT FIT: use a smaller batch, more accumulate, remat full"
+        )
+        yield f"            {hardware.gigabytes(plan.free)} available: {fits}"
 
 
 def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple[str, bool]]]:
-    """The first rows of step 0 as pieces of text, each with whether it is learned; of a long row the part around the
-    first token that is."""
+    """Yields the first rows of the first batch as pieces of text, each with whether it is in the loss mask.
+
+    Args:
+        setup: The run.
+        count: Number of rows at most.
+        tokens: Tokens per row at most; of a longer row the part around the first token in the loss mask.
+    """
     batch, decode = setup.data.batch(0), setup.tokenizer.decode
     for row in range(min(count, len(batch.tokens))):
         ids, kinds = _row(*(field[row] for field in batch))
-        first = next((i for i, (learned, _) in enumerate(kinds) if learned), 0)
+        first = next((i for i, (trained_on, _) in enumerate(kinds) if trained_on), 0)
         start = 0 if first < tokens // 2 else first - tokens // 2
         ids, kinds = ids[start : start + tokens], kinds[start : start + tokens]
         begins = [i for i in range(len(ids)) if i == 0 or kinds[i] != kinds[i - 1]]
-        # Not piece by piece: some tokenizers leave out the space at the beginning of what they decode.
+        # Prefixes are decoded, not pieces: some tokenizers drop a space at the beginning of what they decode.
         texts = [decode(ids[:end], skip_special=False) for end in [*begins, len(ids)]]
         before = [("… ", False)] if start else []
         yield before + [(texts[n + 1][len(texts[n]) :], kinds[begin][0]) for n, begin in enumerate(begins)]
 
 
-def _row(tokens: Any, targets: Any, pos: Any, learned: Any) -> tuple[list[int], list[tuple[bool, int]]]:
-    """A row's documents, each with its last target, which is no input: ids, and whether each is learned, and in which
-    document."""
+def _row(tokens: Any, targets: Any, pos: Any, loss_mask: Any) -> tuple[list[int], list[tuple[bool, int]]]:
+    """Returns the ids of a row's documents, each with its last target (which is no input), and of each id whether it is
+    in the loss mask, and the number of its document."""
     ids, kinds = [], []
     begins = [*np.flatnonzero(pos == 0), int((pos >= 0).sum())]
     for number, (begin, end) in enumerate(pairwise(begins)):
         ids += [*tokens[begin:end].tolist(), int(targets[end - 1])]
-        # A document's first token is nobody's target; each other one is the target of its left neighbor.
-        kinds += [(flag, number) for flag in (False, *learned[begin:end].tolist())]
+        # A document's first token is no target; each other token is the target of its left neighbor.
+        kinds += [(flag, number) for flag in (False, *loss_mask[begin:end].tolist())]
     return ids, kinds

@@ -1,5 +1,6 @@
-"""The first state of a run and the weights beside it, each in its place: drawn, or read from a checkpoint."""
+"""The first training state, sharded: random weights, the weights of a checkpoint, or an adapter."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +11,84 @@ from jaxlm import loading
 from jaxlm.checkpoint import peft
 from jaxlm.nn import params
 from jaxlm.training import step
-from jaxlm.training.setup import Setup
+from jaxlm.training.setup import Setup, new_weights, period
 
 
 def init_state(setup: Setup) -> step.State:
-    """The first state, in its place: random weights, those of a checkpoint, or an adapter."""
+    """Returns the state before the first step."""
     run = setup.run
     if run.adapter is not None:
-        trained = _adapter(setup)
+        weights = _read_adapter(setup)
     elif run.method == "lora" or setup.checkpoint is None:
-        trained = setup.trained(jax.random.key(run.seed))
+        weights = init_weights(setup)
     else:
-        trained = read(setup)
-    tx = setup.tx()
-    where = None if setup.over is None else step.state_shardings(setup.state_shapes(), setup.over, setup.family.PARAMS)
-    return jax.jit(lambda w: step.init_state(tx, w), out_shardings=where, donate_argnums=0)(trained)
+        weights = _read_checkpoint(setup)
+    init = jax.jit(partial(step.init_state, setup.tx), out_shardings=_shardings(setup, setup.state), donate_argnums=0)
+    return init(weights)
+
+
+def init_weights(setup: Setup) -> Any:
+    """Returns what a run trains, with stacked layers, drawn from its seed: random weights, or a new adapter."""
+    draw = jax.jit(
+        partial(new_weights, setup.run, setup.family, setup.config),
+        out_shardings=_shardings(setup, setup.state.weights),
+    )
+    return draw(jax.random.key(setup.run.seed))
 
 
 def frozen_weights(setup: Setup) -> Any:
-    """The weights beside an adapter; None where all are trained."""
-    return read(setup) if setup.run.method == "lora" else None
+    """Returns the frozen base weights of an adapter, with stacked layers; None where all weights are trained."""
+    return _read_checkpoint(setup) if setup.run.method == "lora" else None
 
 
-def read(setup: Setup) -> Any:
-    """A checkpoint's weights, stacked: float32 where they are trained, else in the type of the run."""
-    run, over, checkpoint = setup.run, setup.over, setup.checkpoint
+def _shardings(setup: Setup, shapes: Any) -> Any:
+    """Returns the shardings of jax.ShapeDtypeStruct; None on one device."""
+    return None if setup.mesh is None else jax.tree.map(lambda a: a.sharding, shapes)
+
+
+def _read_checkpoint(setup: Setup) -> Any:
+    """Returns the weights of the checkpoint, with stacked layers: float32 if they are trained, else in the compute
+    dtype."""
+    run, checkpoint = setup.run, setup.checkpoint
     assert checkpoint is not None
 
-    def where(row: params.TensorSpec) -> Any:
-        return step.weight_sharding(row.letters, row.shape, over)
+    def sharding(row: params.TensorSpec) -> Any:
+        return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
     dtype = "float32" if run.method == "full" else run.dtype
-    weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, where, None)
-    return _stacked(weights, setup)
+    weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, sharding, None)
+    return _stack_in_place(weights, setup)
 
 
-def _stacked(weights: Any, setup: Setup) -> Any:
-    """Listed weights, stacked name by name; those listed are used up, so that there is never a second copy of all."""
+def _stack_in_place(weights: Any, setup: Setup) -> Any:
+    """Stacks listed layers, one weight name at a time. The list is consumed, so that no second copy of all weights
+    exists."""
+    apart = period(setup.config)
 
     def stack(tree: Any) -> Any:
-        return params.stack(tree, setup.period)
+        return params.stack(tree, apart)
 
     layers = weights.pop("layers")
-    rest = len(layers) % setup.period
-    found: dict[str, Any] = {"stacked": [{} for _ in range(setup.period)], "rest": [{} for _ in range(rest)]}
+    rest = len(layers) % apart
+    stacked: dict[str, Any] = {"stacked": [{} for _ in range(apart)], "rest": [{} for _ in range(rest)]}
     for name in tuple(layers[0]):
         column = {"layers": [{name: layer.pop(name)} for layer in layers]}
-        where = None
-        if setup.over is not None:
-            where = step.weight_shardings(jax.eval_shape(stack, column), setup.over, setup.family.PARAMS)
-        made = jax.jit(stack, out_shardings=where)(column)["layers"]
-        for whole, part in zip(found["stacked"] + found["rest"], made["stacked"] + made["rest"], strict=True):
-            whole |= part
-    return {**weights, "layers": found}
+        shardings = None
+        if setup.mesh is not None:
+            shardings = step.weight_shardings(jax.eval_shape(stack, column), setup.mesh, setup.family.PARAMS)
+        new = jax.jit(stack, out_shardings=shardings)(column)["layers"]
+        for layer, part in zip(stacked["stacked"] + stacked["rest"], new["stacked"] + new["rest"], strict=True):
+            layer |= part
+    return {**weights, "layers": stacked}
 
 
-def _adapter(setup: Setup) -> Any:
-    """The adapter that a run goes on from, stacked."""
-    run, table = setup.run, setup.family.PARAMS
-    found = peft.find(Path(str(run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
+def _read_adapter(setup: Setup) -> Any:
+    """Returns the adapter that training starts from, with stacked layers."""
+    table = setup.family.PARAMS
+    found = peft.find(Path(str(setup.run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
 
-    def where(row: params.TensorSpec) -> Any:
-        return step.weight_sharding(row.letters, row.shape, setup.over)
+    def sharding(row: params.TensorSpec) -> Any:
+        return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
-    tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), where)
-    return params.stack(tree, setup.period)
+    tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), sharding)
+    return params.stack(tree, period(setup.config))

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy from per-token log-probabilities, in float32, without ever forming the logits of a batch."""
+"""The loss: cross-entropy in float32, computed in chunks, so that the logits of a whole batch never exist."""
 
 from typing import Any, NamedTuple
 
@@ -9,8 +9,13 @@ from jaxlm.nn.chunked_logits import CHUNK, head_name, map_chunked_logits, target
 
 
 class Sums(NamedTuple):
-    """Of one batch, to be added to those of others: what is minimized, its cross-entropy part (nats), and the number of
-    tokens that count. Scalars, float32."""
+    """Sums over the loss mask of a batch; float32 scalars that add up over batches.
+
+    Attributes:
+        loss: What is minimized: cross-entropy and z-loss.
+        nats: Cross-entropy in nats.
+        tokens: Number of tokens.
+    """
 
     loss: jax.Array
     nats: jax.Array
@@ -20,32 +25,50 @@ class Sums(NamedTuple):
 def token_logprobs(
     family: Any, cfg: Any, weights: Any, x: jax.Array, targets: jax.Array, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states x [B,T,D], targets [B,T] int32 -> the log-probability of each target and the log of the softmax's
-    denominator, both [B,T] float32. See `map_chunked_logits`."""
+    """Returns the log-probability of each target, and the log of the softmax denominator.
 
-    def one(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Args:
+        family: The module of the architecture.
+        cfg: The model's Config.
+        weights: The weights; only the head is used.
+        x: Hidden states [B,T,D].
+        targets: Token ids [B,T] int32.
+        chunk: Tokens per chunk (see map_chunked_logits).
+
+    Returns:
+        Two arrays [B,T] float32.
+    """
+
+    def of_chunk(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_z = jax.nn.logsumexp(logits, axis=-1)
         return target_logits(logits, targets) - log_z, log_z
 
-    # In float32 because the chunks' gradients are added up in the type that enters the loop.
+    # In float32, because the gradients of the chunks are summed in the dtype that enters the loop.
     weights = jax.tree.map(_float32, {head_name(cfg): weights[head_name(cfg)]})
-    return map_chunked_logits(family, cfg, weights, x, targets, one, chunk)
+    return map_chunked_logits(family, cfg, weights, x, targets, of_chunk, chunk)
 
 
 def _float32(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # an adapter may hold a key
+    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # an adapter may hold a random key
 
 
 def loss(
-    family: Any, cfg: Any, weights: Any, batch: Any, *, z_loss: float = 0.0, chunk: int = CHUNK, **how: Any
+    family: Any, cfg: Any, weights: Any, batch: Any, *, z_loss: float = 0.0, chunk: int = CHUNK, **options: Any
 ) -> Sums:
-    """Sums over the learned tokens of a batch (tokens, targets, pos [B,T] int32, learned [B,T] bool).
+    """Returns the sums over the loss mask of a batch.
 
-    z_loss weighs the square of the softmax's log-denominator, which keeps logits from drifting (PaLM, arXiv:2204.02311,
-    section 5). `how` goes to `fold` (remat).
+    Args:
+        family: The module of the architecture.
+        cfg: The model's Config.
+        weights: The weights.
+        batch: tokens, targets, pos [B,T] int32 and loss_mask [B,T] bool (data.packing.Batch).
+        z_loss: Coefficient of the squared log of the softmax denominator, which keeps logits from drifting (PaLM,
+            arXiv:2204.02311, section 5).
+        chunk: Tokens per chunk of logits.
+        options: Options of scan_layers (remat).
     """
-    x, _ = family.forward(cfg, batch.tokens, weights, None, batch.pos, **how)
+    x, _ = family.forward(cfg, batch.tokens, weights, None, batch.pos, **options)
     logprobs, log_z = token_logprobs(family, cfg, weights, x, batch.targets, chunk)
-    counts = batch.loss_mask.astype(jnp.float32)
-    nats = -jnp.sum(logprobs * counts)
-    return Sums(nats + z_loss * jnp.sum(jnp.square(log_z) * counts), nats, jnp.sum(counts))
+    mask = batch.loss_mask.astype(jnp.float32)
+    nats = -jnp.sum(logprobs * mask)
+    return Sums(nats + z_loss * jnp.sum(jnp.square(log_z) * mask), nats, jnp.sum(mask))

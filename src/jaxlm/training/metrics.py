@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, in its folder and elsewhere: lines, a curve, and the services that take them."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the plot of the loss."""
 
 import importlib
 import json
@@ -12,17 +12,27 @@ from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 
 Line = dict[str, Any]
+RENAMED_METRICS = {"rate": "learning_rate", "gradient": "grad_norm"}  # names in metrics.jsonl of earlier versions
 
 
-class Lines:
-    """metrics.jsonl: one JSON object a line. What a run wrote past the step it goes on from is taken away first, and
-    what it found when it looked at that step's weights: it looks again. ValueError for a line that is none."""
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line.
 
-    def __init__(self, path: Path, begin: int):
+    A resumed run first removes the lines after the step it resumes from, and the evaluation at that step, which it
+    repeats.
+
+    Attributes:
+        path: The file.
+        kept: The lines that were in it and stay.
+    """
+
+    def __init__(self, path: Path, first: int):
+        """Opens the file of a run that starts after step `first`. Raises ValueError for a line that is no JSON object
+        with a step."""
         self.path = path
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        found = _parsed(path, [row for row in rows if row.endswith(b"\n")])  # that were written to their end
-        self.kept = [line for line in found if line["step"] < begin or (line["step"] == begin and "loss" in line)]
+        lines = _parse(path, [row for row in rows if row.endswith(b"\n")])  # a line without an end was cut off
+        self.kept = [line for line in lines if line["step"] < first or (line["step"] == first and "loss" in line)]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, line: Line) -> None:
@@ -31,21 +41,23 @@ class Lines:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl. ValueError with the first that is none."""
-    return _parsed(path, path.read_bytes().splitlines())
+    """Returns the lines of a metrics.jsonl. Raises ValueError for a line that is no JSON object with a step."""
+    return _parse(path, path.read_bytes().splitlines())
 
 
-def _parsed(path: Path, rows: list[bytes]) -> list[Line]:
-    found = []
+def _parse(path: Path, rows: list[bytes]) -> list[Line]:
+    lines = []
     for number, row in enumerate(rows, 1):
         with explain_errors(f"{path}:{number} is damaged", "delete the line", (ValueError, TypeError, LookupError)):
-            found.append(json.loads(row))
-            found[-1]["step"]
-    return found
+            line = json.loads(row)
+            line["step"]
+        lines.append({RENAMED_METRICS.get(name, name): value for name, value in line.items()})
+    return lines
 
 
 class TensorBoard:
-    """The numbers of each line as events, in the run's folder; what an earlier run told of later steps is not shown."""
+    """Writes each line as TensorBoard events in the run's folder. Events of an interrupted run after step `first` are
+    hidden."""
 
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter
@@ -64,8 +76,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same for Weights & Biases, under the folder's name; goes on with a run that was resumed, whose id the folder
-    holds."""
+    """Sends each line to Weights & Biases, under the name of the run's folder. The folder keeps the id of the run, so
+    that a resumed run continues it."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]
@@ -88,21 +100,20 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def require(names: tuple[str, ...]) -> None:
-    """ValueError where the package of a service is missing."""
+    """Raises ValueError if the package of a reporting service is not installed."""
     for name in names:
         with explain_missing_package(f"--report {name}", f"jaxlm[{name}]", PACKAGES[name]):
             importlib.import_module(PACKAGES[name])
 
 
 def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first: int = 0) -> list[Any]:
-    """What --report names, from step `first` on."""
-    made = {"tensorboard": lambda: TensorBoard(folder, first), "wandb": lambda: Wandb(folder, config)}
-    return [made[name]() for name in names]
+    """Returns the reporting services of --report, for a run that starts after step `first`."""
+    open_service = {"tensorboard": lambda: TensorBoard(folder, first), "wandb": lambda: Wandb(folder, config)}
+    return [open_service[name]() for name in names]
 
 
-def draw(lines: list[Line], path: Path, title: str) -> bool:
-    """The curve of the loss as a PNG: each step that was told, the mean of its neighbors, and the validation loss.
-    False where there is no matplotlib."""
+def plot_loss(lines: list[Line], path: Path, title: str) -> bool:
+    """Plots training loss, its moving average and validation loss as a PNG. Returns False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -111,18 +122,21 @@ def draw(lines: list[Line], path: Path, title: str) -> bool:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if len(losses) > 20:
+        average = moving_average(losses, max(2, len(losses) // 50))
         axes.plot(steps, losses, linewidth=0.6, alpha=0.4, color="C0")
-        axes.plot(steps, smoothed(losses, max(2, len(losses) // 50)), color="C0", label="training (mean of neighbors)")
+        axes.plot(steps, average, color="C0", label="training (moving average)")
     else:
         axes.plot(steps, losses, color="C0", marker="o", markersize=3, label="training")
-    at, valid = _column(lines, "valid_loss")
+    valid_steps, valid = _column(lines, "valid_loss")
     if len(valid):
-        axes.plot(at, valid, marker="o", markersize=3, color="C1", label=f"validation, {valid[-1]:.3f} at the end")
-    shown = losses[len(losses) // 50 :]  # the first steps, from a random start, would set the scale
+        axes.plot(
+            valid_steps, valid, marker="o", markersize=3, color="C1", label=f"validation, {valid[-1]:.3f} at the end"
+        )
+    shown = losses[len(losses) // 50 :]  # the first steps of random weights would set the scale
     if len(shown) > 1:
         low, high = min([*shown, *valid]), max(shown)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -130,13 +144,15 @@ def draw(lines: list[Line], path: Path, title: str) -> bool:
 
 
 def _column(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    steps, values = zip(*found) if found else ((), ())
+    """Returns the steps and the values of a metric."""
+    pairs = [(line["step"], line[name]) for line in lines if name in line]
+    steps, values = zip(*pairs) if pairs else ((), ())
     return np.array(steps), np.array(values)
 
 
-def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean of each value and up to `reach` on either side of it, as many on both: it does not lag behind."""
+def moving_average(values: np.ndarray, reach: int) -> np.ndarray:
+    """Returns the mean of each value and of up to `reach` neighbors on each side, the same number on both, so that it
+    does not lag."""
     sums, n = np.concatenate([[0.0], np.cumsum(values)]), len(values)
     at = np.arange(n)
     near = np.minimum(reach, np.minimum(at, n - 1 - at))

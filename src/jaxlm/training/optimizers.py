@@ -1,4 +1,5 @@
-"""Optimizers and schedules, from optax; which weights decay and which are matrices follows from their letters."""
+"""Optimizers and learning rate schedules, from optax. Which weights decay, and which are matrices, follows from their
+letters."""
 
 from typing import Any
 
@@ -11,7 +12,10 @@ from jaxlm.training.config import Optimizer
 
 
 def schedule(of: Optimizer, steps: int) -> optax.Schedule:
-    """Step -> learning rate. ValueError for a wsd whose warm-up and decay take more than all steps."""
+    """Returns the learning rate schedule: step to learning rate.
+
+    Raises ValueError for a wsd schedule whose warmup and decay together exceed the number of steps.
+    """
     warm = min(steps, round(of.warmup * steps) if of.warmup < 1 else round(of.warmup))
     rest, end = max(steps - warm, 1), of.lr * of.final
     if of.schedule == "cosine":
@@ -20,12 +24,12 @@ def schedule(of: Optimizer, steps: int) -> optax.Schedule:
         after = optax.linear_schedule(of.lr, end, rest)
     elif of.schedule == "wsd":
         down = max(1, round(of.decay * steps))
-        if of.warmup < 1 and of.warmup + of.decay <= 1:  # two roundings up
+        if of.warmup < 1 and of.warmup + of.decay <= 1:  # both were rounded up
             down = min(down, rest)
         if down > rest:
             raise ValueError(
-                f"optimizer: wsd's warm-up ({warm} steps) and decay ({down}) leave nothing of {steps} steps between "
-                "them: lower optimizer.warmup or optimizer.decay"
+                f"the wsd schedule has {warm} steps of warmup and {down} of decay, but the run has {steps} steps: "
+                "lower optimizer.warmup or optimizer.decay"
             )
         after = optax.join_schedules(
             [optax.constant_schedule(of.lr), optax.linear_schedule(of.lr, end, down)], [rest - down]
@@ -36,30 +40,37 @@ def schedule(of: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(of: Optimizer, steps: int, letters: Any) -> optax.GradientTransformation:
-    """The optimizer of a run. letters: a tree like the weights that holds each one's letters (params.letters)."""
-    rate = schedule(of, steps)
+    """Returns the optimizer of a run: gradient clipping, then the update with weight decay and the learning rate.
+
+    Args:
+        of: The options.
+        steps: Number of steps of the run.
+        letters: The letters of each weight, in a tree like the weights (params.letters).
+    """
+    learning_rate = schedule(of, steps)
     decays = decaying(letters)
     common: dict[str, Any] = {"weight_decay": of.weight_decay, "mask": decays}
     if of.name == "adamw":
-        tx = optax.adamw(rate, of.b1, of.b2, of.eps, **common)
+        tx = optax.adamw(learning_rate, of.b1, of.b2, of.eps, **common)
     elif of.name == "lion":
-        tx = optax.lion(rate, of.b1, of.b2, **common)
+        tx = optax.lion(learning_rate, of.b1, of.b2, **common)
     elif of.name == "adafactor":
-        # Its own decay would not follow the rate: 0.1 would take a tenth off each weight at each step.
+        # optax.adafactor's own decay is not scaled by the learning rate: 0.1 would shrink weights by 10% per step.
         decay = optax.add_decayed_weights(-of.weight_decay, decays)
-        tx = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(rate))
+        tx = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(learning_rate))
     else:
-        tx = _muon(of, rate, letters, decays)
+        tx = _muon(of, learning_rate, letters, decays)
     return optax.chain(optax.clip_by_global_norm(of.clip), tx) if of.clip else tx
 
 
 def decaying(letters: Any) -> Any:
-    """Which weights decay: all but norms."""
+    """Returns which weights decay: all but norms."""
     return jax.tree.map(lambda name: name.lstrip("L") not in params.NORMS, letters)
 
 
-def _muon(of: Optimizer, rate: optax.Schedule, letters: Any, decays: Any) -> optax.GradientTransformation:
-    """Muon on the matrices of layers, whose axes are joined as their product sees them; a leading L is a batch."""
+def _muon(of: Optimizer, learning_rate: optax.Schedule, letters: Any, decays: Any) -> optax.GradientTransformation:
+    """Returns Muon for the matrices of layers and adam for the rest. Axes are merged into input and output axes of the
+    matrix product; the axis L of stacked layers is a batch axis."""
 
     def axes(name: str) -> MuonDimensionNumbers | None:
         plain = name.lstrip("L")
@@ -70,11 +81,12 @@ def _muon(of: Optimizer, rate: optax.Schedule, letters: Any, decays: Any) -> opt
 
     numbers = jax.tree.map(axes, letters)
     return muon(
-        rate,
+        learning_rate,
         weight_decay=of.weight_decay,
         weight_decay_mask=decays,
         adam_b1=of.b1,
         adam_b2=of.b2,
-        muon_weight_dimension_numbers=lambda _: numbers,
-        consistent_rms=0.2,  # its updates are as large as adamw's, so that one rate serves both (arXiv:2502.16982)
+        # optax.tree_utils.tree_map_params calls init with a placeholder for the tree of weights.
+        muon_weight_dimension_numbers=lambda tree: numbers if isinstance(tree, dict) else MuonDimensionNumbers(),
+        consistent_rms=0.2,  # updates of adamw's size, so that one learning rate serves both (arXiv:2502.16982)
     )

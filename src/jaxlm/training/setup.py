@@ -1,17 +1,23 @@
-"""From a `Run` to what its loop needs: the model's functions, its data and its optimizer, all checked.
+"""From a `Run` to what the training loop needs, in stages that run once each.
 
-Nothing that is large is made before all that a user can get wrong has been checked, and `shapes` alone tells what a run
-takes.
+    resolve      the run with its defaults filled in; family, config, tokenizer; no weight is read
+    mesh         the devices
+    data         the data loaders of training and validation, and with them the number of steps
+    optimizer    the optax transformation
+    state        shapes, dtypes and shardings of the training state
+
+Everything that a user can get wrong is checked here, before a large array is allocated.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 
 from jaxlm import loading, models
 from jaxlm.checkpoint import hf, peft, writer
@@ -25,15 +31,29 @@ from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimizers, step
 from jaxlm.training.config import Run, to_dict
 
-LENGTH, STEPS = 1024, 1000  # where a run says nothing
-# What a new model's generation_config.json says: small ones repeat themselves where the likeliest token is taken.
+LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
+# generation_config.json of a new model: small models repeat themselves under greedy decoding.
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 Progress = Callable[[int, int], None]  # documents, tokens
 
 
 class Setup(NamedTuple):
-    """A run before its first step. run: with its steps resolved; raw: the contents of config.json; checkpoint: where
-    the model came from, None where it begins with random weights; over: the mesh, None for one device."""
+    """A run that is ready for its first step.
+
+    Attributes:
+        run: The run, with its defaults resolved.
+        family: The module of the architecture.
+        config: The model's Config.
+        raw: The contents of config.json.
+        tokenizer: The tokenizer.
+        generation_config: The contents of generation_config.json.
+        checkpoint: The checkpoint that training starts from; None for random weights.
+        mesh: The mesh; None on one device.
+        data: The data loader.
+        valid: The data loader of the validation data; None without any.
+        tx: The optax optimizer.
+        state: The training state as jax.ShapeDtypeStruct with shardings.
+    """
 
     run: Run
     family: Any
@@ -42,114 +62,162 @@ class Setup(NamedTuple):
     tokenizer: Tokenizer
     generation_config: dict[str, Any]
     checkpoint: hf.Checkpoint | None
+    mesh: Any
     data: Any
     valid: Any
-    over: Any
-
-    @property
-    def period(self) -> int:
-        """How many unlike layers there are."""
-        return len(params.period(self.config.windows))
+    tx: optax.GradientTransformation
+    state: step.State
 
     def model(self, weights: Any) -> Model:
-        """These weights, their layers listed, as a model."""
+        """Returns a model with these weights, whose layers are a list."""
         more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
         return Model(self.family, self.config, weights, self.tokenizer, self.generation_config, **more)
 
-    def tx(self) -> Any:
-        """The optimizer."""
-        letters = params.letters(self.family.PARAMS, self.trained(jax.random.key(0), shapes=True))
-        return optimizers.make_optimizer(self.run.optimizer, self.run.steps, letters)
 
-    def trained(self, key: jax.Array, shapes: bool = False) -> Any:
-        """What is trained, stacked, before the first step: random weights or an adapter; a checkpoint's weights are
-        read by `begin`. Or their shapes alone."""
-        table = self.family.PARAMS
+class _Resolved(NamedTuple):
+    """The model of a run before a weight is read; fields as in Setup."""
 
-        def made(key: jax.Array) -> Any:
-            if self.run.method == "lora":
-                return params.stack(self.adapter(key), self.period)
-            return params.stack(params.init(table, self.config, key, self.family.NORM_IDENTITY), self.period)
-
-        if shapes:
-            return jax.eval_shape(made, key)
-        where = None if self.over is None else step.weight_shardings(jax.eval_shape(made, key), self.over, table)
-        return jax.jit(made, out_shardings=where)(key)
-
-    def adapter(self, key: jax.Array) -> Any:
-        """A new adapter, its layers listed."""
-        of, cfg = self.run.lora, self.config
-        rows = lora.targets(self.family.PARAMS, cfg, of.targets or ("all-linear",))
-        return lora.init(rows, cfg.L, of.rank, _scale(self.run), key)
-
-    def state_shapes(self) -> step.State:
-        """The state as jax.ShapeDtypeStruct."""
-        tx = self.tx()
-        return jax.eval_shape(lambda w: step.init_state(tx, w), self.trained(jax.random.key(0), shapes=True))
-
-    def state_like(self) -> step.State:
-        """The same, each array with its place: what a checkpoint is restored into."""
-        shapes = self.state_shapes()
-        if self.over is None:
-            places = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
-        else:
-            places = step.state_shardings(shapes, self.over, self.family.PARAMS)
-        return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places)
-
-    def frozen_shapes(self) -> Any:
-        """The weights beside an adapter, None where all are trained."""
-        if self.run.method == "full":
-            return None
-        weights = params.shapes(self.family.PARAMS, self.config, jnp.dtype(self.run.dtype))
-        return jax.eval_shape(lambda w: params.stack(w, self.period), weights)
+    family: Any
+    config: Any
+    raw: dict[str, Any]
+    tokenizer: Tokenizer
+    generation_config: dict[str, Any]
+    checkpoint: hf.Checkpoint | None
 
 
 def set_up(run: Run, progress: Progress | None = None) -> Setup:
-    """Checks and prepares all but the weights. Raises ValueError or OSError with what is wrong and the way out."""
-    run.check()
-    paths = {name: getattr(run, name) for name in ("out", "shape", "tokenizer", "adapter")}
-    run = replace(run, **{name: path and Path(path).expanduser() for name, path in paths.items()})
-    family, cfg, raw, tokenizer, generation_config, checkpoint = _described(run)
-    dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    run = replace(run, length=run.length or min(LENGTH, cfg.context), dtype=dtype)
-    if run.method == "lora":
-        _check_adapter(run, family, cfg)
-    distributed.run_on_coordinator(lambda: metrics.require(run.report))
-    _room_at_the_end(run, checkpoint)
-    over = _mesh(run, cfg)
-    if over is not None and run.batch // run.accumulate % over.shape[mesh.DATA]:
-        raise ValueError(
-            f"a part of {run.batch // run.accumulate} rows (batch / accumulate) cannot be shared by "
-            f"{over.shape[mesh.DATA]} devices on {mesh.DATA}: make the batch a multiple, or the mesh smaller"
-        )
-    data, valid = (_batches(run, tokenizer, over, part, progress) for part in ("train", "validation"))
-    steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
-    optimizers.schedule(run.optimizer, steps)
-    run = replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
+    """Checks and prepares everything but the weights.
+
+    Args:
+        run: The run.
+        progress: Called with the number of documents and tokens so far while data are tokenized.
+
+    Raises:
+        ValueError: The run is inconsistent, or its data cannot be used.
+        OSError: A file cannot be read, or the output folder cannot be written.
+    """
+    run, model = _resolve(run)
+    device_mesh = _make_mesh(run, model.config)
+    data, valid = (
+        _make_loader(run, model.tokenizer, device_mesh, split, progress) for split in ("train", "validation")
+    )
+    run = _resolve_steps(run, data)
     if distributed.is_multiprocess():
         distributed.assert_equal("the run", to_dict(run), json.dumps(to_dict(run)))
-    setup = Setup(run, family, cfg, raw, tokenizer, generation_config, checkpoint, data, valid, over)
-    model = setup.model({})  # prompts need none of its weights
-    for prompt in run.samples:
-        resolve_max_tokens(model, to_ids(model, prompt, {}), None)
+    weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
+    tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
+    state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
+    setup = Setup(run, *model, device_mesh, data, valid, tx, state)
+    _check_samples(setup)
     return setup
 
 
+def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
+    """Returns what a new run trains, with stacked layers: random weights, or a new adapter. Pure."""
+    if run.method == "lora":
+        rows = lora.targets(family.PARAMS, cfg, run.lora.targets or ("all-linear",))
+        weights = lora.init(rows, cfg.L, run.lora.rank, _scale(run), key)
+    else:
+        weights = params.init(family.PARAMS, cfg, key, family.NORM_IDENTITY)
+    return params.stack(weights, period(cfg))
+
+
+def period(cfg: Any) -> int:
+    """Returns how many layers stacking keeps apart: the period of the layers' kinds (Gemma 3: 6)."""
+    return len(params.period(cfg.windows))
+
+
+def _abstract_state(tx: optax.GradientTransformation, weights: Any, over: Any, table: Any) -> step.State:
+    """Returns the training state as jax.ShapeDtypeStruct, each with its sharding. weights: their shapes."""
+    shapes = jax.eval_shape(partial(step.init_state, tx), weights)
+    if over is None:
+        shardings = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    else:
+        shardings = step.state_shardings(tx, shapes, over, table)
+    return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, shardings)
+
+
+def _resolve(run: Run) -> tuple[Run, _Resolved]:
+    """Returns the run with its defaults but the number of steps, and its model; checks what needs no data."""
+    run.check()
+    paths = {name: getattr(run, name) for name in ("out", "shape", "tokenizer", "adapter")}
+    run = replace(run, **{name: path and Path(path).expanduser() for name, path in paths.items()})
+    model = _of_checkpoint(run) if run.model is not None else _of_shape(run)
+    if model.tokenizer.vocab_size > model.config.V:
+        raise ValueError(
+            f"the tokenizer has {model.tokenizer.vocab_size} tokens, but vocab_size of {run.shape or run.model} is "
+            f"{model.config.V}: choose another tokenizer (--tokenizer) or a larger vocab_size"
+        )
+    if run.length > model.config.context:
+        raise ValueError(f"length is {run.length} tokens, but the context length of the model is "
+                         f"{model.config.context}: choose a shorter length")  # fmt: skip
+    dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    run = replace(run, length=run.length or min(LENGTH, model.config.context), dtype=dtype)
+    if run.method == "lora":
+        _check_adapter(run, model.family, model.config)
+    distributed.run_on_coordinator(lambda: metrics.require(run.report))
+    _check_outputs(run, model.checkpoint)
+    return run, model
+
+
+def _of_checkpoint(run: Run) -> _Resolved:
+    found = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer))
+    if found.checkpoint.adapter is not None:
+        raise ValueError(f"{run.model} is an adapter: name its base model (--model) and the adapter (--adapter), "
+                         "or merge them first (jaxlm fuse)")  # fmt: skip
+    tokenizer = _require_tokenizer(found.tokenizer, run)
+    return _Resolved(
+        found.family, found.config, found.checkpoint.config, tokenizer, found.generation_config, found.checkpoint
+    )
+
+
+def _of_shape(run: Run) -> _Resolved:
+    raw = _read_shape(Path(str(run.shape)))
+    family = models.family_of(raw.get("model_type"))
+    config = family.Config.from_hf(raw)
+    tokenizer = _require_tokenizer(Tokenizer.load(run.tokenizer) if run.tokenizer else None, run)
+    ids = _special_ids(tokenizer)
+    return _Resolved(family, config, {**raw, **ids}, tokenizer, {**SAMPLING, **ids}, None)
+
+
+def _require_tokenizer(tokenizer: Tokenizer | None, run: Run) -> Tokenizer:
+    if tokenizer is None:
+        where = run.tokenizer or run.model or "a new model"
+        raise ValueError(f"{where} has no tokenizer: name a folder that has one (--tokenizer), or train one "
+                         "(jaxlm tokenizer train)")  # fmt: skip
+    return tokenizer
+
+
+def _read_shape(path: Path) -> dict[str, Any]:
+    """Returns the contents of a config.json, named itself or by its folder."""
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: --shape takes the config.json of a model")
+    return hf.read_json(path)
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns BOS and EOS of config.json. A new model has its tokenizer's, wherever its shape was copied from."""
+    ends = sorted(tokenizer.eos_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
 def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
-    """ValueError for targets that are none, and for an adapter to go on from that is another than the run's."""
+    """Raises ValueError for unknown targets, and for an adapter that does not match the run's LoRA options."""
     rows = lora.targets(family.PARAMS, cfg, run.lora.targets or ("all-linear",))
     if run.lora.dropout and any(row.path == "head" for row in rows):
-        raise ValueError("lora.dropout does not go with the target head, whose logits are computed in parts: leave one")
+        raise ValueError("lora.dropout cannot be combined with the target head, whose logits are computed in chunks: "
+                         "leave out one of them")  # fmt: skip
     if run.adapter is None:
         return
     found = peft.find(run.adapter, family.PARAMS, cfg, family.IGNORED_PREFIXES)
     if found.ignored:
-        raise ValueError(f"{run.adapter} also adapts the half of the model that sees, which is not read yet")
-    theirs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in found.pairs}
-    if theirs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
+        raise ValueError(f"{run.adapter} also adapts the vision tower, which is not supported: train another adapter")
+    pairs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in found.pairs}
+    if pairs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
         raise ValueError(
-            f"{run.adapter} has another rank, alpha or targets than this run: give its own (--lora.rank, --lora.alpha, "
-            "--lora.rslora, --lora.targets)"
+            f"{run.adapter} has another rank, alpha or targets than this run: use the adapter's values (--lora.rank, "
+            "--lora.alpha, --lora.rslora, --lora.targets)"
         )
 
 
@@ -157,104 +225,85 @@ def _scale(run: Run) -> float:
     return lora.scale(run.lora.alpha, run.lora.rank, run.lora.rslora)
 
 
-def _room_at_the_end(run: Run, checkpoint: hf.Checkpoint | None) -> None:
-    """FileExistsError where what the run makes could not take its place hours later."""
+def _check_outputs(run: Run, checkpoint: hf.Checkpoint | None) -> None:
+    """Raises FileExistsError if the result could not be written at the end."""
     if run.out.exists() and not run.out.is_dir():
-        raise FileExistsError(f"{run.out} is a file: choose the name of a folder (--out)")
+        raise FileExistsError(f"{run.out} is a file: choose a folder (--out)")
     if run.method == "lora":
         writer.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
     else:
         writer.check_target((run.out / "model").resolve(), sources(checkpoint), True)
 
 
-def _described(run: Run) -> tuple[Any, ...]:
-    """Family, config, config.json, tokenizer, generation_config and checkpoint, before a weight is read."""
-    if run.model is not None:
-        found = loading.resolve(ModelSource(run.model, tokenizer=run.tokenizer))
-        raw, tokenizer, checkpoint = found.checkpoint.config, found.tokenizer, found.checkpoint
-        family, cfg, generation_config = found.family, found.config, found.generation_config
-        if checkpoint.adapter is not None:
-            raise ValueError(f"{run.model} is an adapter: give its base as --model and it as --adapter, or fuse them")
-    else:
-        raw, checkpoint = _shape(Path(str(run.shape))), None
-        family = models.family_of(raw.get("model_type"))
-        cfg = family.Config.from_hf(raw)
-        tokenizer = Tokenizer.load(run.tokenizer) if run.tokenizer else None
-        ids = _ids(tokenizer) if tokenizer else {}
-        raw, generation_config = {**raw, **ids}, {**SAMPLING, **ids}
-    if tokenizer is None:
-        where = run.tokenizer or run.model or "a new model"
-        raise ValueError(f"{where}: there is no tokenizer: name its folder (--tokenizer), or make one from the texts "
-                         "(jaxlm tokenizer train)")  # fmt: skip
-    if tokenizer.vocab_size > cfg.V:
-        where = run.shape or run.model
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {where} room for {cfg.V} (vocab_size)")
-    if run.length > cfg.context:
-        raise ValueError(f"rows of {run.length} tokens (length), but the model is made for {cfg.context}")
-    return family, cfg, raw, tokenizer, generation_config, checkpoint
+def _check_samples(setup: Setup) -> None:
+    """Raises ValueError for a sample prompt that is empty or longer than the context."""
+    model = setup.model({})  # prompts need no weights
+    for prompt in setup.run.samples:
+        resolve_max_tokens(model, to_ids(model, prompt, {}), None)
 
 
-def _shape(path: Path) -> dict[str, Any]:
-    """The contents of a config.json, or of a folder's."""
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"{path} (--shape) is not there: it should be the config.json of a model")
-    return hf.read_json(path)
-
-
-def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Which tokens begin and end a text: a new model's are its tokenizer's, whatever its shape was copied from."""
-    ends = sorted(tokenizer.eos_ids)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
-def _mesh(run: Run, cfg: Any) -> Any:
-    """The mesh of a run: by default all devices on `data`."""
-    count = jax.device_count() if jax.config.values["jax_default_device"] is None else 1
+def _make_mesh(run: Run, cfg: Any) -> Any:
+    """Returns the mesh, by default all devices on `data`; None for one device."""
+    one = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    count = jax.device_count() if one is None else 1
     over = topology.make(run.mesh or {mesh.DATA: count}, cfg.K) if run.mesh or count > 1 else None
-    return None if over is None or over.size == 1 else over
+    if over is None or over.size == 1:
+        return None
+    if run.batch // run.accumulate % over.shape[mesh.DATA]:
+        raise ValueError(
+            f"batch / accumulate is {run.batch // run.accumulate} rows, which {over.shape[mesh.DATA]} devices on "
+            f"{mesh.DATA} cannot share equally: choose a multiple, or a smaller mesh"
+        )
+    return over
 
 
-def _batches(run: Run, tokenizer: Any, over: Any, part: str, progress: Progress | None) -> Any:
-    """The batches of some sources. One process tokenises, the others find its corpus in the cache."""
+def _make_loader(run: Run, tokenizer: Any, over: Any, split: str, progress: Progress | None) -> Any:
+    """Returns the data loader of a split, None without data. The coordinator tokenizes; the other processes find the
+    corpus in the cache."""
     from jaxlm.data.corpus import prepare
     from jaxlm.data.documents import TextOptions
     from jaxlm.data.packing import DataLoader
 
     data = run.data
-    names = (*data.train, *filter(None, [data.dataset])) if part == "train" else data.valid
+    names = (*data.train, *filter(None, [data.dataset])) if split == "train" else data.valid
     if not names:
         return None
-    fields = {
-        name: getattr(data, name) for name in ("format", "train_on", "text_field", "prompt_field", "completion_field")
-    }
-    options = TextOptions(**fields, template_args=dict(map(_variable, data.template_arg)))
-    where = {"split": part, "config": data.config, "revision": data.revision}
-
-    def prepared() -> Any:
-        return prepare(names, tokenizer, options, **where, on_bad=data.on_bad, progress=progress)
-
+    fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
+    options = TextOptions(
+        **{name: getattr(data, name) for name in fields},
+        template_args=dict(map(_template_variable, data.template_arg)),
+    )
+    prepared = partial(
+        prepare, names, tokenizer, options, split=split, config=data.config, revision=data.revision, on_bad=data.on_bad,
+        progress=progress,
+    )  # fmt: skip
     corpus = prepared() if distributed.is_coordinator() else None
     distributed.gather("prepared")
-    more = {"share": rows_here(run.batch, over), "long": data.long}
-    return DataLoader(corpus or prepared(), run.batch, run.length, run.seed, data.packing, **more)
+    share = local_rows(run.batch, over)
+    return DataLoader(corpus or prepared(), run.batch, run.length, run.seed, data.packing, share=share, long=data.long)
 
 
-def _variable(text: str) -> tuple[str, Any]:
-    """NAME=VALUE of a template's variable."""
+def _template_variable(text: str) -> tuple[str, Any]:
+    """Parses NAME=VALUE, whose value is JSON or else a string."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"data.template_arg {text!r}: write NAME=VALUE")
+        raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
 
 
-def rows_here(B: int, over: Any) -> slice:
-    """Which rows of a batch this process makes: those that its devices hold, and what lies between them."""
+def _resolve_steps(run: Run, data: Any) -> Run:
+    """Returns the run with its number of steps in place of epochs. Metrics are logged ten times at least."""
+    steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
+    return replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
+
+
+def local_rows(B: int, over: Any) -> slice:
+    """Returns the rows of a batch that this process's devices hold, with any rows between them."""
     if over is None:
         return slice(0, B)
-    where = mesh.sharding("BT", (B, 1), over)
-    found = [index[0].indices(B) for index in where.addressable_devices_indices_map((B, 1)).values() if index]
-    return slice(min(begin for begin, _, _ in found), max(end for _, end, _ in found))
+    sharding = mesh.sharding("BT", (B, 1), over)
+    spans = [index[0].indices(B) for index in sharding.addressable_devices_indices_map((B, 1)).values() if index]
+    return slice(min(begin for begin, _, _ in spans), max(end for _, end, _ in spans))

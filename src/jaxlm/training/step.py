@@ -1,4 +1,8 @@
-"""One training step: a pure function of the state and a batch, the same on one device and on any mesh."""
+"""One training step: a pure function of the state and a batch, the same on one device and on any mesh.
+
+Gradient accumulation, gradient clipping (in the optimizer), mixed precision, activation checkpointing and FSDP all
+happen here.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +16,8 @@ from jaxlm.devices import mesh
 from jaxlm.nn import lora, params
 from jaxlm.training.loss import Sums, loss
 
-# What the backward pass keeps of the forward one (a policy of `fold`); the rest is computed again. Under none of them
-# does it keep gathered weights (ops/products.py) or blocks of scores (ops/attention.py).
+# Activation checkpointing: what the backward pass keeps of the forward pass (a policy of nn.scan_layers). The rest is
+# recomputed. No policy keeps gathered weights (nn/linear.py) or blocks of attention scores (nn/attention.py).
 REMAT: dict[str, Any] = {
     "none": None,
     "full": True,
@@ -22,24 +26,35 @@ REMAT: dict[str, Any] = {
 
 
 class State(NamedTuple):
-    """What training carries from step to step. What is trained (all weights, or an adapter) is float32 whatever is
-    computed in."""
+    """The training state. The field names are the keys of a checkpoint.
+
+    Attributes:
+        weights: What is trained (all weights, or an adapter), float32 whatever the compute dtype.
+        opt_state: The state of the optax optimizer.
+        step: [] int32, the number of steps taken.
+    """
 
     weights: Any
-    opt_state: Any  # optax's state
-    step: jax.Array  # [] int32: how many have been taken
+    opt_state: Any
+    step: jax.Array
 
 
 class Metrics(NamedTuple):
-    """Of one step, scalars in float32: nats a learned token, the gradient's norm before clipping, learned tokens."""
+    """Metrics of one step, float32 scalars.
+
+    Attributes:
+        loss: Cross-entropy in nats per token that counts in the loss.
+        grad_norm: Global norm of the gradient before clipping.
+        tokens: Number of tokens that count in the loss.
+    """
 
     loss: jax.Array
-    gradient: jax.Array
+    grad_norm: jax.Array
     tokens: jax.Array
 
 
 def init_state(tx: optax.GradientTransformation, weights: Any) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return State(weights, tx.init(weights), jnp.zeros((), jnp.int32))
 
 
@@ -55,13 +70,19 @@ def make_step(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """The step of a run: (state, batch, frozen) -> (state, metrics). frozen: None, or the weights to which the state's
-    are an adapter; they get no gradient.
+    """Returns the training step: (state, batch, frozen) to (state, metrics).
 
-    accumulate: into how many parts a batch is cut, one after the other; the gradient is that of the whole. dtype: of
-    products and activations; weights are cast to it for each use and their gradients come back in float32. dropout: of
-    what adapters see, drawn from (seed, step). A step whose loss is not finite leaves weights and optimizer as they
-    were.
+    frozen is None, or the base weights of the adapter in the state. They get no gradient. A step whose loss or gradient
+    norm is NaN or Inf leaves weights and optimizer state unchanged.
+
+    Args:
+        accumulate: Gradient accumulation: number of parts of a batch, computed one after the other. The gradient is
+            that of the whole batch.
+        dtype: Compute dtype. Weights are cast to it for each use; gradients come back in float32.
+        remat: Activation checkpointing, a key of REMAT.
+        z_loss: z-loss coefficient.
+        dropout: Dropout rate of the adapters' inputs, drawn from (seed, step).
+        seed: Seed of dropout.
     """
     sum_of = partial(loss, family, cfg, z_loss=z_loss, remat=REMAT[remat])
 
@@ -72,32 +93,32 @@ def make_step(
             return sums.loss, sums
 
         letters = params.letters(family.PARAMS, state.weights)
-        parts = jax.tree.map(partial(_parts, accumulate), batch)
+        parts = jax.tree.map(partial(_split_batch, accumulate), batch)
         gradient, sums = _gradient(total, state.weights, letters, parts)
         count = jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         metrics = Metrics(sums.nats / count, optax.tree.norm(gradient), sums.tokens)
         updates, opt_state = tx.update(gradient, state.opt_state, state.weights)
         new = State(optax.apply_updates(state.weights, updates), opt_state, state.step + 1)
-        all_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient)
+        all_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         return jax.tree.map(lambda a, b: jnp.where(all_finite, a, b), new, state), metrics
 
     return step
 
 
 def full_weights(trained: Any, frozen: Any, dtype: Any) -> Any:
-    """The weights with which a model computes, what is trained of them in `dtype`."""
+    """Returns the weights of the forward pass: the trained ones cast to `dtype`, an adapter joined with its base."""
     trained = jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, trained)
     return trained if frozen is None else lora.join(frozen, trained)
 
 
 def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any) -> tuple[Any, Sums]:
-    """The gradient of the summed loss, and the sums, over all parts (a leading axis) of a batch."""
+    """Returns the gradient of the summed loss and the sums, over all parts (the leading axis) of a batch."""
 
     def gradient_of(weights: Any, part: Any, number: jax.Array) -> tuple[Any, Any]:
-        found, gradient = jax.value_and_grad(total, has_aux=True)(weights, part, number)
-        # Divided as the weights are: where nothing says so, a gradient may be summed whole on every device.
-        return found, jax.tree.map(lambda g, name: mesh.constrain(g, name, _on(name)), gradient, letters)
+        value, gradient = jax.value_and_grad(total, has_aux=True)(weights, part, number)
+        # Sharded as the weights: without this the compiler may all-reduce whole gradients on every device.
+        return value, jax.tree.map(lambda g, name: mesh.constrain(g, name, _rules(name)), gradient, letters)
 
     count = jax.tree.leaves(parts)[0].shape[0]
 
@@ -112,45 +133,55 @@ def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any)
     return jax.lax.scan(add, zero, (parts, jnp.arange(count)))[0]
 
 
-def state_shardings(state: Any, over: Any, table: Any) -> Any:
-    """The sharding of each array of a state (given as shapes): moments lie where their weight does, what is no weight's
-    is whole on every device."""
-    named = {
-        jax.tree_util.keystr(path): (leaf.shape, weight_sharding(letters, leaf.shape, over))
-        for (path, leaf), letters in zip(
-            jax.tree_util.tree_leaves_with_path(state.weights),
-            jax.tree.leaves(params.letters(table, state.weights)),
-            strict=True,
-        )
-    }
+def state_shardings(tx: optax.GradientTransformation, state: Any, over: Any, table: Any) -> State:
+    """Returns the sharding of each array of a state, given as shapes.
 
-    def of(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        found = next((where for n, (shape, where) in named.items() if name.endswith(n) and shape == leaf.shape), None)
-        return mesh.sharding("", leaf.shape, over) if found is None else found
+    Moments are sharded as their weights. What has another shape than its weight (adafactor's factored moments) and
+    what belongs to no weight (counters) is replicated.
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    Args:
+        tx: The optimizer of the state.
+        state: State of jax.ShapeDtypeStruct.
+        over: The mesh.
+        table: PARAMS of the family.
+    """
+    weights = weight_shardings(state.weights, over, table)
+
+    def replicated(leaf: Any) -> Any:
+        return mesh.sharding("", leaf.shape, over)
+
+    def moment(leaf: Any, weight: Any, sharding: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # this part of the optimizer leaves the weight to another
+            return leaf
+        return sharding if leaf.shape == weight.shape else replicated(leaf)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, moment, state.opt_state, state.weights, weights, transform_non_params=replicated,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )  # fmt: skip
+    return State(weights, opt_state, replicated(state.step))
 
 
 def weight_shardings(weights: Any, over: Any, table: Any) -> Any:
-    """The sharding of each weight alone (given as shapes), stacked or listed."""
+    """Returns the sharding of each weight, given as shapes, stacked or listed."""
     return jax.tree.map(
         lambda letters, w: weight_sharding(letters, w.shape, over), params.letters(table, weights), weights
     )
 
 
 def weight_sharding(letters: str, shape: tuple[int, ...], over: Any) -> Any:
-    """Where a weight in training lies. Norms are small, and whole on every device."""
+    """Returns the sharding of a weight in training: FSDP over `data`, tensor parallelism over `model`. Norms are small
+    and replicated."""
     if over is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return mesh.sharding(letters, shape, over, _on(letters))
+    return mesh.sharding(letters, shape, over, _rules(letters))
 
 
-def _on(letters: str) -> mesh.Rules:
+def _rules(letters: str) -> mesh.Rules:
     return mesh.RULES if letters.lstrip("L") in params.NORMS else mesh.FSDP_RULES
 
 
-def _parts(count: int, x: jax.Array) -> jax.Array:
-    """[B,T] -> [count,B/count,T]. Every part takes its rows from all over the batch, so that on a mesh each device has
-    its share of each."""
+def _split_batch(count: int, x: jax.Array) -> jax.Array:
+    """[B,T] to [count,B/count,T] for gradient accumulation. Every part takes its rows from all over the batch, so that
+    on a mesh each device has its share of each part."""
     return mesh.constrain(x.reshape(x.shape[0] // count, count, x.shape[1]).swapaxes(0, 1), " BT")

@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxlm.checkpoint.safetensors import read_index
 from jaxlm.loading import Resolved
-from jaxlm.nn import frequencies
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
 
 # Meta's names of what Hugging Face's files call `model.layers.{}.…`, and which axis its shards divide.
@@ -69,7 +68,7 @@ class Meta:
         import torch
 
         cfg = found.config
-        radians = torch.from_numpy(np.array(frequencies(cfg.rope, cfg.H).radians))
+        radians = torch.from_numpy(np.array(cfg.frequencies().radians))
         model = _build(found, max(probes.tokens.shape[1], len(probes.prompt) + probes.steps)).to(getattr(torch, dtype))
         own = torch.view_as_real(model.freqs_cis[1]).numpy()  # the angle of position 1 is the frequency
         hidden, logits = zip(*(_row(model, radians, *row, probes.kept) for row in zip(probes.tokens, probes.pos)))

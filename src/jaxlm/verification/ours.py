@@ -1,7 +1,6 @@
 """jaxlm's answers to the probes, and jaxlm held against itself: the cache, chunks, batches and rewinding."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,9 +10,9 @@ import numpy as np
 from jaxlm import loading
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh
+from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.model import Model
-from jaxlm.nn import frequencies
-from jaxlm.nn.rope import Frequencies
+from jaxlm.nn.rope import FixedRope
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions
 
 ROPES = ("rope", "local_rope")  # the config's fields that hold one
@@ -40,7 +39,7 @@ def dtype_of(model: Any, dtype: str) -> str:
 
 def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
     """jaxlm's answers, computed with the reference's frequencies (they are compared on their own)."""
-    family, cfg = model.family, model.config
+    family, cfg = model.family, _shared_frequencies(model.config, reference)
     kept = jnp.asarray(probes.kept)
 
     @jax.jit
@@ -50,9 +49,9 @@ def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
         states = [state[:, kept].astype(jnp.float32) for state in [*states[:-1], x]]
         return states, family.logits(cfg, x[:, kept], weights)
 
-    with _shared_frequencies(model, reference), mesh.use_mesh_of(model.weights):
+    with mesh.use_mesh_of(model.weights):
         hidden, logits = jax.device_get(answers(jnp.asarray(probes.tokens), jnp.asarray(probes.pos), model.weights))
-    ropes = {name: frequencies(getattr(cfg, name), cfg.H) for name in ROPES if hasattr(cfg, name)}
+    ropes = {name: getattr(model.config, name).frequencies(cfg.H) for name in ROPES if hasattr(cfg, name)}
     return Trace(
         "jaxlm",
         str(model.dtype),
@@ -68,23 +67,13 @@ def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
     )
 
 
-@contextmanager
-def _shared_frequencies(model: Model, reference: Trace | None) -> Iterator[None]:
-    """At position 9,000 one unit in a frequency's last place moves the logits by 1e-3 deviations. Within, the family
-    computes with the reference's; what is traced here is compiled anew."""
+def _shared_frequencies(cfg: Any, reference: Trace | None) -> Any:
+    """The config with the reference's rotary frequencies: one unit in the last place of a frequency moves the logits at
+    position 9,000 by 1e-3 standard deviations."""
     if reference is None:
-        yield
-        return
-    exact = model.family.frequencies
-    theirs = {
-        getattr(model.config, name): Frequencies(radians, reference.amplitude[name])
-        for name, radians in (reference.used or reference.radians).items()
-    }
-    model.family.frequencies = lambda rope, H: theirs.get(rope) or exact(rope, H)
-    try:
-        yield
-    finally:
-        model.family.frequencies = exact
+        return cfg
+    shared = (reference.used or reference.radians).items()
+    return replace(cfg, **{name: FixedRope(tuple(x.tolist()), reference.amplitude[name]) for name, x in shared})
 
 
 def greedy(model: Model, probes: Probes) -> list[int]:
@@ -132,11 +121,11 @@ def _cached(model: Model, tokens: np.ndarray, pos: np.ndarray, sizes: list[int],
     """Logits [B,n,V] of the last token of each piece, through the prefill program of generation; and the cache."""
     B = len(tokens)
     kv = model.init_kv(B, int(pos.max()) + 1, chunk=16) if kv is None else kv
+    steps = CompiledSteps(model)
     last, out, begin = jnp.zeros((B, model.config.D), model.dtype), [], 0
     for size in sizes:
         piece = (jnp.asarray(tokens[:, begin : begin + size]), jnp.asarray(pos[:, begin : begin + size]))
-        args = (model.weights, kv, last, *piece)
-        kv, last = model.programs.prefill(*args)(*args)
+        kv, last = steps.prefill(kv, last, *piece)
         out.append(np.asarray(_logits(model, last)))
         begin += size
     return np.stack(out, axis=1), kv

@@ -49,7 +49,7 @@ class Transformers:
         if getattr(found.checkpoint, "format", "hf") == "hf":
             return transformers.AutoModelForCausalLM.from_pretrained(found.checkpoint.folder, **options)
         config = transformers.LlamaConfig(**found.checkpoint.config)
-        model = transformers.LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
         model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(found)}, strict=True)
         return model
 

@@ -1,5 +1,5 @@
-"""One forward pass in its forms: unrolled and scanned, with and without rematerialization, in every type and with
-positions given in every way. Each must give the same numbers."""
+"""One forward pass computed in several ways: layers unrolled and scanned, with and without activation checkpointing, in
+every dtype, with positions in every format. All must give the same numbers."""
 
 from functools import partial
 from typing import Any
@@ -15,13 +15,15 @@ from jaxlm.model import positions
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
+pytestmark = pytest.mark.smoke
+
 FAMILIES = ("llama3", "qwen3", "olmo2", "gemma3")
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 14)).astype(np.int32)
 TOKENS[:, 3] = 0
 
 
 def deep(family: str) -> tuple[Model, int]:
-    """A model and the period of its unlike layers: Gemma has two periods and a layer that is left over."""
+    """A model and the period of its layer types: Gemma has two periods and one remaining layer."""
     if family == "gemma3":
         return tiny(family, num_hidden_layers=5, layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING]), 2
     return tiny(family), 1
@@ -31,7 +33,7 @@ stack, unstack = jax.jit(params.stack, static_argnums=1), jax.jit(params.unstack
 
 
 def close(a: Any, b: Any, limit: float = 1e-5) -> None:
-    """Every leaf equal to within `limit` deviations of it."""
+    """Every leaf equal to within `limit` standard deviations of it."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() <= limit * (np.asarray(y).std() + 1e-12)
@@ -46,16 +48,16 @@ def test_scanned_equals_unrolled(family: str) -> None:
     states = model.hidden_states(TOKENS)
     assert len(states) == model.config.L + 1
     close(model.hidden_states(TOKENS, stacked), states)
-    if family == "gemma3":  # a cache unrolls them
+    if family == "gemma3":  # with a KV cache stacked layers are unrolled
         logits, _ = model.forward(TOKENS, stacked, model.init_kv(2, 14))
         close(logits, np.asarray(states[-1]) @ np.asarray(model.weights["embed"]).T)
 
 
-FORMS = [("qwen3", "computed again"), ("gemma3", "scanned"), pytest.param("qwen3", "scanned", marks=pytest.mark.slow)]
+WAYS = [("qwen3", "checkpointed"), ("gemma3", "scanned"), pytest.param("qwen3", "scanned", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("family", "form"), FORMS)
-def test_gradients_are_the_same_in_every_form(family: str, form: str) -> None:
+@pytest.mark.parametrize(("family", "way"), WAYS)
+def test_gradients_with_activation_checkpointing_and_scanned_layers(family: str, way: str) -> None:
     model, period = deep(family)
     pos = np.tile(np.arange(14, dtype=np.int32), (2, 1))
 
@@ -69,15 +71,15 @@ def test_gradients_are_the_same_in_every_form(family: str, form: str) -> None:
 
     value, plain = gradient(model.weights, None)
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(plain))
-    if form == "computed again":  # layer by layer, so that one family is enough
+    if way == "checkpointed":  # per layer, so one family is enough
         close(gradient(model.weights, jax.checkpoint_policies.dots_saveable), (value, plain), 1e-4)
     else:
         scanned, stacked = gradient(stack(model.weights, period), True)
         close((scanned, unstack(stacked)), (value, plain), 1e-4)
 
 
-def test_stacked_layers_out_of_order_show() -> None:
-    """The planted fault: a period of the wrong length mixes local with global layers."""
+def test_stacked_layers_out_of_order_are_noticed() -> None:
+    """The planted fault: a period of the wrong length mixes sliding-window and full-attention layers."""
     model, _ = deep("gemma3")
     *_, expected = model.hidden_states(TOKENS)
     swapped = [model.weights["layers"][i] for i in (1, 0, 2, 3, 4)]
@@ -89,7 +91,7 @@ def test_stacked_layers_out_of_order_show() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_type_is_promoted_by_accident(family: str, dtype: str) -> None:
+def test_no_implicit_dtype_promotion(family: str, dtype: str) -> None:
     model = tiny(family, dtype=dtype)
     with jax.numpy_dtype_promotion("strict"):
         logits, _ = jax.eval_shape(model.forward, TOKENS, model.weights)
@@ -101,7 +103,7 @@ def test_no_type_is_promoted_by_accident(family: str, dtype: str) -> None:
     assert {a.dtype for a in [*states, *(layer["k"] for layer in kv.layers)]} == {jnp.dtype(dtype)}
 
 
-# What rounding in every layer may cost, in deviations of the logits: a token alone is multiplied another way.
+# Limits in standard deviations of the logits, for rounding in every layer: single tokens take another matmul path.
 @pytest.mark.parametrize(
     ("dtype", "B", "kinds", "limit"),
     [
@@ -111,8 +113,8 @@ def test_no_type_is_promoted_by_accident(family: str, dtype: str) -> None:
         ("float16", 2, [FULL], 0.01),
     ],
 )
-def test_batches_decode_in_every_type(dtype: str, B: int, kinds: list[str], limit: float) -> None:
-    """Several heads a kv head, in a cache. (XLA's CPU backend compiles bfloat16 products that it cannot run.)"""
+def test_batched_decoding_in_every_dtype(dtype: str, B: int, kinds: list[str], limit: float) -> None:
+    """Grouped-query attention over a KV cache. (XLA's CPU backend compiles bfloat16 matmuls that it cannot run.)"""
     model = tiny("gemma3", dtype=dtype, num_hidden_layers=len(kinds), layer_types=kinds)
     expected = np.asarray(model.forward(TOKENS, model.weights)[0])[:B]
     logits, kv = model.forward(TOKENS[:B, :6], model.weights, model.init_kv(B, 16, chunk=6))
@@ -121,22 +123,22 @@ def test_batches_decode_in_every_type(dtype: str, B: int, kinds: list[str], limi
     assert np.abs(np.asarray(logits)[:, 0] - expected[:, 6]).max() <= limit * expected.std()
 
 
-def test_positions_in_every_form() -> None:
+def test_positions_in_every_format() -> None:
     tokens, pos = jnp.asarray(TOKENS), np.tile(np.arange(14), (2, 1))
-    for given in (None, 0, np.int64(0), jnp.int32(0), pos, jnp.asarray(pos)):
-        placed = positions(tokens, None, given)
-        assert placed.dtype == jnp.int32
-        np.testing.assert_array_equal(placed, pos)
+    for value in (None, 0, np.int64(0), jnp.int32(0), pos, jnp.asarray(pos)):
+        resolved = positions(tokens, None, value)
+        assert resolved.dtype == jnp.int32
+        np.testing.assert_array_equal(resolved, pos)
     np.testing.assert_array_equal(positions(tokens, None, 9), pos + 9)
     empty = caches.init(2, 30, [None], 1, 2, "float32", None)
     cache, _ = jax.jit(caches.advance)(empty, np.array([[0, 1, 2], [0, -1, -1]], np.int32))
     np.testing.assert_array_equal(positions(tokens, cache, None), pos + [[3], [1]])
     for wrong in (pos[:1], pos[:, :3], pos[0]):
-        with pytest.raises(ValueError, match="it must be one int or have the tokens' shape"):
+        with pytest.raises(ValueError, match="pos"):
             positions(tokens, None, wrong)
 
 
-def test_forward_continues_where_the_cache_ends() -> None:
+def test_forward_continues_after_the_cached_tokens() -> None:
     model = tiny("qwen3", num_hidden_layers=1)
     expected, none = model.forward(TOKENS.tolist(), model.weights)
     assert none is None
@@ -149,7 +151,7 @@ def test_forward_continues_where_the_cache_ends() -> None:
     assert np.abs(np.asarray(other) - expected[:, 7:]).max() > 0.1
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_rows_of_a_batch_are_independent_and_attention_is_causal() -> None:
     model = tiny("gemma3")
 
     def logits(tokens: np.ndarray) -> np.ndarray:
@@ -164,7 +166,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert np.abs(later[0, 9:] - expected[0, 9:]).max() > 0.1
 
 
-def test_gemma_rounds_its_embedding_scale_as_the_activations() -> None:
+def test_gemma_rounds_its_embedding_scale_to_the_activation_dtype() -> None:
     model = tiny("gemma3", num_hidden_layers=1, layer_types=[FULL], dtype="bfloat16")
     rows = np.asarray(model.weights["embed"])[TOKENS]
     rounded = np.sqrt(48.0).astype(rows.dtype)

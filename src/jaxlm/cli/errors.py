@@ -1,0 +1,31 @@
+"""Messages for errors: one line on stderr, without a traceback unless --debug asks for one."""
+
+import sys
+from typing import Any, NoReturn
+
+from jaxlm.cli.common import ProcessFlags
+
+
+def explain(error: Exception, command: Any = None) -> str:
+    """The message for an error.
+
+    Args:
+        error: What a command raised.
+        command: The command. Its `memory_hint` says how to use less device memory.
+    """
+    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
+    if isinstance(error, ValueError | OSError | MemoryError):
+        return text
+    if "RESOURCE_EXHAUSTED" in text:
+        hint = getattr(command, "memory_hint", ProcessFlags.memory_hint)
+        return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
+    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
+        return f"another process ended or cannot be reached; its own message says why ({text.splitlines()[0]})"
+    return f"{type(error).__name__}: {text} (--debug shows the traceback; please report it)"
+
+
+def usage(*lines: str) -> NoReturn:
+    """Ends the process with status 2, as wrong usage does."""
+    for line in lines:
+        print(f"jaxlm: {line}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,44 @@
+"""What a user may write, for `pyright` in strict mode (tests/typing/pyrightconfig.json). It is never run."""
+
+from collections.abc import Sequence
+from typing import assert_type
+
+import jaxlm
+from jaxlm.inference.generation import Completion, CompletionChunk
+
+model = jaxlm.load("org/name", dtype="bfloat16", revision="main")
+weights, forward, init_kv, tokenizer, config = model
+
+text = jaxlm.generate(model, "Once upon a time", max_tokens=64)
+assert_type(text, Completion)
+print(text.upper(), text.tokens, text.finish_reason, text.tokens_per_second)
+
+chat = jaxlm.generate(model, [{"role": "user", "content": "Hello"}], temperature=0.7, seed=1)
+assert_type(chat, Completion)
+
+continued = jaxlm.generate(model, [1, 2, 3], stop="\n")
+assert_type(continued, Completion)
+
+batch = jaxlm.generate(model, ["a", "b"], batch_size=2)
+assert_type(batch, list[Completion])
+
+ids: list[list[int]] = [[1, 2], [3]]
+assert_type(jaxlm.generate(model, ids), list[Completion])
+
+for chunk in jaxlm.stream(model, "Once", top_p=0.9, logprobs=3):
+    assert_type(chunk, CompletionChunk)
+    print(chunk, chunk.index)
+
+logits, kv = model.forward([[1, 2, 3]], model.weights, model.init_kv(1, 8), 0)
+print(logits.shape, kv)
+
+conversation = jaxlm.Conversation(model, system="Be brief.", temperature=0.7)
+for chunk in conversation.send("Why is the sky blue?"):
+    print(chunk)
+
+prompts: Sequence[str] = ("a", "b")
+print(len(jaxlm.generate(model, prompts)))
+
+# A misspelled option, and a wrong type, are errors.
+jaxlm.generate(model, "a", temprature=1.0)  # pyright: ignore[reportCallIssue]
+jaxlm.generate(model, "a", max_tokens="many")  # pyright: ignore[reportCallIssue, reportArgumentType]
