@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ModelFlags, note
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Eval(ModelFlags):
         how["format"] = how.pop("data_format")  # --format is the checkpoint's
         how |= {"length": length, "stride": stride, "offline": self.offline}
         start = time.perf_counter()
-        with progress_line() as tell, needs("jaxlm[train]"):
+        with progress_line() as tell, explain_missing_package("this command", "jaxlm[train]"):
             found = evaluate(model, self.files, progress=tell, **how)
         for why, count in found.dropped.items():
             note(f"dropped: {count:,} {why}")
@@ -101,7 +102,7 @@ class Eval(ModelFlags):
                 usage(f"--{name} is {value}, but must be at least {int(name != 'shots')}")
 
     def _run_tasks(self) -> int:
-        with needs("jaxlm[eval]"):
+        with explain_missing_package("this command", "jaxlm[eval]"):
             import lm_eval  # noqa: F401  (before a model is loaded for nothing)
         # The harness would fork beneath jax's threads to estimate errors.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -122,15 +123,6 @@ class Eval(ModelFlags):
         else:
             print("\n".join(tables).rstrip())
         return 0
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Any:
-    """Says how to install what cannot be imported."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"this needs {error.name}: pip install '{extra}'") from None
 
 
 @contextlib.contextmanager

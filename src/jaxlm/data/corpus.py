@@ -10,7 +10,6 @@ nothing is tokenized twice, and nothing stale is read; reading the files once to
 tokenizing them. Nothing is ever removed from the cache.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -24,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxlm.checkpoint.atomic import is_disk_full
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.documents import EMPTY, Document, TextOptions, Texts
 from jaxlm.data.sources import InvalidRow, find, place
 from jaxlm.processing.tokenizer import Tokenizer
@@ -152,18 +153,16 @@ def write(
 ) -> None:
     """Writes the corpus of `sources` as it comes in, beside, and renames it. Raises as `prepare` does; then nothing is
     left of it."""
-    try:
+    with explain_errors(f"the corpus cannot be written to {path.parent}", "choose another folder", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=path.parent, prefix=".being-made-"))
-    except OSError as error:
-        raise OSError(f"the corpus cannot be written to {path.parent} ({error}): name another folder") from None
     try:
         _Writer(made, texts, sources, on_bad, progress).write(documents)
         if load(path, sources) is None:  # else another process was first
             shutil.rmtree(path, ignore_errors=True)
             os.replace(made, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         raise OSError(f"the disk of {path.parent} is full ({error}): make room, or name another folder") from None
     finally:

@@ -10,12 +10,13 @@ The same texts give the same tokenizer, byte for byte.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.formats import InvalidRowError, TextOptions, conversation, text_of
 from jaxlm.data.sources import SEPARATOR, File, Hub, InvalidRow, Row, find, place
 
@@ -99,13 +100,11 @@ def _of_row(row: Row, options: TextOptions) -> list[str]:
     where = place(row.source, row.number)
     if format is None:
         raise ValueError(f"{where}: no text in the fields {', '.join(row.value)}: name one (--text-field)")
-    try:
+    with explain_errors(where, on=InvalidRowError):
         if format == "text":
             return [text_of(row.value, options)]
         chat = conversation(row.value, format, options, train_on="all", template=True)
         return [message["content"] for message in getattr(chat, "messages", [])]
-    except InvalidRowError as fault:
-        raise ValueError(f"{where}: {fault}") from None
 
 
 def _bpe(texts: Iterator[str], size: int | None, special: list[str]) -> Any:
@@ -186,9 +185,7 @@ def _save(rust: Any, out: Path) -> None:
               "clean_up_tokenization_spaces": False}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", rust.to_str(True))):
-        beside = out / f".{name}.{os.getpid()}"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out / name)
+        write_atomically(out / name, text)
 
 
 def _measured(rust: Any, out: Path, texts: Iterator[str]) -> Trained:
