@@ -29,7 +29,8 @@ _HOME = {
     "verify": "jaxlm.verification",
 }
 __all__ = [
-    "Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "train", "verify",
+    "Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "train",
+    "verify",
 ]  # fmt: skip
 
 
