@@ -23,7 +23,7 @@ from helpers.tiny_models import CONFIGS, from_config
 
 import jaxlm
 from jaxlm import exporting, models
-from jaxlm.checkpoint import safetensors
+from jaxlm.checkpoint import atomic, safetensors
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.models import llama3
@@ -163,7 +163,7 @@ def test_values_beyond_float16_are_refused_before_anything_is_written(read, tmp_
     assert jaxlm.export(read(folder), tmp_path / "out", dtype="float16").tensors == len(arrays)
     arrays["model.layers.1.mlp.down_proj.weight"][7, 11] = -66048
     checkpoint_files.write(folder / "model.safetensors", arrays)
-    monkeypatch.setattr(files, "staged", None)
+    monkeypatch.setattr(exporting, "staged", None)
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.weight has values beyond float16.*--dtype bfloat16"):
         read(folder) and jaxlm.export(read(folder), tmp_path / "new", dtype="float16")
     assert names(tmp_path) == ["in", "out"]
@@ -421,14 +421,14 @@ def failing_folder(monkeypatch, number=errno.EIO):
 
 def failing_last(monkeypatch):
     """The folder around the new one cannot be flushed, when it has its name already."""
-    flush = files._flush
+    sync = atomic._sync
 
     def failing(path):
         if path.name != "old" and list(path.glob("old")):
             raise OSError(errno.EIO, "no")
-        flush(path)
+        sync(path)
 
-    monkeypatch.setattr(files, "_flush", failing)
+    monkeypatch.setattr(atomic, "_sync", failing)
     return OSError
 
 
@@ -501,7 +501,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatc
 def test_room_is_checked_first(tmp_path, monkeypatch):
     model = jaxlm.load(checkpoint(tmp_path / "in"))
     (tmp_path / ".out.1234.partial").mkdir()
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
         OSError, match=r"out needs 33,\d+,\d+ bytes .* 1,000 bytes .* killed left 1 \(.out.1234.partial\)"
     ):

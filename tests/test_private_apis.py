@@ -102,10 +102,10 @@ PUBLIC = set("""
     jinja2 jinja2.exceptions jinja2.ext jinja2.meta jinja2.nodes jinja2.sandbox lm_eval lm_eval.api.model
     lm_eval.evaluator lm_eval.tasks matplotlib matplotlib.figure ml_dtypes numpy numpy.random optax optax.contrib
     jaxtyping
-    optax.tree orbax.checkpoint pyarrow pyarrow.parquet rich.console rich.markup rich.progress rich.table rich.text
-    rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders tokenizers.models
-    tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch torch.distributed tqdm transformers
-    transformers.utils transformers.utils.logging tyro tyro.conf tyro.extras wandb yaml
+    optax.tree optax.tree_utils orbax.checkpoint pyarrow pyarrow.parquet rich.console rich.markup rich.progress
+    rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders
+    tokenizers.models tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch torch.distributed tqdm
+    transformers transformers.utils transformers.utils.logging tyro tyro.conf tyro.extras wandb yaml
 """.split())  # fmt: skip  # noqa: SIM905
 # Private by its looks alone.
 PUBLIC_NAMES = {"os._exit"}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.generation import stream as stream
     from jaxlm.loading import load as load
     from jaxlm.model import Model as Model
+    from jaxlm.training.loop import train as train
     from jaxlm.verification import verify as verify
 
 _HOME = {
@@ -24,9 +25,13 @@ _HOME = {
     "generate": "jaxlm.inference.generation",
     "load": "jaxlm.loading",
     "stream": "jaxlm.inference.generation",
+    "train": "jaxlm.training.loop",
     "verify": "jaxlm.verification",
 }
-__all__ = ["Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "verify"]
+__all__ = [
+    "Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "train",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

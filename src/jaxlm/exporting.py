@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm import adapters
 from jaxlm.checkpoint import writer as files
+from jaxlm.checkpoint.atomic import staged
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.hub import CONFIG, OPTIONAL
 from jaxlm.checkpoint.safetensors import DTYPES, listed
@@ -76,7 +77,7 @@ def export(
     nbytes = sum(entry.nbytes for entry in entries)
     needed = nbytes + SMALL + sum(path.stat().st_size for path in sidecars.values() if isinstance(path, Path))
     if not model.is_multiprocess or distributed.is_coordinator():
-        with files.staged(out, needed, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
+        with staged(out, needed, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
             _write_sidecars(folder, sidecars, model)
             files.write_weights(folder, entries, advance)
     else:
@@ -133,9 +134,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
     if fuse and checkpoint.adapter is None:
         raise ValueError(f"{name} is no adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER)")
     if checkpoint.adapter is not None and not fuse:
-        raise ValueError(
-            f"{source} has an adapter: jaxlm fuse merges the two and writes one checkpoint"
-        )
+        raise ValueError(f"{source} has an adapter: jaxlm fuse merges the two and writes one checkpoint")
     weights: dict[str, Any] = {}
     for row, tensor in checkpoint.tensors.pairs:
         params.put(weights, row.path, files.LazyTensor(tensor, row.shape))

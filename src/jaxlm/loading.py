@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters, models
 from jaxlm.checkpoint import headers, hf, hub, meta, peft
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
@@ -166,7 +167,7 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
     config_json = folder if folder.is_file() else folder / hub.CONFIG
     is_meta = source.format == "meta" or not config_json.is_file()
     raw = {"model_type": "llama"} if is_meta else hf.read_json(config_json)
-    try:
+    with explain_errors(str(source.name)):
         known = models.family_of(raw.get("model_type"))
         if family is not None and known is not family:
             raise ValueError(f"model_type {raw['model_type']!r} is not computed by {family.__name__}")
@@ -178,8 +179,6 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
             config = known.Config.from_hf(raw, source.allow_fields)
             tensors = _match_hf(folder, known, config, read_index, headers_only)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from None
     if (path := folder / "generation_config.json").exists():
         checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
     return Resolved(known, config, checkpoint, None, {})

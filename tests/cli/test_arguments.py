@@ -83,6 +83,7 @@ def test_wrong_usage_is_one_line(line, message, capsys):
     ("generate --max_new_tokens=5", "--max-tokens"), ("generate -max-tokens 5", "--max-tokens"),
     ("generate --MAX-TOKENS 5", "--max-tokens"), ("generate --topk 5", "--top-k"), ("generate --sytem x", "--system"),
     ("generate --temprature=1", "--temperature"), ("generate -model x", "--model"),
+    ("generate -max_new_tokens 5", "--max-tokens"), ("generate -mlx=1 -max-length=5", "--max-tokens"),
     ("chat --temper 1", "--temperature"),
     # transformers, TRL, PEFT
     ("generate --max-length 5", "--max-tokens"), ("train --max-length 5", "--length"),

@@ -123,8 +123,8 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
         "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
         "/set top_p": "expected /set NAME VALUE",
         "/save": "expected /save FILE",
-        f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory): name a file that /save",
-        f"/save {tmp_path / 'a/b'}": "a/b cannot be written (No such file or directory): name a file in",
+        f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory)",
+        f"/save {tmp_path / 'a/b'}": "a/b cannot be written (No such file or directory)",
         "x" * 200: "context is full: the conversation has 20",
     }
     status, out, err = lines(*wrong, "hi")

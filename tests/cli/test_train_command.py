@@ -1,4 +1,4 @@
-"""`jaxlm train -c FILE`: which file is read, what its fields become, and who wins."""
+"""`jaxlm train -c FILE`: the file, its fields, and flags that override them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jaxlm.training import config
 
 @pytest.fixture
 def parsed(tmp_path) -> Any:
-    """What `train -c FILE` makes of a file's text and of flags."""
+    """Returns a function that parses `train -c FILE` with flags, for the text of a file."""
     path = tmp_path / "a.yaml"
 
     def parse(text: str, *argv: str) -> Any:
@@ -23,14 +23,14 @@ def parsed(tmp_path) -> Any:
 
 
 def refused(capsys: Any, *argv: str) -> str:
-    """What is said on stderr, in one line."""
+    """Returns the error of usage, in one line."""
     with pytest.raises(SystemExit) as end:
         cli.parse(["train", *argv])
     assert end.value.code == 2
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_a_file_is_named_in_any_form(tmp_path) -> None:
+def test_every_form_of_the_flag(tmp_path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("steps: 7\n")
     for argv in (["-c", str(path)], [f"-c={path}"], [f"-c{path}"], ["--config", str(path)], [f"--config={path}"]):
@@ -40,8 +40,8 @@ def test_a_file_is_named_in_any_form(tmp_path) -> None:
 
 @pytest.mark.parametrize("second", [["-c", "b.yaml"], ["-c=b.yaml"], ["-cb.yaml"], ["--config=b.yaml"]])
 def test_a_second_file_is_refused(second, capsys) -> None:
-    said = refused(capsys, "--config", "a.yaml", *second)
-    assert said == "jaxlm: -c takes one file, not a.yaml and b.yaml; flags may stand beside it"
+    message = refused(capsys, "--config", "a.yaml", *second)
+    assert message.startswith("jaxlm: -c takes one file, not a.yaml and b.yaml")
 
 
 def test_a_file_without_a_name(capsys) -> None:
@@ -51,20 +51,20 @@ def test_a_file_without_a_name(capsys) -> None:
 def test_a_file_names_no_other_file(tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("config: b.yaml\n")
-    said = refused(capsys, "-c", str(path))
-    assert said == f"jaxlm: {path} names another file (config: b.yaml), but one is read: put its lines here"
+    message = refused(capsys, "-c", str(path))
+    assert message.startswith(f"jaxlm: {path} names another file (config: b.yaml)")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- steps", "should hold fields and values (steps: 1000), not ['steps']"),
+        (b"- steps", "is not a mapping"),
         (b"steps: [", "cannot be read: while parsing"),
         (b"out: \xff", "cannot be read: 'utf-8' codec"),
         (None, "cannot be read: [Errno 2] No such file"),
     ],
 )
-def test_a_file_that_is_no_configuration(content, message, tmp_path, capsys) -> None:
+def test_a_file_without_a_configuration(content, message, tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -92,7 +92,7 @@ report: [wandb, tensorboard]
         ["--samples=x", "--data.template_arg", "b=2", "--steps=5", "--dataset", "d"],
     ],
 )
-def test_flags_win(argv, parsed) -> None:
+def test_flags_override_the_file(argv, parsed) -> None:
     run = parsed("steps: 3\nsamples: [a, b]\ndata: {dataset: c, template_arg: [a=1], valid: [v]}", *argv)
     assert (run.steps, run.samples) == (5, ("x",))
     assert (run.data.dataset, run.data.template_arg, run.data.valid) == ("d", ("b=2",), ("v",))
@@ -107,7 +107,7 @@ def test_booleans_can_be_turned_off(parsed) -> None:
     assert parsed("lora: {rslora: false}", "--lora.rslora").lora.rslora
 
 
-def test_other_commands_have_no_such_flags(capsys) -> None:
+def test_other_commands_have_no_negated_flags(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.parse(["generate", "--help"])
     assert "--no-" not in capsys.readouterr().out.replace("--no-think", "")

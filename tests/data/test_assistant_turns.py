@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are trained on, to the token, with the chat templates of real models."""
+"""The loss mask of conversations, to the token, with the chat templates of real models."""
 
 import json
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processing.test_tokenizer import byte_fallback
 
-from jaxlm.data.documents import Document, TextOptions, Texts
+from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
 from jaxlm.data.sources import InvalidRow, Row
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ TOOL = {"type": "function", "function": {"name": "sky", "description": "d", "par
 QWEN_CALL = '<tool_call>\n{"name": "sky", "arguments": {"city": "Oslo"}}\n</tool_call>'
 LLAMA_CALL = '{"name": "sky", "parameters": {"city": "Oslo"}}'
 LLAMA = ["Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.3-70B"]
-PLACES = {
+TEMPLATES = {
     **{f"meta-llama-{name}-Instruct": ("llama3", "<|eot_id|>") for name in LLAMA},
     "Qwen-Qwen3-0.6B": ("qwen3", "<|im_end|>"),
     "Qwen3.maxtext-tokenizer_config": ("qwen3", "<|im_end|>"),
@@ -38,10 +38,10 @@ def said(text: str, **fields) -> dict:
 
 @pytest.fixture(scope="module")
 def tokenizers(shared, tmp_path_factory):
-    """name -> Texts of a real tokenizer (of Gemma 3, whose file is absent, a small one with its tokens)."""
-    found: dict[str, Texts] = {}
+    """Returns a function that loads a real tokenizer by name (for Gemma 3, a small one with its special tokens)."""
+    found: dict[str, DocumentTokenizer] = {}
 
-    def load(name: str) -> Texts:
+    def load(name: str) -> DocumentTokenizer:
         if name not in found:
             folder = shared / "tokenizers" / name
             if name == "gemma3":
@@ -51,29 +51,30 @@ def tokenizers(shared, tmp_path_factory):
             if name == "olmo2":
                 tok.hf.bos_token = tok.hf.eos_token = "<|endoftext|>"
             tok.hf.chat_template = TEMPLATE
-            found[name] = Texts(tok)
+            found[name] = DocumentTokenizer(tok)
         return found[name]
 
     return load
 
 
-def texts_of(tokenizers, shared, template: str, **options) -> Texts:
-    """Texts with this template; the copy of the tokenizer is made once."""
-    known = tokenizers(PLACES[template][0])
+def texts_of(tokenizers, shared, template: str, **options) -> DocumentTokenizer:
+    """Returns the tokenizer with this template. The copy of its backend is made once."""
+    known = tokenizers(TEMPLATES[template][0])
     known.tokenizer.hf.chat_template = (shared / "chat_templates" / f"{template}.jinja").read_text()
-    texts = Texts(known.tokenizer, TextOptions(**options))
+    texts = DocumentTokenizer(known.tokenizer, TextOptions(**options))
     texts.__dict__["rust"] = known.rust
     return texts
 
 
-def document(texts: Texts, value: dict) -> Document:
+def document(texts: DocumentTokenizer, value: dict) -> Document:
     [made] = texts.documents([Row("a.jsonl", 3, value)])
     assert isinstance(made, Document), str(made)
     assert len(made.ids) == len(made.loss_mask)
     return made
 
 
-def learned(texts: Texts, value: dict) -> str:
+def trained_on(texts: DocumentTokenizer, value: dict) -> str:
+    """Returns the text in the loss mask of a row."""
     made = document(texts, value)
     return texts.tokenizer.decode(made.ids[made.loss_mask], skip_special=False)
 
@@ -81,19 +82,19 @@ def learned(texts: Texts, value: dict) -> str:
 # Real templates
 
 
-@pytest.mark.parametrize("template", PLACES)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_all_turns_with_the_token_that_ends_each(tokenizers, shared, template):
     texts = texts_of(tokenizers, shared, template)
-    stop = PLACES[template][1]
-    # What is said also stands elsewhere, and holds what a template writes, blanks that some of them strip, and emoji.
+    stop = TEMPLATES[template][1]
+    # Answers repeat other text, and contain what a template renders, white space that some templates strip, and emoji.
     answers = ["Hi", " two  words \n", f"on {stop} goes\n\n{stop}", "naïve 👩‍👩‍👧‍👦", "Hi"]
     messages = [{"role": "system", "content": "Hi"}]
     messages += [message for answer in answers for message in (user(f"Hi {stop}"), said(answer))]
     kept = [answer.strip() for answer in answers] if "llama" in template or "gemma" in template else answers
-    assert learned(texts, {"messages": messages}) == "".join(answer + stop for answer in kept)
+    assert trained_on(texts, {"messages": messages}) == "".join(answer + stop for answer in kept)
 
 
-@pytest.mark.parametrize("template", PLACES)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_the_text_is_that_of_a_chat_with_bos_once(tokenizers, shared, template):
     texts = texts_of(tokenizers, shared, template)
     messages = [user("What is this?"), said("A test."), user("Why?"), said("To know.")]
@@ -104,18 +105,18 @@ def test_the_text_is_that_of_a_chat_with_bos_once(tokenizers, shared, template):
         assert ids[0] == tok.bos_id
 
 
-def test_thinking_is_learned_where_the_template_keeps_it(tokenizers, shared):
+def test_reasoning_is_trained_on_where_the_template_keeps_it(tokenizers, shared):
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B")
     think = "<think>\nhm\n</think>\n\n"
-    assert learned(texts, {"messages": [user("a"), said(f"{think}b"), user("c"), said(f"{think}d")]}) == (
+    assert trained_on(texts, {"messages": [user("a"), said(f"{think}b"), user("c"), said(f"{think}d")]}) == (
         f"b<|im_end|>{think}d<|im_end|>"
     )
-    assert learned(texts, {"messages": [user("a"), said("b", reasoning_content="hm")]}) == f"{think}b<|im_end|>"
-    # An empty block is the template's own: that is how it asks not to think.
-    assert learned(texts, {"messages": [user("a"), said("b")]}) == "b<|im_end|>"
+    assert trained_on(texts, {"messages": [user("a"), said("b", reasoning_content="hm")]}) == f"{think}b<|im_end|>"
+    # An empty block is the template's: it turns reasoning off.
+    assert trained_on(texts, {"messages": [user("a"), said("b")]}) == "b<|im_end|>"
     assert "<think>" in texts.tokenizer.decode(document(texts, {"messages": [user("a"), said("b")]}).ids)
     silent = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", template_args={"enable_thinking": False})
-    assert learned(silent, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "b<|im_end|>d<|im_end|>"
+    assert trained_on(silent, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "b<|im_end|>d<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -127,51 +128,51 @@ def test_thinking_is_learned_where_the_template_keeps_it(tokenizers, shared):
         ("meta-llama-Llama-3.2-3B-Instruct", f"{LLAMA_CALL}<|eot_id|>", "Rain.<|eot_id|>"),
     ],
 )
-def test_tool_calls_are_learned(tokenizers, shared, template, call, last):
+def test_tool_calls_are_trained_on(tokenizers, shared, template, call, last):
     texts = texts_of(tokenizers, shared, template)
-    end = PLACES[template][1]
+    end = TEMPLATES[template][1]
     first = said("Let me see.", tool_calls=[CALL])
     result = {"role": "tool", "content": f"rain {end}"}
     final = said("Rain.", reasoning_content="rain") if "Qwen3" in template else said("Rain.")
     value = {"messages": [user("Sky?"), first, result, final], "tools": [TOOL]}
-    assert learned(texts, value) == call + last
-    # OpenAI's spelling: what is an object here is JSON in a string there; columns of a table have all fields.
+    assert trained_on(texts, value) == call + last
+    # In OpenAI's format the arguments are a JSON string. Columns of a table have all fields.
     written = {"function": {"name": "sky", "arguments": json.dumps(CALL["function"]["arguments"])}}
     first = said("Let me see.", tool_calls=[written], name=None)
     again = {"messages": [user("Sky?"), first, result, final], "tools": json.dumps([TOOL])}
     assert document(texts, again).ids.tolist() == document(texts, value).ids.tolist()
-    # After another question Qwen3 leaves out what was thought before the first answer.
+    # After another question Qwen3 drops the reasoning before the first answer.
     both = {"messages": [*value["messages"], user("Thanks"), said("You are welcome.")], "tools": [TOOL]}
-    assert learned(texts, both) == f"{call}Rain.{end}You are welcome.{end}"
+    assert trained_on(texts, both) == f"{call}Rain.{end}You are welcome.{end}"
 
 
 def test_a_call_of_a_built_in_tool_ends_with_another_token(tokenizers, shared):
     texts = texts_of(tokenizers, shared, "meta-llama-Llama-3.1-8B-Instruct", template_args={"builtin_tools": ["sky"]})
     messages = [user("Sky?"), said("", tool_calls=[CALL]), {"role": "tool", "content": "rain"}, said("Rain.")]
     called = '<|python_tag|>sky.call(city="Oslo")<|eom_id|>'
-    assert learned(texts, {"messages": messages, "tools": [TOOL]}) == f"{called}Rain.<|eot_id|>"
+    assert trained_on(texts, {"messages": messages, "tools": [TOOL]}) == f"{called}Rain.<|eot_id|>"
 
 
 def test_completions_of_messages(tokenizers, shared):
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="completion")
-    assert learned(texts, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "d<|im_end|>"
+    assert trained_on(texts, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "d<|im_end|>"
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B")
     chat = {"prompt": [user("a"), said("b"), user("c")], "completion": [said("d"), user("e"), said("f")]}
-    assert learned(texts, chat) == "d<|im_end|>f<|im_end|>"
+    assert trained_on(texts, chat) == "d<|im_end|>f<|im_end|>"
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="assistant")
-    assert learned(texts, chat) == "b<|im_end|>d<|im_end|>f<|im_end|>"
+    assert trained_on(texts, chat) == "b<|im_end|>d<|im_end|>f<|im_end|>"
     texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="all")
     assert document(texts, chat).loss_mask.all()
 
 
-def test_what_a_template_cannot_say_is_refused(tokenizers, shared):
+def test_what_a_template_cannot_render_is_refused(tokenizers, shared):
     gemma = texts_of(tokenizers, shared, "google-gemma-3-1b-it")
     olmo = texts_of(tokenizers, shared, "allenai-OLMo-2-Instruct.reconstructed")
     calls = [user("a"), said("", tool_calls=[CALL])]
     for texts, value, message in [
         (gemma, {"messages": [user("a"), user("b"), said("c")]}, "roles must alternate"),
-        (gemma, {"messages": [user("a"), said("b")], "tools": [TOOL]}, "tools, which this chat template does not"),
-        (olmo, {"messages": calls}, r"does not write the tool calls of message 2 \(sky\)"),
+        (gemma, {"messages": [user("a"), said("b")], "tools": [TOOL]}, "does not support tools"),
+        (olmo, {"messages": calls}, r"tool calls of message 2 \(sky\)"),
     ]:
         [bad] = texts.documents([Row("a.jsonl", 3, value)])
         assert isinstance(bad, InvalidRow)
@@ -191,52 +192,56 @@ CHAT = {"messages": [user("a"), said("b"), user("c"), said("d")]}
 
 @pytest.mark.parametrize(("inside", "outside"), [("", "<end>"), ("<end>", ""), ("<end>\n", ""), ("", " <end>\n")])
 def test_templates_with_generation_tags(inside, outside):
-    texts = Texts(tokenizer_of(BLOCKS.replace("INSIDE", inside).replace("OUTSIDE", outside)))
+    texts = DocumentTokenizer(tokenizer_of(BLOCKS.replace("INSIDE", inside).replace("OUTSIDE", outside)))
     gap = " " if outside.startswith(" ") else ""
-    assert learned(texts, CHAT) == f"b{gap}<end>d{gap}<end>"
-    texts = Texts(texts.tokenizer, TextOptions(train_on="completion"))
-    assert learned(texts, CHAT) == f"d{gap}<end>"
+    assert trained_on(texts, CHAT) == f"b{gap}<end>d{gap}<end>"
+    texts = DocumentTokenizer(texts.tokenizer, TextOptions(train_on="completion"))
+    assert trained_on(texts, CHAT) == f"d{gap}<end>"
 
 
-def test_generation_tags_that_leave_turns_out_are_not_trusted():
+def test_generation_tags_that_miss_turns_are_not_used():
     template = BLOCKS.replace("{% if m.role == 'assistant' %}", "{% if loop.last %}")
     assert (
-        learned(Texts(tokenizer_of(template.replace("INSIDE", "<end>").replace("OUTSIDE", ""))), CHAT) == "b<end>d<end>"
+        trained_on(DocumentTokenizer(tokenizer_of(template.replace("INSIDE", "<end>").replace("OUTSIDE", ""))), CHAT)
+        == "b<end>d<end>"
     )
 
 
 def test_a_prompt_that_opens_more_than_the_template_keeps():
-    """As with DeepSeek-R1: the prompt ends in <think>, which is not there in what was said before."""
+    """As in DeepSeek-R1: the prompt ends in <think>, which earlier turns do not have."""
     template = TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
-    assert learned(Texts(tokenizer_of(template, thinking=True)), CHAT) == "b<end>d<end>"
+    assert trained_on(DocumentTokenizer(tokenizer_of(template, thinking=True)), CHAT) == "b<end>d<end>"
 
 
-def test_a_turn_whose_place_does_not_show_is_refused():
+def test_a_turn_whose_span_cannot_be_determined_is_refused():
     template = (
         "{% for m in messages %}{% if 'x' in m.content %}!{% endif %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    [bad] = Texts(tokenizer_of(template)).documents([Row("a.jsonl", 3, {"messages": [user("a"), said("xb")]})])
-    assert "a.jsonl:3: the chat template writes message 2, of the assistant, in a way that does not show" in str(bad)
-    assert learned(Texts(tokenizer_of(template)), {"messages": [user("ax"), said("b")]}) == "b<end>"
+    [bad] = DocumentTokenizer(tokenizer_of(template)).documents(
+        [Row("a.jsonl", 3, {"messages": [user("a"), said("xb")]})]
+    )
+    assert str(bad).startswith("a.jsonl:3: ")
+    assert "message 2" in str(bad)
+    assert trained_on(DocumentTokenizer(tokenizer_of(template)), {"messages": [user("ax"), said("b")]}) == "b<end>"
 
 
 def test_a_template_that_ends_no_turn():
-    """The end of the document is learned instead, where an answer is the last."""
+    """The EOS of the document is trained on instead, if the last message is an answer."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    texts = Texts(tokenizer_of(template))
-    assert learned(texts, CHAT) == "bd<end>"
-    assert learned(texts, {"messages": [user("a"), said("b"), user("c")]}) == "b"
+    texts = DocumentTokenizer(tokenizer_of(template))
+    assert trained_on(texts, CHAT) == "bd<end>"
+    assert trained_on(texts, {"messages": [user("a"), said("b"), user("c")]}) == "b"
     made = document(texts, {"messages": [user("a"), said("b"), user("c")]})
     assert texts.tokenizer.decode(made.ids, skip_special=False) == "user: a\nassistant: b\nuser: c\n<end>"
 
 
 @given(st.lists(st.text("at \n<>e'x", max_size=6).map(lambda text: text + "n"), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_tokens_that_would_reach_over_the_edge_are_cut_there(answers):
+def test_tokens_across_the_edge_of_a_span_are_split(answers):
     """The header ends in letters that merge with those of an answer."""
     template = "{% for m in messages %}{{ m.role[:1] }}e {{ m.content }}a{% endfor %}"
-    texts = Texts(EDGES)
+    texts = DocumentTokenizer(EDGES)
     texts.tokenizer.hf.chat_template = template
     texts.__dict__["rust"] = EDGES_RUST
     messages = [message for answer in answers for message in (user("tt"), said(answer))]
@@ -247,4 +252,4 @@ def test_tokens_that_would_reach_over_the_edge_are_cut_there(answers):
 
 
 EDGES = tokenizer_of(TEMPLATE)
-EDGES_RUST = Texts(EDGES).rust
+EDGES_RUST = DocumentTokenizer(EDGES).rust

@@ -17,30 +17,30 @@ from jaxlm.data.packing import WINDOW, Batch, DataLoader, best_fit, pack
 PACKINGS = ["split", "whole", "none"]
 
 
-def corpus_of(lengths, form: str = "messages", learned: bool = True) -> Corpus:
-    """Documents of so many ids, all different: 1, 2, 3, … through the corpus. Every third is not learned."""
+def corpus_of(lengths, format: str = "messages", masked: bool = True) -> Corpus:
+    """Returns documents of so many ids, all different: 1, 2, 3, … Every third is outside the loss mask."""
     ends = np.cumsum(lengths, dtype=np.int64)
     n = int(ends[-1])
     arrays = {"ids": np.arange(1, n + 1, dtype=np.int32), "ends": ends}
     arrays["places"] = np.stack([np.zeros(len(ends), np.int64), np.arange(1, len(ends) + 1)], axis=1).ravel()
-    if learned:
+    if masked:
         arrays["loss_mask"] = np.arange(1, n + 1) % 3 != 0
-    return Corpus({"format": form, "sources": ["a.jsonl"], "train_on": "assistant"}, arrays)
+    return Corpus({"format": format, "sources": ["a.jsonl"], "train_on": "assistant"}, arrays)
 
 
 def check(corpus: Corpus, batch: Batch) -> Counter:
-    """That a batch is right by itself; -> how often each token stands before its target in it."""
-    tokens, targets, pos, learned = batch
+    """Checks a batch by itself. Returns how often each token is an input."""
+    tokens, targets, pos, loss_mask = batch
     assert tokens.dtype == targets.dtype == pos.dtype == np.int32
-    assert learned.dtype == bool
+    assert loss_mask.dtype == bool
     there = pos >= 0
     assert not tokens[~there].any()
     assert not targets[~there].any()
-    assert not learned[~there].any()
-    assert (there[:, :-1] >= there[:, 1:]).all()  # padding stands last
+    assert not loss_mask[~there].any()
+    assert (there[:, :-1] >= there[:, 1:]).all()  # padding is last
     assert (targets == tokens + 1)[there].all()
     if corpus.loss_mask is not None:
-        assert (learned == (targets % 3 != 0))[there].all()
+        assert (loss_mask == (targets % 3 != 0))[there].all()
     starts = {1, *(corpus.ends + 1).tolist()}
     for row, at in zip(tokens, pos):
         for i in range(np.count_nonzero(at >= 0)):
@@ -52,7 +52,7 @@ def check(corpus: Corpus, batch: Batch) -> Counter:
 
 
 def pairs(corpus: Corpus) -> Counter:
-    """Every id that has a target in its document, once."""
+    """Returns every id that has a target in its document, once."""
     return Counter(set(corpus.ids.tolist()) - set(corpus.ends.tolist()))
 
 
@@ -66,13 +66,13 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda le
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(lengths=LENGTHS, T=st.integers(1, 50), B=st.integers(1, 5), seed=st.integers(0, 2**64 - 1))
 @settings(max_examples=60, deadline=None)
-def test_every_token_once_an_epoch(packing, lengths, T, B, seed):
+def test_every_token_once_per_epoch(packing, lengths, T, B, seed):
     corpus = corpus_of(lengths)
     T = T if packing == "split" else max(T, 39)
     batches = DataLoader(corpus, B, T, seed, packing)
     seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
     assert seen == pairs(corpus)
-    # The same through steps, where epochs meet within a batch.
+    # The same by steps, where a batch may have rows of two epochs.
     rows = batches.rows(0) + batches.rows(1) + batches.rows(2)
     taken = [batches.batch(step) for step in range(-(-rows // B))]
     tokens = np.concatenate([batch.tokens[batch.pos >= 0] for batch in taken[:-1]] + [np.zeros(0, int)])
@@ -90,13 +90,13 @@ def test_a_batch_is_a_function_of_seed_and_step(packing):
     assert first.epoch(40) > 2
     assert not same(DataLoader(corpus, 4, 64, seed=4, packing=packing).batch(40), first.batch(40))
     epochs = [
-        np.concatenate([first._filled([(epoch, row)]).tokens for row in range(first.rows(epoch))]) for epoch in (0, 1)
+        np.concatenate([first._fill([(epoch, row)]).tokens for row in range(first.rows(epoch))]) for epoch in (0, 1)
     ]
     assert epochs[0].shape != epochs[1].shape or (epochs[0] != epochs[1]).any()
 
 
 def test_the_order_is_the_same_with_every_numpy():
-    """Digests of batches as they were when this was written."""
+    """Digests of batches at the time of writing."""
     corpus = corpus_of(np.arange(300) % 37 + 2)
     found = {}
     for packing in PACKINGS:
@@ -128,7 +128,7 @@ def test_prefetched_batches_resume_at_any_step(packing):
         running.close()
 
 
-def test_what_fails_ahead_is_told(monkeypatch):
+def test_an_error_while_prefetching_is_raised(monkeypatch):
     batches = DataLoader(corpus_of([5, 6]), 2, 8)
     good = batches.batch(0)
 
@@ -149,11 +149,11 @@ def test_what_fails_ahead_is_told(monkeypatch):
 
 def test_defaults():
     assert DataLoader(corpus_of([5], "text"), 1, 4).packing == "split"
-    for form in ("messages", "prompt", "instruction", "conversations"):
-        assert DataLoader(corpus_of([5], form), 1, 4).packing == "whole"
+    for format in ("messages", "prompt", "instruction", "conversations"):
+        assert DataLoader(corpus_of([5], format), 1, 4).packing == "whole"
 
 
-def test_split_leaves_no_room_and_shuffles_one_long_text():
+def test_split_has_no_padding_and_shuffles_one_long_text():
     batches = DataLoader(corpus_of([1000]), 1, 10, packing="split")
     assert (batches.rows(), batches.fill()) == (100, 0.999)
     for epoch in range(3):
@@ -161,7 +161,7 @@ def test_split_leaves_no_room_and_shuffles_one_long_text():
         assert len(set(starts)) == 100
         assert starts != sorted(starts)
     cuts = {int(batches.plan(epoch).row(0)[0, 1]) % 10 for epoch in range(30)}
-    assert len(cuts) > 5  # they fall elsewhere in other epochs
+    assert len(cuts) > 5  # they differ between epochs
 
 
 def test_whole_cuts_no_document():
@@ -177,7 +177,7 @@ def test_whole_cuts_no_document():
 
 
 def test_best_fit_is_best_fit():
-    """Against its slow twin."""
+    """Compared with a simple loop."""
     rng = np.random.default_rng(0)
     for T in (1, 7, 64):
         lengths = sorted(rng.integers(1, T + 1, 300).tolist(), reverse=True)
@@ -192,7 +192,7 @@ def test_best_fit_is_best_fit():
             room[row] -= length
 
 
-def test_rows_hold_documents_that_came_near_each_other():
+def test_rows_hold_documents_of_one_window():
     rng = np.random.default_rng(0)
     T, lengths = 20, rng.integers(1, 21, 20_000)
     rows, placed = pack(lengths, T, rng.random(20_000))
@@ -200,7 +200,7 @@ def test_rows_hold_documents_that_came_near_each_other():
     assert (np.diff(rows[placed]) >= 0).all()
     assert (np.bincount(rows, lengths) <= T).all()
     assert lengths.sum() / ((rows.max() + 1) * T) > 0.99
-    at = np.cumsum(lengths) / T  # where a document would stand if rows had no room left
+    at = np.cumsum(lengths) / T  # the row of a document without padding
     assert np.abs(rows - at).max() < WINDOW * 1.1
     # Within a window, long documents come no sooner than short ones.
     inside = rows < WINDOW
@@ -208,8 +208,8 @@ def test_rows_hold_documents_that_came_near_each_other():
     assert len(np.unique(lengths[rows < 50])) == 20
 
 
-def test_many_documents_take_no_more_work_each_than_few():
-    """Lines of Python that run, not time."""
+def test_packing_is_linear_in_the_number_of_documents():
+    """By the number of executed lines, not by time."""
     lines = 0
 
     def trace(frame, event, arg):
@@ -244,7 +244,7 @@ def test_epochs_rows_and_steps():
     assert whole._place(sum(whole.rows(epoch) for epoch in range(7))) == (7, 0)
 
 
-def test_an_evaluation_is_filled_up():
+def test_the_last_batch_of_an_evaluation_is_padded():
     corpus = corpus_of([6] * 5)
     last = list(DataLoader(corpus, 4, 5, packing="none").once())
     assert len(last) == 2
@@ -254,19 +254,20 @@ def test_an_evaluation_is_filled_up():
 # Documents longer than a row
 
 
-def test_long_documents_are_cut_or_dropped_and_counted():
+def test_long_documents_are_truncated_or_dropped_and_counted():
     corpus = corpus_of([5, 30, 8, 20])
     for packing in ("whole", "none"):
         batches = DataLoader(corpus, 2, 10, packing=packing)
         assert batches.counts == {"truncated": 2}
-        assert batches.note == ("2 truncated of 4 documents, for their length (a.jsonl:2 has 29 tokens, a row 10)")
+        assert batches.note.startswith("truncated 2 of 4 documents")
+        assert "a.jsonl:2 has 29 tokens" in batches.note
         seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
         assert sorted(seen) == [1, 2, 3, 4, *range(6, 16), *range(36, 43), *range(44, 54)]
         batches = DataLoader(corpus, 2, 10, packing=packing, long="drop")
         assert batches.counts == {"dropped": 2}
         seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
         assert sorted(seen) == [1, 2, 3, 4, *range(36, 43)]
-        with pytest.raises(ValueError, match=r"a.jsonl:2 has 29 tokens, a row 10: make rows longer, or let long be"):
+        with pytest.raises(ValueError, match=r"a.jsonl:2 has 29 tokens.*long="):
             DataLoader(corpus, 2, 10, packing=packing, long="stop")
     batches = DataLoader(corpus, 2, 10, packing="split", long="stop")  # which loses nothing
     assert batches.counts == {}
@@ -277,20 +278,20 @@ def test_long_documents_are_cut_or_dropped_and_counted():
 def test_documents_of_one_token_are_left_out_and_counted(packing):
     batches = DataLoader(corpus_of([5, 1, 1, 9, 1]), 2, 10, packing=packing)
     assert batches.counts == {"left out": 3}
-    assert batches.note == "3 left out of 5 documents, for having one token (a.jsonl:2)"
+    assert batches.note.startswith("left out 3 of 5 documents")
+    assert "a.jsonl:2" in batches.note
     assert sum((check(batches.corpus, batch) for batch in batches.once()), Counter()) == pairs(batches.corpus)
 
 
-def test_both_kinds_of_length_are_told():
+def test_the_note_names_short_and_long_documents():
     batches = DataLoader(corpus_of([1, 30, 5]), 2, 10, packing="whole", long="drop")
     assert batches.counts == {"left out": 1, "dropped": 1}
-    assert batches.note == (
-        "1 left out of 3 documents, for having one token (a.jsonl:1). "
-        "1 dropped of 3 documents, for their length (a.jsonl:2 has 29 tokens, a row 10)"
-    )
+    short, long = batches.note.split(". ")
+    assert "left out 1 of 3" in short
+    assert "dropped 1 of 3" in long
 
 
-def test_what_is_left_of_a_long_document_must_teach_something():
+def test_a_truncated_document_with_an_empty_loss_mask_is_dropped():
     corpus = corpus_of([5, 30, 30])
     corpus.loss_mask = np.zeros(65, bool)
     corpus.loss_mask[[3, 5 + 11, 35 + 10]] = (
@@ -304,25 +305,25 @@ def test_what_is_left_of_a_long_document_must_teach_something():
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([5], {"B": 0}, "a batch of 0 rows of 8 tokens: there must be at least one of both"),
-        ([5], {"T": 0}, "a batch of 2 rows of 0 tokens: there must be at least one of both"),
-        ([5], {"seed": -1}, "the seed -1 is not between 0 and"),
+        ([5], {"B": 0}, "0 rows"),
+        ([5], {"T": 0}, "0 tokens"),
+        ([5], {"seed": -1}, "seed is -1"),
         ([5], {"packing": "best"}, r"packing is 'best' \(split, whole, none\)"),
         ([5], {"long": "cut"}, r"long 'cut' \(truncate, drop, stop\)"),
         ([1, 1], {}, "no document has two tokens"),
         (
             [20],
             {"long": "drop"},
-            r"no document is left \(1 dropped of 1 documents, for their length \(a.jsonl:1 has 19",
+            r"no document is left \(dropped 1 of 1 documents",
         ),
     ],
 )
-def test_what_makes_no_batches(lengths, options, message):
+def test_arguments_without_batches(lengths, options, message):
     with pytest.raises(ValueError, match=message):
         DataLoader(corpus_of(lengths), **{"B": 2, "T": 8, **options})
 
 
-# What a model makes of them
+# The loss of packed rows
 
 
 def test_packed_documents_have_the_loss_that_they_have_alone():
@@ -334,7 +335,7 @@ def test_packed_documents_have_the_loss_that_they_have_alone():
     model = tiny("llama3")
 
     def losses(packing: str, positions=lambda pos: pos) -> dict[tuple[int, ...], float]:
-        """The loss of each target by what stands before it in its document and in its row."""
+        """Returns the log-probability of each target, by document and position."""
         batches, found = DataLoader(corpus, 2, 32, packing=packing), {}
         plan = batches.plan(0)
         for first, batch in zip(range(0, batches.rows(), 2), batches.once()):
@@ -354,6 +355,6 @@ def test_packed_documents_have_the_loss_that_they_have_alone():
     assert len(alone) == sum(corpus.lengths - 1)
     worst = max(abs(alone[key] - packed[key]) for key in alone)
     assert worst < 1e-4
-    # Were positions to run on through a row, they would see each other.
+    # With positions that continue through a row, documents attend to each other.
     running = losses("whole", lambda pos: np.where(pos < 0, -1, np.arange(32, dtype=np.int32)))
     assert max(abs(alone[key] - running[key]) for key in alone) > 0.1

@@ -1,6 +1,6 @@
-"""Programs compiled for TPU slices without a TPU (benchmarks/programs.py): what they exchange, and that they fit.
+"""Programs compiled for TPU slices without a TPU (benchmarks/programs.py): their collectives and their memory.
 
-The compilations need libtpu (`pip install "jax[tpu]"`, any Linux machine) and minutes: `pytest -n 0 -m slow`.
+Compiling needs libtpu (`pip install "jax[tpu]"`, any Linux machine) and takes minutes: `pytest -n 0 -m slow`.
 """
 
 import importlib
@@ -39,12 +39,12 @@ def programs(hlo: Any) -> Any:
 
 @pytest.fixture
 def tpu(programs: Any) -> Any:
-    """The same, where the TPU's compiler is at hand."""
+    """The same; skipped without the TPU compiler."""
     pytest.importorskip("libtpu", reason="the TPU compiler is absent: pip install 'jax[tpu]'")
     return programs
 
 
-# A program with a collective in every form: in a loop, a branch, a fusion and an asynchronous call, as start and done.
+# A program with collectives in a loop, a branch, a fusion and an asynchronous call, and as start and done.
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -86,7 +86,7 @@ ENTRY %main (p: s32[]) -> (s32[]) {
 """
 
 
-def test_every_form_of_a_collective_is_read(hlo: Any) -> None:
+def test_collectives_of_every_kind_are_parsed(hlo: Any) -> None:
     halves, pairs = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))
     assert hlo.collectives(TEXT) == [
         ("all-reduce", (("bf16", (8, 64)),), halves, False),
@@ -109,7 +109,7 @@ def test_every_form_of_a_collective_is_read(hlo: Any) -> None:
         hlo.collectives("all-reduce")
 
 
-def test_sizes_are_the_published_ones(programs: Any, shared: Path) -> None:
+def test_sizes_equal_the_published_configs(programs: Any, shared: Path) -> None:
     files = {
         "llama-3.1-8b": "meta-llama-Llama-3.1-8B",
         "llama-3.1-70b": "meta-llama-Llama-3.1-70B-Instruct",
@@ -124,7 +124,7 @@ def test_sizes_are_the_published_ones(programs: Any, shared: Path) -> None:
         assert family.Config.from_hf(hf) == family.Config.from_hf(programs.MODELS[ours])
 
 
-# One layer of width 64, 16 rows on data=2,model=4: three sums of 8 x 64, and what else may and may not cross.
+# One layer of width 64, 16 rows on data=2,model=4: three all-reduces of 8 x 64, and what else is and is not expected.
 SUM = ("all-reduce", (("bf16", (8, 64)),), ((0, 1, 2, 3), (4, 5, 6, 7)), False)
 SMALL = ("all-reduce", (("f32", (8,)), ("s32", (8,))), SUM[2], False)
 ACROSS = ((0, 4), (1, 5), (2, 6), (3, 7))
@@ -150,7 +150,7 @@ GATHER = ("all-gather", (("bf16", (8, 64)),), SUM[2], False)
         ("prefill", [SUM, SUM, SUM, SMALL], "all-reduce of f32[8], s32[8]"),
     ],
 )
-def test_what_is_not_meant_is_named(
+def test_unexpected_collectives_are_named(
     programs: Any, hlo: Any, monkeypatch: Any, program: str, found: list[Any], fault: str | None
 ) -> None:
     over = SimpleNamespace(size=8, shape={"data": 2, "model": 4})
@@ -161,7 +161,7 @@ def test_what_is_not_meant_is_named(
 
 
 def result(case: Any) -> dict[str, Any]:
-    """A line of the table, without compiling."""
+    """A row of the table, without compiling."""
     memory = dict.fromkeys(("weights", "cache", "temporaries", "code", "total"), 10**9)
     found = [{"count": 161, "what": "all-reduce", "bytes": 100_000, "conditional": False}]
     known = {"rows": 8, "axes": {"data": 1, "model": 8}, "memory": memory, "hbm": 32e9, "collectives": found}
@@ -169,7 +169,7 @@ def result(case: Any) -> dict[str, Any]:
     return {**vars(case), **known, "faults": wrong, "compile_seconds": 1.0, "jax": jax.__version__, "libtpu": "1"}
 
 
-def test_the_table_goes_on_where_it_was_stopped(programs: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+def test_an_interrupted_table_is_resumed(programs: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     done: list[str] = []
 
     def measure(case: Any) -> dict[str, Any]:
@@ -208,8 +208,8 @@ def gpu(number: int, host: int) -> Any:
         ((6, 2), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ],
 )
-def test_neighbours_lie_along_model(hosts: tuple[int, ...], data: int, expected: list[list[int]]) -> None:
-    """Several hosts of GPUs, which jax.make_mesh refuses: tensor-parallel groups stay within one where they can."""
+def test_tensor_parallel_groups_are_neighbors(hosts: tuple[int, ...], data: int, expected: list[list[int]]) -> None:
+    """On several GPU hosts, which jax.make_mesh rejects, tensor-parallel groups stay within a host where possible."""
     devices = [
         gpu(i, host) for host, count in enumerate(hosts) for i in range(host * hosts[0], host * hosts[0] + count)
     ]
@@ -219,7 +219,7 @@ def test_neighbours_lie_along_model(hosts: tuple[int, ...], data: int, expected:
 
 @pytest.mark.slow
 def test_every_default_mesh_can_be_made(tpu: Any) -> None:
-    """On slices of every shape, also where `model` takes a part of a side; each group of `model` stays together."""
+    """On slices of every shape, also where `model` takes a part of a side. Each tensor-parallel group is contiguous."""
     for slice_ in ("v5e:8x8", "v6e:8x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8"):
         chips = tpu.chips(slice_)
         for N, K, F in ((32, 8, 14336), (64, 8, 28672), (32, 16, 21504)):
@@ -238,7 +238,7 @@ def compile_case(tpu: Any, hlo: Any, *args: Any, **more: Any) -> tuple[Any, Any,
 
 
 def sizes(found: list[Any], conditional: bool) -> Counter[tuple[str, int]]:
-    """How often numbers of each count cross."""
+    """Counts of collectives by kind and number of elements."""
     tensors = [(one.kind, shape) for one in found if one.conditional == conditional for _, shape in one.tensors]
     return Counter((kind, math.prod(shape)) for kind, shape in tensors)
 
@@ -254,14 +254,14 @@ def sizes(found: list[Any], conditional: bool) -> Counter[tuple[str, int]]:
         ("llama-3.1-8b", "v6e", "16x16", None, 2),  # data=8, model=8, group=4
     ],
 )
-def test_decoding_sums_twice_a_layer(
+def test_decoding_has_two_all_reduces_per_layer(
     tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str | None, layers: int
 ) -> None:
     case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, layers=layers)
     assert tpu.faults(case, where, found) == []
     data, rows = where.over.shape["data"], 8
     expected = Counter({("all-reduce", rows * where.cfg.D): 2 * layers + 1, ("all-reduce", rows): 3})
-    if data > 1:  # is any row of the batch drawn; and every process learns the tokens
+    if data > 1:  # whether any row is sampled, and the tokens for every process
         expected += Counter({("all-reduce", 1): 1, ("all-reduce", rows * data): 1})
     assert sizes(found, False) == expected
     assert {kind for kind, _ in sizes(found, True)} == {"all-reduce"}
@@ -273,7 +273,7 @@ def test_decoding_sums_twice_a_layer(
     ("model", "chip", "slice_", "spec", "layers"),
     [("llama-3.1-8b", "v5e", "4x4", "data=1,model=16", 2), ("gemma-3-27b", "v6e", "4x4", "data=2,model=8", 6)],
 )
-def test_prefill_sums_twice_a_layer_and_nothing_else(
+def test_prefill_has_two_all_reduces_per_layer_alone(
     tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str, layers: int
 ) -> None:
     case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, "prefill", layers=layers)
@@ -284,9 +284,8 @@ def test_prefill_sums_twice_a_layer_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_candidates_are_gathered_and_logits_are_not(tpu: Any, hlo: Any) -> None:
-    """With the 5 likeliest tokens asked for: each of the 16 devices of `model` offers 5, ids and values; `data` then
-    shares what was chosen."""
+def test_logprobs_gather_candidates_and_not_logits(tpu: Any, hlo: Any) -> None:
+    """With 5 logprobs, each of the 16 devices of `model` gives 5 ids and values, which `data` then gathers."""
     case, where, _, found = compile_case(
         tpu, hlo, "llama-3.1-8b", "v6e", "4x8", "data=2,model=16", logprobs=5, layers=2
     )
@@ -297,8 +296,8 @@ def test_candidates_are_gathered_and_logits_are_not(tpu: Any, hlo: Any) -> None:
 
 
 @pytest.mark.slow
-def test_kv_heads_in_groups_take_their_share(tpu: Any, hlo: Any) -> None:
-    """8 kv heads over 16 devices: each keeps one head of weights and cache, and half of what it has of the rest."""
+def test_memory_with_kv_groups(tpu: Any, hlo: Any) -> None:
+    """8 kv heads on 16 devices: each device has one head of the weights and the KV cache, and 1/16 of the rest."""
     case, where, program, _ = compile_case(tpu, hlo, "llama-3.1-8b", "v5e", "4x4", layers=2)
     used, cfg = tpu.memory(case, where, program), where.cfg
     one_head = 2 * cfg.H * 8192 * 8 * 2 * 2  # k and v, slots, rows, layers, bytes
@@ -325,7 +324,7 @@ def test_70b_fits_16_chips_of_v5e_and_not_8(tpu: Any, monkeypatch: Any, capsys: 
 
 
 def misplaced(tpu: Any, monkeypatch: Any) -> None:
-    """One weight of the first layer divided along its inputs."""
+    """One weight of the first layer is sharded along its inputs."""
     given = tpu.weights
 
     def weights(where: Any) -> Any:
@@ -340,12 +339,12 @@ def misplaced(tpu: Any, monkeypatch: Any) -> None:
 
 
 def whole_logits(tpu: Any, monkeypatch: Any) -> None:
-    """The likeliest token found by a device that has all logits."""
+    """The argmax over all logits on every device."""
     monkeypatch.setattr(sampling, "_argmax", lambda x: jnp.argmax(mesh.constrain(x, "B"), -1).astype(jnp.int32))
 
 
 def batch_not_divided(tpu: Any, monkeypatch: Any) -> None:
-    """Activations whose rows every device is given, where the cache is divided."""
+    """Activations are replicated over `data`, while the KV cache is sharded."""
     given = mesh.constrain
     monkeypatch.setattr(mesh, "constrain", lambda x, letters: given(x, letters.replace("B", " ")))
 
@@ -359,7 +358,7 @@ def batch_not_divided(tpu: Any, monkeypatch: Any) -> None:
         (batch_not_divided, "across data"),
     ],
 )
-def test_what_must_not_cross_is_found(tpu: Any, hlo: Any, monkeypatch: Any, plant: Any, fault: str) -> None:
+def test_planted_collectives_are_found(tpu: Any, hlo: Any, monkeypatch: Any, plant: Any, fault: str) -> None:
     plant(tpu, monkeypatch)
     spec = "data=2,model=4"
     case, where, _, found = compile_case(tpu, hlo, "llama-3.1-8b", "v6e", "2x4", spec, layers=2)

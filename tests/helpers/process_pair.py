@@ -1,4 +1,4 @@
-"""Two processes of four virtual devices each, on loopback, and how they end."""
+"""Starts two processes of four virtual devices each, on loopback, and collects their results."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 
 ENV = {key: value for key, value in os.environ.items() if key != "JAX_DEFAULT_DEVICE"}
 HEARTBEAT = 5  # seconds
-ENV["XLA_FLAGS"] = f"{ENV.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"  # of two, the last counts
+ENV["XLA_FLAGS"] = f"{ENV.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"  # overrides an earlier one
 
 
 def free_port() -> str:
@@ -17,13 +17,14 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def two(*commands: list[str], stdin: Any = (subprocess.DEVNULL,) * 2) -> list[Any]:
+def start_processes(*commands: list[str], stdin: Any = (subprocess.DEVNULL,) * 2) -> list[Any]:
+    """Starts the commands of python."""
     pipes: Any = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([sys.executable, *c], stdin=s, **pipes) for c, s in zip(commands, stdin)]
 
 
-def ended(started: list[Any], seconds: float = 120) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of each; a process that does not end fails the test."""
+def wait_for(started: list[Any], seconds: float = 120) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each process. A process that does not end in time fails the test."""
     try:
         out = [process.communicate(timeout=seconds) for process in started]
     finally:

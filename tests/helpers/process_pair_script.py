@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distributed.py: python process_pair_script.py PORT INDEX FOLDER OUT MESH."""
+"""The program of each process in test_distributed.py: python process_pair_script.py PORT INDEX FOLDER OUT MESH."""
 
 import json
 import sys
@@ -19,14 +19,14 @@ def main(port: str, index: str, folder: str, out: str, mesh: str) -> None:
     q = model.weights["layers"][0]["q"]
     blocks = {str(shard.index): shard.data.nbytes for shard in q.addressable_shards}
     drawn = jaxlm.generate(model, PROMPTS, **DRAWN)
-    told = {
+    result = {
         "part": sum(blocks.values()) / q.nbytes,
         "texts": [text.tokens for text in jaxlm.generate(model, PROMPTS, **GREEDY)],
         "drawn": [text.tokens for text in drawn],
         "seed": drawn[0].seed,
     }
     jaxlm.export(model, Path(out) / "exported")
-    (Path(out) / f"{index}.json").write_text(json.dumps(told))
+    (Path(out) / f"{index}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny jaxlm models with the weights of recordings.weights, without a checkpoint and without torch."""
+"""Tiny jaxlm models with the weights of helpers.random_weights, without a checkpoint and without torch."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -141,7 +141,7 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 def test_a_bad_value_of_the_file_is_the_files_fault_until_the_user_gives_one():
     file = {"do_sample": True, "temperature": -1.0}
-    with pytest.raises(ValueError, match=r"in the model's generation_config.json, temperature=-1.0: must be"):
+    with pytest.raises(ValueError, match=r"generation_config.json .*temperature=-1.0"):
         SamplingParams().resolve(file)
     assert SamplingParams(temperature=0.5).resolve(file).temperature == 0.5
 

@@ -1,5 +1,6 @@
-"""Attention against a slow twin in numpy, block by block against whole, and what a long sequence costs in memory."""
+"""Attention against a slow twin in numpy float64, in blocks against unblocked, and its memory on long sequences."""
 
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import attend
+from jaxlm.nn import attend, kv_cache
 
 pytestmark = pytest.mark.smoke
 
@@ -17,7 +18,7 @@ module = import_module("jaxlm.nn.attention")
 
 
 def slow(q: np.ndarray, k: np.ndarray, v: np.ndarray, pos: np.ndarray, window: int | None, scale: float) -> np.ndarray:
-    """One query at a time in float64; a sequence begins wherever pos does not exceed the last one before it."""
+    """One query at a time in float64. A sequence begins wherever pos does not exceed the position before it."""
     B, T, N, H = q.shape
     G = N // k.shape[2]
     out = np.zeros((B, T, N, H))
@@ -29,25 +30,25 @@ def slow(q: np.ndarray, k: np.ndarray, v: np.ndarray, pos: np.ndarray, window: i
             before = p if p >= 0 else before
             segments.append(segment)
         for t in range(T):
-            seen = [
+            keys = [
                 s
                 for s in range(T)
                 if pos[b, s] >= 0 and segments[s] == segments[t] and 0 <= pos[b, t] - pos[b, s] < (window or T * T)
             ]
             for n in range(N if pos[b, t] >= 0 else 0):
-                scores = np.array([q[b, t, n] @ k[b, s, n // G] * scale for s in seen], np.float64)
+                scores = np.array([q[b, t, n] @ k[b, s, n // G] * scale for s in keys], np.float64)
                 weights = np.exp(scores - scores.max())
-                out[b, t, n] = weights @ np.stack([v[b, s, n // G] for s in seen]) / weights.sum()
+                out[b, t, n] = weights @ np.stack([v[b, s, n // G] for s in keys]) / weights.sum()
     return out
 
 
-# Places of two rows of 11 tokens.
+# Positions of two rows of 11 tokens.
 ROWS = {
-    "two texts": [range(11), range(5, 16)],
+    "one sequence per row": [range(11), range(5, 16)],
     "ragged": [[*range(4)] + [-1] * 7, [-1] * 3 + [*range(8)]],
     "packed": [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2], [3, 4, 5, 1, 2, -1, -1, 3, 4, 0, 1]],
     "gaps": [[0, 2, 3, 9, 10, 11, 30, 31, 32, 33, 40], [0, -1, 1, -1, -1, 2, 3, -1, 4, 5, -1]],
-    "padding alone": [[-1] * 11, range(11)],
+    "a row of padding": [[-1] * 11, range(11)],
 }
 
 
@@ -58,19 +59,19 @@ def drawn(T: int, N: int, K: int, H: int = 8, B: int = 2) -> tuple[np.ndarray, .
 
 @cache
 def compiled(window: int | None, scores: int) -> Any:
-    """`attend` as it is traced while `scores` is the limit of a block."""
+    """`attend`, traced while `scores` is MAX_SCORE_ELEMENTS."""
     return jax.jit(partial(attend, window=window, scale=0.4))
 
 
-@pytest.mark.parametrize("T", [11, 8])  # 8 is cut into parts on CPU
+@pytest.mark.parametrize("T", [11, 8])  # 8 takes _causal_blocked on CPU
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pos = np.array([list(row)[:T] for row in rows], np.int32)
     q, k, v = drawn(T, 6, 2)
     expected = slow(q, k, v, pos, window, 0.4)
-    for scores in (module.SCORES, 200):  # whole, and in blocks of one or two queries
-        monkeypatch.setattr(module, "SCORES", scores)
+    for scores in (module.MAX_SCORE_ELEMENTS, 200):  # unblocked, and in blocks of one or two queries
+        monkeypatch.setattr(module, "MAX_SCORE_ELEMENTS", scores)
         out, kv = compiled(window, scores)(q, k, v, pos)
         out = np.asarray(out)
         assert kv is None
@@ -78,21 +79,69 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
         np.testing.assert_allclose(out[pos >= 0], expected[pos >= 0], atol=3e-6)
 
 
-def test_scale_is_that_of_the_head_width_unless_given() -> None:
+# Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype
+# (relative: half an ulp, eps / 2) and those of the float32 twin test. The twin gets the rounded inputs.
+HALF = {"blocked": 8, "unblocked": 11}  # tokens per row: _causal_blocked, _in_float32
+
+
+def assert_rounded_once(out: jax.Array, expected: np.ndarray, real: np.ndarray, dtype: str) -> None:
+    assert out.dtype == dtype
+    half_ulp = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(out, np.float64)[real], expected[real], rtol=half_ulp, atol=3e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("path", HALF)
+def test_half_precision_on_cpu_equals_the_slow_twin(path: str, window: int | None, dtype: str) -> None:
+    T = HALF[path]
+    pos = np.array([list(row)[:T] for row in (ROWS["packed"][0], ROWS["gaps"][1])], np.int32)
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x in drawn(T, 6, 2))
+    out, _ = compiled(window, module.MAX_SCORE_ELEMENTS)(q, k, v, pos)
+    expected = slow(*(x.astype(np.float64) for x in (q, k, v)), pos, window, 0.4)
+    assert_rounded_once(out, expected, pos >= 0, dtype)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_half_precision_decoding_on_cpu_equals_the_slow_twin(window: int | None, dtype: str) -> None:
+    """Prefill of 5 tokens into a KV cache, then one token at a time through a ring buffer where there is a window."""
+    pos = np.array([range(11), [-1] * 2 + [*range(9)]], np.int32)
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x in drawn(11, 6, 2))
+    expected = slow(*(x.astype(np.float64) for x in (q, k, v)), pos, window, 0.4)
+
+    @jax.jit
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, cache: Any) -> Any:
+        cache, [view] = kv_cache.advance(cache, pos)
+        out, view = attend(q, k, v, pos, view, window=window, scale=0.4)
+        return out, replace(cache, layers=[{"k": view.k, "v": view.v}])
+
+    cache, outs = kv_cache.init(2, 16, [window], K=2, H=8, dtype=dtype, chunk=5), []
+    for begin, end in [(0, 5), *((t, t + 1) for t in range(5, 11))]:
+        out, cache = step(*(x[:, begin:end] for x in (q, k, v, pos)), cache)
+        outs.append(out)
+    assert_rounded_once(jnp.concatenate(outs, axis=1), expected, pos >= 0, dtype)
+
+
+def test_default_scale_is_that_of_the_head_width() -> None:
     q, k, v = map(jnp.asarray, drawn(5, 2, 1))
     pos = jnp.asarray(np.tile(np.arange(5, dtype=np.int32), (2, 1)))
     default, same, other = map(np.asarray, jax.jit(lambda: [
-        attend(q, k, v, pos, **given)[0] for given in ({}, {"scale": 8**-0.5}, {"scale": 0.4})
+        attend(q, k, v, pos, **options)[0] for options in ({}, {"scale": 8**-0.5}, {"scale": 0.4})
     ])())  # fmt: skip
     np.testing.assert_array_equal(default, same)
     assert np.abs(default - other).max() > 0.01
 
 
-CUTS = [(None, 36), (7, 37), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(None, 37), (7, 36)])]
+LENGTHS = [(None, 36), (7, 37), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(None, 37), (7, 36)])]
 
 
-@pytest.mark.parametrize(("window", "T"), CUTS)  # 36 is cut into parts on CPU
-def test_blocks_and_their_gradient_equal_the_whole(window: int | None, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "T"), LENGTHS)  # 36 takes _causal_blocked on CPU
+def test_blocks_and_their_gradient_equal_unblocked_attention(
+    window: int | None, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = map(jnp.asarray, drawn(T, 4, 2))
     pos = np.tile(np.arange(T, dtype=np.int32), (2, 1))
     pos[1, :5], pos[1, 20:] = -1, np.arange(T - 20)
@@ -103,7 +152,9 @@ def test_blocks_and_their_gradient_equal_the_whole(window: int | None, T: int, m
         return jnp.where(pos[:, :, None, None] >= 0, out * target, 0).sum()
 
     whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    monkeypatch.setattr(module, "SCORES", 2 * 4 * T * 8)  # 8 queries a block: 5 blocks, the last one filled up
+    monkeypatch.setattr(
+        module, "MAX_SCORE_ELEMENTS", 2 * 4 * T * 8
+    )  # 8 queries per block: 5 blocks, the last one padded
     text = jax.jit(loss).lower(q, k, v).as_text()
     assert f"2x2x2x8x{T}" in text
     assert f"2x2x2x{T}x{T}" not in text
@@ -113,8 +164,8 @@ def test_blocks_and_their_gradient_equal_the_whole(window: int | None, T: int, m
 
 
 @pytest.mark.parametrize("what", ["forward", "gradient"])
-def test_long_sequences_form_no_square_of_scores(what: str) -> None:
-    """At T = 16,384 all scores of 4 heads would be 4.3 GB; a block is 0.13."""
+def test_memory_on_long_sequences_is_not_quadratic(what: str) -> None:
+    """At T = 16,384 the scores of 4 heads would be 4.3 GB; a block is 0.13 GB."""
     T, N = 16_384, 4
     q, k = (jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (N, 2))
     pos = jax.ShapeDtypeStruct((1, T), jnp.int32)
@@ -124,4 +175,4 @@ def test_long_sequences_form_no_square_of_scores(what: str) -> None:
 
     function = loss if what == "forward" else jax.grad(loss, argnums=(0, 1, 2))
     memory = jax.jit(function).lower(q, k, k, pos).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 5 * module.SCORES * 4 < N * T * T * 4 / 4
+    assert memory.temp_size_in_bytes < 5 * module.MAX_SCORE_ELEMENTS * 4 < N * T * T * 4 / 4

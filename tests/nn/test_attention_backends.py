@@ -1,4 +1,4 @@
-"""Backends of attention against the reference, over one table of cases. They run where their hardware is."""
+"""Attention backends against the reference, over one table of cases, on the hardware they need."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.nn import attention as module
 
-GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: run tests/ops on one")
+GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
 # B, T, S, N, K, H, window
 CASES = [
@@ -20,17 +20,17 @@ CASES = [
 
 
 def inputs(case, dtype):
-    """Queries that continue what is cached, with padding at the end of one row and empty slots."""
+    """Queries that continue a KV cache, with padding at the end of one row and empty slots."""
     B, T, S, N, K, H, _ = case
     rng = np.random.default_rng(sum(case[:6]))
     q, k, v = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
     past = (S - T) // 2
-    pos = np.tile(past + np.arange(T), (B, 1))
-    pos[-1, T // 2 :] = -1
-    at = np.tile(np.arange(S), (B, 1))
-    at[:, past + T :] = -1
-    places = [module.TokenPositions(jnp.asarray(p, jnp.int32), jnp.zeros(p.shape, jnp.int32)) for p in (pos, at)]
-    return (q, k, v, *places), pos >= 0
+    query = np.tile(past + np.arange(T), (B, 1))
+    query[-1, T // 2 :] = -1
+    key = np.tile(np.arange(S), (B, 1))
+    key[:, past + T :] = -1
+    tokens = [module.TokenPositions(jnp.asarray(p, jnp.int32), jnp.zeros(p.shape, jnp.int32)) for p in (query, key)]
+    return (q, k, v, *tokens), query >= 0
 
 
 @GPU
@@ -42,6 +42,6 @@ def test_cudnn_equals_the_reference(case, dtype):
     window, scale = case[6], case[5] ** -0.5
     want = jax.jit(lambda *a: module.reference(*a, window, scale))(*args)
     got = jax.jit(lambda *a: module.cudnn(*a, window, scale))(*args)
-    # Both round their probabilities and sums to the type: a few units in its last place of values around 1.
+    # Both round probabilities and sums to the dtype: a few units in the last place of values around 1.
     limit = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.asarray(got, np.float32)[real], np.asarray(want, np.float32)[real], atol=limit)

@@ -1,7 +1,7 @@
 """Makes the recordings in this folder from transformers: `PYTHONPATH=src:tests python tests/recordings/make.py`.
 
-One npz a case: config.json as transformers writes it, token ids and positions, float32 logits at some of them, and the
-rotary frequencies. Weights are not stored: recordings.weights draws them again.
+One npz per case: config.json as transformers writes it, token ids, positions, float32 logits at some of them, and the
+rotary frequencies. Weights are not stored: helpers.random_weights draws them again.
 """
 
 import json

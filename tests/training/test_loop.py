@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,6 +30,13 @@ def test_the_files_of_a_run(whole) -> None:
     model = jaxlm.load(whole / "model")
     assert model.tokenizer is not None
     assert len(jaxlm.generate(model, "the cat", max_tokens=4, temperature=0).tokens) > 0
+
+
+def test_jaxlm_train_is_imported_on_access() -> None:
+    assert jaxlm.train is loop.train
+    assert "train" in dir(jaxlm)
+    code = "import sys, jaxlm; assert not sys.modules.keys() & {'jax', 'optax', 'jaxlm.training'}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_prints_why_it_was_interrupted(monkeypatch, capsys) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.process_pair import ended, free_port, two
+from helpers.process_pair import free_port, start_processes, wait_for
 from helpers.train_pair_script import run_for
 from helpers.training_runs import lines, write_files
 
@@ -32,7 +32,7 @@ def runs(folder: Path, mesh: str, *more: str) -> tuple[Path, Path]:
     both, one = folder / "both", folder / "one"
     port = free_port()
     commands = ([str(SCRIPT), port, str(i), str(folder), str(both), mesh, *more] for i in range(2))
-    for status, _, err in ended(two(*commands), 240):
+    for status, _, err in wait_for(start_processes(*commands), 240):
         assert status == 0, err
     loop.train(run_for(folder, one, mesh, bool(more)))
     for line, other in zip(lines(both), lines(one), strict=True):

@@ -1,4 +1,4 @@
-"""jaxlm.training.train_tokenizer and `jaxlm tokenizer train`: every text there and back, the same file in every run."""
+"""jaxlm.training.train_tokenizer and `jaxlm tokenizer train`: lossless for every text, the same file in every run."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def load(folder: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_there_and_back(story, tmp_path, kind):
+def test_every_text_is_lossless(story, tmp_path, kind):
     done = train_tokenizer(story, tmp_path / "tok", kind, 300, ["<|user|>"])
     tok = load(tmp_path / "tok")
     for text in (TEXT, STORY, "", " ", "\n", *map(chr, range(256)), "\U0010ffff"):
@@ -42,7 +42,7 @@ def test_every_text_there_and_back(story, tmp_path, kind):
     assert len(tok) == tok.vocab_size <= 300
     assert done.characters == len(STORY)
     assert done.tokens == len(tok.encode(STORY, add_special_tokens=False))
-    assert str(done).startswith(f"{len(tok)} tokens, {len(STORY) / done.tokens:.2f} characters a token on 3,3")
+    assert str(done).startswith(f"{len(tok)} tokens, {len(STORY) / done.tokens:.2f} characters per token on 3,3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +69,7 @@ def test_transformers_reads_it(story, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_file_in_every_run(story, tmp_path, kind):
-    """Also in another process, whose hash tables are in another order."""
+    """Also in another process, whose hash tables have another order."""
     code = (
         "import sys; from jaxlm.training.train_tokenizer import train_tokenizer; train_tokenizer(*sys.argv[1:4], 400)"
     )
@@ -93,7 +93,7 @@ def test_characters(story, tmp_path):
     assert kept == set(sorted(set(STORY), key=lambda char: -STORY.count(char))[:5])
 
 
-def test_bpe_merges_what_is_frequent(story, tmp_path):
+def test_bpe_merges_frequent_pairs(story, tmp_path):
     done = train_tokenizer(story, tmp_path / "tok", "bpe", 400)
     small = train_tokenizer(story, tmp_path / "small", "bpe", 257)
     assert small.tokens == len(STORY.encode())
@@ -101,7 +101,7 @@ def test_bpe_merges_what_is_frequent(story, tmp_path):
     assert "Ġcat" in load(tmp_path / "tok").get_vocab()
 
 
-def test_unigram_and_bpe_have_the_size_that_is_asked_for(shared, tmp_path):
+def test_unigram_and_bpe_have_the_requested_size(shared, tmp_path):
     text = (shared / "corpora/tinyshakespeare/input.txt").read_text()[:200_000]
     (tmp_path / "a.txt").write_text(text)
     for kind in ("bpe", "unigram"):
@@ -110,7 +110,7 @@ def test_unigram_and_bpe_have_the_size_that_is_asked_for(shared, tmp_path):
         assert done.characters / done.tokens > 2
 
 
-def test_rows_of_any_form(tmp_path):
+def test_rows_of_any_format(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "abcabc"}, {"role": "assistant", "content": "xyz"}]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train_tokenizer(tmp_path / "a.jsonl", tmp_path / "a", "char").vocabulary == 257 + 6
@@ -119,7 +119,7 @@ def test_rows_of_any_form(tmp_path):
     assert train_tokenizer(tmp_path / "b.jsonl", tmp_path / "b", "char", options=options).vocabulary == 257 + 3
 
 
-def test_what_cannot_be_trained(story, tmp_path):
+def test_errors(story, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"story": "abc"}\n')
     (tmp_path / "five.jsonl").write_text('{"text": 5}\n')
     (tmp_path / "empty.txt").touch()
@@ -127,24 +127,24 @@ def test_what_cannot_be_trained(story, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/tokenizer.json").touch()
     for given, error, message in [
-        ((story, "x", "wordpiece"), ValueError, "'wordpiece' is none of the kinds bpe, unigram, char"),
+        ((story, "x", "wordpiece"), ValueError, "kind is 'wordpiece'"),
         (
             (story, "x", "bpe", 256),
             ValueError,
-            "a vocabulary of 256 has no room: bytes and special tokens alone are 257",
+            "vocab_size is 256",
         ),
-        ((story, "x", "bpe", 300, ["<a>", "<a>"]), ValueError, "special tokens are different and not blank, got"),
-        ((story, "x", "bpe", 300, [" "]), ValueError, "special tokens are different and not blank"),
-        ((story, tmp_path / "there"), FileExistsError, r"holds a tokenizer already: .*\(--force\)"),
+        ((story, "x", "bpe", 300, ["<a>", "<a>"]), ValueError, "special tokens"),
+        ((story, "x", "bpe", 300, [" "]), ValueError, "special tokens"),
+        ((story, tmp_path / "there"), FileExistsError, "--force"),
         (
             (tmp_path / "bad.jsonl", "x"),
             ValueError,
-            r"bad.jsonl:1: no text in the fields story: name one \(--text-field",
+            r"bad.jsonl:1: .*--text-field",
         ),
-        ((tmp_path / "five.jsonl", "x"), ValueError, r"five.jsonl:1: the field text should be a text, it is 5"),
-        ((tmp_path / "empty.txt", "x"), ValueError, "empty.txt: the file is empty"),
-        ((tmp_path / "blank.jsonl", "x"), ValueError, "there is no text to train on"),
-        (("nowhere.txt", "x"), FileNotFoundError, "there is no file or folder nowhere.txt"),
+        ((tmp_path / "five.jsonl", "x"), ValueError, r"five.jsonl:1: .*field text"),
+        ((tmp_path / "empty.txt", "x"), ValueError, "empty.txt"),
+        ((tmp_path / "blank.jsonl", "x"), ValueError, "no text to train on"),
+        (("nowhere.txt", "x"), FileNotFoundError, "nowhere.txt"),
     ]:
         with pytest.raises(error, match=message):
             train_tokenizer(*given)
@@ -157,10 +157,10 @@ def test_what_cannot_be_trained(story, tmp_path):
 def test_the_command(story, tmp_path, capsys):
     command = Command(action="train", files=(str(story),), out=tmp_path / "tok", kind="bpe", vocab_size=300)
     assert command.run() == 0
-    told = capsys.readouterr()
-    assert told.out.startswith("300 tokens, ")
-    assert " characters a token on 3," in told.out
-    assert told.err.splitlines() == ["training a bpe tokenizer …", f"wrote {tmp_path / 'tok'}"]
+    captured = capsys.readouterr()
+    assert captured.out.startswith("300 tokens, ")
+    assert " characters per token on 3," in captured.out
+    assert captured.err.splitlines() == ["training a bpe tokenizer …", f"wrote {tmp_path / 'tok'}"]
     assert load(tmp_path / "tok").decode(load(tmp_path / "tok").encode(TEXT)) == TEXT
     for incomplete in (Command(), Command(action="train", files=("a.txt",)), Command(action="train", out=tmp_path)):
         assert incomplete.run() == 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxlm.checkpoint.atomic import is_disk_full
 from jaxlm.checkpoint.download import AGAIN, ROOM, count_bytes, http_error
 
 _LOGIN = "`hf auth login`, the variable HF_TOKEN, or --token"
@@ -45,7 +45,7 @@ def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool)
             f"there is no folder {repo!r} here, and no connection to {HfApi().endpoint} "
             f"({error or type(error).__name__}): check the network, HF_ENDPOINT and the proxy; {hint}"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         free = count_bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)
         return OSError(f"no room for {repo} in {constants.HF_HUB_CACHE} ({free} free). {ROOM}")
     return None

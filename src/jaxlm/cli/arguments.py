@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jaxlm.cli.errors import usage
 from jaxlm.cli.flags import Flag
-from jaxlm.cli.suggestions import unknown_flag
+from jaxlm.cli.suggestions import translation, unknown_flag
 
 
 class Arguments:
@@ -66,7 +66,7 @@ class Arguments:
         if flag is not None:
             return name, flag, value if separator else None
         short = self.named.get(arg[:2])
-        if short is not None and short.types and f"-{name}" not in self.named:  # -mNAME
+        if short is not None and short.types and not translation(name, self.flags):  # -mNAME, but not -max-tokens
             return arg[:2], short, arg[2:]
         return arg.partition("=")[0], None, None
 

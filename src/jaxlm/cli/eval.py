@@ -1,4 +1,4 @@
-"""`jaxlm eval`: how well a model predicts texts, or its scores on tasks of the lm-eval harness."""
+"""`jaxlm eval`: perplexity and bits per byte on texts, or tasks of the lm-eval harness."""
 
 import contextlib
 import json
@@ -12,55 +12,58 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ModelFlags, note
 
 if TYPE_CHECKING:
     from jaxlm.evaluation.perplexity import Evaluation
 
-OF_TEXTS = ("stride", "data_format", "train_on", "text_field", "prompt_field", "completion_field", "on_bad", "split")
-OF_TASKS = ("tasks_folder", "shots", "limit", "chat")
+TEXT_FLAGS = ("stride", "data_format", "train_on", "text_field", "prompt_field", "completion_field", "on_bad", "split")
+TASK_FLAGS = ("tasks_folder", "shots", "limit", "chat")
 
 
 @dataclass(frozen=True)
 class Eval(ModelFlags):
-    """Measure a model: perplexity and bits per byte on texts, or --tasks of EleutherAI's lm-eval.
+    """Evaluate a model: perplexity and bits per byte on texts, or --tasks of EleutherAI's lm-eval.
 
-    Bits per byte compare models with any two tokenizers. What counts is the text, of chats the assistant's turns; EOS
-    and other special tokens do not.
+    Bits per byte are comparable across tokenizers; perplexity is per token. All tokens of a text are scored, and the
+    assistant turns of a chat, but not EOS and other special tokens.
     """
 
     files: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FILE...]")]] = ()
     """Files (.txt, .jsonl, .json, .parquet), folders, globs or hub datasets."""
     length: int | None = None
-    """Tokens that are read at once. Default: the context, and of texts at most 2048."""
+    """Tokens read at once. Default: the context of the model, for texts at most 2048."""
     stride: int | None = None
-    """Tokens from one window of a longer text to the next; default: half of the length."""
+    """Sliding window stride over longer texts, in tokens. Default: half of the length."""
     batch: int | None = None
-    """Rows that are computed together; default: as the device likes it."""
+    """Batch size in rows. The default depends on the platform."""
     data_format: str | None = None
-    """text, messages, prompt, instruction, question or conversations; default: what the first rows look like."""
+    """Row format: text, messages, prompt, instruction, question or conversations. Default: detected from the first
+    row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
-    """Which tokens count; default: answers where there are any, else all."""
+    """Tokens to score: assistant turns, the completion, or all. Default: assistant turns or completions if the format
+    has them, else all."""
     text_field: str = "text"
-    """Field of a row that is a text."""
+    """Field of a row that holds the text."""
     prompt_field: str = "prompt"
-    """Field of a prompt."""
+    """Field of a row that holds the prompt."""
     completion_field: str = "completion"
-    """Field of its completion."""
+    """Field of a row that holds the completion."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What happens at a row that cannot be used."""
+    """Invalid rows: stop with an error, or skip and count them."""
     split: str = "test"
-    """Of a folder whose files are named by splits, or a hub dataset."""
+    """Split of a hub dataset, or of a folder whose files are named after splits."""
     tasks: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Tasks of lm-eval instead of files; * and ? stand for any letters."""
+    """Tasks of lm-eval, instead of files; * and ? are wildcards."""
     tasks_folder: Path | None = None
-    """Where YAML files of more tasks are."""
+    """Folder with YAML files of more tasks."""
     shots: int | None = None
-    """Examples before each question; default: as the task says."""
+    """Few-shot examples per question. Default: that of the task."""
     limit: int | None = None
-    """Questions of each task at most."""
+    """Maximum number of questions per task."""
     chat: bool = False
-    """Put the questions through the chat template."""
+    """Apply the chat template to the questions."""
     json: bool = False
     """Print one JSON object."""
 
@@ -68,31 +71,31 @@ class Eval(ModelFlags):
         self._check()
         if self.tasks is not None:
             return self._run_tasks()
-        from jaxlm.evaluation.perplexity import evaluate, sizes
+        from jaxlm.evaluation.perplexity import evaluate, window_sizes
 
         model = self.load()
-        length, stride = sizes(model, self.length, self.stride, self.batch)
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("batch", *OF_TEXTS)}
-        how["format"] = how.pop("data_format")  # --format is the checkpoint's
-        how |= {"length": length, "stride": stride, "offline": self.offline}
+        length, stride = window_sizes(model, self.length, self.stride, self.batch)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("batch", *TEXT_FLAGS)}
+        options["format"] = options.pop("data_format")  # --format is the checkpoint's
+        options |= {"length": length, "stride": stride, "offline": self.offline}
         start = time.perf_counter()
-        with progress_line() as tell, needs("jaxlm[train]"):
-            found = evaluate(model, self.files, progress=tell, **how)
-        for why, count in found.dropped.items():
+        with progress_line() as progress, explain_missing_package("this command", "jaxlm[train]"):
+            result = evaluate(model, self.files, progress=progress, **options)
+        for why, count in result.dropped.items():
             note(f"dropped: {count:,} {why}")
         if self.json:
-            told = {"model": model.source, "files": self.files, "length": length, "stride": stride, **record(found)}
-            print(json.dumps({**told, "seconds": round(time.perf_counter() - start, 4)}, ensure_ascii=False))
+            line = {"model": model.source, "files": self.files, "length": length, "stride": stride, **record(result)}
+            print(json.dumps({**line, "seconds": round(time.perf_counter() - start, 4)}, ensure_ascii=False))
         else:
-            print(table(found))
+            print(table(result))
         return 0
 
     def _check(self) -> None:
-        """Usage: texts or tasks, and no flag of the other."""
+        """Exits with 2 unless there are either files or tasks, and no flag of the other."""
         if bool(self.files) == (self.tasks is not None):
-            usage("name files to predict, or --tasks, one of them")
-        wrong = OF_TASKS if self.tasks is None else OF_TEXTS
-        for name in wrong:
+            usage("give either files or --tasks")
+        wrong_flags = TASK_FLAGS if self.tasks is None else TEXT_FLAGS
+        for name in wrong_flags:
             if getattr(self, name) != getattr(Eval, name):
                 flag = f"--{name.replace('_', '-')}"
                 usage(f"{flag} is for {'--tasks' if self.tasks is None else 'files'}")
@@ -101,9 +104,9 @@ class Eval(ModelFlags):
                 usage(f"--{name} is {value}, but must be at least {int(name != 'shots')}")
 
     def _run_tasks(self) -> int:
-        with needs("jaxlm[eval]"):
-            import lm_eval  # noqa: F401  (before a model is loaded for nothing)
-        # The harness would fork beneath jax's threads to estimate errors.
+        with explain_missing_package("this command", "jaxlm[eval]"):
+            import lm_eval  # noqa: F401  (before a model is loaded in vain)
+        # The harness would fork a process that has threads to estimate standard errors.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         model = self.load()
         from lm_eval.utils import make_table
@@ -111,61 +114,57 @@ class Eval(ModelFlags):
         from jaxlm.evaluation.lm_eval import run
 
         names = [name.strip() for name in str(self.tasks).split(",") if name.strip()]
-        how: dict[str, Any] = {"folder": self.tasks_folder, "shots": self.shots, "limit": self.limit, "chat": self.chat}
-        with contextlib.redirect_stdout(sys.stderr):  # it tells of its work there
-            results = run(model, names, length=self.length, batch=self.batch, **how)
+        options: dict[str, Any] = {
+            "folder": self.tasks_folder,
+            "shots": self.shots,
+            "limit": self.limit,
+            "chat": self.chat,
+        }
+        with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints its progress
+            results = run(model, names, length=self.length, batch=self.batch, **options)
             tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
         if self.json:
             kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-            told = {"model": model.source, **{name: results[name] for name in kept if name in results}}
-            print(json.dumps(told, ensure_ascii=False, default=str))
+            line = {"model": model.source, **{name: results[name] for name in kept if name in results}}
+            print(json.dumps(line, ensure_ascii=False, default=str))
         else:
             print("\n".join(tables).rstrip())
         return 0
 
 
 @contextlib.contextmanager
-def needs(extra: str) -> Any:
-    """Says how to install what cannot be imported."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"this needs {error.name}: pip install '{extra}'") from None
-
-
-@contextlib.contextmanager
 def progress_line() -> Any:
-    """What tells documents and tokens so far, in one line of a terminal, now and then."""
+    """Yields a function that prints the number of documents and tokens so far in one line of a terminal."""
     shown = sys.stderr.isatty()
     last = 0.0
 
-    def tell(documents: int, tokens: int) -> None:
+    def show(documents: int, tokens: int) -> None:
         nonlocal last
         if shown and time.perf_counter() - last > 0.2:
             last = time.perf_counter()
             print(f"\r\033[2m{documents:,} documents, {tokens:,} tokens\033[0m", end="", file=sys.stderr, flush=True)
 
     try:
-        yield tell
+        yield show
     finally:
         if last:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def usage(text: str) -> NoReturn:
-    """Ends the program for arguments that make no sense."""
+    """Exits with status 2 (wrong usage)."""
     print(f"jaxlm: {text} (jaxlm eval --help)", file=sys.stderr)
     raise SystemExit(2)
 
 
-def record(found: "Evaluation") -> dict[str, Any]:
-    """For JSON, which knows no infinity."""
-    perplexity = found.perplexity if math.isfinite(found.perplexity) else None
-    return {**found._asdict(), "perplexity": perplexity, "bits_per_byte": found.bits_per_byte}
+def record(result: "Evaluation") -> dict[str, Any]:
+    """Returns the result for JSON, which has no infinity."""
+    perplexity = result.perplexity if math.isfinite(result.perplexity) else None
+    return {**result._asdict(), "perplexity": perplexity, "bits_per_byte": result.bits_per_byte}
 
 
-def table(found: "Evaluation") -> str:
-    """For people."""
-    lines = {"documents": f"{found.documents:,}", "tokens": f"{found.tokens:,}", "bytes": f"{found.bytes:,}"}
-    lines |= {"perplexity": f"{found.perplexity:.4g} a token", "bits per byte": f"{found.bits_per_byte:.4f}"}
+def table(result: "Evaluation") -> str:
+    """Returns the result as text."""
+    lines = {"documents": f"{result.documents:,}", "tokens": f"{result.tokens:,}", "bytes": f"{result.bytes:,}"}
+    lines |= {"perplexity": f"{result.perplexity:.4g} per token", "bits per byte": f"{result.bits_per_byte:.4f}"}
     return "\n".join(f"{name:<15}{value}" for name, value in lines.items())

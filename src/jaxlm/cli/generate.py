@@ -5,12 +5,14 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.cli.errors import usage
@@ -98,32 +100,24 @@ class Generate(SamplingFlags, ModelFlags):
         """The token ids of a prompt. Raises ValueError, with the place in the file, for an invalid one."""
         from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
-        try:
+        with explain_errors(where) if where else nullcontext():
             ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)
             resolve_max_tokens(model, ids, self.max_tokens)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}" if where else str(error)) from None
-        return ids
+            return ids
 
 
 def read_prompts(path: Path) -> list[tuple[str, Any]]:
     """The lines of a JSONL file, each with its place. Raises ValueError for the first invalid line."""
-    hint = "--prompts takes a file with one JSON value per line"
-    try:
+    hint = "--prompts takes a UTF-8 file with one JSON value per line"
+    with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028
-    except OSError as error:
-        raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): {hint}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
+        with explain_errors(f"{where} is not JSON"):
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
         if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
             (value,) = value.values()
         if not value or not isinstance(value, str | list):

@@ -161,16 +161,26 @@ def unknown_command(word: str, commands: list[str]) -> str:
 
 def unknown_flag(name: str, command: str, flags: list[Flag]) -> str:
     """The message for a name that is no flag of the command."""
-    names = [n for flag in flags if not flag.positional for n in (flag.name, *flag.aliases)]
+    names = names_of(flags)
     word = normalized(name)
-    note = lookup(NOTES, word)
-    if guess := exact(word, names) or lookup(FLAGS, word, set(names)) or of_training(word, names):
+    if guess := translation(name, flags):
         return f"unknown flag {name}: did you mean {guess}?"
-    if note:
+    if note := lookup(NOTES, word):
         return f"unknown flag {name}: {note}"
     if guess := last_part(word, names) or closest(word, {normalized(n): n for n in names}):
         return f"unknown flag {name}: did you mean {guess}?"
     return f"unknown flag {name} (jaxlm {command} --help lists the flags)"
+
+
+def names_of(flags: list[Flag]) -> list[str]:
+    """All names of the flags, without positional arguments."""
+    return [name for flag in flags if not flag.positional for name in (flag.name, *flag.aliases)]
+
+
+def translation(name: str, flags: list[Flag]) -> str | None:
+    """The flag that a former name or a word of another tool stands for."""
+    word, names = normalized(name), names_of(flags)
+    return exact(word, names) or lookup(FLAGS, word, set(names)) or of_training(word, names)
 
 
 def normalized(word: str) -> str:

@@ -1,4 +1,4 @@
-"""`jaxlm tokenizer train`: a new tokenizer from texts."""
+"""`jaxlm tokenizer train`: trains a tokenizer on texts."""
 
 import sys
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ from jaxlm.cli.common import note
 class Tokenizer:
     """Train a tokenizer: jaxlm tokenizer train FILES --out FOLDER.
 
-    It is written as tokenizer.json and tokenizer_config.json, which jaxlm and transformers read. Every text survives
-    there and back; <|endoftext|> begins and ends each.
+    Writes tokenizer.json and tokenizer_config.json, which jaxlm and transformers read. The tokenizer is lossless.
+    <|endoftext|> begins and ends every document.
     """
 
     action: tyro.conf.Positional[Annotated[Literal["train"] | None, tyro.conf.arg(metavar="train")]] = None
-    """What is to be done."""
+    """The action."""
     files: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")]] = ()
-    """Texts: .txt, .jsonl, .json or .parquet files, folders, globs, or the name of a hub dataset."""
+    """Texts: .txt, .jsonl, .json or .parquet files, folders, globs, or hub datasets."""
     out: Path | None = None
-    """The folder to write."""
+    """Folder to write to."""
     kind: Literal["bpe", "unigram", "char"] = "bpe"
-    """Byte-level BPE, byte-level unigram, or characters (with bytes for those that are not in the vocabulary)."""
+    """Byte-level BPE, byte-level unigram, or characters (others are encoded as bytes)."""
     vocab_size: int | None = None
-    """Tokens in all, 256 bytes and special ones included; default: 8192, for char all characters that occur."""
+    """Number of tokens, including 256 bytes and special tokens. Default: 8192; for char, all characters that occur."""
     special: tuple[str, ...] = ()
-    """A special token besides <|endoftext|>; may be repeated."""
+    """Special tokens besides <|endoftext|>."""
     text_field: str = "text"
-    """Field of a row that is a text."""
+    """Field of a row that holds the text."""
     split: str = "train"
-    """Split of a folder or hub dataset that has several."""
+    """Split of a folder or hub dataset."""
     config: str | None = None
     """Configuration of a hub dataset that has several."""
     offline: bool = False
     """Use the local cache only, never the network."""
     force: bool = False
-    """Replace the tokenizer that stands in the folder."""
+    """Replace a tokenizer in the folder."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -49,16 +49,16 @@ class Tokenizer:
 
     def run(self) -> int:
         if self.action is None or not self.files or self.out is None:
-            print("jaxlm: name texts and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
+            print("jaxlm: give files and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
             return 2
         from jaxlm.data.formats import TextOptions
         from jaxlm.training.train_tokenizer import train_tokenizer
 
         note(f"training a {self.kind} tokenizer …")
-        done = train_tokenizer(
+        trained = train_tokenizer(
             self.files, self.out, self.kind, self.vocab_size, self.special, TextOptions(text_field=self.text_field),
             self.force, split=self.split, config=self.config, offline=self.offline,
         )  # fmt: skip
-        note(f"wrote {done.folder}")
-        print(done)
+        note(f"wrote {trained.folder}")
+        print(trained)
         return 0

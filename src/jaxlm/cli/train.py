@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import tyro
 
+from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ProcessFlags, note
 from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags, suggest
 
@@ -38,10 +39,8 @@ class Train(ProcessFlags, Run):
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
         if isinstance(self, Finetune) and not run.optimizer.lr:
             run = replace(run, optimizer=replace(run.optimizer, lr=LEARNING_RATES[run.method]))
-        try:
+        with explain_missing_package("training", "jaxlm[train]"):
             from jaxlm.training.loop import train
-        except ImportError as error:
-            raise ValueError(f"training needs {error.name}: pip install 'jaxlm[train]'") from None
 
         if self.dry_run:
             return dry_run(run)

@@ -1,16 +1,15 @@
-"""Documents as arrays on disk, memory-mapped: a corpus may be larger than the memory.
+"""Tokenized documents on disk, memory-mapped, so that a corpus may be larger than memory.
 
-A corpus is a folder: ids.bin (every document's ids, one after the other), loss_mask.bin (one byte an id; absent where
-all count in the loss), ends.bin (where each document ends), places.bin (source and line or row of each) and
-corpus.json, which is written last. A folder appears under its name when it is complete.
+A corpus is a folder: ids.bin (the ids of all documents), loss_mask.bin (one byte per id; absent if all count in the
+loss), ends.bin (where each document ends), places.bin (source and line or row of each) and corpus.json, which is
+written last. A folder appears under its name when it is complete.
 
-The cache has one such folder a digest: of the contents and kinds of the files (a hub dataset's commit, configuration
-and split), of the tokenizer with its chat template, and of the options, but not of names: those given now are told. So
-nothing is tokenized twice, and nothing stale is read; reading the files once to know that is small compared with
-tokenizing them. Nothing is ever removed from the cache.
+The cache has one folder per digest: of the contents and suffixes of the files (commit, configuration and split of a hub
+dataset), of the tokenizer with its chat template, and of the options. File names are not part of it. So nothing is
+tokenized twice and nothing stale is read; reading files to digest them costs little beside tokenizing. Nothing is ever
+removed from the cache.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -24,12 +23,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxlm.data.documents import EMPTY, Document, TextOptions, Texts
-from jaxlm.data.sources import InvalidRow, find, place
+from jaxlm.checkpoint.atomic import is_disk_full
+from jaxlm.checkpoint.errors import explain_errors
+from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
+from jaxlm.data.sources import InvalidRow, find_sources, location
 from jaxlm.processing.tokenizer import Tokenizer
 
-FORMAT = 2  # of these files, and of what the code makes of rows
-FLUSH = 1 << 20  # tokens that wait in memory
+FORMAT = 2  # version of these files, and of how rows become documents
+FLUSH = 1 << 20  # tokens buffered in memory
 TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
 
@@ -38,12 +39,12 @@ class Corpus:
     """Tokenized documents, in the order of their files.
 
     Attributes:
-        ids: [tokens] of all documents, unsigned 16 bits or int32. loss_mask: [tokens] bool, or None: all.
-        ends: [documents] int64, where each ends in ids.
-        about: digest (of all that it was made from), sources (their names), and what corpus.json holds: format,
-        train_on,
-            documents, tokens, loss_tokens (tokens that count in the loss), vocabulary (one more than the largest id),
-            dropped (why -> rows), first_bad (a Bad, whose source is a number of sources; None).
+        ids: [tokens] of all documents, uint16 or int32.
+        loss_mask: [tokens] bool; None if all tokens count.
+        ends: [documents] int64, the end of each document in ids.
+        about: digest, sources (their names), and the contents of corpus.json: format, train_on, documents, tokens,
+            loss_tokens (tokens that count in the loss), vocabulary (one more than the largest id), dropped (number of
+            rows by reason), first_bad (an InvalidRow whose source is an index into sources, or None).
     """
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -56,7 +57,7 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Ids of each document [documents] int64."""
+        """Number of ids of each document [documents] int64."""
         return np.diff(self.ends, prepend=0)
 
     def document(self, i: int) -> Document:
@@ -66,22 +67,22 @@ class Corpus:
         return Document(self.about["sources"][source], int(number), self.ids[begin:end].astype(np.int32), loss_mask)
 
     def where(self, i: int) -> str:
-        """Where document i comes from: story.txt:17."""
+        """Returns where document i comes from, as text: "story.txt:17"."""
         source, number = self._places[i]
-        return place(self.about["sources"][source], int(number))
+        return location(self.about["sources"][source], int(number))
 
     def __str__(self) -> str:
         about = self.about
         text = f"{about['documents']:,} documents ({about['format']}), {about['tokens']:,} tokens"
         if about["loss_tokens"] + about["documents"] < about["tokens"]:
-            text += f", {about['loss_tokens']:,} of them learned"
+            text += f", {about['loss_tokens']:,} in the loss mask"
         if dropped := about["dropped"]:
             text += f"; dropped: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}"
         return text
 
 
 def cache_folder() -> Path:
-    """Where corpora are kept unless a folder is named: in $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
+    """Returns the default folder of corpora, in $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm" / "corpora"
 
 
@@ -98,37 +99,46 @@ def prepare(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """The corpus of these files, folders, globs or hub datasets (see sources.find): from the cache, or made now.
+    """Returns the corpus of files, folders, globs or hub datasets: from the cache, or tokenized now.
 
-    on_bad: "stop" raises at the first row that gives no document, with its file and line; "skip" counts them. Empty
-    texts are counted and never stop. folder: the cache. progress: is told documents and tokens so far.
+    Args:
+        names: What to read (see sources.find_sources).
+        tokenizer: The tokenizer, with its chat template.
+        options: How rows are read.
+        split, config, revision, offline: As in sources.find_sources.
+        on_bad: "stop" raises at the first row that cannot be used, with its file and line; "skip" counts such rows.
+            Empty texts are always counted and skipped.
+        folder: The cache; default cache_folder().
+        progress: Called with the number of documents and tokens so far.
 
-    Raises ValueError or OSError with what is wrong, where, and the way out.
+    Raises:
+        ValueError: A row cannot be used, or no document is left.
+        OSError: A source cannot be read, or the cache cannot be written.
     """
     if on_bad not in ("stop", "skip"):
-        raise ValueError(f"on_bad is {on_bad!r}: stop or skip")
-    texts, sources = Texts(tokenizer, options), find(names, split, config, revision, offline)
+        raise ValueError(f"on_bad is {on_bad!r}, but must be stop or skip")
+    texts, sources = DocumentTokenizer(tokenizer, options), find_sources(names, split, config, revision, offline)
     key = {"format": FORMAT, "sources": [source.digest() for source in sources], **texts.identity()}
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
     path = (folder or cache_folder()) / digest
-    called = [source.name for source in sources]
-    corpus = load(path, called)
+    source_names = [source.name for source in sources]
+    corpus = load(path, source_names)
     if corpus is None:
-        found = texts.documents(row for source in sources for row in source.rows())
-        write(path, found, texts, called, on_bad, progress)
-        corpus = load(path, called)
+        documents = texts.documents(row for source in sources for row in source.rows())
+        write(path, documents, texts, source_names, on_bad, progress)
+        corpus = load(path, source_names)
         assert corpus is not None
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
-        raise ValueError(_stopped(InvalidRow(called[first[0]], *first[1:])))
+        raise ValueError(_invalid(InvalidRow(source_names[first[0]], *first[1:])))
     return corpus
 
 
-def _stopped(first: InvalidRow) -> str:
-    return f"{first} (on_bad=skip leaves such rows out and counts them)"
+def _invalid(first: InvalidRow) -> str:
+    return f"{first} (on_bad=skip skips and counts such rows)"
 
 
 def load(path: Path, sources: list[str]) -> Corpus | None:
-    """The corpus in a folder, made of `sources`; None where there is none, or not all of it."""
+    """Returns the corpus in a folder, with these names of its sources; None if it is absent or incomplete."""
     try:
         about = json.loads((path / "corpus.json").read_text())
         arrays: dict[str, Any] = {
@@ -136,7 +146,7 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
         }
     except (OSError, ValueError, KeyError):
         return None
-    if "train_on" not in about:  # written by an earlier version: prepared again, under the same digest
+    if "train_on" not in about:  # written by an earlier version: tokenized again, under the same digest
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
     return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None
@@ -145,35 +155,37 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
 def write(
     path: Path,
     documents: Iterable[Document | InvalidRow],
-    texts: Texts,
+    texts: DocumentTokenizer,
     sources: list[str],
     on_bad: str = "stop",
     progress: Progress | None = None,
 ) -> None:
-    """Writes the corpus of `sources` as it comes in, beside, and renames it. Raises as `prepare` does; then nothing is
-    left of it."""
-    try:
+    """Writes a corpus to a temporary folder beside `path` and renames it. On an error, which is raised as in `prepare`,
+    nothing is left."""
+    with explain_errors(f"the corpus cannot be written to {path.parent}", "choose another folder", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=".being-made-"))
-    except OSError as error:
-        raise OSError(f"the corpus cannot be written to {path.parent} ({error}): name another folder") from None
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-"))
     try:
-        _Writer(made, texts, sources, on_bad, progress).write(documents)
+        _Writer(partial, texts, sources, on_bad, progress).write(documents)
         if load(path, sources) is None:  # else another process was first
             shutil.rmtree(path, ignore_errors=True)
-            os.replace(made, path)
+            os.replace(partial, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
-        raise OSError(f"the disk of {path.parent} is full ({error}): make room, or name another folder") from None
+        raise OSError(
+            f"the disk of {path.parent} is full ({error}): free some space, or choose another folder"
+        ) from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Writer:
-    """The files of a corpus while it is written."""
+    """Writes the files of a corpus."""
 
-    def __init__(self, folder: Path, texts: Texts, sources: list[str], on_bad: str, progress: Progress | None):
+    def __init__(
+        self, folder: Path, texts: DocumentTokenizer, sources: list[str], on_bad: str, progress: Progress | None
+    ):
         self.folder, self.texts, self.on_bad, self.progress = folder, texts, on_bad, progress
         self.id_type = np.uint16 if texts.tokenizer.vocab_size <= 1 << 16 else np.int32
         self.tokens = self.loss_tokens = self.documents = 0
@@ -182,25 +194,25 @@ class _Writer:
         self.first_bad: InvalidRow | None = None
 
     def write(self, documents: Iterable[Document | InvalidRow]) -> None:
-        waiting: dict[str, list[Any]] = {"ids": [], "loss_mask": [], "ends": [], "places": []}
+        buffers: dict[str, list[Any]] = {"ids": [], "loss_mask": [], "ends": [], "places": []}
         with ExitStack() as stack:
-            files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "wb")) for name in waiting}
+            files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "wb")) for name in buffers}
             begins, flushed = True, 0
             for document in documents:
                 if isinstance(document, InvalidRow):
                     self._drop(document)
                     continue
-                self._add(document, waiting, begins)
+                self._add(document, buffers, begins)
                 begins = document.ends
                 if self.progress is not None and self.documents % 1000 == 0:
                     self.progress(self.documents, self.tokens)
                 if self.tokens - flushed >= FLUSH:
-                    self._flush(files, waiting)
+                    self._flush(files, buffers)
                     flushed = self.tokens
-            self._flush(files, waiting)
+            self._flush(files, buffers)
         if not self.documents:
             counts = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
-            raise ValueError(f"there is no document to learn from (dropped: {counts or 'nothing'})"
+            raise ValueError(f"no document to train on (dropped: {counts or 'none'})"
                              + (f"; the first: {self.first_bad}" if self.first_bad else ""))  # fmt: skip
         self._finish()
         if self.progress is not None:
@@ -212,22 +224,22 @@ class _Writer:
             return
         self.first_bad = self.first_bad or bad
         if self.on_bad == "stop":
-            raise ValueError(_stopped(bad))
+            raise ValueError(_invalid(bad))
 
-    def _add(self, document: Document, waiting: dict[str, list[Any]], begins: bool) -> None:
-        waiting["ids"].append(document.ids.astype(self.id_type))
-        waiting["loss_mask"].append(document.loss_mask)
+    def _add(self, document: Document, buffers: dict[str, list[Any]], begins: bool) -> None:
+        buffers["ids"].append(document.ids.astype(self.id_type))
+        buffers["loss_mask"].append(document.loss_mask)
         self.tokens += len(document.ids)
         # The first id of a document is never predicted.
         self.loss_tokens += int(document.loss_mask[1:].sum() if begins else document.loss_mask.sum())
         if begins:
-            waiting["places"].append([self.sources[document.source], document.number])
+            buffers["places"].append([self.sources[document.source], document.number])
         if document.ends:
-            waiting["ends"].append(self.tokens)
+            buffers["ends"].append(self.tokens)
             self.documents += 1
 
-    def _flush(self, files: dict[str, Any], waiting: dict[str, list[Any]]) -> None:
-        for name, values in waiting.items():
+    def _flush(self, files: dict[str, Any], buffers: dict[str, list[Any]]) -> None:
+        for name, values in buffers.items():
             joined = np.concatenate(values) if name in ("ids", "loss_mask") and values else np.array(values, np.int64)
             if values:
                 files[name].write(joined.tobytes())

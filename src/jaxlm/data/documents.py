@@ -1,8 +1,8 @@
-"""Rows to documents: token ids, and which of them are learned.
+"""Rows to documents: token ids and their loss mask.
 
-A row has one of five forms, told by its fields. A text is learned whole. The others are conversations: they go through
-the checkpoint's chat template, and the assistant's turns are learned, with the token that ends each, and nothing else.
-Where there is no chat template, a prompt and its completion follow each other as they are.
+Of a text all tokens are trained on. Rows of other formats are conversations: they go through the chat template, and the
+loss mask has the assistant turns with the token that ends each. Without a chat template, a prompt and its completion
+are concatenated.
 """
 
 import dataclasses
@@ -16,17 +16,25 @@ import numpy as np
 
 from jaxlm.data.assistant_turns import AssistantTurns, Spans
 from jaxlm.data.formats import FORMATS, Chat, InvalidRowError, TextOptions, conversation, text_of
-from jaxlm.data.sources import PART, InvalidRow, Row, cut
+from jaxlm.data.sources import PART, InvalidRow, Row, split_text
 from jaxlm.processing.tokenizer import Tokenizer
 
-BATCH = 1000  # texts that are tokenized at once
+BATCH = 1000  # texts per call of the tokenizer
 EMPTY = "empty text"
+# Options are digested under the names of earlier versions, so that digests stay the same and runs resume.
 _DIGEST_NAMES = {"format": "form", "train_on": "learn"}
 
 
 class Document(NamedTuple):
-    """ids [n] int32, BOS and EOS included where the tokenizer has them. learned [n] bool: whether predicting this id
-    counts in the loss. ends: the document is complete (False: the next one goes on with it). text: what is learned."""
+    """A tokenized document.
+
+    Attributes:
+        source, number: As in Row.
+        ids: [n] int32, with BOS and EOS if the tokenizer has them.
+        loss_mask: [n] bool, whether predicting this id counts in the loss.
+        ends: Whether the document ends here; if not, the next one continues it.
+        text: The text in the loss mask.
+    """
 
     source: str
     number: int
@@ -37,7 +45,14 @@ class Document(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A text to be tokenized. spans: what of it is learned, None for all. bos, eos: whether these are added."""
+    """A text to tokenize.
+
+    Attributes:
+        row: Its row.
+        text: The text.
+        spans: The spans of the text in the loss mask; None for all of it.
+        bos, eos: Whether to add BOS and EOS.
+    """
 
     row: Row
     text: str
@@ -46,27 +61,26 @@ class Prepared(NamedTuple):
     eos: bool
 
 
-class Texts:
-    """Makes documents of rows, which must all have one format: `format` and `train_on` are known after the first.
+class DocumentTokenizer:
+    """Tokenizes rows to documents. All rows must have one format; the first decides `format` and `train_on`.
 
-    Raises ValueError where no row could be read: without a template for messages, or with train_on="assistant" for
-    texts.
+    Raises ValueError if no row could be used: messages without a chat template, or texts with train_on="assistant".
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions | None = None):
         if not getattr(tokenizer.hf, "is_fast", False):
-            raise ValueError("training takes a tokenizer with a tokenizer.json: transformers has only a slow one here")
+            raise ValueError("the tokenizer has no tokenizer.json: training needs a fast tokenizer")
         self.tokenizer, self.options = tokenizer, options or TextOptions()
         if self.options.format not in (None, *FORMATS):
             raise ValueError(f"format {self.options.format!r} is not one of {', '.join(FORMATS)}")
         self.format: str | None = None
         self.train_on = self.options.train_on
         self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None
-        self.before, self.after = added(tokenizer)
+        self.before, self.after = boundary_tokens(tokenizer)
 
     @cached_property
     def rust(self) -> Any:
-        """A copy that only tokenizes: a post-processor may move offsets, and adds what is added here."""
+        """A copy of the backend without post-processor, which may move offsets, and adds what is added here."""
         from tokenizers import Tokenizer as Rust
 
         rust = Rust.from_str(self.tokenizer.hf.backend_tokenizer.to_str())
@@ -76,68 +90,67 @@ class Texts:
         return rust
 
     def identity(self) -> dict[str, Any]:
-        """All that documents depend on besides their rows, as plain values."""
+        """Returns everything that documents depend on besides their rows, as plain values."""
         hf = self.tokenizer.hf
         return {
             "tokenizer": hashlib.blake2b(hf.backend_tokenizer.to_str().encode()).hexdigest(),
             "added": [self.before, self.after],
             "template": [hf.chat_template, hf.special_tokens_map, self.tokenizer.stop_ids],
-            # Named as in earlier versions: a run resumes only with the same digest.
             "options": {_DIGEST_NAMES.get(k, k): v for k, v in dataclasses.asdict(self.options).items()},
         }
 
     def documents(self, rows: Iterable[Row | InvalidRow]) -> Iterator[Document | InvalidRow]:
-        """The documents of these rows in order, and in their places the rows that give none."""
+        """Yields the documents of rows in order, and the rows that cannot be used in their places."""
         batch: list[Prepared | InvalidRow] = []
         size, begins = 0, True
         for row in rows:
-            for item in [row] if isinstance(row, InvalidRow) else self._prepared(row, begins):
+            for item in [row] if isinstance(row, InvalidRow) else self._prepare(row, begins):
                 batch.append(item)
                 size += 0 if isinstance(item, InvalidRow) else len(item.text)
                 if len(batch) >= BATCH or size >= PART:
-                    yield from self._tokenized(batch)
+                    yield from self._tokenize(batch)
                     batch, size = [], 0
             begins = begins if isinstance(row, InvalidRow) else row.ends
-        yield from self._tokenized(batch)
+        yield from self._tokenize(batch)
 
-    def _prepared(self, row: Row, begins: bool) -> Iterator[Prepared | InvalidRow]:
+    def _prepare(self, row: Row, begins: bool) -> Iterator[Prepared | InvalidRow]:
         try:
-            format, train_on = self._settled(row)
+            format, train_on = self._resolve_format(row)
             if format != "text":
                 chat = conversation(row.value, format, self.options, train_on, template=self.turns is not None)
                 yield self._chat(row, chat) if isinstance(chat, Chat) else self._pair(row, *chat)
                 return
             text = text_of(row.value, self.options)
             _check(text, whole=begins and row.ends)
-            *parts, last = cut(text)
+            *parts, last = split_text(text)
             for n, part in enumerate(parts):
                 yield Prepared(row._replace(ends=False), part, None, begins and n == 0, eos=False)
             yield Prepared(row, last, None, begins and not parts, eos=row.ends)
-        except InvalidRowError as fault:
-            yield InvalidRow(row.source, row.number, fault.why, str(fault))
+        except InvalidRowError as error:
+            yield InvalidRow(row.source, row.number, error.why, str(error))
 
-    def _settled(self, row: Row) -> tuple[str, str]:
-        """Form and what is learned: the first row's, which all others must have."""
+    def _resolve_format(self, row: Row) -> tuple[str, str]:
+        """Returns the format and what is trained on: those of the first row, which all others must have."""
         format = self.options.format_of(row.value)
         if format is None or (self.format and format != self.format):
             wanted = self.format or self.options.format
             fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
-            seen = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
+            actual = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
             raise InvalidRowError(
-                "fields are missing",
-                f"a row with {fields} is expected, this {seen}: other names are given by text_field, or prompt_field "
-                "and completion_field (flags too)",
+                "missing fields",
+                f"expected a row with {fields}, but this one {actual}: name other fields with text_field, or "
+                "prompt_field and completion_field",
             )
         if self.format is None:
             self.format, self.train_on = format, self.train_on or FORMATS[format][1]
             if format == "text" and self.train_on != "all":
-                raise ValueError(f"{row.source} holds texts, in which nobody speaks: train_on={self.train_on} is for "
-                                 "messages, prompts and instructions")  # fmt: skip
+                raise ValueError(f"{row.source} holds texts, which have no turns: use train_on=all instead of "
+                                 f"train_on={self.train_on}")  # fmt: skip
         return format, self.train_on or ""
 
     def _chat(self, row: Row, chat: Chat) -> Prepared:
         if self.turns is None:
-            self.tokenizer.render(chat.messages)  # which says that there is no template, and what to do
+            self.tokenizer.render(chat.messages)  # raises: there is no chat template
         assert self.turns is not None
         try:
             text, spans = self.turns.find(*chat)
@@ -145,7 +158,7 @@ class Texts:
             raise InvalidRowError("refused by the chat template", str(error)) from None
         if not spans and self.train_on != "all":
             roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
-            raise InvalidRowError("no assistant turn", f"no turn of the assistant to learn from (roles: {roles})")
+            raise InvalidRowError("no assistant turn", f"no assistant turn to train on (roles: {roles})")
         _check(text)
         closed = text.rstrip().endswith(self.turns.stops)
         return Prepared(row, text, None if self.train_on == "all" else spans, bos=False, eos=not closed)
@@ -155,66 +168,65 @@ class Texts:
         _check(text)
         return Prepared(row, text, None if self.train_on == "all" else [(len(prompt), len(text))], bos=True, eos=True)
 
-    def _tokenized(self, batch: list[Prepared | InvalidRow]) -> Iterator[Document | InvalidRow]:
+    def _tokenize(self, batch: list[Prepared | InvalidRow]) -> Iterator[Document | InvalidRow]:
         texts = [item.text for item in batch if isinstance(item, Prepared)]
-        whole = all(item.spans is None for item in batch if isinstance(item, Prepared))
-        encode = self.rust.encode_batch_fast if whole else self.rust.encode_batch  # which knows no offsets
+        need_offsets = any(item.spans is not None for item in batch if isinstance(item, Prepared))
+        encode = self.rust.encode_batch if need_offsets else self.rust.encode_batch_fast
         encodings = iter(encode(texts, add_special_tokens=False) if texts else [])
         for item in batch:
             yield item if isinstance(item, InvalidRow) else self._document(item, next(encodings))
 
     def _document(self, item: Prepared, encoding: Any) -> Document | InvalidRow:
-        ids, learned = encoding.ids, [True] * len(encoding.ids)
+        ids, loss_mask = encoding.ids, [True] * len(encoding.ids)
         if item.spans is not None:
-            ids, learned = self._learned(item, encoding)
-        twice = bool(self.before) and ids[: len(self.before)] == self.before
-        begin = self.before if item.bos and not twice else []
+            ids, loss_mask = self._mask_spans(item, encoding)
+        has_bos = bool(self.before) and ids[: len(self.before)] == self.before
+        begin = self.before if item.bos and not has_bos else []
         end = self.after if item.eos and ids[-len(self.after) :] != self.after else []
-        # An end that the template leaves out is learned where an answer ends there.
+        # The EOS of a document counts if its last token does, as after an answer that the template does not end.
         open_end = item.spans is None or not item.text[item.spans[-1][1] :].strip()
         ids = np.array([*begin, *ids, *end], np.int32)
-        learned = np.array([*[item.spans is None] * len(begin), *learned, *[open_end] * len(end)], bool)
+        loss_mask = np.array([*[item.spans is None] * len(begin), *loss_mask, *[open_end] * len(end)], bool)
         row = item.row
-        if item.spans is not None and not learned[1:].any():
-            return InvalidRow(row.source, row.number, "nothing to learn", "what is to be learned of this row is empty")
+        if item.spans is not None and not loss_mask[1:].any():
+            return InvalidRow(row.source, row.number, "empty loss mask", "this row has no token to train on")
         text = item.text if item.spans is None else "".join(item.text[a:b] for a, b in item.spans)
-        return Document(row.source, row.number, ids, learned, row.ends, text)
+        return Document(row.source, row.number, ids, loss_mask, row.ends, text)
 
-    def _learned(self, item: Prepared, encoding: Any) -> tuple[list[int], np.ndarray]:
-        """Which tokens lie within the spans. Where a token reaches over the edge of one, the text is tokenized in
-        pieces: as it is when a prompt is answered."""
+    def _mask_spans(self, item: Prepared, encoding: Any) -> tuple[list[int], np.ndarray]:
+        """Returns the ids and which of them lie within the spans. If a token crosses the edge of a span, the text is
+        tokenized in pieces, as it is when the model answers a prompt."""
         spans = item.spans or []
         begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
-        learned = np.zeros(len(begins), bool)
+        loss_mask = np.zeros(len(begins), bool)
         for start, stop in spans:
-            learned |= (begins >= start) & (ends <= stop) & (begins < stop)
+            loss_mask |= (begins >= start) & (ends <= stop) & (begins < stop)
         edges = [edge for span in spans for edge in span]
         if not any(((begins < edge) & (ends > edge)).any() for edge in edges):
-            return encoding.ids, learned
-        places = [0, *edges, len(item.text)]
-        parts = [item.text[a:b] for a, b in pairwise(places)]
+            return encoding.ids, loss_mask
+        parts = [item.text[a:b] for a, b in pairwise([0, *edges, len(item.text)])]
         pieces = [piece.ids for piece in self.rust.encode_batch(parts, add_special_tokens=False)]
         ids = [token for piece in pieces for token in piece]
-        text, whole = (self.rust.decode(some, skip_special_tokens=False) for some in (ids, encoding.ids))
-        if text != whole:
-            return encoding.ids, learned  # a tokenizer to which the beginning of a text is special
+        in_pieces, at_once = (self.rust.decode(some, skip_special_tokens=False) for some in (ids, encoding.ids))
+        if in_pieces != at_once:
+            return encoding.ids, loss_mask  # the tokenizer treats the beginning of a text specially
         return ids, np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces])
 
 
 def _check(text: str, whole: bool = True) -> None:
-    """Fault for what cannot be tokenized, and for a text of blanks."""
+    """Raises InvalidRowError for a text that cannot be tokenized, and if it is whole, for a blank one."""
     if whole and not text.strip():
         raise InvalidRowError(EMPTY, "the text is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRowError(
-            "invalid UTF-8", "half of a surrogate pair (\\ud800 to \\udfff) stands alone in it"
+            "invalid UTF-8", "the text has half of a surrogate pair (\\ud800 to \\udfff) alone"
         ) from None
 
 
-def added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids before and after every document: what the tokenizer adds to a text, and at its end EOS."""
+def boundary_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids before and after every document: what the tokenizer adds to a text, and EOS at its end."""
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     before, after = full[:at], full[at + len(plain) :]

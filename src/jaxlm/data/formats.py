@@ -1,4 +1,4 @@
-"""The forms that rows of training data have, told by their fields, and the conversation that a row holds."""
+"""Formats of training rows, detected from their fields, and the conversation in a row."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxlm.processing.chat_template import plain
 
-# format -> the fields that tell it, and what is learned by default. The first that fits is taken.
+# Format: its fields, and what is trained on by default. The first match is the format of a row.
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "messages": (("messages",), "assistant"),
     "conversations": (("conversations",), "assistant"),
@@ -26,21 +26,21 @@ class TextOptions:
     """How rows are read."""
 
     format: str | None = None
-    """text, messages, conversations, prompt, instruction or question. Default: what the first row looks like."""
+    """text, messages, conversations, prompt, instruction or question. Default: detected from the first row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
-    """What counts in the loss: every turn of the assistant, the completion (of messages: the last turn), or all.
-    Default: all of a text, the assistant's turns of messages, the completion of a prompt."""
+    """Loss mask: all assistant turns, the completion (of messages the last turn), or all tokens. Default: that of the
+    format (FORMATS)."""
     text_field: str = "text"
-    """Field of a row that is a text."""
+    """Field of a row that holds the text."""
     prompt_field: str = "prompt"
-    """Field of a prompt."""
+    """Field of a row that holds the prompt."""
     completion_field: str = "completion"
-    """Field of its completion."""
+    """Field of a row that holds the completion."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template (enable_thinking, date_string, …)."""
 
     def fields(self, format: str) -> tuple[str, ...]:
-        """The names that the fields of a format have here."""
+        """Returns the names of a format's fields under these options."""
         names: dict[str, str] = {
             "text": self.text_field,
             "prompt": self.prompt_field,
@@ -49,7 +49,7 @@ class TextOptions:
         return tuple(names.get(name, name) for name in FORMATS[format][0])
 
     def format_of(self, value: Any) -> str | None:
-        """The format of a row, None for none. Fields that the user has named come before all others."""
+        """Returns the format of a row, None without a match. Formats with fields named by the user come first."""
         if isinstance(value, str):
             return "text" if self.format in (None, "text") else None
         if self.format is not None:
@@ -62,7 +62,7 @@ class TextOptions:
 
 
 class InvalidRowError(ValueError):
-    """What is wrong with a row. why: the kind of fault, under which such rows are counted."""
+    """Raised for a row that cannot be used. why: the kind of error, under which such rows are counted."""
 
     def __init__(self, why: str, detail: str):
         super().__init__(detail)
@@ -70,7 +70,7 @@ class InvalidRowError(ValueError):
 
 
 class Chat(NamedTuple):
-    """Messages for a template; what is learned are the assistant's from message `first` on."""
+    """Messages for a chat template. The assistant's turns from message `first` on are in the loss mask."""
 
     messages: list[dict[str, Any]]
     tools: list | None
@@ -78,48 +78,57 @@ class Chat(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A prompt and its completion, to be written one after the other."""
+    """A prompt and its completion, to be concatenated."""
 
     prompt: str
     completion: str
 
 
 def text_of(value: Any, options: TextOptions) -> str:
-    """The text of a row of format text."""
+    """Returns the text of a row of format text."""
     return value if isinstance(value, str) else _string(value, options.text_field)
 
 
 def conversation(
     value: Mapping[str, Any], format: str, options: TextOptions, train_on: str, template: bool
 ) -> Chat | Pair:
-    """What a row of another format holds. template: there is a chat template, and prompts are turns of the user.
+    """Returns the conversation of a row that is no text.
 
-    Raises Fault for a row that is not of its form.
+    Args:
+        value: The fields of the row.
+        format: Its format.
+        options: The names of its fields.
+        train_on: What is trained on.
+        template: Whether there is a chat template. Prompts are then user turns.
+
+    Raises:
+        InvalidRowError: The row does not have the types of its format.
     """
     if format in ("messages", "conversations"):
         messages = _messages(value[format], format)
         last = max((i for i, message in enumerate(messages) if message["role"] == ASSISTANT), default=0)
         return Chat(messages, _tools(value), last if train_on == "completion" else 0)
     if format in ("prompt", "question"):
-        given, said = (value[name] for name in options.fields(format))
+        prompt, completion = (value[name] for name in options.fields(format))
     else:
-        given, said = _instruction(value, template), _string(value, "output")
-    if isinstance(given, str) and isinstance(said, str) and not template:
-        return _apart(given, said)
+        prompt, completion = _instruction(value, template), _string(value, "output")
+    if isinstance(prompt, str) and isinstance(completion, str) and not template:
+        return _separated(prompt, completion)
     fields = options.fields("question" if format == "question" else "prompt")
-    asked = [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given, fields[0])
-    answer = [{"role": ASSISTANT, "content": said}] if isinstance(said, str) else _messages(said, fields[1])
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, fields[0])
+    answer = [{"role": ASSISTANT, "content": completion}]
+    answer = answer if isinstance(completion, str) else _messages(completion, fields[1])
     return Chat([*asked, *answer], _tools(value), len(asked) if train_on == "completion" else 0)
 
 
-def _apart(prompt: str, completion: str) -> Pair:
-    """As they are where a blank parts them, else on two lines."""
-    parted = prompt[-1:].isspace() or completion[:1].isspace() or not prompt
-    return Pair(prompt if parted else prompt + "\n", completion)
+def _separated(prompt: str, completion: str) -> Pair:
+    """Ends the prompt with a newline, unless white space separates it from the completion already."""
+    separated = prompt[-1:].isspace() or completion[:1].isspace() or not prompt
+    return Pair(prompt if separated else prompt + "\n", completion)
 
 
 def _instruction(value: Mapping[str, Any], template: bool) -> str:
-    """The prompt of an instruction; under the usual headings where no chat template writes any."""
+    """Returns the prompt of an instruction; without a chat template, under Alpaca's headings."""
     asked = _string(value, "instruction")
     more = _string(value, "input") if value.get("input") else ""
     if template:
@@ -129,23 +138,23 @@ def _instruction(value: Mapping[str, Any], template: bool) -> str:
 
 def _string(value: Mapping[str, Any], name: str) -> str:
     if not isinstance(value.get(name), str):
-        raise InvalidRowError("not a text", f"the field {name} should be a text, it is {_short(value.get(name))}")
+        raise InvalidRowError("not a string", f"the field {name} must be a string, not {_short(value.get(name))}")
     return value[name]
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """The messages of a field, in the form that templates read."""
+    """Returns the messages of a field, as chat templates read them."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
-        raise InvalidRowError("no messages", f"the field {name} should be a list of messages, it is {_short(value)}")
+        raise InvalidRowError("invalid messages", f"the field {name} must be a list of messages, not {_short(value)}")
     try:
         return [_message(message) for message in plain([_renamed(message) for message in value])]
     except ValueError as error:
-        raise InvalidRowError("no messages", str(error)) from None
+        raise InvalidRowError("invalid messages", str(error)) from None
 
 
 def _renamed(message: Any) -> Any:
-    """{"from": "human", "value": …} as {"role": "user", "content": …}."""
+    """Returns {"role": "user", "content": …} for {"from": "human", "value": …}."""
     if not isinstance(message, Mapping) or "from" not in message:
         return message
     role = str(message["from"])
@@ -153,9 +162,9 @@ def _renamed(message: Any) -> Any:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Without fields that are null, which templates take for present; a call's arguments as an object."""
+    """Drops null fields, which templates would take for present, and parses the arguments of tool calls."""
     if not isinstance(message["role"], str) or not isinstance(message.get("content"), str | None):
-        raise ValueError(f"a message is a dict with 'role' and 'content', texts both, got {_short(message)}")
+        raise ValueError(f"a message must be an object with the strings role and content, not {_short(message)}")
     kept = {key: value for key, value in message.items() if value is not None}
     kept["content"] = message.get("content") or ""
     if calls := kept.get("tool_calls"):
@@ -164,9 +173,9 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """OpenAI writes the arguments of a call as JSON in a string; templates would quote it again."""
+    """Parses the arguments of a tool call: OpenAI's are a JSON string, which templates would quote again."""
     if not isinstance(call, Mapping):
-        raise ValueError(f"a tool call is a dict, got {_short(call)}")
+        raise ValueError(f"a tool call must be an object, not {_short(call)}")
     inner = call.get("function", call)
     if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), str):
         inner = {**inner, "arguments": _json(inner["arguments"], "the arguments of a tool call")}
@@ -177,7 +186,7 @@ def _tools(value: Mapping[str, Any]) -> list | None:
     tools = value.get("tools")
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise InvalidRowError("no messages", f"tools should be a list of JSON schemas, it is {_short(tools)}")
+        raise InvalidRowError("invalid messages", f"tools must be a list of JSON schemas, not {_short(tools)}")
     return tools or None
 
 
@@ -185,7 +194,7 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidRowError("no messages", f"{what} should be JSON, it is {_short(text)}") from None
+        raise InvalidRowError("invalid messages", f"{what} must be JSON, not {_short(text)}") from None
 
 
 def _short(value: Any) -> str:

@@ -1,18 +1,18 @@
-"""Packed rows and batches of a corpus: pure functions of (seed, step).
+"""Packing and the data loader: rows and batches of a corpus as pure functions of (seed, step).
 
-Rows are numbered on over the epochs, and batch `step` has rows step*B to step*B+B-1, so the state of the data is one
-integer. The order is global: a process makes its share of every batch. An epoch has its own order of documents
-and rows, so many rows as it needs, and every document once; the batch at its end takes its other rows from the next.
+Rows are numbered consecutively over the epochs, and batch `step` has the rows step*B to step*B+B-1, so that the state
+of the data loader is one integer. The order is global: each process loads its share of every batch. Each epoch has its
+own order of documents and rows, as many rows as it needs, and every document once. The last batch of an epoch is filled
+up with rows of the next.
 
-    split    documents, one after the other, cut every T tokens. What is cut goes on in another row, where positions
-             begin again; nothing is lost. The cuts fall elsewhere in every epoch, and the rows are shuffled once more:
-             a corpus of one long text has an order too.
-    whole    no document is cut that fits a row: best fit, over a thousand rows' worth of shuffled documents at a time.
-    none     a document a row.
+    split    documents one after the other, cut every T tokens. The rest of a cut document continues in another row,
+             where positions start again at 0; nothing is lost. The cuts differ between epochs, and rows are shuffled.
+    whole    documents that fit a row are never cut: best fit, over about a thousand rows of shuffled documents at once.
+    none     one document per row.
 
-Stability: the same rows for the same corpus, seed, T and packing, on every machine and with every numpy: all chance is
-raw output of the Philox4x64 counter generator, whose stream numpy promises to keep (of its distributions and
-permutations it does not), sorted.
+The rows for the same corpus, seed, T and packing are the same on every machine and with every version of numpy: all
+randomness is sorted raw output of the Philox4x64 counter generator, whose stream numpy keeps stable (unlike that of its
+distributions and permutations).
 """
 
 import threading
@@ -26,16 +26,20 @@ import numpy as np
 
 from jaxlm.data.corpus import Corpus
 
-WINDOW = 1000  # rows' worth of documents that are packed together
-THREADS, AHEAD = 2, 8  # of prefetching: threads, batches
-DOCUMENTS, ROWS, SHIFT = range(3)  # what chance is drawn for
+WINDOW = 1000  # documents of about so many rows are packed together
+THREADS, AHEAD = 2, 8  # prefetching: threads, and batches per thread ahead
+DOCUMENTS, ROWS, SHIFT = range(3)  # streams of random numbers
 
 
 class Batch(NamedTuple):
-    """One process's rows. tokens, targets, pos [B,T] int32; learned [B,T] bool: whether the target here counts.
+    """The rows of one process. Padding has pos -1, loss_mask False, and 0 in tokens and targets.
 
-    pos begins at 0 with every document, which keeps them apart, and is -1 where there is nothing: there tokens and
-    targets are 0, and learned is False."""
+    Attributes:
+        tokens: [B,T] int32.
+        targets: [B,T] int32, the next token of the document.
+        pos: [B,T] int32, from 0 in every document, so that documents do not attend to each other.
+        loss_mask: [B,T] bool, whether the target counts in the loss.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -44,19 +48,20 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The rows of an epoch: row r has the pieces first[r] to first[r+1]. A piece: document, its first token, tokens."""
+    """The rows of an epoch: row r has the pieces first[r] to first[r+1]. A piece is a document, the first of its tokens
+    and their number."""
 
     first: np.ndarray
     pieces: np.ndarray
 
     def row(self, r: int) -> np.ndarray:
-        """Its pieces [n,3] int64."""
+        """Returns the pieces of a row [n,3] int64."""
         return self.pieces[self.first[r] : self.first[r + 1]]
 
 
 class Stream(NamedTuple):
-    """The rows of an epoch of "split", found by arithmetic: row r begins at token shift + T * order[r] of the documents
-    in order, which begin again after the last."""
+    """The rows of an epoch of packing "split", computed on demand: row r begins at token shift + T * order[r] of the
+    concatenated documents, which repeat from the start after the last."""
 
     documents: np.ndarray
     ends: np.ndarray
@@ -65,7 +70,7 @@ class Stream(NamedTuple):
     T: int
 
     def row(self, r: int) -> np.ndarray:
-        """Its pieces [n,3] int64."""
+        """Returns the pieces of a row [n,3] int64."""
         total, offset = int(self.ends[-1]), int(self.order[r]) * self.T
         begin = self.shift + offset
         end = begin + min(self.T, total - offset)
@@ -81,18 +86,21 @@ class Stream(NamedTuple):
 
 
 class DataLoader:
-    """The batches of a corpus.
+    """The data loader: batches of a corpus.
 
     Args:
-        B, T: rows and tokens a row of a batch, all processes together.
-        packing: "split", "whole" or "none"; None: split for texts, whole for all else.
-        share: which rows of a batch this process makes; None: all.
-        long: what "whole" and "none" do with a document of more than T tokens: "truncate", "drop", or "stop" at the
-            first (ValueError with its file and line).
+        corpus: The tokenized documents.
+        B: Rows of a batch, over all processes.
+        T: Tokens of a row.
+        seed: Seed of the order.
+        packing: "split", "whole" or "none"; None is split for texts and whole for other formats.
+        share: The rows of a batch that this process loads; None is all.
+        long: What packing "whole" and "none" do with a document of more than T tokens: "truncate", "drop", or "stop"
+            with a ValueError that names its file and line.
 
     Attributes:
-        counts: documents of one token (left out), and those longer than a row, by what happened to them.
-        note: the same in words, with the first of each; "" where there is none.
+        counts: Number of documents left out because they have one token, truncated and dropped.
+        note: The counts as text, with the first document of each; "" if there are none.
     """
 
     def __init__(
@@ -109,51 +117,51 @@ class DataLoader:
         if packing not in ("split", "whole", "none") or long not in ("truncate", "drop", "stop"):
             raise ValueError(f"packing is {packing!r} (split, whole, none), long {long!r} (truncate, drop, stop)")
         if B < 1 or T < 1:
-            raise ValueError(f"a batch of {B} rows of {T} tokens: there must be at least one of both")
+            raise ValueError(f"a batch of {B} rows of {T} tokens is empty: both must be at least 1")
         if not 0 <= seed < 1 << 64:
-            raise ValueError(f"the seed {seed} is not between 0 and 2**64 - 1")
+            raise ValueError(f"seed is {seed}, but must be between 0 and 2**64 - 1")
         self.corpus, self.B, self.T, self.seed, self.packing = corpus, B, T, seed, packing
         self.share = share or slice(0, B)
         self.counts: dict[str, int] = {}
         self.lengths = np.maximum(corpus.lengths - 1, 0)  # tokens that have a target
         if not self.lengths.any():
-            raise ValueError("no document has two tokens")
+            raise ValueError("no document has two tokens: there is nothing to predict")
         self.note = ". ".join(filter(None, [self._short(), "" if packing == "split" else self._shorten(long)]))
         if not self.lengths.any():
             raise ValueError(f"no document is left ({self.note})")
-        self._firsts = [0]  # of each epoch that was planned, its first row
+        self._firsts = [0]  # the first row of each planned epoch
         self._lock = threading.RLock()
         self._plan = lru_cache(2)(self._planned)
 
     def _short(self) -> str:
-        """Counts what has nothing to predict."""
+        """Counts documents of one token, which have nothing to predict."""
         alone = np.flatnonzero(self.lengths == 0)
         if not len(alone):
             return ""
         self.counts["left out"] = len(alone)
         where = self.corpus.where(alone[0])
-        return f"{len(alone):,} left out of {len(self.corpus):,} documents, for having one token ({where})"
+        return f"left out {len(alone):,} of {len(self.corpus):,} documents, which have only one token ({where})"
 
     def _shorten(self, long: str) -> str:
-        """Cuts or drops what is longer than a row."""
+        """Truncates or drops documents that are longer than a row."""
         over = np.flatnonzero(self.lengths > self.T)
         if not len(over):
             return ""
         where = f"{self.corpus.where(over[0])} has {self.lengths[over[0]]:,} tokens, a row {self.T:,}"
         if long == "stop":
-            raise ValueError(f"{where}: make rows longer, or let long be truncate or drop")
-        begins = self.corpus.ends[over] - self.lengths[over]  # of what is predicted
-        learned = self.corpus.loss_mask
-        kept = [long == "truncate" and (learned is None or bool(learned[b : b + self.T].any())) for b in begins]
+            raise ValueError(f"{where}: use longer rows, or long=truncate or drop")
+        begins = self.corpus.ends[over] - self.lengths[over]  # of the targets
+        mask = self.corpus.loss_mask
+        kept = [long == "truncate" and (mask is None or bool(mask[b : b + self.T].any())) for b in begins]
         self.lengths[over] = np.where(kept, self.T, 0)
-        found = {"truncated": sum(kept), "dropped": len(over) - sum(kept)}
-        found = {what: count for what, count in found.items() if count}
-        self.counts |= found
-        how = " and ".join(f"{count:,} {what}" for what, count in found.items())
-        return f"{how} of {len(self.corpus):,} documents, for their length ({where})"
+        counts = {"truncated": sum(kept), "dropped": len(over) - sum(kept)}
+        counts = {what: count for what, count in counts.items() if count}
+        self.counts |= counts
+        actions = " and ".join(f"{what} {count:,}" for what, count in counts.items())
+        return f"{actions} of {len(self.corpus):,} documents, which are longer than a row ({where})"
 
     def _draw(self, epoch: int, purpose: int, n: int) -> np.ndarray:
-        """n random numbers [n] uint64."""
+        """Returns random numbers [n] uint64."""
         key, counter = np.array([self.seed, epoch], np.uint64), np.array([0, 0, 0, purpose], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(n)
 
@@ -181,27 +189,27 @@ class DataLoader:
             return self._plan(epoch)
 
     def rows(self, epoch: int = 0) -> int:
-        """How many rows this epoch has. With "whole" epochs differ a little."""
+        """Returns the number of rows of an epoch. With packing "whole", epochs differ slightly."""
         plan = self.plan(epoch)
         return len(plan.order) if isinstance(plan, Stream) else len(plan.first) - 1
 
     def fill(self, epoch: int = 0) -> float:
-        """The part of an epoch's rows that is not padding."""
+        """Returns the fraction of an epoch's rows that is not padding."""
         return float(self.lengths.sum() / (self.rows(epoch) * self.T))
 
     def steps(self, epochs: float = 1) -> int:
-        """Steps after which all rows of so many epochs were seen."""
+        """Returns the number of steps of so many epochs."""
         whole, part = divmod(epochs, 1)
         rows = self._first(int(whole)) + (part * self.rows(int(whole)) if part else 0)
         return -int(-rows // self.B)
 
     def epoch(self, step: int) -> float:
-        """Epochs seen before this step: 1.5 is in the middle of the second."""
+        """Returns the number of epochs before this step: 1.5 is in the middle of the second."""
         epoch, row = self._place(step * self.B)
         return epoch + row / self.rows(epoch)
 
     def _first(self, epoch: int) -> int:
-        """The number of an epoch's first row. With "whole" every epoch before must be planned to know it."""
+        """Returns the number of an epoch's first row. With packing "whole", all epochs before are planned for it."""
         if self.packing != "whole":
             return epoch * self.rows()
         with self._lock:
@@ -210,7 +218,7 @@ class DataLoader:
         return self._firsts[epoch]
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Epoch of a row, and its number there."""
+        """Returns the epoch of a row, and its number there."""
         if self.packing != "whole":
             return divmod(row, self.rows())
         while self._firsts[-1] <= row:
@@ -219,12 +227,12 @@ class DataLoader:
         return epoch, row - self._firsts[epoch]
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of a step. Safe to call from several threads."""
+        """Returns this process's rows of a step. Thread-safe."""
         rows = range(step * self.B, (step + 1) * self.B)[self.share]
-        return self._filled([self._place(row) for row in rows])
+        return self._fill([self._place(row) for row in rows])
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """The batches from step `start` on, without end, made ahead by grain's threads."""
+        """Yields the batches from step `start` on, without end, prefetched by grain."""
         import grain
 
         reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
@@ -235,14 +243,14 @@ class DataLoader:
             batches.close()
 
     def once(self) -> Iterator[Batch]:
-        """All rows of epoch 0 once, for an evaluation; the last batch is filled up with padding."""
+        """Yields all rows of epoch 0 once, for evaluation. The last batch is padded."""
         for first in range(0, self.rows(), self.B):
             rows = range(first, first + self.B)[self.share]
-            yield self._filled([(0, row) if row < self.rows() else None for row in rows])
+            yield self._fill([(0, row) if row < self.rows() else None for row in rows])
 
-    def _filled(self, places: list[tuple[int, int] | None]) -> Batch:
+    def _fill(self, places: list[tuple[int, int] | None]) -> Batch:
         tokens, targets = (np.zeros((len(places), self.T), np.int32) for _ in range(2))
-        pos, learned = np.full_like(tokens, -1), np.zeros(tokens.shape, bool)
+        pos, loss_mask = np.full_like(tokens, -1), np.zeros(tokens.shape, bool)
         corpus = self.corpus
         for i, place in enumerate(places):
             at = 0
@@ -251,17 +259,22 @@ class DataLoader:
                 to = slice(at, at + n)
                 tokens[i, to], targets[i, to] = corpus.ids[begin : begin + n], corpus.ids[begin + 1 : begin + n + 1]
                 pos[i, to] = np.arange(n)
-                learned[i, to] = True if corpus.loss_mask is None else corpus.loss_mask[begin + 1 : begin + n + 1]
+                loss_mask[i, to] = True if corpus.loss_mask is None else corpus.loss_mask[begin + 1 : begin + n + 1]
                 at += n
-        return Batch(tokens, targets, pos, learned)
+        return Batch(tokens, targets, pos, loss_mask)
 
 
 def pack(lengths: np.ndarray, T: int, chance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Best fit: the row of each document, and the documents by rows, in which they stand as they were placed.
+    """Packs documents into rows by best fit: longest first, each into the fullest row that has space.
 
-    lengths [n], none above T, in the order in which documents should come: a row holds some that lie within WINDOW
-    rows' worth of each other. Of these the longest is placed first, each into the fullest row that has room.
-    chance [n]: the numbers that give a window's rows their order, which would otherwise follow the lengths.
+    Args:
+        lengths: [n], none above T, in the order of the documents. A row holds documents of one window, which is about
+            WINDOW rows long.
+        T: Tokens of a row.
+        chance: [n] random numbers, for the order of a window's rows, which would otherwise follow the lengths.
+
+    Returns:
+        The row of each document, and the documents in the order of the rows.
     """
     windows = (np.cumsum(lengths) - lengths) // (WINDOW * T)
     places = np.searchsorted(windows, np.arange(windows[-1] + 2))
@@ -280,7 +293,7 @@ def pack(lengths: np.ndarray, T: int, chance: np.ndarray) -> tuple[np.ndarray, n
 
 
 def best_fit(lengths: list[int], T: int) -> list[int]:
-    """The row of each length, in the order given. Rows with so much room left are bits of one number."""
+    """Returns the row of each length, in the order given. The bits of one integer say how much space rows have left."""
     left: dict[int, list[int]] = {}
     rooms, rows, found = 0, 0, []
     for length in lengths:

@@ -1,7 +1,7 @@
-"""Where training texts come from: .txt, .jsonl, .json and .parquet files, folders and globs of them, hub datasets.
+"""Data sources: .txt, .jsonl, .json and .parquet files, folders and globs of them, hub datasets.
 
-A source is read row by row and never held whole (but a .json list, which is one JSON value). What cannot be read is a
-`Bad` among the rows, with its file and line: who reads decides whether to stop there.
+A source is read row by row and never held in memory as a whole (except a .json list, which is one JSON value). What
+cannot be read becomes an `InvalidRow` with its file and line; the caller decides whether to stop there.
 """
 
 import glob
@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SEPARATOR = "<|endoftext|>"  # on a line of its own, between the documents of a .txt file
-PART = 1 << 22  # characters: of longer texts no more than this is held, and tokenized, at once
-# Where a text may be cut without changing a token: before a space between words, at a line's end after a word.
-_PLACE = re.compile(r"(?<=\w)(?= \w)|(?<=\w\n)(?=\w)")
+PART = 1 << 22  # characters: longer texts are held and tokenized in parts of about this size
+# Where splitting a text changes no token: before a space between words, at the end of a line after a word.
+_SPLIT = re.compile(r"(?<=\w)(?= \w)|(?<=\w\n)(?=\w)")
 SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "dev": "validation",
           "test": "test"}  # fmt: skip
-# Names that everybody uses and the hub no longer has: -> repository, configuration unless one is named.
-KNOWN = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+# Common names that are no hub ids: repository and default configuration.
+SHORT_NAMES = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
 
 class Row(NamedTuple):
-    """source: file or hub dataset; number: its line in a .txt or .jsonl file, else its row, from 1; value: a text, or
-    the fields; ends: the document is complete (False: the next row goes on with it)."""
+    """A row of a source.
+
+    Attributes:
+        source: File or hub dataset.
+        number: Line in a .txt or .jsonl file, else index of the row, from 1.
+        value: A text, or the fields.
+        ends: Whether the document ends here; if not, the next row continues it.
+    """
 
     source: str
     number: int
@@ -34,7 +40,13 @@ class Row(NamedTuple):
 
 
 class InvalidRow(NamedTuple):
-    """What is no row. why: the kind of fault, under which such rows are counted; detail: what is wrong."""
+    """A row that cannot be used.
+
+    Attributes:
+        source, number: As in Row.
+        why: The kind of error, under which such rows are counted.
+        detail: What is wrong.
+    """
 
     source: str
     number: int
@@ -42,11 +54,11 @@ class InvalidRow(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        return f"{place(self.source, self.number)}: {self.detail}"
+        return f"{location(self.source, self.number)}: {self.detail}"
 
 
-def place(source: str, number: int) -> str:
-    """A row's place, for a person: story.txt:17, or data.parquet, row 17."""
+def location(source: str, number: int) -> str:
+    """Returns where a row is, as text: "story.txt:17", or "data.parquet, row 17"."""
     if number == 0:
         return source
     return f"{source}:{number}" if source.endswith((".txt", ".jsonl")) else f"{source}, row {number}"
@@ -54,7 +66,7 @@ def place(source: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """A file of a kind that READERS has."""
+    """A file with a suffix of READERS."""
 
     path: Path
 
@@ -68,44 +80,52 @@ class File:
         return READERS[self.path.suffix](self.path)
 
     def digest(self) -> str:
-        """Of the contents (a name, a size and a time may stay when a file changes) and of how they are read."""
+        """Digest of the contents (name, size and time may stay the same when a file changes) and of the suffix."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest() + self.path.suffix.lower()
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset of the hub, loaded: `data` is a datasets.Dataset."""
+    """A loaded hub dataset; `data` is a datasets.Dataset."""
 
     name: str
     data: Any
 
     def rows(self) -> Iterator[Row]:
-        return (Row(self.name, i, _known(row)) for i, row in enumerate(self.data, 1))
+        return (Row(self.name, i, _without_nulls(row)) for i, row in enumerate(self.data, 1))
 
     def digest(self) -> str:
-        return self.data._fingerprint  # of datasets: of the commit, the configuration and the split
+        return self.data._fingerprint  # of the commit, the configuration and the split
 
 
-def find(
+def find_sources(
     names: str | Path | Sequence[str | Path],
     split: str = "train",
     config: str | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> list[File | Hub]:
-    """The sources that these names mean: files, folders, globs, hub datasets ("wikitext", "org/name").
+    """Returns the sources that names refer to.
 
-    split: of a folder whose files are named by splits (train.jsonl, valid.jsonl; test-00000.parquet) and of a hub
-    dataset; config, revision: of a hub dataset. With offline, or HF_HUB_OFFLINE=1, the network is never touched.
+    Args:
+        names: Files, folders, globs, hub datasets ("wikitext", "org/name").
+        split: Split of a hub dataset, and of a folder whose files are named after splits (train.jsonl, valid.jsonl,
+            test-00000.parquet).
+        config: Configuration of a hub dataset.
+        revision: Branch, tag or commit of a hub dataset.
+        offline: Use the local cache only, as with HF_HUB_OFFLINE=1.
 
-    Raises FileNotFoundError, ConnectionError, or ValueError for what cannot be read or is not one thing.
+    Raises:
+        FileNotFoundError: A file, folder or dataset does not exist.
+        ConnectionError: The hub cannot be reached.
+        ValueError: A file has an unknown suffix, or a dataset has several configurations or no such split.
     """
     names = [names] if isinstance(names, str | Path) else names
-    found = [source for name in names for source in _find(name, split, config, revision, offline)]
-    if not found:
-        raise ValueError("no dataset is named: give a file, a folder, a glob or the name of a hub dataset")
-    return found
+    sources = [source for name in names for source in _find(name, split, config, revision, offline)]
+    if not sources:
+        raise ValueError("no data is named: give a file, a folder, a glob or a hub dataset")
+    return sources
 
 
 def _find(name: str | Path, split: str, config: str | None, revision: str | None, offline: bool) -> Iterable[Any]:
@@ -114,16 +134,16 @@ def _find(name: str | Path, split: str, config: str | None, revision: str | None
         return map(File, _of_split(path, split))
     if path.is_file():
         if path.suffix not in READERS:
-            raise ValueError(f"{path} is none of {', '.join(READERS)}, the kinds of files that are read")
+            raise ValueError(f"{path} has an unknown suffix: convert it to one of {', '.join(READERS)}")
         return [File(path)]
     if any(char in str(name) for char in "*?["):
-        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).suffix in READERS]
-        if not found:
-            raise FileNotFoundError(f"no file fits {name} and is one of {', '.join(READERS)}")
-        return map(File, found)
+        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).suffix in READERS]
+        if not files:
+            raise FileNotFoundError(f"no {', '.join(READERS)} file matches {name}")
+        return map(File, files)
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in READERS:
-        raise FileNotFoundError(f"there is no file or folder {text}")
+        raise FileNotFoundError(f"no such file or folder: {text}")
     return [_from_hub(text, split, config, revision, offline)]
 
 
@@ -131,14 +151,14 @@ def _of_split(folder: Path, split: str) -> list[Path]:
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in READERS and path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
-        raise FileNotFoundError(f"{folder} holds no file that is one of {', '.join(READERS)}")
+        raise FileNotFoundError(f"{folder} has no {', '.join(READERS)} file")
     named = {path: SPLITS.get(re.split(r"[-_.]", path.name)[0]) for path in files}
     if not any(named.values()):
         return files
     chosen = [path for path in files if named[path] == SPLITS.get(split, split)]
     if not chosen:
-        there = ", ".join(sorted({part for part in named.values() if part}))
-        raise FileNotFoundError(f"{folder} holds no files of the split {split!r}, but of {there}")
+        splits = ", ".join(sorted({part for part in named.values() if part}))
+        raise FileNotFoundError(f"{folder} has no files of the split {split!r}; it has {splits}")
     return chosen
 
 
@@ -147,7 +167,7 @@ def _from_hub(name: str, split: str, config: str | None, revision: str | None, o
     from datasets.packaged_modules.cache.cache import Cache
     from huggingface_hub import is_offline_mode
 
-    repo, default = KNOWN.get(name, (name, None))
+    repo, default = SHORT_NAMES.get(name, (name, None))
     config = config or default
     try:
         if offline or is_offline_mode():
@@ -157,58 +177,58 @@ def _from_hub(name: str, split: str, config: str | None, revision: str | None, o
         return Hub(repo, datasets.load_dataset(repo, config, split=split, revision=revision))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is no file or folder here, and on the hub: {_line(error)} (one that is private or gated takes "
-            "HF_TOKEN)"
+            f"{name!r} is neither a local file or folder nor a hub dataset: {_one_line(error)} (set HF_TOKEN for a "
+            "private or gated one)"
         ) from None
     except ConnectionError as error:
-        raise ConnectionError(f"the dataset {name!r} cannot be fetched, and is no file here: {_line(error)}") from None
+        raise ConnectionError(f"the dataset {name!r} cannot be downloaded: {_one_line(error)}") from None
     except ValueError as error:
-        raise ValueError(_hub_fault(repo, str(error))) from None
+        raise ValueError(_explain_hub_error(repo, str(error))) from None
 
 
-def _hub_fault(repo: str, said: str) -> str:
-    """What datasets has against a configuration or a split, with our way out."""
-    choices = ", ".join(re.findall(r"'([^']+)'", "".join(re.findall(r"\[.*?\]", said))))
-    if "Config name is missing" in said or "multiple" in said:
-        return f"{repo} has several configurations, name one with config: {choices or said}"
-    if "BuilderConfig" in said:
-        return f"{repo} has no such configuration, but {choices}"
-    if "Couldn't find cache" in said:
-        return f"offline, and {repo} is not in the cache: run once without offline and HF_HUB_OFFLINE ({_line(said)})"
-    if "Unknown split" in said:
-        return f"{repo} has no such split, but {choices}"
-    return f"{repo} cannot be read: {_line(said)}"
+def _explain_hub_error(repo: str, message: str) -> str:
+    """Returns an error message of datasets about a configuration or a split, with a hint."""
+    choices = ", ".join(re.findall(r"'([^']+)'", "".join(re.findall(r"\[.*?\]", message))))
+    if "Config name is missing" in message or "multiple" in message:
+        return f"{repo} has several configurations: choose one with config ({choices or message})"
+    if "BuilderConfig" in message:
+        return f"{repo} has no such configuration: choose one of {choices}"
+    if "Couldn't find cache" in message:
+        return f"{repo} is not in the cache: run once without offline and HF_HUB_OFFLINE ({_one_line(message)})"
+    if "Unknown split" in message:
+        return f"{repo} has no such split: choose one of {choices}"
+    return f"{repo} cannot be read: {_one_line(message)}"
 
 
-def _line(error: Any) -> str:
+def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
 
 
-def cut(text: str) -> list[str]:
-    """A text in parts of about PART characters, cut where that changes no token; the last is what is left."""
+def split_text(text: str) -> list[str]:
+    """Splits a text into parts of about PART characters where that changes no token; the last part is the rest."""
     parts, begin = [], 0
-    while len(text) - begin > PART and (found := _PLACE.search(text, begin + PART)):
-        parts.append(text[begin : found.start()])
-        begin = found.start()
+    while len(text) - begin > PART and (match := _SPLIT.search(text, begin + PART)):
+        parts.append(text[begin : match.start()])
+        begin = match.start()
     return [*parts, text[begin:]]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | InvalidRow]]:
-    """Lines with their ends and numbers; one that is no UTF-8 is Bad."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str | InvalidRow]]:
+    """Yields line numbers and lines with their ends; a line that is not UTF-8 is an InvalidRow."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                detail = f"byte {error.start + 1} of the line is not UTF-8: convert the file, or leave the line out"
+                detail = f"byte {error.start + 1} of the line is not UTF-8: convert the file, or delete the line"
                 yield number, InvalidRow(str(path), number, "invalid UTF-8 (lines)", detail)
 
 
-def _text(path: Path) -> Iterator[Row | InvalidRow]:
-    """Documents between separators, else the file as one; blank ones are none."""
+def _read_txt(path: Path) -> Iterator[Row | InvalidRow]:
+    """Yields the documents between separators, without separators the file as one document. Blank ones are skipped."""
     lines: list[str] = []
     first, size, limit, begun = 1, 0, PART, False
-    for number, line in _lines(path):
+    for number, line in _read_lines(path):
         if isinstance(line, InvalidRow):
             yield line
         elif line.strip() == SEPARATOR:
@@ -221,54 +241,54 @@ def _text(path: Path) -> Iterator[Row | InvalidRow]:
             lines.append(line)
             size += len(line)
             if size > limit:
-                *parts, rest = cut("".join(lines))
+                *parts, rest = split_text("".join(lines))
                 yield from (Row(str(path), first, part, ends=False) for part in parts)
                 lines, size, limit, begun = [rest], len(rest), len(rest) + PART, begun or bool(parts)
     if begun or "".join(lines).strip():
         yield Row(str(path), first, "".join(lines))
 
 
-def _jsonl(path: Path) -> Iterator[Row | InvalidRow]:
-    for number, line in _lines(path):
+def _read_jsonl(path: Path) -> Iterator[Row | InvalidRow]:
+    for number, line in _read_lines(path):
         if isinstance(line, InvalidRow):
             yield line
         elif line.strip():
-            yield _parsed(path, number, line)
+            yield _parse(path, number, line)
 
 
-def _parsed(path: Path, number: int, line: str) -> Row | InvalidRow:
+def _parse(path: Path, number: int, line: str) -> Row | InvalidRow:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        what = (
-            "the line is no JSON" if path.suffix == ".jsonl" else "it should be a list of objects, or one on each line"
-        )
+        what = "the line is not valid JSON"
+        if path.suffix != ".jsonl":
+            what = "the file must be a list of objects, or have one object per line"
         return InvalidRow(str(path), number, "invalid JSON", f"{what} ({error})")
     return _row(path, number, value)
 
 
 def _row(path: Path, number: int, value: Any) -> Row | InvalidRow:
     if not isinstance(value, dict):
-        detail = f"a row is an object with fields, this is {json.dumps(value, ensure_ascii=False)[:60]}"
-        return InvalidRow(str(path), number, "no object", detail)
+        detail = f"a row must be an object with fields, not {json.dumps(value, ensure_ascii=False)[:60]}"
+        return InvalidRow(str(path), number, "not an object", detail)
     return Row(str(path), number, value)
 
 
-def _json(path: Path) -> Iterator[Row | InvalidRow]:
-    """A list of objects, or objects line by line under the name of .json."""
+def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
+    """Yields the rows of a list of objects, or of JSON lines with the suffix .json."""
     with path.open("rb") as file:
         if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            return _jsonl(path)
+            return _read_jsonl(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return iter([InvalidRow(str(path), 0, "invalid JSON", f"it is no JSON ({error})")])
+        return iter([InvalidRow(str(path), 0, "invalid JSON", f"the file is not valid JSON ({error})")])
     if not isinstance(value, list):
-        return iter([InvalidRow(str(path), 0, "invalid JSON", "it should be a list of objects")])
+        return iter([InvalidRow(str(path), 0, "invalid JSON", "the file must be a list of objects")])
     return (_row(path, number, row) for number, row in enumerate(value, 1))
 
 
-def _parquet(path: Path) -> Iterator[Row | InvalidRow]:
+def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -277,16 +297,18 @@ def _parquet(path: Path) -> Iterator[Row | InvalidRow]:
         for batch in ParquetFile(path).iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield Row(str(path), number, _known(row))
+                yield Row(str(path), number, _without_nulls(row))
     except (ArrowException, OSError) as error:
-        yield InvalidRow(str(path), number, "unreadable file", f"it cannot be read on from here ({_line(error)})")
+        yield InvalidRow(
+            str(path), number, "unreadable file", f"the rest of the file cannot be read ({_one_line(error)})"
+        )
 
 
-def _known(value: Any) -> Any:
-    """Without what is null: a column has every field that any of its rows has."""
+def _without_nulls(value: Any) -> Any:
+    """Drops null fields: a column has every field that any of its rows has."""
     if isinstance(value, dict):
-        return {key: _known(item) for key, item in value.items() if item is not None}
-    return [_known(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-READERS = {".txt": _text, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}

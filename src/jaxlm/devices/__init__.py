@@ -1,1 +1,1 @@
-"""What a program runs on: the device mesh, processes on several machines, and defaults by platform."""
+"""Devices: the mesh and its sharding rules, multi-process runs, and per-platform defaults."""

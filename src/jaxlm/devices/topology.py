@@ -1,5 +1,4 @@
-"""From what a user says to a mesh of devices: sizes of the axes, how they go with a model's heads, and which device
-stands where."""
+"""Builds the device mesh: axis sizes from `--mesh`, the split of tensor parallelism by kv heads, and device order."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,39 +13,47 @@ from jaxlm.devices.mesh import DATA, GROUP, MODEL
 
 
 def parse(text: str) -> dict[str, int]:
-    """ "data=2,model=4" -> {"data": 2, "model": 4}; an axis left out has size 1."""
+    """Parses "data=2,model=4" to {"data": 2, "model": 4}. A missing axis has size 1."""
     sizes = {}
     for part in text.split(","):
         name, equals, size = (word.strip() for word in part.partition("="))
         if not equals or not size.isdecimal() or int(size) < 1 or name in sizes:
-            raise ValueError(f"mesh {text!r}: write {DATA}=2,{MODEL}=4 (each axis once, sizes of at least 1)")
+            raise ValueError(f"mesh {text!r}: write {DATA}=2,{MODEL}=4, each axis once, with sizes of at least 1")
         sizes[name] = int(size)
     if unknown := set(sizes) - {DATA, MODEL}:
-        raise ValueError(
-            f"mesh {text!r}: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}"
-        )
+        raise ValueError(f"mesh {text!r}: unknown axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
     return {DATA: sizes.get(DATA, 1), MODEL: sizes.get(MODEL, 1)}
 
 
 def default(letters: Mapping[str, int], count: int) -> dict[str, int]:
-    """For running a model on so many devices: as many on `model` as divide its heads and MLP width, the rest on
-    `data`. letters: the sizes of N and F."""
-    wide = max(n for n in range(1, count + 1) if not count % n and not any(letters[x] % n for x in "NF"))
-    return {DATA: count // wide, MODEL: wide}
+    """Default axis sizes for inference: tensor parallelism as far as N and F divide, the other devices on `data`.
+
+    Args:
+        letters: Sizes of N and F.
+        count: Number of devices.
+    """
+    tensor = max(n for n in range(1, count + 1) if not count % n and not any(letters[x] % n for x in "NF"))
+    return {DATA: count // tensor, MODEL: tensor}
 
 
 def factor_kv_heads(sizes: Mapping[str, int], K: int) -> dict[str, int]:
-    """The axes with which a model of K kv heads runs: what does not divide them goes from `model` to `group`."""
-    wide = math.gcd(sizes[MODEL], K)
-    groups = {GROUP: sizes[MODEL] // wide} if wide < sizes[MODEL] else {}
-    return {DATA: sizes[DATA], MODEL: wide, **groups}
+    """Splits `model` into `model` and `group` for a model with K kv heads: `model` becomes its largest divisor of K."""
+    heads = math.gcd(sizes[MODEL], K)
+    groups = {GROUP: sizes[MODEL] // heads} if heads < sizes[MODEL] else {}
+    return {DATA: sizes[DATA], MODEL: heads, **groups}
 
 
 def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh from {"data": 2, "model": 4} or "data=2,model=4" for a model of K kv heads, over all devices; one process
-    may take the first of its devices where the sizes multiply to a divisor of their number.
+    """A mesh for a model with K kv heads.
 
-    ValueError when an axis is unknown, or the sizes do not multiply to what there is.
+    Args:
+        sizes: {"data": 2, "model": 4} or "data=2,model=4".
+        K: Number of kv heads.
+        devices: By default all of jax.devices(). A single process may use the first ones, as many as a divisor of their
+            number.
+
+    Raises:
+        ValueError: An axis is unknown, or the product of the sizes does not match the number of devices.
     """
     if not isinstance(sizes, str | Mapping):
         raise ValueError(f'mesh {sizes!r}: give "{DATA}=2,{MODEL}=4", {{"{DATA}": 2, "{MODEL}": 4}} or a jax Mesh')
@@ -57,32 +64,34 @@ def make(sizes: Mapping[str, int] | str, K: int, devices: Sequence[Any] | None =
     if count > len(devices) or len(devices) % count or (jax.process_count() > 1 and count != len(devices)):
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         raise ValueError(
-            f"mesh {text} is for {count} devices, but there are {len(devices)}{several}: "
-            "the sizes must multiply to that"
+            f"mesh {text} needs {count} devices, but there are {len(devices)}{several}: "
+            f"choose sizes whose product is {len(devices)}"
         )
-    return with_kv_groups(
-        Mesh(arrange_devices(devices[:count], axes[DATA]), (DATA, MODEL)), K
-    )  # `group`: innermost part of `model`
+    mesh = Mesh(arrange_devices(devices[:count], axes[DATA]), (DATA, MODEL))
+    return with_kv_groups(mesh, K)  # `group` is the innermost axis
 
 
 def arrange_devices(devices: Sequence[Any], data: int) -> np.ndarray:
-    """Devices [data, model], neighbors along `model`. jax.make_mesh would refuse several hosts of GPUs and several
-    slices of TPUs, and a slice of which `model` takes a part of a side (32 of v6e's 16 x 16 chips)."""
+    """Arranges devices as [data, model] so that the devices of one tensor-parallel group are neighbors.
+
+    jax.make_mesh rejects several GPU hosts, several TPU slices, and a `model` axis that takes a part of a slice's side
+    (32 of the 16 x 16 chips of v6e).
+    """
     slices: dict[int, list[Any]] = {}
     for device in sorted(devices, key=lambda device: device.id):
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     parts = [slices[index] for index in sorted(slices)]
-    if data % len(parts) or len(set(map(len, parts))) > 1:  # `model` reaches from one into the next
+    if data % len(parts) or len(set(map(len, parts))) > 1:  # a tensor-parallel group spans slices
         return np.array([device for part in parts for device in part]).reshape(data, -1)
     shape = (data // len(parts), len(devices) // data)
     return np.concatenate([create_device_mesh(shape, part, allow_split_physical_axes=True) for part in parts])
 
 
-def with_kv_groups(over: Mesh, K: int) -> Mesh:
-    """A mesh with axes `data` and `model` (each may be missing), `model` split as `split` says."""
-    if unknown := set(over.axis_names) - {DATA, MODEL, GROUP}:
-        raise ValueError(f"mesh: there is no axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
-    order = [over.axis_names.index(axis) for axis in (DATA, MODEL, GROUP) if axis in over.axis_names]
-    axes = factor_kv_heads({DATA: over.shape.get(DATA, 1), MODEL: over.size // over.shape.get(DATA, 1)}, K)
-    devices = over.devices.transpose(order).reshape(tuple(axes.values()))
+def with_kv_groups(mesh: Mesh, K: int) -> Mesh:
+    """A mesh with axes `data` and `model` (each may be missing), with `model` split by `factor_kv_heads`."""
+    if unknown := set(mesh.axis_names) - {DATA, MODEL, GROUP}:
+        raise ValueError(f"mesh: unknown axis {', '.join(sorted(unknown))}; the axes are {DATA} and {MODEL}")
+    order = [mesh.axis_names.index(axis) for axis in (DATA, MODEL, GROUP) if axis in mesh.axis_names]
+    axes = factor_kv_heads({DATA: mesh.shape.get(DATA, 1), MODEL: mesh.size // mesh.shape.get(DATA, 1)}, K)
+    devices = mesh.devices.transpose(order).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

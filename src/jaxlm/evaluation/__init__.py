@@ -1,1 +1,1 @@
-"""Scoring of texts: perplexity, bits per byte, and the tasks of lm-eval."""
+"""Evaluation: log-likelihoods, perplexity, bits per byte, and the tasks of lm-eval."""

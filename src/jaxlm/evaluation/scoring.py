@@ -1,7 +1,7 @@
-"""Log-probabilities of chosen tokens: what every measure of a model on texts is made of.
+"""Log-likelihoods: log-probabilities of given tokens, which all evaluations of a model on texts are computed from.
 
-Pieces (a document, a window of a long one, a question with its answers) are packed into rows, in which positions begin
-again with each, so that none sees another.
+Requests (a document, a window of a long document, a question with its answers) are packed into rows. Positions start at
+0 in each request, so that requests do not attend to each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 
 class ScoreRequest(NamedTuple):
-    """tokens [n]: what is read at once. at [m]: the places in it behind which a token is predicted; targets [m]: that
-    token. A place may come several times."""
+    """Tokens to read and tokens to score.
+
+    Attributes:
+        tokens: [n] ids to read.
+        positions: [m] indices into tokens after which a token is predicted; may repeat.
+        targets: [m] ids of these tokens.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -31,114 +36,146 @@ class ScoreRequest(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of targets: their log-probabilities (nats, float32), and whether each is the likeliest token (of equals the
-    first)."""
+    """Scores of targets.
+
+    Attributes:
+        logprobs: Log-probabilities in nats, float32.
+        greedy: Whether the target is the most likely token, the first of equals.
+    """
 
     logprobs: Any
     greedy: Any
 
 
 def score(
-    family: Any, cfg: Any, weights: Any, tokens: jax.Array, pos: jax.Array, at: jax.Array, targets: jax.Array
+    family: Any, cfg: Any, weights: Any, tokens: jax.Array, pos: jax.Array, positions: jax.Array, targets: jax.Array
 ) -> Score:
-    """tokens, pos [B,T] int32, at, targets [B,M] int32 -> a Score of arrays [B,M]. Pure; logits exist for the places in
-    `at` alone, and never for all of these at once."""
-    x, _ = family.forward(cfg, tokens, weights, None, pos)
-    x = jnp.take_along_axis(x, at[..., None], axis=1)
+    """Returns the scores [B,M] of targets. Pure. Logits are computed at `positions` only, in chunks.
 
-    def one(logits: jax.Array, targets: jax.Array) -> Score:
+    Args:
+        family: The module of the architecture.
+        cfg: The model's Config.
+        weights: The weights.
+        tokens, pos: [B,T] int32.
+        positions: [B,M] int32, indices into the rows of tokens after which a target is predicted.
+        targets: [B,M] int32.
+    """
+    x, _ = family.forward(cfg, tokens, weights, None, pos)
+    x = jnp.take_along_axis(x, positions[..., None], axis=1)
+
+    def of_chunk(logits: jax.Array, targets: jax.Array) -> Score:
         chosen = target_logits(logits, targets)[..., None]
         before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) < targets[..., None]
-        likelier = (logits > chosen) | ((logits == chosen) & before)  # argmax would gather a divided vocabulary
+        likelier = (logits > chosen) | ((logits == chosen) & before)  # argmax would gather a sharded vocabulary
         return Score(chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(likelier, axis=-1))
 
-    found = map_chunked_logits(family, cfg, weights, x, targets, one)
-    return jax.tree.map(lambda a: mesh.constrain(a, ""), found)  # every process reads all of it
+    scores = map_chunked_logits(family, cfg, weights, x, targets, of_chunk)
+    return jax.tree.map(lambda a: mesh.constrain(a, ""), scores)  # replicated: every process reads all of it
 
 
 @cache
-def _program(family: Any, cfg: Any) -> Callable[..., Score]:
+def _jitted_score(family: Any, cfg: Any) -> Callable[..., Score]:
     return jax.jit(partial(score, family, cfg))
 
 
-def scores(model: "Model", pieces: Sequence[ScoreRequest], batch: int | None = None) -> Iterator[tuple[int, Score]]:
-    """Each piece's number and its Score of arrays [m], as they are ready: the longest first.
+def scores(model: "Model", requests: Sequence[ScoreRequest], batch: int | None = None) -> Iterator[tuple[int, Score]]:
+    """Yields the index of each request and its scores [m], as they are ready, the longest request first.
 
-    Pieces share rows as long as the longest, `batch` rows at a time. ValueError for ids outside the vocabulary.
+    Args:
+        model: The model.
+        requests: What to score. They share rows as long as the longest of them.
+        batch: Batch size in rows. The default depends on the platform.
+
+    Raises ValueError for ids outside the vocabulary.
     """
-    if not pieces:
+    if not requests:
         return
-    largest = max(int(max(piece.tokens.max(), piece.targets.max())) for piece in pieces)
+    largest = max(int(max(request.tokens.max(), request.targets.max())) for request in requests)
     if largest >= model.config.V:
-        raise ValueError(f"the text has token id {largest}, but {model.source} knows 0 to {model.config.V - 1}: "
+        raise ValueError(f"the text has the token id {largest}, but vocab_size of {model.source} is {model.config.V}: "
                          "the tokenizer belongs to another model")  # fmt: skip
-    T = bucket(max(len(piece.tokens) for piece in pieces))
-    rows = packed([len(piece.tokens) for piece in pieces], T)
-    M = bucket(max(sum(len(pieces[i].positions) for i in row) for row in rows))
+    T = bucket(max(len(request.tokens) for request in requests))
+    rows = pack_rows([len(request.tokens) for request in requests], T)
+    M = bucket(max(sum(len(requests[i].positions) for i in row) for row in rows))
     B = mesh.round_up_batch(min(batch or max(1, hardware.TOKENS[model.device.platform] // T), len(rows)), model.mesh)
-    program, weights = _program(model.family, model.config), model.weights
-    under_way: tuple[list[list[int]], Score] | None = None  # the device computes while the host reads
+    jitted, weights = _jitted_score(model.family, model.config), model.weights
+    previous: tuple[list[list[int]], Score] | None = None  # the device computes while the host reads
     for first in range(0, len(rows), B):
         part = rows[first : first + B]
-        arrays = [mesh.place(a, "BT", model.mesh) for a in filled(pieces, part, (B, T, M))]
+        arrays = [mesh.place(a, "BT", model.mesh) for a in fill_rows(requests, part, (B, T, M))]
         with mesh.use_mesh_of(weights):
-            started = part, program(weights, *arrays)
-        if under_way is not None:
-            yield from _read(pieces, *under_way)
-        under_way = started
-    if under_way is not None:
-        yield from _read(pieces, *under_way)
+            started = part, jitted(weights, *arrays)
+        if previous is not None:
+            yield from _fetch(requests, *previous)
+        previous = started
+    if previous is not None:
+        yield from _fetch(requests, *previous)
 
 
-def packed(lengths: Sequence[int], T: int) -> list[list[int]]:
-    """Rows of at most T tokens, each the numbers of its pieces: the longest first, into the fullest row that fits."""
+def pack_rows(lengths: Sequence[int], T: int) -> list[list[int]]:
+    """Returns the indices of the requests in each row of T tokens: best fit, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found = best_fit([lengths[i] for i in order], T)
-    rows: list[list[int]] = [[] for _ in range(max(found) + 1)]
-    for i, row in zip(order, found):
+    row_of = best_fit([lengths[i] for i in order], T)
+    rows: list[list[int]] = [[] for _ in range(max(row_of) + 1)]
+    for i, row in zip(order, row_of):
         rows[row].append(i)
     return rows
 
 
-def filled(
-    pieces: Sequence[ScoreRequest], rows: list[list[int]], shape: tuple[int, int, int]
+def fill_rows(
+    requests: Sequence[ScoreRequest], rows: list[list[int]], shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, ...]:
-    """These rows, and empty ones to make B: tokens and pos [B,T], at and targets [B,M], int32. shape: B, T, M."""
+    """Returns the arguments of `score` for some rows, padded to B rows.
+
+    Args:
+        requests: The requests.
+        rows: The indices of the requests in each row.
+        shape: B, T, M.
+
+    Returns:
+        tokens and pos [B,T], positions and targets [B,M], int32.
+    """
     B, T, M = shape
-    tokens, at, targets = (np.zeros((B, n), np.int32) for n in (T, M, M))
+    tokens, positions, targets = (np.zeros((B, n), np.int32) for n in (T, M, M))
     pos = np.full((B, T), -1, np.int32)
     for b, row in enumerate(rows):
-        read = asked = 0
-        for piece in (pieces[i] for i in row):
-            n, m = len(piece.tokens), len(piece.positions)
-            tokens[b, read : read + n], pos[b, read : read + n] = piece.tokens, np.arange(n)
-            at[b, asked : asked + m], targets[b, asked : asked + m] = piece.positions + read, piece.targets
-            read, asked = read + n, asked + m
-    return tokens, pos, at, targets
+        t = k = 0
+        for request in (requests[i] for i in row):
+            n, m = len(request.tokens), len(request.positions)
+            tokens[b, t : t + n], pos[b, t : t + n] = request.tokens, np.arange(n)
+            positions[b, k : k + m], targets[b, k : k + m] = request.positions + t, request.targets
+            t, k = t + n, k + m
+    return tokens, pos, positions, targets
 
 
-def _read(pieces: Sequence[ScoreRequest], rows: list[list[int]], found: Score) -> Iterator[tuple[int, Score]]:
-    logprobs, greedy = jax.device_get(tuple(found))
+def _fetch(requests: Sequence[ScoreRequest], rows: list[list[int]], batch: Score) -> Iterator[tuple[int, Score]]:
+    logprobs, greedy = jax.device_get(tuple(batch))
     for b, row in enumerate(rows):
-        asked = 0
+        k = 0
         for i in row:
-            m = len(pieces[i].positions)
-            yield i, Score(logprobs[b, asked : asked + m], greedy[b, asked : asked + m])
-            asked += m
+            m = len(requests[i].positions)
+            yield i, Score(logprobs[b, k : k + m], greedy[b, k : k + m])
+            k += m
 
 
 def windows(ids: np.ndarray, counts: np.ndarray, length: int, stride: int) -> Iterator[ScoreRequest]:
-    """Pieces of at most `length` tokens that predict each of ids [n] for which counts [n] says so, but the first, once.
+    """Yields the sliding windows of a document. Each counted token but the first of the document is scored once.
 
-    A window begins `stride` tokens after the one before it and predicts what that did not: after the first, every token
-    sees at least length - stride tokens before it.
+    A window begins `stride` tokens after the one before and scores what that did not. After the first window, every
+    token has at least length - stride tokens of context.
+
+    Args:
+        ids: [n] ids of the document.
+        counts: [n] bool, which of them to score.
+        length: Tokens of a window at most.
+        stride: Tokens from one window to the next.
     """
     done = 1
     for begin in range(0, len(ids), stride):
         end = min(begin + length, len(ids) - 1)
-        wanted = done + np.flatnonzero(counts[done : end + 1])
-        if len(wanted):
-            yield ScoreRequest(ids[begin : wanted[-1]], wanted - 1 - begin, ids[wanted])
+        scored = done + np.flatnonzero(counts[done : end + 1])
+        if len(scored):
+            yield ScoreRequest(ids[begin : scored[-1]], scored - 1 - begin, ids[scored])
         if end == len(ids) - 1:
             return
         done = end + 1

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 import jax
 import numpy as np
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
 from jaxlm.inference.decoding import CompiledSteps
@@ -135,28 +137,24 @@ class Conversation:
             "options": _given(self.options),
             "template_args": self.template_args,
         }
-        try:
-            Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            hint = "name a file in an existing, writable folder"
-            raise type(error)(f"{path} cannot be written ({error.strerror}): {hint}") from None
+        with explain_errors(f"{path} cannot be written", "name a file in an existing, writable folder", OSError):
+            write_atomically(Path(path), json.dumps(state, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: str | Path) -> None:
         """Continues a conversation written by `save`, with this model or another. Raises ValueError or OSError for a
         bad file."""
-        try:
-            state = json.loads(Path(path).read_text("utf-8"))
+        hint = "name a file that /save (Conversation.save) wrote"
+        invalid = (ValueError, TypeError, KeyError, AttributeError)
+        with explain_errors(f"{path} cannot be read", hint, OSError):
+            text = Path(path).read_bytes()
+        with explain_errors(f"{path} is not a conversation saved by jaxlm", hint, invalid):
+            state = json.loads(text.decode("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
             options = {"logit_bias": None, **state.get("options", {})}
             if options["logit_bias"]:  # the keys of JSON objects are texts
                 options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
             options = from_kwargs(**options)
             template_args = dict(state.get("template_args") or {})
-        except OSError as error:
-            hint = "name a file that /save (Conversation.save) wrote"
-            raise type(error)(f"{path} cannot be read ({error.strerror}): {hint}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a conversation saved by jaxlm ({error!r})") from None
         self.reset()
         self.messages, self.options, self.template_args = messages, options, template_args
         self.system = state.get("system")

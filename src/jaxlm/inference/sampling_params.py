@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
+from jaxlm.checkpoint.errors import explain_errors
+
 # Used where neither the user nor generation_config.json sets a value. transformers would add top_k=50 when it samples.
 DEFAULTS = {
     "top_k": 0,
@@ -84,10 +86,8 @@ class SamplingParams:
         model["temperature"] = given.get("temperature", 1.0) if given.get("do_sample") or self._samples() else 0.0
         model["max_tokens"] = given.get("max_new_tokens")
         model["stop"] = given.get("stop_strings", ())
-        try:
+        with explain_errors("the model's generation_config.json is invalid", "set the parameter yourself"):
             return replace(self, **{k: v for k, v in model.items() if getattr(self, k) is None}).validate()
-        except ValueError as error:
-            raise ValueError(f"in the model's generation_config.json, {error}; give a value of your own") from None
 
     def _samples(self) -> bool:
         """Whether a parameter was given that only has an effect when sampling."""

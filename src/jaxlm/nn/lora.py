@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): a weight that stays as it is, and beside it a product of two thin ones.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): a frozen weight plus a trainable product of two low-rank factors.
 
-An adapter is a tree like the weights, with a `Lora` that lacks its weight at each place that is adapted and nothing at
-the others. It is what is trained and what a file holds; `join` makes it one with the weights.
+An adapter is a tree like the weights that holds a `Lora` without its weight for each adapted weight, and nothing for
+the others. It is what is trained and saved; `join` puts it into the weights.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxlm.nn import params
 from jaxlm.nn.linear import WeightForm, product
@@ -19,39 +20,47 @@ from jaxlm.nn.linear import WeightForm, product
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora(WeightForm):
-    """w + scale * b a, which is never formed (eq. 3; scale is its alpha / r).
+    """w + scale * b a, without computing the sum (eq. 3; scale is the paper's alpha / r).
 
-    For w of the letters NHD, a is [r,D] and b [N,H,r]: a has the letters that the product sums, b the others. With a
-    key, the part `rate` of the elements that a sees is dropped.
+    The leaves are arrays; trees of their shapes, shardings and letters have the same structure.
+
+    Attributes:
+        w: The frozen weight, an array or a WeightForm; None in an adapter.
+        a: Factor on the input: [r,D] for a weight [N,H,D]. It has the letters that the matmul contracts.
+        b: Factor on the output: [N,H,r] for a weight [N,H,D].
+        key: PRNG key of the dropout on the input of a; None for no dropout.
+        scale: Factor on b a.
+        rate: Dropout rate.
     """
 
     w: Any
-    a: jax.Array
-    b: jax.Array
-    key: jax.Array | None = None
+    a: Any
+    b: Any
+    key: Any = None
     scale: float = field(default=1.0, metadata={"static": True})
     rate: float = field(default=0.0, metadata={"static": True})
 
-    def product(self, spec: str, x: jax.Array) -> jax.Array:
+    def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
         inputs, out = spec.split("->")
-        seen, letters = inputs.split(",")
-        summed = "".join(letter for letter in letters if letter not in out)
+        of_x, letters = inputs.split(",")
+        contracted = "".join(letter for letter in letters if letter not in out)
         kept = "".join(letter for letter in letters if letter in out)
-        rows = seen.removesuffix(summed)
+        rows = of_x.removesuffix(contracted)
         y = x if self.key is None else dropped(x, self.key, self.rate)
-        y = product(f"{seen},r{summed}->{rows}r", y, self.a).astype(x.dtype)
+        y = product(f"{of_x},r{contracted}->{rows}r", y, self.a).astype(x.dtype)
         return product(spec, x, self.w) + self.scale * product(f"{rows}r,{kept}r->{out}", y, self.b)
 
-    def merged(self) -> jax.Array:
-        """The array that does the same, in w's dtype; the sum is made in float32."""
+    def merged(self) -> Float[Array, "*w"]:
+        """w + scale * b a as one array in w's dtype, added in float32."""
         if self.a.ndim + self.b.ndim > self.w.ndim + 2:  # layers stacked for a scan
             return jax.vmap(Lora.merged)(self)
-        thick = jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1, precision="highest")
-        return (self.w.astype(jnp.float32) + self.scale * thick).astype(self.w.dtype)
+        delta = jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1, precision="highest")
+        return (self.w.astype(jnp.float32) + self.scale * delta).astype(self.w.dtype)
 
 
-def dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """x with the part `rate` of its elements 0 and the others larger by as much (Srivastava et al. 2014)."""
+def dropped(x: Float[Array, "*x"], key: Array, rate: float) -> Float[Array, "*x"]:
+    """Dropout (Srivastava et al. 2014): zeros a fraction `rate` of the elements and scales the others by
+    1 / (1 - rate)."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
@@ -61,37 +70,54 @@ def is_lora(leaf: Any) -> bool:
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """alpha / r, or alpha / sqrt(r) so that high ranks learn too (rsLoRA, arXiv:2312.03732)."""
+    """The factor on b a: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), which suits high ranks."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def products(table: params.Table, cfg: Any) -> Iterator[params.TensorSpec]:
-    """The weights that can be adapted: those that are multiplied by, not looked up in."""
+    """The weights that can be adapted: those of matmuls, not norms or the embedding."""
     return (row for row in params.tensors(table, cfg) if row.path != "embed" and row.letters not in params.NORMS)
 
 
 def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[params.TensorSpec]:
-    """The weights of these names: ours (`q`), a checkpoint's (`q_proj`, `lm_head`), or `all-linear` for every product
-    of the layers. ValueError for a name that is none, with those that are."""
-    found, left = [], set(names)
+    """The weights with these names.
+
+    Args:
+        table: PARAMS of the family.
+        cfg: Config of the model.
+        names: jaxlm's names (`q`), a checkpoint's (`q_proj`, `lm_head`), or `all-linear` for all matmuls of the layers.
+
+    Raises:
+        ValueError: A name is unknown; the message lists the known ones.
+    """
+    targets, unknown = [], set(names)
     for row in products(table, cfg):
-        known = {row.path.split(".")[-1], row.names[0].removesuffix(".weight").split(".")[-1]}
-        known |= {"all-linear"} if row.path.startswith("layers.") else set()
-        if known & set(names):
-            found.append(row)
-            left -= known
-    if left:
-        some = dict.fromkeys(row.path.split(".")[-1] for row in products(table, cfg))
-        tied = " (the head is tied to the embedding)" if cfg.tied and left & {"head", "lm_head"} else ""
+        aliases = {row.path.split(".")[-1], row.names[0].removesuffix(".weight").split(".")[-1]}
+        aliases |= {"all-linear"} if row.path.startswith("layers.") else set()
+        if aliases & set(names):
+            targets.append(row)
+            unknown -= aliases
+    if unknown:
+        known = dict.fromkeys(row.path.split(".")[-1] for row in products(table, cfg))
+        tied = " (the head is tied to the embedding)" if cfg.tied and unknown & {"head", "lm_head"} else ""
         raise ValueError(
-            f"LoRA has no target {', '.join(sorted(left))}{tied}: choose from {', '.join(some)}, all-linear"
+            f"LoRA has no target {', '.join(sorted(unknown))}{tied}: choose from {', '.join(known)}, all-linear"
         )
-    return found
+    return targets
 
 
-def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, key: jax.Array) -> dict[str, Any]:
-    """An adapter of these weights in a model of L layers that changes nothing yet: a is uniform within PEFT's bound of
-    1 / sqrt(inputs), b zero. float32."""
+def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, key: Array) -> dict[str, Any]:
+    """A new float32 adapter, which does not change the model yet.
+
+    b is zero. a is uniform within 1 / sqrt(fan-in), as in PEFT.
+
+    Args:
+        rows: The weights to adapt.
+        L: Number of layers of the model.
+        rank: r.
+        scale: Factor on b a: see `scale`.
+        key: PRNG key.
+    """
     adapter: dict[str, Any] = {"layers": [{} for _ in range(L)]}
     for i, row in enumerate(rows):
         half_a, half_b = halves(row, rank)
@@ -102,7 +128,7 @@ def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, k
 
 
 def halves(row: params.TensorSpec, rank: int) -> tuple[params.TensorSpec, params.TensorSpec]:
-    """a and b beside a weight: its row with their letters and shapes."""
+    """The TensorSpecs of the factors a and b of a weight."""
     inputs = params.summed_letters(row.letters)
     split = len(row.letters) - len(inputs)
     return (
@@ -112,7 +138,7 @@ def halves(row: params.TensorSpec, rank: int) -> tuple[params.TensorSpec, params
 
 
 def join(weights: Any, adapter: Any) -> Any:
-    """The weights with an adapter's leaves in their places; both are listed, or both stacked."""
+    """The weights with the adapter's `Lora`s in place of the adapted weights. Both are listed, or both stacked."""
     if isinstance(adapter, Lora):
         return replace(adapter, w=weights)
     if isinstance(adapter, dict):
@@ -120,31 +146,31 @@ def join(weights: Any, adapter: Any) -> Any:
     return [join(*pair) for pair in zip(weights, adapter)] + list(weights[len(adapter) :])
 
 
-def keyed(adapter: Any, key: jax.Array, rate: float) -> Any:
-    """An adapter that drops elements of its inputs, other ones at each place."""
+def keyed(adapter: Any, key: Array, rate: float) -> Any:
+    """The adapter with dropout, with a PRNG key of its own for each adapted weight."""
     if not rate:
         return adapter
-    found, tree = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=is_lora)
-    made = []
-    for own, (path, leaf) in zip(jax.random.split(key, len(found)), found):
+    paths, tree = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=is_lora)
+    leaves = []
+    for own, (path, leaf) in zip(jax.random.split(key, len(paths)), paths):
         stacked = jax.tree_util.DictKey("stacked") in path
-        own = jax.random.split(own, len(leaf.a)) if stacked else own  # one for each layer of the scan
-        made.append(replace(leaf, key=own, rate=rate))
-    return tree.unflatten(made)
+        own = jax.random.split(own, len(leaf.a)) if stacked else own  # one per layer of the scan
+        leaves.append(replace(leaf, key=own, rate=rate))
+    return tree.unflatten(leaves)
 
 
 def leaves(weights: Any) -> Iterator[tuple[str, Lora]]:
-    """Path (`layers.3.q`) and leaf of every adapted weight."""
+    """Path (`layers.3.q`) and `Lora` of every adapted weight."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_lora):
         if is_lora(leaf):
             yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def count(weights: Any) -> int:
-    """Parameters of the adapter in a model's weights, 0 where there is none."""
+    """Number of parameters of the adapter in a model's weights; 0 without one."""
     return sum(leaf.a.size + leaf.b.size for _, leaf in leaves(weights))
 
 
 def fused(weights: Any) -> Any:
-    """The weights with every adapter added in."""
+    """The weights with the adapter merged into them."""
     return jax.tree.map(lambda leaf: leaf.merged() if is_lora(leaf) else leaf, weights, is_leaf=is_lora)

@@ -2,12 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axes: int = 1, offset: float = 0.0) -> jax.Array:
-    """`x / sqrt(mean(x²) + eps) * (offset + weight)` over the last `axes` axes of x; float32 inside, x.dtype outside.
+def rms_norm(
+    x: Float[Array, "*x"], weight: Float[Array, "*normed"], eps: float, axes: int = 1, offset: float = 0.0
+) -> Float[Array, "*x"]:
+    """`x / sqrt(mean(x²) + eps) * (offset + weight)`, computed in float32 and returned in x's dtype.
 
-    axes is 2 where heads are normalized together (OLMo 2); offset is 1 where the weight is stored around zero (Gemma).
+    Args:
+        x: [...,D], or [...,N,H] with axes=2.
+        weight: The last `axes` axes of x.
+        eps: Added to the mean square (`rms_norm_eps`).
+        axes: Number of trailing axes that are normalized together: 2 over all heads at once (OLMo 2).
+        offset: 1 where checkpoints store the weight minus 1 (Gemma).
     """
     over = tuple(range(-axes, 0))
     y = x.astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""What follows from a family's PARAMS table: shapes, names in a checkpoint, initial values, counts, and stacking.
+"""The PARAMS table of a family, and what derives from it: shapes, checkpoint names, initial values, counts, stacking.
 
-A row is `our path: (letters, checkpoint name, further spellings …)`. Paths that begin with `layers.` stand for one
-weight a layer, and `{}` in the name for the layer's number. Letters give the shape through the config's sizes, in the
-order in which the checkpoint stores it; a checkpoint writes neighboring head letters (NH, KH) as one axis.
+A row is `path: (letters, checkpoint name, aliases ...)`. A path that begins with `layers.` stands for one weight per
+layer, and `{}` in the name for the layer's index. Letters give the shape through the config's sizes, in the order in
+which the checkpoint stores the axes; a checkpoint stores adjacent head letters (NH, KH) as one axis.
 """
 
 import math
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.nn.scan_layers import unstack_layers
+
 Table = Mapping[str, tuple[str, ...]]
-NORMS = ("D", "H", "NH", "KH")  # letters of what is multiplied element by element
+NORMS = ("D", "H", "NH", "KH")  # letters of norm weights, which are multiplied elementwise
 
 
 class TensorSpec(NamedTuple):
-    """One tensor: our path (`layers.3.q`), its letters, its shape here and in a checkpoint, and its possible names."""
+    """One tensor of a model: its path (`layers.3.q`), letters, shape, shape in a checkpoint, and names there."""
 
     path: str
     letters: str
@@ -28,7 +30,7 @@ class TensorSpec(NamedTuple):
 
 
 def tensors(table: Table, cfg: Any) -> Iterator[TensorSpec]:
-    """Every tensor of a model, in the table's order; a tied head is none of its own."""
+    """Every tensor of a model, in the table's order, without a tied head."""
     for path, (letters, *names) in table.items():
         if path == "head" and cfg.tied:
             continue
@@ -42,11 +44,12 @@ def tensors(table: Table, cfg: Any) -> Iterator[TensorSpec]:
 
 
 def format_names(names: Sequence[str], layer: int) -> tuple[str, ...]:
+    """The names of one layer's tensor."""
     return tuple(name.format(layer) for name in names)
 
 
 def _axes(letters: str) -> list[str]:
-    """The letters of each stored axis: `NHD` is stored as [N*H, D]."""
+    """The letters of each axis in a checkpoint: `NHD` is stored as [N*H, D]."""
     axes: list[str] = []
     for letter in letters:
         if letter == "H" and axes and axes[-1] in ("N", "K"):
@@ -57,7 +60,7 @@ def _axes(letters: str) -> list[str]:
 
 
 def put(weights: dict[str, Any], path: str, value: Any) -> None:
-    """Stores a leaf under a path such as `layers.3.q` in {"embed": …, "layers": [{…}, …]}."""
+    """Sets the leaf at a path such as `layers.3.q` in {"embed": ..., "layers": [{...}, ...]}."""
     if not path.startswith("layers."):
         weights[path] = value
         return
@@ -69,7 +72,7 @@ def put(weights: dict[str, Any], path: str, value: Any) -> None:
 
 
 def get(weights: Mapping[str, Any], path: str) -> Any:
-    """The leaf under a path; layers are a list."""
+    """The leaf at a path; the layers are a list."""
     if not path.startswith("layers."):
         return weights[path]
     _, layer, name = path.split(".")
@@ -77,7 +80,7 @@ def get(weights: Mapping[str, Any], path: str) -> Any:
 
 
 def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """The weights as jax.ShapeDtypeStruct: nothing is allocated."""
+    """The weights as jax.ShapeDtypeStruct, without allocating them."""
     weights: dict[str, Any] = {}
     for row in tensors(table, cfg):
         put(weights, row.path, jax.ShapeDtypeStruct(row.shape, dtype))
@@ -85,12 +88,12 @@ def shapes(table: Table, cfg: Any, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
 
 
 def summed_letters(letters: str) -> str:
-    """Those of a weight's letters over which its product sums: they come last."""
+    """The letters of a weight that its matmul contracts, which come last."""
     return _axes(letters.lstrip("L"))[-1]
 
 
 def letters(table: Table, weights: Any) -> Any:
-    """A tree like the weights, listed or stacked, that holds the letters of each; stacked ones begin with L."""
+    """The letters of each weight, as a tree like the weights. Those of stacked weights begin with L."""
 
     def of(path: Any, leaf: Any) -> str:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -103,52 +106,54 @@ def letters(table: Table, weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, weights)
 
 
-def init(table: Table, cfg: Any, key: jax.Array, neutral: float, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random weights: norms at their neutral value, the embedding with deviation 1 / sqrt(D) (so that a tied head
-    gives logits of deviation 1), every product with deviation 1 / sqrt(inputs)."""
+def init(table: Table, cfg: Any, key: jax.Array, norm_identity: float, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random initial weights, normally distributed with standard deviation 1 / sqrt(fan-in).
+
+    The embedding's is 1 / sqrt(D), so that a tied head gives logits of deviation 1. Norms start at `norm_identity`.
+    """
     weights: dict[str, Any] = {}
     for i, row in enumerate(tensors(table, cfg)):
         if row.path.endswith("norm"):
-            value = jnp.full(row.shape, neutral, dtype)
+            value = jnp.full(row.shape, norm_identity, dtype)
         else:
-            inputs = row.stored_shape[-1]
-            value = (jax.random.normal(jax.random.fold_in(key, i), row.shape) * inputs**-0.5).astype(dtype)
+            fan_in = row.stored_shape[-1]
+            value = (jax.random.normal(jax.random.fold_in(key, i), row.shape) * fan_in**-0.5).astype(dtype)
         put(weights, row.path, value)
     return weights
 
 
 def count(table: Table, cfg: Any) -> int:
-    """How many parameters a model has; a tied head counts once."""
+    """Number of parameters of a model; a tied head counts once."""
     return sum(math.prod(row.shape) for row in tensors(table, cfg))
 
 
 def num_elements(weights: Any) -> int:
-    """How many numbers a tree holds."""
+    """Number of elements of all leaves."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
 
 
 def nbytes(weights: Any) -> int:
+    """Bytes of all leaves."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weights))
 
 
-def period(kinds: Sequence[Any]) -> Sequence[Any]:
-    """The shortest beginning of `kinds` whose repetition gives all of it: one period of unlike layers."""
-    for p in range(1, len(kinds) + 1):
-        if all(kind == kinds[i % p] for i, kind in enumerate(kinds)):
-            return kinds[:p]
-    return kinds
+def period(layers: Sequence[Any]) -> Sequence[Any]:
+    """One period of the layers: their shortest prefix whose repetition gives all of them."""
+    for p in range(1, len(layers) + 1):
+        if all(layer == layers[i % p] for i, layer in enumerate(layers)):
+            return layers[:p]
+    return layers
 
 
 def stack(weights: dict[str, Any], period: int = 1) -> dict[str, Any]:
-    """Layers as {"stacked": [one dict a place of the period, leaves with a leading axis], "rest": [...]}, for scans."""
+    """Stacks the layers for `scan_layers`: {"stacked": [a dict per layer of the period, each leaf with a leading axis],
+    "rest": [the layers after the last full period]}."""
     layers = weights["layers"]
-    whole = len(layers) // period * period
-    stacked = [jax.tree.map(lambda *a: jnp.stack(a), *layers[i:whole:period]) for i in range(period)] if whole else []
-    return {**weights, "layers": {"stacked": stacked, "rest": layers[whole:]}}
+    end = len(layers) // period * period
+    stacked = [jax.tree.map(lambda *a: jnp.stack(a), *layers[i:end:period]) for i in range(period)] if end else []
+    return {**weights, "layers": {"stacked": stacked, "rest": layers[end:]}}
 
 
 def unstack(weights: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `stack`."""
-    from jaxlm.nn.scan_layers import unstack_layers
-
     return {**weights, "layers": unstack_layers(weights["layers"])}

@@ -1,32 +1,42 @@
-"""The walk over layers: unrolled where the layers are a list, scanned where they are stacked. The data decides."""
+"""The layer loop: unrolled for a list of layers, `jax.lax.scan` for stacked layers, with activation checkpointing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float, Int
 
-from jaxlm.nn import kv_cache as caches
+from jaxlm.nn.kv_cache import KVCache, LayerCache, advance
 
-Layer = Callable[[jax.Array, dict[str, Any], caches.LayerCache | None], tuple[jax.Array, caches.LayerCache | None]]
+Layer = Callable[[Array, dict[str, Any], LayerCache | None], tuple[Array, LayerCache | None]]
 
 
 def scan_layers(
     period: Sequence[Layer],
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     layers: Any,
-    cache: caches.KVCache | None,
-    pos: jax.Array,
+    cache: KVCache | None,
+    pos: Int[Array, "B T"],
     *,
     remat: Any = None,
-    hidden: list[jax.Array] | None = None,
-) -> tuple[jax.Array, caches.KVCache | None]:
-    """Sends the residual stream x [B,T,D] through `layers`; layer i is computed by period[i % len(period)].
+    hidden: list[Array] | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Applies the layers to the residual stream. Layer i is computed by `period[i % len(period)]`.
 
-    layers is a list of weight dicts (unrolled), or {"stacked": [one dict a place of the period, each leaf with a
-    leading axis], "rest": [dicts]} from params.stack (scanned a period at a time, the rest unrolled). With a cache,
-    layers are always unrolled: a scan would copy it. remat is a policy of jax.checkpoint, True for "save nothing".
-    `hidden` receives x before the first layer and after each.
+    Args:
+        period: The layer functions of one period of layer types; one function where all layers are alike.
+        x: Residual stream.
+        layers: A list of weight dicts (unrolled), or the result of `params.stack`: {"stacked": [a dict per layer of the
+            period, each leaf with a leading axis], "rest": [dicts]}. Each scan step computes one period; the rest is
+            unrolled. With a KV cache, stacked layers are unrolled too: a scan would copy the cache.
+        cache: KV cache, None without one.
+        pos: Position of each token, -1 for padding.
+        remat: Activation checkpointing: a policy of jax.checkpoint, True to save nothing, None for none.
+        hidden: A list to which x is appended before the first layer and after every layer.
+
+    Returns:
+        The residual stream after the last layer, and the updated cache.
     """
     if remat is not None:
         policy = None if remat is True else remat
@@ -40,7 +50,7 @@ def scan_layers(
         layers = layers["rest"]
     views: list[Any] = [None] * len(layers)
     if cache is not None:
-        cache, views[:] = caches.advance(cache, pos)
+        cache, views[:] = advance(cache, pos)
     for i, w in enumerate(layers):
         x, views[i] = period[i % len(period)](x, w, views[i])
         if hidden is not None:
@@ -50,22 +60,24 @@ def scan_layers(
     return x, replace(cache, layers=[{"k": view.k, "v": view.v} for view in views])
 
 
-def _scan(period: Sequence[Layer], x: jax.Array, stacked: list[Any], hidden: list[jax.Array] | None) -> jax.Array:
-    def body(x: jax.Array, weights: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
-        seen = []
+def _scan(
+    period: Sequence[Layer], x: Float[Array, "B T D"], stacked: list[Any], hidden: list[Array] | None
+) -> Float[Array, "B T D"]:
+    def body(x: Array, weights: list[Any]) -> tuple[Array, list[Array]]:
+        states = []
         for layer, w in zip(period, weights, strict=True):
             x, _ = layer(x, w, None)
-            seen.append(x)
-        return x, seen if hidden is not None else []
+            states.append(x)
+        return x, states if hidden is not None else []
 
-    x, seen = jax.lax.scan(body, x, stacked)
+    x, states = jax.lax.scan(body, x, stacked)
     if hidden is not None:
-        hidden.extend(s[i] for i in range(seen[0].shape[0]) for s in seen)
+        hidden.extend(state[i] for i in range(states[0].shape[0]) for state in states)
     return x
 
 
 def unstack_layers(layers: dict[str, Any]) -> list[Any]:
-    """The list form of stacked layers."""
+    """The list of weight dicts that `params.stack` stacked."""
     leaves = jax.tree.leaves(layers["stacked"])
     count = leaves[0].shape[0] if leaves else 0
     scanned = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(count) for w in layers["stacked"]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import read_json
 from jaxlm.processing.detokenizer import byte_alphabet
 
@@ -83,11 +84,9 @@ META_CHAT_TEMPLATE = (
 
 def tiktoken_ranks(path: Path) -> dict[bytes, int]:
     """The tokens, with the rank of each, which is its id; ValueError for a file that no merges can be made of."""
-    try:
+    with explain_errors(f"{path} has lines that are not a token and its rank", "download it again"):
         pairs = [line.split() for line in path.read_bytes().splitlines()]
         found = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise ValueError(f"{path} has lines that are not a token and its rank: download it again") from None
     if sorted(found.values()) != list(range(len(pairs))) or not {bytes([i]) for i in range(256)} <= found.keys():
         raise ValueError(f"{path} lacks tokens, or has some twice: download it again")
     if max(map(len, found)) > MAX_TOKEN_BYTES:

@@ -1,8 +1,16 @@
-"""Training: from scratch, fine-tuning, LoRA.
+"""Training: from random weights, full fine-tuning, and LoRA.
 
-sources.py      what is named (files, folders, globs, hub datasets) -> rows
-texts.py        rows -> documents: token ids, and which of them are learned; forms detected and named
-turns.py        which part of a rendered conversation is the assistant's, to the character
-corpus.py       documents -> arrays on disk (memory-mapped, a cache keyed by contents), counts of what was dropped
-batches.py      corpus -> packed rows -> batches: pure functions of (seed, step)
+config.py            Run: the configuration as Python argument, YAML file and flags
+setup.py             from a Run to data loaders, mesh, optimizer and the abstract training state
+init_state.py        the first training state: random weights, a checkpoint, or an adapter
+loop.py              train(): the training loop, its evaluations and samples
+step.py              the training step: gradient accumulation, mixed precision, FSDP shardings
+loss.py              cross-entropy and z-loss over the loss mask, in chunks
+optimizers.py        optax optimizers and learning rate schedules
+resume.py            checkpoints (Orbax), and the checks before a run resumes
+metrics.py           metrics.jsonl, TensorBoard, Weights & Biases, the loss plot
+dry_run.py           memory per device, steps, tokens and examples of a run
+train_tokenizer.py   new tokenizers
+
+Rows become batches in jaxlm.data.
 """

@@ -106,8 +106,9 @@ def finish(setup: Setup, state: step.State) -> Path:
             "dropout": run.lora.dropout,
             "writes": distributed.is_coordinator(),
         }
-        seeing = "text_config" in setup.raw
-        peft.write(folder, params.unstack(state.weights), table, setup.config, seeing=seeing, force=True, **options)
+        has_vision = "text_config" in setup.raw
+        weights = params.unstack(state.weights)
+        peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, **options)
         distributed.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw

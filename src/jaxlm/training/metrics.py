@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
+
 Line = dict[str, Any]
 RENAMED_METRICS = {"rate": "learning_rate", "gradient": "grad_norm"}  # names in metrics.jsonl of earlier versions
 
@@ -30,9 +33,7 @@ class MetricsFile:
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         lines = _parse(path, [row for row in rows if row.endswith(b"\n")])  # a line without an end was cut off
         self.kept = [line for line in lines if line["step"] < first or (line["step"] == first and "loss" in line)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        partial.replace(path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, line: Line) -> None:
         with open(self.path, "a") as file:
@@ -47,11 +48,9 @@ def read(path: Path) -> list[Line]:
 def _parse(path: Path, rows: list[bytes]) -> list[Line]:
     lines = []
     for number, row in enumerate(rows, 1):
-        try:
+        with explain_errors(f"{path}:{number} is damaged", "delete the line", (ValueError, TypeError, LookupError)):
             line = json.loads(row)
             line["step"]
-        except (ValueError, TypeError, LookupError):
-            raise ValueError(f"{path}:{number} is damaged: delete the line") from None
         lines.append({RENAMED_METRICS.get(name, name): value for name, value in line.items()})
     return lines
 
@@ -103,10 +102,8 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 def require(names: tuple[str, ...]) -> None:
     """Raises ValueError if the package of a reporting service is not installed."""
     for name in names:
-        try:
+        with explain_missing_package(f"--report {name}", f"jaxlm[{name}]", PACKAGES[name]):
             importlib.import_module(PACKAGES[name])
-        except ImportError:
-            raise ValueError(f"--report {name} needs {PACKAGES[name]}: pip install 'jaxlm[{name}]'") from None
 
 
 def services(names: tuple[str, ...], folder: Path, config: dict[str, Any], first: int = 0) -> list[Any]:

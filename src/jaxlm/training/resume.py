@@ -6,12 +6,13 @@ its step number when it is complete; a process that dies while saving leaves non
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import distributed
 from jaxlm.training.config import current_name, to_dict
 from jaxlm.training.setup import Setup
@@ -183,10 +184,10 @@ def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> 
     for name, values in (("run.json", fields), ("contents.json", contents)):
         path = folder / name
         if path.exists():
-            try:
+            # ValueError: no JSON; AttributeError: no object.
+            hint = "delete it to resume without this check"
+            with explain_errors(f"{path} is damaged", hint, (ValueError, AttributeError)):
                 before = {current_name(key): value for key, value in flatten(json.loads(path.read_text())).items()}
-            except (ValueError, AttributeError):  # no JSON, or no object
-                raise ValueError(f"{path} is damaged: delete it to resume without this check") from None
             changes |= {key: before[key] for key, value in values.items() if key in before and before[key] != value}
     return changes
 
@@ -210,6 +211,4 @@ def flatten(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,32 +1,39 @@
-"""New tokenizers, trained by the tokenizers library: byte-level BPE, byte-level unigram, characters.
+"""Trains tokenizers with the tokenizers library: byte-level BPE, byte-level unigram, characters.
 
-Whatever the kind, every text survives there and back, to the byte: BPE and unigram have all 256 bytes as pieces, and
-what no character of the vocabulary can say is spelled in bytes. Nothing is normalized.
+Encoding and decoding are lossless for every text: BPE and unigram have all 256 bytes as tokens, and characters outside
+the vocabulary of a character tokenizer are encoded as bytes. Nothing is normalized.
 
-One special token, <|endoftext|>, begins and ends every document. It is one because a begin that follows an end says
-nothing new; it is this one because files of documents hold it already between them, where "<s>" is also markup.
+One special token, <|endoftext|>, begins and ends every document. One is enough, because a BOS after an EOS adds no
+information. It is this one, because text files separate documents with it; "<s>" is also markup.
 
 The same texts give the same tokenizer, byte for byte.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.formats import InvalidRowError, TextOptions, conversation, text_of
-from jaxlm.data.sources import SEPARATOR, File, Hub, InvalidRow, Row, find, place
+from jaxlm.data.sources import SEPARATOR, File, Hub, InvalidRow, Row, find_sources, location
 
 BYTES = 256
-SIZE = 8192  # of a vocabulary, where none is asked for
-MEASURED = 10_000_000  # characters, on which a tokenizer is measured
+VOCAB_SIZE = 8192  # default
+MEASURED = 10_000_000  # characters on which the compression is measured
 Kind = Literal["bpe", "unigram", "char"]
 
 
 class Trained(NamedTuple):
-    """Where a tokenizer was written, how many tokens it has, and what it makes of the first texts."""
+    """A trained tokenizer.
+
+    Attributes:
+        folder: Where it was written.
+        vocabulary: Number of tokens.
+        characters, tokens: Length of the first texts, for the compression.
+    """
 
     folder: Path
     vocabulary: int
@@ -34,8 +41,8 @@ class Trained(NamedTuple):
     tokens: int
 
     def __str__(self) -> str:
-        measured = f"{self.characters / self.tokens:.2f} characters a token on {self.characters:,} characters"
-        return f"{self.vocabulary:,} tokens, {measured}"
+        ratio = f"{self.characters / self.tokens:.2f} characters per token on {self.characters:,} characters"
+        return f"{self.vocabulary:,} tokens, {ratio}"
 
 
 def train_tokenizer(
@@ -51,61 +58,63 @@ def train_tokenizer(
     """Trains a tokenizer on files, folders, globs or hub datasets, and writes tokenizer.json and tokenizer_config.json.
 
     Args:
-        out: a folder; other files in it stay.
-        vocab_size: tokens in all, bytes and special ones included. None: 8,192; of characters all that occur.
-            A small text gives fewer.
-        special: special tokens besides <|endoftext|>.
-        options: which fields of rows are read; of conversations the contents of all messages.
-        force: replace the tokenizer that stands there.
-        source: split, config, revision, offline, as of training.sources.find.
+        names: What to read.
+        out: Folder to write to; other files in it stay.
+        kind: "bpe", "unigram" or "char".
+        vocab_size: Number of tokens, including bytes and special tokens. Default: 8,192; for characters, all that
+            occur. A small text gives fewer.
+        special: Special tokens besides <|endoftext|>.
+        options: Which fields of rows are read; of conversations, the contents of all messages.
+        force: Replace a tokenizer in the folder.
+        source: split, config, revision, offline, as in data.sources.find_sources.
 
-    Raises ValueError or OSError for what cannot be read, trained on or written.
+    Raises:
+        ValueError: An argument is out of range, or a row cannot be used.
+        OSError: A source cannot be read, or the folder cannot be written.
     """
     out = Path(out)
     if (out / "tokenizer.json").exists() and not force:
-        raise FileExistsError(f"{out} holds a tokenizer already: name another folder, or replace it (--force)")
+        raise FileExistsError(f"{out} already has a tokenizer: choose another folder, or replace it with --force")
     tokens = [SEPARATOR, *special]
     if len(set(tokens)) < len(tokens) or not all(token.strip() for token in tokens):
-        raise ValueError(f"special tokens are different and not blank, got {', '.join(map(repr, tokens))}")
+        raise ValueError(f"special tokens must be distinct and not blank, got {', '.join(map(repr, tokens))}")
     if kind not in TRAINERS:
-        raise ValueError(f"{kind!r} is none of the kinds {', '.join(TRAINERS)}")
+        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(TRAINERS)}")
     least = BYTES + len(tokens)
     if vocab_size is not None and vocab_size < least:
-        raise ValueError(f"a vocabulary of {vocab_size} has no room: bytes and special tokens alone are {least}")
-    sources = find(names, **source)
+        raise ValueError(f"vocab_size is {vocab_size}, but bytes and special tokens alone are {least}")
+    sources = find_sources(names, **source)
     texts = lambda: _texts(sources, options or TextOptions())  # noqa: E731
-    trained = TRAINERS[kind](texts(), vocab_size, tokens)
-    _finish(trained)
-    _save(trained, out)
-    return _measured(trained, out, texts())
+    rust = TRAINERS[kind](texts(), vocab_size, tokens)
+    _add_bos(rust)
+    _save(rust, out)
+    return _measure(rust, out, texts())
 
 
 def _texts(sources: Iterable[File | Hub], options: TextOptions) -> Iterator[str]:
-    """All texts of these sources. ValueError where one cannot be read, or where there is none."""
-    found = False
+    """Yields all texts of sources. Raises ValueError for a row that cannot be used, and if there is no text."""
+    any_text = False
     for source in sources:
         for row in source.rows():
             if isinstance(row, InvalidRow):
                 raise ValueError(str(row))
             for text in _of_row(row, options):
-                found = found or bool(text)
+                any_text = any_text or bool(text)
                 yield text
-    if not found:
-        raise ValueError("there is no text to train on")
+    if not any_text:
+        raise ValueError("no text to train on")
 
 
 def _of_row(row: Row, options: TextOptions) -> list[str]:
     format = options.format_of(row.value)
-    where = place(row.source, row.number)
+    where = location(row.source, row.number)
     if format is None:
-        raise ValueError(f"{where}: no text in the fields {', '.join(row.value)}: name one (--text-field)")
-    try:
+        raise ValueError(f"{where}: no known field among {', '.join(row.value)}: name one (--text-field)")
+    with explain_errors(where, on=InvalidRowError):
         if format == "text":
             return [text_of(row.value, options)]
         chat = conversation(row.value, format, options, train_on="all", template=True)
         return [message["content"] for message in getattr(chat, "messages", [])]
-    except InvalidRowError as fault:
-        raise ValueError(f"{where}: {fault}") from None
 
 
 def _bpe(texts: Iterator[str], size: int | None, special: list[str]) -> Any:
@@ -113,7 +122,7 @@ def _bpe(texts: Iterator[str], size: int | None, special: list[str]) -> Any:
 
     rust = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=size or SIZE, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
+        vocab_size=size or VOCAB_SIZE, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
     )  # pyright: ignore[reportCallIssue]
     rust.train_from_iterator(texts, trainer)
     return rust
@@ -124,11 +133,11 @@ def _unigram(texts: Iterator[str], size: int | None, special: list[str]) -> Any:
 
     rust = _byte_level(models.Unigram())
     trainer = trainers.UnigramTrainer(
-        vocab_size=size or SIZE, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
+        vocab_size=size or VOCAB_SIZE, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
     )  # pyright: ignore[reportCallIssue]
     rust.train_from_iterator(texts, trainer)
-    # The trainer adds up in the order of a hash table, and lets it choose the scores of bytes that do not occur: those
-    # are the least score and steps of 0.0001 above it. What is left is the same in every run.
+    # The trainer sums in the order of a hash table, which also decides the scores of bytes that do not occur (the least
+    # score and steps of 0.0001 above it). Rounding and equal scores for those make every run give the same file.
     pieces = json.loads(rust.to_str())["model"]["vocab"][len(special) :]
     least = min(score for _, score in pieces)
     even = [(piece, least if len(piece) == 1 and score < least + BYTES * 1e-4 else score) for piece, score in pieces]
@@ -171,8 +180,8 @@ def _byte_level(model: Any) -> Any:
     return rust
 
 
-def _finish(rust: Any) -> None:
-    """Every text begins with the token that ended the one before."""
+def _add_bos(rust: Any) -> None:
+    """Adds BOS to every text: the token that ends a document begins the next one."""
     from tokenizers.processors import TemplateProcessing
 
     rust.post_processor = TemplateProcessing(
@@ -181,17 +190,15 @@ def _finish(rust: Any) -> None:
 
 
 def _save(rust: Any, out: Path) -> None:
-    """Both files appear whole, the tokenizer last."""
+    """Writes both files atomically, the tokenizer last."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SEPARATOR, "eos_token": SEPARATOR,
               "clean_up_tokenization_spaces": False}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("tokenizer_config.json", json.dumps(config, indent=2)), ("tokenizer.json", rust.to_str(True))):
-        beside = out / f".{name}.{os.getpid()}"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out / name)
+        write_atomically(out / name, text)
 
 
-def _measured(rust: Any, out: Path, texts: Iterator[str]) -> Trained:
+def _measure(rust: Any, out: Path, texts: Iterator[str]) -> Trained:
     characters = tokens = 0
     for text in texts:
         part = text[: MEASURED - characters]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoint.atomic import atomic_file
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.verification.probes import Probes, Trace
 
 FORM = 1  # of the file; raised when its meaning changes
@@ -28,23 +30,19 @@ def write(path: str | Path, probes: Probes, traces: list[Trace], config: Any) ->
         "traces": [{field: getattr(trace, field) for field in plain} for trace in traces],
     }
     arrays["about"] = np.array(json.dumps(about))
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "wb") as file:
+    with atomic_file(Path(path)) as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    beside.replace(path)
 
 
 def read(path: str | Path, config: Any, dtype: str) -> tuple[Probes, list[Trace]]:
     """The probes and the answers (in float32, then in `dtype` where that is another) of a recording made of a model
     with this config; ValueError where it is another's, or lacks that type."""
-    try:
+    unreadable = (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile)
+    with explain_errors(f"{path} is no recording", "record it again with jaxlm verify --record", unreadable):
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         about = json.loads(str(arrays.pop("about")))
         form, of = about["form"], about["config"]
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no recording that `jaxlm verify --record` wrote ({error})") from None
     if form != FORM:
         raise ValueError(f"{path} is a recording of form {form}, this jaxlm reads {FORM}: record it anew")
     if of != _of(config):

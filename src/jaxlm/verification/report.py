@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.nn import params
 from jaxlm.version import __version__
 
@@ -172,10 +173,8 @@ class Report:
 
 
 def require_plots() -> None:
-    try:
+    with explain_missing_package("a plot", "jaxlm[plot]"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("a plot takes matplotlib: pip install 'jaxlm[plot]'") from None
 
 
 def number(value: float | None) -> str:
