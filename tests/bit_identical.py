@@ -47,7 +47,8 @@ SPELLING = {
     '"learn"': '"train_on"',
 }  # fmt: skip
 # Fields of JSON that differ from call to call, or hold versions or the package's path.
-VOLATILE = {"tokens_per_second", "first_token_seconds", "compile_seconds", "seconds", "mfu", "model", "peft_version"}
+VOLATILE = {"seed", "tokens_per_second", "first_token_seconds", "compile_seconds", "seconds", "mfu", "model",
+            "peft_version"}  # fmt: skip
 
 SIZES = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
          "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
