@@ -81,6 +81,6 @@ class Fused(LazyTensor):
         super().__init__(stored.tensor, stored.shape)
         self.leaf, self.dtype, self.nbytes = leaf, np.dtype(np.float32), 4 * math.prod(stored.shape)
 
-    def rows(self, begin: int, count: int) -> np.ndarray:
-        leaf = replace(self.leaf, w=super().rows(begin, count), b=self.leaf.b[begin : begin + count])
+    def read_rows(self, begin: int, count: int) -> np.ndarray:
+        leaf = replace(self.leaf, w=super().read_rows(begin, count), b=self.leaf.b[begin : begin + count])
         return np.asarray(leaf.merged())

@@ -93,7 +93,7 @@ def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, Te
     ours, theirs = files.LazyTensor(own, own.shape), files.LazyTensor(tensor, tensor.shape)
     step = max(1, files.SLICE // (ours.nbytes // len(ours)))
     parts = ((begin, min(step, len(ours) - begin)) for begin in range(0, len(ours), step))
-    return all(np.array_equal(ours.rows(*part).astype(theirs.dtype), theirs.rows(*part)) for part in parts)
+    return all(np.array_equal(ours.read_rows(*part).astype(theirs.dtype), theirs.read_rows(*part)) for part in parts)
 
 
 def _module(name: str) -> str:

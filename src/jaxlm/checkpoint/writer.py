@@ -53,7 +53,7 @@ class LazyTensor:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def rows(self, begin: int, count: int) -> np.ndarray:
+    def read_rows(self, begin: int, count: int) -> np.ndarray:
         """Rows of the leading axis, [count,...]."""
         out = np.empty((count, *self.shape[1:]), self.dtype)
         each = math.prod(self.tensor.shape) // len(self)  # elements of the file in one of our rows
@@ -95,7 +95,7 @@ def array_bytes(name: str, value: Any, dtype: np.dtype, change: Change | None = 
 def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
     """Some rows of an array in host memory: a view where they lie there already."""
     if isinstance(value, LazyTensor):
-        return value.rows(begin, count)
+        return value.read_rows(begin, count)
     # Of an array on other devices numpy would make one whole, and jax would keep it.
     if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
         return gather_rows(value, begin, count)
