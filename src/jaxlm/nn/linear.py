@@ -116,7 +116,7 @@ def _single_row(x: jax.Array, w: jax.Array) -> jax.Array:
     return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 
 
-def embed(tokens: jax.Array, w: jax.Array) -> jax.Array:
+def embed(tokens: Any, w: jax.Array) -> jax.Array:
     """Rows [B,T,D] of the table w [V,D]. A row's gradient is the float32 sum over its tokens: in half precision, a
     frequent token's would end where one more adds nothing."""
     return mesh.constrain(_rows(mesh.constrain(w, "VD"), tokens), "BTD")
