@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import jax
 
-from jaxlm import devices
-from jaxlm.nn import products
+from jaxlm.devices import hardware
+from jaxlm.nn import linear
 
 WEIGHTS = {  # spec, letters that are kept, letters that are summed, how many weights
     "q": ("BTD,NHD->BTNH", (16, 128), (1024,), 8),
@@ -37,10 +37,10 @@ def flat(form: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[str, ja
 
 
 FORMS = {
-    "letters": products._product,
-    "two": flat(lambda x, w: products._product("BD,FD->BF", x, w)),
-    "one by one": flat(products._few_rows),
-    "left": flat(lambda x, w: products._product("FD,BD->FB", w, x).T),
+    "letters": linear._product,
+    "two": flat(lambda x, w: linear._product("BD,FD->BF", x, w)),
+    "one by one": flat(linear._few_rows),
+    "left": flat(lambda x, w: linear._product("FD,BD->FB", w, x).T),
 }
 
 
@@ -80,7 +80,7 @@ def compiled(form: Callable[..., jax.Array], spec: str, x: jax.Array, ws: list[j
             x, _ = jax.lax.optimization_barrier((x, found[-1]))
         return found
 
-    options = devices.COMPILER_OPTIONS.get(jax.default_backend())
+    options = hardware.COMPILER_OPTIONS.get(jax.default_backend())
     return jax.jit(run, compiler_options=options).lower(x, ws).compile()
 
 
