@@ -90,7 +90,7 @@ def test_different_prompts_are_an_error_in_every_process(with_tokenizer):
     commands[1][3] = "Twice"
     for status, _, err in wait_for(start_processes(*commands)):
         assert status == 1
-        assert "the processes disagree about what is to be generated: process 0 has 1 prompts of" in err
+        assert "the processes disagree about what to generate: process 0 has 1 prompts of" in err
 
 
 def test_different_models_are_an_error_that_names_both(folder, tmp_path):
