@@ -1,11 +1,12 @@
 """Decode speed compared with transformers, on the same weights, in one run.
 
-    python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32] [--tokens 48] [--batch 1] [--rounds 2]
+    python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32] [--tokens 48] [--batch 1,2,4,8] [--rounds 2]
+                                [--torch-python PYTHON] [--compile]
 
-Rounds alternate between the implementations, so that noise of the machine affects all of them. The best round counts.
-The limit is this run's memory read rate divided by the bytes of a step: every weight once (a tied embedding is the
-head) and the KV cache. transformers runs if torch is installed (extra `oracle`): float32, bfloat16, and with --compile
-a compiled static cache.
+Tokens a second of all rows together. Rounds alternate between the contestants, batch by batch, so that a noisy machine
+is noisy for all; the best round counts. The limit is this run's memory read rate over the bytes of a step: every weight
+once (a tied embedding is the head) and the cache. transformers runs in a process of its own, where torch is installed
+(extra `oracle`): float32, bfloat16, and with --compile a compiled static cache.
 """
 
 import argparse
@@ -15,120 +16,128 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from common import checkpoint, read_rate
 
+Run = Callable[[int], float]  # batch -> tokens a second
 parser = argparse.ArgumentParser()
 parser.add_argument("--shape", default="Qwen3-0.6B")
 parser.add_argument("--prompt", type=int, default=32)
 parser.add_argument("--tokens", type=int, default=48)
-parser.add_argument("--batch", type=int, default=1)
+parser.add_argument("--batch", default="1", help="one number of rows, or several: 1,2,4,8")
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
-parser.add_argument("--torch-python", help="an interpreter with torch, if this one has none")
-parser.add_argument("--theirs", action="store_true", help="run transformers only and print its speeds as JSON")
+parser.add_argument("--rival-dtypes", nargs="*", default=["float32", "bfloat16"])
+parser.add_argument("--torch-python", help="an interpreter that has torch, where this one has none")
+parser.add_argument("--theirs", action="store_true", help="run transformers alone, as standard input asks")
 args = parser.parse_args()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def ours(dtype: str):
-    """Returns (name, bytes per step, run). `run` returns tokens per second."""
+def prompts(batch: int, vocab: int) -> list[list[int]]:
+    return [[(7 * i + row) % vocab for i in range(args.prompt)] for row in range(batch)]
+
+
+def ours(dtype: str) -> tuple[Callable[[int], int], Run]:
+    """-> the bytes of a step at a batch, and a run."""
     import jaxlm
     from jaxlm.inference.memory import kv_bytes
     from jaxlm.nn import params
 
     model = jaxlm.load(checkpoint(args.shape), dtype=dtype)
-    prompts = [[(7 * i + row) % model.config.V for i in range(args.prompt)] for row in range(args.batch)]
-    step = params.nbytes(model.weights) + args.batch * kv_bytes(model, args.prompt + args.tokens // 2)
 
-    def run() -> float:
+    def step(batch: int) -> int:
+        return params.nbytes(model.weights) + batch * kv_bytes(model, args.prompt + args.tokens // 2)
+
+    def run(batch: int) -> float:
         last = {}
-        for piece in jaxlm.stream(model, prompts, max_tokens=args.tokens, temperature=0, ignore_eos=True):
+        how = {"max_tokens": args.tokens, "temperature": 0, "ignore_eos": True, "batch_size": batch}
+        for piece in jaxlm.stream(model, prompts(batch, model.config.V), **how):
             last[piece.index] = piece
         return sum(piece.tokens_per_second for piece in last.values())
 
-    run()  # compiles
-    return f"jaxlm {dtype}", step, run
+    return step, run
 
 
-def theirs(dtype: str, static: bool = False):
+def theirs(dtype: str, static: bool = False) -> Run:
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint(args.shape), dtype=getattr(torch, dtype)
     ).eval()
-    ids = torch.tensor(
-        [[(7 * i + row) % model.config.vocab_size for i in range(args.prompt)] for row in range(args.batch)]
-    )
     more = {"cache_implementation": "static"} if static else {}
-    common = {
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        **more,
-    }
 
-    def timed(n: int) -> float:
-        start = time.perf_counter()
+    def run(batch: int, tokens: int = args.tokens) -> float:
+        ids, at = torch.tensor(prompts(batch, model.config.vocab_size)), []
+        common = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        watch = [lambda *_, **__: bool(at.append(time.perf_counter()))]  # stops nothing: the time of each token
         with torch.no_grad():
-            model.generate(ids, max_new_tokens=n, min_new_tokens=n, **common)
-        return time.perf_counter() - start
+            model.generate(ids, max_new_tokens=tokens, stopping_criteria=watch, **common, **more)
+        return batch * (len(at) - 1) / (at[-1] - at[0])
 
-    def run() -> float:
-        return args.batch * (args.tokens - 4) / (timed(args.tokens) - timed(4))
-
-    timed(4)
-    return f"transformers {dtype}{' static, compiled' if static else ''}", 0, run
+    run(1, 4)
+    return run
 
 
-def rivals() -> list:
-    found = [theirs("float32"), theirs("bfloat16")]
-    return found + ([theirs("bfloat16", static=True)] if args.compile else [])
+def serve() -> None:
+    """transformers' side: its contestants' names on one line, then for each line [name, batch] a speed."""
+    found = {f"transformers {dtype}": theirs(dtype) for dtype in args.rival_dtypes}
+    if args.compile:
+        found["transformers bfloat16 static, compiled"] = theirs("bfloat16", static=True)
+    print(json.dumps(list(found)), flush=True)
+    for line in sys.stdin:
+        name, batch = json.loads(line)
+        print(json.dumps(found[name](batch)), flush=True)
 
 
-def elsewhere() -> dict[str, float]:
-    """The speeds of transformers, from the interpreter that has torch."""
-    flags = [
-        "--shape",
-        args.shape,
-        "--prompt",
-        str(args.prompt),
-        "--tokens",
-        str(args.tokens),
-        "--batch",
-        str(args.batch),
-    ]
-    flags += ["--theirs", "--rounds", "1"] + (["--compile"] if args.compile else [])
-    out = subprocess.run([args.torch_python, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+def rivals(python: str) -> dict[str, Run]:
+    """transformers' contestants, each run of them a question to the process that has torch."""
+    command = [python, __file__, *sys.argv[1:], "--theirs"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def asked(name: str, batch: int) -> float:
+        process.stdin.write(json.dumps([name, batch]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    return {name: lambda batch, name=name: asked(name, batch) for name in json.loads(process.stdout.readline())}
 
 
+batches = [int(n) for n in args.batch.split(",")]
 if args.theirs:
-    print(json.dumps({name: run() for name, _, run in rivals()}))
+    serve()
     sys.exit()
-contestants = [ours(dtype) for dtype in args.dtypes]
-if importlib.util.find_spec("torch"):
-    contestants += rivals()
-best = {name: 0.0 for name, *_ in contestants}
+models = {f"jaxlm {dtype}": ours(dtype) for dtype in args.dtypes}
+runs = {name: run for name, (_, run) in models.items()}
+python = args.torch_python or (sys.executable if importlib.util.find_spec("torch") else None)
+runs |= rivals(python) if python else {}
+for name in models:
+    for batch in batches:
+        runs[name](batch)  # compiles
+best = {(name, batch): 0.0 for name in runs for batch in batches}
 rate = 0.0
 for _ in range(args.rounds):
     rate = max(rate, read_rate())
-    speeds = {name: run() for name, _, run in contestants}
-    speeds |= elsewhere() if args.torch_python else {}
-    best = {name: max(best.get(name, 0.0), speed) for name, speed in speeds.items()}
-contestants += [(name, 0, None) for name in best if name not in {c[0] for c in contestants}]
+    for batch in batches:
+        for name, run in runs.items():
+            speed = run(batch)
+            best[name, batch] = max(best[name, batch], speed)
+            print(f"batch {batch}, {name}: {speed:.1f} tokens/s", file=sys.stderr, flush=True)
 
 import jax  # noqa: E402
 
-print(f"{args.shape}, batch {args.batch}, prompt {args.prompt}, {args.tokens} tokens, jax {jax.__version__}, "
+print(f"{args.shape}, prompt {args.prompt}, {args.tokens} tokens, jax {jax.__version__}, "
       f"{jax.devices()[0].device_kind}, memory read {rate / 1e9:.0f} GB/s")  # fmt: skip
-strongest = max((best[name] for name, *_ in contestants if name.startswith("transformers")), default=0.0)
-print("| | tokens/s | limit | of limit | vs. fastest transformers |\n| --- | --- | --- | --- | --- |")
-for name, step, _ in contestants:
-    limit = args.batch * rate / step if step else 0.0
-    share = f"{limit:.0f} | {best[name] / limit:.0%}" if step else " | "
-    print(f"| {name} | {best[name]:.1f} | {share} | {f'{best[name] / strongest:.1f} x' if strongest else ''} |")
+print("| batch | | tokens/s | limit | of the limit | against the best transformers |\n" + "| --- " * 6 + "|")
+for batch in batches:
+    strongest = max((best[name, batch] for name in runs if name.startswith("transformers")), default=0.0)
+    for name in runs:
+        limit = batch * rate / models[name][0](batch) if name in models else 0.0
+        share = f"{limit:.0f} | {best[name, batch] / limit:.0%}" if limit else " | "
+        ratio = f"{best[name, batch] / strongest:.2f} x" if strongest else ""
+        print(f"| {batch} | {name} | {best[name, batch]:.1f} | {share} | {ratio} |")

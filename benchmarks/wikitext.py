@@ -2,7 +2,7 @@
 
     python benchmarks/wikitext.py FOLDER [--torch-python PYTHON] [--steps 300] [--out build/wikitext]
 
-FOLDER holds wikitext2_valid_tokenized.txt, which is trained on, and wikitext2_test_tokenized.txt, which is evaluated.
+FOLDER holds wikitext2_valid_tokenised.txt, which is trained on, and wikitext2_test_tokenised.txt, which is evaluated.
 jaxlm runs as a user would run it (`training.loop.train`). torch gets the same initial weights, batches and learning
 rates. The losses must agree within the spread of the seeds. The plot shows both curves.
 """
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/wikitext"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train, test = (str(args.folder / f"wikitext2_{name}_tokenized.txt") for name in ("valid", "test"))
+    train, test = (str(args.folder / f"wikitext2_{name}_tokenised.txt") for name in ("valid", "test"))
     (args.out / "shape.json").write_text(json.dumps(SHAPE))
     tokenizer = args.out / "tokenizer"
     if not tokenizer.exists():

@@ -16,7 +16,7 @@ from jaxlm import Model
 from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
-from jaxlm.inference.decoding import compiled_for, executables
+from jaxlm.inference.decoding import executables
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
@@ -134,7 +134,7 @@ def test_sampling_does_not_gather_the_logits() -> None:
     """The shards of the vocabulary exchange counts and k candidates each, never logits. Ties are ordered by id."""
     model = tiny("qwen3", vocab_size=256, num_hidden_layers=1)
     there = spread(model, make("data=2,model=4"))
-    compiled_for(there.family, there.config).clear()
+    executables(there.family, there.config).clear()
     options: Any = {"max_tokens": 12, "ignore_eos": True, "temperature": 1.0, "top_p": 0.9, "seed": 1, "logprobs": 5}
     for a, b in zip(*(jaxlm.generate(m, PROMPTS, **options) for m in (model, there))):
         assert a.tokens == b.tokens

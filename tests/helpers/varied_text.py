@@ -5,7 +5,7 @@ from pathlib import Path
 
 CORPORA = (
     "gsm8k/train.jsonl", "instruct_rasbt/instruction-data.json", "stories/public_domain.txt", "wikisql_mlx/train.jsonl",
-    "tinyshakespeare/input.txt", "wikitext2/wikitext2_test_tokenized.txt",
+    "tinyshakespeare/input.txt", "wikitext2/wikitext2_test_tokenised.txt",
 )  # fmt: skip
 SPACES = [
     " ", "\n", "\t", "\r", "\r\n", "\v", "\f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u200b", "\u3000",

@@ -112,7 +112,7 @@ def test_length_and_stops_come_from_the_file_too():
         ("logit_bias", {5: float("inf")}, "finite"),
         ("logit_bias", [5], "token ids"),
         ("stop", ("a", ""), "(--stop)"),
-        ("stop", 5, "texts"),
+        ("stop", 5, "strings"),
         ("stop_token_ids", (3, -1), "token ids (integers, 0 or more) (--stop-token-ids)"),
         ("stop_token_ids", "5", "integers"),
         ("seed", -1, "an integer from 0 to 4294967295 (--seed)"),
@@ -243,4 +243,4 @@ def test_command_line(capsys):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(SamplingParams):
         assert f"--{field.name.replace('_', '-')}" in shown
-    assert "Draw from the K likeliest tokens only" in shown
+    assert "most likely tokens" in shown

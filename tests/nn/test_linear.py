@@ -1,13 +1,111 @@
-"""einsum's way with a single token on CPU against the plain product."""
+"""einsum on one device, in two axes a side and its own way with few rows on CPU, against plain float64 products."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.devices.topology import make
 from jaxlm.nn import einsum, embed
 
 pytestmark = pytest.mark.smoke
+
+SIZES = {"B": 2, "T": 3, "P": 2, "N": 5, "K": 3, "H": 7, "D": 11, "F": 13, "V": 17, "r": 2, "E": 4}
+# Every product of the families and of LoRA, then other numbers of rows' axes.
+PRODUCTS = [
+    "BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTNH,DNH->BTD", "BTD,FD->BTF", "BTF,DF->BTD", "BTD,VD->BTV",
+    "BTD,rD->BTr", "BTNH,rNH->BTr", "BTF,rF->BTr",
+    "BTr,NHr->BTNH", "BTr,KHr->BTKH", "BTr,Dr->BTD", "BTr,Fr->BTF", "BTr,Vr->BTV",
+    "D,VD->V", "NH,DNH->D", "TD,VD->TV", "TD,NHD->TNH", "TNH,DNH->TD", "BPTD,NHD->BPTNH", "BPTNH,DNH->BPTD",
+]  # fmt: skip
+# Letters that do not lie as two axes a side: a weight [in, out], summed letters in another order or in front, kept
+# letters in another order or in front, a letter that all three share.
+OTHERS = ["BTD,DF->BTF", "BTHN,DNH->BTD", "DBT,FD->BTF", "BTD,NHD->BTHN", "BTD,FD->FBT", "ETD,EFD->ETF"]
+
+
+def drawn(spec: str, dtype: str, **sizes: int) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """x, w, and what weighs the result in a loss."""
+    rng = np.random.default_rng(len(spec))
+    x, w, y = (
+        rng.normal(size=[{**SIZES, **sizes}[letter] for letter in letters])
+        for letters in spec.replace("->", ",").split(",")
+    )
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype), y.astype(np.float32)
+
+
+def exact(spec: str, *of: Any) -> np.ndarray:
+    return np.einsum(spec, *(np.asarray(a).astype(np.float64) for a in of))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [{}, {"B": 1, "T": 1, "P": 1}, {"B": 2, "T": 1, "P": 1}, {"B": 1, "T": 29}], ids=str)
+@pytest.mark.parametrize("spec", PRODUCTS + OTHERS)
+def test_products_and_their_gradients_equal_those_in_float64(spec: str, rows: dict[str, int], dtype: str) -> None:
+    x, w, weighs = drawn(spec, dtype, **rows)
+    inputs, out = spec.split("->")
+    x_letters, w_letters = inputs.split(",")
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array) -> Any:
+        y, back = jax.vjp(lambda x, w: einsum(spec, x, w, dtype="float32"), x, w)
+        return y, back(weighs)
+
+    with jax.numpy_dtype_promotion("strict"):
+        y, (dx, dw) = run(x, w)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, x.dtype, w.dtype)
+    for got, want in [
+        (y, exact(spec, x, w)),
+        (dx, exact(f"{out},{w_letters}->{x_letters}", weighs, w)),
+        (dw, exact(f"{x_letters},{out}->{w_letters}", x, weighs)),
+    ]:
+        # A rounding to the result's type, and float32 sums of up to 35 products.
+        half = 2**-8 if got.dtype == jnp.bfloat16 else 0
+        assert got.shape == want.shape
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=half, atol=3e-6 * want.std())
+
+
+def dots(jaxpr: Any) -> Iterator[Any]:
+    """Every product in a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for value in eqn.params.values():
+            for part in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                yield from dots(inner) if hasattr(inner, "eqns") else ()
+
+
+@pytest.mark.parametrize("rows", [{}, {"B": 1, "T": 1, "P": 1}], ids=str)
+@pytest.mark.parametrize("spec", PRODUCTS)
+def test_on_one_device_a_product_and_its_gradients_have_two_axes(spec: str, rows: dict[str, int]) -> None:
+    """What makes them fast on CPU, where more axes cost a copy of the weight each time."""
+    x, w, weighs = drawn(spec, "bfloat16", **rows)
+    program = jax.make_jaxpr(jax.value_and_grad(lambda x, w: jnp.sum(einsum(spec, x, w) * weighs), (0, 1)))(x, w)
+    found = list(dots(program.jaxpr))
+    assert len(found) >= 3
+    assert all(len(a.aval.shape) <= 2 for eqn in found for a in (*eqn.invars, *eqn.outvars))
+
+
+def test_on_a_mesh_a_product_keeps_its_letters() -> None:
+    x, w, _ = drawn("BTNH,DNH->BTD", "float32")
+    with jax.set_mesh(make("data=2", 1, jax.devices()[:2])):
+        found = list(dots(jax.make_jaxpr(lambda x, w: einsum("BTNH,DNH->BTD", x, w))(x, w).jaxpr))
+    assert [[len(a.aval.shape) for a in eqn.invars] for eqn in found] == [[4, 3]]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_shapes_that_are_not_those_of_the_letters_are_refused(rows: int) -> None:
+    """In two axes they would fit, and give wrong numbers."""
+    x, w = jnp.ones((rows, 1, 5, 7)), jnp.ones((11, 5, 7))
+    for other in (w.reshape(11, 7, 5), w.reshape(11, 35), w.reshape(1, 11, 5, 7)):
+        with pytest.raises(ValueError, match=r"'BTNH,DNH->BTD'.*shapes"):
+            einsum("BTNH,DNH->BTD", x, other)
+    with pytest.raises(ValueError, match="shapes"):
+        einsum("BTNH,DNH->BTD", x[0], w)
+
 
 SPECS = [("BTD,NHD->BTNH", (3, 8)), ("BTNH,DNH->BTD", (24,)), ("BTF,DF->BTD", (7,)), ("BTD,VD->BTV", (97,))]
 
@@ -15,7 +113,7 @@ SPECS = [("BTD,NHD->BTNH", (3, 8)), ("BTNH,DNH->BTD", (24,)), ("BTF,DF->BTD", (7
 @pytest.mark.parametrize("width", [32, 4064, 4096, 6144])
 @pytest.mark.parametrize(("spec", "out"), SPECS, ids=lambda x: str(x))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_one_row_equals_the_product_in_float64(spec, out, width, dtype):
+def test_single_row_equals_the_product_in_float64(spec, out, width, dtype):
     rng = np.random.default_rng(width)
     summed = (4, width // 4) if "BTNH," in spec else (width,)
     x = jnp.asarray(rng.normal(size=(1, 1, *summed)), dtype)
@@ -25,11 +123,6 @@ def test_one_row_equals_the_product_in_float64(spec, out, width, dtype):
     assert got.shape == want.shape
     # Sums of `width` float32 products: their rounding, and nothing of the inputs' type.
     np.testing.assert_allclose(got, want, atol=2e-6 * width**0.5 * 4)
-
-
-def test_a_weight_whose_last_letters_are_not_summed_is_refused():
-    with pytest.raises(ValueError, match="last letters"):
-        einsum("BTD,DF->BTF", jnp.ones((1, 1, 4)), jnp.ones((4, 6)))
 
 
 def test_a_frequent_tokens_gradient_is_summed_in_float32() -> None:

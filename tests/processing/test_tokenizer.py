@@ -175,7 +175,7 @@ def test_tokens_that_no_config_names(tmp_path):
 def test_meta_originals(tmp_path, real, templated, shared):
     shutil.copy(shared / "tokenizers/llama3/tokenizer.model", tmp_path)
     tok = load(tmp_path)
-    text = TEXT + (shared / "corpora/wikitext2/wikitext2_test_tokenized.txt").read_text()[:20000]
+    text = TEXT + (shared / "corpora/wikitext2/wikitext2_test_tokenised.txt").read_text()[:20000]
     assert tok.encode(text) == real("tokenizers/llama3").encode(text)
     assert tok.get_vocab() == real("tokenizers/llama3").get_vocab()
     assert tok.stop_ids == (128001, 128009)

@@ -204,7 +204,8 @@ def test_attention_masks_are_computed_per_block(model, stacked, monkeypatch) -> 
     """Scanned layers share the positions, so jax could compute the masks of all blocks and heads before the scan."""
     N = model.config.N
     monkeypatch.setattr(attention, "MAX_SCORE_ELEMENTS", B * N * T * 4)
-    text = str(jax.make_jaxpr(jax.grad(lambda w: loss(model.family, model.config, w, batch()).loss))(stacked))
+    rows = jax.tree.map(jnp.asarray, batch())
+    text = str(jax.make_jaxpr(jax.grad(lambda w: loss(model.family, model.config, w, rows).loss))(stacked))
     shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"bool\[([\d,]+)\]", text)]
     sizes = [math.prod(shape) for shape in shapes if shape[-1] == T]
     assert B * N * 4 * T in sizes
@@ -237,12 +238,14 @@ def test_the_logits_of_a_batch_never_exist(small, textbook) -> None:
 
 
 def test_z_loss_is_the_squared_log_denominator(small) -> None:
+    rows = jax.tree.map(jnp.asarray, batch())
+
     @jax.jit
     def found(weights: Any) -> tuple[Any, Any, jax.Array]:
-        x, _ = small.family.forward(small.config, batch().tokens, weights, None, batch().pos)
+        x, _ = small.family.forward(small.config, rows.tokens, weights, None, rows.pos)
         squares = jax.nn.logsumexp(small.family.logits(small.config, x, weights), -1) ** 2
-        a, b = (loss(small.family, small.config, weights, batch(), z_loss=z) for z in (0.0, 1e-3))
-        return a, b, jnp.sum(squares * batch().loss_mask)
+        a, b = (loss(small.family, small.config, weights, rows, z_loss=z) for z in (0.0, 1e-3))
+        return a, b, jnp.sum(squares * rows.loss_mask)
 
     a, b, added = found(small.weights)
     assert float(b.loss - a.loss) == pytest.approx(1e-3 * float(added), rel=1e-3)

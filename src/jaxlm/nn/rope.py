@@ -44,7 +44,7 @@ class Rope:
     theta: float = 10_000.0
     type: str = "default"
     factor: float = 1.0
-    original_context: int = 0
+    original_context: int | float = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
