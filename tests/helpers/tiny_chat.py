@@ -1,4 +1,4 @@
-"""Tiny models that chat: a tokenizer of ASCII with a chat template, and random weights that do not repeat one word."""
+"""Tiny chat models: an ASCII tokenizer with a chat template, and random weights with varied answers."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,14 +21,15 @@ TEMPLATE = (
 
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Programs as they are written, hardly optimized: with models this small compiling is nearly all the time."""
+    """Turns off most compiler optimizations: with tiny models, compiling takes nearly all the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tokenizer_of(template: str | None, thinking: bool = False) -> Tokenizer:
-    """Printable ASCII, one token a character and one for each of 60 pairs, so that a text has many spellings."""
+    """Returns a tokenizer with a token per printable ASCII character and per each of 60 pairs, so that a text has many
+    tokenizations."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Rust
     from transformers import PreTrainedTokenizerFast
@@ -61,5 +62,5 @@ SIZES = {"V": 168, "D": 32, "F": 48, "N": 4, "K": 2, "H": 8, "eps": 1e-6, "tied"
 
 
 def bias_of(model: Model) -> dict[int, float]:
-    """Keeps special tokens out of random answers: text leaves them out, so its ids would not be those generated."""
+    """Returns a logit bias against special tokens. Text drops them, so its ids would not be those generated."""
     return {model.tokenizer.convert_tokens_to_ids(name): -1e4 for name in SPECIAL[:5]}

@@ -15,7 +15,7 @@ import jaxlm
 from jaxlm.cli import main
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")]
-LENGTH = 64  # of the model without BOS
+LENGTH = 64  # context of the model without BOS
 LIMIT = {"rel": 1e-5, "abs": 1e-4}
 YAML = {
     "choices": """
@@ -56,7 +56,7 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    # Seconds each: the 14,000 tasks of the harness are looked through, and pip is asked what is installed.
+    # To save seconds: not listing the harness's 14,000 tasks, and not asking pip what is installed.
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
@@ -68,7 +68,7 @@ def folder(request, tmp_path_factory, shared) -> Path:
     if request.param == "stories260K":
         shutil.copytree(shared / "checkpoints/stories260K", folder)
         folder.chmod(0o755)
-        # Without these names the harness' own class cannot read it.
+        # The harness's own class needs these names.
         names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
         return folder
@@ -84,7 +84,7 @@ def folder(request, tmp_path_factory, shared) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(folder) -> tuple[Any, Any]:
-    """Our adapter and the harness' own."""
+    """Returns our class and the harness's own."""
     from lm_eval.models.huggingface import HFLM
 
     from jaxlm.evaluation.lm_eval import Harness

@@ -1,4 +1,4 @@
-"""LoRA adapters beside the peft package: its files here, ours there, and fused models in transformers."""
+"""LoRA adapters and the peft package: reading its files, writing files that it reads, and fused models."""
 
 import copy
 import warnings
@@ -27,7 +27,7 @@ PATTERNS = {
     "alpha_pattern": {".*down_proj": 5, r"^model\.layers\.0\.self_attn\.o_proj": 3},
 }
 UNTIED = {"tie_word_embeddings": False}
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of peft.LoraConfig, of the model
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of peft.LoraConfig, and of the model's config
     "patterns": ({"r": 4, "lora_alpha": 10, "target_modules": "all-linear", **PATTERNS}, {}),
     "rslora": ({"r": 5, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"], "use_rslora": True,
                 "rank_pattern": {"q_proj": 2}}, {}),
@@ -39,18 +39,18 @@ ROWS = [(family, name) for family in FAMILIES for name in CASES if family == "ll
 ROWS += [("gemma3", "the head")]
 
 
-def opened(folder: Path) -> Any:
+def load_transformers(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
 
 
 def adapted(folder: Path, **config: Any) -> Any:
-    """A saved model with an adapter of the peft package whose values are drawn, about a third of the weights' size."""
+    """Returns a saved model with a random adapter of the peft package, about a third as large as the weights."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(opened(folder), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    model = get_peft_model(load_transformers(folder), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,13 +69,13 @@ def distance(model: Model, oracle: Any) -> float:
 
 
 def faulty_distance(model: Model, oracle: Any) -> float:
-    """Of a model that is compiled for this alone."""
+    """Returns the distance of a model that is compiled only for this."""
     tokens, pos = reference.near_and_far()
     return reference.distance(reference.fresh(model)(tokens, pos)[0], reference.logits(oracle, tokens, pos))
 
 
 def changed(model: Model, change: Callable[[lora.Lora], Any]) -> Model:
-    """The model with a fault in every leaf."""
+    """Returns the model with a fault in every adapted weight."""
     weights = jax.tree.map(
         lambda leaf: change(leaf) if lora.is_lora(leaf) else leaf, model.weights, is_leaf=lora.is_lora
     )
@@ -83,7 +83,7 @@ def changed(model: Model, change: Callable[[lora.Lora], Any]) -> Model:
 
 
 def heads_interleaved(leaf: lora.Lora) -> lora.Lora:
-    """The joined axis of a file taken apart in the wrong order."""
+    """Splits the merged axis of the file in the wrong order."""
 
     def wrong(a: jax.Array, begin: int) -> jax.Array:
         n, h = a.shape[begin : begin + 2]
@@ -102,15 +102,15 @@ FAULTS: dict[str, Callable[[lora.Lora], Any]] = {
 
 @pytest.mark.parametrize(("family", "name"), ROWS)
 def test_adapters_of_peft(family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Loaded: the same logits. Fused: the weights of merge_and_unload, and its logits in transformers."""
+    """Loaded, the logits agree. Fused, the weights are those of merge_and_unload, with its logits in transformers."""
     config, fields = CASES[name]
     with reference.quiet():
         place = reference.save(reference.build(family, **fields), tmp_path / "base")
         oracle = adapted(place, **config)
-        with warnings.catch_warnings(action="ignore"):  # of an adapted head, the base's is stored too
+        with warnings.catch_warnings(action="ignore"):  # with an adapted head, peft also stores that of the base
             oracle.save_pretrained(tmp_path / "adapter")
         model = jaxlm.load(place, adapter=tmp_path / "adapter", dtype="float32")
-        assert distance(jaxlm.load(tmp_path / "adapter", dtype="float32"), oracle) < FAULT  # its base by its name
+        assert distance(jaxlm.load(tmp_path / "adapter", dtype="float32"), oracle) < FAULT  # the base that it names
         frequencies_of(oracle, model)
         assert distance(model, oracle) <= LIMIT
         faults = (
@@ -122,7 +122,7 @@ def test_adapters_of_peft(family: str, name: str, tmp_path: Path, monkeypatch: p
             assert faulty_distance(changed(model, fault), oracle) >= FAULT
         argv = ["-m", str(place), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "fused")]
         assert main(["fuse", *argv]) == 0
-        fused, merged = opened(tmp_path / "fused"), oracle.merge_and_unload()
+        fused, merged = load_transformers(tmp_path / "fused"), oracle.merge_and_unload()
     for (ours, a), (theirs, b) in zip(fused.state_dict().items(), merged.state_dict().items(), strict=True):
         assert ours == theirs
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-6)
@@ -144,7 +144,7 @@ WRITTEN = {
     ("family", "name"), [(f, "every product") for f in FAMILIES] + [("llama3", n) for n in WRITTEN][1:]
 )
 def test_adapters_for_peft(family: str, name: str, tmp_path: Path) -> None:
-    """Written here: peft loads all of it (a missing or an unexpected tensor is a warning there, an error here)."""
+    """peft loads our files completely (missing and unexpected tensors are warnings in peft, and errors here)."""
     from peft import PeftModel
 
     targets, rank, scale, rslora = WRITTEN[name]
@@ -154,9 +154,9 @@ def test_adapters_for_peft(family: str, name: str, tmp_path: Path) -> None:
         tree = drawn(model, targets, rank, scale)
         sizes = (model.family.PARAMS, model.config)
         peft.write(tmp_path / "adapter", tree, *sizes, base=str(place), rslora=rslora, dropout=0.1)
-        oracle = PeftModel.from_pretrained(opened(place), str(tmp_path / "adapter")).eval()
-    found = oracle.peft_config["default"]
-    assert (found.r, found.use_rslora, found.lora_dropout, found.base_model_name_or_path) == (
+        oracle = PeftModel.from_pretrained(load_transformers(place), str(tmp_path / "adapter")).eval()
+    config = oracle.peft_config["default"]
+    assert (config.r, config.use_rslora, config.lora_dropout, config.base_model_name_or_path) == (
         rank,
         rslora,
         0.1,
@@ -168,7 +168,7 @@ def test_adapters_for_peft(family: str, name: str, tmp_path: Path) -> None:
     assert faulty_distance(changed(model, FAULTS["unscaled"]), oracle) >= FAULT
 
 
-def test_a_part_of_the_layers_for_peft(tmp_path: Path) -> None:
+def test_an_adapter_of_some_layers_for_peft(tmp_path: Path) -> None:
     from peft import PeftModel
 
     with reference.quiet():
@@ -178,7 +178,7 @@ def test_a_part_of_the_layers_for_peft(tmp_path: Path) -> None:
         other = drawn(model, ("q",), 3, 0.5)
         tree["layers"] = [tree["layers"][0], other["layers"][1], *[{}] * 9, tree["layers"][11]]
         peft.write(tmp_path / "adapter", tree, model.family.PARAMS, model.config)
-        oracle = PeftModel.from_pretrained(opened(place), str(tmp_path / "adapter")).eval()
+        oracle = PeftModel.from_pretrained(load_transformers(place), str(tmp_path / "adapter")).eval()
     model = beside(model, tree)
     frequencies_of(oracle, model)
     assert distance(model, oracle) <= LIMIT
@@ -186,8 +186,8 @@ def test_a_part_of_the_layers_for_peft(tmp_path: Path) -> None:
     assert faulty_distance(beside(jaxlm.load(place, dtype="float32"), everywhere), oracle) >= FAULT
 
 
-def test_a_model_that_sees(tmp_path: Path) -> None:
-    """Its modules bear other names; an adapter of peft's also takes in modules of the other half of these names."""
+def test_a_model_with_a_vision_tower(tmp_path: Path) -> None:
+    """Its modules have other names. An adapter of peft also adapts modules of the vision tower with the same names."""
     from peft import PeftModel
 
     with reference.quiet():
@@ -202,7 +202,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
         assert distance(plain, oracle) >= FAULT
         tree = drawn(plain, ("k", "down"))
         peft.write(tmp_path / "ours", tree, plain.family.PARAMS, plain.config, seeing=True)
-        oracle = PeftModel.from_pretrained(opened(tmp_path / "base"), str(tmp_path / "ours")).eval()
+        oracle = PeftModel.from_pretrained(load_transformers(tmp_path / "base"), str(tmp_path / "ours")).eval()
     model = beside(plain, tree)
     frequencies_of(oracle, model)
     assert distance(model, oracle) <= LIMIT
@@ -210,21 +210,21 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_2", "olora"])
-def test_which_beginnings_change_the_base(init: Any, tmp_path: Path) -> None:
-    """Those that do are refused; what peft makes of one when it is asked to convert it is not."""
+def test_initializations_that_change_the_base(init: Any, tmp_path: Path) -> None:
+    """They are refused, unless peft converts the adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     with reference.quiet():
         place = reference.save(reference.build("llama3"), tmp_path / "base")
-        before = {name: value.clone() for name, value in opened(place).state_dict().items()}
+        before = {name: value.clone() for name, value in load_transformers(place).state_dict().items()}
         torch.manual_seed(0)
         config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=init)
-        oracle = get_peft_model(opened(place), config).eval()
+        oracle = get_peft_model(load_transformers(place), config).eval()
         after = oracle.get_base_model().state_dict()
         name = "model.layers.0.self_attn.q_proj"
         kept = torch.equal(before[f"{name}.weight"], after[f"{name}.base_layer.weight"])
-        config.init_lora_weights = True  # or peft would take the first values out of the base once more
+        config.init_lora_weights = True  # otherwise peft subtracts the initial values from the base again
         oracle.save_pretrained(tmp_path / "first")
         config.init_lora_weights = init
         with torch.no_grad():
@@ -235,9 +235,9 @@ def test_which_beginnings_change_the_base(init: Any, tmp_path: Path) -> None:
         if kept:
             model = jaxlm.load(place, adapter=tmp_path / "last", dtype="float32")
         else:
-            with pytest.raises(ValueError, match="it is for a base whose weights were changed before training"):
+            with pytest.raises(ValueError, match="base whose weights"):
                 jaxlm.load(place, adapter=tmp_path / "last")
-            with warnings.catch_warnings(action="ignore"):  # that it changes the base
+            with warnings.catch_warnings(action="ignore"):  # peft warns that it changes the base
                 oracle.save_pretrained(
                     tmp_path / "made", path_initial_model_for_weight_conversion=str(tmp_path / "first")
                 )

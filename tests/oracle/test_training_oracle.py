@@ -1,4 +1,4 @@
-"""Ten steps of AdamW beside torch: the same weights, batches and tx must lead to the same place."""
+"""Ten training steps with AdamW agree with torch, from the same weights and batches."""
 
 from functools import partial
 from typing import Any
@@ -20,23 +20,23 @@ from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss
 
 pytestmark = pytest.mark.oracle
-STEPS, RATE, DECAY, CLIP = 10, 1e-3, 0.1, 1.0
-# Compiling is most of the time: as users have it, the step of the family with the most kinds of layers is compiled.
+STEPS, LEARNING_RATE, DECAY, CLIP = 10, 1e-3, 0.1, 1.0
+# Compiling takes most of the time. Only the family with the most kinds of layers is compiled with all optimizations.
 QUICK = {"xla_backend_optimization_level": 0}
 OPTIONS: dict[str, Any] = {"gemma3": None}
 stack, unstack = jax.jit(params.stack, static_argnums=1), jax.jit(params.unstack)
 
 
 def batches() -> list[Batch]:
-    """Two rows of 24 tokens: one whole, one of two packed documents; a fifth of the targets do not count."""
+    """Returns batches of two rows of 24 tokens: one document, and two packed ones. A fifth of the targets is masked."""
     rng = np.random.default_rng(0)
     pos = np.stack([np.arange(24), [*range(14), *range(10)]]).astype(np.int32)
     out = []
     for _ in range(STEPS):
         tokens = rng.integers(0, V, (2, 25)).astype(np.int32)
-        learned = rng.random((2, 24)) < 0.8
-        learned[1, 13] = False  # the first token of the next document is no target
-        out.append(Batch(tokens[:, :-1], tokens[:, 1:], pos, learned))
+        loss_mask = rng.random((2, 24)) < 0.8
+        loss_mask[1, 13] = False  # the first token of the next document is no target
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], pos, loss_mask))
     return out
 
 
@@ -44,7 +44,7 @@ def torch_loss(oracle: Any, batch: Batch) -> Any:
     import torch
 
     pos = batch.pos.copy()
-    pos[1, 14:] += 1000  # for the masks alone, which go by position: past every window, and not seen before
+    pos[1, 14:] += 1000  # only for the masks, which depend on positions: outside every window
     mask = masks(oracle, pos)
     apart = np.zeros((2, 1, 24, 24), bool)
     apart[1, :, 14:, :14] = True
@@ -65,14 +65,14 @@ def torch_loss(oracle: Any, batch: Batch) -> Any:
 
 
 def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The losses, and the gradients of the first step before clipping."""
+    """Returns the losses, and the gradients of the first step before clipping."""
     import torch
 
     named = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
-    flat = [p for name, p in named.items() if p.ndim < 2]
-    wide = [p for name, p in named.items() if p.ndim >= 2]
-    groups = [{"params": wide, "weight_decay": DECAY}, {"params": flat, "weight_decay": 0.0}]
-    tx = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    norms = [p for name, p in named.items() if p.ndim < 2]
+    matrices = [p for name, p in named.items() if p.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}]
+    tx = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
     losses, first = [], {}
     for batch in batches():
         tx.zero_grad()
@@ -86,14 +86,14 @@ def torch_run(oracle: Any) -> tuple[list[float], dict[str, np.ndarray]]:
 
 
 def by_name(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
-    """Our arrays under the checkpoint's names and in its shapes."""
+    """Returns our arrays under the names and in the shapes of the checkpoint."""
     rows = params.tensors(model.family.PARAMS, model.config)
     return {row.names[0]: np.asarray(params.get(tree, row.path)).reshape(row.stored_shape) for row in rows}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps(family: str, tmp_path: Any) -> None:
-    # Where there is a padding id, torch's embedding gives that row no gradient.
+    # With a padding id, torch's embedding gives that row no gradient.
     oracle = build(family, tie_word_embeddings=family == "gemma3", pad_token_id=None)
     oracle.save_pretrained(tmp_path)
     model = jaxlm.load(tmp_path)
@@ -101,31 +101,31 @@ def test_ten_steps(family: str, tmp_path: Any) -> None:
     start = by_name(model, model.weights)
     losses, gradients = torch_run(oracle)
 
-    of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked = stack(model.weights, len(params.period(model.config.windows)))
     tx = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
     run = jax.jit(step.make_step(model.family, model.config, tx), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.init_state, tx))(stacked), []
+    state, ours_losses = jax.jit(partial(step.init_state, tx))(stacked), []
     mean = lambda w, b: (s := loss(model.family, model.config, w, b)).loss / s.tokens  # noqa: E731
     first = jax.jit(jax.grad(mean), compiler_options=QUICK)(stacked, batches()[0])
     for batch in batches():
         state, metrics = run(state, batch)
-        found.append(float(metrics.loss))
-    assert np.allclose(found, losses, rtol=1e-5, atol=0)
+        ours_losses.append(float(metrics.loss))
+    assert np.allclose(ours_losses, losses, rtol=1e-5, atol=0)
     for name, gradient in by_name(model, unstack(first)).items():
-        far = np.linalg.norm(gradient - gradients[name]) / np.linalg.norm(gradients[name])
-        assert far <= 1e-4, (name, far)
+        error = np.linalg.norm(gradient - gradients[name]) / np.linalg.norm(gradients[name])
+        assert error <= 1e-4, (name, error)
     ours = by_name(model, unstack(state.weights))
     theirs = {name: p.detach().numpy() for name, p in oracle.named_parameters()}
-    apart = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
-    travelled = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
-    assert travelled > 0.05
-    assert apart <= 1e-3 * travelled
+    difference = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
+    update = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
+    assert update > 0.05
+    assert difference <= 1e-3 * update
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3"])
 def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
-    """Beside the peft package, from an adapter that it reads: frozen weights, the same losses and the same end."""
+    """Compared with the peft package, from an adapter that it reads: the same losses and the same adapter."""
     from peft import PeftModel
 
     oracle = build(family, tie_word_embeddings=family == "gemma3", pad_token_id=None)
@@ -137,46 +137,46 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
     peft.write(tmp_path / "adapter", tree, table, cfg)
     losses, _ = torch_run(PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True).get_base_model())
 
-    of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
+    of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked, frozen = stack(tree, period), stack(model.weights, period)
     tx = optimizers.make_optimizer(of, STEPS, params.letters(table, stacked))
     run = jax.jit(step.make_step(model.family, cfg, tx), compiler_options=OPTIONS.get(family, QUICK))
-    state, found = jax.jit(partial(step.init_state, tx))(stacked), []
+    state, ours_losses = jax.jit(partial(step.init_state, tx))(stacked), []
     for batch in batches():
         state, metrics = run(state, batch, frozen)
-        found.append(float(metrics.loss))
-    assert np.allclose(found, losses, rtol=1e-5, atol=0)
+        ours_losses.append(float(metrics.loss))
+    assert np.allclose(ours_losses, losses, rtol=1e-5, atol=0)
     theirs = {name: p.detach().numpy() for name, p in oracle.named_parameters() if p.requires_grad}
     start, ours = halves(model, tree), halves(model, unstack(state.weights))
     assert ours.keys() == theirs.keys()
-    apart = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
-    travelled = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
-    assert travelled > 0.05
-    assert apart <= 1e-3 * travelled
+    difference = np.sqrt(sum(np.sum((ours[name] - theirs[name]) ** 2) for name in ours))
+    update = np.sqrt(sum(np.sum((theirs[name] - start[name]) ** 2) for name in ours))
+    assert update > 0.05
+    assert difference <= 1e-3 * update
 
 
 def halves(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
-    """An adapter's arrays under the names that peft gives them while it trains."""
+    """Returns the arrays of an adapter under the names that peft has in training."""
     rows = {row.path: row for row in params.tensors(model.family.PARAMS, model.config)}
-    found = {}
+    arrays = {}
     for path, leaf in lora.leaves(tree):
         row, rank = rows[path], leaf.a.shape[0]
         module = row.names[0].removesuffix(".weight")
-        found[f"{module}.lora_A.default.weight"] = np.asarray(leaf.a).reshape(rank, row.stored_shape[1])
-        found[f"{module}.lora_B.default.weight"] = np.asarray(leaf.b).reshape(row.stored_shape[0], rank)
-    return found
+        arrays[f"{module}.lora_A.default.weight"] = np.asarray(leaf.a).reshape(rank, row.stored_shape[1])
+        arrays[f"{module}.lora_B.default.weight"] = np.asarray(leaf.b).reshape(row.stored_shape[0], rank)
+    return arrays
 
 
-def test_a_wrong_rule_shows() -> None:
-    """Decay left out, or norms decayed too, leads further away than the comparison lets pass."""
+def test_a_wrong_optimizer_is_detected() -> None:
+    """Planted faults: without weight decay, or with decay of norms, weights differ by more than the tolerance above."""
     model = tiny("llama3")
     letters = params.letters(model.family.PARAMS, model.weights)
     noise = [jax.tree.map(lambda w, i=i: np.sin(np.arange(w.size) * (i + 2)).reshape(w.shape), model.weights)
              for i in range(STEPS)]  # fmt: skip
     ends = []
-    for decay, told in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
-        of = Optimizer(lr=RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
-        tx = optimizers.make_optimizer(of, STEPS, told)
+    for decay, kinds in ((DECAY, letters), (0.0, letters), (DECAY, jax.tree.map(lambda _: "VD", letters))):
+        of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=decay, clip=CLIP)
+        tx = optimizers.make_optimizer(of, STEPS, kinds)
         weights, state = model.weights, jax.jit(tx.init)(model.weights)
 
         @partial(jax.jit, compiler_options=QUICK)

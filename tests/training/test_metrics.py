@@ -1,4 +1,4 @@
-"""What a run tells: lines that survive, events, the service that is called, the curve, and analytic FLOPs."""
+"""metrics.jsonl, TensorBoard, Weights & Biases, the loss plot, and analytic FLOPs."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ from jaxlm.training import metrics
 LINES = [{"step": n, "loss": 5 / n, "learning_rate": 0.1} for n in range(1, 30)] + [{"step": 29, "valid_loss": 0.3}]
 
 
-def test_lines_past_the_step_and_lines_cut_short_are_gone(tmp_path) -> None:
+def test_lines_after_the_step_and_truncated_lines_are_removed(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES[:9]) + '{"step": 10, "lo')
     lines = metrics.MetricsFile(path, 5)
@@ -37,19 +37,19 @@ def test_an_earlier_version_named_two_metrics_otherwise(tmp_path) -> None:
     assert metrics.plot_loss(metrics.read(path), tmp_path / "loss.png", "a run")
 
 
-@pytest.mark.parametrize("spoiled", [b"", b"\0\0", b'{"step": 3, "te\xff": 1}', b'{"step": 3', b"3", b'{"loss": 1.0}'])
-def test_a_spoiled_line_is_named(spoiled, tmp_path) -> None:
+@pytest.mark.parametrize("damaged", [b"", b"\0\0", b'{"step": 3, "te\xff": 1}', b'{"step": 3', b"3", b'{"loss": 1.0}'])
+def test_a_damaged_line_is_named(damaged, tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + spoiled + b'\n{"step": 4, "loss": 1.0}\n'
+    before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + damaged + b'\n{"step": 4, "loss": 1.0}\n'
     path.write_bytes(before)
-    for look in (metrics.read, lambda path: metrics.MetricsFile(path, 4)):
+    for open_file in (metrics.read, lambda path: metrics.MetricsFile(path, 4)):
         with pytest.raises(ValueError, match=rf"^{path}:3 is damaged"):
-            look(path)
+            open_file(path)
     assert path.read_bytes() == before
 
 
 def test_events_for_tensorboard(tmp_path) -> None:
-    """A file of records (length, its checksum, event, its checksum) that holds names, steps and numbers."""
+    """The file has records (length, checksum, event, checksum) with names, steps and numbers."""
     [service] = metrics.services(("tensorboard",), tmp_path, {})
     service.add({"step": 7, "loss": 2.5, "text": "Once"})
     service.close()
@@ -63,32 +63,32 @@ def test_events_for_tensorboard(tmp_path) -> None:
     assert any(b"Once" in event for event in events)
 
 
-def test_weights_and_biases_is_told_each_line(tmp_path, monkeypatch) -> None:
-    """Through a stand-in: the run keeps its id in its folder, so that a resumed one goes on."""
-    told: list[Any] = []
-    run = SimpleNamespace(log=lambda line, step: told.append((step, line)), finish=lambda: told.append("end"))
-    fake = SimpleNamespace(init=lambda **how: told.append(how) or run)
+def test_weights_and_biases_receives_each_line(tmp_path, monkeypatch) -> None:
+    """With a fake module. The folder keeps the id of the run, so that a resumed run continues it."""
+    calls: list[Any] = []
+    run = SimpleNamespace(log=lambda line, step: calls.append((step, line)), finish=lambda: calls.append("end"))
+    fake = SimpleNamespace(init=lambda **how: calls.append(how) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
         [service] = metrics.services(("wandb",), tmp_path, {"steps": 3})
         service.add({"step": 2, "loss": 1.5})
         service.close()
-    assert told[0] == told[3]
-    assert (told[0]["name"], told[0]["resume"], told[0]["config"]) == (tmp_path.name, "allow", {"steps": 3})
-    assert len(told[0]["id"]) == 12
-    assert told[1:3] == [(2, {"loss": 1.5}), "end"]
+    assert calls[0] == calls[3]
+    assert (calls[0]["name"], calls[0]["resume"], calls[0]["config"]) == (tmp_path.name, "allow", {"steps": 3})
+    assert len(calls[0]["id"]) == 12
+    assert calls[1:3] == [(2, {"loss": 1.5}), "end"]
 
 
 @pytest.mark.parametrize(("name", "module", "extra"), [("wandb", "wandb", "wandb"),
                                                        ("tensorboard", "tensorboardX", "tensorboard")])  # fmt: skip
-def test_a_service_that_is_not_installed(name, module, extra, monkeypatch) -> None:
+def test_a_missing_package_of_a_service(name, module, extra, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"pip install 'jaxlm\[{extra}\]'"):
         metrics.require((name,))
 
 
-def test_the_curve_shows_the_losses(tmp_path) -> None:
-    """The picture has the two curves' colors; without matplotlib there is none."""
+def test_the_loss_plot(tmp_path) -> None:
+    """It has the colors of training and validation loss."""
     from matplotlib import colors
     from matplotlib.image import imread
 
@@ -100,20 +100,20 @@ def test_the_curve_shows_the_losses(tmp_path) -> None:
         assert near.sum() > 50
 
 
-def test_no_curve_without_matplotlib(tmp_path, monkeypatch) -> None:
+def test_no_plot_without_matplotlib(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not metrics.plot_loss(LINES, tmp_path / "loss.png", "a run")
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_the_smooth_curve_does_not_lag() -> None:
-    """A line stays a line to its ends, and a peak is spread to both sides."""
+def test_the_moving_average_does_not_lag() -> None:
+    """A line stays a line to its ends, and a peak spreads to both sides."""
     line = np.arange(9.0)
     np.testing.assert_allclose(metrics.moving_average(line, 3), line)
     np.testing.assert_allclose(metrics.moving_average(np.array([0, 0, 0, 5.0, 0, 0, 0]), 2), [0, 0, 1, 1, 1, 0, 0])
 
 
-def test_flops_of_a_token() -> None:
+def test_flops_per_token() -> None:
     """By hand for an untied Llama of 2 layers, D 48, F 72, N 4, K 2, H 12, V 199 in rows of 10."""
     model = tiny("llama3")
     table, cfg = model.family.PARAMS, model.config
@@ -125,17 +125,17 @@ def test_flops_of_a_token() -> None:
     assert flops.training(table, cfg, 10, adapter=100) == 4 * weights + 600 + attention
 
 
-def test_the_longest_name_of_a_device_counts() -> None:
-    """A card that is slower than its family has its own figure."""
+def test_the_longest_matching_device_name_counts() -> None:
+    """A card that is slower than its family has its own peak."""
     kinds = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989,
              "NVIDIA H200 NVL": 835, "NVIDIA A100-SXM4-80GB": 312, "TPU v5 lite": 197, "TPU v5": 459}  # fmt: skip
     for kind, figure in kinds.items():
-        told = f"{kind}, {figure} TFLOP/s bfloat16 (specified)"
-        assert hardware.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, told)
+        source = f"{kind}, {figure} TFLOP/s bfloat16 (specified)"
+        assert hardware.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, source)
 
 
-def test_flops_of_a_window() -> None:
-    """A window counts what it shows: on average fewer keys than half a row."""
+def test_flops_of_sliding_window_attention() -> None:
+    """A window has fewer keys per query than half a row."""
     cfg = tiny("gemma3").config
     assert cfg.windows == (5, None)
     seen = np.mean([min(i + 0.5, 5) for i in range(100)])

@@ -1,5 +1,5 @@
-"""The training step against its plain twins: chunked logits, gradient accumulation, scans, activation checkpointing,
-meshes, half precision."""
+"""The training step compared with simple implementations: chunked logits, gradient accumulation, scanned layers,
+activation checkpointing, meshes, mixed precision."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ V, B, T = 199, 4, 24
 
 
 def batch(seed: int = 0) -> Batch:
-    """Whole rows, packed rows, padding, and targets that do not count."""
+    """Returns a batch with whole rows, packed rows, padding, and targets outside the loss mask."""
     rng = np.random.default_rng(seed)
     pos = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     pos[1] = [*range(14), *range(10)]
@@ -36,7 +36,7 @@ def batch(seed: int = 0) -> Batch:
 
 @pytest.fixture(scope="module", params=["llama3", pytest.param("gemma3", marks=pytest.mark.slow)])
 def model(request) -> Any:
-    """Two periods of layers, so that they are scanned: of one layer, of Gemma two."""
+    """Two periods of layers, so that they are scanned: of one layer each, for Gemma of two."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     return tiny(request.param, **heads, **(kinds if request.param == "gemma3" else {}))
@@ -48,7 +48,7 @@ def small() -> Any:
 
 
 def plain(model: Any, weights: Any, batch: Batch) -> jax.Array:
-    """The loss as it is written in a book: all logits at once."""
+    """The textbook loss: all logits at once."""
     x, _ = model.family.forward(model.config, batch.tokens, weights, None, batch.pos)
     logprobs = jax.nn.log_softmax(model.family.logits(model.config, x, weights))
     chosen = jnp.take_along_axis(logprobs, batch.targets[..., None], -1)[..., 0]
@@ -56,14 +56,14 @@ def plain(model: Any, weights: Any, batch: Batch) -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def book(model) -> Any:
-    """The compiled gradient of the plain loss."""
+def textbook(model) -> Any:
+    """The compiled gradient of the textbook loss."""
     return jax.jit(jax.value_and_grad(partial(plain, model))).lower(model.weights, batch()).compile()
 
 
 @pytest.fixture(scope="module")
-def expected(model, book) -> tuple[float, Any]:
-    value, gradient = book(model.weights, batch())
+def expected(model, textbook) -> tuple[float, Any]:
+    value, gradient = textbook(model.weights, batch())
     return float(value), gradient
 
 
@@ -74,18 +74,19 @@ def stacked(model) -> Any:
 
 @pytest.fixture(scope="module")
 def descent(model) -> Any:
-    """The compiled step on listed weights."""
+    """The compiled step of gradient descent on listed weights."""
     return jax.jit(descending(model))
 
 
-RATE = 1e-2
+LEARNING_RATE = 1e-2
 
 
 def descending(model: Any, **how: Any) -> Any:
-    """(weights, batch) -> weights (listed) and metrics after one step of plain descent, which shows the gradient."""
+    """Returns a function from weights and batch to listed weights and metrics after one step of plain gradient descent,
+    whose update is the gradient."""
     import optax
 
-    tx = optax.sgd(RATE)
+    tx = optax.sgd(LEARNING_RATE)
     run = step.make_step(model.family, model.config, tx, **how)
 
     def take(weights: Any, one: Batch) -> tuple[Any, Any]:
@@ -103,7 +104,7 @@ def near(model: Any, found: Any, expected: tuple[float, Any], limit: float = 1e-
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(expected[1])))
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=limit)
     for new, old, gradient in zip(*map(jax.tree.leaves, (weights, model.weights, expected[1])), strict=True):
-        step_taken = (np.asarray(old) - np.asarray(new)) / RATE
+        step_taken = (np.asarray(old) - np.asarray(new)) / LEARNING_RATE
         assert np.linalg.norm(step_taken - np.asarray(gradient)) <= 10 * limit * np.linalg.norm(gradient) + 1e-4
 
 
@@ -111,17 +112,17 @@ def near(model: Any, found: Any, expected: tuple[float, Any], limit: float = 1e-
     "how",
     [{}, {"accumulate": 2, "remat": "full"}, pytest.param({"accumulate": 4, "remat": "dots"}, marks=pytest.mark.slow)],
 )
-def test_stacked_cut_and_computed_again(model, stacked, expected, how) -> None:
+def test_stacked_weights_with_accumulation_and_remat(model, stacked, expected, how) -> None:
     near(model, jax.jit(descending(model, **how))(stacked, batch()), expected)
 
 
-def test_listed(model, descent, expected) -> None:
+def test_listed_weights(model, descent, expected) -> None:
     near(model, descent(model.weights, batch()), expected)
 
 
 @pytest.mark.parametrize("spec", ["data=4,model=2", pytest.param("data=2,model=4", marks=pytest.mark.slow)])
 def test_on_a_mesh(model, stacked, expected, spec) -> None:
-    """Weights divided over data and model, the batch over data: the same step."""
+    """Weights are sharded over data and model, the batch over data. The step is the same."""
     over = topology.make(spec, model.config.K)
     where = step.weight_shardings(stacked, over, model.family.PARAMS)
     assert where["layers"]["stacked"][0]["q"].spec == jax.sharding.PartitionSpec(None, "model", None, "data")
@@ -130,18 +131,18 @@ def test_on_a_mesh(model, stacked, expected, spec) -> None:
         near(model, jax.jit(descending(model))(jax.device_put(stacked, where), there), expected)
 
 
-def test_where_trained_weights_lie() -> None:
-    """Divided over `data` once: along V where it goes, else along D; norms are whole."""
+def test_shardings_of_trained_weights() -> None:
+    """Sharded over `data` once: along V if it divides, else along D. Norms are replicated."""
     over = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
 
-    def lies(letters: str, *shape: int) -> Any:
+    def spec(letters: str, *shape: int) -> Any:
         return tuple(step.weight_sharding(letters, shape, over).spec)
 
-    assert lies("VD", 64, 32) == (("model", "data"),)
-    assert lies("VD", 66, 32) == ("model", "data")
-    assert lies("VD", 199, 32) == (None, "data")
-    assert lies("LDNH", 3, 32, 8, 4) == (None, "data", "model")
-    assert lies("LD", 3, 32) == ()
+    assert spec("VD", 64, 32) == (("model", "data"),)
+    assert spec("VD", 66, 32) == ("model", "data")
+    assert spec("VD", 199, 32) == (None, "data")
+    assert spec("LDNH", 3, 32, 8, 4) == (None, "data", "model")
+    assert spec("LD", 3, 32) == ()
 
 
 def by_path(state: Any, over: Any, table: Any) -> Any:
@@ -189,8 +190,8 @@ def test_moments_are_sharded_as_their_weights(family, method, spec) -> None:
         assert sharded or name == "adafactor", name
 
 
-def test_chunks_of_logits_are_of_one_device(small) -> None:
-    """Of 4 rows in chunks of 8 tokens a device alone has 2 tokens a row, each of 4 devices 8 of its row."""
+def test_chunks_of_logits_are_local(small) -> None:
+    """With 4 rows and chunks of 8 tokens, one device has 2 tokens per row, each of 4 devices 8 of its row."""
     over = topology.make("data=4", small.config.K, jax.devices()[:4])
     x = jnp.ones((B, T, small.config.D))
     find = partial(token_logprobs, small.family, small.config, chunk=8)
@@ -199,8 +200,8 @@ def test_chunks_of_logits_are_of_one_device(small) -> None:
         assert f"f32[1,8,{V}]" in str(jax.make_jaxpr(find)(small.weights, x, batch().targets))
 
 
-def test_masks_are_made_block_by_block(model, stacked, monkeypatch) -> None:
-    """Layers of a scan share the positions: jax would make the masks of all blocks and heads before it."""
+def test_attention_masks_are_computed_per_block(model, stacked, monkeypatch) -> None:
+    """Scanned layers share the positions, so jax could compute the masks of all blocks and heads before the scan."""
     N = model.config.N
     monkeypatch.setattr(attention, "MAX_SCORE_ELEMENTS", B * N * T * 4)
     rows = jax.tree.map(jnp.asarray, batch())
@@ -211,7 +212,7 @@ def test_masks_are_made_block_by_block(model, stacked, monkeypatch) -> None:
     assert max(sizes) < B * N * T * T
 
 
-def test_chunks_give_what_the_whole_gives(small) -> None:
+def test_chunks_do_not_change_the_logprobs(small) -> None:
     x = np.random.default_rng(0).standard_normal((B, T, small.config.D), np.float32)
 
     def cut(chunk: int) -> Any:
@@ -223,8 +224,8 @@ def test_chunks_give_what_the_whole_gives(small) -> None:
         assert np.abs(cut(chunk) - whole).max() < 1e-5
 
 
-def test_the_logits_of_a_batch_never_exist(small, book) -> None:
-    """No array of the compiled gradient has as many numbers as B x T x V; the plain loss has."""
+def test_the_logits_of_a_batch_never_exist(small, textbook) -> None:
+    """No array of the compiled gradient has as many numbers as B x T x V. The textbook loss has."""
 
     def largest(program: Any) -> int:
         shapes = {part.split("]")[0] for part in program.as_text().split("f32[")[1:]}
@@ -233,7 +234,7 @@ def test_the_logits_of_a_batch_never_exist(small, book) -> None:
     chunked = partial(loss, small.family, small.config, chunk=8 * B)
     program = jax.jit(jax.grad(lambda w, b: chunked(w, b).loss)).lower(small.weights, batch()).compile()
     assert largest(program) < B * T * V
-    assert largest(book) >= B * T * V
+    assert largest(textbook) >= B * T * V
 
 
 def test_z_loss_is_the_squared_log_denominator(small) -> None:
@@ -251,7 +252,7 @@ def test_z_loss_is_the_squared_log_denominator(small) -> None:
     assert float(b.nats) == float(a.nats)
 
 
-def test_a_loss_that_is_no_number_changes_nothing(model, descent) -> None:
+def test_a_step_with_a_loss_of_nan_changes_nothing(model, descent) -> None:
     broken = {**model.weights, "norm": np.full_like(model.weights["norm"], np.nan)}
     weights, metrics = descent(broken, batch())
     assert np.isnan(float(metrics.loss))
@@ -262,10 +263,10 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "li
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", *SLOW])
-def test_one_batch_is_learned_by_heart(small, name) -> None:
+def test_overfitting_one_batch(small, name) -> None:
     weights = jax.jit(params.stack)(small.weights)
-    rate = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "lion": 2e-3}[name]
-    of = Optimizer(name=name, lr=rate, schedule="constant", warmup=5, weight_decay=0.0)
+    learning_rate = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "lion": 2e-3}[name]
+    of = Optimizer(name=name, lr=learning_rate, schedule="constant", warmup=5, weight_decay=0.0)
     tx = optimizers.make_optimizer(of, 400, params.letters(small.family.PARAMS, weights))
     state = jax.jit(partial(step.init_state, tx))(weights)
     run, one = jax.jit(step.make_step(small.family, small.config, tx), donate_argnums=0), batch()
@@ -287,8 +288,8 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2", "gemma3"])
-def test_what_decays_and_what_is_a_matrix(family) -> None:
-    """Norms do not decay, stacked or listed; every weight of every family has letters that the tables know."""
+def test_norms_do_not_decay(family) -> None:
+    """Stacked or listed. Every weight of every family has known letters."""
     model = tiny(family)
     for weights in (model.weights, jax.eval_shape(lambda: params.stack(model.weights, 2))):
         letters = params.letters(model.family.PARAMS, weights)
@@ -298,7 +299,7 @@ def test_what_decays_and_what_is_a_matrix(family) -> None:
             assert decays == ("norm" not in jax.tree_util.keystr(path))
 
 
-def test_decay_is_of_the_weight_itself() -> None:
+def test_weight_decay_is_decoupled() -> None:
     weights = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
     tx = optimizers.make_optimizer(Optimizer(lr=1.0, warmup=0, weight_decay=0.5), 10, {"embed": "VD", "norm": "D"})
     zero = jax.tree.map(np.zeros_like, weights)
@@ -308,8 +309,8 @@ def test_decay_is_of_the_weight_itself() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
-def test_decay_follows_the_rate(small, name) -> None:
-    """Without a gradient a matrix of a layer shrinks by rate x decay, and a norm stays."""
+def test_weight_decay_follows_the_learning_rate(small, name) -> None:
+    """Without a gradient, a matrix of a layer shrinks by learning rate x weight decay, and a norm stays."""
     tx = optimizers.make_optimizer(
         Optimizer(name=name, lr=1e-2, schedule="constant", warmup=0, weight_decay=0.1, clip=0.0),
         10, params.letters(small.family.PARAMS, small.weights),
@@ -321,9 +322,9 @@ def test_decay_follows_the_rate(small, name) -> None:
     assert not np.any(update["attn_norm"])
 
 
-def test_half_precision(small) -> None:
-    """Weights and gradients stay float32. Each weight's gradient is that of float32 to 2.5 %: a rounding of bfloat16
-    is 0.4 %, and sums over a thousand tokens of both signs are a tenth as large as what they add up."""
+def test_mixed_precision(small) -> None:
+    """Weights and gradients stay float32. Each weight's gradient is within 2.5 % of that in float32: bfloat16 rounds by
+    0.4 %, and sums over a thousand tokens of both signs are a tenth as large as their terms."""
     tokens = (np.random.default_rng(0).zipf(1.3, (8, 129)) % V).astype(np.int32)
     pos = np.broadcast_to(np.arange(128, dtype=np.int32), (8, 128))
     one = Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((8, 128), bool))
@@ -333,5 +334,5 @@ def test_half_precision(small) -> None:
     for (path, old), x, y in zip(
         jax.tree_util.tree_leaves_with_path(small.weights), jax.tree.leaves(exact), jax.tree.leaves(half), strict=True
     ):
-        far = np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(np.asarray(old) - np.asarray(x))
-        assert far < 0.025, (jax.tree_util.keystr(path), far)
+        error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(np.asarray(old) - np.asarray(x))
+        assert error < 0.025, (jax.tree_util.keystr(path), error)

@@ -248,13 +248,14 @@ class DataLoader:
             rows = range(first, first + self.B)[self.share]
             yield self._fill([(0, row) if row < self.rows() else None for row in rows])
 
-    def _fill(self, places: list[tuple[int, int] | None]) -> Batch:
-        tokens, targets = (np.zeros((len(places), self.T), np.int32) for _ in range(2))
+    def _fill(self, rows: list[tuple[int, int] | None]) -> Batch:
+        """Returns a batch of rows, each an epoch and a row of it, or None for padding."""
+        tokens, targets = (np.zeros((len(rows), self.T), np.int32) for _ in range(2))
         pos, loss_mask = np.full_like(tokens, -1), np.zeros(tokens.shape, bool)
         corpus = self.corpus
-        for i, place in enumerate(places):
+        for i, row in enumerate(rows):
             at = 0
-            for document, first, n in self.plan(place[0]).row(place[1]).tolist() if place else ():
+            for document, first, n in self.plan(row[0]).row(row[1]).tolist() if row else ():
                 begin = (int(corpus.ends[document - 1]) if document else 0) + first
                 to = slice(at, at + n)
                 tokens[i, to], targets[i, to] = corpus.ids[begin : begin + n], corpus.ids[begin + 1 : begin + n + 1]
@@ -277,9 +278,9 @@ def pack(lengths: np.ndarray, T: int, chance: np.ndarray) -> tuple[np.ndarray, n
         The row of each document, and the documents in the order of the rows.
     """
     windows = (np.cumsum(lengths) - lengths) // (WINDOW * T)
-    places = np.searchsorted(windows, np.arange(windows[-1] + 2))
+    edges = np.searchsorted(windows, np.arange(windows[-1] + 2))
     rows, placed, before = np.empty(len(lengths), np.int64), [], 0
-    for begin, end in pairwise(places):
+    for begin, end in pairwise(edges):
         if begin == end:
             continue
         by_length = begin + np.argsort(-lengths[begin:end], kind="stable")
@@ -295,7 +296,7 @@ def pack(lengths: np.ndarray, T: int, chance: np.ndarray) -> tuple[np.ndarray, n
 def best_fit(lengths: list[int], T: int) -> list[int]:
     """Returns the row of each length, in the order given. The bits of one integer say how much space rows have left."""
     left: dict[int, list[int]] = {}
-    rooms, rows, found = 0, 0, []
+    rooms, rows, result = 0, 0, []
     for length in lengths:
         fits = rooms >> length
         if fits:
@@ -308,5 +309,5 @@ def best_fit(lengths: list[int], T: int) -> list[int]:
         if room := room - length:
             left.setdefault(room, []).append(row)
             rooms |= 1 << room
-        found.append(row)
-    return found
+        result.append(row)
+    return result

@@ -84,7 +84,7 @@ class Optimizer:
     name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
     """Optimizer. muon applies to the matrices of layers; other weights use adam without weight decay."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. In finetune, 0 means 2e-4 for an adapter and 1e-5 for all weights."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Learning rate schedule after the warmup. wsd is constant and decays at the end."""
     warmup: float = 0.02
@@ -127,7 +127,7 @@ class Run:
 
     out: Path = Path("run")
     """Output folder: configuration, metrics, checkpoints, and at the end the model."""
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
     """Checkpoint to start from: hub id or folder."""
     shape: Path | None = None
     """config.json of a new model with random weights."""
@@ -157,9 +157,8 @@ class Run:
     """Activation checkpointing: none, full, or dots (keep matmul outputs)."""
     z_loss: float = 0.0
     """z-loss coefficient."""
-    mesh: str | None = None
-    """Device mesh, such as data=4,model=2: data parallelism with FSDP, and tensor parallelism. Default: all devices on
-    data."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=4,model=2")] = None
+    """Device mesh: data parallelism with FSDP, times tensor parallelism. Default: all devices on data."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     log_every: int = 10
@@ -267,14 +266,14 @@ def flags(values: dict[str, Any], typed: Collection[str] = (), before: str = "")
     Returns:
         The flags. A flag and its value are one token, so that a value may begin with a hyphen.
     """
-    found = []
+    result = []
     for name, value in values.items():
         no = "no-" if value is False else ""
         flag = f"--{before}{no}{name}".replace("_", "-")
         if isinstance(value, dict):
-            found += flags(value, typed, f"{before}{name}.")
+            result += flags(value, typed, f"{before}{name}.")
         elif isinstance(value, bool):
-            found.append(flag)
+            result.append(flag)
         elif value is not None and flag not in typed:
-            found += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
-    return found
+            result += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    return result

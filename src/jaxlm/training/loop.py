@@ -271,7 +271,7 @@ class Loop:
 
     def evaluate_and_sample(self, number: int, state: step.State) -> None:
         """Logs the validation loss and sample texts of the current weights."""
-        run, begun = self.setup.run, time.perf_counter()
+        run, started = self.setup.run, time.perf_counter()
         if self.setup.valid is not None:
             limit = None if number == run.steps else run.eval_batches
             if (valid_loss := self.evaluate(state.weights, limit)) is not None:
@@ -285,7 +285,7 @@ class Loop:
                 limit = min(run.sample_tokens, resolve_max_tokens(model, to_ids(model, prompt, {}), None))
                 sample = generate(model, prompt, max_tokens=limit, temperature=0.8, seed=(run.seed + i) % (1 << 32))
                 self.write({"step": number, "prompt": prompt, "text": sample.text})
-        self.clock += time.perf_counter() - begun  # does not count as training time
+        self.clock += time.perf_counter() - started  # does not count as training time
 
     def evaluate(self, trained: Any, limit: int | None) -> float | None:
         """Returns the validation loss in nats per token, over `limit` batches at most; None if the loss mask of these
