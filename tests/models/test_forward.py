@@ -59,12 +59,12 @@ WAYS = [("qwen3", "checkpointed"), ("gemma3", "scanned"), pytest.param("qwen3", 
 @pytest.mark.parametrize(("family", "way"), WAYS)
 def test_gradients_with_activation_checkpointing_and_scanned_layers(family: str, way: str) -> None:
     model, period = deep(family)
-    pos = np.tile(np.arange(14, dtype=np.int32), (2, 1))
+    tokens, pos = jnp.asarray(TOKENS), jnp.tile(jnp.arange(14, dtype=jnp.int32), (2, 1))
 
     @partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
     def gradient(weights: Any, remat: Any) -> Any:
         def loss(weights: Any) -> jax.Array:
-            x, _ = model.family.forward(model.config, TOKENS, weights, None, pos, remat=remat)
+            x, _ = model.family.forward(model.config, tokens, weights, None, pos, remat=remat)
             return (jax.nn.log_softmax(model.family.logits(model.config, x, weights))[:, :-1, 7] ** 2).mean()
 
         return jax.value_and_grad(loss)(weights)
