@@ -406,7 +406,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     table, cfg = of(SEEING)
     rows = lora.targets(table, cfg, ["q"])
     tree = jax.tree.map(lambda a: a + 0.1, lora.init(rows, cfg.L, 2, 3.0, jax.random.key(0)))
-    peft.write(tmp_path / "a", tree, table, cfg, seeing=True)
+    peft.write(tmp_path / "a", tree, table, cfg, has_vision=True)
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     same(read(tmp_path / "a", SEEING), tree)
