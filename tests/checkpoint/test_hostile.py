@@ -310,7 +310,7 @@ def test_the_index_of_a_repository(tmp_path):
         b"\xff",
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="is no safetensors index, it has no weight_map"):
+        with pytest.raises(ValueError, match="weight_map"):
             hub._shards(path)
     path.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
     with pytest.raises(ValueError, match=r"names 'x{100}…': jaxlm reads safetensors only"):

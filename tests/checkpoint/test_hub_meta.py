@@ -149,7 +149,7 @@ def test_repositories_without_them(hub: StubHub) -> None:
         resolve("org/hf", format="meta")
     hub.repos["org/hf"].files["original/params.json"] = b"{}"
     with pytest.raises(
-        FileNotFoundError, match=r"org/hf has original/params\.json and no original/consolidated\.00\.pth"
+        FileNotFoundError, match=r"org/hf has original/params\.json but no weights"
     ):
         resolve("org/hf", format="meta")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/absent'"):

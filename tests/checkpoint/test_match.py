@@ -32,7 +32,7 @@ def test_all_misfits_are_reported_together_with_counts(tmp_path):
         "missing: 2 (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
         "unexpected: 1 (model.layers.0.self_attn.q_proj.bias); "
         "misshapen: 1 (model.layers.0.mlp.gate_proj.weight [8, 12] instead of [12, 8]); "
-        "of a type that is not read (supported: F32, BF16, F16; quantized checkpoints are not): "
+        "of an unsupported type (supported: F32, BF16, F16; quantized checkpoints are not): "
         "1 (model.layers.1.self_attn.o_proj.weight I8). "
         "Are both files of the same model and revision?"
     )

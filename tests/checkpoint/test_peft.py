@@ -310,7 +310,7 @@ def misfits() -> list[Any]:
         ({**whole, f"{name}.lora_B.weight": np.zeros((2, 8), np.float32)}, {}, "[2, 8] instead of [8, 2]"),
         ({**whole, f"{name}.lora_A.weight": np.zeros((16,), np.float32)}, {}, "[16] instead of [2, 8]"),
         ({**whole, f"{name}.lora_A.weight": np.zeros((2, 8), np.int8)}, {},
-         f"of a type that is not read (it must be F32, BF16, F16): 1 ({name}.lora_A.weight I8)"),
+         f"of an unsupported type (supported: F32, BF16, F16): 1 ({name}.lora_A.weight I8)"),
         (whole, {"target_modules": ["q_proj", "k_proj"]}, "target_modules names them: 2 (model.layers.0.self_attn.k_"),
         (tensors(layers=1), {}, "missing, though target_modules names them: 1 (model.layers.1.self_attn.q_proj)"),
         (tensors(layers=3), {}, "base's: 2 (base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
