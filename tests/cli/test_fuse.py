@@ -149,7 +149,7 @@ def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
     told = failure(capsys, "generate", "-m", base, "--adapter", adapter, "Once")
     name = "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"
     assert f"{adapter}: the adapter does not match the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
-    assert told.endswith(f"Is it one of another base? It names the base {base}.\n")
+    assert told.endswith(f"Is its base another? It names the base {base}.\n")
 
 
 def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:
