@@ -311,7 +311,7 @@ def test_what_is_replaced(tmp_path):
     jaxlm.export(model, tmp_path / "empty")
     old = checkpoint(tmp_path / "old", kind="F16")
     before = digests(old)
-    with pytest.raises(FileExistsError, match=r"old is a checkpoint already: --force \(force=True\) replaces all"):
+    with pytest.raises(FileExistsError, match=r"old is a checkpoint already: --force \(force=True\) replaces the whole"):
         jaxlm.export(model, old)
     assert digests(old) == before
     (tmp_path / "link").symlink_to(old)
@@ -332,7 +332,7 @@ def test_what_is_never_replaced(tmp_path):
         "in": "holds the files that this model was loaded from: choose another",
         ".": "holds the files that this model was loaded from",
         "work": r"work is in use and not a checkpoint, it holds 1 \(config.json\)",
-        "file": "file is a file: choose the name of a folder",
+        "file": "file is a file: choose a folder",
     }.items():
         with pytest.raises(FileExistsError, match=message):
             jaxlm.export(model, tmp_path / name, force=True)

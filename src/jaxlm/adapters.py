@@ -1,4 +1,4 @@
-"""Models with a LoRA adapter: read beside their weights, told, and fused into them."""
+"""LoRA adapters: read with a model's weights, moved with them, and merged into them."""
 
 import math
 from collections.abc import Callable
@@ -19,17 +19,17 @@ Where = Callable[[params.TensorSpec], Any]
 
 
 def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype, str], Any], where: Where) -> Weights:
-    """The weights with the adapter that was found with a checkpoint, if one was. wanted: the type to keep a tensor in,
-    from the stored one and the platform."""
+    """The weights with the checkpoint's adapter, if it has one. wanted: the type to load a tensor in, from its type in
+    the file and the platform."""
     if checkpoint.adapter is None:
         return weights
     platform = next(iter(weights["embed"].sharding.device_set)).platform
-    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda stored: wanted(stored, platform), where)
+    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda file_dtype: wanted(file_dtype, platform), where)
     return lora.join(weights, tree)
 
 
 def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
-    """A weight in any form moved to where a row's letters say."""
+    """A weight, with or without an adapter, moved to the devices that its row's letters select."""
     if not lora.is_lora(leaf):
         return jax.device_put(leaf, where(row))
     halves = (where(half) for half in lora.halves(row, leaf.a.shape[0]))
@@ -38,21 +38,24 @@ def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
 
 
 def fuse(model: Model) -> Model:
-    """The model with its adapter added into the weights, which keep their type and their places. ValueError where it
-    has none, or one of which a part is not read."""
+    """The model with its adapter merged into the weights, which keep their type and sharding.
+
+    Raises:
+        ValueError: the model has no adapter, or the adapter also changes tensors that are not loaded (vision).
+    """
     if not lora.count(model.weights):
-        raise ValueError(f"{model.source} has no adapter to fuse: load it with one (adapter=)")
+        raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
     whole = None if model.checkpoint is None else without_adapter(model.checkpoint)
     weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
     return replace(model, weights=weights, checkpoint=whole)
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:
-    """As a fused model's stands; ValueError if the adapter changes what is copied from the source unread."""
+    """The checkpoint of a merged model. ValueError if the adapter changes tensors that are copied and not loaded."""
     if checkpoint.adapter is not None and checkpoint.adapter.ignored:
         raise ValueError(
-            f"{checkpoint.adapter.folder} also adapts the half of the model that sees, which is not read yet: to fuse "
-            "that too, use PEFT's merge_and_unload"
+            f"{checkpoint.adapter.folder} also adapts the vision tower, which is not loaded yet: merge it with PEFT's "
+            "merge_and_unload"
         )
     return replace(checkpoint, adapter=None)
 
@@ -64,22 +67,22 @@ def _merged(leaf: Any) -> Any:
 
 
 def fused_on_disk(weights: Weights, checkpoint: Checkpoint) -> Weights:
-    """Weights that are `Stored`, those that a checkpoint's adapter changes merged with it as they are read."""
+    """LazyTensors; those that the checkpoint's adapter changes are merged with it as they are read."""
     if checkpoint.adapter is None:
         return weights
     here = SingleDeviceSharding(jax.local_devices()[0])
-    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda stored: stored, lambda row: here)
+    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda file_dtype: file_dtype, lambda row: here)
     for path, leaf in lora.leaves(tree):
-        params.put(weights, path, Fused(params.get(weights, path), leaf))
+        params.put(weights, path, FusedTensor(params.get(weights, path), leaf))
     return weights
 
 
-class Fused(LazyTensor):
-    """A tensor on the disk and an adapter beside it: its rows are merged, in float32, when they are asked for."""
+class FusedTensor(LazyTensor):
+    """A tensor on disk with its adapter. Rows are merged, in float32, when they are read."""
 
-    def __init__(self, stored: LazyTensor, leaf: lora.Lora):
-        super().__init__(stored.tensor, stored.shape)
-        self.leaf, self.dtype, self.nbytes = leaf, np.dtype(np.float32), 4 * math.prod(stored.shape)
+    def __init__(self, base: LazyTensor, leaf: lora.Lora):
+        super().__init__(base.tensor, base.shape)
+        self.leaf, self.dtype, self.nbytes = leaf, np.dtype(np.float32), 4 * math.prod(base.shape)
 
     def read_rows(self, begin: int, count: int) -> np.ndarray:
         leaf = replace(self.leaf, w=super().read_rows(begin, count), b=self.leaf.b[begin : begin + count])

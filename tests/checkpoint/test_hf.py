@@ -187,7 +187,7 @@ def test_file_cut_while_reading(tmp_path, small):
     with pytest.raises(ValueError) as caught:
         hf.load_weights(found, lambda stored: stored, there)
     assert str(file) in str(caught.value)
-    assert "has become shorter: it ends within lm_head.weight. Download it again" in str(caught.value)
+    assert "ends within lm_head.weight" in str(caught.value)
 
 
 def test_interrupt_leaves_nothing(tmp_path, monkeypatch, small):

@@ -283,9 +283,9 @@ def test_many_entries_take_their_time_and_room_and_no_more(tmp_path):
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     text = json.dumps({f"t{i}": entry for i in range(3000)} | {"b": 1}).encode()
     weights = len(text).to_bytes(8, "little") + text
-    assert "the entry of 'b' makes no sense" in judge(READERS["model/model.safetensors"], tmp_path, weights)
+    assert "the entry of 'b' is invalid" in judge(READERS["model/model.safetensors"], tmp_path, weights)
     name = len(text := b'{"%s": 1}' % (b"x" * 100_000)).to_bytes(8, "little") + text
-    assert "x…' makes no sense" in judge(READERS["model/model.safetensors"], tmp_path, name)
+    assert "x…' is invalid" in judge(READERS["model/model.safetensors"], tmp_path, name)
     (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(5000)}}
     assert "of its 5000 shards" in judge(READERS["shards/model.safetensors.index.json"], tmp_path, hostile.dump(index))
@@ -310,7 +310,7 @@ def test_the_index_of_a_repository(tmp_path):
         b"\xff",
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="is no safetensors index, it has no weight_map"):
+        with pytest.raises(ValueError, match="weight_map"):
             hub._shards(path)
     path.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
     with pytest.raises(ValueError, match=r"names 'x{100}…': jaxlm reads safetensors only"):

@@ -227,7 +227,7 @@ def test_a_branch_that_moves_during_the_download_gives_one_commit(
         (["..\\x.safetensors"], "outside the checkpoint's folder"),
         (["C:x.safetensors"], "outside the checkpoint's folder"),
         (["pytorch_model.bin"], "safetensors only"),
-        ([], "no safetensors index"),
+        ([], "not a safetensors index"),
         ([SHARDS[0], "gone.safetensors"], r"the index of org/sharded names gone\.safetensors, which"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_bad_index_is_refused(names: list[str], message: str, hub: StubHub) ->
 
 def test_a_shard_name_that_is_no_text(hub: StubHub) -> None:
     hub.repos["org/sharded"].files["model.safetensors.index.json"] = b'{"weight_map": {"a": 3, "b": "x"}}'
-    with pytest.raises(ValueError, match="no safetensors index"):
+    with pytest.raises(ValueError, match="not a safetensors index"):
         resolve("org/sharded")
 
 
@@ -258,7 +258,7 @@ def test_a_broken_connection_is_resumed_within_a_call(hub: StubHub) -> None:
 def test_an_interrupted_download_is_resumed_by_the_next_call(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_module, "_WAITS", ())
     hub.cut = CUT
-    with pytest.raises(ConnectionError, match="run again, what has arrived is kept"):
+    with pytest.raises(ConnectionError, match="run again to resume"):
         resolve("org/sharded")
     arrived = sum(r.sent for name in SHARDS for r in hub.downloads(name))
     assert 0 < arrived < 3 * SIZE
@@ -321,7 +321,7 @@ def test_a_server_without_ranges_begins_again(hub: StubHub, monkeypatch: pytest.
 
 def test_damaged_bytes_never_enter_the_cache(hub: StubHub, cache: Path) -> None:
     hub.damage = True
-    with pytest.raises(OSError, match=r"model\.safetensors arrived damaged"):
+    with pytest.raises(OSError, match=r"model\.safetensors is damaged"):
         resolve("org/single")
     assert not list(cache.rglob("*.incomplete"))
     with pytest.raises(FileNotFoundError, match="offline"):
@@ -497,7 +497,7 @@ def test_gated(hub: StubHub) -> None:
 def test_absent_or_private(hub: StubHub) -> None:
     hub.repos["org/single"].private = True
     for name, token in (("org/single", None), ("org/typo", None), ("org/typo", "hf_good")):
-        with pytest.raises(FileNotFoundError, match=f"there is no model '{name}' .* check the spelling; .*--token"):
+        with pytest.raises(FileNotFoundError, match=f"there is no model '{name}' .*--token"):
             resolve(name, token=token)
     assert resolve("org/single", token=" hf_good\n").is_dir()
 
@@ -509,7 +509,7 @@ def test_a_refused_token(hub: StubHub) -> None:
 
 @pytest.mark.parametrize("token", ["", "hf_se cret", "hf_se\ncret", "hf_sécret"])
 def test_a_malformed_token(token: str, hub: StubHub) -> None:
-    with pytest.raises(ValueError, match=r"the token \(--token\) is empty or holds blanks") as caught:
+    with pytest.raises(ValueError, match=r"the token \(--token\) is empty or has blanks") as caught:
         resolve("org/single", token=token)
     assert "hf_se" not in str(caught.value)
     assert not hub.requests
@@ -537,7 +537,7 @@ def test_the_hub_is_at_fault(hub: StubHub) -> None:
     assert len(hub.downloads("model.safetensors")) == 2, "a passing fault deserves another attempt"
     hub.status = 403
     hub.requests.clear()
-    with pytest.raises(PermissionError, match="refuses org/single to this account"):
+    with pytest.raises(PermissionError, match="no access to org/single"):
         resolve("org/single")
     assert len(hub.downloads("model.safetensors")) == 1
 
@@ -554,7 +554,7 @@ def test_too_little_room_is_said_before_the_download(hub: StubHub, monkeypatch: 
 def test_a_disk_that_fills_up(hub: StubHub, cache: Path) -> None:
     blobs(cache, "org/single").mkdir(parents=True)
     (blobs(cache, "org/single") / f"{sha256('org/single', hub)}.incomplete").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"no room for org/single in .*cache \([\d,]+ bytes .* free\)\. .* run again"):
+    with pytest.raises(OSError, match=r"cache is too small for org/single .* free\)\. .* run again"):
         resolve("org/single")
 
 

@@ -47,16 +47,14 @@ def test_shard_outside_the_folder_or_of_another_kind(shard, tmp_path):
     path = index(tmp_path, {"a": shard})
     with pytest.raises(ValueError) as caught:
         read_index(tmp_path)
-    assert f"{path} names {shard!r}, which is no safetensors file inside the folder: refused" in str(caught.value)
+    assert f"{path} names {shard!r}, which is not a safetensors file in the folder: refused" in str(caught.value)
 
 
 def test_index_that_does_not_agree_with_its_shards(tmp_path):
     checkpoint_files.write(tmp_path / "1.safetensors", {"a": np.zeros(2, np.float32)})
     checkpoint_files.write(tmp_path / "2.safetensors", {"b": np.zeros(2, np.float32)})
     index(tmp_path, {"a": "2.safetensors", "b": "2.safetensors", "c": "1.safetensors"})
-    with pytest.raises(
-        ValueError, match=r"not where it says: 2 \(a, c\)\. .* not of one revision: download both again"
-    ):
+    with pytest.raises(ValueError, match=r"2 \(a, c\)\. .* revisions"):
         read_index(tmp_path)
 
 
@@ -66,7 +64,7 @@ def test_tensor_in_two_shards(tmp_path):
             tmp_path / f"{name}.safetensors", {"a": np.zeros(2, np.float32), name: np.zeros(1, np.float32)}
         )
     index(tmp_path, {"a": "1.safetensors", "1": "1.safetensors", "2": "2.safetensors"})
-    with pytest.raises(ValueError, match=r"2.safetensors has 1 \(a\) again from another shard"):
+    with pytest.raises(ValueError, match=r"2.safetensors repeats 1 \(a\)"):
         read_index(tmp_path)
 
 
@@ -75,9 +73,9 @@ def test_tensor_in_two_shards(tmp_path):
     [
         ("{", "is not valid JSON"),
         ("[]", "should hold a JSON object, not a list"),
-        ('{"weight_map": []}', "has no sound weight_map"),
-        ('{"weight_map": {"a": 1}}', "has no sound weight_map"),
-        ("{}", "has no sound weight_map"),
+        ('{"weight_map": []}', "has no valid weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no valid weight_map"),
+        ("{}", "has no valid weight_map"),
     ],
 )
 def test_corrupt_index(text, message, tmp_path):
@@ -92,10 +90,10 @@ def test_corrupt_index(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "holds neither model.safetensors nor model.safetensors.index.json. Way out: jaxlm reads safetensors only"),
-        (["pytorch_model.bin"], "It has pytorch_model.bin. Way out: jaxlm reads safetensors only, which transformers'"),
-        (["a.gguf"], "It has a.gguf. Way out: jaxlm reads"),
-        (["model-1.safetensors", "model-2.safetensors"], "Way out: download the index too, or rename a single file."),
+        ([], "holds neither model.safetensors nor model.safetensors.index.json. jaxlm reads safetensors"),
+        (["pytorch_model.bin"], "It has pytorch_model.bin. jaxlm reads safetensors"),
+        (["a.gguf"], "It has a.gguf. jaxlm reads"),
+        (["model-1.safetensors", "model-2.safetensors"], "Download the index too, or rename a single file."),
         ([f"{i}.bin" for i in range(9)], "It has 0.bin, 1.bin, 2.bin, 3.bin, 4.bin, …."),
     ],
 )
@@ -114,9 +112,9 @@ def test_folder_without_safetensors(files, message, tmp_path):
         (b"{", "is not valid JSON"),
         (b"", "is not valid JSON"),
         (b"[1]", "should hold a JSON object, not a list"),
-        (b'{"rms_norm_eps": NaN}', "is not valid JSON (NaN is no JSON value)"),
-        (b'{"rms_norm_eps": -Infinity}', "is not valid JSON (-Infinity is no JSON value)"),
-        (b'{"a": 1, "a": 2}', "is not valid JSON (the key 'a' stands in it twice)"),
+        (b'{"rms_norm_eps": NaN}', "is not valid JSON (NaN is not a JSON value)"),
+        (b'{"rms_norm_eps": -Infinity}', "is not valid JSON (-Infinity is not a JSON value)"),
+        (b'{"a": 1, "a": 2}', "is not valid JSON (duplicate key 'a')"),
         (b"\xff\xfe{}", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),

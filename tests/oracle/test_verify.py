@@ -140,9 +140,9 @@ def test_every_planted_fault_fails(
     assert not report.passed
     assert report.verdict().startswith("FAILED")
     if name == "the last layer":
-        assert f"the paths part at layer {model.config.L - 1} + norm" in report.verdict()
+        assert f"first divergence at layer {model.config.L - 1} + norm" in report.verdict()
     if "factor" in name or "theta" in name:
-        assert any(check.what.startswith("frequencies") and not check.passed for check in report.checks)
+        assert any(check.what.startswith("rotary frequencies") and not check.passed for check in report.checks)
 
 
 def test_both_at_once_on_metas_form(made: Callable[[str], Tried], tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_both_at_once_on_metas_form(made: Callable[[str], Tried], tmp_path: Path
     assert list(report.tokens) == ["jaxlm", *(name for name in report.tokens if name != "jaxlm")]
     assert len(report.tokens) == 4
     assert len({tuple(ids) for ids in report.tokens.values()}) == 1
-    assert {"on data=1,model=4 = on one device, logits, rms"} <= {check.what for check in report.checks}
+    assert {"on data=1,model=4 = on one device, logits, RMS"} <= {check.what for check in report.checks}
     assert any("factor 32 patched in" in name for name in report.tokens)
     assert not jaxlm.verify(faults.interleaved(model, None), "meta").passed
 

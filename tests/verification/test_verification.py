@@ -69,7 +69,7 @@ def test_a_model_agrees_with_itself(gemma) -> None:
     assert found.passed, str(found)
     assert [check.against for check in found.checks] == ["itself"] * 4
     assert 0 < max(check.figure for check in found.checks) < 1e-5
-    assert found.verdict() == "verified: 4 checks hold"
+    assert found.verdict() == "verified: 4 checks passed"
 
 
 def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
@@ -81,7 +81,7 @@ def test_a_cache_that_forgets_the_window_fails(gemma, monkeypatch) -> None:
     monkeypatch.setattr(gemma.family, "attend", attend)
     monkeypatch.setattr("jaxlm.inference.decoding.executables", lambda family, cfg: {})
     failed = [check.what for check in jaxlm.verify(gemma, "self").checks if not check.passed]
-    assert "decoded = whole, logits, rms" in failed
+    assert "decode = forward, logits, RMS" in failed
 
 
 def test_a_mesh_that_computes_something_else_fails(gemma) -> None:
@@ -89,7 +89,7 @@ def test_a_mesh_that_computes_something_else_fails(gemma) -> None:
     there = loading.spread(changed(gemma, 1, "mlp_out_norm", 1.01), "model=2")
     checks.compare_meshes(found, gemma, there, probes.probes_for(gemma.config, None))
     failed = [check.what for check in found.checks if not check.passed]
-    assert "on data=1,model=2 = on one device, logits, rms" in failed
+    assert "on data=1,model=2 = on one device, logits, RMS" in failed
     assert list(found.tokens) == ["jaxlm on data=1,model=2"]
 
 
@@ -101,14 +101,14 @@ def test_recordings(gemma, tmp_path) -> None:
     assert found.tokens["jaxlm"] == found.tokens["a twin"]
     faulty = jaxlm.verify(changed(gemma, 1, "mlp_out_norm", 1.01), path.as_posix())
     assert not faulty.passed
-    assert "a twin: the paths part at layer 1 + norm" in faulty.verdict()
+    assert "a twin: first divergence at layer 1 + norm" in faulty.verdict()
     assert not jaxlm.verify(changed(gemma, 0, "v", -1), str(path)).passed
     assert [p.name for p in tmp_path.iterdir()] == ["twin.npz"]
 
 
 def test_a_recording_of_another_model_is_refused(gemma, tmp_path) -> None:
     path = recording_of(gemma, tmp_path / "other.npz", windows=(6, None))
-    with pytest.raises(ValueError, match=r"recorded of another architecture \(windows\)"):
+    with pytest.raises(ValueError, match="windows"):
         jaxlm.verify(gemma, str(path))
     path.write_bytes(b"PK\x03\x04 not a recording")
     with pytest.raises(ValueError, match="recording"):
@@ -121,9 +121,9 @@ def test_a_recording_of_another_model_is_refused(gemma, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("against", "message"),
     [
-        ("nobody", "neither one of transformers, meta, self nor a recording"),
-        ("transformers", "this model came from none"),
-        ("{recording},self", "compare with it alone"),
+        ("nobody", "neither one of"),
+        ("transformers", "export it"),
+        ("{recording},self", "own probes"),
     ],
 )
 def test_references_that_cannot_run(against: str, message: str, gemma, tmp_path) -> None:
@@ -134,22 +134,22 @@ def test_references_that_cannot_run(against: str, message: str, gemma, tmp_path)
         jaxlm.verify(gemma, "self", record=tmp_path / "new.npz")
 
 
-def test_what_counts_as_apart() -> None:
+def test_distance() -> None:
     b = np.random.RandomState(0).normal(0, 2, (5, 40)).astype(np.float32)
-    assert checks.apart(b + np.float32(0.2), b).worst == pytest.approx(0.2 / b.std(), rel=1e-3)
-    assert checks.apart_logits(b + 1, b).kl == pytest.approx(0, abs=1e-9)  # a constant changes no probability
+    assert checks.distance(b + np.float32(0.2), b).worst == pytest.approx(0.2 / b.std(), rel=1e-3)
+    assert checks.logits_distance(b + 1, b).kl == pytest.approx(0, abs=1e-9)  # a constant changes no probability
     p = np.exp(b) / np.exp(b).sum(-1, keepdims=True)
     q = np.exp(1.1 * b) / np.exp(1.1 * b).sum(-1, keepdims=True)
-    assert checks.apart_logits(1.1 * b, b).kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-4)
-    assert checks.apart_logits(-b, b).top1 == 0
+    assert checks.logits_distance(1.1 * b, b).kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-4)
+    assert checks.logits_distance(-b, b).top1 == 0
     broken = b.copy()
     broken[3, 3] = np.nan
-    far = checks.apart_logits(broken, b)
+    far = checks.logits_distance(broken, b)
     assert (far.worst, far.rms, far.kl) == (np.inf,) * 3
     assert not report.Check("x", "y", float("nan"), 1.0, "z").passed
 
 
-def test_greedy_text_may_part_at_a_tie_alone(gemma) -> None:
+def test_greedy_text_may_diverge_only_at_a_tie(gemma) -> None:
     theirs = traced(gemma)
     mine = copy(theirs)
     mine.greedy = [*theirs.greedy[:10], 7, *theirs.greedy[11:]]
@@ -170,7 +170,7 @@ def test_a_recording_in_another_type_proves_nothing(gemma, tmp_path) -> None:
     recordings.write(tmp_path / "both.npz", asked, [exact, rounded], gemma.config)
     limits = {check.what: check.limit for check in jaxlm.verify(gemma, str(tmp_path / "both.npz")).checks}
     assert limits["logits, worst"] == 1e-4
-    with pytest.raises(ValueError, match="holds no answers in float16: record with --dtype float16"):
+    with pytest.raises(ValueError, match="float16"):
         recordings.read(tmp_path / "both.npz", gemma.config, "float16")
 
 
@@ -211,10 +211,10 @@ def test_the_command(gemma, tmp_path, capsys) -> None:
     assert main(["verify", str(folder), "--against", str(other)]) == 1
     shown = capsys.readouterr()
     assert "FAILED" in shown.out
-    assert "the paths part at layer 0" in " ".join(shown.out.split())
+    assert "first divergence at layer 0" in " ".join(shown.out.split())
     assert "running jaxlm" in shown.err
     assert main(["verify", str(folder), "--against", "nobody"]) == 1
-    assert capsys.readouterr().err.startswith("jaxlm: --against nobody: neither one of")
+    assert capsys.readouterr().err.startswith("jaxlm: --against nobody")
     assert main(["verify"]) == 2
     assert "name one model" in capsys.readouterr().err
 
@@ -237,5 +237,5 @@ def test_metas_code_has_one_rope(changed, monkeypatch) -> None:
     )
     meta_code.Meta().require(subject)
     subject.config.rope = replace(rope, **changed)
-    with pytest.raises(ValueError, match=r"low, high and original of 1, 4 and 8192 alone, not .*: compare with"):
+    with pytest.raises(ValueError, match="high_freq_factor"):
         meta_code.Meta().require(subject)

@@ -1,8 +1,8 @@
-"""Weight files from the hub into huggingface_hub's cache, so that an interrupted download goes on where it stopped.
+"""Resumable downloads of weight files from the hub into huggingface_hub's cache.
 
-huggingface_hub (seen in 2.4) throws an unfinished file away, and a model takes longer to download than many connections
-last. Here a file is streamed beside its blob, the next call asks for the rest (HTTP Range), and the whole is checked
-against the hub's sha256 before it takes its place in the cache.
+huggingface_hub (as of 2.4) discards an unfinished file, and a model takes longer to download than many connections
+last. Here a file is streamed next to its blob; the next call requests the rest (HTTP Range), and the complete file is
+checked against the hub's sha256 before it enters the cache.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 4
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that bring no byte; then the download gives up
-_SILENCE = 10.0  # seconds without a byte, after which an attempt ends: huggingface_hub's too
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts without progress; then the download fails
+_SILENCE = 10.0  # seconds without a byte after which an attempt ends, as in huggingface_hub
 _LARGEST = 50 * 10**9  # bytes that the hub serves by plain HTTP
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-AGAIN = "run again, what has arrived is kept"
-ROOM = f"Free some (`hf cache ls`, `hf cache rm`) or set HF_HOME to a larger disk, then {AGAIN}"
+AGAIN = "run again to resume the download"
+ROOM = f"Free some space (`hf cache ls`, `hf cache rm`) or set HF_HOME to a larger disk, then {AGAIN}"
 
 
 def download(repo: str, folder: Path, files: dict[str, Any], token: str | None) -> None:
-    """Fetches weight files (name -> metadata) into the cache and links them into the snapshot `folder`."""
+    """Downloads weight files (metadata by name) into the cache and links them into the snapshot `folder`."""
     from huggingface_hub import hf_hub_download
 
     storage = folder.parent.parent
     blobs = {name: storage / "blobs" / file.etag for name, file in files.items() if _streamable(file)}
     total, have = sum(file.size or 0 for file in files.values()), sum(_size(blob) for blob in blobs.values())
     streamed, free = sum(files[name].size for name in blobs), shutil.disk_usage(storage).free
-    if 0 < free < total - have:  # some network file systems say 0 and mean that they do not know
+    if 0 < free < total - have:  # some network file systems report 0 for unknown
         needed = count_bytes(total - have)
         raise OSError(f"{repo} needs {needed} more and {storage} has {count_bytes(free)} free. {ROOM}")
     stop = threading.Event()
@@ -55,15 +55,17 @@ def download(repo: str, folder: Path, files: dict[str, Any], token: str | None) 
                 future.result()
             bar.update(sum(_size(blob) for blob in blobs.values()) - bar.n)
     finally:
-        stop.set()  # else Ctrl-C, or the failure of one file, would wait for the end of the others
+        stop.set()  # otherwise Ctrl-C, or an error of one file, would wait for the other files
         pool.shutdown(cancel_futures=True)
         bar.close()
 
 
 def _streamable(file: Any) -> bool:
-    """Whether to stream a file here. huggingface_hub gets the largest ones, which the hub serves through hf_xet alone,
-    and all of them from those who ask for hf_xet's speed (HF_XET_HIGH_PERFORMANCE=1); an interrupted file begins again
-    there. The etag becomes a file's name, so anything but hex digits is left to it as well.
+    """Whether to stream a file here.
+
+    huggingface_hub downloads the largest files, which the hub serves only through hf_xet, and every file with
+    HF_XET_HIGH_PERFORMANCE=1; it restarts an interrupted file. It also downloads a file whose etag has other characters
+    than hex digits, because the etag becomes a file name.
     """
     fast = os.environ.get("HF_XET_HIGH_PERFORMANCE", "").upper() in ("1", "ON", "YES", "TRUE")
     plain = file.size and file.size <= _LARGEST and not fast
@@ -71,12 +73,12 @@ def _streamable(file: Any) -> bool:
 
 
 def _blob(repo: str, name: str, file: Any, blob: Path, token: str | None, stop: threading.Event) -> None:
-    """Streams one file to its place among the cache's blobs, from where an earlier attempt stopped."""
+    """Streams one file into the cache's blobs, resuming an earlier attempt."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    # The hub's own address, never the one it redirects to: that one expires, and must not see the token.
+    # The hub's address, not the one it redirects to: that one expires, and must not get the token.
     url = hf_hub_url(repo, name, revision=file.commit_hash)
     headers = {**build_hf_headers(token=token, library_name="jaxlm"), "Accept-Encoding": "identity"}
     storage, part, waits = blob.parent.parent, _part(blob), iter(_WAITS)
@@ -98,14 +100,14 @@ def _blob(repo: str, name: str, file: Any, blob: Path, token: str | None, stop: 
                 if pause is None:
                     raise problem
                 if stop.wait(pause):
-                    raise InterruptedError(f"{name} was stopped")
+                    raise InterruptedError(f"the download of {name} was interrupted")
         if not blob.exists():
             _check(name, part, file)
             os.replace(part, blob)
 
 
 def _stream(url: str, headers: dict[str, str], part: Path, stop: threading.Event) -> None:
-    """One request, for all that is not in `part` yet."""
+    """One request, for the bytes that are not in `part` yet."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or _SILENCE)
@@ -114,23 +116,23 @@ def _stream(url: str, headers: dict[str, str], part: Path, stop: threading.Event
             headers = {**headers, "Range": f"bytes={have}-"}
         with get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
             hf_raise_for_status(response)
-            if have and response.status_code != 206:  # a server without ranges begins again
+            if have and response.status_code != 206:  # a server without ranges starts from the beginning
                 out.truncate(0)
             for chunk in response.iter_bytes():
                 out.write(chunk)
                 if stop.is_set():
-                    raise InterruptedError(f"{part} was stopped")
+                    raise InterruptedError(f"the download of {part} was interrupted")
 
 
 def _check(name: str, part: Path, file: Any) -> None:
-    """Size and, where the etag is one, sha256: pieces of two runs, or of two processes at once, must fit together."""
+    """Checks the size and, if the etag is one, the sha256: parts of several runs must fit together."""
     right = _size(part) == file.size
     if right and len(file.etag) == 64:
         with part.open("rb") as f:
             right = hashlib.file_digest(f, "sha256").hexdigest() == file.etag
     if not right:
         part.unlink()
-        raise OSError(f"{name} arrived damaged (its sha256 or size is not the hub's) and was deleted: run again")
+        raise OSError(f"{name} is damaged (its sha256 or size differs from the hub's) and was deleted: run again")
 
 
 def _part(blob: Path) -> Path:
@@ -138,7 +140,7 @@ def _part(blob: Path) -> Path:
 
 
 def _size(blob: Path) -> int:
-    """Bytes of a blob that are here, whole or in part."""
+    """Bytes of a blob on disk, complete or not."""
     for path in (blob, _part(blob)):
         if path.exists():
             return path.stat().st_size
@@ -146,9 +148,9 @@ def _size(blob: Path) -> int:
 
 
 def _bar(text: str, total: int, have: int) -> Any:
-    from huggingface_hub.utils import tqdm  # shows nothing where HF_HUB_DISABLE_PROGRESS_BARS is set
+    from huggingface_hub.utils import tqdm  # shows nothing if HF_HUB_DISABLE_PROGRESS_BARS is set
 
-    seconds = 0.1 if sys.stderr.isatty() else 5.0  # a log file gets fewer lines, but no silence
+    seconds = 0.1 if sys.stderr.isatty() else 5.0  # fewer lines in a log file
     return tqdm(desc=text, total=total, initial=have, unit="B", unit_scale=True, mininterval=seconds, disable=not total)
 
 
@@ -157,14 +159,14 @@ def count_bytes(n: int) -> str:
 
 
 def http_error() -> type[Exception]:
-    """The base of all failures of a request: httpx's in huggingface_hub 1, httpx2's in 2."""
+    """The base class of request errors: httpx's in huggingface_hub 1, httpx2's in 2."""
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     return HTTPError
 
 
 def each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    """function(name) for all names, a few at once."""
+    """function(name) for all names, a few concurrently."""
     pool = ThreadPoolExecutor(THREADS)
     try:
         return list(pool.map(function, names))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxlm.checkpoint import hub
-from jaxlm.checkpoint.hub_errors import explained
+from jaxlm.checkpoint.hub_errors import explain_hub_errors
 from jaxlm.checkpoint.safetensors import Tensor, read_index
 from jaxlm.checkpoint.source import ModelSource
 
@@ -33,7 +33,7 @@ def find(source: ModelSource) -> tuple[Path, ReadIndex]:
     if source.offline or is_offline_mode():
         return _local(cached.folder or hub.offline_copy(repo, source.revision, cached))
     token = hub.checked_token(source.token)
-    with explained(repo, source.revision):
+    with explain_hub_errors(repo, source.revision):
         folder = _fetch_small(repo, source.revision, token)
     return folder, partial(_fetch_index, repo, folder.name, token)
 
@@ -52,7 +52,7 @@ def _fetch_small(repo: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if hub.metadata(repo, hub.CONFIG, revision, token) is None:
-        raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load")
+        raise FileNotFoundError(f"{repo} has no config.json, so jaxlm cannot load it")
     folder = Path(hf_hub_download(repo, hub.CONFIG, revision=revision, token=token)).parent
     for name in hub.OPTIONAL:
         with suppress(RemoteEntryNotFoundError):
@@ -65,7 +65,7 @@ def _fetch_index(repo: str, commit: str, token: str | None) -> dict[str, Tensor]
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 
-    with explained(repo, commit):
+    with explain_hub_errors(repo, commit):
         try:
             files = HfApi().get_safetensors_metadata(repo, revision=commit, token=token).files_metadata
         except NotASafetensorsRepoError as error:

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: tensors matched with a family's PARAMS, and read straight into their final type and place.
+"""Hugging Face checkpoints: tensors matched with a family's PARAMS, and read straight onto their devices.
 
-On CPU the buffer that is read into becomes the array itself. A few threads read and convert slices side by side: one
-alone is held up by the first touch of fresh memory and by the conversion (half as fast on two cores).
+On CPU the buffer that is read into becomes the array. A few threads read and convert slices concurrently: a single one
+waits for the first touch of fresh memory and for the conversion (half as fast on two cores).
 """
 
 import math
@@ -24,9 +24,9 @@ from jaxlm.checkpoint.safetensors import read_json as read_json
 from jaxlm.nn import params
 
 READERS = 4
-AHEAD = 64 << 20  # bytes that may be read ahead of the tensor that is being placed
+AHEAD = 64 << 20  # bytes that may be read ahead of the tensor that is being put on its devices
 PIECE = 64 << 20  # bytes sent to an accelerator at a time
-# Buffers that some checkpoints carry and that follow from the config.
+# Buffers in some checkpoints that follow from the config.
 IGNORABLE = (".rotary_emb.inv_freq",)
 
 
@@ -48,11 +48,17 @@ class MatchResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model came from: the folder, the contents of its config files, and its tensors.
+    """The files that a model was read from, and their contents other than weights.
 
-    format: "hf", or "meta" for one of Meta's originals; then params has its params.json, config the config.json that
-    this stands for, and the tensors have Meta's names. tokenizer: the folder or tokenizer.model that the tokenizer came
-    from, where it did not lie in the folder.
+    Attributes:
+        folder: the checkpoint's folder.
+        config: contents of config.json; for Meta's format, the config.json that params.json stands for.
+        generation_config: contents of generation_config.json.
+        tensors: the tensors, under the names in the files.
+        format: "hf" or "meta".
+        params: contents of Meta's params.json.
+        tokenizer: folder or tokenizer.model of the tokenizer, if it is not in `folder`.
+        adapter: a peft.Adapter, if one was loaded with the model.
     """
 
     folder: Path
@@ -62,7 +68,7 @@ class Checkpoint:
     format: str = "hf"
     params: dict[str, Any] | None = None
     tokenizer: Path | None = None
-    adapter: Any = None  # a peft.Adapter, where one was loaded with it
+    adapter: Any = None
 
 
 def match(
@@ -86,11 +92,11 @@ def match(
         headers_only: do not read a stored head to compare it with the embedding that it is tied to.
     """
     left, pairs = dict(tensors), []
-    missing, twice, misshapen, unreadable = [], [], [], []
+    missing, duplicate, misshapen, unreadable = [], [], [], []
     for row in params.tensors(table, cfg):
         found = [left.pop(name) for name in row.names if name in left]
         missing += row.names[:1] if not found else []
-        twice += [" and ".join(t.name for t in found)] if len(found) > 1 else []
+        duplicate += [" and ".join(t.name for t in found)] if len(found) > 1 else []
         if not found:
             continue
         tensor = found[0]
@@ -110,9 +116,9 @@ def match(
         "missing": missing,
         "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
-        f"of a type that is not read (it must be {', '.join(DTYPES)}; quantized checkpoints are not)": unreadable,
-        "stored in two spellings": twice,
-        f"unlike the embedding although {config} ties them (to use it, set tie_word_embeddings to false)": differ,
+        f"of an unsupported type (supported: {', '.join(DTYPES)}; quantized checkpoints are not)": unreadable,
+        "stored under two names": duplicate,
+        f"unlike the embedding that {config} ties them to (to use them, set tie_word_embeddings to false)": differ,
     }
     _report(faults, config)
     return MatchResult(pairs, heads, list(passed.values()))
@@ -122,12 +128,12 @@ def _report(faults: Mapping[str, list[str]], config: str) -> None:
     report = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
     if report:
         raise ValueError(
-            f"the weights do not fit {config}. {'; '.join(report)}. Are both files of the same model and revision?"
+            f"the weights do not match {config}. {'; '.join(report)}. Are both files of the same model and revision?"
         )
 
 
 def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
-    """Whether two tensors are the same bytes: a head stored beside its embedding may have been trained apart."""
+    """Whether two tensors have the same bytes: a stored head may have been trained apart from the embedding."""
     if isinstance(a, ConcatTensor) and isinstance(b, ConcatTensor):
         return a.axis == b.axis and len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
     if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, ConcatTensor) or isinstance(b, ConcatTensor):
@@ -137,14 +143,24 @@ def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(chunks(a), chunks(b)))
 
 
-Index = tuple[slice, ...]  # a block of an array: one slice an axis
+Index = tuple[slice, ...]  # a block of an array: one slice per axis
 
 
 def read_array(
     tensor: Tensor | ConcatTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, list[Future[int]]]:
-    """A block of a tensor, which has our `shape`, in host memory, in the type wanted, filled when the futures are done:
-    each gives the bytes that it read."""
+    """Reads a block of a tensor into host memory.
+
+    Args:
+        tensor: the tensor in its file.
+        shape: its shape in the model, of which `index` selects a block.
+        index: the block.
+        dtype: type of the result.
+        pool: threads that read.
+
+    Returns:
+        The block, and futures of the bytes read. It is filled when they are done.
+    """
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     out = aligned(math.prod(stop - start for start, stop in bounds) * dtype.itemsize).view(dtype)
     rows = _matrix(tensor.shape)[0]
@@ -155,7 +171,7 @@ def read_array(
 
 
 def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Where a block begins along axes that a file joins into one, and how far it reaches: only the first is divided."""
+    """Begin and length of a block along axes that the file stores as one. Only the first of them may be divided."""
     if any((start, stop) != (0, n) for (start, stop), n in zip(bounds[1:], shape[1:])):
         raise AssertionError(f"the block {bounds} of {shape} is not contiguous in its file")
     start, stop = bounds[0] if bounds else (0, 1)
@@ -166,15 +182,15 @@ def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, in
 def pieces_of(
     tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: int
 ) -> Iterator[tuple[Tensor, np.ndarray, int, int]]:
-    """What `read_block` is to be given, about SLICE bytes at a time, so that `out` becomes the block of a stored tensor
-    that begins at a row and a column of it as a matrix."""
+    """The arguments of `read_block`, about SLICE bytes at a time, that fill `out` with the block of a tensor that
+    begins at a row and a column, the tensor seen as a matrix."""
     joined = (
         tensor if isinstance(tensor, ConcatTensor) else ConcatTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,))
     )
     for i, part in enumerate(joined.parts):
         height, width = _matrix(part.shape)
         above, beside = (0, i * width) if joined.axis else (i * height, 0)
-        # The part of `out` that lies in this part, and where it begins in both.
+        # The rows and columns of `out` that come from this part.
         top, left = max(row, above), max(column, beside)
         whole = out[top - row : max(above + height - row, 0), left - column : max(beside + width - column, 0)]
         if not whole.size:
@@ -189,8 +205,10 @@ def pieces_of(
 
 
 def read_block(tensor: Tensor, out: np.ndarray, row: int = 0, column: int = 0) -> int:
-    """Fills `out` with the block of a stored tensor, seen as a matrix, that begins at a row and a column; gives the
-    bytes read. out has any type and strides; its last axis is the block's columns, the others together are its rows.
+    """Fills `out` with the block of a tensor that begins at a row and a column, the tensor seen as a matrix.
+
+    out has any type and strides. Its last axis is the block's columns, the others together are its rows. Returns the
+    number of bytes read.
     """
     source, width, columns = DTYPES[tensor.dtype], _matrix(tensor.shape)[1], out.shape[-1]
     direct = source == out.dtype and out.flags.c_contiguous
@@ -211,7 +229,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def place(value: np.ndarray, device: Any) -> jax.Array:
-    """Host memory to a device: no copy on CPU; piece by piece elsewhere, so that no second copy is staged."""
+    """Moves an array from host memory to a device: on CPU without a copy, elsewhere in pieces, to stage no copy."""
     if device.platform == "cpu" or value.nbytes <= 4 * PIECE:
         return jax.device_put(value, device)
     return _place_pieces(value, device)
@@ -222,7 +240,7 @@ def _place_pieces(value: np.ndarray, device: Any) -> jax.Array:
     with jax.default_device(device):
         out = jnp.zeros(value.shape, value.dtype)
         for begin in range(0, len(value), rows):
-            # Waiting keeps a single piece on the way: dispatch alone would put them all on the device at once.
+            # Without waiting, all pieces would be on the device at once.
             out = _fill(out, jax.device_put(value[begin : begin + rows], device), begin).block_until_ready()
     return out
 
@@ -234,16 +252,24 @@ _fill = jax.jit(
 
 def load_weights(
     pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]],
-    kept: Callable[[np.dtype], np.dtype],
+    loaded_dtype: Callable[[np.dtype], np.dtype],
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, Any]:
-    """Reads every tensor into its place, in the type that `kept` gives for the stored one and with the sharding that
-    `where` gives for its row: of each, a process reads the blocks that its devices hold, once. `advance` hears of
-    bytes as they are read."""
+    """Reads every tensor onto its devices. A process reads the blocks that its devices hold, each once.
+
+    Args:
+        pairs: rows of PARAMS with their tensors.
+        loaded_dtype: the type to load a type of the file in.
+        where: the sharding of a row's array.
+        advance: called with the number of bytes, as they are read.
+
+    Returns:
+        The weights, layers listed.
+    """
     weights: dict[str, Any] = {}
     reading: deque[tuple[params.TensorSpec, Block]] = deque()
-    placed: list[jax.Array] = []  # of the tensor whose blocks come now
+    placed: list[jax.Array] = []  # the blocks of the current tensor
 
     def finish() -> None:
         row, block = reading.popleft()
@@ -254,9 +280,9 @@ def load_weights(
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
-        # In the order of the files: a slow disk is read from front to back.
+        # In file order: a slow disk is read sequentially.
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
-            dtype = kept(DTYPES[tensor.dtype])
+            dtype = loaded_dtype(DTYPES[tensor.dtype])
             for index, devices in local_blocks(where(row), row.shape):
                 reading.append((row, (devices, *read_array(tensor, row.shape, index, dtype, pool))))
                 while sum(value.nbytes for _, (_, value, _) in reading) > AHEAD:
@@ -264,16 +290,16 @@ def load_weights(
         while reading:
             finish()
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error no more is read
+        pool.shutdown(cancel_futures=True)  # stop reading after Ctrl-C or an error
     return weights
 
 
-# The devices that hold a part of an array, the part, and what tells that it has been read.
+# The devices that hold a block of an array, the block in host memory, and the reads that fill it.
 Block = tuple[list[Any], np.ndarray, list[Future[int]]]
 
 
 def _placed(block: Block, advance: Callable[[int], None]) -> list[jax.Array]:
-    """A block on its devices. An accelerator copies while others are read: one is on the way at a time."""
+    """A block on its devices. While it is copied, the next blocks are read."""
     devices, value, futures = block
     for future in futures:
         advance(future.result())
@@ -281,7 +307,7 @@ def _placed(block: Block, advance: Callable[[int], None]) -> list[jax.Array]:
 
 
 def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
-    """The different blocks of an array that this process's devices hold, each with those that hold it."""
+    """The distinct blocks of an array on this process's devices, each with the devices that hold it."""
     found: dict[str, tuple[Index, list[Any]]] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():
         found.setdefault(str(index), (index, []))[1].append(device)

@@ -1,9 +1,8 @@
-"""From a checkpoint's name to a local folder: a folder is taken as it is, a Hugging Face hub id is downloaded once.
+"""From a checkpoint's name to a local folder. A Hugging Face hub id is downloaded once.
 
-The cache is huggingface_hub's own (HF_HOME, HF_HUB_CACHE; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count too), so that
-it is shared with other tools. huggingface_hub fetches the small files and notes in the cache which ones a repository
-lacks; from those notes a later call knows that nothing is missing and makes no request at all. The weights come through
-download.py.
+The cache is huggingface_hub's (HF_HOME, HF_HUB_CACHE; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply as well), so it is
+shared with other tools. huggingface_hub downloads the small files and records in the cache which of them a repository
+lacks, so that a later call makes no request. Weight files are downloaded by download.py.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxlm.checkpoint.download import download, each
-from jaxlm.checkpoint.hub_errors import CONVERT, explained, listing, remote_files
+from jaxlm.checkpoint.hub_errors import CONVERT, explain_hub_errors, listing, remote_files
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from jaxlm.checkpoint.safetensors import quoted
 from jaxlm.checkpoint.source import ModelSource
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-ORIGINAL, PARAMS = "original", "params.json"  # the folder of Meta's own files, and their config
+ORIGINAL, PARAMS = "original", "params.json"  # the folder of Meta's files in a repository, and their config
 TOKENIZER = f"{ORIGINAL}/tokenizer.model"
 OPTIONAL = (
     "generation_config.json",
@@ -40,7 +39,7 @@ OPTIONAL = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "preprocessor_config.json",  # this and the next: images of a multimodal model
+    "preprocessor_config.json",  # this and the next one: images of a multimodal model
     "processor_config.json",
 )
 _log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def resolve(source: ModelSource) -> Path:
         folder = offline_copy(repo, source.revision, cached)
     else:
         token = checked_token(source.token)
-        with explained(repo, source.revision, is_cached=bool(cached.folder and not cached.missing)):
+        with explain_hub_errors(repo, source.revision, is_cached=bool(cached.folder and not cached.missing)):
             folder = (_fetch_meta if meta else _fetch)(repo, source.revision, token)
     return folder / ORIGINAL if meta else folder
 
@@ -88,9 +87,9 @@ def _local(path: Path, revision: str | None, format: str | None) -> Path:
     found = path if format != "meta" and (path / CONFIG).is_file() else original if format != "hf" else None
     if found is None:
         lacks = f"no {PARAMS}, nor has its {ORIGINAL}/ one" if format == "meta" else f"no {CONFIG}"
-        hint = f". Its {PARAMS} is of Meta's form, which --format meta reads" if original else ""
+        hint = f". Its {PARAMS} is in Meta's format: --format meta reads it" if original else ""
         raise FileNotFoundError(
-            f"{path} is no checkpoint: it has {lacks} (it holds {listing(p.name for p in path.iterdir())}){hint}"
+            f"{path} is not a checkpoint: it has {lacks} (it holds {listing(p.name for p in path.iterdir())}){hint}"
         )
     if revision is not None:
         raise ValueError(f"{path} is a local folder: --revision {revision} applies to a hub id only")
@@ -98,11 +97,12 @@ def _local(path: Path, revision: str | None, format: str | None) -> Path:
 
 
 def repo_id(name: str | Path) -> str:
+    """`name` as a hub id. FileNotFoundError if it is a path, ValueError if it is neither."""
     from huggingface_hub.utils import validate_repo_id
 
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise FileNotFoundError(f"there is no folder {text!r} (a hub id would be written org/name)")
+        raise FileNotFoundError(f"there is no folder {text!r} (a hub id has the form org/name)")
     try:
         validate_repo_id(text)
     except ValueError as error:
@@ -111,24 +111,32 @@ def repo_id(name: str | Path) -> str:
 
 
 def checked_token(token: str | None) -> str | None:
-    """An HTTP library that is given a malformed header quotes it in its error: refuse a malformed token before that."""
+    """The token, stripped. ValueError if it is malformed: an HTTP library would quote it in its error."""
     if token is not None and not re.fullmatch(r"[!-~]+", token := token.strip()):
-        raise ValueError("the token (--token) is empty or holds blanks or characters that no token has: copy it again")
+        raise ValueError("the token (--token) is empty or has blanks or invalid characters: copy it again")
     return token
 
 
-# What is cached
+# The cache
 
 
 @dataclass
 class _Cached:
-    folder: Path | None  # the snapshot of one commit
-    missing: list[str]  # a load needs them and they are not here
-    unknown: list[str]  # not here, and nothing says whether the repository has them
+    """A repository in the cache.
+
+    Attributes:
+        folder: the snapshot of one commit.
+        missing: files that loading needs and that are not in the cache.
+        unknown: files that are not in the cache and that the repository may or may not have.
+    """
+
+    folder: Path | None
+    missing: list[str]
+    unknown: list[str]
 
 
 def look_up(repo: str, revision: str | None, meta: bool = False) -> _Cached:
-    """Judges the cache without network. Other tools fill it too, with a part of the files and without notes."""
+    """The state of the cache, without network. Other tools fill it as well, possibly with only some of the files."""
     from huggingface_hub import try_to_load_from_cache
 
     first = f"{ORIGINAL}/{PARAMS}" if meta else CONFIG
@@ -140,7 +148,7 @@ def look_up(repo: str, revision: str | None, meta: bool = False) -> _Cached:
     cached = _Cached(folder, [], [])
 
     def state(name: str) -> bool | None:
-        """True: here; False: the repository has no such file; None: unknown."""
+        """True: in the cache. False: not in the repository. None: unknown."""
         if (folder / name).is_file():
             return True
         if listing is not None:
@@ -157,7 +165,7 @@ def look_up(repo: str, revision: str | None, meta: bool = False) -> _Cached:
         shard = next(name for name in _consolidated() if not state(name))
         if shard == next(_consolidated()):
             cached.missing.append(shard)
-        elif state(shard) is None:  # a file that the repository has not tells that the one before was the last
+        elif state(shard) is None:  # the last shard is known once the next one is known not to exist
             note(shard)
     elif INDEX not in cached.missing:
         weights = _shards(folder / INDEX) if state(INDEX) else [SINGLE]
@@ -166,20 +174,21 @@ def look_up(repo: str, revision: str | None, meta: bool = False) -> _Cached:
 
 
 def _consolidated() -> Iterator[str]:
-    """The names of Meta's weight files in a repository, without an end."""
+    """The names of Meta's weight files in a repository, endlessly."""
     return (f"{ORIGINAL}/consolidated.{i:02}.pth" for i in count())
 
 
 def _listing(folder: Path) -> set[str] | None:
-    """The files of a commit, which huggingface_hub's `snapshot_download` (`hf download`) notes since version 2."""
+    """The files of a commit, as recorded by `snapshot_download` (`hf download`) of huggingface_hub 2 and later."""
     try:
-        noted = json.loads((folder.parent.parent / "trees" / f"{folder.name}.json").read_text())
-        return set(noted["files"])
+        record = json.loads((folder.parent.parent / "trees" / f"{folder.name}.json").read_text())
+        return set(record["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # no note, or one in another form: as good as none
+        return None  # no record, or one in another format
 
 
 def offline_copy(repo: str, revision: str | None, cached: _Cached) -> Path:
+    """The cached folder of a repository; FileNotFoundError if files are missing."""
     if cached.folder is None or cached.missing:
         from huggingface_hub import constants
 
@@ -193,14 +202,14 @@ def offline_copy(repo: str, revision: str | None, cached: _Cached) -> Path:
 
 
 def _shards(index: Path) -> list[str]:
-    """The weight files that an index names; it comes from a stranger, so a name may not leave the folder."""
+    """The weight files that an index names. It is untrusted: a name may not point outside the folder."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{index} is no safetensors index, it has no weight_map: if it is in order on the hub, fetch it again "
+            f"{index} is not a safetensors index, it has no weight_map: if it is valid on the hub, download it again "
             "with `hf download --force-download`"
         )
     for name in names:
@@ -215,13 +224,13 @@ def _shards(index: Path) -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
-    """Small files first, then the weights, all of one commit even when the branch moves meanwhile."""
+    """Downloads small files, then weights, all of one commit even if the branch moves meanwhile."""
     from huggingface_hub import hf_hub_download
 
-    # Asked before hf_hub_download is: that one retries for half a minute where there is no network.
+    # Before hf_hub_download, which retries for half a minute without a network.
     if metadata(repo, CONFIG, revision, token) is None:
-        found = remote_files(repo, revision, token)
-        raise FileNotFoundError(f"{repo} has no config.json, so it is no checkpoint that jaxlm can load{found}")
+        holds = remote_files(repo, revision, token)
+        raise FileNotFoundError(f"{repo} has no config.json, so jaxlm cannot load it{holds}")
     folder = Path(hf_hub_download(repo, CONFIG, revision=revision, token=token)).parent
     commit = folder.name
     cached = look_up(repo, commit)
@@ -232,8 +241,8 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
     files = dict(zip(names, each(lambda name: metadata(repo, name, commit, token), names)))
     absent = [name for name, file in files.items() if file is None]
     if absent == [SINGLE]:
-        found = remote_files(repo, commit, token)
-        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{found}. {CONVERT}")
+        holds = remote_files(repo, commit, token)
+        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{holds}. {CONVERT}")
     if absent:
         raise FileNotFoundError(f"the index of {repo} names {listing(absent)}, which the repository does not have")
     download(repo, folder, files, token)
@@ -241,31 +250,31 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
 
 
 def _fetch_meta(repo: str, revision: str | None, token: str | None) -> Path:
-    """Meta's files, and nothing else of the repository."""
+    """Downloads Meta's files, and nothing else of the repository."""
     from huggingface_hub import hf_hub_download
 
     first = f"{ORIGINAL}/{PARAMS}"
     if metadata(repo, first, revision, token) is None:
-        found = remote_files(repo, revision, token)
-        raise FileNotFoundError(f"{repo} has no {first}, so it does not hold Meta's own files{found}: leave --format")
+        holds = remote_files(repo, revision, token)
+        raise FileNotFoundError(f"{repo} has no {first}, so it has no files in Meta's format{holds}: omit --format")
     folder = Path(hf_hub_download(repo, first, revision=revision, token=token)).parents[1]
     _small(repo, TOKENIZER, folder.name, token)
     files: dict[str, Any] = {}
     for name in _consolidated():
         file = metadata(repo, name, folder.name, token)
         if file is None:
-            _small(repo, name, folder.name, token)  # only to note in the cache that there is none
+            _small(repo, name, folder.name, token)  # records in the cache that there is none
             break
         if not (folder / name).is_file():
             files[name] = file
     if not files and not (folder / next(_consolidated())).is_file():
-        raise FileNotFoundError(f"{repo} has {first} and no {next(_consolidated())}: its weights are elsewhere")
+        raise FileNotFoundError(f"{repo} has {first} but no weights ({next(_consolidated())})")
     download(repo, folder, files, token)
     return folder
 
 
 def _small(repo: str, name: str, commit: str, token: str | None) -> None:
-    """A file that need not be there; huggingface_hub notes in the cache if it is not."""
+    """Downloads an optional file. huggingface_hub records in the cache if the repository has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -274,7 +283,7 @@ def _small(repo: str, name: str, commit: str, token: str | None) -> None:
 
 
 def metadata(repo: str, name: str, revision: str | None, token: str | None) -> Any:
-    """huggingface_hub's HfFileMetadata, or None where the repository has no such file."""
+    """huggingface_hub's HfFileMetadata, or None if the repository has no such file."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -284,15 +293,15 @@ def metadata(repo: str, name: str, revision: str | None, token: str | None) -> A
         return None
     if file.commit_hash is None or file.etag is None:
         raise OSError(
-            f"{HfApi().endpoint} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether a proxy or "
-            "a sign-in page stands between"
+            f"{HfApi().endpoint} does not answer like a Hugging Face hub: check HF_ENDPOINT, and whether there is a "
+            "proxy or a sign-in page in between"
         )
     return file
 
 
 # Adapters
 
-SAFETENSORS = "jaxlm reads safetensors only, which PEFT's from_pretrained and then save_pretrained write"
+SAFETENSORS = "jaxlm reads safetensors only, which PEFT writes: from_pretrained, then save_pretrained"
 
 
 def resolve_adapter(source: ModelSource) -> Path:
@@ -312,7 +321,7 @@ def resolve_adapter(source: ModelSource) -> Path:
             "--offline and HF_HUB_OFFLINE"
         )
     token = checked_token(source.token)
-    with explained(repo, revision):
+    with explain_hub_errors(repo, revision):
         return _fetch_adapter(repo, revision, token)
 
 
@@ -321,8 +330,8 @@ def _local_adapter(path: Path) -> Path:
         raise NotADirectoryError(f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
     holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / ADAPTER_CONFIG).is_file():
-        hint = "it is a checkpoint, which is named with -m" if (path / CONFIG).is_file() else holds
-        raise FileNotFoundError(f"{path} is no adapter, it has no {ADAPTER_CONFIG}: {hint}")
+        hint = "it is a checkpoint: pass it with -m" if (path / CONFIG).is_file() else holds
+        raise FileNotFoundError(f"{path} is not an adapter, it has no {ADAPTER_CONFIG}: {hint}")
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS} {holds}: {SAFETENSORS}")
     return path
@@ -332,8 +341,8 @@ def _fetch_adapter(repo: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     if metadata(repo, ADAPTER_CONFIG, revision, token) is None:
-        found = remote_files(repo, revision, token)
-        raise FileNotFoundError(f"{repo} has no {ADAPTER_CONFIG}, so it is no adapter{found}")
+        holds = remote_files(repo, revision, token)
+        raise FileNotFoundError(f"{repo} has no {ADAPTER_CONFIG}, so it is not an adapter{holds}")
     folder = Path(hf_hub_download(repo, ADAPTER_CONFIG, revision=revision, token=token)).parent
     file = metadata(repo, ADAPTER_WEIGHTS, folder.name, token)
     if file is None:

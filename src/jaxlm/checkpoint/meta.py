@@ -1,5 +1,4 @@
-"""Meta's original checkpoints of the Llama 3 family: params.json, and a consolidated.NN.pth for each of the processes
-that the model was trained on (model-parallel shards).
+"""Meta's original checkpoints of the Llama 3 family: params.json, and one consolidated.NN.pth per model-parallel shard.
 
 Source: `ModelArgs`, `Transformer` and `apply_scaling` in meta-llama/llama-models, models/llama3.
 """
@@ -17,7 +16,7 @@ from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import Tensor, chunks, listed
 
 PARAMS = "params.json"
-# Our path -> Meta's name.
+# Path in PARAMS: Meta's name.
 NAMES = {
     "embed": "tok_embeddings.weight",
     "layers.attn_norm": "layers.{}.attention_norm.weight",
@@ -32,27 +31,23 @@ NAMES = {
     "norm": "norm.weight",
     "head": "output.weight",
 }
-COLUMNS = ("layers.o", "layers.down")  # cut along the second axis; norms are whole in every shard
-ROTARY = ("layers.q", "layers.k")  # whose rows Meta orders by rotated pairs
+COLUMNS = ("layers.o", "layers.down")  # split along the second axis; norms are replicated in every shard
+ROTARY = ("layers.q", "layers.k")  # rows ordered by rotated pairs
 IGNORABLE = ("rope.freqs",)  # follows from params.json
-# (dim, n_layers, n_heads) -> how much longer the rotary waves are than in Llama 3: params.json does not say. 3.1 and
-# 3.3 (8B, 70B, 405B), then 3.2 (1B, 3B); their published config.json.
+# (dim, n_layers, n_heads): RoPE scaling factor, which params.json does not state. 3.1 and 3.3 (8B, 70B, 405B), then 3.2
+# (1B, 3B). Source: their config.json.
 FACTORS = {(4096, 32, 32): 8.0, (8192, 80, 64): 8.0, (16384, 126, 128): 8.0, (2048, 16, 32): 32.0, (3072, 28, 24): 32.0}
-ENDS = (
-    "<|end_of_text|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-)  # that end a text, as generation_config.json from 3.1 on has them
-LAYERS = 2_000  # jaxlm.models.config's bound, which refuses what passes here
+# EOS tokens, as in generation_config.json from 3.1 on.
+ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+LAYERS = 2_000  # the bound of jaxlm.models.config
 # Fields of params.json that do not change what the forward pass computes.
 HARMLESS = ("max_batch_size", "max_seq_len")
 
 
 def in_pairs(w: np.ndarray, H: int) -> np.ndarray:
-    """A view [n,H/2,2,D] of rows of q or k as Hugging Face orders them, whole heads ([n*H,D] or [n,H,D]): read or
-    written in its own order, it has them as Meta does.
+    """A view [n,H/2,2,D] of whole heads of q or k ([n*H,D] or [n,H,D]): from Hugging Face's row order to Meta's.
 
-    Rotation turns two rows of a head against each other: i and i + H/2 there, 2 i and 2 i + 1 here.
+    RoPE rotates pairs of rows of a head: i and i + H/2 in Hugging Face's order, 2 i and 2 i + 1 in Meta's.
     """
     return w.reshape(-1, 2, H // 2, w.shape[-1]).swapaxes(1, 2)
 
@@ -66,10 +61,16 @@ def hf_config(
     rope_factor: float | None = None,
     allow: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The config.json, in Hugging Face's spelling, that a params.json stands for; the head is untied in it.
+    """The config.json that a params.json stands for, with an untied head.
 
-    vocabulary: the embedding's rows, for a file that does not say. rope_factor: for a model with use_scaled_rope whose
-    shape is not a published one's. allow: fields that pass although the code does not know them. Raises ValueError.
+    Args:
+        params: contents of params.json.
+        vocabulary: number of rows of the embedding, for a params.json without it.
+        rope_factor: RoPE scaling factor, for a model with use_scaled_rope that has no published shape.
+        allow: unknown fields to accept.
+
+    Raises:
+        ValueError: a field is invalid or unknown.
     """
     left = dict(params)
     D, N = (_size(left.pop(name, None), name) for name in ("dim", "n_heads"))
@@ -106,17 +107,16 @@ def _refuse_unknown(left: Mapping[str, Any], allow: Collection[str]) -> None:
     passed = {*HARMLESS, *allow}
     unknown = [n for n, v in left.items() if n not in passed and v not in (None, False, -1)]
     if unknown:
-        told = "; ".join(f"{n[:80]} = {reprlib.repr(left[n])}" for n in unknown[:20])
+        fields = "; ".join(f"{n[:80]} = {reprlib.repr(left[n])}" for n in unknown[:20])
         raise ValueError(
-            f"{PARAMS} asks for what this architecture does not compute: {told}. If a field does not "
-            "change the result, let it pass with --allow-field NAME (allow_fields=[NAME])."
+            f"{PARAMS} has fields that this architecture does not compute: {fields}. If a field does not change the "
+            "result, accept it with --allow-field NAME (allow_fields=[NAME])"
         )
 
 
 def _size(value: Any, name: str, most: int = 2**31 - 1) -> int:
     if type(value) is not int or not 1 <= value <= most:
-        bounds = f"a whole number of at least 1 and at most {most:,}"
-        raise ValueError(f"{PARAMS}: {name} is {reprlib.repr(value)}, but must be {bounds}")
+        raise ValueError(f"{PARAMS}: {name} is {reprlib.repr(value)}, but must be an integer from 1 to {most:,}")
     return value
 
 
@@ -127,18 +127,18 @@ def _real(value: Any, name: str) -> float:
 
 
 def _theta(value: Any) -> float:
-    """Llama 1 and 2 leave it out and mean 10,000, Meta's code for Llama 3 means 500,000: it must be said."""
+    """A missing rope_theta is 10,000 for Llama 1 and 2, and 500,000 in Meta's code for Llama 3: it must be stated."""
     if value is None:
         raise ValueError(
-            f"{PARAMS} has no rope_theta: these look like the files of Llama 1 or 2, which are not supported in this "
-            "form. Use that model in Hugging Face's form (config.json, *.safetensors); if it is a Llama 3 after all, "
-            f'write "rope_theta": 500000.0 into {PARAMS}'
+            f"{PARAMS} has no rope_theta, as in the files of Llama 1 and 2, which are not supported in Meta's format. "
+            "Use the model in Hugging Face's format (config.json, *.safetensors). If it is a Llama 3, add "
+            f'"rope_theta": 500000.0 to {PARAMS}'
         )
     return _real(value, "rope_theta")
 
 
 def _mlp_width(D: int, multiple: Any, factor: Any) -> int:
-    """Two thirds of 4 D, times a factor, up to the next multiple (`FeedForward.__init__`)."""
+    """Two thirds of 4 D, times a factor, rounded up to a multiple (`FeedForward.__init__`)."""
     multiple, F = _size(multiple, "multiple_of"), int(2 * (4 * D) / 3)
     if factor is not None:
         F = int(_real(factor, "ffn_dim_multiplier") * F)
@@ -149,7 +149,7 @@ def _scaling(scaled: Any, shape: tuple[int, int, int], given: float | None) -> d
     if type(scaled) is not bool:
         raise ValueError(f"{PARAMS}: use_scaled_rope is {reprlib.repr(scaled)}, but must be true or false")
     if given is not None and not (isinstance(given, int | float) and 1 <= given < math.inf):
-        raise ValueError(f"--rope-factor {given} (rope_factor=): it must be a number of at least 1")
+        raise ValueError(f"--rope-factor {given} (rope_factor=) must be a number of at least 1")
     if not scaled:
         if given is not None:
             raise ValueError(f"--rope-factor {given} (rope_factor=) is for a model whose {PARAMS} has use_scaled_rope")
@@ -157,8 +157,8 @@ def _scaling(scaled: Any, shape: tuple[int, int, int], given: float | None) -> d
     factor = given or FACTORS.get(shape)
     if factor is None:
         raise ValueError(
-            f"{PARAMS} says use_scaled_rope and not by how much, and this is no published shape (dim, n_layers, "
-            f"n_heads: {shape}): give --rope-factor (rope_factor=), 8 as in Llama 3.1 and 3.3 or 32 as in 3.2"
+            f"{PARAMS} has use_scaled_rope without a factor, and (dim, n_layers, n_heads) = {shape} is no published "
+            "shape: pass --rope-factor (rope_factor=), 8 as in Llama 3.1 and 3.3 or 32 as in 3.2"
         )
     return {
         "rope_type": "llama3",
@@ -173,8 +173,8 @@ def _scaling(scaled: Any, shape: tuple[int, int, int], given: float | None) -> d
 
 
 class ConcatTensor(NamedTuple):
-    """A tensor that lies in parts, one after the other along an axis; else like a Tensor. H: the head width where its
-    rows are ordered by rotated pairs, and 0 elsewhere."""
+    """A tensor that is concatenated from parts along an axis; otherwise like a Tensor. H: the head width if its rows
+    are ordered by rotated pairs, else 0."""
 
     name: str
     dtype: str
@@ -197,13 +197,13 @@ class ConcatTensor(NamedTuple):
 
 
 def read_shards(folder: Path, params: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """The tensors of each consolidated.NN.pth, in order; none of them may be missing."""
+    """The tensors of each consolidated.NN.pth, in order. FileNotFoundError if a shard is missing."""
     D, numbered = _size(params.get("dim"), "dim"), {}
     for path in folder.glob("consolidated.*.pth"):
         if match := re.fullmatch(r"consolidated\.(\d\d\d?)\.pth", path.name):
             numbered[int(match[1])] = path
     shards = {i: read_pth(path) for i, path in sorted(numbered.items())}
-    # What one shard holds of D rows tells how many there are: the last ones may be missing as well.
+    # The share of the D rows in one shard tells the number of shards, even if the last ones are missing.
     cut = next(iter(shards.values()), {}).get(NAMES["layers.q"].format(0))
     count = max(max(numbered, default=0) + 1, min(D // max(cut.shape[0], 1), 999) if cut and cut.shape else 1)
     if absent := [f"consolidated.{i:02}.pth" for i in range(count) if i not in numbered]:
@@ -212,7 +212,7 @@ def read_shards(folder: Path, params: Mapping[str, Any]) -> list[dict[str, Tenso
 
 
 def vocabulary(shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any]) -> int | None:
-    """The rows of the whole embedding, None where there is none."""
+    """The number of rows of the whole embedding, None without one."""
     embed = shards[0].get(NAMES["embed"])
     if embed is None or len(embed.shape) != 2:
         return None
@@ -222,7 +222,7 @@ def vocabulary(shards: Sequence[Mapping[str, Tensor]], params: Mapping[str, Any]
 def join(
     shards: Sequence[Mapping[str, Tensor]], D: int, H: int
 ) -> tuple[dict[str, ConcatTensor], dict[str, list[str]]]:
-    """Meta's name -> the whole tensor, and what is wrong with the shards (what -> names)."""
+    """The whole tensors by Meta's names, and the faults of the shards (what is wrong: names)."""
     joined: dict[str, ConcatTensor] = {}
     absent, unequal, unlike = [], [], []
     for name in dict.fromkeys(name for shard in shards for name in shard if name not in IGNORABLE):
@@ -232,28 +232,28 @@ def join(
         if len({(part.dtype, part.shape) for part in parts}) > 1:
             unequal.append(name)
         path = _path(name)
-        if len(parts[0].shape) < 2 or path is None:  # a norm, or nothing of ours, which is reported later
+        if len(parts[0].shape) < 2 or path is None:  # a norm, or an unknown tensor, which is reported later
             unlike += [name] if path and not _alike(parts) else []
             joined[name] = ConcatTensor(name, parts[0].dtype, parts[0].shape, parts[:1])
             continue
-        # Before Llama 3 the embedding was cut by columns: only one way gives a width of D.
+        # Before Llama 3 the embedding was split by columns: only one axis gives a width of D.
         axis = int(path in COLUMNS or (path == "embed" and parts[0].shape[1] != D))
         whole = list(parts[0].shape)
         whole[axis] *= len(shards)
         heads = H if path in ROTARY else 0
         if heads and parts[0].shape[0] % heads:
-            unequal.append(f"{name} (it cuts a head in two)")
+            unequal.append(f"{name} (a head is split over two shards)")
         joined[name] = ConcatTensor(name, parts[0].dtype, tuple(whole), parts, axis, heads)
     faults = {
         "not in every shard": absent,
-        "of another type or shape in some shards": unequal,
-        "unlike in the shards although each has all of it": unlike,
+        "of different types or shapes in the shards": unequal,
+        "replicated in every shard, with different values": unlike,
     }
     return joined, faults
 
 
 def _path(name: str) -> str | None:
-    """Our path of one of Meta's names (`layers.q`)."""
+    """The path in PARAMS of one of Meta's names (`layers.q`)."""
     plain = re.sub(r"^layers\.\d+\.", "layers.{}.", name)
     return next((path for path, theirs in NAMES.items() if theirs == plain), None)
 

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json: how an adapter's tensors are to be used.
+"""PEFT's adapter_config.json: how an adapter's tensors are used.
 
-What would need other arithmetic than w + scale * b a, or a base whose weights were changed, is refused by name.
+Fields that need other arithmetic than w + scale * b a, or a base with modified weights, are refused by name.
 """
 
 import json
@@ -16,8 +16,8 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import quoted, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WHOLE = "PEFT's merge_and_unload and then save_pretrained write a whole checkpoint, which jaxlm loads"
-# Fields that say nothing of what the tensors do: how they came to be, and for which program.
+WHOLE = "PEFT's merge_and_unload and then save_pretrained write a merged checkpoint, which jaxlm loads"
+# Fields that do not change what the tensors compute: how they were trained, and by which program.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
@@ -25,21 +25,28 @@ HARMLESS = {
     "target_modules", "task_type",
 }  # fmt: skip
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
-# Other arithmetic, or more than products: only null, false or empty will do.
+# Fields that need other arithmetic: only null, false or empty is accepted.
 REFUSED = {
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
     "megatron_config", "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices",
     "use_bdlora", "use_dora", "use_qalora", "velora_config",
 }  # fmt: skip
-# Ways to begin that leave the base as it is; the others take what they put into the adapter out of the base.
+# Initializations that leave the base unchanged; the others subtract the initial adapter from the base.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-CONVERTED = "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) makes an ordinary adapter of it"
+CONVERTED = "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) converts it to an ordinary adapter"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter's config says: base: the model that it is for, as its author named it, and the base's revision;
-    patterns: beginnings of regular expressions for modules whose rank or alpha is another."""
+    """Contents of an adapter's config.
+
+    Attributes:
+        base: the base model as the author named it.
+        revision: the base's revision.
+        rank, alpha, rslora: of all modules without a pattern of their own.
+        ranks, alphas: patterns of module names with another rank or alpha.
+        names: the adapted modules; empty if the config selects them in another way.
+    """
 
     base: str | None
     revision: str | None
@@ -48,20 +55,20 @@ class Settings:
     rslora: bool
     ranks: list[tuple[re.Pattern[str], int]]
     alphas: list[tuple[re.Pattern[str], float]]
-    names: tuple[str, ...]  # of the modules that are adapted; empty where it says so in other ways
+    names: tuple[str, ...]
 
     def of(self, module: str) -> tuple[int, float]:
-        """A module's rank and alpha. The first pattern that matches counts, as in PEFT."""
+        """A module's rank and alpha: those of the first pattern that matches, as in PEFT."""
         rank = next((n for pattern, n in self.ranks if pattern.match(module)), self.rank)
         return rank, next((x for pattern, x in self.alphas if pattern.match(module)), self.alpha)
 
     def targets(self, module: str) -> bool:
-        """Whether it names this module."""
+        """Whether the config names this module."""
         return any(module == name or module.endswith("." + name) for name in self.names)
 
 
 def read_settings(folder: Path, allow: Collection[str] = ()) -> Settings:
-    """adapter_config.json, checked; `allow`: names of unknown fields that may pass. ValueError names the file."""
+    """Reads and checks adapter_config.json. allow: unknown fields to accept. ValueError names the file."""
     path = folder / CONFIG
     raw = read_json(path)
     with explain_errors(str(path)):
@@ -70,29 +77,29 @@ def read_settings(folder: Path, allow: Collection[str] = ()) -> Settings:
 
 
 def _check(raw: dict[str, Any], allow: Collection[str]) -> None:
-    """Refuses what is not computed, all of it at once."""
+    """ValueError for fields that are not computed, all of them at once."""
     kind, init = raw.get("peft_type"), raw.get("init_lora_weights")
     if kind != "LORA":
-        told = "it names no peft_type" if kind is None else f"its peft_type is {_shown(kind)}"
-        raise ValueError(f"{told}, and jaxlm reads LoRA adapters (LORA). {WHOLE}")
+        fault = "it has no peft_type" if kind is None else f"its peft_type is {_shown(kind)}"
+        raise ValueError(f"{fault}; jaxlm loads LoRA adapters (LORA). {WHOLE}")
     known = HARMLESS | READ
     given = [name for name, value in raw.items() if name not in known and value not in (None, False, [], {}, "")]
     refused = [name for name in given if name in REFUSED]
     if raw.get("bias") not in (None, "none"):
         refused.append("bias")
     if refused:
-        told = ", ".join(f"{name} {_shown(raw[name])}" for name in refused)
-        raise ValueError(f"it has {told}, which jaxlm does not compute. {WHOLE}")
+        fields = ", ".join(f"{name} {_shown(raw[name])}" for name in refused)
+        raise ValueError(f"it has {fields}, which jaxlm does not compute. {WHOLE}")
     if unknown := [name for name in given if name not in allow]:
         names = ", ".join(quoted(name) for name in unknown[:10])
         raise ValueError(
-            f"jaxlm does not know {names}: what these ask for might be left out silently. If they change nothing, name "
-            "them with --allow-field (allow_fields=)"
+            f"unknown fields {names} may change what the adapter computes. If they do not, accept them with "
+            "--allow-field (allow_fields=)"
         )
     if not isinstance(init, bool | str | None) or init not in INITS:
         raise ValueError(
-            f"its init_lora_weights is {_shown(init)}: it is for a base whose weights were changed before training "
-            f"began, or may be. {CONVERTED}; or: {WHOLE}"
+            f"its init_lora_weights is {_shown(init)}, which may have changed the base's weights before training. "
+            f"{CONVERTED}; or: {WHOLE}"
         )
 
 
@@ -100,7 +107,7 @@ def _settings(raw: dict[str, Any]) -> Settings:
     targets = raw.get("target_modules")
     names = targets if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else []
     if raw.get("layers_to_transform") not in (None, []) or raw.get("exclude_modules") not in (None, [], ""):
-        names = []  # not all of the modules with these names
+        names = []  # only some of the modules with these names
     rank, alpha = _rank("r", raw.get("r", 8)), _alpha("lora_alpha", raw.get("lora_alpha", 8))
     rslora = raw.get("use_rslora") or False
     if not isinstance(rslora, bool):
@@ -113,13 +120,13 @@ def _settings(raw: dict[str, Any]) -> Settings:
 def _text(raw: dict[str, Any], name: str) -> str | None:
     value = raw.get(name) or None
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} is {_shown(value)} instead of a text")
+        raise ValueError(f"{name} is {_shown(value)} instead of a string")
     return value
 
 
 def _rank(name: str, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise ValueError(f"{name} is {_shown(value)} instead of a rank of at least 1")
+        raise ValueError(f"{name} is {_shown(value)} instead of an integer of at least 1")
     return value
 
 
@@ -137,8 +144,8 @@ def _patterns(raw: dict[str, Any], name: str, number: Any) -> list[tuple[re.Patt
 
 
 def _compiled(name: str, key: str) -> re.Pattern[str]:
-    """A key as PEFT's get_pattern_key takes it: a regular expression for a module's name or the end of it. A stranger
-    wrote it: one whose match could take for ever is refused."""
+    """A key as PEFT's get_pattern_key reads it: a regular expression for a module's name or its end. It is untrusted:
+    one that might backtrack without end is refused."""
     plain = re.sub(r"\\.|\(\?:", "(", key)
     endless = re.search(r"\(\?|\)[*+{]", plain) or sum(char in "*+?{" for char in plain) > 3
     try:
@@ -147,11 +154,13 @@ def _compiled(name: str, key: str) -> re.Pattern[str]:
         with warnings.catch_warnings(action="ignore"):
             return re.compile(rf"(.*\.)?({key})$")
     except (ValueError, re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name} has {quoted(key)}, which is no pattern that jaxlm takes ({error}): name the modules, "
-                         "as layers.3.self_attn.q_proj") from None  # fmt: skip
+        raise ValueError(
+            f"{name} has the unsupported pattern {quoted(key)} ({error}): use the names of modules, such as "
+            "layers.3.self_attn.q_proj"
+        ) from None
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in the file, as much of it as belongs in a message."""
+    """A value as JSON, cut to the length of a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:80] + "…"

@@ -1,7 +1,7 @@
-"""The safetensors format and a checkpoint folder's index: where every tensor lies, and its bytes.
+"""The safetensors format and a checkpoint folder's index: the location of every tensor, and its bytes.
 
-The whole header is checked before a byte of a tensor is read. Reading goes through plain reads and not memory maps:
-mapped pages would count as resident memory beside the weights made from them.
+The whole header is checked before a byte of a tensor is read. Files are read, not memory-mapped: mapped pages would
+count as resident memory in addition to the weights.
 """
 
 import json
@@ -33,7 +33,7 @@ BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32":
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: name, file, type as the file names it, shape, first byte and length."""
+    """Location of a tensor: name, file, type as the file names it, shape, first byte and length."""
 
     name: str
     file: Path
@@ -55,24 +55,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse(data: bytes) -> Any:
-    """Strict JSON: what Python's parser takes beyond the standard (NaN, a key twice) is a ValueError."""
+    """Strict JSON: ValueError for what Python's parser accepts beyond the standard (NaN, duplicate keys)."""
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
         if len(table) < len(items):
             [(name, _)] = Counter(name for name, _ in items).most_common(1)
-            raise ValueError(f"the key {quoted(name)} stands in it twice")
+            raise ValueError(f"duplicate key {quoted(name)}")
         return table
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON value")
+        raise ValueError(f"{word} is not a JSON value")
 
     return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A read that fails says only why: adds the file to the OSError."""
+    """Adds the file to an OSError: the error of a failed read does not name it."""
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file. Every length and offset is checked, and that they fill the file."""
+    """The tensors of one safetensors file. Every length and offset is checked; together they must fill the file."""
 
     def broken(why: str) -> ValueError:
         return ValueError(f"{path} is truncated or corrupt ({why}): download it again")
@@ -91,7 +91,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         size, first = os.fstat(file.fileno()).st_size, file.read(8)
         length = int.from_bytes(first, "little")
         if first == b"version ":
-            raise ValueError(f"{path} is a pointer of git-lfs, not the weights themselves: run `git lfs pull`")
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
         if size < 8 or length > min(size - 8, HEADER):
             raise broken(f"its header should have {length:,} bytes, the file has {size:,}" if first else "it is empty")
         data = file.read(length)
@@ -99,13 +99,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with explain_errors(damaged, "download it again", (ValueError, RecursionError)):
         header = _parse(data)
     if not isinstance(header, dict):
-        raise broken("its header is no table")
+        raise broken("its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         kind, shape, begin, end = _entry(entry, size) or (None, (), 0, 0)
         if kind is None:
-            raise broken(f"the entry of {quoted(name)} makes no sense")
+            raise broken(f"the entry of {quoted(name)} is invalid")
         if kind not in BITS:
             what = f"{path}: tensor {quoted(name)} has type {quoted(kind)}"
             raise ValueError(f"{what}, which jaxlm cannot read: convert it to BF16")
@@ -123,13 +123,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int] | None:
-    """Type, shape, begin and end of a tensor from its entry in a header, or None where it makes no sense."""
+    """Type, shape, begin and end of a tensor from its entry in a header, or None if the entry is invalid."""
     if not isinstance(entry, dict):
         return None
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         return None
-    # No element has less than 4 bits, so no axis is longer. With 64 axes, numpy's limit, their product is quick.
+    # An element has at least 4 bits, which bounds the axes. 64 axes are numpy's limit.
     if len(shape) > 64 or not all(type(n) is int and 0 <= n <= 2 * size for n in (*shape, *offsets)):
         return None
     return kind, tuple(shape), *offsets
@@ -144,23 +144,23 @@ def read_index(folder: Path) -> dict[str, Tensor]:
     if index.exists():
         return _read_shards(folder, index)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
-    found = f" It has {', '.join(others[:5])}{', …' if others[5:] else ''}." if others else ""
+    holds = f" It has {', '.join(others[:5])}{', …' if others[5:] else ''}." if others else ""
     if any(name.endswith(".safetensors") for name in others):
-        hint = "download the index too, or rename a single file"
+        hint = "Download the index too, or rename a single file"
     else:
-        hint = "jaxlm reads safetensors only, which transformers' from_pretrained and then save_pretrained write"
-    raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{found} Way out: {hint}.")
+        hint = "jaxlm reads safetensors, which transformers writes: from_pretrained, then save_pretrained"
+    raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{holds} {hint}.")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise ValueError(f"{index} has no sound weight_map: download it again")
+        raise ValueError(f"{index} has no valid weight_map: download it again")
     shards = sorted(set(where.values()))
     for shard in shards:
         path = PurePosixPath(shard)
         if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\\" in shard:
-            raise ValueError(f"{index} names {quoted(shard)}, which is no safetensors file inside the folder: refused")
+            raise ValueError(f"{index} names {quoted(shard)}, which is not a safetensors file in the folder: refused")
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {listed(missing)} of its {len(shards)} shards: download them again")
@@ -168,13 +168,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     for shard in shards:
         header = read_header(folder / shard)
         if twice := [name for name in header if name in tensors]:
-            raise ValueError(f"{folder / shard} has {listed(twice)} again from another shard: download both again")
+            raise ValueError(f"{folder / shard} repeats {listed(twice)} of another shard: download both again")
         tensors |= header
     absent = [name for name, shard in where.items() if name not in tensors or tensors[name].file != folder / shard]
     if absent:
         raise ValueError(
-            f"{index} names tensors that are not where it says: {listed(absent)}. It and the shards are not of one "
-            "revision: download both again"
+            f"{index} names tensors that are not in the shards it says: {listed(absent)}. Index and shards are of "
+            "different revisions: download both again"
         )
     return tensors
 
@@ -185,12 +185,12 @@ def listed(names: Collection[str]) -> str:
 
 
 def quoted(name: str) -> str:
-    """A name in quotes, as much of it as belongs in a message."""
+    """A name in quotes, cut to the length of a message."""
     return repr(name[:NAME] + "…" * (len(name) > NAME))
 
 
 def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, SLICE at a time, in a buffer that is used again."""
+    """The bytes of a tensor, SLICE at a time, in a buffer that is reused."""
     buffer = aligned(min(SLICE, tensor.nbytes))
     for begin in range(0, tensor.nbytes, SLICE):
         part = buffer[: min(SLICE, tensor.nbytes - begin)]
@@ -199,15 +199,15 @@ def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Empty bytes on a 64-byte boundary, which jax takes as an array's memory without a copy on CPU."""
+    """Uninitialized bytes on a 64-byte boundary: on CPU jax uses them as an array's memory without a copy."""
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes]
 
 
 def read_into(buffer: np.ndarray, tensor: Tensor, begin: int, step: int = 0) -> None:
-    """Fills a buffer of bytes with those of a tensor from `begin` on. A buffer of several rows takes one every `step`
-    bytes."""
+    """Fills a buffer with the bytes of a tensor from `begin` on. The rows of a 2-D buffer are `step` bytes apart in the
+    file."""
     with open(tensor.file, "rb", buffering=0) as file, _named(tensor.file):
         for i, row in enumerate(np.atleast_2d(buffer)):
             file.seek(tensor.offset + begin + i * step)
@@ -216,6 +216,6 @@ def read_into(buffer: np.ndarray, tensor: Tensor, begin: int, step: int = 0) -> 
                 got = file.readinto(row.data[done:])
                 if not got:
                     raise ValueError(
-                        f"{tensor.file} has become shorter: it ends within {tensor.name}. Download it again"
+                        f"{tensor.file} ends within {tensor.name}: it has become shorter. Download it again"
                     )
                 done += got

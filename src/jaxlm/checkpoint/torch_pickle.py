@@ -1,7 +1,7 @@
-"""The pickle in a torch.save file, read as a description of tensors and never run.
+"""The pickle in a torch.save file, read as a description of tensors and never executed.
 
-A pickle is a program, and may be anyone's. A stack machine of the few opcodes and names that torch.save writes for a
-dict of tensors goes through it; the first thing beyond them ends the reading.
+A pickle is a program from an untrusted source. Here a stack machine interprets only the opcodes and names that
+torch.save writes for a dict of tensors, and refuses any other.
 """
 
 import io
@@ -31,7 +31,7 @@ _MARK = object()
 
 
 class _Name(NamedTuple):
-    """A class or function that the pickle names, as text: it is never looked up."""
+    """The name of a class or function in the pickle. It is never imported."""
 
     text: str
 
@@ -45,7 +45,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor as the pickle describes it. Its numbers are integers of any value."""
+    """A tensor as the pickle describes it. Its numbers are unchecked integers."""
 
     storage: Storage
     offset: int
@@ -79,7 +79,7 @@ def read_table(data: bytes) -> dict[str, View]:
             stack.append(memo[arg])
         elif name in ("BINGET", "LONG_BINGET"):
             if arg not in memo:
-                raise ValueError("data.pkl refers to a value that it never stored")
+                raise ValueError("data.pkl refers to a value that is not in its memo")
             stack.append(memo[arg])
         elif name == "BINPERSID":
             stack.append(_storage(_pop(stack)[0]))
@@ -89,11 +89,11 @@ def read_table(data: bytes) -> dict[str, View]:
             return _table(_pop(stack)[0])
         elif name != "PROTO":
             _fill(stack, name)
-    raise ValueError(f"data.pkl piles up more than {DEPTH:,} values")
+    raise ValueError(f"data.pkl puts more than {DEPTH:,} values on the stack")
 
 
 def _next(stream: io.BytesIO) -> tuple[str, Any]:
-    """An opcode's name and argument. What is not admitted is refused before its argument is read."""
+    """An opcode's name and argument. Opcodes that are not admitted are refused before their argument is read."""
     code = _take(stream, 1)
     name = _OPCODES.get(code, repr(code))
     if name not in _ADMITTED:
@@ -119,20 +119,20 @@ def _argument(stream: io.BytesIO, name: str) -> Any:
 def _take(stream: io.BytesIO, count: int) -> bytes:
     data = stream.read(count)
     if len(data) < count:
-        raise ValueError("data.pkl ends before its end")
+        raise ValueError("data.pkl is truncated")
     return data
 
 
 def _named(text: str) -> _Name:
     if text not in (TENSOR, PARAMETER, ORDERED, *STORAGES):
         kinds = f" (tensors must be {', '.join(DTYPES)})" if text.endswith("Storage") else ""
-        raise ValueError(f"data.pkl asks for {text.replace(' ', '.')[:80]!r}, which no table of tensors needs{kinds}")
+        raise ValueError(f"data.pkl names {text.replace(' ', '.')[:80]!r}, which no table of tensors needs{kinds}")
     return _Name(text)
 
 
 def _pop(stack: list[Any], count: int = 1) -> list[Any]:
     if len(stack) < count or any(value is _MARK for value in stack[-count:]):
-        raise ValueError("data.pkl takes values that are not there")
+        raise ValueError("data.pkl pops values that are not on the stack")
     values = stack[-count:]
     del stack[-count:]
     return values
@@ -143,37 +143,37 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
     while stack and stack[-1] is not _MARK:
         values.append(stack.pop())
     if not stack:
-        raise ValueError("data.pkl takes values that are not there")
+        raise ValueError("data.pkl pops values that are not on the stack")
     stack.pop()
     return values[::-1]
 
 
 def _fill(stack: list[Any], name: str) -> None:
-    """SETITEM, SETITEMS, and BUILD, with which a state_dict brings its metadata: that is dropped."""
+    """SETITEM, SETITEMS, and BUILD, which adds the metadata of a state_dict; it is dropped."""
     values = _pop_to_mark(stack) if name == "SETITEMS" else _pop(stack, 2 if name == "SETITEM" else 1)
     [target] = _pop(stack)
     if type(target) is not dict:
-        raise ValueError("data.pkl fills something that is no dict")
+        raise ValueError("data.pkl sets items of something that is not a dict")
     stack.append(target)
     if name == "BUILD":
         return
     keys = values[::2]
     named = all(type(key) is str and key not in target for key in keys)
     if len(values) % 2 or not named or len(set(keys)) < len(keys):
-        raise ValueError("data.pkl has a dict whose keys are not names, each once")
+        raise ValueError("data.pkl has a dict whose keys are not distinct names")
     target.update(zip(keys, values[1::2]))
 
 
 def _storage(key: Any) -> Storage:
-    """What a persistent id stands for: ("storage", type, number, device, elements)."""
+    """The storage of a persistent id: ("storage", type, number, device, elements)."""
     known = type(key) is tuple and [type(x) for x in key] == [str, _Name, str, str, int]
     if not known or key[0] != "storage" or key[1].text not in STORAGES:
-        raise ValueError("data.pkl refers to something that is no storage")
+        raise ValueError("data.pkl has a persistent id that is not a storage")
     return Storage(STORAGES[key[1].text], key[2], key[4])
 
 
 def _call(function: Any, args: Any) -> Any:
-    """What a function of torch's would make of its arguments: a description, or an empty dict."""
+    """The description of what a function of torch would return: a View, or an empty dict."""
     if type(function) is _Name and type(args) is tuple:
         kinds = [type(x) for x in args]
         if function.text == ORDERED and not args:
@@ -182,12 +182,12 @@ def _call(function: Any, args: Any) -> Any:
             return args[0]
         if function.text == TENSOR and kinds == [Storage, int, tuple, tuple, bool, dict]:
             return View(*args[:4])
-    raise ValueError("data.pkl calls something otherwise than torch.save does")
+    raise ValueError("data.pkl calls a function in another way than torch.save does")
 
 
 def _table(value: Any) -> dict[str, View]:
     if type(value) is not dict:
         raise ValueError(f"data.pkl holds a {type(value).__name__.strip('_')} instead of a dict of tensors")
     if others := [name for name, view in value.items() if type(view) is not View]:
-        raise ValueError(f"{others[0][:80]!r} is no tensor")
+        raise ValueError(f"{others[0][:80]!r} is not a tensor")
     return value

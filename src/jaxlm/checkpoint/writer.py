@@ -1,7 +1,7 @@
-"""Writing checkpoints: tensors slice by slice into safetensors files, in a folder that gets its name when it is whole.
+"""Writing checkpoints: tensors slice by slice into safetensors files.
 
-A tensor is an `Entry`: what a file's header says of it, and a function that gives its bytes. Nothing here holds more
-than a slice in memory beside the arrays that are written.
+A tensor is an `Entry`: its row of the file's header, and a function that yields its bytes. Beside the arrays that are
+written, no more than a slice is in memory.
 """
 
 import json
@@ -28,13 +28,13 @@ KINDS: dict[np.dtype[Any], str] = {dtype: kind for kind, dtype in DTYPES.items()
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: name, type as a file names it, shape, and what gives its bytes in pieces."""
+    """A tensor to write: name, type as a file names it, shape, and a function that yields its bytes in chunks."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[np.ndarray]]
-    spread: bool = False  # over several processes: all of them must ask for its bytes
+    spread: bool = False  # over several processes: all of them must call `chunks`
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class LazyTensor:
-    """A tensor on the disk in an array's place, in our shape and order: its rows are read when they are asked for."""
+    """A tensor on disk in place of an array, in the model's shape and row order. Rows are read when they are needed."""
 
     def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
         self.tensor: Tensor | ConcatTensor = tensor
@@ -54,9 +54,9 @@ class LazyTensor:
         return self.shape[0]
 
     def read_rows(self, begin: int, count: int) -> np.ndarray:
-        """Rows of the leading axis, [count,...]."""
+        """Rows of the leading axis [count,...]."""
         out = np.empty((count, *self.shape[1:]), self.dtype)
-        each = math.prod(self.tensor.shape) // len(self)  # elements of the file in one of our rows
+        each = math.prod(self.tensor.shape) // len(self)  # elements per row
         height = 1 if len(self.tensor.shape) == 1 else out.size // math.prod(self.tensor.shape[1:])
         row, column = (0, begin * each) if len(self.tensor.shape) == 1 else (begin * height // count, 0)
         for piece in pieces_of(self.tensor, out.reshape(height, -1), row, column):
@@ -64,15 +64,12 @@ class LazyTensor:
         return out
 
 
-Change = Callable[[np.ndarray], np.ndarray]  # of a slice: it may reorder what lies behind the leading axis
-
-
-def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, change: Change | None = None) -> Entry:
-    """An array as a tensor of `shape` (the axes as a file joins them). ValueError where float16 cannot hold it."""
+def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
+    """An array as a tensor of `shape` (axes joined as in a file). ValueError if float16 cannot hold its values."""
     spread = isinstance(value, jax.Array) and not value.is_fully_addressable
-    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype, change), spread)
+    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype), spread)
     if dtype == np.float16 and value.dtype != dtype:
-        for _ in entry.chunks():  # all of it is converted once for the check alone: before anything is written
+        for _ in entry.chunks():  # converts all of it once, to check it before anything is written
             pass
     return entry
 
@@ -82,21 +79,21 @@ def copied_entry(tensor: Tensor) -> Entry:
     return Entry(tensor.name, tensor.dtype, tensor.shape, partial(chunks, tensor))
 
 
-def array_bytes(name: str, value: Any, dtype: np.dtype, change: Change | None = None) -> Iterator[np.ndarray]:
-    """The bytes of an array in the type wanted, about SLICE at a time; whole rows of the leading axis."""
+def array_bytes(name: str, value: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The bytes of an array in a type, about SLICE at a time, in whole rows of the leading axis."""
     size = SPREAD if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1 else SLICE
     rows = max(1, size * len(value) // value.nbytes)
     for begin in range(0, len(value), rows):
         part = _read_rows(value, begin, min(rows, len(value) - begin))
-        part = _converted(name, part if change is None else change(part), dtype)
+        part = _converted(name, part, dtype)
         yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
 
 
 def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
-    """Some rows of an array in host memory: a view where they lie there already."""
+    """Rows of an array in host memory: a view if the array is in host memory."""
     if isinstance(value, LazyTensor):
         return value.read_rows(begin, count)
-    # Of an array on other devices numpy would make one whole, and jax would keep it.
+    # np.asarray of an array on other devices would copy all of it, and jax would cache the copy.
     if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
         return gather_rows(value, begin, count)
     if isinstance(value, jax.Array) and next(iter(value.devices())).platform != "cpu":
@@ -113,7 +110,7 @@ def _converted(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(all="ignore"):
         out = part.astype(dtype)
     if dtype == np.float16 and (np.isinf(out) & np.isfinite(part)).any():
-        raise ValueError(f"{name} has values beyond float16's 65,504: export in another type (--dtype bfloat16)")
+        raise ValueError(f"{name} has values beyond float16's 65,504: choose another type (--dtype bfloat16)")
     return out
 
 
@@ -127,12 +124,12 @@ def in_files(entries: Sequence[Entry]) -> list[list[Entry]]:
         if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > SHARD:
             groups.append([])
         groups[-1].append(entry)
-    # As the format's own library sorts them: wide types first, for a reader may rely on a tensor's alignment.
+    # As the safetensors library sorts them: wide types first, because a reader may rely on alignment.
     return [sorted(group, key=lambda entry: (-BITS[entry.dtype], entry.name)) for group in groups]
 
 
 def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
-    """model.safetensors, or shards with an index, named as transformers names them."""
+    """Writes model.safetensors, or shards with an index, named as by transformers."""
     groups = in_files(entries)
     if len(groups) == 1:
         return write_safetensors(folder / "model.safetensors", groups[0], advance)
@@ -146,7 +143,7 @@ def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
-    """One file. `advance` hears of bytes as they are written."""
+    """Writes one file. `advance` is called with the number of bytes, as they are written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     at = 0
     for entry in entries:
@@ -159,7 +156,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[i
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             written = sum(file.write(part.data) for part in counted(entry.chunks(), advance))
-            if written != entry.nbytes:  # a fault of the caller's shapes; every later tensor would be displaced
+            if written != entry.nbytes:  # the entry's shape is wrong; every later tensor would be displaced
                 raise AssertionError(f"{entry.name} has {written} bytes instead of {entry.nbytes}")
 
 
@@ -183,15 +180,21 @@ def check_target(
     configs: Collection[str] = ("config.json", "params.json"),
     what: str = "a checkpoint",
 ) -> None:
-    """Refuses a folder that must not be replaced. `out` and the sources (folders and files that are read) are real
-    paths, without links. With `force` a checkpoint (what has weights and one of `configs`) may be replaced, and nothing
-    else."""
+    """FileExistsError for a folder that must not be replaced.
+
+    Args:
+        out: the folder to write, with links resolved.
+        sources: folders and files that are read while `out` is written, with links resolved.
+        force: allow to replace a checkpoint: a folder with weights and one of `configs`. Nothing else is replaced.
+        configs: names of config files.
+        what: the kind of folder, for messages.
+    """
     if any(out == path or out in path.parents for path in sources):
         raise FileExistsError(f"{out} holds the files that this model was loaded from: choose another folder")
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose the name of a folder")
+        raise FileExistsError(f"{out} is a file: choose a folder")
     names = sorted(path.name for path in out.iterdir())
     if not names:
         return
@@ -199,19 +202,19 @@ def check_target(
     if not (weights and set(configs) & set(names)):
         raise FileExistsError(f"{out} is in use and not {what}, it holds {listed(names)}: choose another folder")
     if not force:
-        raise FileExistsError(f"{out} is {what} already: --force (force=True) replaces all of the folder")
+        raise FileExistsError(f"{out} is {what} already: --force (force=True) replaces the whole folder")
 
 
 def gather_rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
-    """Some rows of the leading axis, in host memory, the same in every process: all of them must ask. No device and no
-    process ever holds more than these of an array that is divided."""
+    """Rows of the leading axis, in host memory, the same in every process. All processes must call it. No device and no
+    process holds more of a sharded array than these rows."""
     bits = np.asarray(_gather_rows(x.sharding, count)(x, begin))
     return bits.astype(f"u{x.dtype.itemsize}").view(x.dtype)
 
 
 @cache
 def _gather_rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
-    """The rows as numbers of 32 bits, which every device adds up alike: what a device does not hold it counts as 0."""
+    """The rows as 32-bit integers, summed over the devices: rows that a device does not hold count as 0."""
     first, *rest = (*where.spec, None)
 
     def local(part: jax.Array, begin: jax.Array) -> jax.Array:

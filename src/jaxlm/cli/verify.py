@@ -1,4 +1,4 @@
-"""`jaxlm verify`: proof that a model computes what its authors published."""
+"""`jaxlm verify`: compares a model with reference implementations and with itself."""
 
 import json
 import math
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def on_virtual_devices(mesh: str) -> None:
-    """Lets a CPU count as as many devices as the mesh needs: what is computed is the same."""
+    """Splits the CPU into as many virtual devices as the mesh needs. The results are the same."""
     import jax
 
     from jaxlm.devices.topology import parse
@@ -28,19 +28,19 @@ def on_virtual_devices(mesh: str) -> None:
 
 @dataclass(frozen=True)
 class Verify(ModelFlags):
-    """Compare a model with transformers, with Meta's code or with a recording, and with itself."""
+    """Compare a model with transformers, Meta's code or a recording of either, and with itself."""
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
     """Hub id or folder."""
     against: str | None = None
-    """transformers, meta, self, or a file that --record wrote; several with commas. Default: transformers where torch
-    is installed, else self."""
+    """transformers, meta, self, or a file that --record wrote; several, separated by commas. Default: transformers if
+    torch is installed, else self."""
     record: str | None = None
-    """Write the first reference's answers to this file, for machines without torch."""
+    """File to write the first reference's answers to, for machines without torch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Type of jaxlm's weights; float32 proves the mathematics."""
+    """Type of jaxlm's weights. float32 proves the mathematics."""
     report: str | None = None
-    """Write a page with a plot of error by layer into this folder."""
+    """Folder to write a page to, with a plot of the error by layer."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -50,7 +50,7 @@ class Verify(ModelFlags):
             return 2
         name = str(self.name or self.model)
         if not self.is_single_process:
-            raise ValueError("verify runs in one process: it holds a model against references that do")
+            raise ValueError("verify runs in a single process: start it without --num-processes or a launcher")
         self.begin()
         if self.mesh is not None:
             on_virtual_devices(self.mesh)

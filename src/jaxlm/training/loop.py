@@ -108,7 +108,7 @@ def finish(setup: Setup, state: step.State) -> Path:
         }
         has_vision = "text_config" in setup.raw
         weights = params.unstack(state.weights)
-        peft.write(folder, weights, table, setup.config, seeing=has_vision, force=True, **options)
+        peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, **options)
         distributed.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw

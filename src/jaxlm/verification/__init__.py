@@ -1,17 +1,18 @@
 """Proof that a model on this machine computes what its authors published.
 
-`verify` runs one or more references (transformers, Meta's own code, or a recording of either), frees each, then runs
-jaxlm over the same probes and compares: rotary frequencies, the residual stream after every layer, logits, greedy text,
-token ids. It also holds jaxlm against itself: cached, chunked, batched and rewound runs must equal the plain one.
+`verify` runs one or more references (transformers, Meta's code, or a recording of either), frees each, then runs jaxlm
+over the same probes and compares rotary frequencies, the residual stream after every layer, logits, greedy text and
+token ids. It also compares jaxlm with itself: decoding through the KV cache, chunked prefill, a rewound cache and
+single rows must equal the plain forward pass.
 
-    probes.py        what is asked of every model, and what it answers
+    probes.py        the inputs of every model, and its answers
     torch_models.py  transformers
-    meta_code.py     Meta's own; with torch_models.py the one place of the package that imports torch
+    meta_code.py     Meta's code; only this file and torch_models.py import torch
     recordings.py    a reference's answers in a file, for machines without torch
     ours.py          jaxlm's answers, and jaxlm against itself
-    tolerances.py    how far apart two answers may be, and why
-    checks.py        answers -> checks
-    report.py        checks -> table, JSON, Markdown, plot
+    tolerances.py    tolerances, with their reasons
+    checks.py        compares answers
+    report.py        the checks as a table, JSON, Markdown and a plot
 """
 
 import gc
@@ -86,13 +87,13 @@ def _require_several_devices(mesh: Any, cfg: Any) -> None:
     """ValueError, before minutes of work, for a mesh that is invalid or has a single device."""
     row = params.TensorSpec("embed", "VD", (cfg.V, cfg.D), (), ())
     if len(placement(cfg, mesh, None)(row).device_set) == 1:
-        raise ValueError(f"mesh {mesh} is one device: there is nothing to compare")
+        raise ValueError(f"mesh {mesh} has a single device: there is nothing to compare")
 
 
 def _answers(
     names: list[str], subject: Resolved, dtype: str, progress: Callable[[str], None]
 ) -> tuple[Probes, list[list[Trace]]]:
-    """What the references answer, one after the other: no two models are in memory at once."""
+    """The answers of the references, one after the other: no two models are in memory at once."""
     probes, traces = probes_for(subject.config, subject.tokenizer), []
     for name in names:
         if name in RUNS:
@@ -106,7 +107,7 @@ def _answers(
 
 
 def _references(against: str | Sequence[str] | None, subject: Resolved) -> list[str]:
-    """The names asked for, checked; recordings are paths."""
+    """The names in `against`, checked; recordings are paths."""
     adapted = subject.checkpoint is not None and subject.checkpoint.adapter is not None
     if against is None:
         has_torch = not adapted and importlib.util.find_spec("torch") is not None and subject.checkpoint is not None
@@ -115,13 +116,15 @@ def _references(against: str | Sequence[str] | None, subject: Resolved) -> list[
     for name in names:
         if name in RUNS:
             if subject.checkpoint is None:
-                raise ValueError(f"{name} reads a checkpoint, and this model came from none: save it first")
+                raise ValueError(f"{name} reads a checkpoint, and this model has none: export it first")
             if adapted:
-                raise ValueError(f"{name} runs models without adapters: jaxlm fuse it first, or --against self")
+                raise ValueError(
+                    f"{name} runs models without adapters: merge it with jaxlm fuse, or use --against self"
+                )
             RUNS[name].require(subject)
         elif name != "self" and not Path(name).is_file():
             known = ", ".join([*RUNS, "self"])
-            raise ValueError(f"--against {name}: neither one of {known} nor a recording (a file that --record wrote)")
+            raise ValueError(f"--against {name} is neither one of {known} nor a recording (a file that --record wrote)")
     if len(names) > 1 and not set(names) <= {*RUNS, "self"}:
-        raise ValueError("a recording brings its own probes: compare with it alone")
+        raise ValueError("a recording has its own probes: compare with it alone")
     return names

@@ -1,4 +1,4 @@
-"""From answers to checks: each a figure, its limit, and whether it holds."""
+"""Comparisons of answers: each has a figure and a limit."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,12 +7,19 @@ import numpy as np
 
 from jaxlm.verification import ours, tolerances
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
-from jaxlm.verification.report import Check, Report
+from jaxlm.verification.report import DIVERGENCE, Check, Report
+
+STD = "std"  # unit of errors: standard deviations of the reference
 
 
-class Apart(NamedTuple):
-    """How far answers are from the reference's: the worst and the root mean square in its deviations, the mean KL in
-    nats, and the share of positions with the same likeliest token."""
+class Distance(NamedTuple):
+    """Distance of answers from the reference's.
+
+    Attributes:
+        worst, rms: largest and root mean square difference, in standard deviations of the reference.
+        kl: mean KL divergence in nats.
+        top1: share of positions with the same most likely token.
+    """
 
     worst: float
     rms: float
@@ -20,20 +27,21 @@ class Apart(NamedTuple):
     top1: float = 1.0
 
 
-def apart(a: np.ndarray, b: np.ndarray) -> Apart:
-    """Hidden states or logits a [...,n] against the reference's b."""
+def distance(a: np.ndarray, b: np.ndarray) -> Distance:
+    """Of hidden states or logits a [...,n] from the reference's b."""
     deviation = float(b.std()) or 1.0
     difference = a.astype(np.float64) - b
-    # NaN compares as false everywhere: it must count as infinitely far.
+    # A NaN must count as infinitely far.
     worst, rms = np.abs(difference).max() / deviation, np.sqrt((difference**2).mean()) / deviation
-    return Apart(*(float(x) if np.isfinite(x) else np.inf for x in (worst, rms)))
+    return Distance(*(float(x) if np.isfinite(x) else np.inf for x in (worst, rms)))
 
 
-def apart_logits(a: np.ndarray, b: np.ndarray) -> Apart:
+def logits_distance(a: np.ndarray, b: np.ndarray) -> Distance:
+    """Of logits a [...,V] from the reference's b, with KL divergence and top-1 agreement."""
     p, q = _log_softmax(b), _log_softmax(a)
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
     top1 = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Apart(*apart(a, b)[:2], max(kl, 0.0) if np.isfinite(kl) else np.inf, top1)
+    return Distance(*distance(a, b)[:2], max(kl, 0.0) if np.isfinite(kl) else np.inf, top1)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -42,8 +50,13 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report:
-    """All checks of a model: against each reference (its float32 answers first, then those in the model's type, if
-    that is another), and against itself."""
+    """All checks of a model, against each reference and against itself.
+
+    Args:
+        model: the model.
+        probes: the inputs.
+        traces: per reference its answers in float32, then those in the model's type if that is another.
+    """
     report = Report.of(model)
     for theirs in traces:
         mine = ours.trace(model, probes, theirs[0])
@@ -56,26 +69,26 @@ def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report
         report.checks += _tokens(mine, theirs[0])
     limit = tolerances.ITSELF[report.dtype]
     report.checks += [
-        Check("itself", f"{name}, logits, rms", apart(a, b).rms, limit, "deviations")
+        Check("itself", f"{name}, logits, RMS", distance(a, b).rms, limit, STD)
         for name, (a, b) in ours.itself(model).items()
     ]
     return report
 
 
 def compare_meshes(report: Report, one: Any, spread: Any, probes: Probes) -> None:
-    """Adds what a model computes on a mesh, held against what it computes on one device."""
+    """Adds the checks of a model sharded over a mesh against the same model on one device."""
     alone, there = ours.trace(one, probes, None), ours.trace(spread, probes, None)
     rows, devices = spread.mesh.shape["data"], spread.mesh.size
     on = f"on data={rows},model={devices // rows}"
     report.tokens[f"jaxlm {on}"] = there.greedy
-    far = apart(there.logits, alone.logits).rms
-    check = Check("itself", f"{on} = on one device, logits, rms", far, tolerances.ITSELF[report.dtype], "deviations")
+    rms = distance(there.logits, alone.logits).rms
+    check = Check("itself", f"{on} = on one device, logits, RMS", rms, tolerances.ITSELF[report.dtype], STD)
     texts = [text._replace(against="itself", what=f"{on}: {text.what}") for text in _text(there, alone)]
     report.checks += [check, *texts]
 
 
-def _limits(theirs: list[Trace], figures: Apart | None) -> tolerances.Limits:
-    """The table's limits in float32; else a multiple of the reference's own error in the model's type."""
+def _limits(theirs: list[Trace], figures: Distance | None) -> tolerances.Limits:
+    """The limits of float32; in another type a multiple of the reference's own error in it."""
     if figures is None:
         return tolerances.EXACT
     worst, rms, kl = (tolerances.OWN_ERROR * figure for figure in figures[:3])
@@ -87,68 +100,69 @@ def _frequencies(mine: Trace, theirs: Trace) -> list[Check]:
     limit = tolerances.ULPS if theirs.used is None else tolerances.ULPS_READ_BACK
     for name, radians in theirs.radians.items():
         a, b = (x.astype(np.float32).view(np.int32).astype(np.int64) for x in (mine.radians[name], radians))
-        checks.append(Check(theirs.name, f"frequencies ({name})", float(np.abs(a - b).max()), limit, "ulp"))
+        checks.append(Check(theirs.name, f"rotary frequencies ({name})", float(np.abs(a - b).max()), limit, "ulp"))
         scale = abs(mine.amplitude[name] / theirs.amplitude[name] - 1)
         checks.append(Check(theirs.name, f"rotary scale ({name})", scale, 1e-6, "relative"))
     return checks
 
 
 def _states(report: Report, mine: Trace, theirs: list[Trace]) -> list[Check]:
-    """Hidden states of every layer; the worst of them is the figure, and the first beyond its limit is named."""
+    """Hidden states of every layer. The figure is that of the worst layer; the note names the first divergence."""
     exact, name = theirs[0], theirs[0].name
     if len(mine.hidden) != len(exact.hidden):
         counts = len(mine.hidden) - 1, len(exact.hidden) - 1
         return [Check(name, f"layers: {counts[0]} instead of {counts[1]}", abs(counts[0] - counts[1]), 0, "layers")]
-    found = [apart(a, b) for a, b in zip(mine.hidden, exact.hidden)]
-    own = [apart(a, b) for a, b in zip(theirs[1].hidden, exact.hidden)] if len(theirs) > 1 else [None] * len(found)
-    limits = [_limits(theirs, figures) for figures in own]
-    # The embedding is copied, and rounds in no type: its own error may be zero.
-    bounds = [max(limit.rms, tolerances.EXACT.rms) for limit in limits]
-    report.layers[name] = [far.rms for far in found]
-    report.layer_limits[name] = bounds
-    ratios = [far.rms / bound for far, bound in zip(found, bounds)]
-    worst = int(np.argmax(ratios))
-    check = Check(
-        name, f"hidden states, rms, at {_place(worst, len(found))}", found[worst].rms, bounds[worst], "deviations"
+    distances = [distance(a, b) for a, b in zip(mine.hidden, exact.hidden)]
+    own = (
+        [distance(a, b) for a, b in zip(theirs[1].hidden, exact.hidden)] if len(theirs) > 1 else [None] * len(distances)
     )
-    parted = next((i for i, ratio in enumerate(ratios) if not ratio <= 1), None)
-    if parted is not None:
-        check = check._replace(note=f"the paths part at {_place(parted, len(found))}")
+    limits = [_limits(theirs, figures) for figures in own]
+    # The embedding is a copy without rounding: the reference's own error may be zero there.
+    bounds = [max(limit.rms, tolerances.EXACT.rms) for limit in limits]
+    report.layers[name] = [each.rms for each in distances]
+    report.layer_limits[name] = bounds
+    ratios = [each.rms / bound for each, bound in zip(distances, bounds)]
+    worst = int(np.argmax(ratios))
+    where = _layer(worst, len(ratios))
+    check = Check(name, f"hidden states, RMS, worst at {where}", distances[worst].rms, bounds[worst], STD)
+    first = next((i for i, ratio in enumerate(ratios) if not ratio <= 1), None)
+    if first is not None:
+        check = check._replace(note=f"{DIVERGENCE} at {_layer(first, len(ratios))}")
     return [check]
 
 
-def _place(i: int, count: int) -> str:
-    """Where hidden state i of `count` stands."""
+def _layer(i: int, count: int) -> str:
+    """The name of hidden state i of `count`."""
     return "the embedding" if i == 0 else f"layer {i - 1}" if i < count - 1 else f"layer {i - 1} + norm"
 
 
 def _logits(mine: Trace, theirs: list[Trace]) -> list[Check]:
     exact, name = theirs[0], theirs[0].name
-    far = apart_logits(mine.logits, exact.logits)
-    limits = _limits(theirs, apart_logits(theirs[1].logits, exact.logits) if len(theirs) > 1 else None)
+    far = logits_distance(mine.logits, exact.logits)
+    limits = _limits(theirs, logits_distance(theirs[1].logits, exact.logits) if len(theirs) > 1 else None)
     checks = [
-        Check(name, "logits, worst", far.worst, limits.worst, "deviations"),
-        Check(name, "logits, rms", far.rms, limits.rms, "deviations"),
+        Check(name, "logits, worst", far.worst, limits.worst, STD),
+        Check(name, "logits, RMS", far.rms, limits.rms, STD),
         Check(name, "logits, mean KL", far.kl, limits.kl, "nats"),
     ]
-    # Where the best two stand closer than the error that is allowed, either may win.
+    # Where the reference's top two are closer than the tolerance, either may be the most likely.
     two = np.sort(exact.logits, axis=-1)[..., -2:]
     clear = two[..., 1] - two[..., 0] > 2 * limits.worst * exact.logits.std()
     wrong = clear & (mine.logits.argmax(-1) != exact.logits.argmax(-1))
-    note = f"{far.top1:.1%} agree in all"
-    return [*checks, Check(name, f"likeliest token, of {clear.sum()} clear ones", int(wrong.sum()), 0, "differ", note)]
+    note = f"{far.top1:.1%} agree overall"
+    return [*checks, Check(name, f"most likely token, of {clear.sum()} clear", int(wrong.sum()), 0, "differ", note)]
 
 
 def _text(mine: Trace, theirs: Trace) -> list[Check]:
-    """Greedy text: equal in float32, unless the reference itself stood between two tokens where they part."""
+    """Greedy text. In float32 it must be equal, unless the first divergence is at a tie of the reference."""
     shorter = min(len(mine.greedy), len(theirs.greedy))
     same = next((i for i, (a, b) in enumerate(zip(mine.greedy, theirs.greedy)) if a != b), shorter)
     title, missing = f"greedy text, {len(theirs.greedy)} tokens", max(len(mine.greedy), len(theirs.greedy)) - same
     if missing and mine.dtype != "float32":
-        return [Check(theirs.name, title, missing, None, "differ", "rounding alone parts text in this type")]
+        return [Check(theirs.name, title, missing, None, "differ", "expected from rounding in this type")]
     tie = 2 * tolerances.EXACT.worst * float(theirs.logits.std())
     if missing and same < len(theirs.gaps) and theirs.gaps[same] <= tie and same < shorter:
-        return [Check(theirs.name, title, missing, None, "differ", f"at a tie of {theirs.gaps[same]:.1e}")]
+        return [Check(theirs.name, title, missing, None, "differ", f"{DIVERGENCE} at a tie of {theirs.gaps[same]:.1e}")]
     return [Check(theirs.name, title, missing, 0, "differ")]
 
 

@@ -1,4 +1,4 @@
-"""jaxlm's answers to the probes, and jaxlm held against itself: the cache, chunks, batches and rewinding."""
+"""jaxlm's answers to the probes, and jaxlm against itself: KV cache, chunked prefill, batches, rewinding."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,14 +15,14 @@ from jaxlm.model import Model
 from jaxlm.nn.rope import FixedRope
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions
 
-ROPES = ("rope", "local_rope")  # the config's fields that hold one
-CACHED = 480  # positions of a cached probe without windows: a cache for it must be cheap
+ROPES = ("rope", "local_rope")  # fields of a config
+CACHED = 480  # positions of a cached probe without windows, so that its KV cache stays small
 
 
 def subject_of(model: Model | ModelSource) -> loading.Resolved:
-    """What is known of a model before its weights are read."""
+    """What is known about a model before its weights are read."""
     if isinstance(model, Model):
-        checkpoint: Any = model.checkpoint  # None where there is none, which only references mind
+        checkpoint: Any = model.checkpoint  # None if it has none; only references need it
         return loading.Resolved(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
     return loading.resolve(model)
 
@@ -33,21 +33,21 @@ def loaded(model: Model | ModelSource, dtype: str, device: Any = None) -> Model:
 
 
 def dtype_of(model: Any, dtype: str) -> str:
-    """The type in which jaxlm will compute."""
+    """The type of jaxlm's weights."""
     return str(model.dtype) if isinstance(model, Model) else dtype
 
 
 def trace(model: Model, probes: Probes, reference: Trace | None) -> Trace:
-    """jaxlm's answers, computed with the reference's frequencies (they are compared on their own)."""
+    """jaxlm's answers, computed with the reference's rotary frequencies, which are compared on their own."""
     family, cfg = model.family, _shared_frequencies(model.config, reference)
-    kept = jnp.asarray(probes.kept)
+    indices = jnp.asarray(probes.indices)
 
     @jax.jit
     def answers(tokens: jax.Array, pos: jax.Array, weights: Any) -> tuple[list[jax.Array], jax.Array]:
         states: list[jax.Array] = []
         x, _ = family.forward(cfg, tokens, weights, None, pos, hidden=states)
-        states = [state[:, kept].astype(jnp.float32) for state in [*states[:-1], x]]
-        return states, family.logits(cfg, x[:, kept], weights)
+        states = [state[:, indices].astype(jnp.float32) for state in [*states[:-1], x]]
+        return states, family.logits(cfg, x[:, indices], weights)
 
     with mesh.use_mesh_of(model.weights):
         hidden, logits = jax.device_get(answers(jnp.asarray(probes.tokens), jnp.asarray(probes.pos), model.weights))
@@ -77,7 +77,7 @@ def _shared_frequencies(cfg: Any, reference: Trace | None) -> Any:
 
 
 def greedy(model: Model, probes: Probes) -> list[int]:
-    """Greedy text through the programs that generation uses."""
+    """Greedy text through the compiled steps of generation."""
     from jaxlm.inference.generation import stream
 
     options: dict[str, Any] = {"max_tokens": probes.steps, "temperature": 0.0, "ignore_eos": True, "stop": ()}
@@ -87,30 +87,30 @@ def greedy(model: Model, probes: Probes) -> list[int]:
 
 
 def itself(model: Model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pairs of logits [n,V] that should be equal: what was checked -> (another way, the plain forward pass)."""
+    """Pairs of logits [n,V] that must be equal, by name: computed in another way, and by the plain forward pass."""
     cfg = model.config
     pos = positions(cfg.context, cfg.windows, far=min(CACHED, cfg.context) - 64)
     tokens = np.random.RandomState(1).randint(0, cfg.V, pos.shape).astype(np.int32)
     whole = _plain(model, tokens, pos)
     T = pos.shape[1]
     ones = [T // 4] + [1] * (T - T // 4)
-    # A piece never spans the jump in the middle: a ring holds what its first token sees as long as positions run on.
+    # A chunk never spans the jump of positions in the middle: a ring buffer needs consecutive positions.
     sevens = [min(7, end - begin) for end in (T // 2, T) for begin in range(end - T // 2, end, 7)]
     stepped, kv = _cached(model, tokens, pos, ones)
     chunked, _ = _cached(model, tokens, pos, sevens)
-    # Back by fewer tokens than a chunk: what was written after that must be forgotten, or the new ones would see it.
+    # Rewinds by fewer tokens than a chunk. New tokens must not attend to those written after that position.
     back, other = T - min(8, T // 2), tokens.copy()
     other[:, back:] = (other[:, back:] + 1) % cfg.V
     rewound, _ = _cached(model, other[:, back:], pos[:, back:], [1] * (T - back), kv)
     alone = [_plain(model, tokens[[row]], pos[[row]]) for row in range(len(pos))]
     ends = {"decode": np.cumsum(ones) - 1, "chunks": np.cumsum(sevens) - 1}
-    found = {
-        "decoded = whole": (stepped, whole[:, ends["decode"]]),
-        "chunks of 7 = whole": (chunked, whole[:, ends["chunks"]]),
-        "rewound = whole": (rewound, _plain(model, other, pos)[:, back:]),
-        "alone = in a batch": (np.concatenate(alone), whole),
+    logits = {
+        "decode = forward": (stepped, whole[:, ends["decode"]]),
+        "prefill in chunks of 7 = forward": (chunked, whole[:, ends["chunks"]]),
+        "rewound KV cache = forward": (rewound, _plain(model, other, pos)[:, back:]),
+        "single row = batch": (np.concatenate(alone), whole),
     }
-    return {name: (a.reshape(-1, cfg.V), b.reshape(-1, cfg.V)) for name, (a, b) in found.items()}
+    return {name: (a.reshape(-1, cfg.V), b.reshape(-1, cfg.V)) for name, (a, b) in logits.items()}
 
 
 def _plain(model: Model, tokens: np.ndarray, pos: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def _plain(model: Model, tokens: np.ndarray, pos: np.ndarray) -> np.ndarray:
 
 
 def _cached(model: Model, tokens: np.ndarray, pos: np.ndarray, sizes: list[int], kv: Any = None) -> tuple[Any, Any]:
-    """Logits [B,n,V] of the last token of each piece, through the prefill program of generation; and the cache."""
+    """Logits [B,n,V] of the last token of each chunk, through the prefill step of generation; and the KV cache."""
     B = len(tokens)
     kv = model.init_kv(B, int(pos.max()) + 1, chunk=16) if kv is None else kv
     steps = CompiledSteps(model)

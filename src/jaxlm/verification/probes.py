@@ -1,7 +1,7 @@
-"""What every model is asked, and what it answers.
+"""The inputs of every model (probes) and its answers.
 
-Rotary positions are relative, so a long offset alone tests nothing: one row mixes positions near 0 with positions past
-9,000, and for every sliding window a row stands across its edge.
+RoPE is relative, so a long offset alone tests nothing: one row has positions near 0 and past 9,000, and for every
+sliding window one row crosses its edge.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-T = 64  # tokens a row
-FAR = 9000  # past 8,192, where Llama 3.1's unscaled and scaled frequencies are turns apart
+T = 64  # tokens per row
+FAR = 9000  # past 8,192: there Llama 3.1's angles with and without scaling differ by full turns
 GREEDY = 64  # tokens of greedy text
 MARGIN = 16  # tokens on each side of a window's edge
 
@@ -39,12 +39,18 @@ CHATS = (
 
 @dataclass(frozen=True)
 class Probes:
-    """tokens, pos [B,T] int32; kept: the indices [P] at which answers are noted; prompt: ids that greedy text
-    continues; steps: how many tokens of it."""
+    """The inputs.
+
+    Attributes:
+        tokens, pos: [B,T] int32.
+        indices: [P] int32, the columns at which answers are recorded.
+        prompt: token ids that greedy text continues.
+        steps: number of tokens of greedy text.
+    """
 
     tokens: np.ndarray
     pos: np.ndarray
-    kept: np.ndarray
+    indices: np.ndarray
     prompt: list[int]
     steps: int
 
@@ -53,10 +59,16 @@ class Probes:
 class Trace:
     """A model's answers. All numbers are float32.
 
-    radians, amplitude: the rotary frequencies [H/2] and scale of each of the config's ropes (`rope`, `local_rope`);
-    used: those behind the other answers where they differ from `radians`; hidden: the residual stream [B,P,D] before
-    the first layer and after each, the last one normed; logits [B,P,V]; greedy: ids, and gaps: how far the best logit
-    stood above the next at each; ids, chats: token ids of TEXTS and CHATS, None without a tokenizer or template.
+    Attributes:
+        name: of the model or reference.
+        dtype: type of its weights.
+        radians, amplitude: rotary frequencies [H/2] and scale of each RoPE of the config (`rope`, `local_rope`).
+        hidden: the residual stream [B,P,D] before the first layer and after each, the last one normed.
+        logits: [B,P,V].
+        greedy: token ids of greedy text.
+        gaps: at each of these, the difference of the two largest logits.
+        ids, chats: token ids of TEXTS and CHATS; None without a tokenizer or a chat template.
+        used: the frequencies that the answers were computed with, if they are not `radians`.
     """
 
     name: str
@@ -73,27 +85,27 @@ class Trace:
 
 
 def positions(context: int, windows: Sequence[int | None], far: int = FAR) -> np.ndarray:
-    """Rows [B,T]: from 0 on; 0 to T/2 and then far; 0 to T/2 and then across the edge of each window."""
+    """Positions [B,T]: from 0 on; 0 to T/2 and then from `far`; 0 to T/2 and then across the edge of each window."""
     length = min(T, context)
     near, half = np.arange(length, dtype=np.int32), length // 2
     begins = [min(far, context - (length - half))]
     begins += [window - MARGIN for window in sorted({window for window in windows if window is not None})]
     rows = [near]
     for begin in begins:
-        # A jump goes forward and stays within the context; where it cannot, the plain row says the same.
+        # A jump must go forward and stay within the context; without it the row equals the first one.
         if half <= begin and begin + length - half <= context:
             rows.append(np.concatenate([near[:half], begin + np.arange(length - half, dtype=np.int32)]))
     return np.stack(rows)
 
 
 def probes_for(config: Any, tokenizer: Any) -> Probes:
-    """The probes of an architecture. Tokens are seeded draws of the whole vocabulary, ids 0 and 1 among them."""
+    """The probes of an architecture. Tokens are random ids of the vocabulary with a fixed seed, 0 and 1 included."""
     pos = positions(config.context, config.windows)
     rng = np.random.RandomState(0)
     tokens = rng.randint(0, config.V, pos.shape).astype(np.int32)
     tokens[:, pos.shape[1] // 3] = 0
     tokens[:, pos.shape[1] // 2] = min(1, config.V - 1)
-    kept = np.unique(np.linspace(0, pos.shape[1] - 1, 16).astype(np.int32))
+    indices = np.unique(np.linspace(0, pos.shape[1] - 1, 16).astype(np.int32))
     prompt = tokenizer.encode(TEXTS[0])[:8] if tokenizer is not None else []
     prompt = prompt or tokens[0, :8].tolist()
-    return Probes(tokens, pos, kept, prompt, min(GREEDY, config.context - len(prompt)))
+    return Probes(tokens, pos, indices, prompt, min(GREEDY, config.context - len(prompt)))

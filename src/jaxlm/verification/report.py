@@ -1,4 +1,4 @@
-"""Checks as a table for a terminal, as JSON, and as a page in Markdown with a plot of error by layer."""
+"""Checks as a table for a terminal, as JSON, and as a Markdown page with a plot of the error by layer."""
 
 import platform
 from dataclasses import dataclass, field
@@ -15,9 +15,20 @@ from jaxlm.version import __version__
 if TYPE_CHECKING:
     from rich.table import Table
 
+DIVERGENCE = "first divergence"  # in notes of checks; the verdict repeats these
+
 
 class Check(NamedTuple):
-    """One comparison: against what, of what, the figure found, its limit (None: for information), and its unit."""
+    """One comparison.
+
+    Attributes:
+        against: name of the reference, or "itself".
+        what: what is compared.
+        figure: the measured error.
+        limit: the largest figure that passes; None: for information only.
+        unit: of figure and limit. "std": standard deviations of the reference.
+        note: details.
+    """
 
     against: str
     what: str
@@ -28,14 +39,22 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """A NaN passes nothing."""
+        """Whether the figure is within the limit. A NaN is not."""
         return self.limit is None or self.figure <= self.limit
 
 
 @dataclass
 class Report:
-    """What `verify` found. layers, layer_limits: RMS error of each hidden state by reference; tokens: greedy ids by
-    model, jaxlm's first."""
+    """The result of `verify`.
+
+    Attributes:
+        model: name of the model.
+        about: what ran where.
+        dtype: type of jaxlm's weights.
+        checks: the comparisons.
+        layers, layer_limits: RMS error of each hidden state, and its limit, by reference.
+        tokens: greedy token ids by model, jaxlm's first.
+    """
 
     model: str
     about: dict[str, str]
@@ -47,9 +66,13 @@ class Report:
 
     @classmethod
     def of(cls, model: Any) -> "Report":
-        """An empty report that says what runs where."""
+        """A report without checks, which says what runs where."""
         device = model.device
-        precision = "full (Precision.HIGHEST)" if str(model.dtype) == "float32" else "inputs as stored, sums in float32"
+        precision = (
+            "full (Precision.HIGHEST)"
+            if str(model.dtype) == "float32"
+            else "inputs in the weights' type, sums in float32"
+        )
         about = {
             "parameters": f"{params.count(model.family.PARAMS, model.config):,}",
             "type": str(model.dtype),
@@ -76,12 +99,12 @@ class Report:
     def verdict(self) -> str:
         failed = [check for check in self.checks if not check.passed]
         if not failed:
-            return f"verified: {len(self.checks)} checks hold"
-        parted = [f"{check.against}: {check.note}" for check in failed if "part" in check.note]
-        return f"FAILED: {len(failed)} of {len(self.checks)} checks" + "".join(f"; {note}" for note in parted)
+            return f"verified: {len(self.checks)} checks passed"
+        notes = [f"; {check.against}: {check.note}" for check in failed if DIVERGENCE in check.note]
+        return f"FAILED: {len(failed)} of {len(self.checks)} checks" + "".join(notes)
 
     def table(self) -> "Table":
-        """The checks, one a row."""
+        """The checks, one per row."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -103,7 +126,7 @@ class Report:
         return table
 
     def token_table(self) -> "Table":
-        """Greedy token ids, a column a model; a row in which they differ is marked."""
+        """Greedy token ids, one column per model. Rows in which they differ are marked."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -117,7 +140,7 @@ class Report:
         return table
 
     def json(self) -> dict[str, Any]:
-        """As JSON can hold it: a figure that is not finite is null."""
+        """The report as JSON. A figure that is not finite is null."""
         checks = [
             {**check._asdict(), "figure": check.figure if isfinite(check.figure) else None, "passed": check.passed}
             for check in self.checks
@@ -126,13 +149,13 @@ class Report:
         return {**vars(self), "checks": checks, "layers": layers, "passed": self.passed}
 
     def markdown(self) -> str:
-        """The page, without the plot."""
+        """The report as Markdown, without the plot."""
         lines = [f"# {self.model}: {self.verdict()}", ""]
         lines += [f"- {name}: {value}" for name, value in self.about.items()]
         lines += ["", "| against | what | figure | limit | unit | |", "| --- | --- | --- | --- | --- | --- |"]
         for c in self.checks:
-            said = "FAILED" if not c.passed else "ok" if c.limit is not None else "–"
-            cells = (c.against, c.what, number(c.figure), number(c.limit), c.unit, f"{said} {c.note}".strip())
+            status = "FAILED" if not c.passed else "ok" if c.limit is not None else "–"
+            cells = (c.against, c.what, number(c.figure), number(c.limit), c.unit, f"{status} {c.note}".strip())
             lines.append(f"| {' | '.join(cells)} |")
         if len(self.tokens) > 1:
             lines += ["", "Greedy text, token ids:", "", f"| step | {' | '.join(self.tokens)} |"]
@@ -142,7 +165,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> Path:
-        """Writes README.md and, where a reference was compared, layers.png into a folder; -> the page."""
+        """Writes README.md and, if there is a reference, layers.png into a folder. Returns the path of README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = self.markdown()
@@ -154,7 +177,7 @@ class Report:
         return page
 
     def plot(self, path: Path) -> None:
-        """RMS error after each layer against each reference, with the limit."""
+        """Plots the RMS error after each layer against each reference, with the limit."""
         require_plots()
         from matplotlib.figure import Figure
 
@@ -165,7 +188,7 @@ class Report:
             axes.plot(self.layer_limits[name], linestyle="--", linewidth=1, label=f"limit ({name})", color=f"C{color}")
         axes.set_yscale("symlog", linthresh=1e-9)  # the embedding's error is 0
         axes.set_xlabel("hidden state (0: the embedding)")
-        axes.set_ylabel("RMS error, deviations of the reference")
+        axes.set_ylabel("RMS error, standard deviations of the reference")
         axes.set_title(self.model, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -173,12 +196,13 @@ class Report:
 
 
 def require_plots() -> None:
+    """ValueError if matplotlib is not installed."""
     with explain_missing_package("a plot", "jaxlm[plot]"):
         import matplotlib  # noqa: F401
 
 
 def number(value: float | None) -> str:
-    """A figure for a table: counts as they are, the rest with two digits."""
+    """A figure for a table: integers in full, other numbers with two digits."""
     if value is None:
         return "–"
     if not isfinite(value):

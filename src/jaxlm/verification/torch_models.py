@@ -1,8 +1,8 @@
-"""The references that run on PyTorch: transformers, and Meta's own code. They run in float32 on the CPU, and once more
-in jaxlm's type where that is another, so that its error can be told from ours.
+"""The references that run on PyTorch: transformers, and Meta's code. They run in float32 on the CPU, and again in
+jaxlm's type if that is another, to measure the reference's own error in it.
 
-Only this file and meta_code.py import torch. Each reference reads the checkpoint with its own loader; where the files
-are in the other one's form, tensors are renamed and permuted here, with torch alone.
+Only this file and meta_code.py import torch. Each reference reads the checkpoint with its own loader. Files in the
+other one's format are renamed and permuted here, with torch only.
 """
 
 import importlib.util
@@ -22,14 +22,14 @@ class Transformers:
     """Hugging Face's model classes."""
 
     @staticmethod
-    def require(found: Resolved) -> None:
+    def require(subject: Resolved) -> None:
         if importlib.util.find_spec("torch") is None:
             raise ValueError(
                 "transformers' models need PyTorch: pip install torch, or compare with a recording made where it is "
                 "installed (jaxlm verify MODEL --record FILE there, --against FILE here)"
             )
 
-    def __call__(self, found: Resolved, probes: Probes, dtype: str) -> list[Trace]:
+    def __call__(self, subject: Resolved, probes: Probes, dtype: str) -> list[Trace]:
         import torch
 
         transformers = import_transformers()
@@ -37,23 +37,23 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         traces = []
         for name in dict.fromkeys(("float32", dtype)):
-            model = self.load(found, getattr(torch, name)).eval()
-            traces.append(self.trace(model, found, probes, name))
+            model = self.load(subject, getattr(torch, name)).eval()
+            traces.append(self.trace(model, subject, probes, name))
             del model
-        traces[0].ids, traces[0].chats = _tokenized(found)
+        traces[0].ids, traces[0].chats = _tokenized(subject)
         return traces
 
-    def load(self, found: Resolved, dtype: Any) -> Any:
+    def load(self, subject: Resolved, dtype: Any) -> Any:
         transformers = import_transformers()
         options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
-        if getattr(found.checkpoint, "format", "hf") == "hf":
-            return transformers.AutoModelForCausalLM.from_pretrained(found.checkpoint.folder, **options)
-        config = transformers.LlamaConfig(**found.checkpoint.config)
+        if getattr(subject.checkpoint, "format", "hf") == "hf":
+            return transformers.AutoModelForCausalLM.from_pretrained(subject.checkpoint.folder, **options)
+        config = transformers.LlamaConfig(**subject.checkpoint.config)
         model = transformers.AutoModelForCausalLM.from_config(config, **options)
-        model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(found)}, strict=True)
+        model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(subject)}, strict=True)
         return model
 
-    def trace(self, model: Any, found: Resolved, probes: Probes, dtype: str) -> Trace:
+    def trace(self, model: Any, subject: Resolved, probes: Probes, dtype: str) -> Trace:
         import torch
 
         with torch.inference_mode():
@@ -63,9 +63,9 @@ class Transformers:
                 attention_mask=_masks(model, probes.pos),
                 use_cache=False,
                 output_hidden_states=True,
-                logits_to_keep=torch.from_numpy(probes.kept).long(),
+                logits_to_keep=torch.from_numpy(probes.indices).long(),
             )
-            # Where ours says nothing, generate would follow the checkpoint's own: penalties change greedy text.
+            # Otherwise generate would apply the checkpoint's generation_config: penalties change greedy text.
             model.generation_config = import_transformers().GenerationConfig()
             text = model.generate(
                 torch.tensor([probes.prompt]),
@@ -76,14 +76,14 @@ class Transformers:
                 output_scores=True,
                 return_dict_in_generate=True,
             )
-        radians, amplitude = _frequencies(model, found)
+        radians, amplitude = _frequencies(model, subject)
         best = [score[0].float().topk(2).values for score in text.scores]
         return Trace(
             f"transformers {import_transformers().__version__}",
             dtype,
             radians,
             amplitude,
-            [state[:, probes.kept].float().numpy() for state in out.hidden_states],
+            [state[:, probes.indices].float().numpy() for state in out.hidden_states],
             out.logits.float().numpy(),
             text.sequences[0, len(probes.prompt) :].tolist(),
             [float(two[0] - two[1]) for two in best],
@@ -91,27 +91,27 @@ class Transformers:
 
 
 def _masks(model: Any, pos: np.ndarray) -> Any:
-    """Additive masks [B,1,T,T] by position: transformers' own go by index, and would take a jump for a new document."""
+    """Additive masks [B,1,T,T] by position. transformers' own go by index and treat a jump as a new document."""
     import torch
 
     distance = torch.from_numpy(pos[:, None, :, None] - pos[:, None, None, :])
     least = torch.finfo(model.dtype).min
 
     def mask(window: int | None) -> Any:
-        seen = (distance >= 0) & (True if window is None else distance < window)
-        return torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, least)
+        visible = (distance >= 0) & (True if window is None else distance < window)
+        return torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, least)
 
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return {FULL: mask(None), SLIDING: mask(window)} if "gemma3" in model.config.model_type else mask(None)
 
 
-def _frequencies(model: Any, found: Resolved) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """The model's own rotary frequencies and scales, by the names of our config's fields."""
+def _frequencies(model: Any, subject: Resolved) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The model's own rotary frequencies and scales, by field of jaxlm's config."""
     inner = getattr(model, "model", model)
     rotary = getattr(inner, "language_model", inner).rotary_emb
-    spelled = {"rope": ""} if not hasattr(found.config, "local_rope") else {"rope": FULL, "local_rope": SLIDING}
+    kinds = {"rope": ""} if not hasattr(subject.config, "local_rope") else {"rope": FULL, "local_rope": SLIDING}
     radians, amplitude = {}, {}
-    for ours, kind in spelled.items():
+    for ours, kind in kinds.items():
         before = f"{kind}_" if kind else ""
         if (buffer := getattr(rotary, f"{before}inv_freq", None)) is not None:
             radians[ours] = buffer.float().numpy()
@@ -119,17 +119,17 @@ def _frequencies(model: Any, found: Resolved) -> tuple[dict[str, np.ndarray], di
     return radians, amplitude
 
 
-def _tokenized(found: Resolved) -> tuple[list[list[int]] | None, list[list[int]] | None]:
-    """TEXTS and CHATS as transformers' AutoTokenizer makes ids of them, where the folder has a tokenizer for it."""
-    folder = found.checkpoint.folder
+def _tokenized(subject: Resolved) -> tuple[list[list[int]] | None, list[list[int]] | None]:
+    """Token ids of TEXTS and CHATS by transformers' AutoTokenizer, if the folder has a tokenizer for it."""
+    folder = subject.checkpoint.folder
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return None, None
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     if not tokenizer.chat_template:
         return ids, None
-    made = [tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False) for chat in CHATS]
-    return ids, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in made]
+    prompts = [tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False) for chat in CHATS]
+    return ids, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
 
 
 RUNS: dict[str, Any] = {"transformers": Transformers(), "meta": Meta()}
