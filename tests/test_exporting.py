@@ -311,7 +311,9 @@ def test_what_is_replaced(tmp_path):
     jaxlm.export(model, tmp_path / "empty")
     old = checkpoint(tmp_path / "old", kind="F16")
     before = digests(old)
-    with pytest.raises(FileExistsError, match=r"old is a checkpoint already: --force \(force=True\) replaces the whole"):
+    with pytest.raises(
+        FileExistsError, match=r"old is a checkpoint already: --force \(force=True\) replaces the whole"
+    ):
         jaxlm.export(model, old)
     assert digests(old) == before
     (tmp_path / "link").symlink_to(old)

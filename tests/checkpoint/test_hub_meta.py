@@ -148,9 +148,7 @@ def test_repositories_without_them(hub: StubHub) -> None:
     with pytest.raises(FileNotFoundError, match=r"org/hf has no original/params\.json"):
         resolve("org/hf", format="meta")
     hub.repos["org/hf"].files["original/params.json"] = b"{}"
-    with pytest.raises(
-        FileNotFoundError, match=r"org/hf has original/params\.json but no weights"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"org/hf has original/params\.json but no weights"):
         resolve("org/hf", format="meta")
     with pytest.raises(FileNotFoundError, match="there is no model 'org/absent'"):
         resolve("org/absent", format="meta")

@@ -100,9 +100,7 @@ def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
     head.view(np.uint32)[-1, -1] ^= 1
     other = {"last bit": head, "shape": head[:3], "type": head.astype(np.float16)}
     message = misfit(tmp_path, {**arrays, "lm_head.weight": other[fault]}, raw)
-    assert (
-        "set tie_word_embeddings to false): " in message
-    )
+    assert "set tie_word_embeddings to false): " in message
     assert "1 (lm_head.weight)." in message
 
 

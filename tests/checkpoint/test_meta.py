@@ -457,9 +457,7 @@ def test_the_form_is_what_the_folder_holds(tmp_path):
     folder = meta_files.folder(tmp_path / "x")
     assert jaxlm.load(folder).checkpoint.format == "meta"
     assert jaxlm.load(folder, format="meta").checkpoint.format == "meta"
-    with pytest.raises(
-        FileNotFoundError, match=r"has no config\.json \(it holds .*Meta's format: --format meta rea"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json \(it holds .*Meta's format: --format meta rea"):
         jaxlm.load(folder, format="hf")
     made.folder(folder, meta_files.RAW, meta_files.weights(seed=1))
     assert jaxlm.load(folder).checkpoint.format == "hf"

@@ -249,7 +249,7 @@ PICKLES = {
     "reduce of a dict": (opcodes(b"})R"), "calls a function in another way"),
     "ordered dict of items": (opcodes(b"ccollections\nOrderedDict\n}\x85R"), "calls a function in another way"),
     "a tensor of no storage": (opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n(}K\0))\x89}tR"), "calls a function"),
-    "metadata of a tensor": (table(tensor(args=b"\x89ccollections\nOrderedDict\n)R}")), "calls a function in another way"),
+    "metadata of a tensor": (table(tensor(args=b"\x89ccollections\nOrderedDict\n)R}")), "calls a function"),
     "persistent id of another form": (opcodes(b"K\x01Q"), "not a storage"),
     "persistent text": (opcodes(b"Pstorage\n"), "has PERSID"),
     "storage of another type": (

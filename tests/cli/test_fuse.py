@@ -148,7 +148,9 @@ def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, base / "model.safetensors")
     told = failure(capsys, "generate", "-m", base, "--adapter", adapter, "Once")
     name = "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"
-    assert f"{adapter}: the adapter does not match the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
+    assert (
+        f"{adapter}: the adapter does not match the model. misshapen: 6 ({name} [160, 4] instead of [96, 4], " in told
+    )
     assert told.endswith(f"Is its base another? It names the base {base}.\n")
 
 

@@ -1,5 +1,8 @@
 """`jaxlm eval`: perplexity and bits per byte on texts, or tasks of the lm-eval harness."""
 
+# pyright: reportMissingImports=false
+# lm_eval is optional: types are checked with and without it.
+
 import contextlib
 import json
 import math

@@ -5,6 +5,9 @@ Requests are tokenized, truncated to the context and scored as in the harness's 
 first token is predicted from BOS.
 """
 
+# pyright: reportMissingImports=false
+# lm_eval is optional: types are checked with and without it.
+
 import difflib
 import json
 import sys

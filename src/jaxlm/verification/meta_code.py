@@ -6,6 +6,9 @@ table. Its code fixes the RoPE scaling factor at 8, which is wrong for Llama 3.2
 says so.
 """
 
+# pyright: reportMissingImports=false
+# PyTorch is optional: types are checked with and without it.
+
 import importlib.util
 import json
 import math

@@ -5,6 +5,9 @@ Only this file and meta_code.py import torch. Each reference reads the checkpoin
 other one's format are renamed and permuted here, with torch only.
 """
 
+# pyright: reportMissingImports=false
+# PyTorch is optional: types are checked with and without it.
+
 import importlib.util
 from typing import Any
 
