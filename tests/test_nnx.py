@@ -147,7 +147,7 @@ def test_a_step_is_optax_on_our_tree(dtype: Any) -> None:
 def test_a_step_is_the_training_loops() -> None:
     model = small()
     pos = np.tile(np.arange(11, dtype=np.int32), (8, 1))
-    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:], pos, pos > 3)
+    batch = jax.tree.map(jnp.asarray, Batch(TOKENS[:, :-1], TOKENS[:, 1:], pos, pos > 3))
     module = jaxlm.nnx.Module(model)
     optimizer = nnx.Optimizer(module, RULE, wrt=nnx.Param)
 

@@ -124,7 +124,7 @@ def test_what_a_template_may_not_do(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(template_sandbox, "LIMIT", 500_000)  # a tenth, which tracing makes as slow as all of it
     chat = [dict(message) for message in CHAT]
-    tokenizer, began = tokenizer_of(template), time.monotonic()
+    tokenizer, began = tokenizer_of(template), time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="the chat template refuses these messages: ") as caught:
@@ -134,7 +134,7 @@ def test_what_a_template_may_not_do(template, tmp_path, monkeypatch):
         tracemalloc.stop()
     assert OUT_OF_BOUNDS[template] in str(caught.value)
     assert len(str(caught.value)) < 500
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     assert chat == CHAT
 
 
@@ -142,9 +142,9 @@ def test_namespaces_in_each_other_are_not_written_out():
     """Each twice in the one before: the last would be written four million times."""
     chain = "".join(f"{{% set n{i} = namespace() %}}" for i in range(23))
     links = "".join(f"{{% set n{i}.a = n{i + 1} %}}{{% set n{i}.b = n{i + 1} %}}" for i in range(22))
-    began = time.monotonic()
+    began = time.process_time()
     assert render(chain + links + "{{ n0 }}") == "<namespace>"
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_time_ends_what_steps_do_not(monkeypatch):
@@ -161,10 +161,10 @@ def test_time_ends_what_steps_do_not(monkeypatch):
 ])  # fmt: skip
 def test_bounds_are_met_soon(template):
     """As they are, and with nothing traced: a fraction of a second on a machine with nothing else to do."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=MUCH):
         render(template)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_template_that_refuses_everything_leaves_the_rest_alone(monkeypatch):

@@ -52,14 +52,14 @@ def test_what_is_captured_is_as_it_was():
 ])  # fmt: skip
 def test_names_are_found_without_computing_constants(constant):
     tok = tokenizer_of(f"{{{{ {constant} }}}}{{{{ wanted }}}}{{% autoescape {constant} %}}{{% endautoescape %}}")
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     try:
         assert tok.template_accepts("wanted")
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_names_that_a_template_sets_itself():

@@ -27,7 +27,7 @@ from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
 def batch_of(seed: int = 0) -> Batch:
     tokens = np.random.default_rng(seed).integers(0, 199, (4, 17)).astype(np.int32)
     pos = np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16))
-    return Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((4, 16), bool))
+    return jax.tree.map(jnp.asarray, Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((4, 16), bool)))
 
 
 def new_run(

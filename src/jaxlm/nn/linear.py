@@ -123,15 +123,15 @@ def embed(tokens: Any, w: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _rows(w: jax.Array, tokens: jax.Array) -> jax.Array:
+def _rows(w: jax.Array, tokens: Any) -> jax.Array:
     return w[tokens]
 
 
-def _rows_forward(w: jax.Array, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _rows_forward(w: jax.Array, tokens: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     return w[tokens], (tokens, w[:, :0])  # no element of w: its length and type
 
 
-def _rows_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+def _rows_backward(kept: tuple[Any, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
     tokens, like = kept
     total = jnp.zeros((like.shape[0], g.shape[-1]), jnp.float32).at[tokens].add(g.astype(jnp.float32))
     return total.astype(like.dtype), None
