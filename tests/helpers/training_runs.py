@@ -1,4 +1,4 @@
-"""For tests of training runs: a tiny model, two texts, and a run of a dozen steps."""
+"""For tests of training runs: a tiny model, its tokenizer, two texts, and a run of a dozen steps."""
 
 import json
 from pathlib import Path
@@ -6,23 +6,55 @@ from typing import Any
 
 import numpy as np
 
+from helpers import checkpoint_files
+from helpers.random_weights import draw
 from helpers.tiny_models import SIZES
+from jaxlm.models import llama3
+from jaxlm.nn import params
 from jaxlm.training.config import Data, Optimizer, Run
 
 SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
 CLOCK = ("tokens_per_second", "mfu")  # metrics that depend on the machine
 
 
-def write_files(folder: Path, shared: Path) -> dict[str, str]:
-    """Writes a config.json and two texts. Returns the flags that name them and a tokenizer."""
+def write_files(folder: Path) -> dict[str, str]:
+    """Writes a config.json, two texts, and a checkpoint with a tokenizer. Returns the flags that name them."""
     (folder / "shape.json").write_text(json.dumps(SHAPE))
     rng = np.random.default_rng(0)
     words = ["the", "cat", "dog", "sat", "ran", "home", "and", "a", "big", "red"]
     for name in ("train", "valid"):
         stories = [" ".join(rng.choice(words, 30)) for _ in range(40)]
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories))
-    return {"shape": str(folder / "shape.json"), "tokenizer": str(shared / "checkpoints/stories260K"),
-            "train": str(folder / "train.txt"), "valid": str(folder / "valid.txt")}  # fmt: skip
+    write_base(folder / "tokenizer", " ".join(words))
+    names = {"shape": "shape.json", "tokenizer": "tokenizer", "train": "train.txt", "valid": "valid.txt"}
+    return {name: str(folder / file) for name, file in names.items()}
+
+
+BASE = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def write_base(folder: Path, text: str = "") -> Path:
+    """A Llama with random weights. Its tokenizer has a token per byte and per word of a text, and adds BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    rows = params.tensors(llama3.PARAMS, llama3.Config.from_hf(BASE))
+    checkpoint_files.folder(folder, BASE, {row.names[0]: draw(row.names[0], row.stored_shape) for row in rows})
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=BASE["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tok.train_from_iterator([text], trainer)
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tok.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def run_of(files: dict[str, str], out: Path, **fields: Any) -> Run:

@@ -9,8 +9,8 @@ from jaxlm.training import loop
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
-    return write_files(tmp_path_factory.mktemp("files"), shared)
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="session")

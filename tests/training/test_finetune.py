@@ -1,6 +1,7 @@
 """Fine-tuning with LoRA: gradients, dropout, resuming, scanned layers, and the adapters that runs write."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import optax
 import pytest
 from helpers.tiny_models import tiny
-from helpers.training_runs import Stopped, lines, stopping_at
+from helpers.training_runs import BASE, Stopped, lines, stopping_at, write_base
 
 import jaxlm
+from jaxlm.checkpoint import safetensors
 from jaxlm.cli import main
 from jaxlm.data.packing import Batch
 from jaxlm.nn import lora, params
@@ -95,16 +97,21 @@ def chats(tmp_path_factory) -> Path:
     return folder / "train.jsonl"
 
 
-def run_of(chats: Path, shared: Path, out: Path, **fields: Any) -> Run:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def run_of(chats: Path, base: Path, out: Path, **fields: Any) -> Run:
     sizes: dict[str, Any] = {"steps": 8, "batch": 4, "length": 48, "log_every": 2, "save_every": 3, "eval_every": 0}
     options = LoraOptions(rank=4, dropout=0.1, targets=("q_proj", "v"))
     given = {"lora": options, "optimizer": Optimizer(lr=1e-2), "data": Data(train=(str(chats),)), **sizes}
-    return Run(out=out, model=str(shared / "checkpoints/stories260K"), method="lora", **{**given, **fields})
+    return Run(out=out, model=str(base), method="lora", **{**given, **fields})
 
 
-def test_a_run_of_an_adapter(chats, shared, tmp_path) -> None:
+def test_a_run_of_an_adapter(chats, base, tmp_path) -> None:
     """The loss falls, resuming is bit-exact, checkpoints hold the adapter alone, and `load` joins it with its base."""
-    run = run_of(chats, shared, tmp_path / "run")
+    run = run_of(chats, base, tmp_path / "run")
     done = loop.train(run)
     losses = [line["loss"] for line in lines(done.folder)]
     assert losses[-1] < losses[0] - 0.3
@@ -126,21 +133,22 @@ def test_a_run_of_an_adapter(chats, shared, tmp_path) -> None:
         assert float(jnp.abs(leaf.b).max()) > 0
 
 
-def test_training_continues_from_an_adapter(chats, shared, tmp_path) -> None:
+def test_training_continues_from_an_adapter(chats, base, tmp_path) -> None:
     """The loss starts where it ended. Another rank is refused."""
-    first = loop.train(run_of(chats, shared, tmp_path / "first"))
+    first = loop.train(run_of(chats, base, tmp_path / "first"))
     fields: dict[str, Any] = {"adapter": first.model, "steps": 2, "log_every": 1}
-    second = loop.train(run_of(chats, shared, tmp_path / "second", **fields))
+    second = loop.train(run_of(chats, base, tmp_path / "second", **fields))
     assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3
     with pytest.raises(ValueError, match=r"--lora\.rank"):
-        loop.train(run_of(chats, shared, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
+        loop.train(run_of(chats, base, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
 
 
-def test_a_dry_run(chats, shared, tmp_path, capsys) -> None:
-    flags = ["finetune", "--model", str(shared / "checkpoints/stories260K"), "--data.train", str(chats)]
+def test_a_dry_run(chats, base, tmp_path, capsys) -> None:
+    flags = ["finetune", "--model", str(base), "--data.train", str(chats)]
     assert main([*flags, "--dry-run", "--out", str(tmp_path / "run"), "--length", "64"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"parameters of an adapter, 260,032 of its base \(llama3\), adamw, float32", out)
+    held = sum(math.prod(tensor.shape) for tensor in safetensors.read_header(base / "model.safetensors").values())
+    assert re.search(rf"parameters of an adapter, {held:,} of its base \(llama3\), adamw, float32", out)
     assert "24 documents (prompt)" in out
     assert re.search(r"3\.\d\d epochs", out)
     assert "the run fits" in out
@@ -149,19 +157,18 @@ def test_a_dry_run(chats, shared, tmp_path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_of_the_head_alone(chats, shared, tmp_path) -> None:
+def test_an_adapter_of_the_head_alone(chats, base, tmp_path) -> None:
     """The head is not tied to the embedding. No layer is adapted."""
-    model = jaxlm.load(shared / "checkpoints/stories260K")
-    raw = {**json.loads((shared / "checkpoints/stories260K/config.json").read_text()), "tie_word_embeddings": False}
+    model, raw = jaxlm.load(base), {**BASE, "tie_word_embeddings": False}
     config = replace(model.config, tied=False)
     untied = jaxlm.Model(model.family, config, {**model.weights, "head": model.weights["embed"]}, model.tokenizer)
     base = jaxlm.export(untied, tmp_path / "base", config=raw).folder
-    run = run_of(chats, shared, tmp_path / "run", lora=LoraOptions(targets=("lm_head",)), steps=2)
-    done = loop.train(replace(run, model=str(base)))
+    run = run_of(chats, base, tmp_path / "run", lora=LoraOptions(targets=("lm_head",)), steps=2)
+    done = loop.train(run)
     found = dict(lora.leaves(jaxlm.load(base, adapter=done.model).weights))
     assert list(found) == ["head"]
     with pytest.raises(ValueError, match=r"lora\.dropout"):
-        loop.train(replace(run, model=str(base), lora=LoraOptions(targets=("head",), dropout=0.1)))
+        loop.train(replace(run, lora=LoraOptions(targets=("head",), dropout=0.1)))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,7 @@ def test_an_adapter_of_the_head_alone(chats, shared, tmp_path) -> None:
     [(("q", "embed"), "LoRA has no target embed: choose from q, k, v, o, gate, up, down, all-linear"),
      (("lm_head",), "LoRA has no target lm_head (the head is tied to the embedding)")],
 )  # fmt: skip
-def test_unknown_targets(chats, shared, tmp_path, targets, message) -> None:
+def test_unknown_targets(chats, base, tmp_path, targets, message) -> None:
     with pytest.raises(ValueError) as caught:
-        loop.train(run_of(chats, shared, tmp_path / "run", lora=LoraOptions(targets=targets)))
+        loop.train(run_of(chats, base, tmp_path / "run", lora=LoraOptions(targets=targets)))
     assert message in str(caught.value)

@@ -1,6 +1,5 @@
 """Two processes of four virtual devices each train as one process of eight."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "train_pair_script.py"
 
 
 @pytest.fixture
-def folder(shared, tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """The files of a run, and a checkpoint that is also the tokenizer."""
-    write_files(tmp_path, shared)
-    shutil.copytree(shared / "checkpoints/stories260K", tmp_path / "tokenizer")
+    write_files(tmp_path)
     return tmp_path
 
 
