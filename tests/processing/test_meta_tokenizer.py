@@ -1,8 +1,9 @@
-"""Meta's tokenizer.model over a varied text: a small one beside the definition of its encoding, the published one beside
-tokenizer.json of the same vocabulary."""
+"""Meta's tokenizer.model over a varied text: a small one compared with the definition of its encoding, the published
+one with tokenizer.json of the same vocabulary."""
 
 import base64
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def definition(path: Path):
         if (data := text.encode()) in ranks:
             return [ranks[data]]
         parts = [data[i : i + 1] for i in range(len(data))]
-        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]:
             _, at = min(pairs)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         return [ranks[part] for part in parts]
