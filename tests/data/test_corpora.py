@@ -18,8 +18,8 @@ def made_of(path: Path, tok=CHATTING, count: int = 50, **options) -> list:
 
 def test_questions_through_named_fields(tmp_path):
     answer = "He eats 3*2 = <<3*2=6>>6 figs a day.\nIn a week that is 6*7 = <<6*7=42>>42.\n#### 42"
-    path = write(tmp_path / "a.jsonl", *[{"question": f"Day {i}: how many figs?", "answer": answer} for i in range(60)])
-    made = made_of(path, prompt_field="question", completion_field="answer")
+    path = write(tmp_path / "a.jsonl", *[{"riddle": f"Day {i}: how many figs?", "solution": answer} for i in range(60)])
+    made = made_of(path, prompt_field="riddle", completion_field="solution")
     assert text(made[1]) == (f"<bos><user>Day 1: how many figs?<end><assistant>{answer}<end>", f"{answer}<end>")
     assert (len(made), made[49].number) == (50, 50)
 

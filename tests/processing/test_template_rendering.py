@@ -248,11 +248,11 @@ def now():
     return [dict(vars(module)) for module in modules] + [dict(table) for table in tables]
 before = now()
 from helpers.tiny_chat import tokenizer_of
-from jaxlm.training.turns import Turns
+from jaxlm.data.assistant_turns import AssistantTurns
 chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "so"}]
 tok = tokenizer_of("{{ messages[0].content }}{% generation %}{{ messages[-1].content }}<end>{% endgeneration %}{{ x }}")
 assert tok.render(chat) == "Hiso<end>" and tok.template_accepts("x") and tok.stop_ids
-assert Turns(tok, {}).find(chat, None) == ("Hiso<end>", [(2, 9)])
+assert AssistantTurns(tok, {}).find(chat, None) == ("Hiso<end>", [(2, 9)])
 for old, new in zip(before, now()):
     new = {name: value for name, value in new.items() if not isinstance(value, types.ModuleType)}  # imported since
     assert all(old[name] is value for name, value in new.items()), [n for n in new if old.get(n) is not new[n]]
