@@ -4,112 +4,119 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import checkpoint_files
 from helpers.process_pair import HEARTBEAT, free_port, start_processes, wait_for
-from helpers.process_pair_script import DRAWN, GREEDY, PROMPTS
+from helpers.process_pair_script import DRAWN, GREEDY, PROMPTS, TEXT
+from helpers.train_pair_script import assert_same_run
+from helpers.training_runs import write_files
 
 import jaxlm
 from jaxlm.checkpoint.safetensors import chunks, read_index
 from jaxlm.cli import main
+from jaxlm.cli.common import STORIES
 from jaxlm.devices import distributed
 
-RAW = {**checkpoint_files.LLAMA, "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+RAW = {**checkpoint_files.LLAMA, "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
        "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+# The mesh of generation, the share of a weight that each process reads, and the mesh of training.
+MESHES = [("model=8", 0.5, "data=4,model=2"),
+          pytest.param(("data=2,model=4", 1.0, "data=1,model=8"), marks=pytest.mark.slow)]  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: b"".join(map(bytes, chunks(tensor))) for name, tensor in read_index(folder).items()}
 
 
-def generate(folders: list[Path], *flags: str) -> list[list[str]]:
-    """The command line of each process."""
-    joint = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(len(folders)), *flags]
-    return [
-        ["-m", "jaxlm", "generate", "Once", "-m", str(f), *joint, "--process-id", str(i)] for i, f in enumerate(folders)
-    ]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return checkpoint_files.folder(tmp_path_factory.mktemp("model"), RAW, checkpoint_files.tensors(RAW))
+    """Two checkpoints, `model` and `other`, and the files of a training run."""
+    root = tmp_path_factory.mktemp("pair")
+    checkpoint_files.folder(root / "model", RAW, checkpoint_files.tensors(RAW))
+    checkpoint_files.folder(root / "other", {**RAW, "rope_theta": 5e5}, checkpoint_files.tensors(RAW))
+    shutil.copy(STORIES / "tokenizer.json", root / "model")
+    write_files(root)
+    return root
 
 
-@pytest.mark.parametrize(
-    ("mesh", "part"), [("model=8", 0.5), pytest.param("data=2,model=4", 1.0, marks=pytest.mark.slow)]
-)
-def test_two_processes_equal_one(folder, tmp_path, mesh, part):
-    """Greedy text, sampled text and exported files are those of one process. Each process reads only its own shards."""
+class Pair(NamedTuple):
+    """What two processes left: their status, stdout and stderr, and their results."""
+
+    folder: Path
+    part: float
+    train_mesh: str
+    ended: list[tuple[int, str, str]]
+    results: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def pair(request, folder) -> Pair:
+    """Two processes of four virtual devices each. Starting them takes long, so they run once for all tests."""
+    mesh, part, train_mesh = request.param
     script, port = str(Path(__file__).parents[1] / "helpers" / "process_pair_script.py"), free_port()
-    commands = ([script, port, str(i), str(folder), str(tmp_path), mesh] for i in range(2))
-    for status, _, err in wait_for(start_processes(*commands)):
-        assert status == 0, err
-    model = jaxlm.load(folder)
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    assert first == second
-    assert first["part"] == part
+    for name in ("exported", "both", "0.json", "1.json"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    commands = ([script, port, str(i), str(folder), mesh, train_mesh] for i in range(2))
+    ended = wait_for(start_processes(*commands), 200)
+    files = [folder / f"{i}.json" for i in range(2)]
+    assert all(file.is_file() for file in files), ended
+    return Pair(folder, part, train_mesh, ended, [json.loads(file.read_text()) for file in files])
+
+
+def test_two_processes_equal_one(pair):
+    """Greedy text, sampled text and exported files are those of one process. Each process reads only its own shards."""
+    first, second = pair.results
+    assert first["texts"] == second["texts"]
+    assert first["drawn"] == second["drawn"]
+    assert first["seed"] == second["seed"]
+    assert first["part"] == second["part"] == pair.part
+    model = jaxlm.load(pair.folder / "model")
     assert first["texts"] == [text.tokens for text in jaxlm.generate(model, PROMPTS, **GREEDY)]
     assert first["drawn"] == [text.tokens for text in jaxlm.generate(model, PROMPTS, seed=first["seed"], **DRAWN)]
-    assert contents(tmp_path / "exported") == contents(folder)
+    assert contents(pair.folder / "exported") == contents(pair.folder / "model")
 
 
-@pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory, shared) -> Path:
-    """A model with a tokenizer."""
-    raw = {**RAW, "vocab_size": 512}
-    folder = checkpoint_files.folder(tmp_path_factory.mktemp("with_tokenizer"), raw, checkpoint_files.tensors(raw))
-    shutil.copy(shared / "checkpoints/stories260K/tokenizer.json", folder)
-    return folder
+def test_two_processes_train_as_one(pair):
+    """Each loads the rows that its devices hold, and the coordinator writes."""
+    assert_same_run(pair.folder, pair.folder / "both", pair.train_mesh)
 
 
-def test_only_the_coordinator_prints(with_tokenizer, capsys):
+def test_only_the_coordinator_prints(pair, capsys):
     """The prompt is on the coordinator's stdin alone."""
-    flags = ["--max-tokens", "4", "--temperature", "0", "--ignore-eos"]
-    commands = generate([with_tokenizer, with_tokenizer], *flags)
-    for command in commands:
-        command[3] = "-"
-    started = start_processes(*commands, stdin=[subprocess.PIPE, subprocess.DEVNULL])
-    started[0].stdin.write("Once upon a time")
-    started[0].stdin.close()
-    started[0].stdin = None
-    (first, text, err), (second, silence, _) = wait_for(started)
-    assert (first, second) == (0, 0), err
+    (_, text, err), (_, silence, _) = pair.ended
     assert silence == ""
-    assert main(["generate", "Once upon a time", "-m", str(with_tokenizer), *flags]) == 0
+    assert main(["generate", "Once upon a time", "-m", str(pair.folder / "model"), *TEXT]) == 0
     assert text == capsys.readouterr().out
     assert "for 2 processes at 127.0.0.1:" in err
 
 
-def test_different_prompts_are_an_error_in_every_process(with_tokenizer):
-    commands = generate([with_tokenizer, with_tokenizer])
-    commands[1][3] = "Twice"
-    for status, _, err in wait_for(start_processes(*commands)):
+def test_different_prompts_are_an_error_in_every_process(pair):
+    for result in pair.results:
+        assert "the processes disagree about what to generate: process 0 has 1 prompts of" in result["prompts"]
+
+
+def test_different_models_are_an_error_that_names_both(pair):
+    for result in pair.results:
+        assert "the processes disagree about the model: process 0 has" in result["models"]
+        assert str(pair.folder / "model") in result["models"]
+        assert str(pair.folder / "other") in result["models"]
+
+
+def test_a_mesh_of_too_few_devices(pair):
+    """A command that fails names its process."""
+    for index, (status, _, err) in enumerate(pair.ended):
         assert status == 1
-        assert "the processes disagree about what to generate: process 0 has 1 prompts of" in err
-
-
-def test_different_models_are_an_error_that_names_both(folder, tmp_path):
-    other = checkpoint_files.folder(tmp_path / "other", {**RAW, "rope_theta": 5e5}, checkpoint_files.tensors(RAW))
-    for status, out, err in wait_for(start_processes(*generate([folder, other]))):
-        assert (status, out) == (1, "")
-        assert "the processes disagree about the model: process 0 has" in err
-        assert str(folder) in err
-        assert str(other) in err
-
-
-def test_a_mesh_of_too_few_devices(folder):
-    for status, _, err in wait_for(start_processes(*generate([folder, folder], "--mesh", "model=4"))):
-        assert status == 1
+        assert f"process {index}: jaxlm: " in err
         assert "4 devices, but there are 8 in 2 processes" in err
 
 
-@pytest.mark.parametrize("dead", [0, 1])
-def test_a_process_that_dies_ends_the_other(folder, tmp_path, dead):
+@pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_other(dead):
     """It is killed while the other one waits for it."""
     code = (
         f"import sys; from jaxlm.devices import distributed as p; p.HEARTBEAT = {HEARTBEAT};"
@@ -145,7 +152,8 @@ def test_invalid_flags_are_rejected(flags, message):
 
 
 def test_timeout_when_the_other_process_does_not_connect(folder):
-    run = f"cli.main({generate([folder, folder])[0][2:]})"
+    joint = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", "0"]
+    run = f"cli.main({['generate', 'Once', '-m', str(folder / 'model'), *joint]})"
     command = f"from jaxlm import cli; from jaxlm.devices import distributed; distributed.CONNECT = 1; {run}"
     [(status, out, err)] = wait_for(start_processes(["-c", command]))
     assert status != 0
@@ -176,5 +184,5 @@ def test_chat_runs_in_one_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="1"):
-        main(["chat", "-m", str(folder)])
+        main(["chat", "-m", str(folder / "model")])
     assert "chat runs in a single process" in capsys.readouterr().err

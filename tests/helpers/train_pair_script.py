@@ -3,10 +3,15 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.training_runs import Stopped, run_of, stopping_at
+import jaxlm
+from helpers.training_runs import Stopped, lines, run_of, stopping_at
 from jaxlm.devices import distributed
 from jaxlm.training import loop
 from jaxlm.training.config import LoraOptions, Run
@@ -21,6 +26,26 @@ def run_for(folder: Path, out: Path, mesh: str, adapter: bool = False) -> Run:
         lora = LoraOptions(rank=4, dropout=0.1)
         return replace(run, shape=None, tokenizer=None, model=files["tokenizer"], method="lora", lora=lora)
     return replace(run, samples=("the cat",), sample_tokens=3)
+
+
+def assert_same_run(folder: Path, both: Path, mesh: str, adapter: bool = False) -> Path:
+    """Repeats the run `both` of two processes in this one. Returns its folder.
+
+    Metrics and weights agree to float32 rounding: only the order of sums over devices differs.
+    """
+    one = folder / "one"
+    loop.train(run_for(folder, one, mesh, adapter))
+    for line, other in zip(lines(both), lines(one), strict=True):
+        assert line.keys() == other.keys()
+        numbers = [name for name, value in line.items() if not isinstance(value, str)]
+        np.testing.assert_allclose([line[n] for n in numbers], [other[n] for n in numbers], rtol=1e-4)
+    if not adapter:
+        jax.tree.map(assert_near, *(jaxlm.load(out / "model").weights for out in (both, one)))
+    return one
+
+
+def assert_near(a: Any, b: Any) -> None:
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
 
 
 def main(port: str, index: str, folder: str, out: str, mesh: str, adapter: str = "") -> None:

@@ -1,4 +1,6 @@
-"""What a user may write, for `pyright` in strict mode (tests/typing/pyrightconfig.json). It is never run."""
+"""What a user may write, for pyright in strict mode. It is never run."""
+
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 
 from collections.abc import Sequence
 from typing import assert_type

@@ -64,7 +64,7 @@ class ChatSession:
         self.model = conversation.model
         self.has_template = conversation.tokenizer.has_template
         self.failed = False
-        self.interactive = sys.stdin.isatty()
+        self.interactive = sys.stdin is not None and sys.stdin.isatty()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/help": ("", "show this help", self.help),
             "/system": ("TEXT", "set the system message; without TEXT remove it", self.set_system),
@@ -121,7 +121,7 @@ class ChatSession:
             return input("> ")
         if self.interactive:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if sys.stdin else ""
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

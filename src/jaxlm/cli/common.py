@@ -110,13 +110,13 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         )
 
     def stdin(self) -> str:
-        """Reads stdin; in a distributed run, that of the coordinator."""
+        """Reads stdin; in a distributed run, that of the coordinator. A process may have no stdin."""
         if self.is_single_process:
-            return sys.stdin.read()
+            return sys.stdin.read() if sys.stdin else ""
         from jaxlm.devices.distributed import broadcast, is_coordinator
 
         self.begin()
-        return broadcast(sys.stdin.read() if is_coordinator() else "")
+        return broadcast(sys.stdin.read() if is_coordinator() and sys.stdin else "")
 
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""

@@ -1,7 +1,6 @@
 """`jaxlm generate`: text from one prompt, or from a file of prompts."""
 
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -87,9 +86,9 @@ class Generate(SamplingFlags, ModelFlags):
             usage("give a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
         if self.prompts is not None:
             return read_prompts(self.prompts)
-        text, stdin = self.prompt, sys.stdin or io.StringIO()  # a process may have none
-        if text == "-" or (text is None and not stdin.isatty()):
-            text = self.stdin().removesuffix("\n") if sys.stdin else ""
+        text, is_terminal = self.prompt, sys.stdin is not None and sys.stdin.isatty()
+        if text == "-" or (text is None and not is_terminal):
+            text = self.stdin().removesuffix("\n")
         if not text and self.prompt is None:
             usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
