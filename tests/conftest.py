@@ -8,6 +8,7 @@ from pathlib import Path
 
 import helpers.shape_checks  # noqa: F401  # install_import_hook names it
 import pytest
+from helpers.published import SHARED
 from jaxtyping import install_import_hook
 
 # The tests leave the user's caches alone. Programs are compiled once for all processes and runs: compiling is three
@@ -39,7 +40,6 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data (checkpoints, tokenizers, configs): ../shared/data, or what JAXLM_SHARED names."""
-    folder = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[2] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"real data is absent: {folder} (set JAXLM_SHARED to its folder)")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is absent: {SHARED} (set JAXLM_SHARED to its folder)")
+    return SHARED

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers import checkpoint_files as made
 from helpers import meta_files
+from helpers.published_configs import CONFIGS, META_PARAMS
+from helpers.tiny_tokenizers import write_tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -212,22 +214,35 @@ def test_a_head_of_the_same_storage_is_not_read_to_know_it(tmp_path):
 # What params.json stands for
 
 
-PUBLISHED = {
-    "llama3_8b": "Meta-Llama-3-8B", "llama3_1_8b": "Llama-3.1-8B", "llama3_1_70b": "Llama-3.1-70B-Instruct",
-    "llama3_2_1b": "Llama-3.2-1B", "llama3_2_3b": "Llama-3.2-3B",
+PARAMS_FILES = {
+    "llama3_8b": "meta-llama-Meta-Llama-3-8B", "llama3_1_8b": "meta-llama-Llama-3.1-8B",
+    "llama3_1_70b": "meta-llama-Llama-3.1-70B", "llama3_2_1b": "meta-llama-Llama-3.2-1B",
+    "llama3_2_3b": "meta-llama-Llama-3.2-3B",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_params_are_the_published_configs(name, shared):
-    params = json.loads((shared / f"configs/meta_params/{name}.params.json").read_text())
-    raw = json.loads((shared / f"configs/meta-llama-{PUBLISHED[name]}.json").read_text())
-    made = meta.hf_config(params) | {"tie_word_embeddings": "3_2" in name}
+def check_params(params, raw, name):
+    """A params.json gives the Config of config.json, and the fields that both state."""
+    made = meta.hf_config(params) | {"tie_word_embeddings": "3.2" in name}
     ours, theirs = llama3.Config.from_hf(made), llama3.Config.from_hf(raw)
-    assert ours == theirs
+    assert ours == theirs, name
     spelled = {field: raw[field] for field in made if field in raw and field != "rope_scaling"}
-    assert spelled == {field: made[field] for field in spelled}
-    assert (made["rope_scaling"] is None) == (raw.get("rope_scaling") is None)
+    assert spelled == {field: made[field] for field in spelled}, name
+    assert (made["rope_scaling"] is None) == (raw.get("rope_scaling") is None), name
+
+
+@pytest.mark.parametrize("name", META_PARAMS)
+def test_params_are_the_config(name):
+    check_params(META_PARAMS[name], CONFIGS[name], name)
+
+
+def test_published_params_are_the_published_configs(shared):
+    assert set(PARAMS_FILES.values()) == set(META_PARAMS)
+    for file, name in PARAMS_FILES.items():
+        params = json.loads((shared / f"configs/meta_params/{file}.params.json").read_text())
+        assert params == META_PARAMS[name], file
+        [path, *_] = sorted((shared / "configs").glob(f"{name}*.json"))
+        check_params(params, json.loads(path.read_text()), name)
 
 
 def test_the_largest_model():
@@ -562,9 +577,18 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
         jaxlm.load(folder, tokenizer=tmp_path / "empty")
 
 
-def test_metas_own_tokenizer(shared, tmp_path):
-    model = jaxlm.load(meta_files.folder(tmp_path / "x"), tokenizer=shared / "tokenizers/llama3/tokenizer.model")
-    assert model.tokenizer.encode("Hello") == [128000, 9906]
-    assert model.generation_config == {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
-    assert model.tokenizer.stop_ids == (128001, 128008, 128009)
+@pytest.mark.parametrize("vocabulary", ["made", "published"])
+def test_metas_own_tokenizer(vocabulary, request, tmp_path):
+    """Its special tokens have the ids after those of the file."""
+    if vocabulary == "made":
+        path, first = write_tiktoken(tmp_path / "tokenizer"), 400
+        hello = [39, 68, 75, 75, 78]  # a byte each: "!" is 0
+    else:
+        path, first = request.getfixturevalue("shared") / "tokenizers/llama3/tokenizer.model", 128000
+        hello = [9906]
+    model = jaxlm.load(meta_files.folder(tmp_path / "x"), tokenizer=path)
+    ends = [first + 1, first + 8, first + 9]
+    assert model.tokenizer.encode("Hello") == [first, *hello]
+    assert model.generation_config == {"bos_token_id": first, "eos_token_id": ends}
+    assert model.tokenizer.stop_ids == tuple(ends)
     assert model.tokenizer.has_template

@@ -1,4 +1,4 @@
-"""`jaxlm generate` as a user types it."""
+"""`jaxlm generate` as a user types it, with the story model of the package."""
 
 import io
 import json
@@ -7,26 +7,32 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import jaxlm
 from jaxlm.cli import main, parse
+from jaxlm.cli.common import STORIES
 from jaxlm.inference import decoding
 
-# The same number of tokens in every test, so that they share compiled programs.
-GREEDY = ["--temperature", "0", "--max-tokens", "200"]
+# The same number of tokens and dtype in every test, so that they share compiled programs.
+GREEDY = ["--temperature", "0", "--max-tokens", "48", "--dtype", "float32"]
 
 
 @pytest.fixture
-def stories(shared):
-    return str(shared / "checkpoints/stories260K")
+def stories():
+    return str(STORIES)
 
 
-def test_greedy_text_matches_the_reference(stories, shared, capsys):
-    reference = json.loads((shared / "checkpoints/stories260K/greedy_reference.json").read_text())
-    assert main(["generate", "<s>", "-m", stories, *GREEDY, "--json"]) == 0
+def test_greedy_tokens_are_the_likeliest_of_a_full_forward_pass(stories, capsys):
+    """Without a cache, over the prompt and the answer at once."""
+    assert main(["generate", "<|endoftext|>", "-m", stories, *GREEDY, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
-    assert [1, *out["tokens"]] == reference["greedy_ids"]
-    assert (out["finish_reason"], out["prompt_tokens"], out["generation_tokens"]) == ("length", 1, 200)
+    model = jaxlm.load(stories, dtype="float32")
+    logits, _ = model.forward(np.array([[0, *out["tokens"][:-1]]]), model.weights)
+    assert out["tokens"] == np.asarray(logits)[0].argmax(-1).tolist()
+    assert out["text"] == model.tokenizer.decode(out["tokens"])
+    assert (out["finish_reason"], out["prompt_tokens"], out["generation_tokens"]) == ("length", 1, 48)
 
 
 def test_streamed_text_and_statistics(stories, capsys):
@@ -34,7 +40,7 @@ def test_streamed_text_and_statistics(stories, capsys):
     assert main(["generate", "-m", stories, "Once upon", *GREEDY, "--stop", "irl"]) == 0
     out, err = capsys.readouterr()
     assert out == " a time, there was a little g\n"
-    assert "10 generated" in err
+    assert "8 generated" in err
     assert "peak memory" in err
     assert "compiling prefill" in err
 
@@ -60,13 +66,13 @@ def test_a_file_of_prompts(stories, tmp_path, capsys):
 def test_logprobs(stories, capsys):
     assert main(["generate", "-m", stories, "Once", *GREEDY, "--logprobs", "2"]) == 0
     logprobs = json.loads(capsys.readouterr().out)["logprobs"]
-    assert len(logprobs) == 200
+    assert len(logprobs) == 48
     assert logprobs[0]["logprob"] == logprobs[0]["top"][0]["logprob"] > logprobs[0]["top"][1]["logprob"]
 
 
 FAILS = [
     (["hi", "--temperature", "-1"], 1, "temperature"),
-    (["hi", "--max-tokens", "9999"], 1, "512"),
+    (["hi", "--max-tokens", "9999"], 1, "256"),
     (["hi", "--system", "be kind"], 1, "template"),
     (["hi", "--no-think"], 1, "template"),
     (["hi", "--template-arg", "nonsense"], 1, "KEY=VALUE"),
@@ -80,7 +86,7 @@ FAILS = [
     (["--prompts", "/"], 1, "/ cannot be read (Is a directory)"),
     (["hi", "--top-k", "many"], 2, "jaxlm generate --help"),
     (["hi", "--nonsense"], 2, "jaxlm generate --help"),
-    (["hi", "--stop-token-ids", "512"], 1, "stop_token_ids has 512; this model's ids are 0 to 511"),
+    (["hi", "--stop-token-ids", "2048"], 1, "stop_token_ids has 2048; this model's ids are 0 to 2047"),
 ]
 
 
@@ -107,7 +113,7 @@ def test_bad_input_gets_one_message(stories, capsys, monkeypatch, arguments, sta
         ('{"text": "x"}', ", line 1: expected a text"),
         (b'"\xff"', " cannot be read ('utf-8' codec"),
         # Errors that need the model.
-        ('"a"\n\n[1, 512]\n', ", line 3: the prompt has token id 512"),
+        ('"a"\n\n[1, 2048]\n', ", line 3: the prompt has token id 2048"),
         ('"a"\n["b"]\n', ", line 2: a prompt is a str, a list of messages or a list of token ids"),
         ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
         (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
@@ -182,7 +188,7 @@ def test_help_names_plain_types(capsys):
 
 def test_a_closed_pipe_ends_without_an_error(stories):
     """`jaxlm generate … | head -c 1`."""
-    command = f'"{sys.executable}" -m jaxlm generate "Once" -m "{stories}" --max-tokens 200 | head -c 1'
+    command = f'"{sys.executable}" -m jaxlm generate "Once" -m "{stories}" --max-tokens 48 | head -c 1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
     assert len(done.stdout) == 1
     assert "Traceback" not in done.stderr

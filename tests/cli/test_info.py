@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import meta_files, tiny_files
+from helpers.chat_templates import THINKING
+from helpers.published_configs import CONFIGS, COUNTS
 from helpers.stub_hub import Repo, StubHub, turn_to
+from helpers.tiny_tokenizers import byte_level
 
 from jaxlm import models
 from jaxlm.checkpoint import safetensors
@@ -203,23 +206,34 @@ def test_a_tokenizer_that_cannot_be_read_is_told_with_the_rest(folder, capsys):
     assert "tokenizer  cannot be read: " in drawn(capsys, str(folder))
 
 
-# Published models
+# Models at their published sizes
 
 
-def test_published_configs_have_their_published_counts(shared, capsys):
-    counts = json.loads((shared / "configs/param_counts.json").read_text())
-    known = {name: entry["computed"] for name, entry in counts.items() if name != "_note"}
-    checked = 0
-    for path in sorted((shared / "configs").glob("*.json")):
-        if path.stem in ("param_counts", "Qwen-Qwen3-30B-A3B"):
-            continue
-        facts = told(capsys, str(path))
-        name = path.stem.removesuffix("-it") if path.stem.startswith("google") else path.stem
-        if name in known:
-            assert facts["parameters"]["total"] == known[name], name
-            checked += 1
-        assert all(len(line) <= 80 for line in drawn(capsys, str(path)).splitlines())
-    assert checked == 16
+def config_file(folder: Path, name: str) -> str:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(CONFIGS[name]))
+    return str(path)
+
+
+def test_published_sizes_have_their_published_counts(tmp_path, capsys):
+    for name, count in COUNTS.items():
+        path = config_file(tmp_path, name)
+        assert told(capsys, path)["parameters"]["total"] == count, name
+        assert all(len(line) <= 80 for line in drawn(capsys, path).splitlines()), name
+
+
+def test_a_vocabulary_and_template(tmp_path, capsys):
+    byte_level(tmp_path, eos_token="<|end|>", chat_template=THINKING)
+    config_file(tmp_path, "Qwen-Qwen3-4B")
+    (tmp_path / "Qwen-Qwen3-4B.json").rename(tmp_path / "config.json")
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [3, 1]})
+    )
+    tree = drawn(capsys, str(tmp_path))
+    count = len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) + 3  # added tokens
+    assert f"{count:,} tokens, no BOS token, chat template, reasoning" in tree
+    assert "stop tokens: <|end|> 1, <|im_end|> 3" in tree
+    assert "generation  temperature 0.6, top_k 20, top_p 0.95" in tree
 
 
 def test_a_published_vocabulary_and_template(shared, tmp_path, capsys):
@@ -296,17 +310,17 @@ def test_offline_without_a_copy(hub, capsys):
         ("model=3", ["N  all 32 on each device: 3 does not divide it", "V  42,752 of 128,256 on each device\n"]),
     ],
 )
-def test_a_mesh(shared, capsys, mesh, lines):
+def test_a_mesh(tmp_path, capsys, mesh, lines):
     """No device is needed to ask what each would hold."""
-    config = str(shared / "configs/meta-llama-Llama-3.1-8B.json")
+    config = config_file(tmp_path, "meta-llama-Llama-3.1-8B")
     assert main(["info", config, "--mesh", mesh]) == 0
     out = capsys.readouterr().out
     for line in lines:
         assert line in out
 
 
-def test_bytes_on_a_device_of_a_mesh(shared, capsys):
-    config = str(shared / "configs/meta-llama-Llama-3.1-8B.json")
+def test_bytes_on_a_device_of_a_mesh(tmp_path, capsys):
+    config = config_file(tmp_path, "meta-llama-Llama-3.1-8B")
     assert main(["info", config, "--mesh", "data=2,model=16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     heads, norms = 2 * 32 * 8 * 128 * 4096, 65 * 4096  # k and v go over 8 of 16; norms are whole

@@ -1,12 +1,13 @@
-"""The loss mask of conversations, to the token, with the chat templates of real models."""
+"""The loss mask of conversations, to the token, with chat templates written here and those of published models."""
 
 import json
 
 import pytest
+from helpers.chat_templates import MADE
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
+from helpers.tiny_tokenizers import byte_fallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processing.test_tokenizer import byte_fallback
 
 from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
 from jaxlm.data.sources import InvalidRow, Row
@@ -14,10 +15,10 @@ from jaxlm.processing.tokenizer import Tokenizer
 
 CALL = {"function": {"name": "sky", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "sky", "description": "d", "parameters": {"type": "object"}}}
-QWEN_CALL = '<tool_call>\n{"name": "sky", "arguments": {"city": "Oslo"}}\n</tool_call>'
-LLAMA_CALL = '{"name": "sky", "parameters": {"city": "Oslo"}}'
+THINK_CALL = '<tool_call>\n{"name": "sky", "arguments": {"city": "Oslo"}}\n</tool_call>'
+HEADER_CALL = '{"name": "sky", "parameters": {"city": "Oslo"}}'
 LLAMA = ["Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.3-70B"]
-TEMPLATES = {
+PUBLISHED = {
     **{f"meta-llama-{name}-Instruct": ("llama3", "<|eot_id|>") for name in LLAMA},
     "Qwen-Qwen3-0.6B": ("qwen3", "<|im_end|>"),
     "Qwen3.maxtext-tokenizer_config": ("qwen3", "<|im_end|>"),
@@ -26,6 +27,7 @@ TEMPLATES = {
     "tulu.open-instruct": ("olmo2", "<|endoftext|>"),
     "google-gemma-3-1b-it": ("gemma3", "<end_of_turn>"),
 }
+TRIMMED = ("llama", "gemma", "headers", "turns")  # templates with these names trim answers
 
 
 def user(text: str) -> dict:
@@ -37,19 +39,23 @@ def said(text: str, **fields) -> dict:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(shared, tmp_path_factory):
-    """Returns a function that loads a real tokenizer by name (for Gemma 3, a small one with its special tokens)."""
+def tokenizers(request, tmp_path_factory):
+    """Returns a function that loads a tokenizer by name: of MADE, or a published one (for Gemma 3, a small one with its
+    special tokens)."""
     found: dict[str, DocumentTokenizer] = {}
 
     def load(name: str) -> DocumentTokenizer:
         if name not in found:
-            folder = shared / "tokenizers" / name
-            if name == "gemma3":
+            if name in MADE:
+                folder = MADE[name][1](tmp_path_factory.mktemp(name))
+            elif name == "gemma3":
                 folder = byte_fallback(tmp_path_factory.mktemp("gemma"))
+            else:
+                folder = request.getfixturevalue("shared") / "tokenizers" / name
             tok = Tokenizer.load(folder)
             assert tok is not None
-            if name == "olmo2":
-                tok.hf.bos_token = tok.hf.eos_token = "<|endoftext|>"
+            if name in ("olmo2", "roles"):
+                tok.hf.bos_token = tok.hf.eos_token = stop_of(name)
             tok.hf.chat_template = TEMPLATE
             found[name] = DocumentTokenizer(tok)
         return found[name]
@@ -57,13 +63,24 @@ def tokenizers(shared, tmp_path_factory):
     return load
 
 
-def texts_of(tokenizers, shared, template: str, **options) -> DocumentTokenizer:
-    """Returns the tokenizer with this template. The copy of its backend is made once."""
-    known = tokenizers(TEMPLATES[template][0])
-    known.tokenizer.hf.chat_template = (shared / "chat_templates" / f"{template}.jinja").read_text()
-    texts = DocumentTokenizer(known.tokenizer, TextOptions(**options))
-    texts.__dict__["rust"] = known.rust
-    return texts
+def stop_of(name: str) -> str:
+    return "<|endoftext|>" if name == "olmo2" else MADE[name][2] if name in MADE else PUBLISHED[name][1]
+
+
+@pytest.fixture
+def texts_of(tokenizers, request):
+    """Returns a function from a template to its tokenizer with it. The copy of its backend is made once."""
+
+    def find(template: str, **options) -> DocumentTokenizer:
+        made = template in MADE
+        known = tokenizers(template if made else PUBLISHED[template][0])
+        path = None if made else request.getfixturevalue("shared") / "chat_templates" / f"{template}.jinja"
+        known.tokenizer.hf.chat_template = path.read_text() if path else MADE[template][0]
+        texts = DocumentTokenizer(known.tokenizer, TextOptions(**options))
+        texts.__dict__["rust"] = known.rust
+        return texts
+
+    return find
 
 
 def document(texts: DocumentTokenizer, value: dict) -> Document:
@@ -79,34 +96,34 @@ def trained_on(texts: DocumentTokenizer, value: dict) -> str:
     return texts.tokenizer.decode(made.ids[made.loss_mask], skip_special=False)
 
 
-# Real templates
+# What every template is checked for
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_all_turns_with_the_token_that_ends_each(tokenizers, shared, template):
-    texts = texts_of(tokenizers, shared, template)
-    stop = TEMPLATES[template][1]
+def check_all_turns(texts_of, template: str) -> None:
+    """All answers are trained on, each with the token that ends it."""
+    texts, stop = texts_of(template), stop_of(template)
     # Answers repeat other text, and contain what a template renders, white space that some templates strip, and emoji.
     answers = ["Hi", " two  words \n", f"on {stop} goes\n\n{stop}", "naïve 👩‍👩‍👧‍👦", "Hi"]
     messages = [{"role": "system", "content": "Hi"}]
     messages += [message for answer in answers for message in (user(f"Hi {stop}"), said(answer))]
-    kept = [answer.strip() for answer in answers] if "llama" in template or "gemma" in template else answers
-    assert trained_on(texts, {"messages": messages}) == "".join(answer + stop for answer in kept)
+    kept = [answer.strip() for answer in answers] if any(name in template for name in TRIMMED) else answers
+    assert trained_on(texts, {"messages": messages}) == "".join(answer + stop for answer in kept), template
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_text_is_that_of_a_chat_with_bos_once(tokenizers, shared, template):
-    texts = texts_of(tokenizers, shared, template)
+def check_text(texts_of, template: str) -> None:
+    """The text is that of a chat, with BOS once."""
+    texts = texts_of(template)
     messages = [user("What is this?"), said("A test."), user("Why?"), said("To know.")]
     ids, tok = document(texts, {"messages": messages}).ids.tolist(), texts.tokenizer
-    assert ids == tok.chat(messages, add_generation_prompt=False)
+    assert ids == tok.chat(messages, add_generation_prompt=False), template
     if tok.bos_id is not None and tok.bos_id != tok.hf.eos_token_id:
-        assert ids.count(tok.bos_id) == 1
-        assert ids[0] == tok.bos_id
+        assert ids.count(tok.bos_id) == 1, template
+        assert ids[0] == tok.bos_id, template
 
 
-def test_reasoning_is_trained_on_where_the_template_keeps_it(tokenizers, shared):
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B")
+def check_reasoning(texts_of, template: str) -> None:
+    """Reasoning is trained on where the template keeps it."""
+    texts = texts_of(template)
     think = "<think>\nhm\n</think>\n\n"
     assert trained_on(texts, {"messages": [user("a"), said(f"{think}b"), user("c"), said(f"{think}d")]}) == (
         f"b<|im_end|>{think}d<|im_end|>"
@@ -115,70 +132,105 @@ def test_reasoning_is_trained_on_where_the_template_keeps_it(tokenizers, shared)
     # An empty block is the template's: it turns reasoning off.
     assert trained_on(texts, {"messages": [user("a"), said("b")]}) == "b<|im_end|>"
     assert "<think>" in texts.tokenizer.decode(document(texts, {"messages": [user("a"), said("b")]}).ids)
-    silent = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", template_args={"enable_thinking": False})
+    silent = texts_of(template, template_args={"enable_thinking": False})
     assert trained_on(silent, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "b<|im_end|>d<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    ("template", "call", "last"),
-    [
-        ("Qwen-Qwen3-0.6B", f"Let me see.\n{QWEN_CALL}<|im_end|>", "<think>\nrain\n</think>\n\nRain.<|im_end|>"),
-        ("Qwen-Qwen2.5-7B-Instruct", f"Let me see.\n{QWEN_CALL}<|im_end|>", "Rain.<|im_end|>"),
-        ("meta-llama-Llama-3.1-8B-Instruct", f"{LLAMA_CALL}<|eot_id|>", "Rain.<|eot_id|>"),
-        ("meta-llama-Llama-3.2-3B-Instruct", f"{LLAMA_CALL}<|eot_id|>", "Rain.<|eot_id|>"),
-    ],
-)
-def test_tool_calls_are_trained_on(tokenizers, shared, template, call, last):
-    texts = texts_of(tokenizers, shared, template)
-    end = TEMPLATES[template][1]
+def check_tool_calls(texts_of, template: str, call: str, last: str) -> None:
+    texts, end = texts_of(template), stop_of(template)
     first = said("Let me see.", tool_calls=[CALL])
     result = {"role": "tool", "content": f"rain {end}"}
-    final = said("Rain.", reasoning_content="rain") if "Qwen3" in template else said("Rain.")
+    final = said("Rain.", reasoning_content="rain") if "<think>" in last else said("Rain.")
     value = {"messages": [user("Sky?"), first, result, final], "tools": [TOOL]}
-    assert trained_on(texts, value) == call + last
+    assert trained_on(texts, value) == call + end + last + end, template
     # In OpenAI's format the arguments are a JSON string. Columns of a table have all fields.
     written = {"function": {"name": "sky", "arguments": json.dumps(CALL["function"]["arguments"])}}
     first = said("Let me see.", tool_calls=[written], name=None)
     again = {"messages": [user("Sky?"), first, result, final], "tools": json.dumps([TOOL])}
-    assert document(texts, again).ids.tolist() == document(texts, value).ids.tolist()
-    # After another question Qwen3 drops the reasoning before the first answer.
+    assert document(texts, again).ids.tolist() == document(texts, value).ids.tolist(), template
+    # After another question templates drop the reasoning before the first answer.
     both = {"messages": [*value["messages"], user("Thanks"), said("You are welcome.")], "tools": [TOOL]}
-    assert trained_on(texts, both) == f"{call}Rain.{end}You are welcome.{end}"
+    assert trained_on(texts, both) == f"{call}{end}Rain.{end}You are welcome.{end}", template
 
 
-def test_a_call_of_a_built_in_tool_ends_with_another_token(tokenizers, shared):
-    texts = texts_of(tokenizers, shared, "meta-llama-Llama-3.1-8B-Instruct", template_args={"builtin_tools": ["sky"]})
+def check_built_in_call(texts_of, template: str) -> None:
+    """A call of a built-in tool ends with another token."""
+    texts = texts_of(template, template_args={"builtin_tools": ["sky"]})
     messages = [user("Sky?"), said("", tool_calls=[CALL]), {"role": "tool", "content": "rain"}, said("Rain.")]
     called = '<|python_tag|>sky.call(city="Oslo")<|eom_id|>'
     assert trained_on(texts, {"messages": messages, "tools": [TOOL]}) == f"{called}Rain.<|eot_id|>"
 
 
-def test_completions_of_messages(tokenizers, shared):
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="completion")
+def check_completions(texts_of, template: str) -> None:
+    texts = texts_of(template, train_on="completion")
     assert trained_on(texts, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "d<|im_end|>"
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B")
+    texts = texts_of(template)
     chat = {"prompt": [user("a"), said("b"), user("c")], "completion": [said("d"), user("e"), said("f")]}
     assert trained_on(texts, chat) == "d<|im_end|>f<|im_end|>"
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="assistant")
+    texts = texts_of(template, train_on="assistant")
     assert trained_on(texts, chat) == "b<|im_end|>d<|im_end|>f<|im_end|>"
-    texts = texts_of(tokenizers, shared, "Qwen-Qwen3-0.6B", train_on="all")
+    texts = texts_of(template, train_on="all")
     assert document(texts, chat).loss_mask.all()
 
 
-def test_what_a_template_cannot_render_is_refused(tokenizers, shared):
-    gemma = texts_of(tokenizers, shared, "google-gemma-3-1b-it")
-    olmo = texts_of(tokenizers, shared, "allenai-OLMo-2-Instruct.reconstructed")
+def check_refused(texts_of, alternating: str, no_tools: str) -> None:
+    """What a template cannot render is refused."""
     calls = [user("a"), said("", tool_calls=[CALL])]
-    for texts, value, message in [
-        (gemma, {"messages": [user("a"), user("b"), said("c")]}, "roles must alternate"),
-        (gemma, {"messages": [user("a"), said("b")], "tools": [TOOL]}, "does not support tools"),
-        (olmo, {"messages": calls}, r"tool calls of message 2 \(sky\)"),
+    for template, value, message in [
+        (alternating, {"messages": [user("a"), user("b"), said("c")]}, "roles must alternate"),
+        (alternating, {"messages": [user("a"), said("b")], "tools": [TOOL]}, "does not support tools"),
+        (no_tools, {"messages": calls}, r"tool calls of message 2 \(sky\)"),
     ]:
-        [bad] = texts.documents([Row("a.jsonl", 3, value)])
+        [bad] = texts_of(template).documents([Row("a.jsonl", 3, value)])
         assert isinstance(bad, InvalidRow)
         assert bad.why == "refused by the chat template"
         with pytest.raises(ValueError, match=f"a.jsonl:3: .*{message}"):
             raise ValueError(str(bad))
+
+
+@pytest.mark.parametrize("template", MADE)
+def test_all_turns_with_the_token_that_ends_each(texts_of, template):
+    check_all_turns(texts_of, template)
+
+
+@pytest.mark.parametrize("template", MADE)
+def test_the_text_is_that_of_a_chat_with_bos_once(texts_of, template):
+    check_text(texts_of, template)
+
+
+def test_reasoning_is_trained_on_where_the_template_keeps_it(texts_of):
+    check_reasoning(texts_of, "thinking")
+
+
+REASONED = "<think>\nrain\n</think>\n\nRain."
+
+
+def test_tool_calls_are_trained_on(texts_of):
+    check_tool_calls(texts_of, "thinking", f"Let me see.\n{THINK_CALL}", REASONED)
+    check_tool_calls(texts_of, "headers", HEADER_CALL, "Rain.")
+    check_built_in_call(texts_of, "headers")
+
+
+def test_completions_of_messages(texts_of):
+    check_completions(texts_of, "thinking")
+
+
+def test_what_a_template_cannot_render_is_refused(texts_of):
+    check_refused(texts_of, "turns", "roles")
+
+
+def test_published_templates(shared, texts_of):
+    for template in PUBLISHED:
+        check_all_turns(texts_of, template)
+        check_text(texts_of, template)
+    check_reasoning(texts_of, "Qwen-Qwen3-0.6B")
+    check_tool_calls(texts_of, "Qwen-Qwen3-0.6B", f"Let me see.\n{THINK_CALL}", REASONED)
+    check_tool_calls(texts_of, "Qwen-Qwen2.5-7B-Instruct", f"Let me see.\n{THINK_CALL}", "Rain.")
+    for version in LLAMA[1:3]:
+        check_tool_calls(texts_of, f"meta-llama-{version}-Instruct", HEADER_CALL, "Rain.")
+    check_built_in_call(texts_of, "meta-llama-Llama-3.1-8B-Instruct")
+    check_completions(texts_of, "Qwen-Qwen3-0.6B")
+    check_refused(texts_of, "google-gemma-3-1b-it", "allenai-OLMo-2-Instruct.reconstructed")
 
 
 # Other templates, with a small tokenizer

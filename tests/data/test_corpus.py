@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
+from helpers.varied_text import CODE
 
 from jaxlm.data import corpus as module
 from jaxlm.data.corpus import Corpus, cache_folder, load, prepare
@@ -270,8 +271,12 @@ def test_progress(tmp_path, cache):
     assert calls[-1] == (len(corpus), len(corpus.ids))
 
 
-def test_real_stories(shared, cache):
-    corpus = made(cache, shared / "corpora/tinyshakespeare/input.txt")
-    text = (shared / "corpora/tinyshakespeare/input.txt").read_text()
+def test_a_long_text(tmp_path, cache):
+    """The package's own code, in the letters that the tokenizer has."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted(CODE.rglob("*.py")))
+    text = "".join(letter for letter in code if letter == "\n" or " " <= letter <= "~")
+    (tmp_path / "code.txt").write_text(text)
+    corpus = made(cache, tmp_path / "code.txt")
+    assert len(text) > 500_000
     assert len(corpus) == 1
-    assert TOK.decode(corpus.document(0).ids) == text
+    assert TOK.decode(corpus.document(0).ids, skip_special=False) == f"<bos>{text}<end>"

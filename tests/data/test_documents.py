@@ -402,39 +402,3 @@ def test_bos_and_eos_once():
     tok.backend_tokenizer.post_processor = None
     [made] = DocumentTokenizer(tok).documents([Row("a.txt", 1, "at")])
     assert tok.decode(made.ids, skip_special=False) == "at"
-
-
-# Real data
-
-
-def made_of(shared, name: str, tok=CHATTING, count: int = 50, **options) -> list:
-    [source] = find_sources(shared / "corpora" / name)
-    found = [row for row, _ in zip(source.rows(), range(count))]
-    assert all(isinstance(row, Row) for row in found)
-    return list(DocumentTokenizer(tok, TextOptions(**options)).documents(found))
-
-
-def test_gsm8k_through_named_fields(shared):
-    made = made_of(shared, "gsm8k/train.jsonl", prompt_field="question", completion_field="answer")
-    whole, learned = text(made[0])
-    assert whole.startswith("<bos><user>Natalia sold clips to 48 of her friends")
-    assert learned.startswith("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia")
-    assert learned.endswith("#### 72<end>")
-    assert made[49].number == 50
-
-
-def test_instructions_as_a_json_list(shared):
-    made = made_of(shared, "instruct_rasbt/instruction-data.json", count=1100)
-    assert len(made) == 1100
-    assert text(made[1]) == (
-        "<bos><user>Edit the following sentence for grammar.\n\nHe go to the park every day.<end>"
-        "<assistant>He goes to the park every day.<end>",
-        "He goes to the park every day.<end>",
-    )
-
-
-def test_texts_of_rows_and_between_separators(shared):
-    assert text(made_of(shared, "wikisql_mlx/valid.jsonl")[0])[0].startswith("<bos>table: 1-10015132-11\ncolumns: ")
-    made = made_of(shared, "stories/tinystories.txt")
-    assert text(made[0])[0].startswith("<bos>Mama and Michael were in the kitchen.")
-    assert not text(made[0])[0].endswith("\n<end>")

@@ -34,9 +34,10 @@ NEARLY = [
 ]  # fmt: skip
 
 
-def texts(shared: Path, corpus: int = 200_000) -> list[str]:
-    """Some two million characters, in pieces. corpus: characters of each body of text."""
-    found = [(shared / "corpora" / name).read_text(encoding="utf-8")[:corpus] for name in CORPORA]
+def texts(shared: Path | None, corpus: int = 200_000) -> list[str]:
+    """Some two million characters, in pieces. corpus: characters of each published text; without `shared` there are
+    none."""
+    found = [(shared / "corpora" / name).read_text(encoding="utf-8")[:corpus] for name in CORPORA] if shared else []
     found += [path.read_text(encoding="utf-8") for path in sorted(CODE.rglob("*.py"))]
     points = [chr(c) for c in range(0x32000) if not 0xD800 <= c < 0xE000]
     found += ["".join(points[i : i + 500]) for i in range(0, len(points), 500)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
+from helpers.tiny_tokenizers import byte_fallback, load
 
 import jaxlm
 from jaxlm.devices import hardware
@@ -348,18 +349,31 @@ def test_without_a_template_there_is_no_system_message(llama):
         talk(llama, system="be kind").send("hi")
 
 
-def test_a_trained_model_goes_on_over_several_turns(shared):
+@pytest.fixture(params=["made", "published"])
+def prefixing(request, tmp_path) -> tuple[Model, dict[int, float]]:
+    """A model whose vocabulary marks spaces, and whose tokenizer puts one in front of a text. The made one writes
+    letters that never merge, and a word."""
+    if request.param == "published":
+        return jaxlm.load(request.getfixturevalue("shared") / "checkpoints/stories260K", progress=False), {}
+    tok = load(byte_fallback(tmp_path, prefix=True))
+    allowed = tok.convert_tokens_to_ids([*"aonisrldcum", "▁the"])
+    bias = {i: -1e4 for i in range(tok.vocab_size) if i not in allowed}
+    return model_of(llama3, replace(LLAMA, V=tok.vocab_size), tok), bias
+
+
+def test_several_turns_of_a_text_that_begins_with_a_space(prefixing):
     """SentencePiece's vocabulary marks spaces, and its tokenizer puts one before whatever it is given."""
-    model = jaxlm.load(shared / "checkpoints/stories260K", progress=False)
-    c = Conversation(model, temperature=0, max_tokens=24)
+    model, bias = prefixing
+    c = Conversation(model, temperature=0, max_tokens=24, logit_bias=bias)
     first = "".join(c.send("Once upon"))
-    assert first.startswith(" a time, there was a little girl named Lily.")
+    assert bias or first.startswith(" a time, there was a little girl named Lily.")
+    assert " the" in first
     "".join(c.send(", and"))
     said = "".join(m["content"] for m in c.messages)
     assert said.startswith(f"Once upon{first}, and")
     assert c.prefilled < 8
     ids = model.tokenizer.encode(f"Once upon{first}, and")
-    assert model.tokenizer.encode(said) == [*ids, *twin(model, ids, 24, {})]
+    assert model.tokenizer.encode(said) == [*ids, *twin(model, ids, 24, bias)]
 
 
 # Options, sampling, files

@@ -11,6 +11,7 @@ from helpers.tiny_models import tiny
 from scipy.special import log_softmax
 
 import jaxlm
+from jaxlm.cli.common import STORIES
 from jaxlm.devices import hardware
 from jaxlm.inference import engine
 from jaxlm.inference.decoding import executables
@@ -237,24 +238,33 @@ def test_stop_tokens_end_an_answer_and_ignore_eos_does_not():
     assert (longer.tokens, longer.finish_reason) == (plain, "length")
 
 
-def test_the_published_text(shared):
-    """stories260K: 200 greedy tokens from BOS, published by llama2.c; text, stop strings, streaming."""
-    folder = shared / "checkpoints/stories260K"
-    reference = json.loads((folder / "greedy_reference.json").read_text())
-    model = jaxlm.load(folder)
-    answer = jaxlm.generate(model, reference["prompt_ids"], max_tokens=200, temperature=0)
-    assert reference["prompt_ids"] + answer.tokens == reference["greedy_ids"]
+@pytest.mark.parametrize("which", ["made", "published"])
+def test_the_text_of_a_trained_model(which, request):
+    """The package's story model beside a full forward pass, and stories260K beside the 200 greedy tokens that llama2.c
+    publishes: text, stop strings, streaming."""
+    if which == "published":
+        folder = request.getfixturevalue("shared") / "checkpoints/stories260K"
+        reference = json.loads((folder / "greedy_reference.json").read_text())
+        model, ids, count, stop = jaxlm.load(folder), reference["prompt_ids"], 200, "Lily's mom"
+    else:
+        model, ids, count, stop = jaxlm.load(STORIES, dtype="float32"), [0], 32, " girl"
+    options = {"max_tokens": count, "temperature": 0}
+    answer = jaxlm.generate(model, ids, **options)
+    if which == "made":
+        greedy = likeliest(model, ids, answer.tokens)
+        reference = {"greedy_ids": ids + greedy, "text": model.tokenizer.decode(greedy)}
+    assert ids + answer.tokens == reference["greedy_ids"]
     assert answer.strip() == reference["text"].strip()[: len(answer.strip())]
-    pieces = list(jaxlm.stream(model, reference["prompt_ids"], max_tokens=200, temperature=0))
+    pieces = list(jaxlm.stream(model, ids, **options))
     assert "".join(pieces) == answer
-    assert len(pieces) > 150
+    assert len(pieces) > 0.75 * count
     assert pieces[-1].finish_reason == "length"
     assert [p.generation_tokens for p in pieces] == sorted(p.generation_tokens for p in pieces)
-    stopped = jaxlm.generate(model, reference["prompt_ids"], max_tokens=200, temperature=0, stop="Lily's mom")
-    assert stopped == answer[: answer.index("Lily's mom")]
+    stopped = jaxlm.generate(model, ids, **options, stop=stop)
+    assert stopped == answer[: answer.index(stop)]
     assert stopped.finish_reason == "stop"
     prompt = "Once upon a time, there was"
-    longer = prompt + jaxlm.generate(model, prompt, max_tokens=200, temperature=0)
+    longer = prompt + jaxlm.generate(model, prompt, **options)
     assert longer.startswith(answer.strip())
 
 

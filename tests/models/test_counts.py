@@ -31,19 +31,6 @@ def config_of(raw: dict[str, Any]) -> Any:
     return family.__name__, family.Config.from_hf(raw)
 
 
-def test_published_files_have_these_sizes_and_counts(shared: Path) -> None:
-    """Fine-tuned models have the config of their base."""
-    stems = {path.stem for path in (shared / "configs").glob("*.json")} - {"param_counts", REFUSED}
-    found = {stem: stem.removesuffix(".rawstyle").removesuffix("-it").removesuffix("-Instruct") for stem in stems}
-    assert set(found.values()) == set(CONFIGS) == set(COUNTS)
-    for stem, name in found.items():
-        assert config_of(read(shared, stem)) == config_of(CONFIGS[name]), stem
-    counts = read(shared, "param_counts")
-    for name in set(found.values()) - {f"google-gemma-3-{size}b" for size in (4, 12, 27)}:
-        assert counts[OTHER_NAMES.get(name, name)]["computed"] == COUNTS[name], name
-    refuse(read(shared, REFUSED))
-
-
 def test_counts_and_shapes_at_full_size() -> None:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     for name, count in COUNTS.items():
@@ -124,7 +111,17 @@ def test_names_and_shapes_of_checkpoints(name: str) -> None:
     match(raw, shapes, name)
 
 
-def test_names_and_shapes_of_published_checkpoints(shared: Path) -> None:
+def test_published_files(shared: Path) -> None:
+    """They have the sizes, counts and tensors above. Fine-tuned models have the config of their base."""
+    stems = {path.stem for path in (shared / "configs").glob("*.json")} - {"param_counts", REFUSED}
+    found = {stem: stem.removesuffix(".rawstyle").removesuffix("-it").removesuffix("-Instruct") for stem in stems}
+    assert set(found.values()) == set(CONFIGS) == set(COUNTS)
+    for stem, name in found.items():
+        assert config_of(read(shared, stem)) == config_of(CONFIGS[name]), stem
+    counts = read(shared, "param_counts")
+    for name in set(found.values()) - {f"google-gemma-3-{size}b" for size in (4, 12, 27)}:
+        assert counts[OTHER_NAMES.get(name, name)]["computed"] == COUNTS[name], name
+    refuse(read(shared, REFUSED))
     for index, name in INDEX.items():
         tensors = json.loads((shared / "index" / f"{index}.json").read_text())
         match(CONFIGS[name], dict.fromkeys(tensors["weight_map"]) if "weight_map" in tensors else tensors, index)

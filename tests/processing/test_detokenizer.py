@@ -3,9 +3,11 @@
 import functools
 
 import pytest
+from helpers.published import SHARED, TOKENIZERS
+from helpers.tiny_tokenizers import SMALL, load_once, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processing.test_tokenizer import REAL, TEXT, byte_fallback, byte_level, load_once
+from processing.test_tokenizer import TEXT
 
 from jaxlm.processing.detokenizer import TextStream
 from jaxlm.processing.tokenizer import Tokenizer
@@ -25,23 +27,18 @@ TEXTS = [
     "𝄞 \U0010ffff \x00 \x7f \u2028",
     "<0x41> <0xE4><two words> Ġ Ċ ▁ ▁▁",
 ]
-SMALL = ["byte_level", "byte_fallback", "byte_fallback_prefix"]
+REAL = TOKENIZERS if SHARED.is_dir() else []
 VALUES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 CASES = pytest.mark.parametrize("name", SMALL + REAL)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory, request):
+def tokenizer(tmp_path_factory):
     """name -> a small tokenizer made here, or a real one."""
 
     @functools.cache
     def get(name: str) -> Tokenizer:
-        if name in REAL:
-            return load_once(request.getfixturevalue("shared") / name)
-        folder = tmp_path_factory.mktemp(name)
-        if name == "byte_level":
-            return load_once(byte_level(folder, bos=True, eos_token="<|end|>"))
-        return load_once(byte_fallback(folder, prefix=name.endswith("prefix")))
+        return load_once(SHARED / name if name in REAL else write(name, tmp_path_factory.mktemp(name)))
 
     return get
 
@@ -59,6 +56,10 @@ def cut(text: str, stops) -> tuple[str, str | None]:
             stop = max(met, key=len)
             return text[: end - len(stop)], stop
     return text, None
+
+
+def test_published_tokenizers_are_among_the_cases(shared, tokenizer):
+    assert len(TOKENIZERS) == len(REAL) == len({tokenizer(name).vocab_size for name in REAL})
 
 
 # Characters
@@ -114,7 +115,7 @@ def test_random_ids_of_byte_level_vocabularies(tokenizer, name):
     check()
 
 
-@pytest.mark.parametrize("name", ["byte_fallback", "byte_fallback_prefix", REAL[3]])
+@pytest.mark.parametrize("name", ["byte_fallback", "byte_fallback_prefix", *REAL[3:]])
 def test_random_pieces_of_byte_fallback_vocabularies(tokenizer, name):
     tok = tokenizer(name)
     raw = {byte: tok.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)}

@@ -4,6 +4,7 @@ import time
 import tracemalloc
 
 import pytest
+from helpers.chat_templates import MADE, NO_SYSTEM
 from helpers.tiny_chat import tokenizer_of
 
 from jaxlm.processing import template_sandbox
@@ -219,16 +220,21 @@ def test_ordinary_templates_are_rendered_as_by_transformers(kind):
     assert tokenizer.render(CHAT, tools=TOOLS) == theirs
 
 
-def test_published_templates_take_little_of_what_they_may(shared, monkeypatch):
-    """A hundredth of it would do for this chat. tests/test_templates.py has their texts."""
+@pytest.mark.parametrize("templates", ["made", "published"])
+def test_templates_take_little_of_what_they_may(templates, request, monkeypatch):
+    """A hundredth of it would do for this chat. test_template_rendering.py has their texts."""
     monkeypatch.setattr(template_sandbox, "LIMIT", template_sandbox.LIMIT // 100)
     monkeypatch.setattr(template_sandbox, "SHARE", template_sandbox.SHARE // 100)
-    paths = sorted((shared / "chat_templates").glob("*.jinja"))
-    assert len(paths) > 10
-    for path in paths:
-        tokenizer = tokenizer_of(path.read_text())
+    if templates == "made":
+        found = {name: template for name, (template, _, _) in MADE.items()} | {"gemma-2": NO_SYSTEM}
+    else:
+        paths = sorted((request.getfixturevalue("shared") / "chat_templates").glob("*.jinja"))
+        found = {path.name: path.read_text() for path in paths}
+        assert len(found) > 10
+    for name, template in found.items():
+        tokenizer = tokenizer_of(template)
         for tools in (None, TOOLS):
-            assert tokenizer.render(CHAT[1:] if "gemma-2" in path.name else CHAT, tools=tools)
+            assert tokenizer.render(CHAT[1:] if "gemma-2" in name else CHAT, tools=tools), name
 
 
 def test_long_chats_have_room(monkeypatch):

@@ -1,16 +1,16 @@
-"""jaxlm.processing.tokenizer, on small vocabularies made here and on real ones where they are at hand."""
+"""jaxlm.processing.tokenizer. With published tokenizers and chat templates: test_chat_formats.py."""
 
 import copy
-import functools
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from helpers.published import TOKENIZERS
+from helpers.tiny_tokenizers import PROSE, SMALL, byte_fallback, byte_level, load, load_once, save, write
 
 from jaxlm.processing.chat_template import split_thinking
 from jaxlm.processing.tokenizer import Tokenizer
@@ -19,7 +19,6 @@ TEXT = (
     "Hello  world! I'm don't \t\n\n 12345 67, naïve café e\u0301 日本語 العربية 👩‍👩‍👧‍👦 🇩🇪 \ufffd \r\n"
     " <|endoftext|> <|im_start|>x <|eot_id|> </s> <s> <0x41> \u2581 end "
 )
-REAL = ["tokenizers/llama3", "tokenizers/qwen3", "tokenizers/olmo2", "checkpoints/stories260K"]
 USER = {"role": "user", "content": "Hi"}
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -32,114 +31,28 @@ STRICT = (
 )
 
 
-def byte_level(folder: Path, bos: bool = False, **config) -> Path:
-    """A byte-level vocabulary of about 300 tokens, like Llama 3's (with bos) or Qwen's."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        ["the cat sat on the mat, the cat said hello to the world 日本 日本語"] * 9,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tok.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False), "<two words>"])
-    if bos:
-        tok.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
-    return save(tok, folder, config)
-
-
-def byte_fallback(folder: Path, prefix: bool = False, **config) -> Path:
-    """A vocabulary of pieces and single bytes, like Gemma's or (with prefix) Llama 2's, with Gemma 3's ids of turns."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-
-    pieces = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        *"etaonisrhldcumfpgwybvkxjqz",
-        "▁",
-        "th",
-        "the",
-        "▁the",
-        ",",
-        ".",
-        "!",
-    ]
-    pieces += ["\n", "▁▁", *(f"<unused{n}>" for n in range(200))]
-    pieces[105:107] = "<start_of_turn>", "<end_of_turn>"
-    pieces = [*pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁")]
-    vocab = {piece: n for n, piece in enumerate(pieces)}
-    tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    replace = normalizers.Replace(" ", "▁")
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tok.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    tok.add_special_tokens([*pieces[:4], "<start_of_turn>", "<end_of_turn>"])
-    tok.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    return save(tok, folder, {"bos_token": "<bos>", "eos_token": "<eos>", **config})
-
-
-def save(tok, folder: Path, config: dict) -> Path:
-    tok.save(str(folder / "tokenizer.json"))
-    if config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@functools.cache
-def load_once(folder: Path) -> Tokenizer:
-    return load(folder)
-
-
-def load(folder: Path, *configs: dict) -> Tokenizer:
-    tok = Tokenizer.load(folder, *configs)
-    assert tok is not None
-    return tok
-
-
-@pytest.fixture(scope="session")
-def real(shared):
-    """name -> a real tokenizer."""
-    return lambda name: load_once(shared / name)
-
-
-@pytest.fixture
-def templated(real, shared):
-    """(tokenizer, template, named tokens) -> a real tokenizer with a real template, until the test ends."""
-    undo = []
-
-    def combine(name: str, template: str, **tokens: str | None) -> Tokenizer:
-        tok = real(name)
-        text = (shared / "chat_templates" / f"{template}.jinja").read_text()
-        for which, value in {"chat_template": text, **tokens}.items():
-            undo.append((tok.hf, which, getattr(tok.hf, which)))
-            setattr(tok.hf, which, value)
-        return tok
-
-    yield combine
-    for change in undo:
-        setattr(*change)
-
-
 # Loading
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_ids_equal_those_of_the_file(real, shared, name):
+def check_ids(folder: Path, text: str) -> None:
+    """Ids and text are those of the tokenizers library alone."""
     import tokenizers
 
-    plain = tokenizers.Tokenizer.from_file(str(shared / name / "tokenizer.json"))
-    text = TEXT + (shared / "corpora/gsm8k/train.jsonl").read_text()[:20000]
-    tok = real(name)
-    assert tok.encode(text) == plain.encode(text).ids
-    assert tok.encode(text, add_special_tokens=False) == plain.encode(text, add_special_tokens=False).ids
-    assert tok.decode(tok.encode(text)) == plain.decode(plain.encode(text).ids)
-    assert tok.vocab_size == max(plain.get_vocab().values()) + 1
+    plain, tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), load_once(folder)
+    assert tok.encode(text) == plain.encode(text).ids, folder
+    assert tok.encode(text, add_special_tokens=False) == plain.encode(text, add_special_tokens=False).ids, folder
+    assert tok.decode(tok.encode(text)) == plain.decode(plain.encode(text).ids), folder
+    assert tok.vocab_size == max(plain.get_vocab().values()) + 1, folder
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_ids_equal_those_of_the_file(kind, tmp_path):
+    check_ids(write(kind, tmp_path), TEXT + PROSE)
+
+
+def test_ids_of_published_files(shared):
+    for name in TOKENIZERS:
+        check_ids(shared / name, TEXT + (shared / "corpora/gsm8k/train.jsonl").read_text()[:20000])
 
 
 def test_the_file_is_read_verbatim_whatever_class_the_config_names(tmp_path):
@@ -150,8 +63,10 @@ def test_the_file_is_read_verbatim_whatever_class_the_config_names(tmp_path):
     assert load(tmp_path).encode(TEXT) == plain.encode(TEXT).ids
 
 
-def test_a_folder_without_tokenizer(tmp_path, shared):
-    assert Tokenizer.load(shared / "checkpoints/babyllama_tok105") is None
+def test_a_folder_without_tokenizer(tmp_path):
+    for name in ("config.json", "model.safetensors", "other.model", "other.vocab"):
+        (tmp_path / name).write_text("{}")
+    assert Tokenizer.load(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
 
@@ -170,17 +85,6 @@ def test_tokens_that_no_config_names(tmp_path):
     assert tok.encode("the") == [0, *tok.encode("the", add_special_tokens=False)]
     (tmp_path / "b").mkdir()
     assert load(byte_level(tmp_path / "b")).bos_id is None
-
-
-def test_meta_originals(tmp_path, real, templated, shared):
-    shutil.copy(shared / "tokenizers/llama3/tokenizer.model", tmp_path)
-    tok = load(tmp_path)
-    text = TEXT + (shared / "corpora/wikitext2/wikitext2_test_tokenised.txt").read_text()[:20000]
-    assert tok.encode(text) == real("tokenizers/llama3").encode(text)
-    assert tok.get_vocab() == real("tokenizers/llama3").get_vocab()
-    assert tok.stop_ids == (128001, 128009)
-    turns = [{"role": "system", "content": " Be brief. "}, USER, {"role": "assistant", "content": "a\n"}, USER]
-    assert tok.chat(turns) == templated("tokenizers/llama3", "meta-llama-Meta-Llama-3-8B-Instruct").chat(turns)
 
 
 def test_vocab_json_and_merges(tmp_path):
@@ -299,11 +203,6 @@ def test_bos_exactly_once(tmp_path):
     assert tok.chat([USER]).count(0) == 0
 
 
-def test_bos_of_real_tokenizers(real):
-    assert real("tokenizers/qwen3").encode("") == []
-    assert real("tokenizers/llama3").encode("<|begin_of_text|>a") == [128000, 64]
-
-
 def test_bos_stays_where_the_tokenizer_adds_none(tmp_path):
     tok = load(byte_level(tmp_path, bos_token="<|begin|>"))
     the = tok.encode("the")
@@ -404,41 +303,6 @@ def test_template_accepts(tmp_path):
     assert not tok.template_accepts("think_hard")
 
 
-def test_real_templates_accept(templated):
-    qwen = templated("tokenizers/qwen3", "Qwen-Qwen3-0.6B")
-    assert qwen.template_accepts("enable_thinking")
-    assert qwen.render([USER], enable_thinking=False).endswith("<think>\n\n</think>\n\n")
-    llama = templated("tokenizers/llama3", "meta-llama-Llama-3.2-3B-Instruct")
-    assert llama.template_accepts("date_string")
-    assert not llama.template_accepts("enable_thinking")
-    assert "Today Date: 1 May 2000" in llama.render([USER], date_string="1 May 2000")
-    assert "Today Date: 26 Jul 2024" not in llama.render([USER])  # strftime_now is there
-
-
-@pytest.mark.parametrize("version", ["Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.3-70B"])
-def test_llama_chat_has_one_bos(templated, version):
-    tok = templated("tokenizers/llama3", f"meta-llama-{version}-Instruct")
-    ids = tok.chat([USER])
-    assert ids[0] == 128000
-    assert ids.count(128000) == 1
-    assert ids[-4:] == tok.encode("<|start_header_id|>assistant<|end_header_id|>\n\n", add_special_tokens=False)
-
-
-def test_gemma_refusals(tmp_path, shared):
-    templates = shared / "chat_templates"
-    tok = load(byte_fallback(tmp_path))
-    system = {"role": "system", "content": "Be brief."}
-    tok.hf.chat_template = (templates / "google-gemma-2-2b-it.jinja").read_text()
-    with pytest.raises(ValueError, match="System role not supported"):
-        tok.chat([system, USER])
-    tok.hf.chat_template = (templates / "google-gemma-3-1b-it.jinja").read_text()
-    with pytest.raises(ValueError, match="must alternate"):
-        tok.chat([USER, USER])
-    ids = tok.chat([system, USER])
-    assert ids[:2] == [2, 105]
-    assert ids.count(2) == 1
-
-
 # Stop ids
 
 
@@ -465,39 +329,6 @@ def test_what_closes_a_turn(tmp_path):
     assert tok.stop_ids == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "template", "stop"),
-    [
-        ("llama3", "meta-llama-Meta-Llama-3-8B-Instruct", "<|eot_id|>"),
-        ("llama3", "meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>"),
-        ("llama3", "meta-llama-Llama-3.2-3B-Instruct", "<|eot_id|>"),
-        ("llama3", "meta-llama-Llama-3.3-70B-Instruct", "<|eot_id|>"),
-        ("qwen3", "Qwen-Qwen3-0.6B", "<|im_end|>"),
-        ("qwen3", "Qwen3.maxtext-tokenizer_config", "<|im_end|>"),
-        ("qwen3", "Qwen-Qwen2.5-7B-Instruct", "<|im_end|>"),
-        ("olmo2", "allenai-OLMo-2-Instruct.reconstructed", "<|endoftext|>"),
-        ("olmo2", "tulu.open-instruct", "<|endoftext|>"),
-    ],
-)
-def test_the_template_closes_the_turn_with_a_stop(templated, name, template, stop):
-    # OLMo's templates write the tokenizer's eos_token; the others must be found without its help
-    tok = templated(f"tokenizers/{name}", template, eos_token=stop if name == "olmo2" else None)
-    assert tok.stop_ids == (tok.convert_tokens_to_ids(stop),)
-
-
-def test_gemma_stops(tmp_path, shared):
-    tok = load(byte_fallback(tmp_path))
-    tok.hf.chat_template = (shared / "chat_templates/google-gemma-3-1b-it.jinja").read_text()
-    assert tok.stop_ids == (1, 106)
-    generation_config = json.loads((shared / "generation_configs/google-gemma-3-1b-it.json").read_text())
-    assert load(tmp_path, generation_config).stop_ids == (1, 106)
-
-
-def test_published_generation_configs(tmp_path, shared):
-    config = json.loads((shared / "generation_configs/meta-llama-Meta-Llama-3.1-8B-Instruct.json").read_text())
-    assert load(byte_level(tmp_path), config).stop_ids == (128001, 128008, 128009)
-
-
 # Thinking
 
 
@@ -505,11 +336,6 @@ def test_thinking_tokens(tmp_path):
     (tmp_path / "b").mkdir()
     assert load(byte_level(tmp_path)).thinking == ("<think>", "</think>")
     assert load(byte_fallback(tmp_path / "b")).thinking is None
-
-
-def test_thinking_tokens_of_real_tokenizers(real):
-    assert real("tokenizers/qwen3").thinking == ("<think>", "</think>")
-    assert real("tokenizers/llama3").thinking is None
 
 
 @pytest.mark.parametrize(

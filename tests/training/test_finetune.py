@@ -54,8 +54,10 @@ def test_the_gradient_of_an_adapter(family) -> None:
     _, state, frozen = new_run(model, stacked=False)
     joined = lora.join(frozen, state.weights)
 
+    rows = jax.tree.map(jnp.asarray, batch_of())
+
     def total(weights: Any) -> jax.Array:
-        return step.loss(model.family, model.config, weights, batch_of()).loss / 64
+        return step.loss(model.family, model.config, weights, rows).loss / 64
 
     dense = jax.jit(jax.grad(total))(lora.fused(joined))
     own = jax.jit(jax.grad(lambda adapter: total(lora.join(frozen, adapter))))(state.weights)

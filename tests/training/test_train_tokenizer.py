@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.varied_text import CODE
 
 from jaxlm.cli.tokenizer import Tokenizer as Command
 from jaxlm.data.formats import TextOptions
@@ -101,9 +102,10 @@ def test_bpe_merges_frequent_pairs(story, tmp_path):
     assert "Ġcat" in load(tmp_path / "tok").get_vocab()
 
 
-def test_unigram_and_bpe_have_the_requested_size(shared, tmp_path):
-    text = (shared / "corpora/tinyshakespeare/input.txt").read_text()[:200_000]
-    (tmp_path / "a.txt").write_text(text)
+def test_unigram_and_bpe_have_the_requested_size(tmp_path):
+    """On 200,000 characters of the package's own code."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted(CODE.rglob("*.py")))
+    (tmp_path / "a.txt").write_text(code[:200_000], encoding="utf-8")
     for kind in ("bpe", "unigram"):
         done = train_tokenizer(tmp_path / "a.txt", tmp_path / kind, kind, 800)
         assert done.vocabulary == 800

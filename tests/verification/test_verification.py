@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.published import SHARED
 from helpers.tiny_models import CONFIGS, tiny
 
 import jaxlm
@@ -19,7 +20,7 @@ from jaxlm.cli import main
 from jaxlm.nn import Rope, attention
 from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
 
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "stories260K"
+STORIES = SHARED / "checkpoints" / "stories260K"
 RECORDED = Path(__file__).parents[1] / "recordings" / "verify" / "stories260K.npz"
 
 
