@@ -115,7 +115,7 @@ def test_save_and_load(lines, tmp_path):
 
 def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
     wrong = {
-        "refuse": "the chat template refuses these messages: no such words",
+        "refuse": "the chat template cannot render these messages: no such words",
         "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
         "/rety": "did you mean /retry?",
         "/retry": "no message yet",
