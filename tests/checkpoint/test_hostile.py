@@ -200,7 +200,7 @@ TOKENIZER_FAULTS = {
     ),
     "no token for the unknown": ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}, "cannot enc"),
     "an empty vocabulary": ({"model": {"type": "Unigram", "vocab": [], "unk_id": 0, "byte_fallback": False}}, "Empty"),
-    "ids without end": ({"added_tokens": [{"id": 2**32, "content": "a"}]}, "tokenizer.json, or a file beside it"),
+    "ids without end": ({"added_tokens": [{"id": 2**32, "content": "a"}]}, "tokenizer.json, or another tokenizer file"),
     "a stride above the length": (
         {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 10}}, "stride",
     ),
@@ -235,7 +235,7 @@ def test_growth_behind_escaped_letters(tmp_path):
         ({"extra_special_tokens": [f"t{i}" for i in range(10_001)]}, "more than 10,000 special tokens"),
         ({"extra_special_tokens": {f"t{i}": "a" for i in range(10_001)}}, "more than 10,000 special tokens"),
         ({f"t{i}_token": f"t{i}" for i in range(10_001)}, "more than 10,000 special tokens"),
-        ({"bos_token": {"content": 5}}, "tokenizer.json, or a file beside it"),
+        ({"bos_token": {"content": 5}}, "tokenizer.json, or another tokenizer file"),
         ({"chat_template": 5}, ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""`jaxlm chat`: a conversation in the terminal, or with lines from a pipe."""
+"""`jaxlm chat`: a conversation in the terminal, or with piped input."""
 
 import dataclasses
 import difflib
@@ -139,7 +139,7 @@ class ChatSession:
             self.show(self.conversation.send(line))
 
     def show(self, chunks: "Iterator[CompletionChunk]") -> None:
-        """Streams an answer, then prints its counts and, if it was cut off, why."""
+        """Streams an answer, then prints its counts and, if it was truncated, the reason."""
         chunk = print_answer(chunks, self.conversation.tokenizer, self.conversation.opened)
         if chunk is None:
             return

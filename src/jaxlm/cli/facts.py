@@ -1,4 +1,4 @@
-"""Facts about a checkpoint as plain values, for `jaxlm info`: what `load` would load, from config and headers alone."""
+"""Facts about a checkpoint as plain values, for `jaxlm info`, from the config and the headers of weight files."""
 
 import dataclasses
 import math
@@ -19,11 +19,17 @@ from jaxlm.models.config import ROPE_FIELDS
 from jaxlm.nn import Rope, params
 from jaxlm.processing.tokenizer import Tokenizer
 
-LENGTHS = (1024, 8192)  # sequences whose KV cache is measured, beside one as long as the context
+LENGTHS = (1024, 8192)  # sequence lengths to compute the KV cache size for, besides the context length
 
 
 def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = None) -> dict[str, Any]:
-    """Everything that `jaxlm info` shows. dtype: of the weights, auto keeps the file's; mesh_spec: as "model=8"."""
+    """Everything that `jaxlm info` shows, as JSON values.
+
+    Args:
+        source: The checkpoint.
+        dtype: Data type of the weights; auto keeps the type of the files.
+        mesh_spec: Device mesh, such as "data=1,model=8", for sizes per device.
+    """
     found = loading.match_tensors(source, headers_only=True)
     try:
         found = loading.with_tokenizer(found, source.tokenizer)
@@ -65,7 +71,7 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
 
 
 def _weights(found: loading.Resolved, asked: str) -> tuple[dict[str, Any], Any]:
-    """Bytes and types of the weights, and the type that they are loaded in."""
+    """Bytes and data types of the weights, and the data type that they are loaded in."""
     family, checkpoint = found.family, found.checkpoint
     tensors, count = checkpoint.tensors, params.count(family.PARAMS, found.config)
     if not tensors.pairs:
@@ -108,7 +114,7 @@ def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
-    """Per device of a mesh: bytes of weights and of one sequence's KV cache. And the number of shards per letter."""
+    """For a device of a mesh: bytes of weights and of the KV cache of one sequence, and the shards per letter."""
     sizes = topology.parse(spec)
     axes = topology.factor_kv_heads(sizes, cfg.K)
     over = AbstractMesh(tuple(axes.values()), tuple(axes))
@@ -125,7 +131,7 @@ def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
 
 
 def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
-    """Each RoPE of a config, by field, with the numbers that its type uses."""
+    """The RoPE parameters of a config by field name."""
     ropes = {f.name: value for f in dataclasses.fields(cfg) if isinstance(value := getattr(cfg, f.name), Rope)}
     return {
         name: {"type": rope.type, **{field: getattr(rope, field) for field in ROPE_FIELDS[rope.type].values()}}
@@ -144,7 +150,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The sampling parameters of generation_config.json, which apply unless others are passed."""
+    """The default sampling parameters, from generation_config.json."""
     raw, has_file = checkpoint.generation_config, (checkpoint.folder / "generation_config.json").exists()
     try:
         resolved = SamplingParams().resolve(raw)
@@ -157,7 +163,7 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
-    """Parameters and bytes of a LoRA adapter; per kind of weight the number of layers, the ranks and scales."""
+    """Parameters and bytes of a LoRA adapter, and for each kind of weight the number of layers, ranks and scales."""
     kinds: dict[str, dict[str, Any]] = {}
     for row, a, _, scale in adapter.pairs:
         kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
