@@ -168,7 +168,7 @@ def test_a_model_without_chat_template_continues_text_and_names_chat_models(mode
     assert len(out) == 2
     assert "a system message needs a chat template; tiny/plain has none" in err
     assert "stopped at max_tokens" not in err
-    assert plain.tokenizer.decode(lines.conversation._seen[0].ids) == "one" + "".join(out)
+    assert plain.tokenizer.decode(lines.conversation._prefixes[0].ids) == "one" + "".join(out)
     ChatSession(lines.conversation).greet()
     err = capsys.readouterr().err
     assert re.search("tiny/plain has no chat template.*Qwen/Qwen3-0.6B", err)

@@ -108,7 +108,7 @@ def test_invalid_input_gives_one_message(stories, capsys, monkeypatch, arguments
         (b'"\xff"', " cannot be read ('utf-8' codec"),
         # Errors that need the model.
         ('"a"\n\n[1, 512]\n', ", line 3: the prompt has token id 512"),
-        ('"a"\n["b"]\n', ", line 2: a prompt is a str, a list of messages or a list of token ids"),
+        ('"a"\n["b"]\n', ", line 2: a prompt must be a str, a list of messages or a list of token ids"),
         ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
         (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
     ],

@@ -185,7 +185,7 @@ def test_random_sequences_of_calls(gemma, seed):
         prompt = pieces.gi_frame.f_locals["request"].ids
         made = made_by(itertools.islice(pieces, rng.choice([1, 2, 4, 99])))
         assert made == twin(gemma, prompt, len(made), bias_of(gemma))
-        if len(c._written) > 150:
+        if len(c._cached_ids) > 150:
             c.reset()
 
 
@@ -317,7 +317,7 @@ def test_reasoning_is_not_in_messages(gemma, monkeypatch, opened):
         assert pieces[-1].prompt_tokens == len(prompt)
         assert made_by(pieces) == twin(model, prompt, 12, bias_of(model))
     else:
-        assert "hm" not in c._seen[1].text
+        assert "hm" not in c._prefixes[1].text
 
 
 # Without a template

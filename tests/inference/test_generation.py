@@ -266,9 +266,9 @@ BAD = [
     (list(range(90)), ValueError, "64"),
     ("text", ValueError, "no tokenizer"),
     ([{"role": "user", "content": "hi"}], ValueError, "no tokenizer"),
-    ([1.5, 2], ValueError, r"prompts\[0\]: a prompt is a str, a list of messages or a list of token ids, not 1.5"),
-    ([[5], ["a"]], ValueError, r"prompts\[1\]: a prompt is .*, not \['a'\]"),
-    ([[5], {"role": "user"}], ValueError, r"prompts\[1\]: a prompt is"),
+    ([1.5, 2], ValueError, r"prompts\[0\]: a prompt must be a str, a list of messages or a list of token ids, not 1.5"),
+    ([[5], ["a"]], ValueError, r"prompts\[1\]: a prompt must be .*, not \['a'\]"),
+    ([[5], {"role": "user"}], ValueError, r"prompts\[1\]: a prompt must be"),
     ([[5], [97]], ValueError, r"prompts\[1\]: the prompt has token id 97"),
 ]
 

@@ -185,7 +185,7 @@ def test_bias_of():
     assert sampling.bias_of([None, {}], 4) is None
     np.testing.assert_array_equal(sampling.bias_of([None, {3: -100.0, 0: 1.5}], 4), [[0, 0, 0, 0], [1.5, 0, 0, -100]])
     for token in (4, -1):
-        with pytest.raises(ValueError, match=rf"logit_bias names token {token}; this model's ids are 0 to 3"):
+        with pytest.raises(ValueError, match=rf"logit_bias has token {token}; this model's ids are 0 to 3"):
             sampling.bias_of([{token: 1.0}], 4)
 
 
