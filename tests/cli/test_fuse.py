@@ -115,7 +115,7 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 def test_fuse_errors(base, adapter, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     told = failure(capsys, "fuse", "-m", base, "--out", out)
-    assert told.startswith(f"jaxlm: {base} is no adapter")
+    assert told.startswith(f"jaxlm: {base} is not an adapter")
     assert f"jaxlm fuse -m {base} --adapter ADAPTER" in told
     assert main(["fuse", "-m", str(adapter), "--out", str(out)]) == 0
     assert f"jaxlm: {out} is a checkpoint already: --force" in failure(capsys, "fuse", "-m", adapter, "--out", out)
@@ -168,5 +168,5 @@ def test_info_shows_an_adapter(base, adapter, capsys) -> None:
     assert main(["info", str(base), "--json"]) == 0
     assert "adapter" not in json.loads(capsys.readouterr().out)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert f"{adapter} is an adapter that names no base model" in failure(capsys, "info", adapter)
+    assert f"{adapter} is an adapter without the name of its base model" in failure(capsys, "info", adapter)
     assert main(["info"]) == 2

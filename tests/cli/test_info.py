@@ -99,7 +99,7 @@ def test_tokenizer_from_another_folder_changes_only_the_tokenizer(form, folder, 
     assert sorted(facts["tokenizer"]["stop"].values()) == list(loaded.tokenizer.stop_ids) == [257]
     (tmp_path / "empty").mkdir()
     assert main(["info", model, "--tokenizer", str(tmp_path / "empty")]) == 1
-    assert "empty holds no tokenizer" in capsys.readouterr().err
+    assert "empty has no tokenizer" in capsys.readouterr().err
 
 
 def test_a_narrow_terminal(capsys, tmp_path, monkeypatch):
