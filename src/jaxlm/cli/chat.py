@@ -92,7 +92,7 @@ class ChatSession:
     def turn(self) -> None:
         """Reads and handles one line. Raises EOFError at the end of input."""
         try:
-            self.take(self.ask())
+            self.take(self.read_line())
         except EOFError:
             raise
         except KeyboardInterrupt:
@@ -115,7 +115,7 @@ class ChatSession:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 (line editing and history for input())
 
-    def ask(self) -> str:
+    def read_line(self) -> str:
         """Reads the next line. The prompt `> ` goes to stderr if stdout is not a terminal."""
         if self.interactive and sys.stdout.isatty():
             return input("> ")

@@ -127,8 +127,8 @@ class Eval(ModelFlags):
             results = run(model, names, length=self.length, batch=self.batch, **options)
             tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
         if self.json:
-            kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-            line = {"model": model.source, **{name: results[name] for name in kept if name in results}}
+            fields = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+            line = {"model": model.source, **{name: results[name] for name in fields if name in results}}
             print(json.dumps(line, ensure_ascii=False, default=str))
         else:
             print("\n".join(tables).rstrip())

@@ -30,15 +30,15 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         dtype: Data type of the weights; auto keeps the type of the files.
         mesh_spec: Device mesh, such as "data=1,model=8", for sizes per device.
     """
-    found = loading.match_tensors(source, headers_only=True)
+    resolved = loading.match_tensors(source, headers_only=True)
     try:
-        found = loading.with_tokenizer(found, source.tokenizer)
-        tokenizer = found.tokenizer and _tokenizer(found.tokenizer)
+        resolved = loading.with_tokenizer(resolved, source.tokenizer)
+        tokenizer = resolved.tokenizer and _tokenizer(resolved.tokenizer)
     except ValueError as error:
         tokenizer = {"error": str(error)}
-    family, cfg, checkpoint = found.family, found.config, found.checkpoint
+    family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
     adapter, windows = checkpoint.adapter, cfg.windows
-    weights, kept = _weights(found, dtype)
+    weights, loaded_dtype = _weights(resolved, dtype)
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
     facts = {
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
@@ -60,8 +60,8 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
             {"window": w, "count": windows.count(w), "layers": [i for i, of in enumerate(windows) if of == w]}
             for w in sorted(set(windows), key=lambda w: (w is None, w or 0))
         ],
-        "kv": _kv_cache(cfg, kept),
-        "mesh": _mesh(family, cfg, kept, mesh_spec) if mesh_spec else None,
+        "kv": _kv_cache(cfg, loaded_dtype),
+        "mesh": _mesh(family, cfg, loaded_dtype, mesh_spec) if mesh_spec else None,
         "context": cfg.context,
         "rope": _ropes(cfg),
         "tokenizer": tokenizer,
@@ -70,27 +70,27 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
     return facts | ({"adapter": _adapter(adapter)} if adapter else {})
 
 
-def _weights(found: loading.Resolved, asked: str) -> tuple[dict[str, Any], Any]:
+def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
     """Bytes and data types of the weights, and the data type that they are loaded in."""
-    family, checkpoint = found.family, found.checkpoint
-    tensors, count = checkpoint.tensors, params.count(family.PARAMS, found.config)
+    family, checkpoint = resolved.family, resolved.checkpoint
+    tensors, count = checkpoint.tensors, params.count(family.PARAMS, resolved.config)
     if not tensors.pairs:
         configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
         names = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
         named = next((name for name in names if name in [dtype.name for dtype in DTYPES.values()]), None)
-        dtype = jnp.dtype(asked if asked != "auto" else named or "bfloat16")
+        dtype = jnp.dtype(dtype_name if dtype_name != "auto" else named or "bfloat16")
         size = {"dtype": dtype.name, "bytes": count * dtype.itemsize}
         return {"present": False, "reason": tensors.no_weights, **size, "config_dtype": named}, dtype
     stored = Counter[str]()
     for _, tensor in tensors.pairs:
         stored[tensor.dtype] += tensor.nbytes
-    dtype = DTYPES[stored.most_common(1)[0][0]] if asked == "auto" else jnp.dtype(asked)
-    every = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
+    dtype = DTYPES[stored.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
+    all_tensors = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
     return {
         "present": True,
-        "files": len({part.file for tensor in every for part in getattr(tensor, "parts", (tensor,))}),
+        "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
-        "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
+        "bytes": stored.total() if dtype_name == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
         "ignored": dict(Counter(_pattern(tensor.name, family.IGNORED_PREFIXES) for tensor in tensors.ignored)),
         "ignored_bytes": sum(tensor.nbytes for tensor in tensors.ignored),

@@ -168,11 +168,11 @@ def _mesh(facts: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _adapter(adapter: dict[str, Any]) -> tuple[str, list[str]]:
     """A line for each group of weights with the same rank and scale."""
-    alike: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name, kind in adapter["weights"].items():
         ranks, scales = (", ".join(f"{n:g}" for n in kind[numbers]) for numbers in ("ranks", "scales"))
-        alike.setdefault(f"rank {ranks}, scale {scales}, {kind['count']} of each", []).append(name)
-    lines = [f"{', '.join(names)}: {text}" for text, names in alike.items()]
+        groups.setdefault(f"rank {ranks}, scale {scales}, {kind['count']} of each", []).append(name)
+    lines = [f"{', '.join(names)}: {text}" for text, names in groups.items()]
     if adapter["ignored"]:
         lines.append(f"ignored: {adapter['ignored']} tensors of the vision tower")
     return f"{adapter['parameters']:,} parameters, {_gigabytes(adapter['bytes'])}, {adapter['folder']}", lines

@@ -44,8 +44,8 @@ ABSENT = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "encode", "to_b
 class _Meter:
     """The remaining budget of a template, in characters and time."""
 
-    def __init__(self, given: Any):
-        self.left = LIMIT + SHARE * _size(given, most=10**9)
+    def __init__(self, template_variables: Any):
+        self.left = LIMIT + SHARE * _size(template_variables, limit=10**9)
         self.end = time.monotonic() + SECONDS
 
     def spend(self, amount: int) -> None:
@@ -64,11 +64,11 @@ class _Meter:
 _meter: ContextVar[_Meter] = ContextVar("meter")
 
 
-def _size(value: Any, most: int | None = None) -> int:
+def _size(value: Any, limit: int | None = None) -> int:
     """Size of a value in characters. A value that is contained twice counts twice, because a copy or a comparison
-    visits it twice. Counting stops above `most`, by default the remaining budget."""
-    size, todo, most = 0, [value], _meter.get().left if most is None else most
-    while todo and size <= most:
+    visits it twice. Counting stops above `limit`, by default the remaining budget."""
+    size, todo, limit = 0, [value], _meter.get().left if limit is None else limit
+    while todo and size <= limit:
         one = todo.pop()
         if isinstance(one, str):
             size += len(one)
@@ -229,20 +229,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 @contextmanager
-def bounded(given: Any) -> Iterator[None]:
+def bounded(template_variables: Any) -> Iterator[None]:
     """A context in which templates run with a new budget. A template that exceeds it raises jinja2's SecurityError.
 
     Args:
-        given: The variables of the template. The budget grows with their size.
+        template_variables: The variables of the template. The budget grows with their size.
     """
-    token = _meter.set(_Meter(given))
+    token = _meter.set(_Meter(template_variables))
     try:
         yield
     finally:
         _meter.reset(token)
 
 
-def run(source: str, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+def run(source: str, template_variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     """Renders a template.
 
     The span of a {% generation %} block inside a macro or a captured block begins at the end of the output before it,
@@ -250,7 +250,7 @@ def run(source: str, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int
 
     Args:
         source: The template.
-        given: Its variables.
+        template_variables: Its variables.
 
     Returns:
         The text, and the spans (begin, end) of its {% generation %} blocks.
@@ -259,11 +259,11 @@ def run(source: str, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int
         SecurityError: The template exceeds a limit or accesses something unsafe.
         Exception: Any exception that the template raises.
     """
-    with bounded(given):
+    with bounded(template_variables):
         output, parts = Written(), []
         token = written.set(output)
         try:
-            for part in _compiled(_short(source)).generate(**given):
+            for part in _compiled(_short(source)).generate(**template_variables):
                 _meter.get().spend(len(part))
                 parts.append(part)
                 output.length += len(part)
