@@ -43,7 +43,7 @@ class Verify(ModelFlags):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Data type of jaxlm's weights. Use float32 to check the implementation."""
     report: str | None = None
-    """Folder to write an HTML report to, with a plot of the error per layer."""
+    """Folder to write a Markdown report to, with a plot of the error per layer."""
     json: bool = False
     """Print the report as JSON."""
 

@@ -119,7 +119,7 @@ class DataLoader:
         if packing not in ("split", "whole", "none") or long not in ("truncate", "drop", "stop"):
             raise ValueError(f"packing is {packing!r} (split, whole, none), long {long!r} (truncate, drop, stop)")
         if B < 1 or T < 1:
-            raise ValueError(f"batch is {B} and length is {T}, but both must be at least 1")
+            raise ValueError(f"a batch of {B} rows of {T} tokens is empty: both must be at least 1")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed is {seed}, but must be between 0 and 2**64 - 1")
         self.corpus, self.B, self.T, self.seed, self.packing = corpus, B, T, seed, packing
