@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for when it is asked for: `import jaxlm` alone does not import jax."""
+    """Imports attributes lazily, so that `import jaxlm` does not import jax."""
     if name not in _HOME:
         raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
     from importlib import import_module

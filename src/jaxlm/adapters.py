@@ -1,4 +1,4 @@
-"""LoRA adapters: read with a model's weights, moved with them, and merged into them."""
+"""LoRA adapters: loading onto a model's weights, placement on devices, and merging (fusing)."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,17 @@ Where = Callable[[params.TensorSpec], Any]
 
 
 def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype, str], Any], where: Where) -> Weights:
-    """The weights with the checkpoint's adapter, if it has one. wanted: the type to load a tensor in, from its type in
-    the file and the platform."""
+    """Loads the adapter of a checkpoint, if it has one, onto the weights.
+
+    Args:
+        weights: The weights of the base model.
+        checkpoint: The checkpoint.
+        wanted: Function of a tensor's dtype in the file and the platform to the dtype to load it in.
+        where: The sharding of the array of a TensorSpec.
+
+    Returns:
+        The weights. Adapted ones are nn.lora.Lora.
+    """
     if checkpoint.adapter is None:
         return weights
     platform = next(iter(weights["embed"].sharding.device_set)).platform
@@ -29,29 +38,29 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
 
 
 def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
-    """A weight, with or without an adapter, moved to the devices that its row's letters select."""
+    """Moves a weight, with or without an adapter, to the devices of its sharding."""
     if not lora.is_lora(leaf):
         return jax.device_put(leaf, where(row))
-    halves = (where(half) for half in lora.halves(row, leaf.a.shape[0]))
-    a, b = (jax.device_put(array, place) for array, place in zip((leaf.a, leaf.b), halves))
+    shardings = (where(half) for half in lora.halves(row, leaf.a.shape[0]))
+    a, b = (jax.device_put(array, sharding) for array, sharding in zip((leaf.a, leaf.b), shardings))
     return replace(leaf, w=jax.device_put(leaf.w, where(row)), a=a, b=b)
 
 
 def fuse(model: Model) -> Model:
-    """The model with its adapter merged into the weights, which keep their type and sharding.
+    """Merges the adapter of a model into its weights, which keep their dtype and sharding.
 
     Raises:
-        ValueError: the model has no adapter, or the adapter also changes tensors that are not loaded (vision).
+        ValueError: The model has no adapter, or the adapter also changes tensors that are not loaded (vision).
     """
     if not lora.count(model.weights):
         raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
-    whole = None if model.checkpoint is None else without_adapter(model.checkpoint)
+    checkpoint = None if model.checkpoint is None else without_adapter(model.checkpoint)
     weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
-    return replace(model, weights=weights, checkpoint=whole)
+    return replace(model, weights=weights, checkpoint=checkpoint)
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of a merged model. ValueError if the adapter changes tensors that are copied and not loaded."""
+    """The checkpoint of a merged model. Raises ValueError if the adapter changes tensors that are not loaded."""
     if checkpoint.adapter is not None and checkpoint.adapter.ignored:
         raise ValueError(
             f"{checkpoint.adapter.folder} also adapts the vision tower, which is not loaded yet: merge it with PEFT's "
@@ -67,18 +76,18 @@ def _merged(leaf: Any) -> Any:
 
 
 def fused_on_disk(weights: Weights, checkpoint: Checkpoint) -> Weights:
-    """LazyTensors; those that the checkpoint's adapter changes are merged with it as they are read."""
+    """Replaces LazyTensors that the checkpoint's adapter changes by FusedTensors, which merge it when they are read."""
     if checkpoint.adapter is None:
         return weights
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda file_dtype: file_dtype, lambda row: here)
+    local = SingleDeviceSharding(jax.local_devices()[0])
+    tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda file_dtype: file_dtype, lambda row: local)
     for path, leaf in lora.leaves(tree):
         params.put(weights, path, FusedTensor(params.get(weights, path), leaf))
     return weights
 
 
 class FusedTensor(LazyTensor):
-    """A tensor on disk with its adapter. Rows are merged, in float32, when they are read."""
+    """A tensor on disk with its adapter. Rows are merged in float32 when they are read."""
 
     def __init__(self, base: LazyTensor, leaf: lora.Lora):
         super().__init__(base.tensor, base.shape)

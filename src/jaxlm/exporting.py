@@ -1,4 +1,4 @@
-"""`export`: writes a model as a checkpoint folder in Hugging Face's format."""
+"""`export`: writes a model as a Hugging Face checkpoint."""
 
 import itertools
 import os
@@ -23,14 +23,14 @@ from jaxlm.loading import loading_bar, resolve, wanted_dtype
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 
-SMALL = 32 << 20  # bytes of disk for headers, and for a tokenizer that is saved anew
+SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
 GENERATION = "generation_config.json"
-MODEL_FILES = (GENERATION, "preprocessor_config.json", "processor_config.json")  # the other OPTIONAL ones: tokenizer
-SidecarFiles = dict[str, Any]  # file name: its contents as JSON, or the path of the file to copy
+MODEL_FILES = (GENERATION, "preprocessor_config.json", "processor_config.json")  # other OPTIONAL files: tokenizer
+SidecarFiles = dict[str, Any]  # file name -> JSON contents, or path of the file to copy
 
 
 class Exported(NamedTuple):
-    """What was written: the folder, the number of tensors, and their bytes."""
+    """The result of `export`: the folder, the number of tensors, and their size in bytes."""
 
     folder: Path
     tensors: int
@@ -47,23 +47,28 @@ def export(
     config: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Exported:
-    """Writes a model as a checkpoint folder. The folder gets its name when all of it is on disk.
+    """Writes a model as a Hugging Face checkpoint. The folder appears at `out` only when it is complete.
 
-    Tensors keep the names and types that they have in the checkpoint that the model came from, even if it was loaded in
-    another type. Tensors that are not loaded (vision) and the tokenizer's files are copied. If the weights are spread
-    over several processes, all of them must call this function; the coordinator writes.
+    Tensors keep the names and dtypes of the model's checkpoint, even if it was loaded in another dtype. Tensors that
+    are not loaded (vision) and tokenizer files are copied. If the weights are sharded over several processes, all of
+    them must call this function; the coordinator writes.
 
     Args:
-        model: the model.
-        out: the folder.
-        format: "hf", Hugging Face's format.
-        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the type in the file.
-        force: replace a checkpoint at `out`, the whole folder.
-        config: contents of config.json, for a model that has no checkpoint (`Model.init`).
-        progress: show a progress bar on stderr. Default: only on a terminal.
+        model: The model.
+        out: Folder to write.
+        format: "hf" (Hugging Face).
+        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the dtype in the file.
+        force: Replace an existing checkpoint folder at `out`.
+        config: Contents of config.json, for a model without a checkpoint (`Model.init`).
+        progress: Show a progress bar on stderr. Default: only on a terminal.
+
+    Returns:
+        The folder, the number of tensors and their size in bytes.
 
     Raises:
-        ValueError, FileExistsError, OSError (disk full): the message says how to fix it; nothing is left at `out`.
+        ValueError: The model has an adapter, an argument is invalid, or the config does not describe the model.
+        FileExistsError: `out` exists and is not a checkpoint, or `force` is False.
+        OSError: The disk is full, or a file cannot be written. Nothing is left at `out`.
     """
     check_format(format)
     if lora.count(model.weights):
@@ -88,33 +93,32 @@ def export(
 
 
 def check_format(format: str) -> None:
-    """ValueError for a format that is not written."""
+    """Raises ValueError for a format that cannot be written."""
     if format == "meta":
         raise ValueError(
-            "Meta's format is not written: no other tool needs it, and Hugging Face's format is read everywhere. Leave "
-            "out format= (--format): hf is the default"
+            "export cannot write Meta's format, only Hugging Face's, which other tools read: omit format= (--format)"
         )
     if format != "hf":
-        raise ValueError(f"format {format!r} is not written: the only one is hf")
+        raise ValueError(f"unknown format {format!r}: the only format that export writes is hf")
 
 
 def _check_everywhere(check: Callable[[], None], is_multiprocess: bool) -> None:
-    """Runs a check; if it fails in one of several processes, all of them raise."""
-    problem = None
+    """Runs a check. If it fails in one of several processes, all of them raise its OSError. A collective."""
+    failure = None
     try:
         check()
     except OSError as error:
-        problem = error
-    problems = distributed.gather(str(problem or "")) if is_multiprocess else []
-    if problem:
-        raise problem
-    for number, text in enumerate(problems):
+        failure = error
+    failures = distributed.gather(str(failure or "")) if is_multiprocess else []
+    if failure:
+        raise failure
+    for number, text in enumerate(failures):
         if text:
             raise OSError(f"process {number}: {text}")
 
 
 def _gather_for_coordinator(entries: list[Entry]) -> None:
-    """Takes part, in the coordinator's order, in gathering the tensors whose shards are on this process's devices."""
+    """Takes part in the collectives that gather sharded tensors, in the order of the coordinator."""
     for entry in itertools.chain(*files.in_files(entries)):
         if entry.spread:
             for _ in entry.chunks():
@@ -122,19 +126,21 @@ def _gather_for_coordinator(entries: list[Entry]) -> None:
 
 
 def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
-    """A model to export: its weights are LazyTensors, which are read from disk slice by slice while they are written.
+    """Opens a model for export. Its weights are LazyTensors, which are read from disk in slices while they are written.
 
     Args:
-        source: the model.
-        fuse: merge the adapter into the weights as they are read. ValueError if there is none; without `fuse`,
-            ValueError if there is one.
+        source: The checkpoint.
+        fuse: Merge the adapter into the weights as they are read.
+
+    Raises:
+        ValueError: `fuse` is set and there is no adapter, or it is not set and there is one.
     """
     resolved = resolve(source)
     checkpoint, name = resolved.checkpoint, source.name
     if fuse and checkpoint.adapter is None:
-        raise ValueError(f"{name} is no adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER)")
+        raise ValueError(f"{name} is not an adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER)")
     if checkpoint.adapter is not None and not fuse:
-        raise ValueError(f"{source} has an adapter: jaxlm fuse merges the two and writes one checkpoint")
+        raise ValueError(f"{source} has an adapter: use jaxlm fuse, which merges it and writes one checkpoint")
     weights: dict[str, Any] = {}
     for row, tensor in checkpoint.tensors.pairs:
         params.put(weights, row.path, files.LazyTensor(tensor, row.shape))
@@ -150,7 +156,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
 
 
 def sources(checkpoint: Checkpoint | None) -> set[Path]:
-    """The folders and files of a checkpoint, with links resolved."""
+    """The folders and files of a checkpoint, with symbolic links resolved."""
     if checkpoint is None:
         return set()
     tensors = checkpoint.tensors
@@ -163,7 +169,7 @@ def sources(checkpoint: Checkpoint | None) -> set[Path]:
 
 
 def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
-    """Every tensor to write, under the source's name, in the source's type unless another one is wanted."""
+    """The tensors to write, with the names and dtypes of the checkpoint unless `wanted` is given."""
     leaves, checkpoint = _leaves(model), model.checkpoint
     tensors = {row.path: tensor for row, tensor in checkpoint.tensors.pairs} if checkpoint else {}
     entries = []
@@ -172,7 +178,7 @@ def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
         name = tensor.name if tensor and tensor.name in row.names else row.names[0]
         entries.append(files.array_entry(name, leaf, row.stored_shape, wanted or _file_dtype(tensor, leaf)))
     if checkpoint and checkpoint.format == "hf":
-        for head in checkpoint.tensors.heads:  # a copy of the embedding stays one
+        for head in checkpoint.tensors.heads:  # a stored copy of the embedding is written too
             dtype = wanted or _file_dtype(head, leaves["embed"])
             entries.append(files.array_entry(head.name, leaves["embed"], head.shape, dtype))
         entries += map(files.copied_entry, checkpoint.tensors.ignored)
@@ -180,16 +186,16 @@ def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
 
 
 def _file_dtype(tensor: Any, leaf: Any) -> np.dtype:
-    """The type of the source's tensor, else the array's own."""
+    """The dtype of the checkpoint's tensor; without a checkpoint, that of the array."""
     dtype = DTYPES[tensor.dtype] if tensor else np.dtype(leaf.dtype)
     if dtype not in files.KINDS:
         known = ", ".join(dtype.name for dtype in files.KINDS)
-        raise ValueError(f"a weight has type {dtype}: choose the type to write (dtype=, --dtype): {known}")
+        raise ValueError(f"a weight has dtype {dtype}: choose the dtype to write (dtype=, --dtype): {known}")
     return dtype
 
 
 def _config_dtype(model: Model, wanted: np.dtype | None) -> str | None:
-    """The type to name in config.json; None if the source's config.json already names it."""
+    """The dtype to set in config.json; None if the checkpoint's config.json already has it."""
     checkpoint = model.checkpoint
     if wanted is None and (checkpoint is None or checkpoint.format == "meta"):
         wanted = _file_dtype(checkpoint.tensors.pairs[0][1] if checkpoint else None, model.weights["embed"])
@@ -197,7 +203,7 @@ def _config_dtype(model: Model, wanted: np.dtype | None) -> str | None:
 
 
 def _leaves(model: Model) -> dict[str, Any]:
-    """Path to array of every weight; ValueError unless they are the weights that the config describes."""
+    """The weights by path. Raises ValueError if they do not match the config."""
     weights = model.weights
     if isinstance(weights["layers"], dict):  # stacked for scan_layers
         weights = params.unstack(weights)
@@ -220,11 +226,11 @@ def _leaves(model: Model) -> dict[str, Any]:
 
 
 def sidecar_files(model: Model) -> SidecarFiles:
-    """The source's files that are copied: tokenizer, chat template, generation_config.json."""
+    """Files of the checkpoint to copy: tokenizer, chat template, generation_config.json."""
     checkpoint = model.checkpoint
     sidecars: SidecarFiles = {}
     if checkpoint is not None:
-        folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be elsewhere
+        folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be in another folder
         paths = {name: (checkpoint.folder if name in MODEL_FILES else folder) / name for name in OPTIONAL}
         if folder.is_file():
             paths["tokenizer.model"] = folder
@@ -236,10 +242,10 @@ def sidecar_files(model: Model) -> SidecarFiles:
 
 
 def _write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
-    """Copies and writes small files; saves the tokenizer if no file of it can be copied."""
+    """Copies and writes the sidecar files. The tokenizer is saved if its files cannot be copied."""
     if model.tokenizer is not None and lacks_tokenizer(model, sidecars):
         model.tokenizer.hf.save_pretrained(folder)
-        sidecars.pop("tokenizer.model", None)  # Meta's; transformers would read it as SentencePiece
+        sidecars.pop("tokenizer.model", None)  # in Meta's format, which transformers would read as SentencePiece
     for name, content in sidecars.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
@@ -248,7 +254,7 @@ def _write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
 
 
 def lacks_tokenizer(model: Model, sidecars: SidecarFiles) -> bool:
-    """Whether the model has a tokenizer that no sidecar file holds in a format that transformers reads."""
+    """Whether the model has a tokenizer and no sidecar file has it in a format that transformers reads."""
     checkpoint = model.checkpoint
     if model.tokenizer is None or checkpoint is None:
         return model.tokenizer is not None
@@ -256,26 +262,31 @@ def lacks_tokenizer(model: Model, sidecars: SidecarFiles) -> bool:
 
 
 def config_json(model: Model, config: dict[str, Any] | None, dtype: str | None) -> SidecarFiles:
-    """config.json with its contents, checked to describe the model.
+    """config.json as a sidecar file.
 
     Args:
-        model: the model.
-        config: contents to write; None: those of the checkpoint.
-        dtype: type to name in it; None leaves it as it is.
+        model: The model.
+        config: Contents to write. None: those of the checkpoint.
+        dtype: dtype to set in the file; None does not change it.
+
+    Raises:
+        ValueError: The contents are missing or do not describe the model.
     """
     checkpoint = model.checkpoint
     if config is None and checkpoint is None:
         raise ValueError(
-            f"{model} has no checkpoint, so there is no config.json to write: pass its contents, "
-            "export(model, out, config={...}), as `Config.from_hf` reads them"
+            f"{model} has no checkpoint, so there is no config.json to write: pass its contents in the format of "
+            "`Config.from_hf` as export(model, out, config={...})"
         )
     raw = config if config is not None else checkpoint.config if checkpoint else {}
-    # Fields that were allowed when the model was loaded are allowed again.
+    # Unknown fields were checked when the model was loaded.
     allow = _field_names(raw) if config is None else ()
     if difference := _difference(model.config, model.family.Config.from_hf(raw, allow)):
-        raise ValueError(f"config.json does not describe this model ({difference}): pass the right contents as config=")
+        raise ValueError(
+            f"config.json does not describe this model ({difference}): pass the correct contents as config="
+        )
     if config is None and dtype is None and checkpoint and checkpoint.format == "hf":
-        return {CONFIG: checkpoint.folder / CONFIG}  # byte for byte
+        return {CONFIG: checkpoint.folder / CONFIG}  # unchanged, so the file is copied
     return {CONFIG: raw if dtype is None else _with_dtype(raw, dtype)}
 
 
@@ -285,14 +296,14 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 def _field_names(value: Any) -> Collection[str]:
-    """The names of all fields, nested ones included."""
+    """The names of all fields, including nested ones."""
     if not isinstance(value, dict):
         return set()
     return set(value).union(*map(_field_names, value.values()))
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A config with another type, under the field's old or new name, for the model and its text_config."""
+    """A config with another dtype, in the field `dtype` or `torch_dtype`, also in its text_config."""
     fields = [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
     config = {**config, **dict.fromkeys(fields, name)}
     if text := config.get("text_config"):

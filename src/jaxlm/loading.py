@@ -1,4 +1,4 @@
-"""Loading a model: `load` reads a checkpoint; `resolve` does everything before its weights are read."""
+"""Loads models. `load` reads a checkpoint; `resolve` checks it without reading its weights."""
 
 import hashlib
 import math
@@ -48,17 +48,22 @@ def load(
     """Loads a model from a Hugging Face hub id or a folder.
 
     Args:
-        name: hub id, folder or ModelSource. A LoRA adapter's name loads the base model that the adapter names.
-        adapter, format, tokenizer, rope_factor, revision, token, offline, allow_fields: see ModelSource.
+        name: Hub id, folder or ModelSource. If it is a LoRA adapter, its base model is loaded too.
+        adapter, format, tokenizer, rope_factor, revision, token, offline, allow_fields: See ModelSource.
         dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file.
-        family: module of jaxlm.models that must compute the model.
-        mesh: devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
-            axes. Default with several devices: all of them, on `model` as far as the heads divide.
-        device: a single device instead of a mesh. Default: jax_default_device, if set.
-        progress: show a progress bar on stderr. Default: only on a terminal.
+        family: Module of jaxlm.models that the checkpoint must belong to. Default: any.
+        mesh: Devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
+            axes. Default with several devices: all of them, with `model` as large as the number of heads permits.
+        device: A single device instead of a mesh. Default: jax_default_device, if set.
+        progress: Show a progress bar on stderr. Default: only on a terminal.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError, OSError, MemoryError: the message says what is wrong and how to fix it.
+        ValueError: An argument or a file is invalid, or the architecture is not supported.
+        OSError: A file does not exist or cannot be read, or the hub cannot be reached.
+        MemoryError: The weights do not fit in device memory.
     """
     source = ModelSource.of(
         name,
@@ -86,12 +91,12 @@ def load(
         checkpoint=checkpoint,
     )
     if model.is_multiprocess:
-        distributed.gather("loaded")  # a process may read for longer than the first exchange of a program waits
+        distributed.gather("loaded")  # wait for slower processes: the first collective of a program has a timeout
     return model
 
 
 class Resolved(NamedTuple):
-    """A checkpoint before its weights are read: everything that is known about it, checked."""
+    """A checked checkpoint whose weights are not read yet."""
 
     family: Any
     config: Any
@@ -101,15 +106,21 @@ class Resolved(NamedTuple):
 
 
 def resolve(source: ModelSource, family: Any = None) -> Resolved:
-    """Everything that `load` does before it reads weights: finds or downloads the files, checks and matches them."""
+    """Does everything that `load` does before it reads weights: finds or downloads files, checks and matches them."""
     return with_tokenizer(match_tensors(source, family), source.tokenizer)
 
 
 def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool = False) -> Resolved:
-    """The config of a checkpoint, its tensors matched with the family's PARAMS, and its adapter; no tokenizer yet.
+    """Reads the config of a checkpoint, matches its tensors with the family's PARAMS, and finds its adapter.
 
-    headers_only: what small files and headers tell, for `jaxlm info`. No weights are downloaded, and a checkpoint may
-    have none: tensors.no_weights then says why.
+    Args:
+        source: The checkpoint.
+        family: As in `load`.
+        headers_only: Read small files and headers only, for `jaxlm info`. No weights are downloaded. The checkpoint may
+            have no weights; tensors.no_weights is the reason then.
+
+    Returns:
+        The checkpoint, without a tokenizer yet.
     """
     try:
         resolved = _match_folder(source, family, headers_only)
@@ -131,7 +142,7 @@ def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool
 
 
 def _as_adapter(source: ModelSource) -> Path | None:
-    """The folder of the adapter that `source.name` names, None if it names none."""
+    """The folder of the adapter `source.name`; None if it is not an adapter."""
     if source.format == "meta":
         return None
     with suppress(OSError, ValueError):
@@ -140,25 +151,28 @@ def _as_adapter(source: ModelSource) -> Path | None:
 
 
 def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: bool) -> Resolved:
-    """The base model that an adapter names, with the adapter: what `load` does with an adapter's name."""
+    """Matches the base model of an adapter, with the adapter."""
     if source.adapter is not None:
-        raise ValueError(f"{source.name} is an adapter: pass its base with {source.adapter}, or {source.name} alone")
+        raise ValueError(
+            f"{source.name} is an adapter: pass its base model with {source.adapter}, or pass {source.name} only"
+        )
     settings = read_settings(adapter, source.allow_fields)
     if settings.base is None:
         raise ValueError(
-            f"{source.name} is an adapter that names no base model: pass the base (-m BASE --adapter {source.name})"
+            f"{source.name} is an adapter without the name of its base model: pass the base "
+            f"(-m BASE --adapter {source.name})"
         )
     revision = None if Path(settings.base).exists() else settings.revision
     base = replace(source, name=settings.base, adapter=adapter, revision=revision)
     try:
         return match_tensors(base, family, headers_only=headers_only)
     except FileNotFoundError as error:
-        hint = f"if the base is elsewhere, pass it (-m BASE --adapter {source.name})"
+        hint = f"if the base model is elsewhere, pass it (-m BASE --adapter {source.name})"
         raise FileNotFoundError(f"{source.name} is an adapter of {settings.base}, and {error}; {hint}") from None
 
 
 def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resolved:
-    """Config and tensors of a checkpoint, checked."""
+    """Reads and checks the config and tensors of a checkpoint."""
     if headers_only:
         folder, read_index = headers.find(source)
     else:
@@ -170,11 +184,12 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
     with explain_errors(str(source.name)):
         known = models.family_of(raw.get("model_type"))
         if family is not None and known is not family:
-            raise ValueError(f"model_type {raw['model_type']!r} is not computed by {family.__name__}")
+            raise ValueError(f"model_type {raw['model_type']!r} does not belong to {family.__name__}: omit family=")
         if is_meta:
             config, checkpoint = _match_meta(source, folder, known)
         elif source.rope_factor is not None:
-            raise ValueError("--rope-factor (rope_factor=) applies to Meta's files only: config.json has the factor")
+            raise ValueError("--rope-factor (rope_factor=) applies to Meta's files only: config.json has the factor; "
+                             "omit it")  # fmt: skip
         else:
             config = known.Config.from_hf(raw, source.allow_fields)
             tensors = _match_hf(folder, known, config, read_index, headers_only)
@@ -187,11 +202,11 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
 def _match_hf(
     folder: Path, family: Any, config: Any, read_index: headers.ReadIndex, headers_only: bool
 ) -> hf.MatchResult:
-    """The tensors of files in Hugging Face's format."""
+    """Matches the tensors of a checkpoint in Hugging Face's format."""
     try:
         index = read_index()
     except FileNotFoundError as error:
-        # Some tools copy the base's config.json into an adapter's folder: that is no checkpoint without weights.
+        # Some tools copy the config.json of the base into an adapter's folder, which is not a checkpoint.
         if not headers_only or (folder / ADAPTER_CONFIG).is_file():
             raise
         return hf.MatchResult([], [], [], no_weights=str(error))
@@ -199,8 +214,8 @@ def _match_hf(
 
 
 def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf.Checkpoint]:
-    """Config and tensors of Meta's files. They always store the head: it is tied if it equals the embedding, byte for
-    byte."""
+    """Reads the config and tensors of Meta's files. They always have a head. It is treated as tied if its bytes equal
+    those of the embedding."""
     params_json = hf.read_json(folder / meta.PARAMS)
     shards = meta.read_shards(folder, params_json)
     raw = meta.hf_config(params_json, meta.vocabulary(shards, params_json), source.rope_factor, source.allow_fields)
@@ -216,13 +231,13 @@ def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf
 
 
 def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
-    """Adds the tokenizer, from `path` or the checkpoint's folder, and the ids that end a text."""
+    """Adds the tokenizer, from `path` or the checkpoint's folder, and the EOS ids."""
     checkpoint, folder = resolved.checkpoint, resolved.checkpoint.folder
     ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # the union: either file may be incomplete
     is_meta = checkpoint.format == "meta"
     folders = [folder, folder.parent] if is_meta and folder.name == hub.ORIGINAL else [folder]
     folders = [path for path in folders if path.is_dir()]  # headers_only: it may be a config file
-    # Meta's files name no ids that end a text, so those beside the tokenizer count.
+    # Meta's files have no EOS ids, so those in the folder of the tokenizer are used.
     eos_of = (None, None) if is_meta and not ends else ({"eos_token_id": ends}, {})
     tokenizer = None
     for place in [_tokenizer_path(path)] if path else folders:
@@ -230,7 +245,9 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
             checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
             break
     if tokenizer is None and path:
-        raise FileNotFoundError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+        raise FileNotFoundError(
+            f"{path} has no tokenizer: pass a folder with tokenizer.json, tokenizer.model or vocab.json"
+        )
     if tokenizer is not None and is_meta:
         tokenizer, checkpoint, ends = _with_eos_ids(tokenizer, checkpoint)
     generation_config = {**checkpoint.generation_config, "eos_token_id": ends}
@@ -238,13 +255,13 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
 
 
 def _tokenizer_path(path: str | Path) -> Path:
-    """The folder of a tokenizer.json, because the files beside it belong to it; any other path as it is."""
+    """The folder of a tokenizer.json, because other files in the folder belong to it; other paths are unchanged."""
     path = Path(path).expanduser()
     return path.parent if path.name == "tokenizer.json" and path.is_file() else path
 
 
 def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:
-    """Meta's checkpoint with the ids that Hugging Face's config files would name, taken from its tokenizer."""
+    """Adds BOS and EOS ids from the tokenizer to the configs of a checkpoint in Meta's format, which has none."""
     vocabulary = tokenizer.get_vocab()
     ends = sorted(tokenizer.eos_ids) or [vocabulary[token] for token in meta.ENDS if token in vocabulary]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
@@ -253,7 +270,7 @@ def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Toke
 
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
-    """The sharding of each weight, from the arguments `mesh` and `device` of `load`."""
+    """A function from a TensorSpec to the sharding of its array, for the arguments `mesh` and `device` of `load`."""
     one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
         mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
@@ -261,7 +278,7 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec],
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
     if device is not None:
-        raise ValueError("mesh= and device= are both set: pass one of them")
+        raise ValueError("mesh= and device= exclude each other: pass one of them")
     over = topology.with_kv_groups(mesh, cfg.K) if isinstance(mesh, Mesh) else topology.make(mesh, cfg.K)
     if over.size == 1:
         return lambda row: SingleDeviceSharding(over.devices.item())
@@ -269,7 +286,7 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec],
 
 
 def spread(model: Model, mesh: Any) -> Model:
-    """The same model sharded over a mesh; `mesh` as in `load`."""
+    """Shards a model over a mesh; `mesh` as in `load`."""
     where, weights = placement(model.config, mesh, None), {}
     for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
@@ -277,7 +294,7 @@ def spread(model: Model, mesh: Any) -> Model:
 
 
 def _assert_same_model(name: str, resolved: Resolved, dtype: Any, where: Callable[[params.TensorSpec], Any]) -> None:
-    """ValueError unless every process is about to load the same model onto the same mesh."""
+    """Raises ValueError unless all processes load the same model onto the same mesh. A collective."""
     pairs, adapter = resolved.checkpoint.tensors.pairs, resolved.checkpoint.adapter
     sharding = where(pairs[0][0])
     if sharding.is_fully_addressable:
@@ -294,21 +311,24 @@ def _assert_same_model(name: str, resolved: Resolved, dtype: Any, where: Callabl
 def read_weights(
     name: str, pairs: Any, dtype: Any, where: Callable[[params.TensorSpec], Any], progress: bool | None
 ) -> Weights:
-    """Reads the tensors of a checkpoint onto their devices. MemoryError before anything is read if they do not fit.
+    """Reads the tensors of a checkpoint onto their devices.
 
     Args:
-        name: the model, for messages.
-        pairs: rows of PARAMS with their tensors (hf.MatchResult.pairs).
-        dtype: as in `load`.
-        where: the sharding of a row's array.
-        progress: as in `load`.
+        name: Name of the model, for messages.
+        pairs: Pairs of TensorSpec and tensor (hf.MatchResult.pairs).
+        dtype: As in `load`.
+        where: The sharding of the array of a TensorSpec.
+        progress: As in `load`.
+
+    Raises:
+        MemoryError: The weights do not fit. Raised before anything is read.
     """
     device = next(iter(where(pairs[0][0]).addressable_devices))
 
     def loaded_dtype(file_dtype: np.dtype) -> np.dtype:
         return wanted_dtype(dtype, file_dtype, device.platform)
 
-    # Of each tensor: the elements on one device, and the number of different blocks that this process holds.
+    # For each tensor: the elements per device, and the number of different blocks on the devices of this process.
     blocks = [
         (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
     ]
@@ -324,7 +344,7 @@ def read_weights(
 
 
 def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:
-    """The type of a loaded tensor: `dtype`, or for "auto" the platform's choice for the type in the file."""
+    """The dtype of a loaded tensor: `dtype`, or for "auto" the default of the platform for the type in the file."""
     if isinstance(dtype, str) and dtype == "auto":
         return hardware.auto_dtype(file_dtype, platform)
     with suppress(TypeError):
@@ -335,7 +355,7 @@ def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:
 
 @contextmanager
 def loading_bar(total: int, show: bool | None, what: str = "loading") -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with bytes, rate and time left. Yields the function that advances it by bytes."""
+    """A progress bar on stderr with bytes, rate and remaining time. Yields a function that advances it by bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

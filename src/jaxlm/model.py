@@ -20,18 +20,18 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """Weights (a plain pytree) and the pure functions that take them. `dataclasses.replace` gives a changed copy.
+    """A language model: weights (a plain pytree) and pure functions of them. Use `dataclasses.replace` to change it.
 
-    `weights, forward, init_kv, tokenizer, config = model` unpacks it.
+    A model can be unpacked: `weights, forward, init_kv, tokenizer, config = model`.
 
     Attributes:
-        family: the module that computes it (jaxlm.models.llama3 and others).
-        config: the family's Config.
+        family: The module of the architecture (jaxlm.models.llama3 and others).
+        config: The family's Config.
         weights: {"embed": [V,D], "layers": [{"q": [N,H,D], ...}, ...], "norm": [D], "head": [V,D] unless tied}.
-        tokenizer: None where the checkpoint has none.
-        generation_config: contents of generation_config.json, with every EOS id in `eos_token_id`.
-        source: the name or folder that it was loaded from.
-        checkpoint: the checkpoint's files, None for a model that came from none.
+        tokenizer: The tokenizer; None if the checkpoint has none.
+        generation_config: Contents of generation_config.json, with every EOS id in `eos_token_id`.
+        source: The hub id or folder that it was loaded from.
+        checkpoint: The files of the checkpoint; None for a model without a checkpoint.
     """
 
     family: Any
@@ -48,21 +48,22 @@ class Model:
     def forward(
         self, tokens: Any, weights: Weights, kv: caches.KVCache | None = None, pos: Any = None
     ) -> tuple[jax.Array, caches.KVCache | None]:
-        """The logits of every position. Pure, jitted, and differentiable in the weights.
+        """Computes the logits of every position. Pure, jitted, and differentiable with respect to the weights.
 
         Args:
             tokens: [B,T] int32.
-            weights: a pytree such as `model.weights`.
-            kv: a KV cache from `init_kv`, or None.
-            pos: position of each token [B,T] int32 (-1: padding), or one int, the first position of every row. The
+            weights: A pytree such as `model.weights`.
+            kv: A KV cache from `init_kv`, or None.
+            pos: Position of each token [B,T] int32 (-1: padding), or one int, the first position of every row. The
                 default is 0, or the position after the last one in the KV cache.
 
         Returns:
-            logits [B,T,V] float32, and the KV cache with these tokens in it (None without one). Logits of a position
-            past the end of the KV cache are NaN.
+            Logits [B,T,V] float32, and the updated KV cache (None without one). Logits of positions past the end of the
+            KV cache are NaN.
 
         Raises:
-            ValueError: wrong shapes, or token ids outside the vocabulary (checked for lists and numpy arrays only).
+            ValueError: The shapes are wrong, or token ids are outside the vocabulary (checked for lists and numpy
+                arrays only).
         """
         tokens = self._ids(tokens)
         if kv is not None and (rows := next(iter(kv.positions.values())).shape[0]) != tokens.shape[0]:
@@ -88,21 +89,33 @@ class Model:
         return tokens
 
     def hidden_states(self, tokens: Any, weights: Weights | None = None, pos: Any = None) -> list[jax.Array]:
-        """The residual stream [B,T,D] before the first layer and after each layer, the last one normalized: L + 1
-        arrays, as with `output_hidden_states` in transformers."""
+        """Computes hidden states as transformers does with `output_hidden_states`.
+
+        Args:
+            tokens: [B,T] int32.
+            weights: A pytree such as `model.weights`, which is the default.
+            pos: As in `forward`.
+
+        Returns:
+            L + 1 arrays [B,T,D]: the residual stream before the first layer and after each layer, the last one
+            normalized.
+        """
         weights = self.weights if weights is None else weights
         with mesh.use_mesh_of(weights):
             return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
 
     def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.KVCache:
-        """An empty KV cache.
+        """Creates an empty KV cache.
 
         Args:
-            batch: number of rows.
-            length: maximum number of tokens per row.
-            chunk: maximum number of tokens written per call. If given, a sliding-window layer keeps only
+            batch: Number of rows.
+            length: Maximum number of tokens per row.
+            chunk: Maximum number of tokens per call of `forward`. If given, a sliding-window layer stores only
                 window + chunk - 1 positions, in a ring buffer.
-            dtype: of keys and values. The default depends on the platform.
+            dtype: dtype of keys and values. The default depends on the platform.
+
+        Raises:
+            ValueError: `batch` or `length` is less than 1.
         """
         cfg = self.config
         if batch < 1 or length < 1:
@@ -113,7 +126,7 @@ class Model:
 
     @property
     def ignored(self) -> list[str]:
-        """Names of the tensors of checkpoint and adapter that are known and not used, such as a vision tower's."""
+        """Names of known tensors of the checkpoint and adapter that are not loaded, such as those of a vision tower."""
         if self.checkpoint is None:
             return []
         adapter = self.checkpoint.adapter
@@ -121,28 +134,36 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """dtype of the activations: that of the embedding."""
+        """dtype of the activations, which is that of the embedding."""
         return self.weights["embed"].dtype
 
     @property
     def mesh(self) -> Any:
-        """The device mesh of the weights, None for one device."""
+        """The device mesh of the weights; None for a single device."""
         return mesh.mesh_of(self.weights)
 
     @property
     def is_multiprocess(self) -> bool:
-        """Whether other processes hold shards of the weights. All processes must then make the same calls."""
+        """Whether the weights are sharded over several processes. All of them must then make the same calls."""
         embed = self.weights["embed"]
         return isinstance(embed, jax.Array) and not embed.is_fully_addressable
 
     @property
     def device(self) -> Any:
-        """A device of the weights."""
+        """One of the devices of the weights."""
         return next(iter(self.weights["embed"].devices()))
 
     @classmethod
     def init(cls, family: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32, **more: Any) -> "Model":
-        """A model with random weights (nn.params.init)."""
+        """Creates a model with random weights.
+
+        Args:
+            family: The module of the architecture.
+            config: The family's Config.
+            key: A PRNG key.
+            dtype: dtype of the weights.
+            more: Other attributes of Model, such as `tokenizer`.
+        """
         return cls(family, config, params.init(family.PARAMS, config, key, family.NORM_IDENTITY, dtype), **more)
 
     def __repr__(self) -> str:
@@ -168,15 +189,15 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
 
 @lru_cache(maxsize=32)
 def _empty(over: Any, *sizes: Any) -> Any:
-    """A function that makes an empty KV cache on a mesh. No device ever holds the whole."""
-    made = partial(caches.init, *sizes)
-    where = caches.map_arrays(jax.eval_shape(made), lambda a, letters: mesh.sharding(letters, a.shape, over))
-    return jax.jit(made, out_shardings=where)
+    """A function that creates an empty KV cache on a mesh. Each device allocates only its own shard."""
+    create = partial(caches.init, *sizes)
+    where = caches.map_arrays(jax.eval_shape(create), lambda a, letters: mesh.sharding(letters, a.shape, over))
+    return jax.jit(create, out_shardings=where)
 
 
 @lru_cache(maxsize=32)
 def _programs(family: Any, cfg: Any) -> dict[str, Any]:
-    """The jitted functions of one architecture, shared by all models of its shape."""
+    """The jitted functions of one architecture, shared by all models with this config."""
 
     def forward(tokens: jax.Array, weights: Weights, kv: Any, pos: Any) -> Any:
         pos = positions(tokens, kv, pos)

@@ -1,11 +1,11 @@
-"""A model as a Flax NNX module, for programs that are written for Flax: its optimizers, transformations, checkpoints.
+"""A model as a Flax NNX module, for use with Flax's optimizers, transformations and checkpoints.
 
     module = jaxlm.nnx.Module(jaxlm.load("Qwen/Qwen3-0.6B"))
     optimizer = nnx.Optimizer(module, optax.adamw(1e-5), wrt=nnx.Param)
     …
     jaxlm.export(module.to_model(), "out")
 
-The module is a view: it holds the model's arrays, and computes with the family's own forward function.
+The module shares the arrays of the model and calls the forward function of its family.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,45 +25,53 @@ except ModuleNotFoundError as error:
 
 
 class Module(nnx.Module):
-    """A model whose weights are nnx.Param, in the tree that `model.weights` has: `module.layers[3]["q"]`, and
-    `layers.3.q` as a path of nnx.state. Of an adapter (jaxlm.nn.lora), a and b are nnx.LoRAParam: with
-    `nnx.DiffState(0, nnx.LoRAParam)` for the gradient and `wrt=nnx.LoRAParam` for the optimizer it is trained alone.
+    """A model whose weights are nnx.Param.
+
+    The tree is that of `model.weights`: `module.layers[3]["q"]`, or `layers.3.q` as a path of nnx.state. The arrays a
+    and b of an adapter (jaxlm.nn.lora) are nnx.LoRAParam. To train only the adapter, use
+    `nnx.DiffState(0, nnx.LoRAParam)` for the gradient and `wrt=nnx.LoRAParam` for the optimizer.
     """
 
     def __init__(self, model: Model):
         for name, part in jax.tree_util.tree_map_with_path(_param, model.weights).items():
             setattr(self, name, nnx.data(part))
-        # What NNX is to keep as it is. Shapes alone: the arrays would stay in memory when training has replaced them.
+        # A static attribute for NNX. It has only the shapes of the weights, because the arrays would stay in memory
+        # after training has replaced them.
         self._model = replace(model, weights=jax.eval_shape(lambda weights: weights, model.weights))
 
     @property
     def weights(self) -> Weights:
-        """The arrays as a plain tree, as `model.weights` is, for functions that take one. Nothing is copied."""
-        held = {name: getattr(self, name) for name in self._model.weights}
-        return jax.tree.map(lambda param: param[...], held, is_leaf=_is_param)
+        """The arrays as a plain tree like `model.weights`. Nothing is copied."""
+        variables = {name: getattr(self, name) for name in self._model.weights}
+        return jax.tree.map(lambda param: param[...], variables, is_leaf=_is_param)
 
     def __call__(
         self, tokens: Any, kv: caches.KVCache | None = None, pos: Any = None
     ) -> tuple[jax.Array, caches.KVCache | None]:
-        """tokens [B,T] int32 -> logits [B,T,V] float32, and the cache with these tokens in it: `Model.forward`."""
+        """Computes logits [B,T,V] float32 and the updated KV cache; see `Model.forward`."""
         weights = self.weights
         with _on_mesh(weights):
             return self._model.forward(tokens, weights, kv, pos)
 
     def init_kv(self, batch: int, length: int, **options: Any) -> caches.KVCache:
-        """An empty cache: `Model.init_kv`. ValueError within nnx.jit, where the devices are not known."""
+        """Creates an empty KV cache; see `Model.init_kv`.
+
+        Raises:
+            ValueError: It is called within nnx.jit, where the devices are not known.
+        """
         if mesh.traced(self.weights["embed"]):
-            raise ValueError("init_kv within nnx.jit or nnx.grad: make the cache outside, and pass it in")
+            raise ValueError("init_kv cannot be called within nnx.jit or nnx.grad: create the KV cache outside, and "
+                             "pass it in")  # fmt: skip
         return self.to_model().init_kv(batch, length, **options)
 
     def to_model(self) -> Model:
-        """A Model of the arrays that the parameters hold now, with the tokenizer and all that the first one had."""
+        """Returns a Model with the current arrays, and the tokenizer and other attributes of the original model."""
         return replace(self._model, weights=self.weights)
 
 
 def _param(path: Any, array: jax.Array) -> nnx.Param:
-    of_adapter = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b")
-    return nnx.LoRAParam(array) if of_adapter else nnx.Param(array)
+    is_adapter = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b")
+    return nnx.LoRAParam(array) if is_adapter else nnx.Param(array)
 
 
 def _is_param(x: Any) -> bool:
@@ -71,8 +79,8 @@ def _is_param(x: Any) -> bool:
 
 
 def _on_mesh(weights: Weights) -> AbstractContextManager[Any]:
-    """What is traced within nnx.jit and nnx.grad runs on the mesh of the weights, also where no jax.set_mesh says so:
-    without it, activations and caches would lie where the compiler likes."""
+    """Within nnx.jit and nnx.grad, a context with the mesh of the weights, unless jax.set_mesh has set one. Without a
+    mesh, the shardings of activations and caches would be left to the compiler."""
     if not mesh.traced(weights["embed"]) or mesh.active():
         return nullcontext()
     return jax.sharding.use_abstract_mesh(jax.typeof(weights["embed"]).sharding.mesh)

@@ -145,10 +145,10 @@ def test_values_nested_as_deep_as_the_parser_goes(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"eos_token_id": [1, [2]]}, "config.json or generation_config.json: [2] in eos_token_id is no token id"),
-        ({"eos_token_id": "1"}, "'1' in eos_token_id is no token id"),
-        ({"eos_token_id": 10**30}, "in eos_token_id is no token id"),
-        ({"eos_token_id": -1}, "-1 in eos_token_id is no token id"),
+        ({"eos_token_id": [1, [2]]}, "config.json or generation_config.json: [2] in eos_token_id is not a token id"),
+        ({"eos_token_id": "1"}, "'1' in eos_token_id is not a token id"),
+        ({"eos_token_id": 10**30}, "in eos_token_id is not a token id"),
+        ({"eos_token_id": -1}, "-1 in eos_token_id is not a token id"),
         ({"temperature": 10**400}, "temperature=1000"),
         ({"top_k": 2**31}, "top_k=2147483648"),
         ({"max_new_tokens": {"a": [[]]}}, "max_tokens={'a': [[]]}"),
@@ -176,17 +176,17 @@ SEQUENCE, BOS = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id":
 TOKENIZER_FAULTS = {
     "a normalizer that makes 10^12 letters of one": (
         {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "a" * 10)] * 12}},
-        "its normalizer may make a text 1,000,000,000,000 times longer",
+        "its normalizer can make a text 1,000,000,000,000 times longer",
     ),
     "the same by expressions that match nothing": (
         {"normalizer": {"type": "Sequence", "normalizers": [replace("", "xx", "Regex")] * 12}},
-        "its normalizer may make a text 531,441 times longer, more than 100",
+        "its normalizer can make a text 531,441 times longer (limit: 100)",
     ),
     "a decoder": (
         {"decoder": {"type": "Sequence", "decoders": [replace("H", "H" * 1000)] * 4}},
-        "its decoder may make a text 1,000,000,000,000 times longer",
+        "its decoder can make a text 1,000,000,000,000 times longer",
     ),
-    "a template that repeats": ({"post_processor": template([SEQUENCE] * 1000)}, "may make a text 1,000 times"),
+    "a template that repeats": ({"post_processor": template([SEQUENCE] * 1000)}, "can make a text 1,000 times"),
     "a template without its token": ({"post_processor": template([BOS, SEQUENCE])}, "PanicException: no entry found"),
     "pieces of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "PanicException: chunk size must"),
     "a map that is none": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
@@ -200,7 +200,7 @@ TOKENIZER_FAULTS = {
     ),
     "no token for the unknown": ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}, "cannot enc"),
     "an empty vocabulary": ({"model": {"type": "Unigram", "vocab": [], "unk_id": 0, "byte_fallback": False}}, "Empty"),
-    "ids without end": ({"added_tokens": [{"id": 2**32, "content": "a"}]}, "tokenizer.json, or a file beside it"),
+    "ids without end": ({"added_tokens": [{"id": 2**32, "content": "a"}]}, "tokenizer.json, or another tokenizer file"),
     "a stride above the length": (
         {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 10}}, "stride",
     ),
@@ -231,11 +231,11 @@ def test_growth_behind_escaped_letters(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_max_length": {}}, "tokenizer.json, or a file beside it, cannot be read: download it again (TypeError"),
-        ({"extra_special_tokens": [f"t{i}" for i in range(10_001)]}, "names more than 10,000 special tokens"),
-        ({"extra_special_tokens": {f"t{i}": "a" for i in range(10_001)}}, "names more than 10,000 special tokens"),
-        ({f"t{i}_token": f"t{i}" for i in range(10_001)}, "names more than 10,000 special tokens"),
-        ({"bos_token": {"content": 5}}, "tokenizer.json, or a file beside it"),
+        ({"model_max_length": {}}, "tokenizer file in the folder, cannot be read: download it again (TypeError"),
+        ({"extra_special_tokens": [f"t{i}" for i in range(10_001)]}, "more than 10,000 special tokens"),
+        ({"extra_special_tokens": {f"t{i}": "a" for i in range(10_001)}}, "more than 10,000 special tokens"),
+        ({f"t{i}_token": f"t{i}" for i in range(10_001)}, "more than 10,000 special tokens"),
+        ({"bos_token": {"content": 5}}, "tokenizer.json, or another tokenizer file"),
         ({"chat_template": 5}, ""),
     ],
 )
@@ -261,9 +261,9 @@ def test_a_text_that_is_none(tmp_path):
         (lambda data: data + b"IQ==\n", "lines that are not a token and its rank"),
         (lambda data: data + b"IQ== 1 2\n", "lines that are not a token and its rank"),
         (lambda data: data + b"YWE= x\n", "lines that are not a token and its rank"),
-        (lambda data: data + b"YWE= 300\n", "lacks tokens, or has some twice"),
-        (lambda data: data + b"YWE= -1\n", "lacks tokens, or has some twice"),
-        (lambda data: data + b"IQ== 259\n", "lacks tokens, or has some twice"),
+        (lambda data: data + b"YWE= 300\n", "missing or duplicate tokens"),
+        (lambda data: data + b"YWE= -1\n", "missing or duplicate tokens"),
+        (lambda data: data + b"IQ== 259\n", "missing or duplicate tokens"),
         (lambda data: data[:1000], "download it again"),
         (lambda data: data + b"YWFh" * 43 + b" 259\n", "has a token of more than 128 bytes"),
         (lambda data: data[1:], "sentencepiece"),
@@ -363,7 +363,7 @@ def test_a_hostile_template_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "jaxlm", "generate", "-m", str(tmp_path), "Hi"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "jaxlm: the chat template refuses these messages: it makes more text, or takes more steps" in done.stderr
+    assert "jaxlm: the chat template cannot render these messages: it exceeds the limit" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -487,10 +487,14 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (folder, None),
             ValueError,
-            f"{folder} is an adapter that names no base model: pass the base (-m BASE --adapter",
+            f"{folder} is an adapter without the name of its base model: pass the base (-m BASE --adapter",
         ),
-        ((folder, folder), ValueError, f"{folder} is an adapter: pass its base with {folder}, or {folder} alone"),
-        ((chained, None), ValueError, f"{folder} is an adapter: pass its base with {chained}"),
+        (
+            (folder, folder),
+            ValueError,
+            f"{folder} is an adapter: pass its base model with {folder}, or",
+        ),
+        ((chained, None), ValueError, f"{folder} is an adapter: pass its base model with {chained}"),
         (
             (lost, None),
             FileNotFoundError,

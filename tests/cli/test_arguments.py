@@ -37,7 +37,7 @@ def refused(capsys, *argv: str) -> str:
     ("generate -- --stop", "--stop", ()),
     ("generate --raw --stop a", None, ("a",)),
 ])  # fmt: skip
-def test_values_of_a_list_and_the_prompt(line, prompt, stop):
+def test_list_flags_and_the_prompt(line, prompt, stop):
     command = cli.parse(line.split())
     assert (command.prompt, command.stop) == (prompt, stop)
 
@@ -51,7 +51,7 @@ def test_lists_of_other_commands():
     assert parse("info m --allow-field x y --json").allow_field == ("x", "y")
 
 
-def test_positional_arguments_stand_anywhere():
+def test_positional_arguments_in_any_position():
     assert parse("eval a --length 8 b --json c").files == ("a", "b", "c")
     export = parse("export --dtype float32 m --force out")
     assert (export.name, str(export.out)) == ("m", "out")
@@ -65,7 +65,7 @@ def test_positional_arguments_stand_anywhere():
     ("generate hi --logit-bias 5", "--logit-bias needs a value"),
     ("generate hi --top-k many", "--top-k takes an integer, not 'many'"),
     ("generate hi --top-p=x", "--top-p takes a number, not 'x'"),
-    ("generate hi --dtype int4", "--dtype is one of auto, float32, bfloat16, float16, not 'int4'"),
+    ("generate hi --dtype int4", "--dtype must be one of auto, float32, bfloat16, float16, not 'int4'"),
     ("generate hi --raw=true", "--raw is a switch"),
     ("generate Once upon", "unexpected argument 'upon'"),
     ("chat hello", "unexpected argument 'hello'"),
@@ -104,7 +104,7 @@ def test_wrong_usage_is_one_line(line, message, capsys):
     ("train --data.learn all", "--data.train-on"), ("eval --form text", "--data-format"),
     ("eval --learn all", "--train-on"),
 ])  # fmt: skip
-def test_unknown_flags_propose_the_right_one(line, flag, capsys):
+def test_unknown_flags_get_a_suggestion(line, flag, capsys):
     said = refused(capsys, *line.split())
     assert re.fullmatch(rf"jaxlm: unknown flag \S+: did you mean {re.escape(flag)}\?", said)
 
@@ -113,10 +113,10 @@ def test_unknown_flags_propose_the_right_one(line, flag, capsys):
     ("generate --ctx-size 5", "KV cache"), ("generate -c 5", "KV cache"), ("generate -p hi", "PROMPT"),
     ("generate --do-sample", "--temperature 0"), ("chat --device cuda", "JAX_PLATFORMS"),
     ("chat -ngl 99", "JAX_PLATFORMS"),
-    ("info --trust-remote-code", "leave"), ("export m --out x", "jaxlm export MODEL OUT"),
+    ("info --trust-remote-code", "omit this flag"), ("export m --out x", "jaxlm export MODEL OUT"),
     ("generate --quxx", "jaxlm generate --help"),
 ])  # fmt: skip
-def test_what_is_no_flag_here(line, key, capsys):
+def test_unknown_flags_get_an_explanation(line, key, capsys):
     assert key in refused(capsys, *line.split())
 
 
@@ -140,7 +140,7 @@ def test_unknown_commands(word, command, capsys):
     assert said.endswith(f"did you mean {command}?" if command else "(jaxlm --help)")
 
 
-def test_the_tables_name_flags_that_exist():
+def test_suggestion_tables_have_existing_flags_only():
     commands = cli.commands()
     names = {flag.name for command in commands.values() for flag in flags_of(command)}
     aliases = {alias for command in commands.values() for flag in flags_of(command) for alias in flag.aliases}

@@ -115,7 +115,7 @@ def test_save_and_load(lines, tmp_path):
 
 def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
     wrong = {
-        "refuse": "the chat template refuses these messages: no such words",
+        "refuse": "the chat template cannot render these messages: no such words",
         "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
         "/rety": "did you mean /retry?",
         "/retry": "no message yet",
@@ -168,7 +168,7 @@ def test_a_model_without_chat_template_continues_text_and_names_chat_models(mode
     assert len(out) == 2
     assert "a system message needs a chat template; tiny/plain has none" in err
     assert "stopped at max_tokens" not in err
-    assert plain.tokenizer.decode(lines.conversation._seen[0].ids) == "one" + "".join(out)
+    assert plain.tokenizer.decode(lines.conversation._prefixes[0].ids) == "one" + "".join(out)
     ChatSession(lines.conversation).greet()
     err = capsys.readouterr().err
     assert re.search("tiny/plain has no chat template.*Qwen/Qwen3-0.6B", err)

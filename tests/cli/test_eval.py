@@ -82,12 +82,12 @@ def test_invalid_rows(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give either files or --tasks"),
-        (["a.txt", "--tasks", "x"], "give either files or --tasks"),
-        (["a.txt", "--shots", "2"], "--shots is for --tasks"),
-        (["a.txt", "--tasks-folder", "x"], "--tasks-folder is for --tasks"),
-        (["--tasks", "x", "--stride", "2"], "--stride is for files"),
-        (["--tasks", "x", "--on-bad", "skip"], "--on-bad is for files"),
+        ([], "pass either files or --tasks"),
+        (["a.txt", "--tasks", "x"], "pass either files or --tasks"),
+        (["a.txt", "--shots", "2"], "--shots applies to --tasks only"),
+        (["a.txt", "--tasks-folder", "x"], "--tasks-folder applies to --tasks only"),
+        (["--tasks", "x", "--stride", "2"], "--stride applies to files only"),
+        (["--tasks", "x", "--on-bad", "skip"], "--on-bad applies to files only"),
         (["--tasks", "x", "--limit", "0"], "--limit is 0, but must be at least 1"),
         (["--tasks", "x", "--shots", "-1"], "--shots is -1, but must be at least 0"),
         (["a.txt", "--batch", "0"], "--batch is 0, but must be at least 1"),

@@ -23,7 +23,7 @@ def folder(tmp_path):
     return path
 
 
-def test_it_says_what_was_written_where(folder, tmp_path, capsys):
+def test_export_prints_what_was_written(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert out == ""
@@ -32,7 +32,7 @@ def test_it_says_what_was_written_where(folder, tmp_path, capsys):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_another_type_and_the_flag_m(folder, tmp_path):
+def test_export_in_another_dtype_with_flag_m(folder, tmp_path):
     assert main(["export", "-m", str(folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     tensors = safetensors.read_header(tmp_path / "out/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {"BF16"}
@@ -40,7 +40,7 @@ def test_another_type_and_the_flag_m(folder, tmp_path):
     assert jaxlm.load(tmp_path / "out").dtype == "bfloat16"
 
 
-def test_metas_format_is_read_and_not_written(folder, tmp_path, capsys):
+def test_meta_format_is_read_but_not_written(folder, tmp_path, capsys):
     meta_files.convert(folder, tmp_path / "meta")
     assert main(["export", str(tmp_path / "meta"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -49,7 +49,7 @@ def test_metas_format_is_read_and_not_written(folder, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_folder_that_is_there(folder, tmp_path, capsys):
+def test_existing_folder(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export", str(folder), str(out)]) == 0
     assert main(["export", str(folder), str(out)]) == 1
@@ -65,7 +65,7 @@ def test_usage(argv, capsys):
     assert "jaxlm export MODEL OUT" in capsys.readouterr().err
 
 
-def test_what_is_no_model(tmp_path, capsys):
+def test_invalid_model(tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
     assert f"jaxlm: {tmp_path} is not a checkpoint" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_fused_model_says_what_the_adapted_one_says(base, adapter, tmp_path, capsys) -> None:
+def test_fused_model_matches_the_adapted_model(base, adapter, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     assert main(["fuse", "-m", str(base), "--adapter", str(adapter), "--out", str(out)]) == 0
     told = capsys.readouterr()
@@ -60,7 +60,7 @@ def test_the_fused_model_says_what_the_adapted_one_says(base, adapter, tmp_path,
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(path.name for path in out.iterdir())
 
 
-def test_the_base_that_the_adapter_names_and_another_type(adapter, tmp_path, capsys) -> None:
+def test_base_from_adapter_config_and_another_dtype(adapter, tmp_path, capsys) -> None:
     for i, argv in enumerate((["-m", str(adapter)], ["--adapter", str(adapter)])):
         assert main(["fuse", *argv, "--out", str(tmp_path / str(i)), "--dtype", "bfloat16"]) == 0
     first, second = (tmp_path / str(i) / "model.safetensors" for i in (0, 1))
@@ -73,7 +73,7 @@ def test_the_base_that_the_adapter_names_and_another_type(adapter, tmp_path, cap
         assert np.abs(a - b).max() <= 2**-8 * np.abs(a).max()  # rounded once
 
 
-def test_a_base_in_metas_format(base, adapter, tmp_path, capsys) -> None:
+def test_base_in_meta_format(base, adapter, tmp_path, capsys) -> None:
     meta = meta_files.convert(base, tmp_path / "meta")
     loaded = jaxlm.load(meta, adapter=adapter)
     assert loaded.checkpoint.format == "meta"
@@ -112,10 +112,10 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_is_in_the_way(base, adapter, tmp_path, capsys) -> None:
+def test_fuse_errors(base, adapter, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     told = failure(capsys, "fuse", "-m", base, "--out", out)
-    assert told.startswith(f"jaxlm: {base} is no adapter")
+    assert told.startswith(f"jaxlm: {base} is not an adapter")
     assert f"jaxlm fuse -m {base} --adapter ADAPTER" in told
     assert main(["fuse", "-m", str(adapter), "--out", str(out)]) == 0
     assert f"jaxlm: {out} is a checkpoint already: --force" in failure(capsys, "fuse", "-m", adapter, "--out", out)
@@ -126,7 +126,7 @@ def test_what_is_in_the_way(base, adapter, tmp_path, capsys) -> None:
     assert f"jaxlm: {adapter} is in use and not a checkpoint" in told
 
 
-def test_commands_that_take_whole_models_say_so(base, adapter, tmp_path, capsys) -> None:
+def test_commands_that_do_not_accept_adapters(base, adapter, tmp_path, capsys) -> None:
     told = failure(capsys, "export", "-m", base, "--adapter", adapter, tmp_path / "out")
     assert "jaxlm fuse" in told
     assert "jaxlm fuse" in failure(capsys, "export", adapter, tmp_path / "out")
@@ -154,7 +154,7 @@ def test_an_adapter_of_another_shape(base, adapter, capsys) -> None:
     assert told.endswith(f"Is its base another? It names the base {base}.\n")
 
 
-def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:
+def test_info_shows_an_adapter(base, adapter, capsys) -> None:
     named = [["-m", str(base), "--adapter", str(adapter)], [str(adapter)], ["--adapter", str(adapter)]]
     for argv in named:
         assert main(["info", *argv, "--json"]) == 0
@@ -168,5 +168,5 @@ def test_info_tells_of_an_adapter(base, adapter, capsys) -> None:
     assert main(["info", str(base), "--json"]) == 0
     assert "adapter" not in json.loads(capsys.readouterr().out)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert f"{adapter} is an adapter that names no base model" in failure(capsys, "info", adapter)
+    assert f"{adapter} is an adapter without the name of its base model" in failure(capsys, "info", adapter)
     assert main(["info"]) == 2

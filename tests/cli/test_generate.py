@@ -78,7 +78,7 @@ FAILS = [
     (["hi", "--template-arg", "nonsense"], 1, "KEY=VALUE"),
     (["x" * 4000], 1, "context"),
     ([""], 1, "<s>"),
-    ([], 2, "give a prompt"),
+    ([], 2, "pass a prompt"),
     (["a", "--prompts", "b.jsonl"], 2, "not both"),
     (["hi", "--prompt-file", "b"], 2, "prompt-file"),
     (["hi", "--dtype", "int4"], 2, "int4"),
@@ -91,7 +91,7 @@ FAILS = [
 
 
 @pytest.mark.parametrize(("arguments", "status", "words"), FAILS, ids=lambda x: str(x)[:40])
-def test_bad_input_gets_one_message(stories, capsys, monkeypatch, arguments, status, words):
+def test_invalid_input_gives_one_message(stories, capsys, monkeypatch, arguments, status, words):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     try:
         got = main(["generate", "-m", stories, *arguments])
@@ -108,13 +108,13 @@ def test_bad_input_gets_one_message(stories, capsys, monkeypatch, arguments, sta
     ("content", "words"),
     [
         ("{", ", line 1 is not JSON"),
-        ('"a"\n5\n', ", line 2: expected a text"),
-        ("", " holds no prompts"),
-        ('{"text": "x"}', ", line 1: expected a text"),
+        ('"a"\n5\n', ", line 2: expected a string"),
+        ("", " has no prompts"),
+        ('{"text": "x"}', ", line 1: expected a string"),
         (b'"\xff"', " cannot be read ('utf-8' codec"),
         # Errors that need the model.
         ('"a"\n\n[1, 2048]\n', ", line 3: the prompt has token id 2048"),
-        ('"a"\n["b"]\n', ", line 2: a prompt is a str, a list of messages or a list of token ids"),
+        ('"a"\n["b"]\n', ", line 2: a prompt must be a str, a list of messages or a list of token ids"),
         ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
         (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
     ],
@@ -164,7 +164,7 @@ def test_piped_input_is_the_prompt(stories, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main(command)
         assert end.value.code == 2
-        assert "give a prompt, as an argument or on stdin" in capsys.readouterr().err
+        assert "pass a prompt, as an argument or on stdin" in capsys.readouterr().err
 
 
 def test_repeated_flags():

@@ -27,7 +27,7 @@ def sample(kind: Any, default: Any) -> str:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_parser_knows_every_flag(name):
+def test_every_flag_in_help_is_parsed(name):
     """The flags read from the dataclass are those of tyro: each sets its own field."""
     flags = [flag for flag in flags_of(COMMANDS[name]) if not flag.positional and flag.field != "config"]
     argv = [arg for flag in flags for arg in (flag.name, *(sample(kind, flag.default) for kind in flag.types))]
@@ -85,7 +85,7 @@ def test_the_overview_lists_every_command(capsys):
     assert cli.main(["--version"]) == 0
 
 
-def test_titles_are_bold_on_a_terminal_alone(capsys, monkeypatch):
+def test_titles_are_bold_on_a_terminal_only(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert "\033" not in shown(capsys, "chat")

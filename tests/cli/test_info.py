@@ -80,7 +80,7 @@ def test_the_tree(folder, capsys):
 
 
 @pytest.mark.parametrize("form", ["hf", "meta"])
-def test_a_tokenizer_elsewhere_brings_nothing_but_itself(form, folder, tmp_path, capsys):
+def test_tokenizer_from_another_folder_changes_only_the_tokenizer(form, folder, tmp_path, capsys):
     """Not its folder's generation_config.json: `load` does not take that either."""
     import jaxlm
 
@@ -102,7 +102,7 @@ def test_a_tokenizer_elsewhere_brings_nothing_but_itself(form, folder, tmp_path,
     assert sorted(facts["tokenizer"]["stop"].values()) == list(loaded.tokenizer.stop_ids) == [257]
     (tmp_path / "empty").mkdir()
     assert main(["info", model, "--tokenizer", str(tmp_path / "empty")]) == 1
-    assert "empty holds no tokenizer" in capsys.readouterr().err
+    assert "empty has no tokenizer" in capsys.readouterr().err
 
 
 def test_a_narrow_terminal(capsys, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_narrow_terminal(capsys, tmp_path, monkeypatch):
         assert f"│   │   ├── {q}" in lines
 
 
-def test_json_counts_what_the_file_holds(folder, capsys):
+def test_json_matches_the_file(folder, capsys):
     facts = told(capsys, "-m", str(folder))
     tensors = safetensors.read_header(folder / "model.safetensors")
     assert facts["parameters"]["total"] == sum(math.prod(t.shape) for t in tensors.values())
@@ -133,7 +133,7 @@ def test_another_type_changes_the_bytes(folder, capsys):
     assert "stored: 0.4 MB in float32" in drawn(capsys, str(folder), "--dtype", "bfloat16")
 
 
-def test_the_cache_is_as_large_as_the_one_that_is_made(tmp_path, capsys):
+def test_cache_size_matches_an_allocated_cache(tmp_path, capsys):
     write_gemma(tmp_path / "g")
     facts = told(capsys, str(tmp_path / "g"))
     cfg = models.family_of("gemma3_text").Config.from_hf(GEMMA)
@@ -152,7 +152,7 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(tmp_path, capsys):
     assert "local rope: default, theta 10,000\n" in tree
 
 
-def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
+def test_weights_are_not_read(tmp_path, capsys, monkeypatch):
     """Not even to compare a stored head with the embedding that it is tied to."""
     write_gemma(tmp_path / "g", **{"lm_head.weight": (64, 32), "vision_tower.a.weight": (5, 4), "vision_tower.b": (2,)})
     monkeypatch.setattr(safetensors, "read_into", lambda *args: pytest.fail("a weight was read"))
@@ -173,16 +173,16 @@ def test_a_config_without_weights(tmp_path, capsys):
     absent = {"present": False, "reason": "", "dtype": "bfloat16", "config_dtype": None, "bytes": nbytes}
     assert alone["weights"] == absent
     assert alone["tokenizer"] is None
-    assert "weights  none here; 0.1 MB in bfloat16 (config.json names no type)\n" in drawn(capsys, str(other))
+    assert "weights  not found; 0.1 MB in bfloat16 (config.json names no type)\n" in drawn(capsys, str(other))
     for name in (path, tmp_path):
         tree = drawn(capsys, str(name))
-        assert "weights  none here; 0.2 MB in float32\n" in tree
+        assert "weights  not found; 0.2 MB in float32\n" in tree
         assert "holds neither model.safetensors nor" in " ".join(tree.replace("│", " ").split())
-        assert "tokenizer  none here\n" in tree
+        assert "tokenizer  not found\n" in tree
         assert "generation  temperature 1.0, top_k 64; not supported: num_beams\n" in tree
 
 
-def test_what_cannot_be_told(tmp_path, folder, capsys):
+def test_info_errors(tmp_path, folder, capsys):
     assert main(["info"]) == 2
     assert main(["info", "a", "-m", "b"]) == 2
     assert capsys.readouterr().err.count("pass one model: a hub id, a folder or a config.json") == 2
@@ -200,7 +200,7 @@ def test_what_cannot_be_told(tmp_path, folder, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told_with_the_rest(folder, capsys):
+def test_invalid_tokenizer_is_shown_with_the_other_facts(folder, capsys):
     (folder / "tokenizer.json").write_text("{}")
     assert "cannot be read" in told(capsys, str(folder))["tokenizer"]["error"]
     assert "tokenizer  cannot be read: " in drawn(capsys, str(folder))
@@ -270,7 +270,7 @@ def hub(folder, tmp_path, monkeypatch):
         close_session()
 
 
-def test_of_a_model_on_the_hub_only_headers_are_fetched(folder, hub, tmp_path, capsys):
+def test_only_headers_are_downloaded_from_the_hub(folder, hub, tmp_path, capsys):
     here, there = told(capsys, str(folder)), told(capsys, "org/tiny")
     assert there.pop("model") == "org/tiny"
     assert here.pop("model") == str(folder)
@@ -289,7 +289,7 @@ def test_of_a_model_on_the_hub_only_headers_are_fetched(folder, hub, tmp_path, c
     ("org/gated", "org/gated is gated: accept its license"), ("org/absent", "there is no model 'org/absent'"),
     ("org/none", "org/none has no config.json"),
 ])  # fmt: skip
-def test_what_the_hub_refuses(hub, capsys, name, message):
+def test_hub_errors(hub, capsys, name, message):
     assert main(["info", name]) == 1
     assert message in capsys.readouterr().err
 
@@ -310,7 +310,7 @@ def test_offline_without_a_copy(hub, capsys):
         ("model=3", ["N  all 32 on each device: 3 does not divide it", "V  42,752 of 128,256 on each device\n"]),
     ],
 )
-def test_a_mesh(tmp_path, capsys, mesh, lines):
+def test_mesh(tmp_path, capsys, mesh, lines):
     """No device is needed to ask what each would hold."""
     config = config_file(tmp_path, "meta-llama-Llama-3.1-8B")
     assert main(["info", config, "--mesh", mesh]) == 0
@@ -319,7 +319,7 @@ def test_a_mesh(tmp_path, capsys, mesh, lines):
         assert line in out
 
 
-def test_bytes_on_a_device_of_a_mesh(tmp_path, capsys):
+def test_bytes_per_device_of_a_mesh(tmp_path, capsys):
     config = config_file(tmp_path, "meta-llama-Llama-3.1-8B")
     assert main(["info", config, "--mesh", "data=2,model=16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

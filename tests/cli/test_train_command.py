@@ -39,7 +39,7 @@ def test_every_form_of_the_flag(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("second", [["-c", "b.yaml"], ["-c=b.yaml"], ["-cb.yaml"], ["--config=b.yaml"]])
-def test_a_second_file_is_refused(second, capsys) -> None:
+def test_second_file_is_an_error(second, capsys) -> None:
     message = refused(capsys, "--config", "a.yaml", *second)
     assert message.startswith("jaxlm: -c takes one file, not a.yaml and b.yaml")
 
@@ -48,7 +48,7 @@ def test_a_file_without_a_name(capsys) -> None:
     assert "-c needs a value" in refused(capsys, "-c")
 
 
-def test_a_file_names_no_other_file(tmp_path, capsys) -> None:
+def test_config_key_in_a_file_is_an_error(tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("config: b.yaml\n")
     message = refused(capsys, "-c", str(path))
@@ -58,13 +58,13 @@ def test_a_file_names_no_other_file(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- steps", "is not a mapping"),
+        (b"- steps", "must be a mapping"),
         (b"steps: [", "cannot be read: while parsing"),
         (b"out: \xff", "cannot be read: 'utf-8' codec"),
         (None, "cannot be read: [Errno 2] No such file"),
     ],
 )
-def test_a_file_without_a_configuration(content, message, tmp_path, capsys) -> None:
+def test_invalid_yaml_files(content, message, tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -130,7 +130,7 @@ def test_other_commands_have_no_negated_flags(capsys) -> None:
         ("steps: {a: 1}", 1, "steps.a"),
     ],
 )
-def test_an_unknown_key_is_named_with_its_line_and_the_right_key(text, line, field, tmp_path, capsys) -> None:
+def test_unknown_key_gives_its_line_and_a_suggestion(text, line, field, tmp_path, capsys) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
     message = refused(capsys, "-c", str(path))
@@ -156,7 +156,7 @@ def test_keys_with_hyphens_aliases_and_merged_mappings(parsed) -> None:
     assert (run.save_every, run.data.dataset, run.optimizer.lr, run.data.format) == (7, "wikitext", 0.5, "text")
 
 
-def test_the_tables_lead_to_fields_that_exist() -> None:
+def test_rename_tables_have_existing_fields_only() -> None:
     known = set(config.field_names(Train))
     groups = {name.partition(".")[0] for name in known}
     assert {*config.RENAMED_FIELDS.values(), *config.OTHER_TOOLS.values()} <= known | groups

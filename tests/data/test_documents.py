@@ -176,7 +176,7 @@ def test_names_that_are_no_source(tmp_path):
         (f"{tmp_path}/*.txt", FileNotFoundError, r"/\*.txt"),
         ("stories.txt", FileNotFoundError, "stories.txt"),
         ("./stories", FileNotFoundError, "./stories"),
-        ([], ValueError, "no data is named"),
+        ([], ValueError, "no data: pass a file"),
     ]:
         with pytest.raises(error, match=message):
             find_sources(name)

@@ -103,7 +103,7 @@ def ask(c: Conversation, said: list[int], text: str) -> list[int]:
     return [*said, *c.model.tokenizer.encode(f"{end}<user>{text}<end><assistant>", add_special_tokens=False)]
 
 
-def test_every_turn_is_what_a_full_forward_pass_says_and_prefills_only_new_tokens(gemma):
+def test_every_turn_matches_a_full_forward_pass_and_prefills_only_new_tokens(gemma):
     spelled = {gemma.tokenizer.convert_tokens_to_ids(letter): 3.0 for letter in "atern"}
     c, said = talk(gemma, max_tokens=9, logit_bias={**bias_of(gemma), **spelled}), []
     for text in ["hello there", "and then some more", "x", "at last, many words to pass the window again"]:
@@ -116,7 +116,7 @@ def test_every_turn_is_what_a_full_forward_pass_says_and_prefills_only_new_token
     assert canonical[:-1] != said  # the answers were not spelled as the tokenizer would, so keeping that was tested
 
 
-def test_an_answer_that_ends_by_itself(gemma):
+def test_answer_ends_at_a_stop_token(gemma):
     end = gemma.tokenizer.convert_tokens_to_ids("<end>")
     free = {token: value for token, value in bias_of(gemma).items() if token != end}
     c = talk(gemma, max_tokens=40, logit_bias={**free, end: 9.0})
@@ -129,7 +129,7 @@ def test_an_answer_that_ends_by_itself(gemma):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_rewinding_past_the_window_keeps_the_cache_as_far_as_the_ring_allows(gemma, monkeypatch, steps):
+def test_rewinding_past_the_window_reuses_the_ring_buffer(gemma, monkeypatch, steps):
     monkeypatch.setitem(hardware.STEPS, "cpu", steps)
     prompt = ask(talk(gemma), [], "a" * 2 * WINDOW)
     kept = {}
@@ -152,7 +152,7 @@ def test_rewinding_past_the_window_keeps_the_cache_as_far_as_the_ring_allows(gem
         assert kept[CHUNK - 1]
 
 
-def test_retry_follows_a_history(gemma):
+def test_retry_after_several_turns(gemma):
     c = talk(gemma)
     said = check(c, ask(c, [], "one and two and three"), c.send("one and two and three"))
     ids = ask(c, said, "four")
@@ -164,7 +164,7 @@ def test_retry_follows_a_history(gemma):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_the_cache_grows_in_the_middle_of_an_answer(gemma, monkeypatch, steps):
+def test_cache_grows_during_an_answer(gemma, monkeypatch, steps):
     monkeypatch.setitem(hardware.STEPS, "cpu", steps)
     c = talk(gemma, max_tokens=70)
     said = check(c, ask(c, [], "ho"), c.send("ho"))
@@ -175,7 +175,7 @@ def test_the_cache_grows_in_the_middle_of_an_answer(gemma, monkeypatch, steps):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_course_of_a_conversation(gemma, seed):
+def test_random_sequences_of_calls(gemma, seed):
     """Turns, retries, answers cut off at any place: the tokens of each turn follow from its prompt alone."""
     rng = random.Random(seed)
     c = talk(gemma)
@@ -186,11 +186,11 @@ def test_any_course_of_a_conversation(gemma, seed):
         prompt = pieces.gi_frame.f_locals["request"].ids
         made = made_by(itertools.islice(pieces, rng.choice([1, 2, 4, 99])))
         assert made == twin(gemma, prompt, len(made), bias_of(gemma))
-        if len(c._written) > 150:
+        if len(c._cached_ids) > 150:
             c.reset()
 
 
-def test_stopping_keeps_what_was_said(gemma):
+def test_stop_keeps_the_generated_text(gemma):
     c = talk(gemma, max_tokens=30)
     pieces = c.send("tell me")
     shown = [next(pieces) for _ in range(4)]
@@ -202,7 +202,7 @@ def test_stopping_keeps_what_was_said(gemma):
 
 
 @pytest.mark.parametrize("also", ["send", "retry", "save", "stop"])
-def test_the_next_call_stops_a_running_answer(gemma, also, tmp_path):
+def test_next_call_stops_a_running_answer(gemma, also, tmp_path):
     c = talk(gemma, max_tokens=30)
     pieces = c.send("tell me")
     shown = next(pieces) + next(pieces)
@@ -212,7 +212,7 @@ def test_the_next_call_stops_a_running_answer(gemma, also, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["prefill", "sample_token", "step"])
-def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeypatch, program):
+def test_conversation_continues_after_an_interrupt(gemma, monkeypatch, program):
     """Ctrl-C arrives while a program runs, which has taken the cache with it."""
     c = talk(gemma)
     said = check(c, ask(c, [], "hi"), c.send("hi"))
@@ -236,7 +236,7 @@ def test_an_interrupt_anywhere_leaves_a_conversation_that_goes_on(gemma, monkeyp
     assert made_by(c.send("now")) in [twin(gemma, ids, 6, bias_of(gemma)) for ids in prompts]
 
 
-def test_a_full_context(gemma):
+def test_full_context(gemma):
     short = model_of(gemma3, replace(GEMMA, context=64), gemma.tokenizer)
     c = talk(short, max_tokens=None)
     ids = ask(c, [], "go")
@@ -250,7 +250,7 @@ def test_a_full_context(gemma):
     check(c, ids, c.send("go"), new=len(ids))
 
 
-def test_a_turn_that_the_template_refuses_leaves_no_trace(gemma):
+def test_failed_turn_does_not_change_the_conversation(gemma):
     c = talk(gemma)
     said = check(c, ask(c, [], "hi"), c.send("hi"))
     with pytest.raises(ValueError, match="no such words"):
@@ -259,7 +259,7 @@ def test_a_turn_that_the_template_refuses_leaves_no_trace(gemma):
     check(c, ask(c, said, "ho"), c.send("ho"))
 
 
-def test_a_system_message_counts_from_the_next_turn_on(gemma):
+def test_system_message_takes_effect_in_the_next_turn(gemma):
     c = talk(gemma, system="be kind")
     ids = gemma.tokenizer.encode("<bos><system>be kind<end><user>hi<end><assistant>", add_special_tokens=False)
     check(c, ids, c.send("hi"))
@@ -270,7 +270,7 @@ def test_a_system_message_counts_from_the_next_turn_on(gemma):
     assert all(m["role"] != "system" for m in c.messages)
 
 
-def test_a_stop_string_ends_an_answer_and_is_not_kept(gemma):
+def test_stop_string_ends_an_answer_and_is_not_in_messages(gemma):
     c = talk(gemma, max_tokens=20)
     whole = "".join(c.send("hello"))
     c.reset()
@@ -285,7 +285,7 @@ def test_a_stop_string_ends_an_answer_and_is_not_kept(gemma):
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
+def test_reasoning_is_not_in_messages(gemma, monkeypatch, opened):
     template = TEMPLATE.replace("<assistant>", "<assistant><think>") if opened else TEMPLATE
     model = model_of(gemma3, GEMMA, tokenizer_of(template, thinking=True))
     close = model.tokenizer.convert_tokens_to_ids("</think>")
@@ -318,13 +318,13 @@ def test_what_was_thought_is_not_remembered(gemma, monkeypatch, opened):
         assert pieces[-1].prompt_tokens == len(prompt)
         assert made_by(pieces) == twin(model, prompt, 12, bias_of(model))
     else:
-        assert "hm" not in c._seen[1].text
+        assert "hm" not in c._prefixes[1].text
 
 
 # Without a template
 
 
-def test_without_a_template_the_text_goes_on(llama):
+def test_model_without_template_continues_the_text(llama):
     c = talk(llama, max_tokens=10)
     encode = llama.tokenizer.encode
     said = check(c, encode("a stone and"), c.send("a stone and"))
@@ -335,7 +335,7 @@ def test_without_a_template_the_text_goes_on(llama):
     assert "".join(m["content"] for m in c.messages) == llama.tokenizer.decode(said)
 
 
-def test_the_end_of_a_text_is_not_in_the_way_of_what_is_added(llama):
+def test_stop_token_is_removed_when_the_text_continues(llama):
     end = llama.tokenizer.convert_tokens_to_ids("<end>")
     c = talk(llama, max_tokens=40, logit_bias={**bias_of(llama), end: 9.0})
     said = check(c, llama.tokenizer.encode("go"), c.send("go"))
@@ -344,7 +344,7 @@ def test_the_end_of_a_text_is_not_in_the_way_of_what_is_added(llama):
     check(c, ids, c.send("k"), new=len(ids) - len(said) + 1)
 
 
-def test_without_a_template_there_is_no_system_message(llama):
+def test_system_message_without_template_raises(llama):
     with pytest.raises(ValueError, match="no chat template"):
         talk(llama, system="be kind").send("hi")
 
@@ -379,7 +379,7 @@ def test_several_turns_of_a_text_that_begins_with_a_space(prefixing):
 # Options, sampling, files
 
 
-def test_retry_draws_anew_and_a_seed_repeats_the_conversation(gemma):
+def test_retry_samples_again_and_seed_reproduces_the_conversation(gemma):
     def answers(seed):
         c = talk(gemma, temperature=1.0, seed=seed, max_tokens=12)
         return ["".join(c.send("hi")), "".join(c.retry()), "".join(c.retry()), "".join(c.send("ho"))]
@@ -390,14 +390,14 @@ def test_retry_draws_anew_and_a_seed_repeats_the_conversation(gemma):
     assert answers(6) != first
 
 
-def test_a_piece_names_the_seed_that_gives_its_text_again(gemma):
+def test_chunk_seed_reproduces_its_text(gemma):
     c = talk(gemma, temperature=1.0, seed=5)
     for answer in (list(c.send("hi")), list(c.retry())):
         options = {"temperature": 1.0, "max_tokens": 6, "logit_bias": bias_of(gemma), "seed": answer[-1].seed}
         assert jaxlm.generate(gemma, c.messages[:1], **options) == "".join(answer)
 
 
-def test_penalties_count_the_whole_conversation_and_logprobs_are_handed_through(gemma):
+def test_penalties_count_the_whole_conversation_and_logprobs_are_returned(gemma):
     c = talk(gemma, repetition_penalty=3.0, logprobs=2, max_tokens=9)
     said = [*ask(c, [], "hi"), *made_by(c.send("hi"))]
     pieces, prompt = list(c.send("ho")), ask(c, said, "ho")
@@ -420,7 +420,7 @@ def test_options_are_checked_by_name_and_range(gemma):
     assert c.options.max_tokens == 6
 
 
-def test_saved_and_loaded(gemma, tmp_path):
+def test_save_and_load_a_conversation(gemma, tmp_path):
     path = tmp_path / "talk.json"
     c = talk(gemma, system="be kind", stop=["zz"], template_args={"mood": 1})
     list(c.send("hi"))
@@ -438,7 +438,7 @@ def test_saved_and_loaded(gemma, tmp_path):
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"messages": 3}', '{"messages": [{"role": "user"}]}',
                                   '{"messages": [], "options": {"top_p": 7}}'])  # fmt: skip
-def test_a_file_that_is_no_conversation(gemma, tmp_path, text):
+def test_load_rejects_invalid_files(gemma, tmp_path, text):
     path: Path = tmp_path / "bad.json"
     path.write_text(text)
     c = talk(gemma)
@@ -448,17 +448,17 @@ def test_a_file_that_is_no_conversation(gemma, tmp_path, text):
     assert len(c.messages) == 2
 
 
-def test_nothing_to_answer_again(gemma):
+def test_retry_without_messages_raises(gemma):
     with pytest.raises(ValueError, match="no message yet"):
         talk(gemma).retry()
 
 
-def test_a_model_without_tokenizer(gemma):
+def test_model_without_tokenizer_raises(gemma):
     with pytest.raises(ValueError, match="has no tokenizer"):
         Conversation(Model(gemma.family, gemma.config, gemma.weights))
 
 
-def test_holds_is_true_exactly_where_the_ring_has_what_is_looked_at():
+def test_can_reuse_matches_the_positions_in_the_ring_buffer():
     """A ring of window 4 and chunk 3 has 6 slots."""
     kv = caches.init(1, 32, (4, None), 1, 2, jnp.float32, 3)
     for start in range(0, 12, 3):

@@ -100,7 +100,7 @@ def test_sampled_text_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize(("family", "steps"), [("llama", 4), ("gemma", 1)])
-def test_a_cache_that_grows_changes_no_token(family, steps, monkeypatch):
+def test_growing_cache_does_not_change_tokens(family, steps, monkeypatch):
     """From less than the window to all, with rows that end and join at all lengths; beside a cache of full length."""
     monkeypatch.setitem(hardware.STEPS, "cpu", steps)
     model = llama() if family == "llama" else gemma()
@@ -126,7 +126,7 @@ def growths(monkeypatch):
     return grown
 
 
-def test_a_cache_grows_when_a_text_is_long_not_when_it_may_be(monkeypatch):
+def test_cache_grows_with_the_text_not_with_max_tokens(monkeypatch):
     monkeypatch.setitem(hardware.STEPS, "cpu", 4)
     monkeypatch.setattr(engine, "HEADROOM", 1)
     model, grown, two = llama(), growths(monkeypatch), [PROMPT, PROMPT[3:]]
@@ -139,7 +139,7 @@ def test_a_cache_grows_when_a_text_is_long_not_when_it_may_be(monkeypatch):
     assert grown == [32, 64]
 
 
-def test_copies_of_a_prompt_differ_and_repeat_with_the_seed():
+def test_equal_prompts_differ_and_are_reproducible_with_a_seed():
     model = llama()
     how = {"max_tokens": REST, "temperature": 1.0}
     first = [a.tokens for a in jaxlm.generate(model, [PROMPT] * 3, seed=5, **how)]
@@ -151,7 +151,7 @@ def test_copies_of_a_prompt_differ_and_repeat_with_the_seed():
     assert drawn.tokens == jaxlm.generate(model, PROMPT, seed=drawn.seed, **how).tokens
 
 
-def test_no_step_repeats_a_key():
+def test_every_step_uses_a_different_key():
     """A flat distribution would repeat one token for ever if a key came twice."""
     model = llama()
     flat = jnp.zeros(model.weights["head"].shape)
@@ -160,7 +160,7 @@ def test_no_step_repeats_a_key():
     assert len(set(tokens)) > 30
 
 
-def test_a_new_length_within_a_bucket_compiles_nothing():
+def test_new_length_within_a_bucket_does_not_compile():
     model = llama()
     jaxlm.generate(model, PROMPT[:2], max_tokens=50, temperature=0)
     count = len(executables(model.family, model.config))
@@ -180,7 +180,7 @@ def test_prefill_computes_logits_of_one_position():
     assert "9973]" in texts["first token"]
 
 
-def test_a_completion_has_the_counts_and_speeds_of_its_last_piece():
+def test_completion_has_the_counts_and_speeds_of_its_last_chunk():
     model = llama()
     answer = jaxlm.generate(model, PROMPT, max_tokens=50, temperature=0)
     (*_, last) = jaxlm.stream(model, PROMPT, max_tokens=50, temperature=0)
@@ -193,7 +193,7 @@ def test_a_completion_has_the_counts_and_speeds_of_its_last_piece():
 BIASED = {"max_tokens": REST, "logprobs": 4}  # in one program
 
 
-def test_logprobs_are_of_the_raw_logits():
+def test_logprobs_use_the_raw_logits():
     model = llama()
     head = jnp.asarray(np.asarray(model.weights["head"]) / 3)  # logits of deviation 1
     model = replace(model, weights={**model.weights, "head": head})
@@ -207,7 +207,7 @@ def test_logprobs_are_of_the_raw_logits():
         np.testing.assert_allclose([v for _, v in got.top], row[best], atol=1e-5)
 
 
-def test_logit_bias_and_penalties_reach_the_text():
+def test_logit_bias_and_penalties_change_the_text():
     model = llama()
     plain = jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0).tokens
     assert jaxlm.generate(model, PROMPT, temperature=0, logit_bias={7: 100.0}, **BIASED).tokens == [7] * REST
@@ -276,9 +276,9 @@ BAD = [
     (list(range(90)), ValueError, "64"),
     ("text", ValueError, "no tokenizer"),
     ([{"role": "user", "content": "hi"}], ValueError, "no tokenizer"),
-    ([1.5, 2], ValueError, r"prompts\[0\]: a prompt is a str, a list of messages or a list of token ids, not 1.5"),
-    ([[5], ["a"]], ValueError, r"prompts\[1\]: a prompt is .*, not \['a'\]"),
-    ([[5], {"role": "user"}], ValueError, r"prompts\[1\]: a prompt is"),
+    ([1.5, 2], ValueError, r"prompts\[0\]: a prompt must be a str, a list of messages or a list of token ids, not 1.5"),
+    ([[5], ["a"]], ValueError, r"prompts\[1\]: a prompt must be .*, not \['a'\]"),
+    ([[5], {"role": "user"}], ValueError, r"prompts\[1\]: a prompt must be"),
     ([[5], [97]], ValueError, r"prompts\[1\]: the prompt has token id 97"),
 ]
 
@@ -292,7 +292,7 @@ def test_bad_prompts(prompt, kind, words):
     assert len(executables(model.family, model.config)) == count
 
 
-def test_max_tokens_over_the_context_is_refused_before_any_work():
+def test_max_tokens_over_the_context_raises_before_computation():
     model = llama()
     count = len(executables(model.family, model.config))
     with pytest.raises(ValueError, match=f"at most {REST}"):
@@ -301,7 +301,7 @@ def test_max_tokens_over_the_context_is_refused_before_any_work():
     assert len(jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0).tokens) == REST
 
 
-def test_what_a_tokenizer_returns_is_taken_for_ids():
+def test_tokenizer_output_is_accepted_as_token_ids():
     model = llama()
     want = jaxlm.generate(model, PROMPT, max_tokens=REST, temperature=0).tokens
     for prompt in (
@@ -317,14 +317,14 @@ def test_what_a_tokenizer_returns_is_taken_for_ids():
         jaxlm.generate(model, {"role": "user", "content": "hi"})
 
 
-def test_weights_that_are_not_finite():
+def test_non_finite_weights_raise():
     model = llama()
     weights = {**model.weights, "norm": model.weights["norm"].at[3].set(jnp.nan)}
     with pytest.raises(ValueError, match="not finite"):
         jaxlm.generate(jaxlm.Model(model.family, model.config, weights), PROMPT, max_tokens=REST)
 
 
-def test_the_models_own_max_new_tokens_never_exceed_the_context():
+def test_max_new_tokens_of_the_model_are_limited_by_the_context():
     model = llama()
     model = replace(model, generation_config={"max_new_tokens": 4096})
     assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == REST
@@ -332,7 +332,7 @@ def test_the_models_own_max_new_tokens_never_exceed_the_context():
     assert len(jaxlm.generate(model, PROMPT, temperature=0).tokens) == 50
 
 
-def test_memory_counts_the_cache_that_grows(monkeypatch):
+def test_memory_check_includes_cache_growth(monkeypatch):
     """While a cache of 48 becomes one of 192 there are both."""
     model = llama(replace(LLAMA, context=256))
     monkeypatch.setattr(engine, "HEADROOM", 16)
@@ -342,7 +342,7 @@ def test_memory_counts_the_cache_that_grows(monkeypatch):
         jaxlm.generate(model, PROMPT, max_tokens=130)
 
 
-def test_forward_by_hand():
+def test_forward_with_a_manual_decoding_loop():
     """Past the cache: an error where it can be seen, else NaN; rewinding without saying so forgets what came after."""
     model = llama()
     row = np.arange(12)[None]
@@ -360,7 +360,7 @@ def test_forward_by_hand():
         model.forward([1, 2], model.weights)
 
 
-def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
+def test_out_of_memory_message_suggests_a_batch_size(monkeypatch):
     model = llama()
     rows = [cache_bytes(model, CONTEXT, 1) + cache_bytes(model, 7, None)] * 3
     monkeypatch.setattr(hardware, "available_memory", lambda device: sum(rows) + 10)
@@ -369,7 +369,7 @@ def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
     assert len(jaxlm.generate(model, [PROMPT] * 4, max_tokens=REST, batch_size=3)) == 4
 
 
-def test_what_is_no_model_and_what_are_no_tokens() -> None:
+def test_invalid_model_and_tokens_raise() -> None:
     model = tiny("llama3")
     with pytest.raises(ValueError, match=r"not a name: jaxlm.generate\(jaxlm.load\('a/b'\)"):
         jaxlm.generate("a/b", "Once")  # pyright: ignore[reportArgumentType]

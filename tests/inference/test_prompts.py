@@ -17,7 +17,7 @@ from jaxlm.processing.tokenizer import Tokenizer
 CONFIG = llama3.Config(**SIZES, L=1, rope=Rope(), context=400)
 
 
-def test_what_ends_an_answer_follows_generation_config():
+def test_stop_ids_follow_generation_config():
     tokenizer = tokenizer_of(TEMPLATE)
     end = tokenizer.convert_tokens_to_ids("<end>")  # by the word of the tokenizer, and of its template
     model = model_of(llama3, CONFIG, Tokenizer(tokenizer.hf, [3]))
@@ -32,7 +32,7 @@ def test_what_ends_an_answer_follows_generation_config():
     assert stop_ids(model, SamplingParams()) == {7}
 
 
-def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
+def test_loaded_model_has_the_eos_ids_of_both_files(tmp_path):
     tiny_files.write(tmp_path)  # whose config.json says 257
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     model = jaxlm.load(tmp_path)
@@ -42,7 +42,7 @@ def test_a_loaded_model_knows_the_ends_of_both_files(tmp_path):
     assert 3 not in stop_ids(model, SamplingParams())
 
 
-def test_messages_with_text_parts_are_prompts_and_images_are_refused():
+def test_text_parts_are_accepted_and_images_raise():
     model = model_of(llama3, CONFIG, tokenizer_of(TEMPLATE))
     plain = [{"role": "user", "content": "one two"}]
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
@@ -51,7 +51,7 @@ def test_messages_with_text_parts_are_prompts_and_images_are_refused():
         jaxlm.generate(model, [{"role": "user", "content": [*parts, {"type": "image", "url": "a.png"}]}])
 
 
-def test_room():
+def test_resolve_max_tokens():
     model = model_of(llama3, CONFIG)
     assert resolve_max_tokens(model, [1] * 10, None) == DEFAULT_TOKENS
     assert resolve_max_tokens(model, [1] * 390, None) == 10

@@ -89,7 +89,7 @@ request = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(rows_of_logits, min_size=B, max_size=B), st.lists(request, min_size=B, max_size=B))
-def test_filters_are_those_of_a_sort(x, rows):
+def test_filters_match_a_reference_with_sorting(x, rows):
     for got, values, row in zip(run(np.stack(x), *rows), x, rows):
         want, close = reference(values, **row)
         if not close:
@@ -109,7 +109,7 @@ def test_top_p_over_a_large_vocabulary(spread, top_p):
     assert share - p[inside].min() < top_p + 3e-6  # without the least of them it would not do
 
 
-def test_ties_stay_together():
+def test_equal_logits_are_kept_or_dropped_together():
     assert kept([1, 3, 2, 2, 2, 0], top_k=2) == [1, 2, 3, 4]
     assert kept([0, 0, 0, 0], top_p=0.3) == [0, 1, 2, 3]
     assert kept([1, 2, 1, 0], top_p=0.62) == [0, 1, 2]  # shares: 0.53, then 0.20 twice
@@ -129,7 +129,7 @@ def test_limits_of_each_filter():
 
 
 @pytest.mark.parametrize("row", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 2, "top_p": 0.9}], ids=str)
-def test_extremes_give_numbers(row):
+def test_extreme_logits_give_finite_probabilities(row):
     inf = np.inf
     assert kept([-inf, -inf, 7.0, -inf], **row) == [2]
     assert kept([MAX, -MAX, 0.0, -MAX], **row)[0] == 0
@@ -150,7 +150,7 @@ def test_greedy_rows_skip_temperature_and_filters_but_not_bias_and_penalties():
     np.testing.assert_array_equal(out, [[1, 2, 1.5, 8], [-np.inf, -np.inf, -np.inf, 16]])
 
 
-def test_count_ignores_padding_and_takes_token_0_for_a_token():
+def test_count_ignores_padding_and_counts_token_0():
     tokens = jnp.asarray([[0, 3, 3, 9], [5, 0, 0, 0]], jnp.int32)
     pos = jnp.asarray([[0, 1, 2, 3], [0, -1, -1, -1]], jnp.int32)
     counts = count(tokens, pos, 7)  # 9 lies outside: dropped, not wrapped or clamped
@@ -167,7 +167,7 @@ def test_count_ignores_padding_and_takes_token_0_for_a_token():
     *(st.lists(st.integers(0, V - 1), min_size=low, max_size=high) for low, high in ((6, 6), (0, 8))),
     *(st.floats(low, 2) for low in (0.5, -2, -2)),
 )
-def test_penalties_are_their_definition(prompt, made, repetition, presence, frequency):
+def test_penalties_match_their_definition(prompt, made, repetition, presence, frequency):
     x = np.random.default_rng(len(made)).normal(size=V).astype(np.float32)
     counts = count(np.array([prompt], np.int32), np.arange(6, dtype=np.int32)[None], V)
     for token in made:
@@ -185,7 +185,7 @@ def test_bias_of():
     assert sampling.bias_of([None, {}], 4) is None
     np.testing.assert_array_equal(sampling.bias_of([None, {3: -100.0, 0: 1.5}], 4), [[0, 0, 0, 0], [1.5, 0, 0, -100]])
     for token in (4, -1):
-        with pytest.raises(ValueError, match=rf"logit_bias names token {token}; this model's ids are 0 to 3"):
+        with pytest.raises(ValueError, match=rf"logit_bias has token {token}; this model's ids are 0 to 3"):
             sampling.bias_of([{token: 1.0}], 4)
 
 
@@ -199,7 +199,7 @@ ROWS = (
 )
 
 
-def test_a_row_does_not_depend_on_the_others_and_new_values_compile_nothing():
+def test_rows_are_independent_and_new_values_do_not_compile():
     traced = []
     sample = jax.jit(lambda *args: traced.append(args[0].shape) or sampling.sample(*args))
     x = np.random.default_rng(3).normal(size=(len(ROWS), 5003)).astype(np.float32) * 3
@@ -241,7 +241,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     assert stats.chisquare(drawn[p > 0], n * p[p > 0]).pvalue > 1e-3
 
 
-def test_noise_is_gumbel_to_its_far_tail():
+def test_noise_has_the_tail_of_a_gumbel_distribution():
     noise = np.asarray(jax.jit(sampling._gumbel, static_argnums=1)(jax.random.key(2), 2**21))
     assert np.isfinite(noise).all()
     assert stats.kstest(noise[:100_000], "gumbel_r").pvalue > 1e-3
@@ -249,21 +249,21 @@ def test_noise_is_gumbel_to_its_far_tail():
     assert np.unique(np.sort(noise)[-1000:]).size > 995
 
 
-def test_same_key_same_token_and_other_positions_other_tokens():
+def test_tokens_depend_on_key_and_position():
     x, s = jnp.zeros((1, 1000), jnp.float32), of({"temperature": 1.0})
     keys = split(jax.random.key(7), 1)
     draw = [int(*sample(x, s, step_keys(keys, np.array([pos], np.int32)))) for pos in (3, 3, 4, 5)]
     assert [draw.index(token) for token in draw] == [0, 0, 2, 3]
 
 
-def test_the_first_of_equal_logits_wins_at_temperature_0():
+def test_greedy_selects_the_first_of_equal_logits():
     x = jnp.asarray([[1, 5, 5, 0], [7, -1, 7, 7], [0, 0, 0, 0]], jnp.float32)
     for seed in range(5):  # the third row draws: its noise must not reach the others
         out = sample(x, of({}, {}, {"temperature": 1.0}), split(jax.random.key(seed), 3))
         assert (out.tolist()[:2], out.dtype) == ([1, 0], jnp.int32)
 
 
-def test_who_does_not_ask_does_not_pay():
+def test_unused_filters_are_not_computed():
     """What costs lies inside a `cond`, the filters inside a second one; nothing sorts anywhere."""
     keys = jax.random.split(jax.random.key(0), 2)
     closed = jax.make_jaxpr(sampling.sample)(jnp.zeros((2, V), jnp.float32), of({}, {}), keys)
@@ -299,7 +299,7 @@ def test_logprobs(n):
     assert (chosen.dtype, ids.dtype, values.dtype) == (jnp.float32, jnp.int32, jnp.float32)
 
 
-def test_sampling_of_options():
+def test_sampling_from_params():
     s = of({"temperature": 0.5, "top_k": 7}, {})
     assert [leaf.tolist() for leaf in s] == [[0.5, 0], [7, 0], [1, 1], [0, 0], [1, 1], [0, 0], [0, 0]]
     assert [leaf.dtype for leaf in s] == [jnp.int32 if name == "top_k" else jnp.float32 for name in s._fields]

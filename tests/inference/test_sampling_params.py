@@ -41,14 +41,14 @@ def test_imports_neither_jax_nor_transformers():
         ({"temperature": 0.6, "repetition_penalty": 1.2}, (0.0, 0, 1.0, 0.0, 1.2, 0.0, 0.0)),
     ],
 )
-def test_the_model_fills_in_what_the_user_leaves_open(file, want):
+def test_defaults_come_from_generation_config(file, want):
     resolved = SamplingParams().resolve(file)
     assert numbers(resolved) == want
     assert resolved.resolve(QWEN25) == resolved
 
 
 @pytest.mark.parametrize("file", MODELS)
-def test_the_user_comes_first(file):
+def test_user_values_take_precedence(file):
     mine = dict(zip(NUMBERS, (0.3, 5, 0.5, 0.1, 1.5, -1.0, 2.0)))
     assert numbers(SamplingParams(**mine).resolve(file)) == tuple(mine.values())
     off = dict(zip(NUMBERS, (0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)))
@@ -70,11 +70,11 @@ def test_the_user_comes_first(file):
     ],
     ids=str,
 )
-def test_what_makes_a_greedy_model_sample(given, file, temperature):
+def test_parameters_that_turn_on_sampling(given, file, temperature):
     assert SamplingParams(**given).resolve(file).temperature == temperature
 
 
-def test_length_and_stops_come_from_the_file_too():
+def test_max_tokens_and_stop_come_from_generation_config():
     file = {"max_new_tokens": 64, "stop_strings": "END"}
     assert SamplingParams().resolve({}).max_tokens is None
     assert (SamplingParams().resolve(file).max_tokens, SamplingParams().resolve(file).stop) == (64, ("END",))
@@ -131,7 +131,7 @@ def test_out_of_range(name, value, text):
         assert text in str(error.value)
 
 
-def test_the_ends_of_the_ranges_are_allowed():
+def test_limits_of_the_ranges_are_allowed():
     low = {"max_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 0, "min_p": 0, "repetition_penalty": 1e-3}
     low |= {"presence_penalty": -2, "frequency_penalty": -2, "logit_bias": {0: -1e9}, "seed": 0, "logprobs": 0}
     high = {"top_p": 1, "min_p": 1, "presence_penalty": 2, "frequency_penalty": 2, "seed": 2**32 - 1, "logprobs": 20}
@@ -139,7 +139,7 @@ def test_the_ends_of_the_ranges_are_allowed():
         assert options.validate() is options
 
 
-def test_a_bad_value_of_the_file_is_the_files_fault_until_the_user_gives_one():
+def test_invalid_value_in_generation_config_raises_unless_overridden():
     file = {"do_sample": True, "temperature": -1.0}
     with pytest.raises(ValueError, match=r"generation_config.json .*temperature=-1.0"):
         SamplingParams().resolve(file)
@@ -147,11 +147,11 @@ def test_a_bad_value_of_the_file_is_the_files_fault_until_the_user_gives_one():
 
 
 @pytest.mark.parametrize("file", MODELS)
-def test_published_files_ask_for_nothing_else(file):
+def test_published_files_have_no_unsupported_fields(file):
     assert unsupported(file) == []
 
 
-def test_what_a_file_asks_for_in_vain_is_named():
+def test_unsupported_fields_are_listed():
     wanted = {
         "num_beams": 4,
         "typical_p": 0.9,
@@ -188,7 +188,7 @@ def test_what_a_file_asks_for_in_vain_is_named():
     assert unsupported({**neutral, "max_new_tokens": 9, "stop_strings": ["x"]}) == []
 
 
-def test_penalised():
+def test_penalized():
     assert not SamplingParams().resolve({}).penalized
     for name in NUMBERS[4:]:
         assert SamplingParams(**{name: 1.5}).resolve({}).penalized

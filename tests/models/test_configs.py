@@ -151,10 +151,10 @@ def test_gemma_rope_in_both_formats() -> None:
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic'"),
         ({"rope_type": "longrope", "factor": 2.0}, "rope_type 'longrope'"),
-        ({"rope_type": "linear"}, "rope_type 'linear' lacks factor"),
+        ({"rope_type": "linear"}, "rope_type 'linear' requires factor"),
         (
             {"rope_type": "llama3", "factor": 8.0},
-            "rope_type 'llama3' lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
+            "rope_type 'llama3' requires low_freq_factor, high_freq_factor, original_max_position_embeddings",
         ),
         ({"rope_type": "linear", "factor": 2.0, "made_up": 1}, "made_up"),
         ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),

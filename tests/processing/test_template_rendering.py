@@ -197,7 +197,7 @@ def test_options_about_ids_are_refused(option):
 
 @pytest.mark.parametrize(("tools", "documents"), [([3], None), (["add"], None), (None, ["text"])])
 def test_what_is_no_tool_and_no_document(tools, documents):
-    with pytest.raises(ValueError, match="documents are dicts" if documents else "a tool is a JSON schema"):
+    with pytest.raises(ValueError, match="documents must be dicts" if documents else "a tool must be a JSON schema"):
         tokenizer_of(EVERYTHING).render([USER], tools=tools, documents=documents)
 
 
@@ -231,7 +231,7 @@ def test_text_that_is_marked_is_paid_for_too():
     tokenizer = tokenizer_of(
         "{% generation %}a{% endgeneration %}{% set l = 'a' * 90000 %}{% for i in range(99) %}{{ l }}{% endfor %}"
     )  # few steps, but nine million characters
-    with pytest.raises(Exception, match="it makes more text"):
+    with pytest.raises(Exception, match="limit on output"):
         templates.write(tokenizer.hf, [USER])
 
 
@@ -304,7 +304,7 @@ def test_threads_render_at_once(monkeypatch):
     for thread in threads:
         thread.join(60)
     assert texts.pop("e") == (
-        "the chat template refuses these messages: it makes more text, or takes more steps, than a chat can need"
+        "the chat template cannot render these messages: it exceeds the limit on output and steps"
     )
     assert texts == {
         "a": "a" * 3000,

@@ -217,7 +217,7 @@ def test_the_command(gemma, tmp_path, capsys) -> None:
     assert main(["verify", str(folder), "--against", "nobody"]) == 1
     assert capsys.readouterr().err.startswith("jaxlm: --against nobody")
     assert main(["verify"]) == 2
-    assert "name one model" in capsys.readouterr().err
+    assert "pass one model" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the checkpoint is not at hand (../shared)")

@@ -1,4 +1,4 @@
-"""ModelSource: which checkpoint a model is read from. Every function that opens a checkpoint takes one."""
+"""ModelSource: the checkpoint that a model is loaded from. Every function that opens a checkpoint takes one."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -11,18 +11,18 @@ class ModelSource:
     """Which checkpoint to read, and how.
 
     Attributes:
-        name: Hugging Face hub id (`org/name`) or local folder. The name of a LoRA adapter selects the base model that
-            its adapter_config.json names, with the adapter applied.
+        name: Hugging Face hub id (`org/name`) or local folder. A LoRA adapter is loaded together with the base model in
+            its adapter_config.json.
         adapter: hub id or folder of a LoRA adapter in PEFT's format, applied to `name`.
         format: "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; `original/` in a hub
-            repository). None: the format that the folder holds; Hugging Face's if it holds both.
+            repository). None: the format of the folder; Hugging Face's if it has both.
         tokenizer: folder or tokenizer.model, if the tokenizer is not in the checkpoint's folder.
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state: 8 for Llama 3.1 and 3.3, 32
             for 3.2. Not needed for published shapes.
         revision: branch, tag or commit of a hub id. None: `main`.
         token: hub access token. None: HF_TOKEN, or the token saved by `hf auth login`.
         offline: use the local cache only.
-        allow_fields: names of config fields to accept although jaxlm does not know them.
+        allow_fields: names of unknown config fields to accept and ignore.
     """
 
     name: str | Path

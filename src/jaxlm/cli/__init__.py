@@ -1,6 +1,6 @@
-"""The command line: one module per command. A command is a dataclass; its fields are the flags, `run` does the work.
+"""The command line: one module per command. A command is a dataclass whose fields are the flags; `run` executes it.
 
-No module here imports jax at the top level, so that `jaxlm --help` answers at once.
+No module here imports jax at the top level, so that `jaxlm --help` is fast.
 """
 
 import itertools
@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: The arguments; those of the process by default.
+        argv: Command-line arguments. Default: sys.argv[1:].
 
     Returns:
-        0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + the signal).
+        The exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted (128 + the signal).
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["--version"], ["-V"]):
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return command.run() or 0
     except KeyboardInterrupt as error:
         return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
-    except BrokenPipeError:  # the reader of stdout has left; flushing at exit would fail again
+    except BrokenPipeError:  # the reader closed stdout; flushing it at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return end(command, "", 0)
     except Exception as error:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The `jaxlm` program. Threads may still compute after an interruption, so that a normal exit could crash."""
+    """The entry point of `jaxlm`. After an interrupt, threads may still compute, and a normal exit could crash."""
     status = main()
     if status > 128:
         sys.stdout.flush()
@@ -53,14 +53,14 @@ def entry() -> NoReturn:
 
 
 def end(command: Any, text: str, status: int) -> int:
-    """Prints why a command ends. A process of a distributed run exits at once: a normal exit would wait for the other
-    processes, and they for this one."""
+    """Prints a message and returns the exit status. A process of a distributed run exits immediately, because a normal
+    exit waits for the other processes, which wait for this one."""
     single = command is None or command.is_single_process
     if text:
         from jaxlm.devices.distributed import process_index
 
-        who = "" if single or process_index() is None else f"process {process_index()}: "
-        print(f"{who}{text.strip() if who else text}", file=sys.stderr if single else sys.__stderr__, flush=True)
+        prefix = "" if single or process_index() is None else f"process {process_index()}: "
+        print(f"{prefix}{text.strip() if prefix else text}", file=sys.stderr if single else sys.__stderr__, flush=True)
     if not single:
         os._exit(status)
     return status
@@ -83,7 +83,7 @@ def commands() -> dict[str, type]:
 
 
 def parse(argv: list[str]) -> Any:
-    """The command with its flags. Exits with status 0 after --help, with 2 for wrong usage."""
+    """Parses a command line to a command. Exits with status 0 after --help and 2 for wrong usage."""
     import tyro
 
     from jaxlm.cli import help
@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> Any:
 
     name, *args = argv
     known = commands()
-    # DisallowNone: an absent flag is None, and nobody types it.
+    # DisallowNone: an absent flag is None. "None" is not accepted as a value.
     markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
     if name.startswith("--tyro-"):  # shell completion: --tyro-write-completion SHELL FILE
         return tyro.extras.subcommand_cli_from_dict(known, prog="jaxlm", args=argv, config=markers)
@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> Any:
         usage(f"the command comes before the flags: jaxlm COMMAND {name} (jaxlm --help)")
     if name not in known:
         usage(unknown_command(name, list(known)))
-    negations = name in ("train", "finetune")  # every switch has a --no- form: the YAML file may turn it on
+    negations = name in ("train", "finetune")  # switches have a --no- form, to override the YAML file
     if {"-h", "--help"} & set(itertools.takewhile(lambda arg: arg != "--", args)):
         print(help.of_command(name, known[name], negations), flush=True)
         raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""An answer on the terminal: text as it is generated, reasoning dim, and a line of counts and speeds after it."""
+"""Prints an answer on the terminal: streamed text with dim reasoning, then a line of counts and speeds."""
 
 import sys
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def print_answer(
 
     Args:
         chunks: The answer.
-        tokenizer: Has the tags of a reasoning model.
+        tokenizer: The tokenizer, for the tags around reasoning.
         opened: Whether the prompt ends inside a reasoning block.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Checks a command line before tyro parses it, so that errors are one line and name the right flag.
+"""Checks a command line before tyro parses it, so that errors are one line with the name of the correct flag.
 
 A flag that takes a list accepts several values (`--stop a b`), and may be repeated (`--stop a --stop b`). It takes all
 values up to the next flag if no positional argument can follow: the command has none, they were given before the flag,
@@ -30,7 +30,7 @@ class Arguments:
         self.rest: deque[str] = deque()
 
     def normalize(self, argv: list[str]) -> list[str]:
-        """The arguments as tyro reads them: `--flag=value` for each value, then positional arguments behind `--`.
+        """Normalizes arguments for tyro: `--flag=value` for each value, then positional arguments after `--`.
 
         Exits with status 2 for unknown flags, missing or wrong values, and too many positional arguments.
         """
@@ -88,14 +88,14 @@ class Arguments:
             self.out += [f"{flag.name}={group[0]}", *group[1:]]
 
     def can_follow(self) -> bool:
-        """Whether a positional argument may still come."""
+        """Whether a positional argument may follow."""
         return bool(self.positional) and len(self.free) < len(self.positional)
 
     def check_value(self, name: str, text: str, kind: Any) -> None:
-        """Exits with status 2 where the text is not of the type."""
+        """Exits with status 2 if the text is not a value of the type."""
         if get_origin(kind) is Literal:
             if text not in get_args(kind):
-                usage(f"{name} is one of {', '.join(get_args(kind))}, not {text!r} (jaxlm {self.command} --help)")
+                usage(f"{name} must be one of {', '.join(get_args(kind))}, not {text!r} (jaxlm {self.command} --help)")
         elif kind in (int, float):
             try:
                 kind(text)
@@ -104,7 +104,7 @@ class Arguments:
                 usage(f"{name} takes {what}, not {text!r} (jaxlm {self.command} --help)")
 
     def check_positional(self) -> None:
-        """Exits with status 2 for too many positional arguments, or for one that is no choice."""
+        """Exits with status 2 for too many positional arguments or an invalid value of one."""
         for flag, text in zip(self.positional, self.free):
             self.check_value(flag.metavar, text, flag.types[0])
         if len(self.free) > len(self.positional) and not any(flag.repeats for flag in self.positional):
@@ -115,7 +115,7 @@ class Arguments:
 
 
 def looks_like_flag(arg: str) -> bool:
-    """Whether an argument is meant as a flag: dashes and then a letter, but no number such as -inf."""
+    """Whether an argument is a flag: dashes and a letter, except numbers such as -inf."""
     body = arg.lstrip("-")
     if arg.startswith("-") and not arg.startswith("--") and body.lower() in ("inf", "infinity", "nan"):
         return False

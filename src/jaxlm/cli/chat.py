@@ -1,4 +1,4 @@
-"""`jaxlm chat`: a conversation in the terminal, or with lines from a pipe."""
+"""`jaxlm chat`: a conversation in the terminal, or with piped input."""
 
 import dataclasses
 import difflib
@@ -92,7 +92,7 @@ class ChatSession:
     def turn(self) -> None:
         """Reads and handles one line. Raises EOFError at the end of input."""
         try:
-            self.take(self.ask())
+            self.take(self.read_line())
         except EOFError:
             raise
         except KeyboardInterrupt:
@@ -115,7 +115,7 @@ class ChatSession:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 (line editing and history for input())
 
-    def ask(self) -> str:
+    def read_line(self) -> str:
         """Reads the next line. The prompt `> ` goes to stderr if stdout is not a terminal."""
         if self.interactive and sys.stdout.isatty():
             return input("> ")
@@ -139,7 +139,7 @@ class ChatSession:
             self.show(self.conversation.send(line))
 
     def show(self, chunks: "Iterator[CompletionChunk]") -> None:
-        """Streams an answer, then prints its counts and, if it was cut off, why."""
+        """Streams an answer, then prints its counts and, if it was truncated, the reason."""
         chunk = print_answer(chunks, self.conversation.tokenizer, self.conversation.opened)
         if chunk is None:
             return

@@ -1,4 +1,4 @@
-"""What the commands share: flags for the model and for distributed runs, process settings, notices on stderr."""
+"""Shared by the commands: flags for the model and for distributed runs, process settings, notices on stderr."""
 
 import os
 import signal
@@ -22,40 +22,40 @@ class _ModelFlags:
     """Which model, and how to load it."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
-    """Hugging Face hub id or local folder. A LoRA adapter loads the base model that it names."""
+    """Hugging Face hub id or local folder. A LoRA adapter is loaded together with its base model."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
     """LoRA adapter (PEFT format) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights; auto keeps that of the checkpoint."""
+    """Data type of the weights; auto keeps the type in the checkpoint."""
     format: Literal["hf", "meta"] | None = None
     """Checkpoint format: Hugging Face, or Meta's original files (consolidated.*.pth). Default: detected."""
     tokenizer: Path | None = None
     """Tokenizer folder or tokenizer.model, if it is not stored with the weights."""
     rope_factor: float | None = None
     """RoPE scaling factor for Meta's original files, whose params.json omits it: 8 for Llama 3.1 and 3.3, 32 for 3.2.
-    Default: that of the published model."""
+    Default: the factor of the published model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: str | None = None
-    """Hub access token. HF_TOKEN and `hf auth login` keep it out of the shell history."""
+    """Hub access token. Prefer HF_TOKEN or `hf auth login`, which keep it out of the shell history."""
     offline: bool = False
-    """Use local files and the cache only, no network."""
+    """Use local files and the cache only, without network access."""
     allow_field: tuple[str, ...] = ()
-    """Fields of config.json to accept although jaxlm does not know them."""
+    """Unknown fields of config.json to accept and ignore."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
-    """Device mesh: data parallelism times tensor parallelism. Default: tensor parallelism over all devices, as far as
-    the attention heads divide."""
+    """Device mesh: sizes of data and tensor parallelism. Default: tensor parallelism over all devices, as far as the
+    number of attention heads is divisible."""
 
 
 @dataclass(frozen=True)
 class ProcessFlags:
-    """Distributed runs and error output. Listed before other base classes, so that its flags come last."""
+    """Flags for distributed runs and error output. Listed before other base classes, so that its flags come last."""
 
     memory_hint: ClassVar[str] = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
-    """How to use less device memory, for the message of an out-of-memory error."""
+    """How to reduce device memory, for the message of an out-of-memory error."""
 
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Address of process 0, for processes started by hand. Needs the next two flags."""
+    """Address of process 0, for processes started without a launcher. Requires the next two flags."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
@@ -76,26 +76,26 @@ class ProcessFlags:
                 note(f"waiting up to {CONNECT} s for {self.num_processes or num_launched()} processes{where} …")
             import jax
 
-            jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and continue
+            jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
             start(self.coordinator, self.num_processes, self.process_id, self.distributed)
             silence_workers(is_coordinator())
-            gather("here")  # the first exchange times out after 30 s (Gloo), later ones never
+            gather("here")  # only the first collective of Gloo has a timeout (30 s)
 
     @property
     def is_single_process(self) -> bool:
-        """Whether neither the flags nor a launcher ask for several processes."""
+        """Whether neither the flags nor a launcher start several processes."""
         from jaxlm.devices.distributed import num_launched
 
-        by_hand = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
-        return not (by_hand or self.distributed or num_launched() > 1)
+        explicit = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
+        return not (explicit or self.distributed or num_launched() > 1)
 
 
 @dataclass(frozen=True)
 class ModelFlags(ProcessFlags, _ModelFlags):
-    """Which model, how to load it, and in which process."""
+    """Flags for the model and for distributed runs."""
 
     def source(self, name: str | None = None) -> ModelSource:
-        """The checkpoint that the flags select: `name`, else --model, else --adapter, which names its base model."""
+        """The checkpoint that the flags select: `name`, else --model, else the base model of --adapter."""
         name = name or self.model
         return ModelSource(
             name=str(name or self.adapter),
@@ -139,9 +139,10 @@ class ModelFlags(ProcessFlags, _ModelFlags):
 
 
 def set_up_process() -> None:
-    """Process-wide settings, which only the command line may change. Environment variables win."""
+    """Configures jax for the process. The library does not change process-wide settings. Environment variables take
+    precedence."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
-    # Extension modules turn a Ctrl-C during their import into an ImportError. Here it ends the process.
+    # Extension modules convert a Ctrl-C during their import to an ImportError. With SIG_DFL it ends the process.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
@@ -155,8 +156,8 @@ def devnull() -> IO[str]:
 
 
 def silence_workers(is_coordinator: bool) -> None:
-    """Sends what libraries print on stdout (Gloo does) to stderr, and discards the output of all processes but the
-    coordinator. Errors of every process go to sys.__stderr__."""
+    """Redirects the output of libraries from stdout to stderr (Gloo prints there), and discards the output of all
+    processes but the coordinator. Errors of every process go to sys.__stderr__."""
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if is_coordinator else devnull()
     os.dup2(2, 1)
     if not is_coordinator:
@@ -164,7 +165,7 @@ def silence_workers(is_coordinator: bool) -> None:
 
 
 def cache_folder() -> Path:
-    """The cache of jaxlm: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
+    """The cache folder of jaxlm: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
@@ -174,8 +175,13 @@ def note(text: str) -> None:
 
 
 def compiling(name: str, seconds: float | None = None) -> None:
-    """Shows a compilation: called when it starts, and with its seconds when it ends. On a terminal the notice follows
-    the text on the current line and is erased at the end; elsewhere it becomes a line with the seconds."""
+    """Shows a compilation on stderr. On a terminal, the notice follows the text on the current line and is erased at
+    the end; elsewhere it is a line with the duration.
+
+    Args:
+        name: What is compiled.
+        seconds: None when the compilation starts, its duration when it ends.
+    """
     if not sys.stderr.isatty():
         print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
               end="" if seconds is None else "\n")  # fmt: skip

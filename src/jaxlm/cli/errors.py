@@ -1,4 +1,4 @@
-"""Messages for errors: one line on stderr, without a traceback unless --debug asks for one."""
+"""Error messages: one line on stderr, without a traceback unless --debug is set."""
 
 import sys
 from typing import Any, NoReturn
@@ -20,12 +20,12 @@ def explain(error: Exception, command: Any = None) -> str:
         hint = getattr(command, "memory_hint", ProcessFlags.memory_hint)
         return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
     if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
-        return f"another process ended or cannot be reached; its own message says why ({text.splitlines()[0]})"
+        return f"another process ended or cannot be reached; its error output has the cause ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text} (--debug shows the traceback; please report it)"
 
 
 def usage(*lines: str) -> NoReturn:
-    """Ends the process with status 2, as wrong usage does."""
+    """Exits with status 2 (wrong usage)."""
     for line in lines:
         print(f"jaxlm: {line}", file=sys.stderr)
     raise SystemExit(2)

@@ -36,9 +36,9 @@ class Eval(ModelFlags):
     files: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FILE...]")]] = ()
     """Files (.txt, .jsonl, .json, .parquet), folders, globs or hub datasets."""
     length: int | None = None
-    """Tokens read at once. Default: the context of the model, for texts at most 2048."""
+    """Window length in tokens. Default: the context length of the model; for texts, at most 2048."""
     stride: int | None = None
-    """Sliding window stride over longer texts, in tokens. Default: half of the length."""
+    """Sliding window stride for longer texts, in tokens. Default: half of the length."""
     batch: int | None = None
     """Batch size in rows. The default depends on the platform."""
     data_format: str | None = None
@@ -62,7 +62,7 @@ class Eval(ModelFlags):
     tasks_folder: Path | None = None
     """Folder with YAML files of more tasks."""
     shots: int | None = None
-    """Few-shot examples per question. Default: that of the task."""
+    """Few-shot examples per question. Default: defined by the task."""
     limit: int | None = None
     """Maximum number of questions per task."""
     chat: bool = False
@@ -79,7 +79,7 @@ class Eval(ModelFlags):
         model = self.load()
         length, stride = window_sizes(model, self.length, self.stride, self.batch)
         options: dict[str, Any] = {name: getattr(self, name) for name in ("batch", *TEXT_FLAGS)}
-        options["format"] = options.pop("data_format")  # --format is the checkpoint's
+        options["format"] = options.pop("data_format")  # --format is the checkpoint format
         options |= {"length": length, "stride": stride, "offline": self.offline}
         start = time.perf_counter()
         with progress_line() as progress, explain_missing_package("this command", "jaxlm[train]"):
@@ -94,22 +94,22 @@ class Eval(ModelFlags):
         return 0
 
     def _check(self) -> None:
-        """Exits with 2 unless there are either files or tasks, and no flag of the other."""
+        """Exits with status 2 unless there are either files or tasks, without flags of the other mode."""
         if bool(self.files) == (self.tasks is not None):
-            usage("give either files or --tasks")
+            usage("pass either files or --tasks")
         wrong_flags = TASK_FLAGS if self.tasks is None else TEXT_FLAGS
         for name in wrong_flags:
             if getattr(self, name) != getattr(Eval, name):
                 flag = f"--{name.replace('_', '-')}"
-                usage(f"{flag} is for {'--tasks' if self.tasks is None else 'files'}")
+                usage(f"{flag} applies to {'--tasks' if self.tasks is None else 'files'} only")
         for name in ("shots", "limit", "length", "batch"):
             if (value := getattr(self, name)) is not None and value < (name != "shots"):
                 usage(f"--{name} is {value}, but must be at least {int(name != 'shots')}")
 
     def _run_tasks(self) -> int:
         with explain_missing_package("this command", "jaxlm[eval]"):
-            import lm_eval  # noqa: F401  (before a model is loaded in vain)
-        # The harness would fork a process that has threads to estimate standard errors.
+            import lm_eval  # noqa: F401  (fails before the model is loaded)
+        # To estimate standard errors, the harness would fork this multithreaded process.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         model = self.load()
         from lm_eval.utils import make_table
@@ -127,8 +127,8 @@ class Eval(ModelFlags):
             results = run(model, names, length=self.length, batch=self.batch, **options)
             tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
         if self.json:
-            kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-            line = {"model": model.source, **{name: results[name] for name in kept if name in results}}
+            fields = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+            line = {"model": model.source, **{name: results[name] for name in fields if name in results}}
             print(json.dumps(line, ensure_ascii=False, default=str))
         else:
             print("\n".join(tables).rstrip())
@@ -137,7 +137,7 @@ class Eval(ModelFlags):
 
 @contextlib.contextmanager
 def progress_line() -> Any:
-    """Yields a function that prints the number of documents and tokens so far in one line of a terminal."""
+    """Yields a function that prints the number of documents and tokens so far, in one line of a terminal."""
     shown = sys.stderr.isatty()
     last = 0.0
 
@@ -161,7 +161,7 @@ def usage(text: str) -> NoReturn:
 
 
 def record(result: "Evaluation") -> dict[str, Any]:
-    """Returns the result for JSON, which has no infinity."""
+    """Returns the result for JSON. An infinite perplexity is null."""
     perplexity = result.perplexity if math.isfinite(result.perplexity) else None
     return {**result._asdict(), "perplexity": perplexity, "bits_per_byte": result.bits_per_byte}
 

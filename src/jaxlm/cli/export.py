@@ -1,4 +1,4 @@
-"""`jaxlm export`: writes a model as a checkpoint folder, in its own or in another type."""
+"""`jaxlm export`: writes a model as a Hugging Face checkpoint, optionally in another data type."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from jaxlm.cli.common import ModelFlags, note
 
 @dataclass(frozen=True)
 class Export(ModelFlags):
-    """Write a model as a checkpoint folder in Hugging Face's format: weights, configuration, tokenizer.
+    """Write a model as a Hugging Face checkpoint: weights, configuration, tokenizer.
 
-    The folder gets its name when it is complete. Tensors are copied from file to file, so the model may be larger than
-    memory.
+    Tensors are streamed from file to file, so the model may be larger than memory. The folder appears only when it is
+    complete.
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
@@ -23,11 +23,12 @@ class Export(ModelFlags):
     out: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="OUT")]] = None
     """Folder to write."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; auto keeps the type of each. Tensors that are not loaded (vision) always keep it."""
+    """Data type of the written weights; auto keeps the type of each tensor. Tensors that are not loaded (vision) keep
+    their type."""
     format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Format of the folder: hf, Hugging Face's."""
+    """Format to write: hf (Hugging Face)."""
     force: bool = False
-    """Replace a checkpoint at OUT, the whole folder."""
+    """Replace an existing checkpoint folder at OUT."""
 
     def run(self) -> int:
         paths = [value for value in (self.model, self.name, self.out) if value is not None]
@@ -41,7 +42,7 @@ class Export(ModelFlags):
         from jaxlm.exporting import check_format, export, open_model
 
         name, out = paths
-        check_format(self.format)  # of the folder to write: the model's own is detected
+        check_format(self.format)  # the format to write; that of the model is detected
         model = open_model(replace(self.source(str(name)), format=None))
         done = export(model, out, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")

@@ -1,4 +1,4 @@
-"""Facts about a checkpoint as plain values, for `jaxlm info`: what `load` would load, from config and headers alone."""
+"""Facts about a checkpoint as plain values, for `jaxlm info`, from the config and the headers of weight files."""
 
 import dataclasses
 import math
@@ -19,20 +19,26 @@ from jaxlm.models.config import ROPE_FIELDS
 from jaxlm.nn import Rope, params
 from jaxlm.processing.tokenizer import Tokenizer
 
-LENGTHS = (1024, 8192)  # sequences whose KV cache is measured, beside one as long as the context
+LENGTHS = (1024, 8192)  # sequence lengths to compute the KV cache size for, besides the context length
 
 
 def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = None) -> dict[str, Any]:
-    """Everything that `jaxlm info` shows. dtype: of the weights, auto keeps the file's; mesh_spec: as "model=8"."""
-    found = loading.match_tensors(source, headers_only=True)
+    """Everything that `jaxlm info` shows, as JSON values.
+
+    Args:
+        source: The checkpoint.
+        dtype: Data type of the weights; auto keeps the type of the files.
+        mesh_spec: Device mesh, such as "data=1,model=8", for sizes per device.
+    """
+    resolved = loading.match_tensors(source, headers_only=True)
     try:
-        found = loading.with_tokenizer(found, source.tokenizer)
-        tokenizer = found.tokenizer and _tokenizer(found.tokenizer)
+        resolved = loading.with_tokenizer(resolved, source.tokenizer)
+        tokenizer = resolved.tokenizer and _tokenizer(resolved.tokenizer)
     except ValueError as error:
         tokenizer = {"error": str(error)}
-    family, cfg, checkpoint = found.family, found.config, found.checkpoint
+    family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
     adapter, windows = checkpoint.adapter, cfg.windows
-    weights, kept = _weights(found, dtype)
+    weights, loaded_dtype = _weights(resolved, dtype)
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
     facts = {
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
@@ -54,8 +60,8 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
             {"window": w, "count": windows.count(w), "layers": [i for i, of in enumerate(windows) if of == w]}
             for w in sorted(set(windows), key=lambda w: (w is None, w or 0))
         ],
-        "kv": _kv_cache(cfg, kept),
-        "mesh": _mesh(family, cfg, kept, mesh_spec) if mesh_spec else None,
+        "kv": _kv_cache(cfg, loaded_dtype),
+        "mesh": _mesh(family, cfg, loaded_dtype, mesh_spec) if mesh_spec else None,
         "context": cfg.context,
         "rope": _ropes(cfg),
         "tokenizer": tokenizer,
@@ -64,27 +70,27 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
     return facts | ({"adapter": _adapter(adapter)} if adapter else {})
 
 
-def _weights(found: loading.Resolved, asked: str) -> tuple[dict[str, Any], Any]:
-    """Bytes and types of the weights, and the type that they are loaded in."""
-    family, checkpoint = found.family, found.checkpoint
-    tensors, count = checkpoint.tensors, params.count(family.PARAMS, found.config)
+def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
+    """Bytes and data types of the weights, and the data type that they are loaded in."""
+    family, checkpoint = resolved.family, resolved.checkpoint
+    tensors, count = checkpoint.tensors, params.count(family.PARAMS, resolved.config)
     if not tensors.pairs:
         configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
         names = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
         named = next((name for name in names if name in [dtype.name for dtype in DTYPES.values()]), None)
-        dtype = jnp.dtype(asked if asked != "auto" else named or "bfloat16")
+        dtype = jnp.dtype(dtype_name if dtype_name != "auto" else named or "bfloat16")
         size = {"dtype": dtype.name, "bytes": count * dtype.itemsize}
         return {"present": False, "reason": tensors.no_weights, **size, "config_dtype": named}, dtype
     stored = Counter[str]()
     for _, tensor in tensors.pairs:
         stored[tensor.dtype] += tensor.nbytes
-    dtype = DTYPES[stored.most_common(1)[0][0]] if asked == "auto" else jnp.dtype(asked)
-    every = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
+    dtype = DTYPES[stored.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
+    all_tensors = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
     return {
         "present": True,
-        "files": len({part.file for tensor in every for part in getattr(tensor, "parts", (tensor,))}),
+        "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
-        "bytes": stored.total() if asked == "auto" else count * dtype.itemsize,
+        "bytes": stored.total() if dtype_name == "auto" else count * dtype.itemsize,
         "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
         "ignored": dict(Counter(_pattern(tensor.name, family.IGNORED_PREFIXES) for tensor in tensors.ignored)),
         "ignored_bytes": sum(tensor.nbytes for tensor in tensors.ignored),
@@ -108,7 +114,7 @@ def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
-    """Per device of a mesh: bytes of weights and of one sequence's KV cache. And the number of shards per letter."""
+    """For a device of a mesh: bytes of weights and of the KV cache of one sequence, and the shards per letter."""
     sizes = topology.parse(spec)
     axes = topology.factor_kv_heads(sizes, cfg.K)
     over = AbstractMesh(tuple(axes.values()), tuple(axes))
@@ -125,7 +131,7 @@ def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
 
 
 def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
-    """Each RoPE of a config, by field, with the numbers that its type uses."""
+    """The RoPE parameters of a config by field name."""
     ropes = {f.name: value for f in dataclasses.fields(cfg) if isinstance(value := getattr(cfg, f.name), Rope)}
     return {
         name: {"type": rope.type, **{field: getattr(rope, field) for field in ROPE_FIELDS[rope.type].values()}}
@@ -144,7 +150,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The sampling parameters of generation_config.json, which apply unless others are passed."""
+    """The default sampling parameters, from generation_config.json."""
     raw, has_file = checkpoint.generation_config, (checkpoint.folder / "generation_config.json").exists()
     try:
         resolved = SamplingParams().resolve(raw)
@@ -157,7 +163,7 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
-    """Parameters and bytes of a LoRA adapter; per kind of weight the number of layers, the ranks and scales."""
+    """Parameters and bytes of a LoRA adapter, and for each kind of weight the number of layers, ranks and scales."""
     kinds: dict[str, dict[str, Any]] = {}
     for row, a, _, scale in adapter.pairs:
         kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})

@@ -1,4 +1,4 @@
-"""The flags of a command, read from the fields of its dataclass, as tyro reads them."""
+"""Reads the flags of a command from the fields of its dataclass, as tyro does."""
 
 import dataclasses
 import inspect
@@ -23,12 +23,12 @@ class Flag:
     types: tuple[Any, ...]
     """Types of its values; none for a switch, two for a mapping."""
     repeats: bool
-    """Whether it takes a list (or a mapping), so that it may be given several times."""
+    """Whether it takes a list or a mapping, and may be repeated."""
     positional: bool
     metavar: str
     default: Any
     owner: type
-    """The class that the command takes the field from, the command itself or a nested dataclass."""
+    """The dataclass of the field: the command or a nested dataclass."""
     field: str
     """Name of the field."""
 
@@ -48,7 +48,7 @@ def flags_of(command: type, prefix: str = "", defaults: Any = None) -> list[Flag
 
     Args:
         command: A dataclass.
-        prefix: What the names begin with, for a nested dataclass.
+        prefix: Prefix of the names, for a nested dataclass.
         defaults: An instance with the default values, for a nested dataclass.
     """
     hints = get_type_hints(command, include_extras=True)

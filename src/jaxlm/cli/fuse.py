@@ -10,24 +10,26 @@ from jaxlm.cli.common import ModelFlags, note
 
 @dataclass(frozen=True)
 class Fuse(ModelFlags):
-    """Merge a LoRA adapter into the weights of its base model and write a checkpoint folder in Hugging Face's format.
+    """Merge a LoRA adapter into the weights of its base model and write a Hugging Face checkpoint.
 
-    The base may be left out if the adapter names it. Tensors are copied from file to file, so the model may be larger
-    than memory. The folder gets its name when it is complete.
+    -m may be omitted if the adapter's config names the base model. Tensors are streamed from file to file, so the model
+    may be larger than memory. The folder appears only when it is complete.
     """
 
     out: Path | None = None
     """Folder to write."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; auto keeps the type of each. Tensors that are not loaded (vision) always keep it."""
+    """Data type of the written weights; auto keeps the type of each tensor. Tensors that are not loaded (vision) keep
+    their type."""
     format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Format of the folder: hf, Hugging Face's."""
+    """Format to write: hf (Hugging Face)."""
     force: bool = False
-    """Replace a checkpoint at OUT, the whole folder."""
+    """Replace an existing checkpoint folder at OUT."""
 
     def run(self) -> int:
         if self.out is None or (self.model is None and self.adapter is None):
-            print("jaxlm: pass all three: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)", file=sys.stderr)
+            print("jaxlm: pass an adapter and a folder: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)",
+                  file=sys.stderr)  # fmt: skip
             return 2
         if not self.is_single_process:
             raise ValueError("fuse runs in a single process: start it without --num-processes or a launcher")
@@ -35,7 +37,7 @@ class Fuse(ModelFlags):
         from jaxlm.devices.hardware import gigabytes
         from jaxlm.exporting import check_format, export, open_model
 
-        check_format(self.format)  # of the folder to write: the model's own is detected
+        check_format(self.format)  # the format to write; that of the model is detected
         model = open_model(replace(self.source(), format=None), fuse=True)
         done = export(model, self.out, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")

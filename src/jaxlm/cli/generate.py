@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingFlags(SamplingParams):
-    """Sampling parameters as flags. tyro cannot repeat a flag of type `... | None`: here an empty value means None."""
+    """Sampling parameters as flags. tyro cannot repeat a flag of type `... | None`, so an empty value means None."""
 
     stop: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict)
@@ -81,22 +81,22 @@ class Generate(SamplingFlags, ModelFlags):
         return 0
 
     def _lines(self) -> list[tuple[str, Any]]:
-        """The prompts, texts or JSON values, each with its place in the file."""
+        """The prompts (text or JSON values), each with its location in the file."""
         if self.prompt is not None and self.prompts is not None:
-            usage("give a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
+            usage("pass a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
         if self.prompts is not None:
             return read_prompts(self.prompts)
         text, is_terminal = self.prompt, sys.stdin is not None and sys.stdin.isatty()
         if text == "-" or (text is None and not is_terminal):
             text = self.stdin().removesuffix("\n")
         if not text and self.prompt is None:
-            usage("give a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
+            usage("pass a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
-            raise ValueError("the prompt is empty: give some text, or the BOS token (such as <s>) with --raw")
+            raise ValueError("the prompt is empty: pass some text, or the BOS token (such as <s>) with --raw")
         return [("", text)]
 
     def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
-        """The token ids of a prompt. Raises ValueError, with the place in the file, for an invalid one."""
+        """The token ids of a prompt. Raises ValueError with the location in the file if it is invalid."""
         from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
         with explain_errors(where) if where else nullcontext():
@@ -106,7 +106,7 @@ class Generate(SamplingFlags, ModelFlags):
 
 
 def read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """The lines of a JSONL file, each with its place. Raises ValueError for the first invalid line."""
+    """The prompts of a JSONL file, each with its location. Raises ValueError for the first invalid line."""
     hint = "--prompts takes a UTF-8 file with one JSON value per line"
     with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028
@@ -120,10 +120,10 @@ def read_prompts(path: Path) -> list[tuple[str, Any]]:
         if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
             (value,) = value.values()
         if not value or not isinstance(value, str | list):
-            raise ValueError(f'{where}: expected a text, {{"prompt": …}} or {{"messages": […]}}')
+            raise ValueError(f'{where}: expected a string, {{"prompt": …}} or {{"messages": […]}}')
         prompts.append((where, value))
     if not prompts:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} has no prompts: write one JSON value per line")
     return prompts
 
 
@@ -164,7 +164,7 @@ def template_args(model: "Model", pairs: tuple[str, ...], no_think: bool) -> dic
 
 
 def warn_ignored(model: "Model") -> None:
-    """Names the fields of generation_config.json that would change the text but are not supported."""
+    """Prints the fields of generation_config.json that would change the text but are not supported."""
     if ignored := unsupported(model.generation_config):
         note(f"not supported and ignored, from generation_config.json: {', '.join(ignored)}")
 

@@ -1,6 +1,6 @@
-"""What `jaxlm --help` and `jaxlm COMMAND --help` print: summary, usage, flags in groups, examples.
+"""Renders `jaxlm --help` and `jaxlm COMMAND --help`: summary, usage, flags in groups, examples.
 
-Summaries and descriptions are the docstrings of the commands, the texts of flags those of their fields.
+Descriptions are the docstrings of the commands and of their fields.
 """
 
 import ast
@@ -18,15 +18,15 @@ from jaxlm.cli.common import ProcessFlags, _ModelFlags
 from jaxlm.cli.flags import Flag, defining_classes, flags_of
 from jaxlm.inference.sampling_params import SamplingParams
 
-WIDTH = 80  # columns at most; fewer on a narrower terminal
-COLUMN = 28  # where the text of a flag begins
+WIDTH = 80  # maximum number of columns
+COLUMN = 28  # column of the descriptions of flags
 
 ABOUT = """Language models in pure JAX: generate, chat, fine-tune, evaluate and export Hugging Face checkpoints on CPU,
 GPU and TPU."""
 
 SEVERAL_VALUES = "A flag with ... takes several values, up to the next flag, and may be repeated."
-POSITIONAL_FIRST = """ If an argument without a flag follows it, it takes one value; put such arguments first, or after
---, to give several."""
+POSITIONAL_FIRST = """ If a positional argument follows it, it takes one value. To pass several, put positional
+arguments first, or after --."""
 
 COMMANDS = {
     "Inference": "generate chat",
@@ -67,8 +67,8 @@ RUN = {
 }  # fmt: skip
 WRITTEN = {"Output": ["out", "dtype", "format", "force"], "Model": MODEL, "Distributed": DISTRIBUTED}
 
-# Fields of each command by group, in the order of the help. A field belongs to the first group that names it. Fields in
-# no group are under "Arguments" if they are positional, else under "Options".
+# Fields of each command by group, in the order of the help. A field belongs to the first group that lists it. Fields
+# without a group are under "Arguments" if they are positional, else under "Options".
 GROUPS: dict[str, dict[str, list[str]]] = {
     "generate": {
         "Prompt": ["prompt", "prompts", "batch_size", "system", "raw", "no_think", "template_arg"],
@@ -136,7 +136,7 @@ EXAMPLES: dict[str, list[str]] = {
     "export": [
         "jaxlm export Qwen/Qwen3-0.6B ./qwen3 --dtype bfloat16",
         "jaxlm export ./run/model ./copy --force",
-        "jaxlm export meta-llama/Llama-3.2-1B ./original --format meta",
+        "jaxlm export ./Llama-3.2-1B/original ./llama",
     ],
     "train": [
         "jaxlm train --shape config.json --tokenizer tok --data.train texts.jsonl",
@@ -170,7 +170,7 @@ EXAMPLES: dict[str, list[str]] = {
 
 
 def overview(commands: Mapping[str, type]) -> str:
-    """`jaxlm --help`."""
+    """The text of `jaxlm --help`."""
     lines = ["Usage: jaxlm COMMAND [flags]", "", *wrap(ABOUT)]
     listed = {title: row.split() for title, row in COMMANDS.items()}
     listed["Other"] = [name for name in commands if not any(name in row for row in listed.values())]
@@ -185,7 +185,13 @@ def overview(commands: Mapping[str, type]) -> str:
 
 
 def of_command(name: str, command: type, negations: bool = False) -> str:
-    """`jaxlm COMMAND --help`; `negations` says that every switch has a --no- form."""
+    """The text of `jaxlm COMMAND --help`.
+
+    Args:
+        name: The command.
+        command: Its dataclass.
+        negations: Whether every switch has a --no- form.
+    """
     flags = flags_of(command)
     positional = [flag.metavar for flag in flags if flag.positional]
     lines = [*wrap(" ".join(["Usage:", "jaxlm", name, *positional, "[flags]"])), ""]
@@ -202,7 +208,7 @@ def of_command(name: str, command: type, negations: bool = False) -> str:
 
 
 def grouped(name: str, flags: Iterable[Flag]) -> dict[str, list[Flag]]:
-    """The flags of a command by the title of their group."""
+    """The flags of a command by title of their group."""
     table = GROUPS.get(name, {})
     groups: dict[str, list[Flag]] = {TITLES.get(title, title): [] for title in ["Arguments", *table, "Options"]}
     for flag in flags:
@@ -214,7 +220,7 @@ def grouped(name: str, flags: Iterable[Flag]) -> dict[str, list[Flag]]:
 
 
 def invocation(flag: Flag, negations: bool) -> str:
-    """`-m, --model NAME`; a list ends with `...`."""
+    """A flag with its aliases and metavar, such as `-m, --model NAME`; a list ends with `...`."""
     if flag.positional:
         return flag.metavar.strip("[]")
     name = flag.negated("[no-]") if negations and not flag.types else flag.name
@@ -222,7 +228,7 @@ def invocation(flag: Flag, negations: bool) -> str:
 
 
 def text_of(flag: Flag) -> str:
-    """The docstring of the field, and the default where it says something and the docstring does not."""
+    """The description of a flag: the docstring of the field, and its default if the docstring does not have it."""
     classes = defining_classes(flag.owner, flag.field)
     documented = (field_docstrings(cls.__module__).get((cls.__name__, flag.field)) for cls in classes)
     text = next(filter(None, documented), "")
@@ -234,7 +240,7 @@ def text_of(flag: Flag) -> str:
 
 @functools.cache
 def field_docstrings(module: str) -> dict[tuple[str, str], str]:
-    """The strings below the fields of the classes of a module, by class and field."""
+    """The docstrings of the fields of a module's classes, by class and field."""
     docstrings = {}
     for cls in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(cls, ast.ClassDef):
@@ -246,7 +252,8 @@ def field_docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def section(title: str, entries: list[tuple[str, str]], column: int) -> list[str]:
-    """A title, and entries in two columns; an entry without room for both has its text on the next line."""
+    """Lines of a section: a title, and entries in two columns. If the first column is too narrow for an entry, its text
+    begins on the next line."""
     lines = ["", bold(f"{title}:")]
     column = min(column, columns() * 2 // 5)
     for left, text in entries:
@@ -261,7 +268,7 @@ def section(title: str, entries: list[tuple[str, str]], column: int) -> list[str
 
 
 def examples(name: str) -> list[str]:
-    """The examples of a command; a line that is too long goes on behind a backslash."""
+    """Lines with the examples of a command. Long lines are continued with a backslash."""
     lines = ["", bold("Examples:")]
     for example in EXAMPLES.get(name, []):
         words = re.findall(r"""(?:"[^"]*"|'[^']*'|\S)+""", example)
@@ -276,7 +283,7 @@ def examples(name: str) -> list[str]:
 
 
 def first_sentence(command: type) -> str:
-    """The beginning of the docstring, to the end of its first sentence."""
+    """The first sentence of the docstring."""
     paragraph = " ".join(inspect.cleandoc(command.__doc__ or "").split("\n\n")[0].split())
     return re.split(r"(?<=[.!])\s+(?=[A-Z-])", paragraph)[0]
 
@@ -286,7 +293,7 @@ def wrap(text: str) -> list[str]:
 
 
 def columns() -> int:
-    """The width of the text: that of the terminal, at most WIDTH."""
+    """The width of the text: the width of the terminal, at most WIDTH."""
     return max(20, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 

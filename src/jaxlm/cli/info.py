@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Info(ModelFlags):
     """Show a model's architecture: shapes, parameters, memory, context, tokenizer. Weights are not loaded.
 
-    A folder or a config.json without weights is enough; of a model on the hub only small files are downloaded. --dtype
-    shows the sizes for another type than the file's.
+    A folder or a config.json without weights is sufficient. From the hub, only small files are downloaded. --dtype
+    shows the sizes for another data type than that of the files.
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
@@ -45,7 +45,12 @@ class Info(ModelFlags):
 
 
 def draw(facts: dict[str, Any], columns: int) -> "Tree":
-    """The facts as a tree for a terminal of so many columns."""
+    """Renders the facts as a tree.
+
+    Args:
+        facts: The result of `describe`.
+        columns: Width of the terminal.
+    """
     from rich.text import Text
     from rich.tree import Tree
 
@@ -61,7 +66,7 @@ def draw(facts: dict[str, Any], columns: int) -> "Tree":
 
 
 def sections(facts: dict[str, Any], columns: int) -> list[tuple[str, str, list[Any]]]:
-    """Title, summary, and the lines below; a line may be a pair of text and further lines."""
+    """Title, summary and lines of each section. A line may be a pair of text and nested lines."""
     counts = facts["parameters"]
     sizes = ", ".join(f"{letter} {size:,}" for letter, size in facts["sizes"].items())
     parts = [f"embedding and head {counts['embedding']:,}", f"per layer {counts['layer']:,}"]
@@ -83,7 +88,7 @@ def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
     size = f"{_gigabytes(weights['bytes'])} in {weights['dtype']}"
     if not weights["present"]:
         assumed = "" if weights["config_dtype"] else " (config.json names no type)"
-        return f"none here; {size}{assumed}", [weights["reason"]] if weights["reason"] else []
+        return f"not found; {size}{assumed}", [weights["reason"]] if weights["reason"] else []
     lines = []
     if list(weights["stored"]) != [weights["dtype"]]:
         stored = ", ".join(f"{_gigabytes(nbytes)} in {dtype}" for dtype, nbytes in weights["stored"].items())
@@ -101,7 +106,7 @@ def _gigabytes(nbytes: int) -> str:
 
 
 def _tensors(facts: dict[str, Any], columns: int) -> list[Any]:
-    """A line per tensor; those of a layer are below a line for all layers, which says how many attend to what."""
+    """A line per tensor. Tensors of a layer are nested below a line for all layers, with their kinds of attention."""
     rows = [
         (t["path"], " ".join(t["letters"]), " × ".join(f"{n:,}" for n in t["shape"]), f"{math.prod(t['shape']):,}")
         for t in facts["tensors"]
@@ -144,7 +149,7 @@ def _kv_cache(facts: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _mesh(facts: dict[str, Any]) -> tuple[str, list[str]]:
-    """What each device holds, and into how many shards each letter is split over `model`."""
+    """Memory per device, and the number of shards of each letter over the mesh axis `model`."""
     mesh, total = facts["mesh"], facts["weights"]["bytes"]
     lines = [f"weights  {_gigabytes(mesh['weights'])} per device ({mesh['weights'] / total:.1%} of them)"]
     lines += [
@@ -162,12 +167,12 @@ def _mesh(facts: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _adapter(adapter: dict[str, Any]) -> tuple[str, list[str]]:
-    """A line for all weights that are adapted alike."""
-    alike: dict[str, list[str]] = {}
+    """A line for each group of weights with the same rank and scale."""
+    groups: dict[str, list[str]] = {}
     for name, kind in adapter["weights"].items():
         ranks, scales = (", ".join(f"{n:g}" for n in kind[numbers]) for numbers in ("ranks", "scales"))
-        alike.setdefault(f"rank {ranks}, scale {scales}, {kind['count']} of each", []).append(name)
-    lines = [f"{', '.join(names)}: {text}" for text, names in alike.items()]
+        groups.setdefault(f"rank {ranks}, scale {scales}, {kind['count']} of each", []).append(name)
+    lines = [f"{', '.join(names)}: {text}" for text, names in groups.items()]
     if adapter["ignored"]:
         lines.append(f"ignored: {adapter['ignored']} tensors of the vision tower")
     return f"{adapter['parameters']:,} parameters, {_gigabytes(adapter['bytes'])}, {adapter['folder']}", lines
@@ -175,7 +180,7 @@ def _adapter(adapter: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _tokenizer(tokenizer: dict[str, Any] | None) -> tuple[str, list[str]]:
     if tokenizer is None:
-        return "none here", []
+        return "not found", []
     if "error" in tokenizer:
         return f"cannot be read: {tokenizer['error']}", []
     stops = ", ".join(f"{name} {number}" for name, number in tokenizer["stop"].items())

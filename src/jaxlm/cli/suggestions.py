@@ -1,10 +1,10 @@
-"""Proposals for unknown commands and flags: former names, the words of other tools, then the closest spelling."""
+"""Suggestions for unknown commands and flags: former names, names in other tools, then the closest spelling."""
 
 import difflib
 
 from jaxlm.cli.flags import Flag
 
-# Commands, and what others call them.
+# Commands, and their names in other tools.
 COMMANDS = {
     "generate": "run complete completion completions gen infer inference predict prompt",
     "chat": "talk interactive conversation repl",
@@ -20,9 +20,9 @@ COMMANDS = {
     "--version": "version",
 }
 
-# Flags (with a value where one is meant), and their former names and those of transformers, TRL, PEFT, vLLM, llama.cpp,
-# mlx-lm, litgpt, torchtune and lm-eval. A word may stand in several rows: the first flag that the command has counts.
-# The tables of YAML keys in training/config.py follow: what they have is not repeated here.
+# Flags (some with a value), their former names, and their names in transformers, TRL, PEFT, vLLM, llama.cpp, mlx-lm,
+# litgpt, torchtune and lm-eval. A name may be in several rows: the first flag that the command has is suggested. The
+# tables of YAML keys in training/config.py are also searched, so their entries are not repeated here.
 FLAGS = {
     # Models
     "--method lora": "lora use-lora use-peft qlora",
@@ -133,7 +133,7 @@ FLAGS = {
     "--special": "special-tokens added-tokens user-defined-symbols additional-special-tokens",
 }
 
-# What is no flag here, and what to do instead.
+# Names of other tools without a corresponding flag, and what to do instead.
 NOTES = {
     "the prompt is an argument without a flag: jaxlm generate PROMPT": "prompt p text input",
     "the KV cache grows as needed, up to the context length of the model": "ctx-size c n-ctx num-ctx max-model-len "
@@ -143,15 +143,15 @@ NOTES = {
     "beam-width num-beam-groups",
     "JAX selects the device; JAX_PLATFORMS=cpu, cuda or tpu overrides it": "device device-map n-gpu-layers ngl "
     "gpu-layers cpu gpu cuda tpu accelerator main-gpu use-cpu",
-    "jaxlm runs no code from checkpoints; leave this flag out": "trust-remote-code",
-    "HF_HOME is the folder of the Hugging Face cache": "cache-dir download-dir hf-home cache-folder",
+    "jaxlm never runs code from checkpoints; omit this flag": "trust-remote-code",
+    "set the environment variable HF_HOME to change the cache folder": "cache-dir download-dir hf-home cache-folder",
     "jaxlm streams by default; --json prints one object at the end": "stream no-stream streaming",
-    "name the folder to write after the model: jaxlm export MODEL OUT": "out output-dir output output-path save-path o",
+    "pass the folder to write after the model: jaxlm export MODEL OUT": "out output-dir output output-path save-path o",
 }
 
 
 def unknown_command(word: str, commands: list[str]) -> str:
-    """The message for a word that is no command."""
+    """The error message for an unknown command."""
     guess = lookup(COMMANDS, normalized(word), {*commands, "--help", "--version"})
     guess = guess or closest(normalized(word), {name: name for name in commands})
     if guess:
@@ -160,7 +160,7 @@ def unknown_command(word: str, commands: list[str]) -> str:
 
 
 def unknown_flag(name: str, command: str, flags: list[Flag]) -> str:
-    """The message for a name that is no flag of the command."""
+    """The error message for an unknown flag of a command."""
     names = names_of(flags)
     word = normalized(name)
     if guess := translation(name, flags):
@@ -178,7 +178,7 @@ def names_of(flags: list[Flag]) -> list[str]:
 
 
 def translation(name: str, flags: list[Flag]) -> str | None:
-    """The flag that a former name or a word of another tool stands for."""
+    """The flag for a former name or a name in another tool; None if there is none."""
     word, names = normalized(name), names_of(flags)
     return exact(word, names) or lookup(FLAGS, word, set(names)) or of_training(word, names)
 
@@ -189,7 +189,7 @@ def normalized(word: str) -> str:
 
 
 def exact(word: str, names: list[str]) -> str | None:
-    """The flag of this name, which was typed with one dash, in capitals or in British spelling."""
+    """The flag of this name, if it was typed with one dash, in capitals or in British spelling."""
     return f"--{word}" if f"--{word}" in names else None
 
 
@@ -200,7 +200,7 @@ def lookup(table: dict[str, str], word: str, allowed: set[str] | None = None) ->
 
 
 def of_training(word: str, names: list[str]) -> str | None:
-    """The flag that the tables of YAML keys name."""
+    """The flag for a name in the tables of YAML keys."""
     from jaxlm.training import config
 
     tables = (getattr(config, name, {}) for name in ("RENAMED_FIELDS", "OTHER_TOOLS"))
@@ -209,13 +209,13 @@ def of_training(word: str, names: list[str]) -> str | None:
 
 
 def last_part(word: str, names: list[str]) -> str | None:
-    """`--optimizer.weight-decay` for weight-decay, if only one flag ends so."""
+    """The flag whose last part is this word (`--optimizer.weight-decay` for weight-decay), if there is only one."""
     found = [name for name in names if "." in name and name.rpartition(".")[2] == word.rpartition(".")[2]]
     return found[0] if len(found) == 1 else None
 
 
 def closest(word: str, names: dict[str, str]) -> str | None:
-    """The value of the key that is spelled most like the word."""
+    """The value of the key with the closest spelling."""
     beginning = [name for name in names if len(word) >= 3 and name.startswith(word)]
     close = beginning[:1] or difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     return names[close[0]] if close else None

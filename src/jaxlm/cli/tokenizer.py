@@ -25,7 +25,7 @@ class Tokenizer:
     out: Path | None = None
     """Folder to write to."""
     kind: Literal["bpe", "unigram", "char"] = "bpe"
-    """Byte-level BPE, byte-level unigram, or characters (others are encoded as bytes)."""
+    """Byte-level BPE, byte-level unigram, or characters (unknown characters are encoded as bytes)."""
     vocab_size: int | None = None
     """Number of tokens, including 256 bytes and special tokens. Default: 8192; for char, all characters that occur."""
     special: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Tokenizer:
     config: str | None = None
     """Configuration of a hub dataset that has several."""
     offline: bool = False
-    """Use the local cache only, never the network."""
+    """Use local files and the cache only, without network access."""
     force: bool = False
     """Replace a tokenizer in the folder."""
     debug: bool = False
@@ -49,7 +49,7 @@ class Tokenizer:
 
     def run(self) -> int:
         if self.action is None or not self.files or self.out is None:
-            print("jaxlm: give files and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
+            print("jaxlm: pass files and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
             return 2
         from jaxlm.data.formats import TextOptions
         from jaxlm.training.train_tokenizer import train_tokenizer

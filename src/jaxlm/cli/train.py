@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ProcessFlags, note
+from jaxlm.cli.errors import usage
 from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags, suggest
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, by method
@@ -29,7 +30,7 @@ class Train(ProcessFlags, Run):
     memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
-    """YAML file of flags, nested as their names are (optimizer: {lr: 0.001})."""
+    """YAML file of flags; dotted names are nested (optimizer: {lr: 0.001})."""
     dry_run: bool = False
     """Print memory, steps, tokens and two examples with their loss mask, and exit."""
 
@@ -100,7 +101,7 @@ class Display:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                    TextColumn("{task.fields[status]}"), TimeRemainingColumn(compact=True))  # fmt: skip
-        # Lines printed meanwhile go above the bar; stdout that is a file stays as it is.
+        # On a terminal, printed lines appear above the bar.
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal,
                             redirect_stdout=sys.stdout.isatty())  # fmt: skip
         self.task = self.bar.add_task("preparing", total=None, status="")
@@ -141,7 +142,7 @@ def silence_orbax() -> None:
             before[0](error)
 
     def unraisable(error: Any) -> None:
-        if str(error.exc_value) != "Event loop is closed":  # TensorStore's other writes, which nobody awaits
+        if str(error.exc_value) != "Event loop is closed":  # from TensorStore's pending writes
             before[1](error)
 
     threading.excepthook, sys.unraisablehook = of_thread, unraisable
@@ -164,27 +165,27 @@ def metrics_line(line: dict[str, Any], steps: int) -> str:
 
 
 def mark(text: str, trained_on: bool) -> str:
-    """Returns a piece of an example; outside the loss mask it is dim on a terminal, in brackets elsewhere."""
+    """Formats a part of an example. Outside the loss mask, it is dim on a terminal and in brackets elsewhere."""
     if trained_on:
         return text
     return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else f"⟦{text}⟧"
 
 
 def with_file(argv: list[str]) -> list[str]:
-    """Returns the arguments, preceded by those of the YAML file that -c names, so that typed flags win.
+    """Returns the arguments, preceded by those of the YAML file of -c, so that flags override the file.
 
-    Exits with 2 for more than one file and for a file that cannot be used.
+    Exits with status 2 for more than one file and for an invalid file.
     """
     paths = files(argv)
     if not paths:
         return argv
     if len(paths) > 1:
-        refuse(f"-c takes one file, not {' and '.join(paths)}: merge them, or give the rest as flags")
+        usage(f"-c takes one file, not {' and '.join(paths)}: merge them, or pass the rest as flags")
     return flags(read_file(paths[0]), [arg.partition("=")[0].replace("_", "-") for arg in argv]) + argv
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Returns the fields of a YAML file. Exits with 2 if it cannot be read, and for keys that are no fields."""
+    """Returns the fields of a YAML file. Exits with status 2 if it cannot be read or has unknown keys."""
     import yaml
 
     try:
@@ -192,18 +193,18 @@ def read_file(path: str) -> dict[str, Any]:
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"{path} cannot be read: {error}")
+        usage(f"{path} cannot be read: {error}")
     if not isinstance(values, dict):
-        refuse(f"{path} is not a mapping of fields to values (steps: 1000), but {values!r}")
+        usage(f"{path} must be a mapping of fields to values (steps: 1000), not {values!r}")
     if values.get("config"):
-        refuse(f"{path} names another file (config: {values['config']}), which is not read: copy its lines into {path}")
+        usage(f"{path} names another file (config: {values['config']}), which is not read: copy its lines into {path}")
     if wrong := list(wrong_keys(node, {*field_names(Train), "dataset"})):  # --dataset is an alias
-        refuse("\n".join(f"{path}:{line}: {message}" for line, message in wrong))
+        usage("\n".join(f"{path}:{line}: {message}" for line, message in wrong))
     return values
 
 
 def wrong_keys(node: Any, known: Collection[str], before: str = "") -> Iterator[tuple[int, str]]:
-    """Yields the line number of each key of a YAML mapping that is no field, and what to use instead."""
+    """Yields the line number of each unknown key of a YAML mapping, and what to use instead."""
     for key, value in node.value:
         name = before + key.value.replace("-", "_")
         if value.id == "mapping" and name not in RENAMED_FIELDS:
@@ -216,18 +217,12 @@ def wrong_keys(node: Any, known: Collection[str], before: str = "") -> Iterator[
             yield key.start_mark.line + 1, f"unknown key {name}: {hint}"
 
 
-def refuse(text: str) -> NoReturn:
-    """Exits with status 2 (wrong usage)."""
-    print(f"jaxlm: {text}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def files(argv: list[str]) -> list[str]:
-    """Returns the files that -c names, in every form that tyro reads: -c F, -c=F, -cF, --config F, --config=F."""
-    found, rest = [], iter(argv)
+    """Returns the values of -c, in every form that tyro reads: -c F, -c=F, -cF, --config F, --config=F."""
+    paths, rest = [], iter(argv)
     for arg in rest:
         if arg in ("-c", "--config"):
-            found += islice(rest, 1)
+            paths += islice(rest, 1)
         elif arg.startswith(("-c", "--config=")):
-            found.append(arg.removeprefix("--config").removeprefix("-c").removeprefix("="))
-    return found
+            paths.append(arg.removeprefix("--config").removeprefix("-c").removeprefix("="))
+    return paths

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def on_virtual_devices(mesh: str) -> None:
-    """Splits the CPU into as many virtual devices as the mesh needs. The results are the same."""
+    """Splits the CPU into as many virtual devices as the mesh needs. This does not change the results."""
     import jax
 
     from jaxlm.devices.topology import parse
@@ -28,25 +28,28 @@ def on_virtual_devices(mesh: str) -> None:
 
 @dataclass(frozen=True)
 class Verify(ModelFlags):
-    """Compare a model with transformers, Meta's code or a recording of either, and with itself."""
+    """Compare the outputs of a model with transformers, Meta's code or a recording of either.
+
+    Also checks that jaxlm's own code paths agree: KV cache, batches, sharding.
+    """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
     """Hub id or folder."""
     against: str | None = None
-    """transformers, meta, self, or a file that --record wrote; several, separated by commas. Default: transformers if
-    torch is installed, else self."""
+    """References, separated by commas: transformers, meta, self, or a file written by --record. Default: transformers
+    if torch is installed, else self."""
     record: str | None = None
-    """File to write the first reference's answers to, for machines without torch."""
+    """File to write the outputs of the first reference to, for use on machines without torch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Type of jaxlm's weights. float32 proves the mathematics."""
+    """Data type of jaxlm's weights. Use float32 to check the implementation."""
     report: str | None = None
-    """Folder to write a page to, with a plot of the error by layer."""
+    """Folder to write a Markdown report to, with a plot of the error per layer."""
     json: bool = False
     """Print the report as JSON."""
 
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
-            print("jaxlm: name one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
+            print("jaxlm: pass one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
             return 2
         name = str(self.name or self.model)
         if not self.is_single_process:
@@ -57,9 +60,9 @@ class Verify(ModelFlags):
         if self.report is not None:
             from jaxlm.verification.report import require_plots
 
-            require_plots()  # before minutes of work
+            require_plots()  # fails before the long computation
             if Path(self.report).exists() and not Path(self.report).is_dir():
-                raise FileExistsError(f"--report {self.report} is a file: name a folder")
+                raise FileExistsError(f"--report {self.report} is a file: pass a folder")
         import jaxlm
 
         report = jaxlm.verify(
@@ -70,7 +73,7 @@ class Verify(ModelFlags):
         else:
             self.show(report)
         if self.record:
-            note(f"recorded in {self.record}: compare elsewhere with --against {self.record}")
+            note(f"recorded in {self.record}: compare on another machine with --against {self.record}")
         if self.report is not None:
             note(f"report: {report.save(self.report)}")
         return 0 if report.passed else 1

@@ -1,9 +1,9 @@
 """Assistant turns: the spans of a rendered conversation that the assistant wrote, for the loss mask.
 
-A chat template may strip an answer, drop the reasoning of earlier turns, write an empty reasoning block before the last
-one, or turn tool calls into text. So answers are not searched for in the text. The conversation is rendered once more
-with a marker in place of an answer: the text before and after the marker is the template's, and the text in between is
-the assistant's. A stop token that follows and ends the turn belongs to the assistant too.
+A chat template may strip an answer, drop the reasoning of earlier turns, add an empty reasoning block before the last
+answer, or convert tool calls to text. The text is therefore not searched for the answers. Instead, the conversation is
+rendered again with a marker in place of an answer. The text before and after the marker comes from the template, and
+the text in between is the answer. A stop token that ends the turn is part of the span.
 """
 
 import re
@@ -22,7 +22,7 @@ Spans = list[tuple[int, int]]
 
 
 class AssistantTurns:
-    """Finds the assistant turns in what the tokenizer's chat template renders.
+    """Finds the assistant turns in conversations that the chat template renders.
 
     Attributes:
         stops: The texts of the tokens that end a turn, the longest first.
@@ -41,7 +41,7 @@ class AssistantTurns:
     def find(self, messages: Sequence[Mapping[str, Any]], tools: list | None, first: int = 0) -> tuple[str, Spans]:
         """Returns the text of a conversation, and the spans of its assistant turns from message `first` on, in order.
 
-        Raises ValueError if the template refuses the messages, or if the span of a turn cannot be determined.
+        Raises ValueError if the template cannot render the messages, or the span of a turn cannot be determined.
         """
         if tools and not self.takes_tools:
             raise ValueError("this chat template does not support tools")
@@ -52,7 +52,7 @@ class AssistantTurns:
         if _TAGGED.search(template):
             text, tagged = self._tagged(messages, tools, template)
             if len(tagged) == len(answers):
-                return text, [self._closed(text, span) for span in tagged[len(answers) - len(wanted) :]]
+                return text, [self._with_stop(text, span) for span in tagged[len(answers) - len(wanted) :]]
         text = self.render(messages, tools)
         spans = self._all(messages, tools, text, answers)
         if spans is not None:
@@ -71,12 +71,12 @@ class AssistantTurns:
             text, spans = write(self.tokenizer.hf, messages, tools, **options)
         return text, [span for span in spans if span[0] < span[1]]
 
-    def _closed(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
-        """Returns a tagged span that ends with the token that ends its turn."""
+    def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Extends a tagged span to include the token that ends the turn."""
         start, end = span
-        kept = text[start:end].rstrip()
-        if kept.endswith(self.stops):
-            return start, start + len(kept)
+        turn = text[start:end].rstrip()
+        if turn.endswith(self.stops):
+            return start, start + len(turn)
         return start, end + self._closing(text[end:])
 
     def _all(self, messages: list[dict], tools: list | None, text: str, answers: list[int]) -> Spans | None:
@@ -107,7 +107,7 @@ class AssistantTurns:
         marker = self._marker(text)
         marked = [*messages[:i], {"role": ASSISTANT, "content": marker}, *messages[i + 1 :]]
         before, found, after = self.render(marked, tools).partition(marker)
-        if found and not text.startswith(before):  # what the template renders before it depends on the answer
+        if found and not text.startswith(before):  # the text before the answer depends on the answer
             before = self.render(messages[:i], tools, prompt=True)
         start, rest = len(before), after[self._closing(after) :]
         end = len(text) - len(rest)
@@ -124,7 +124,7 @@ class AssistantTurns:
         return start, end
 
     def _closing(self, after: str) -> int:
-        """Returns how many characters after an answer belong to it: up to the end of a token that ends the turn."""
+        """Returns the number of characters after an answer that belong to its turn: those up to the stop token."""
         rest = after.lstrip()
         stop = next((stop for stop in self.stops if rest.startswith(stop)), "")
         return len(after) - len(rest) + len(stop) if stop else 0

@@ -2,12 +2,12 @@
 
 A corpus is a folder: ids.bin (the ids of all documents), loss_mask.bin (one byte per id; absent if all count in the
 loss), ends.bin (where each document ends), places.bin (source and line or row of each) and corpus.json, which is
-written last. A folder appears under its name when it is complete.
+written last. A folder appears only when it is complete.
 
-The cache has one folder per digest: of the contents and suffixes of the files (commit, configuration and split of a hub
-dataset), of the tokenizer with its chat template, and of the options. File names are not part of it. So nothing is
-tokenized twice and nothing stale is read; reading files to digest them costs little beside tokenizing. Nothing is ever
-removed from the cache.
+The cache has one folder per digest. The digest covers the contents and suffixes of the files (commit, configuration and
+split of a hub dataset), the tokenizer with its chat template, and the options, but not the names of files. The same
+data is therefore not tokenized twice, and stale data is never read. Computing the digest is fast compared with
+tokenizing. The cache is never pruned.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
 from jaxlm.data.sources import InvalidRow, find_sources, location
 from jaxlm.processing.tokenizer import Tokenizer
 
-FORMAT = 2  # version of these files, and of how rows become documents
+FORMAT = 2  # version of the file format and of the conversion from rows to documents
 FLUSH = 1 << 20  # tokens buffered in memory
 TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
@@ -42,7 +42,7 @@ class Corpus:
         ids: [tokens] of all documents, uint16 or int32.
         loss_mask: [tokens] bool; None if all tokens count.
         ends: [documents] int64, the end of each document in ids.
-        about: digest, sources (their names), and the contents of corpus.json: format, train_on, documents, tokens,
+        about: digest, sources (names), and the contents of corpus.json: format, train_on, documents, tokens,
             loss_tokens (tokens that count in the loss), vocabulary (one more than the largest id), dropped (number of
             rows by reason), first_bad (an InvalidRow whose source is an index into sources, or None).
     """
@@ -67,7 +67,7 @@ class Corpus:
         return Document(self.about["sources"][source], int(number), self.ids[begin:end].astype(np.int32), loss_mask)
 
     def where(self, i: int) -> str:
-        """Returns where document i comes from, as text: "story.txt:17"."""
+        """Returns the location of document i in its source, such as "story.txt:17"."""
         source, number = self._places[i]
         return location(self.about["sources"][source], int(number))
 
@@ -99,16 +99,16 @@ def prepare(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Returns the corpus of files, folders, globs or hub datasets: from the cache, or tokenized now.
+    """Returns the corpus of files, folders, globs or hub datasets, from the cache or newly tokenized.
 
     Args:
-        names: What to read (see sources.find_sources).
+        names: Files, folders, globs or hub datasets (see sources.find_sources).
         tokenizer: The tokenizer, with its chat template.
         options: How rows are read.
         split, config, revision, offline: As in sources.find_sources.
         on_bad: "stop" raises at the first row that cannot be used, with its file and line; "skip" counts such rows.
             Empty texts are always counted and skipped.
-        folder: The cache; default cache_folder().
+        folder: The cache folder. Default: cache_folder().
         progress: Called with the number of documents and tokens so far.
 
     Raises:
@@ -146,7 +146,7 @@ def load(path: Path, sources: list[str]) -> Corpus | None:
         }
     except (OSError, ValueError, KeyError):
         return None
-    if "train_on" not in about:  # written by an earlier version: tokenized again, under the same digest
+    if "train_on" not in about:  # written by an earlier version with the same digest: it is tokenized again
         return None
     complete = all(len(array) == about["sizes"][name] for name, array in arrays.items())
     return Corpus(about | {"digest": path.name, "sources": sources}, arrays) if complete else None
@@ -160,8 +160,8 @@ def write(
     on_bad: str = "stop",
     progress: Progress | None = None,
 ) -> None:
-    """Writes a corpus to a temporary folder beside `path` and renames it. On an error, which is raised as in `prepare`,
-    nothing is left."""
+    """Writes a corpus to a temporary folder next to `path` and renames it. On an error, the temporary folder is
+    deleted, and the error is raised as in `prepare`."""
     with explain_errors(f"the corpus cannot be written to {path.parent}", "choose another folder", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-"))

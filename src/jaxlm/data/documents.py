@@ -1,8 +1,8 @@
-"""Rows to documents: token ids and their loss mask.
+"""Converts rows to documents: token ids and their loss mask.
 
-Of a text all tokens are trained on. Rows of other formats are conversations: they go through the chat template, and the
-loss mask has the assistant turns with the token that ends each. Without a chat template, a prompt and its completion
-are concatenated.
+All tokens of a text are in the loss mask. Rows of other formats are conversations, which the chat template renders.
+Their loss mask has the assistant turns, including the token that ends each. Without a chat template, a prompt and its
+completion are concatenated.
 """
 
 import dataclasses
@@ -62,9 +62,9 @@ class Prepared(NamedTuple):
 
 
 class DocumentTokenizer:
-    """Tokenizes rows to documents. All rows must have one format; the first decides `format` and `train_on`.
+    """Tokenizes rows to documents. All rows must have the same format. Defaults are detected from the first row.
 
-    Raises ValueError if no row could be used: messages without a chat template, or texts with train_on="assistant".
+    Raises ValueError if no row can be used: messages without a chat template, or texts with train_on="assistant".
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions | None = None):
@@ -90,7 +90,7 @@ class DocumentTokenizer:
         return rust
 
     def identity(self) -> dict[str, Any]:
-        """Returns everything that documents depend on besides their rows, as plain values."""
+        """Returns everything besides the rows that determines the documents, as plain values, for the digest."""
         hf = self.tokenizer.hf
         return {
             "tokenizer": hashlib.blake2b(hf.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -100,7 +100,7 @@ class DocumentTokenizer:
         }
 
     def documents(self, rows: Iterable[Row | InvalidRow]) -> Iterator[Document | InvalidRow]:
-        """Yields the documents of rows in order, and the rows that cannot be used in their places."""
+        """Yields the documents of rows in order, and an InvalidRow in place of each row that cannot be used."""
         batch: list[Prepared | InvalidRow] = []
         size, begins = 0, True
         for row in rows:
@@ -130,7 +130,7 @@ class DocumentTokenizer:
             yield InvalidRow(row.source, row.number, error.why, str(error))
 
     def _resolve_format(self, row: Row) -> tuple[str, str]:
-        """Returns the format and what is trained on: those of the first row, which all others must have."""
+        """Returns the format and `train_on` of the first row, which all other rows must have."""
         format = self.options.format_of(row.value)
         if format is None or (self.format and format != self.format):
             wanted = self.format or self.options.format
@@ -194,8 +194,8 @@ class DocumentTokenizer:
         return Document(row.source, row.number, ids, loss_mask, row.ends, text)
 
     def _mask_spans(self, item: Prepared, encoding: Any) -> tuple[list[int], np.ndarray]:
-        """Returns the ids and which of them lie within the spans. If a token crosses the edge of a span, the text is
-        tokenized in pieces, as it is when the model answers a prompt."""
+        """Returns the ids and which of them are within the spans. If a token crosses the edge of a span, the text is
+        tokenized in parts, as in inference, where prompt and answer are tokenized separately."""
         spans = item.spans or []
         begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
         loss_mask = np.zeros(len(begins), bool)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxlm.processing.chat_template import plain
 
-# Format: its fields, and what is trained on by default. The first match is the format of a row.
+# Format -> its fields, and the default of `train_on`. The first match is the format of a row.
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "messages": (("messages",), "assistant"),
     "conversations": (("conversations",), "assistant"),
@@ -62,7 +62,7 @@ class TextOptions:
 
 
 class InvalidRowError(ValueError):
-    """Raised for a row that cannot be used. why: the kind of error, under which such rows are counted."""
+    """Raised for a row that cannot be used. `why` is the kind of error, by which such rows are counted."""
 
     def __init__(self, why: str, detail: str):
         super().__init__(detail)
@@ -92,7 +92,7 @@ def text_of(value: Any, options: TextOptions) -> str:
 def conversation(
     value: Mapping[str, Any], format: str, options: TextOptions, train_on: str, template: bool
 ) -> Chat | Pair:
-    """Returns the conversation of a row that is no text.
+    """Returns the conversation of a row whose format is not text.
 
     Args:
         value: The fields of the row.
@@ -115,25 +115,26 @@ def conversation(
     if isinstance(prompt, str) and isinstance(completion, str) and not template:
         return _separated(prompt, completion)
     fields = options.fields("question" if format == "question" else "prompt")
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, fields[0])
+    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, fields[0])
     answer = [{"role": ASSISTANT, "content": completion}]
     answer = answer if isinstance(completion, str) else _messages(completion, fields[1])
-    return Chat([*asked, *answer], _tools(value), len(asked) if train_on == "completion" else 0)
+    return Chat([*question, *answer], _tools(value), len(question) if train_on == "completion" else 0)
 
 
 def _separated(prompt: str, completion: str) -> Pair:
-    """Ends the prompt with a newline, unless white space separates it from the completion already."""
+    """Appends a newline to the prompt, unless whitespace already separates it from the completion."""
     separated = prompt[-1:].isspace() or completion[:1].isspace() or not prompt
     return Pair(prompt if separated else prompt + "\n", completion)
 
 
 def _instruction(value: Mapping[str, Any], template: bool) -> str:
-    """Returns the prompt of an instruction; without a chat template, under Alpaca's headings."""
-    asked = _string(value, "instruction")
-    more = _string(value, "input") if value.get("input") else ""
+    """Returns the prompt of an instruction; without a chat template, in Alpaca's format."""
+    instruction = _string(value, "instruction")
+    context = _string(value, "input") if value.get("input") else ""
     if template:
-        return f"{asked}\n\n{more}" if more else asked
-    return f"### Instruction:\n{asked}\n\n" + (f"### Input:\n{more}\n\n" if more else "") + "### Response:\n"
+        return f"{instruction}\n\n{context}" if context else instruction
+    more = f"### Input:\n{context}\n\n" if context else ""
+    return f"### Instruction:\n{instruction}\n\n{more}### Response:\n"
 
 
 def _string(value: Mapping[str, Any], name: str) -> str:
@@ -162,7 +163,7 @@ def _renamed(message: Any) -> Any:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Drops null fields, which templates would take for present, and parses the arguments of tool calls."""
+    """Drops null fields, which templates would treat as present, and parses the arguments of tool calls."""
     if not isinstance(message["role"], str) or not isinstance(message.get("content"), str | None):
         raise ValueError(f"a message must be an object with the strings role and content, not {_short(message)}")
     kept = {key: value for key, value in message.items() if value is not None}
@@ -173,7 +174,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """Parses the arguments of a tool call: OpenAI's are a JSON string, which templates would quote again."""
+    """Parses the arguments of a tool call. OpenAI's format has a JSON string, which templates would quote again."""
     if not isinstance(call, Mapping):
         raise ValueError(f"a tool call must be an object, not {_short(call)}")
     inner = call.get("function", call)

@@ -1,18 +1,20 @@
 """Packing and the data loader: rows and batches of a corpus as pure functions of (seed, step).
 
-Rows are numbered consecutively over the epochs, and batch `step` has the rows step*B to step*B+B-1, so that the state
-of the data loader is one integer. The order is global: each process loads its share of every batch. Each epoch has its
-own order of documents and rows, as many rows as it needs, and every document once. The last batch of an epoch is filled
-up with rows of the next.
+Rows are numbered consecutively over the epochs, and batch `step` has the rows step*B to step*B+B-1. The state of the
+data loader is therefore one integer. The order is global: each process loads its share of every batch. Each epoch has a
+different order of documents and rows, and has every document once. The last batch of an epoch is completed with rows of
+the next one.
 
-    split    documents one after the other, cut every T tokens. The rest of a cut document continues in another row,
-             where positions start again at 0; nothing is lost. The cuts differ between epochs, and rows are shuffled.
-    whole    documents that fit a row are never cut: best fit, over about a thousand rows of shuffled documents at once.
+    split    documents are concatenated and cut every T tokens. The rest of a cut document continues in another row,
+             where positions start again at 0; no token is dropped. The cuts differ between epochs, and rows are
+             shuffled.
+    whole    documents that fit a row are never cut. They are packed by best fit, about a thousand rows of shuffled
+             documents at a time.
     none     one document per row.
 
-The rows for the same corpus, seed, T and packing are the same on every machine and with every version of numpy: all
-randomness is sorted raw output of the Philox4x64 counter generator, whose stream numpy keeps stable (unlike that of its
-distributions and permutations).
+The rows for the same corpus, seed, T and packing are the same on every machine and with every version of numpy. Random
+orders are computed by sorting raw output of the Philox4x64 counter generator. numpy guarantees that this stream does
+not change, unlike those of its distributions and permutations.
 """
 
 import threading
@@ -95,11 +97,11 @@ class DataLoader:
         seed: Seed of the order.
         packing: "split", "whole" or "none"; None is split for texts and whole for other formats.
         share: The rows of a batch that this process loads; None is all.
-        long: What packing "whole" and "none" do with a document of more than T tokens: "truncate", "drop", or "stop"
-            with a ValueError that names its file and line.
+        long: With packing "whole" and "none", the treatment of documents of more than T tokens: "truncate", "drop", or
+            "stop" with a ValueError that has the file and line.
 
     Attributes:
-        counts: Number of documents left out because they have one token, truncated and dropped.
+        counts: Number of documents that were skipped (one token), truncated and dropped.
         note: The counts as text, with the first document of each; "" if there are none.
     """
 
@@ -125,7 +127,7 @@ class DataLoader:
         self.counts: dict[str, int] = {}
         self.lengths = np.maximum(corpus.lengths - 1, 0)  # tokens that have a target
         if not self.lengths.any():
-            raise ValueError("no document has two tokens: there is nothing to predict")
+            raise ValueError("no document has two tokens, so there is no target: use longer documents")
         self.note = ". ".join(filter(None, [self._short(), "" if packing == "split" else self._shorten(long)]))
         if not self.lengths.any():
             raise ValueError(f"no document is left ({self.note})")
@@ -134,13 +136,13 @@ class DataLoader:
         self._plan = lru_cache(2)(self._planned)
 
     def _short(self) -> str:
-        """Counts documents of one token, which have nothing to predict."""
-        alone = np.flatnonzero(self.lengths == 0)
-        if not len(alone):
+        """Counts documents of one token, which have no target."""
+        short = np.flatnonzero(self.lengths == 0)
+        if not len(short):
             return ""
-        self.counts["left out"] = len(alone)
-        where = self.corpus.where(alone[0])
-        return f"left out {len(alone):,} of {len(self.corpus):,} documents, which have only one token ({where})"
+        self.counts["left out"] = len(short)
+        where = self.corpus.where(short[0])
+        return f"left out {len(short):,} of {len(self.corpus):,} documents, which have only one token ({where})"
 
     def _shorten(self, long: str) -> str:
         """Truncates or drops documents that are longer than a row."""
@@ -152,9 +154,9 @@ class DataLoader:
             raise ValueError(f"{where}: use longer rows, or long=truncate or drop")
         begins = self.corpus.ends[over] - self.lengths[over]  # of the targets
         mask = self.corpus.loss_mask
-        kept = [long == "truncate" and (mask is None or bool(mask[b : b + self.T].any())) for b in begins]
-        self.lengths[over] = np.where(kept, self.T, 0)
-        counts = {"truncated": sum(kept), "dropped": len(over) - sum(kept)}
+        truncated = [long == "truncate" and (mask is None or bool(mask[b : b + self.T].any())) for b in begins]
+        self.lengths[over] = np.where(truncated, self.T, 0)
+        counts = {"truncated": sum(truncated), "dropped": len(over) - sum(truncated)}
         counts = {what: count for what, count in counts.items() if count}
         self.counts |= counts
         actions = " and ".join(f"{what} {count:,}" for what, count in counts.items())
@@ -198,7 +200,7 @@ class DataLoader:
         return float(self.lengths.sum() / (self.rows(epoch) * self.T))
 
     def steps(self, epochs: float = 1) -> int:
-        """Returns the number of steps of so many epochs."""
+        """Returns the number of steps for a number of epochs."""
         whole, part = divmod(epochs, 1)
         rows = self._first(int(whole)) + (part * self.rows(int(whole)) if part else 0)
         return -int(-rows // self.B)
@@ -218,7 +220,7 @@ class DataLoader:
         return self._firsts[epoch]
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Returns the epoch of a row, and its number there."""
+        """Returns the epoch of a row, and its index in that epoch."""
         if self.packing != "whole":
             return divmod(row, self.rows())
         while self._firsts[-1] <= row:
@@ -232,7 +234,7 @@ class DataLoader:
         return self._fill([self._place(row) for row in rows])
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches from step `start` on, without end, prefetched by grain."""
+        """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
         import grain
 
         reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)

@@ -1,7 +1,7 @@
 """Data sources: .txt, .jsonl, .json and .parquet files, folders and globs of them, hub datasets.
 
-A source is read row by row and never held in memory as a whole (except a .json list, which is one JSON value). What
-cannot be read becomes an `InvalidRow` with its file and line; the caller decides whether to stop there.
+A source is read row by row and is never in memory as a whole (except a .json list, which is one JSON value). A row that
+cannot be read is yielded as an `InvalidRow` with its file and line; the caller decides whether to stop.
 """
 
 import glob
@@ -58,7 +58,7 @@ class InvalidRow(NamedTuple):
 
 
 def location(source: str, number: int) -> str:
-    """Returns where a row is, as text: "story.txt:17", or "data.parquet, row 17"."""
+    """Returns the location of a row as text: "story.txt:17", or "data.parquet, row 17"."""
     if number == 0:
         return source
     return f"{source}:{number}" if source.endswith((".txt", ".jsonl")) else f"{source}, row {number}"
@@ -106,7 +106,7 @@ def find_sources(
     revision: str | None = None,
     offline: bool = False,
 ) -> list[File | Hub]:
-    """Returns the sources that names refer to.
+    """Finds the sources with the given names.
 
     Args:
         names: Files, folders, globs, hub datasets ("wikitext", "org/name").
@@ -124,7 +124,7 @@ def find_sources(
     names = [names] if isinstance(names, str | Path) else names
     sources = [source for name in names for source in _find(name, split, config, revision, offline)]
     if not sources:
-        raise ValueError("no data is named: give a file, a folder, a glob or a hub dataset")
+        raise ValueError("no data: pass a file, a folder, a glob or a hub dataset")
     return sources
 
 

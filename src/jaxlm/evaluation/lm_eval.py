@@ -1,7 +1,7 @@
 """jaxlm's models in EleutherAI's lm-eval harness (the package lm_eval, extra `eval`).
 
-Requests are tokenized, truncated to the context and scored as in the harness's own class for transformers models
-(HFLM), so that results are comparable with published ones: BOS wherever the tokenizer adds it, also before a text whose
+Requests are tokenized, truncated to the context and scored as in the harness's class for transformers models (HFLM), so
+that results are comparable with published ones. BOS is added whenever the tokenizer adds it, even before a text whose
 first token is predicted from BOS.
 """
 
@@ -40,7 +40,7 @@ class Harness(TemplateLM):
 
     Args:
         model: The model.
-        length: Tokens read at once. Default: the context of the model.
+        length: Maximum number of tokens per sequence. Default: the context length of the model.
         batch: Batch size in rows. The default depends on the platform.
     """
 
@@ -79,7 +79,7 @@ class Harness(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Renders a conversation, without its system message if the template refuses that."""
+        """Renders a conversation. If the template does not support a system message, it is omitted."""
         assert self.model.tokenizer is not None
         options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
@@ -96,9 +96,9 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each continuation, and whether greedy decoding gives it.
+        """Returns the log-likelihood of each continuation, and whether it is the result of greedy decoding.
 
-        Requests that read the same tokens (answers of one token to one question) are computed once.
+        Requests with the same input (answers of one token to the same question) are computed once.
 
         Args:
             requests: Texts, ids of the context, ids of the continuation.
@@ -151,7 +151,7 @@ class Harness(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns what the model generates after each context, up to a stop string."""
+        """Generates text after each context, up to a stop string."""
         same: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             same.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
@@ -190,7 +190,7 @@ class Harness(TemplateLM):
 
 
 def _bar(total: int, what: str, disable: bool) -> Any:
-    """Returns a progress bar on stderr, hidden if that is no terminal."""
+    """Returns a progress bar on stderr, shown only on a terminal."""
     return tqdm(total=total, desc=what, disable=disable or not sys.stderr.isatty())
 
 
@@ -211,7 +211,7 @@ def run(
         model: The model.
         tasks: Names of tasks; * and ? are wildcards.
         folder: Folder with YAML files of more tasks.
-        shots: Few-shot examples per question. Default: that of the task.
+        shots: Few-shot examples per question. Default: defined by the task.
         limit: Maximum number of questions per task.
         chat: Whether to apply the chat template.
         length, batch: See Harness.
@@ -222,7 +222,7 @@ def run(
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: name one with YAML files of tasks (--tasks-folder)")
+        raise ValueError(f"{folder} is not a folder: pass one with YAML files of tasks (--tasks-folder)")
     if chat and not (model.tokenizer and model.tokenizer.has_template):
         raise ValueError(f"{model.source} has no chat template: omit --chat")
     harness = Harness(model, length, batch)

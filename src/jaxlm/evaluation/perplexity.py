@@ -26,14 +26,14 @@ Files = str | Path | Sequence[str | Path]
 class Evaluation(NamedTuple):
     """The negative log-likelihood of texts, summed over all documents.
 
-    Tokens in the loss mask of training count (all of a text, the assistant turns of a chat), except special tokens. A
-    document's first token is predicted from BOS, or from EOS if the vocabulary has no BOS, so that every byte counts
-    with every tokenizer. BOS, EOS and the special tokens of a chat template are context and not scored: they are no
-    bytes of the text, predicting the end of a text depends on how the training data were cut, and a vocabulary without
-    EOS would score better. (The training loss counts the EOS.)
+    All tokens in the loss mask of training are scored (all of a text, the assistant turns of a chat), except special
+    tokens. The first token of a document is predicted from BOS, or from EOS if the vocabulary has no BOS, so that every
+    byte is scored with every tokenizer. BOS, EOS and the special tokens of a chat template are context and not scored:
+    they are not part of the text, the prediction of the end depends on how the training data were split, and a
+    vocabulary without EOS would have a better score. (The training loss includes the EOS.)
 
     Bits per byte are comparable across tokenizers. Perplexity is per token, and comparable only between models with the
-    same tokenizer: longer tokens are fewer and harder to predict.
+    same tokenizer.
 
     Attributes:
         nats: Negative log-likelihood of the tokens that count.
@@ -62,12 +62,12 @@ class Evaluation(NamedTuple):
 
 
 class SpecialTokens:
-    """The ids of a tokenizer that are no text.
+    """The special tokens of a tokenizer, which are not scored.
 
     Attributes:
         ids: Special tokens, BOS and EOS.
         names: A pattern that matches them in a text.
-        first: What the first token of a document is predicted from: BOS or EOS; None without either.
+        first: The token that the first token of a document is predicted from: BOS or EOS; None without either.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -75,14 +75,15 @@ class SpecialTokens:
         before, after = boundary_tokens(tokenizer)
         texts = {i: str(token) for i, token in hf.added_tokens_decoder.items() if i in tokenizer.special_ids}
         if hf.unk_token_id not in (*before, *after):  # some vocabularies have one token for BOS, EOS and UNK
-            texts.pop(hf.unk_token_id, None)  # it stands for text and is scored
+            texts.pop(hf.unk_token_id, None)  # UNK represents text and is scored
         self.tokenizer, self.ids = tokenizer, np.array(sorted({*texts, *before, *after}), int)
         names = sorted(map(re.escape, texts.values()), key=len, reverse=True)
         self.names = re.compile("|".join(names) or "(?!)")
         self.first = tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(after[-1:]), None)
 
     def counted(self, document: Document) -> tuple[np.ndarray, np.ndarray, int]:
-        """Returns ids [n] with a token to predict the first from, which of them count [n] bool, and their bytes."""
+        """Returns the ids of a document [n] with a token to predict the first one from, which of them are scored [n]
+        bool, and the number of bytes of these."""
         counts = document.loss_mask & ~np.isin(document.ids, self.ids)
         size = len(self.names.sub("", document.text).encode())
         if not counts[:1].any():

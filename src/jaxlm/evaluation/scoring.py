@@ -1,4 +1,4 @@
-"""Log-likelihoods: log-probabilities of given tokens, which all evaluations of a model on texts are computed from.
+"""Log-likelihoods: log-probabilities of given tokens. All evaluations on texts are computed from them.
 
 Requests (a document, a window of a long document, a question with its answers) are packed into rows. Positions start at
 0 in each request, so that requests do not attend to each other.
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class ScoreRequest(NamedTuple):
-    """Tokens to read and tokens to score.
+    """Input tokens and the tokens to score.
 
     Attributes:
-        tokens: [n] ids to read.
+        tokens: [n] input ids.
         positions: [m] indices into tokens after which a token is predicted; may repeat.
         targets: [m] ids of these tokens.
     """
@@ -40,7 +40,7 @@ class Score(NamedTuple):
 
     Attributes:
         logprobs: Log-probabilities in nats, float32.
-        greedy: Whether the target is the most likely token, the first of equals.
+        greedy: Whether the target is the argmax (of equal logits, the first).
     """
 
     logprobs: Any
@@ -66,11 +66,11 @@ def score(
     def of_chunk(logits: jax.Array, targets: jax.Array) -> Score:
         chosen = target_logits(logits, targets)[..., None]
         before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) < targets[..., None]
-        likelier = (logits > chosen) | ((logits == chosen) & before)  # argmax would gather a sharded vocabulary
+        likelier = (logits > chosen) | ((logits == chosen) & before)  # argmax would all-gather a sharded vocabulary
         return Score(chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(likelier, axis=-1))
 
     scores = map_chunked_logits(family, cfg, weights, x, targets, of_chunk)
-    return jax.tree.map(lambda a: mesh.constrain(a, ""), scores)  # replicated: every process reads all of it
+    return jax.tree.map(lambda a: mesh.constrain(a, ""), scores)  # replicated, because every process fetches all scores
 
 
 @cache
@@ -79,14 +79,15 @@ def _jitted_score(family: Any, cfg: Any) -> Callable[..., Score]:
 
 
 def scores(model: "Model", requests: Sequence[ScoreRequest], batch: int | None = None) -> Iterator[tuple[int, Score]]:
-    """Yields the index of each request and its scores [m], as they are ready, the longest request first.
+    """Yields the index of each request and its scores [m] as they are computed, longest request first.
 
     Args:
         model: The model.
-        requests: What to score. They share rows as long as the longest of them.
+        requests: The requests. They are packed into rows of the length of the longest one.
         batch: Batch size in rows. The default depends on the platform.
 
-    Raises ValueError for ids outside the vocabulary.
+    Raises:
+        ValueError: An id is outside the vocabulary.
     """
     if not requests:
         return
@@ -99,7 +100,7 @@ def scores(model: "Model", requests: Sequence[ScoreRequest], batch: int | None =
     M = bucket(max(sum(len(requests[i].positions) for i in row) for row in rows))
     B = mesh.round_up_batch(min(batch or max(1, hardware.TOKENS[model.device.platform] // T), len(rows)), model.mesh)
     jitted, weights = _jitted_score(model.family, model.config), model.weights
-    previous: tuple[list[list[int]], Score] | None = None  # the device computes while the host reads
+    previous: tuple[list[list[int]], Score] | None = None  # fetched while the device computes the next batch
     for first in range(0, len(rows), B):
         part = rows[first : first + B]
         arrays = [mesh.place(a, "BT", model.mesh) for a in fill_rows(requests, part, (B, T, M))]
@@ -159,15 +160,15 @@ def _fetch(requests: Sequence[ScoreRequest], rows: list[list[int]], batch: Score
 
 
 def windows(ids: np.ndarray, counts: np.ndarray, length: int, stride: int) -> Iterator[ScoreRequest]:
-    """Yields the sliding windows of a document. Each counted token but the first of the document is scored once.
+    """Yields the sliding windows of a document. Each token of `counts` except the document's first is scored once.
 
-    A window begins `stride` tokens after the one before and scores what that did not. After the first window, every
-    token has at least length - stride tokens of context.
+    A window begins `stride` tokens after the previous one, and scores the tokens that are not scored yet. After the
+    first window, every token has at least length - stride tokens of context.
 
     Args:
         ids: [n] ids of the document.
         counts: [n] bool, which of them to score.
-        length: Tokens of a window at most.
+        length: Maximum number of tokens per window.
         stride: Tokens from one window to the next.
     """
     done = 1

@@ -1,4 +1,4 @@
-"""Conversation: a chat of several turns over one KV cache. Each turn computes only its new tokens."""
+"""Conversation: a multi-turn chat that keeps the KV cache. Each turn prefills only its new tokens."""
 
 import json
 from collections import deque
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from jaxlm.model import Model
     from jaxlm.processing.tokenizer import Tokenizer
 
-START = 1024  # slots of a new KV cache, if the context is as long; it doubles when they are used up
+START = 1024  # slots of a new KV cache, or the context length if it is shorter; the cache doubles when it is full
 Messages = list[dict[str, str]]
 
 
 class CachedPrefix(NamedTuple):
-    """A prefix of the conversation as text, and the token ids that the model read or generated for it."""
+    """A prefix of the conversation as text, and its token ids in the KV cache."""
 
     text: str
     ids: list[int]
 
 
 class Conversation:
-    """A chat of several turns with a model. A model without a chat template continues the text instead.
+    """A multi-turn chat with a model. A model without a chat template continues the text instead.
 
-        talk = jaxlm.Conversation(model, system="Be brief.", temperature=0.7)
-        for piece in talk.send("Why is the sky blue?"):
-            print(piece, end="")
+        conversation = jaxlm.Conversation(model, system="Be brief.", temperature=0.7)
+        for chunk in conversation.send("Why is the sky blue?"):
+            print(chunk, end="")
 
-    The KV cache is kept from turn to turn, so that a turn prefills only its new tokens. Options are those of
-    jaxlm.generate, with one difference: without max_tokens an answer may fill the context.
+    The KV cache is kept between turns, so that a turn prefills only its new tokens. Options are those of
+    jaxlm.generate, with one difference: without max_tokens, an answer may fill the context.
 
     Attributes:
         messages: {"role": "user" or "assistant", "content": text}, oldest first, without the system message and
-            without reasoning. It changes when an answer ends or is stopped.
-        system: the system message or None.
-        template_args: variables of the chat template. Like `system`, a change takes effect in the next turn.
-        options: jaxlm.inference.sampling_params.SamplingParams, as given.
-        prefilled: number of prompt tokens that the last turn computed.
-        opened: whether the prompt of the last turn ended inside a reasoning block, as some templates write it.
+            without reasoning. Updated when an answer ends or is stopped.
+        system: The system message or None.
+        template_args: Variables of the chat template. A change of these or of `system` takes effect in the next turn.
+        options: The given sampling parameters (jaxlm.inference.sampling_params.SamplingParams).
+        prefilled: Number of prompt tokens that the last turn prefilled.
+        opened: Whether the prompt of the last turn ended inside a reasoning block, as some templates render it.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Conversation:
     ):
         if model.tokenizer is None:
             raise ValueError(
-                f"{model.source} has no tokenizer, which a conversation needs: load it with tokenizer=, or pass token "
-                "ids to jaxlm.generate"
+                f"a conversation needs a tokenizer, and {model.source} has no tokenizer: load it with tokenizer=, or "
+                "pass token ids to jaxlm.generate"
             )
         self.model: Model = model
         self.tokenizer: Tokenizer = model.tokenizer
@@ -80,70 +80,81 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Deletes all messages. The system message and the options stay."""
+        """Deletes all messages. The system message and the options are kept."""
         self.stop()
         self.messages: Messages = []
         self.prefilled: int = 0
         self.opened: bool = False
-        self._turns = 0  # added to the seed, so that no two answers use the same random numbers
-        self._seen: list[CachedPrefix] = []  # of the last turn: with its answer, and its prompt alone
+        self._turns = 0  # added to the seed, so that answers use different random numbers
+        self._prefixes: list[CachedPrefix] = []  # of the last turn: prompt and answer, and prompt only
         self._kv: caches.KVCache | None = None
-        self._written: list[int] = []  # the tokens whose keys and values the KV cache holds
+        self._cached_ids: list[int] = []  # the tokens in the KV cache
 
     def set(self, name: str, value: Any) -> None:
-        """Changes an option from the next turn on. None restores the model's default.
+        """Changes an option. It takes effect in the next turn. None restores the default of the model.
 
         Raises:
-            TypeError: an unknown option.
-            ValueError: a value out of range.
+            TypeError: The option is unknown.
+            ValueError: The value is out of range.
         """
         default = next((field.default for field in fields(SamplingParams) if field.name == name), None)
-        self.options = from_kwargs(**{**_given(self.options), name: default if value is None else value})
+        self.options = from_kwargs(**{**_non_default(self.options), name: default if value is None else value})
 
     def send(self, text: str) -> Iterator[CompletionChunk]:
-        """The model's answer to a message, in chunks of text as they are generated
-        (jaxlm.inference.generation.CompletionChunk).
+        """Sends a message and streams the answer as chunks (jaxlm.inference.generation.CompletionChunk).
 
-        A turn that fails or is stopped before its first token leaves no trace. A later stop (the iterator is closed,
-        Ctrl-C, the next call) keeps the answer so far.
+        If the turn fails or is stopped before its first token, the conversation does not change. If it is stopped
+        later (the iterator is closed, Ctrl-C, the next call), the answer so far is kept.
 
         Raises:
-            ValueError: the context is full, or the chat template refuses the messages.
+            ValueError: The context is full, or the chat template cannot render the messages.
         """
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 
     def retry(self) -> Iterator[CompletionChunk]:
-        """Another answer to the last message, sampled again. It replaces the former one."""
+        """Samples another answer to the last message, which replaces the previous one.
+
+        Raises:
+            ValueError: There is no message.
+        """
         self.stop()
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise ValueError("there is no message yet to answer again")
-        return self._turn(self.messages[: asked[-1] + 1])
+        questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not questions:
+            raise ValueError("there is no message yet: send one before retry")
+        return self._turn(self.messages[: questions[-1] + 1])
 
     def stop(self) -> None:
-        """Stops the running answer, if any. The text so far is kept."""
+        """Stops the current answer, if any. The text so far is kept."""
         if self._running is not None:
             self._running.close()
             self._running = None
 
     def save(self, path: str | Path) -> None:
-        """Writes messages, system message, options and template arguments as JSON. Raises OSError if it cannot."""
+        """Saves messages, system message, options and template arguments as JSON.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         self.stop()
         state = {
             "model": self.model.source,
             "system": self.system,
             "messages": self.messages,
-            "options": _given(self.options),
+            "options": _non_default(self.options),
             "template_args": self.template_args,
         }
-        with explain_errors(f"{path} cannot be written", "name a file in an existing, writable folder", OSError):
+        with explain_errors(f"{path} cannot be written", "pass a file in an existing, writable folder", OSError):
             write_atomically(Path(path), json.dumps(state, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: str | Path) -> None:
-        """Continues a conversation written by `save`, with this model or another. Raises ValueError or OSError for a
-        bad file."""
-        hint = "name a file that /save (Conversation.save) wrote"
+        """Loads a conversation that `save` wrote. It may have been saved with another model.
+
+        Raises:
+            ValueError: The file is not a saved conversation.
+            OSError: The file cannot be read.
+        """
+        hint = "pass a file written by /save (Conversation.save)"
         invalid = (ValueError, TypeError, KeyError, AttributeError)
         with explain_errors(f"{path} cannot be read", hint, OSError):
             text = Path(path).read_bytes()
@@ -151,7 +162,7 @@ class Conversation:
             state = json.loads(text.decode("utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
             options = {"logit_bias": None, **state.get("options", {})}
-            if options["logit_bias"]:  # the keys of JSON objects are texts
+            if options["logit_bias"]:  # the keys of JSON objects are strings
                 options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
             options = from_kwargs(**options)
             template_args = dict(state.get("template_args") or {})
@@ -160,7 +171,7 @@ class Conversation:
         self.system = state.get("system")
 
     def _turn(self, messages: Messages) -> Iterator[CompletionChunk]:
-        """Prepares the answer to `messages`. Computation starts with the first chunk that is requested."""
+        """Prepares the answer to `messages`. Computation starts when the first chunk is requested."""
         model = self.model
         text = self._render(messages)
         ids = prompts.to_ids(model, self._ids(text), {})
@@ -170,93 +181,98 @@ class Conversation:
                 f"the context is full: the conversation has {len(ids):,} tokens, {model.source} takes "
                 f"{model.config.context:,}. Start over with /reset (Conversation.reset)"
             )
-        options = generation.resolve(model, _given(self.options))
+        options = generation.resolve(model, _non_default(self.options))
         seed = ((options.seed or 0) + self._turns) % 2**32
         options = replace(options, seed=seed)
         self._turns += 1
-        self.opened = self._thinks and text.rstrip().endswith(THINKING[0])
-        most = options.max_tokens or (
+        self.opened = self._has_reasoning and text.rstrip().endswith(THINKING[0])
+        limit = options.max_tokens or (
             left if self.tokenizer.has_template else prompts.resolve_max_tokens(model, ids, None)
         )
         stops = prompts.stop_ids(model, options)
         key = jax.random.fold_in(jax.random.key(seed), 0)  # as in jaxlm.generate: chunk.seed reproduces the text there
-        self._running = self._answer(messages, text, engine.Request(ids, options, min(most, left), stops, key))
+        self._running = self._answer(messages, text, engine.Request(ids, options, min(limit, left), stops, key))
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
+        """Yields the chunks of an answer, and updates the conversation when it ends."""
         detokenization = generation.Detokenization(self._steps, 0, request)
         generated: list[int] = []
-        shown = ""
+        answer = ""
         last = self._prefill(request.ids)
         try:
             for token in self._decode(request, last):
                 generated.append(token.id)
                 chunk = detokenization.add(token)
                 if chunk is not None:
-                    shown += chunk
+                    answer += chunk
                     yield chunk
         finally:
             if generated:
-                self._keep(messages, text, request, generated, shown)
+                self._end_turn(messages, text, request, generated, answer)
 
-    def _keep(self, messages: Messages, text: str, request: engine.Request, generated: list[int], shown: str) -> None:
-        """Records a turn that has ended or was stopped."""
+    def _end_turn(
+        self, messages: Messages, text: str, request: engine.Request, generated: list[int], answer: str
+    ) -> None:
+        """Updates the messages and the cached prefixes after a turn has ended or was stopped."""
         ids, tail = request.ids, generated
-        self._written = [*ids, *generated][:-1]  # the last token was read, but never fed to the model
+        self._cached_ids = [*ids, *generated][:-1]  # the last token was sampled, but is not in the KV cache
         if not self.tokenizer.has_template and generated[-1] in request.stop_ids:
-            tail = generated[:-1]  # the text continues, so this was not its end
+            tail = generated[:-1]  # the next turn continues the text, without the stop token
         after = self._decoded([*ids, *tail])[len(self._decoded(ids)) :]
-        self._seen = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
-        content = split_thinking(shown, self.opened)[1] if self._thinks else shown
+        self._prefixes = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
+        content = split_thinking(answer, self.opened)[1] if self._has_reasoning else answer
         self.messages = [*messages, {"role": "assistant", "content": content}]
 
     @property
-    def _thinks(self) -> bool:
+    def _has_reasoning(self) -> bool:
+        """Whether the model is a reasoning model."""
         return self.tokenizer.thinking is not None and self.tokenizer.has_template
 
     def _decoded(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special=False)
 
     def _render(self, messages: Messages) -> str:
-        """The conversation as the model reads it, up to the beginning of its answer."""
+        """Renders the prompt: the conversation up to the beginning of the answer."""
         if self.tokenizer.has_template:
             system = [{"role": "system", "content": self.system}] if self.system else []
             return self.tokenizer.render(system + messages, **self.template_args)
         if self.system:
-            raise ValueError(f"{self.model.source} has no chat template, so it cannot take a system message")
+            raise ValueError(f"a system message needs a template, and {self.model.source} has no chat template")
         return "".join(message["content"] for message in messages)
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids of the conversation. A cached prefix keeps its ids: the model may have generated other tokens than
-        the tokenizer would, and the KV cache holds these."""
-        for seen in self._seen:
-            if text.startswith(seen.text):
-                rest = text[len(seen.text) :]
-                ids = [*seen.ids, *(self.tokenizer.encode(rest, add_special_tokens=False) if rest else [])]
-                # Some tokenizers put a space before every text.
-                if self._decoded(ids) == self._decoded(seen.ids) + rest:
+        """Token ids of the conversation. The ids of a cached prefix are kept, because the model may have generated
+        other tokens for a text than the tokenizer encodes it to."""
+        for prefix in self._prefixes:
+            if text.startswith(prefix.text):
+                rest = text[len(prefix.text) :]
+                ids = [*prefix.ids, *(self.tokenizer.encode(rest, add_special_tokens=False) if rest else [])]
+                # Some tokenizers add a space before every text, so the decoded ids may differ.
+                if self._decoded(ids) == self._decoded(prefix.ids) + rest:
                     return ids
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_template)
 
     def _prefill(self, ids: list[int]) -> jax.Array:
-        """Prefills `ids` and returns the last hidden state [1,D]. The prefix that the KV cache holds is reused, except
+        """Prefills `ids` and returns the last hidden state [1,D]. The common prefix with the KV cache is reused, except
         for the last token, whose hidden state is needed."""
-        kv, self._kv = self._kv, None  # after an interrupt there is no cache, rather than half of one
-        same = (i for i, pair in enumerate(zip(ids, self._written)) if pair[0] != pair[1])
-        m = next(same, min(len(self._written), len(ids) - 1))
+        kv, self._kv = self._kv, None  # an interrupt leaves no cache, rather than a partly written one
+        differing = (i for i, pair in enumerate(zip(ids, self._cached_ids)) if pair[0] != pair[1])
+        m = next(differing, min(len(self._cached_ids), len(ids) - 1))
         if kv is None or not m or not can_reuse(kv, self.model.config.windows, m):
             kv, m = None, 0
         self.prefilled = len(ids) - m
         kv, last = engine.extend(self._steps, self._fit(kv, len(ids)), [ids[m:]], m)
-        self._written = ids
+        self._cached_ids = ids
         self._kv = kv
         return last
 
     def _decode(self, request: engine.Request, last: jax.Array) -> Iterator[engine.Token]:
-        """The tokens of an answer. Dispatch is one program ahead of what is read, so that the device does not wait."""
+        """Yields the tokens of an answer. A program is dispatched before the tokens of the previous one are fetched, so
+        that the device is not idle."""
         model, k = self.model, request.options.logprobs
         steps = hardware.STEPS[model.device.platform]
-        # Without the KV cache in its arguments, this program does not depend on the length of the cache.
+        # The KV cache is not an argument, so that this program is compiled once for all cache lengths.
         state = engine.new_rows(model, [request], None, engine.optional([request]))
         state, output = self._steps.sample_token(k, state, last)
         yield from engine.fetch_tokens([request], output, [(0, 0)])
@@ -275,7 +291,7 @@ class Conversation:
                 yield from engine.fetch_tokens([request], in_flight.popleft(), [(0, 0)])
 
     def _fit(self, kv: caches.KVCache | None, need: int) -> caches.KVCache:
-        """A KV cache for `need` positions: this one if they fit, else a larger one with the same contents."""
+        """A KV cache with at least `need` positions: the given one, or a larger one with the same contents."""
         model = self.model
         context = model.config.context
         if kv is not None and (need <= kv.length or kv.length == context):
@@ -294,22 +310,27 @@ class Conversation:
         return engine.resize_cache(self._steps, kv, length, chunk)
 
 
-def _given(options: SamplingParams) -> dict[str, Any]:
+def _non_default(options: SamplingParams) -> dict[str, Any]:
     """The options that differ from their defaults."""
     return {f.name: v for f in fields(options) if (v := getattr(options, f.name)) != f.default}
 
 
 def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bool:
-    """Whether the KV cache of one row holds every position that tokens from position m on attend to.
+    """Whether a KV cache of one row has every position that tokens from position m on attend to.
 
     A layer with window W needs positions m - W + 1 to m - 1. Its ring buffer of W + C - 1 slots (C: chunk), written up
-    to position n - 1, holds n - W - C + 1 to n - 1. It can therefore be rewound by C tokens and no more, where n
-    includes what the device wrote after the end of an answer. Slots with positions from m on do no harm: no earlier
-    query attends to them, and they are overwritten before a later one does.
+    to position n - 1, has positions n - W - C + 1 to n - 1. It can therefore be rewound by at most C tokens, where n
+    includes the tokens that the device decoded after the end of an answer. Slots with positions from m on do no harm:
+    earlier queries do not attend to them, and they are overwritten before later queries do.
+
+    Args:
+        kv: The KV cache.
+        windows: Sliding window of each layer; None for full attention.
+        m: Position of the next token.
     """
-    at = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
+    stored = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
     for window, S in {(window, w["k"].shape[2]) for window, w in zip(windows, kv.layers, strict=True)}:
         needed = np.arange(0 if window is None else max(0, m - window + 1), m)
-        if (at[S][needed % S] != needed).any():
+        if (stored[S][needed % S] != needed).any():
             return False
     return True

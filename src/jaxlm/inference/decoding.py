@@ -1,8 +1,8 @@
 """Prefill, insert and decode: the pure functions of generation, and the programs compiled from them.
 
-A batch of B rows is a `State`. `prefill` runs prompts through the model into a KV cache of their own, `insert` puts
-these rows into the state of a batch, `step` generates the next token of every row. Rows are independent: each has its
-own sampling parameters, PRNG key and position, so a row's text does not depend on the other rows.
+A batch of B rows is a `State`. `prefill` runs prompts through the model and fills a separate KV cache. `insert` copies
+these rows into the state of a batch. `step` generates the next token of every row. Rows are independent: each has its
+own sampling parameters, PRNG key and position, so its text does not depend on the other rows.
 """
 
 import time
@@ -26,28 +26,33 @@ if TYPE_CHECKING:
 
 
 class State(NamedTuple):
-    """What is carried from one decoding step to the next."""
+    """The decoding state of a batch of B rows."""
 
     kv: Any  # KVCache; None for rows that are not yet in a batch
-    token: Int[Array, " B"]  # the newest token, not yet in the KV cache
+    token: Int[Array, " B"]  # the last sampled token, not yet in the KV cache
     pos: Int[Array, " B"]  # its position
     keys: Key[Array, " B"]  # typed PRNG keys, one per sequence
     sampling: Sampling
-    counts: Counts | None  # None where no row has a penalty
-    bias: Float[Array, "B V"] | None  # None where no row has one
+    counts: Counts | None  # None if no row has a penalty
+    bias: Float[Array, "B V"] | None  # None if no row has a logit bias
 
 
 class StepOutput(NamedTuple):
-    """The output of a program for the host: tokens [n,B] int32, and if asked for the log-probability of each [n,B], the
-    most likely ids [n,B,k] and their log-probabilities [n,B,k]."""
+    """The output of a program for the host.
+
+    Attributes:
+        tokens: [n,B] int32.
+        logprobs: None, or the log-probability of each token [n,B], the most likely ids [n,B,k] and their
+            log-probabilities [n,B,k].
+    """
 
     tokens: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 def constrain_state(state: State, put: Callable[[jax.Array, str], jax.Array]) -> State:
-    """Applies `put(array, letters)` to every array of a state: rows over the mesh axis `data`, the vocabulary over
-    `model`."""
+    """Applies `put(array, letters)` to every array of a state. The letters shard rows over the mesh axis `data`, and
+    the vocabulary over `model`."""
     rest = jax.tree.map(lambda a: put(a, "BV"[: a.ndim]), state._replace(kv=None))
     return rest if state.kv is None else rest._replace(kv=caches.map_arrays(state.kv, put))
 
@@ -56,7 +61,7 @@ NOT_FINITE = -1  # the token of a row whose logits are NaN or Inf
 
 
 def bucket(n: int, least: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, … that is at least n: the lengths for which programs are compiled."""
+    """Rounds a length up to one of 16, 24, 32, 48, 64, 96, …, for which programs are compiled."""
     power = least
     while power < n:
         power *= 2
@@ -72,10 +77,20 @@ def prefill(
     tokens: Int[Array, "B T"],
     pos: Int[Array, "B T"],
 ) -> tuple[caches.KVCache, Float[Array, "B D"]]:
-    """Prefills one chunk of the prompts: tokens, pos [B,T] int32 (-1: padding).
+    """Prefills one chunk of the prompts.
 
-    Returns the KV cache with the chunk in it, and the hidden state [B,D] of each row's newest token. A row without a
-    token in this chunk keeps its `last`.
+    Args:
+        family: The module of the architecture.
+        cfg: The model's Config.
+        weights: The weights.
+        kv: The KV cache.
+        last: Hidden states [B,D] from the previous chunk.
+        tokens: [B,T] int32.
+        pos: [B,T] int32, -1 for padding.
+
+    Returns:
+        The KV cache with the chunk, and the hidden state [B,D] of the last token of each row. A row without a token in
+        this chunk keeps its `last`.
     """
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
@@ -87,7 +102,7 @@ def prefill(
 def sample_token(
     family: Any, cfg: Any, k: int | None, weights: Any, state: State, x: Float[Array, "B D"]
 ) -> tuple[State, StepOutput]:
-    """Samples the next token of each row from its newest hidden state x [B,D]. k: number of top log-probabilities."""
+    """Samples the next token of each row from its last hidden state x [B,D]. k: number of top log-probabilities."""
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
     pos = state.pos + 1
     keys = sampling.step_keys(state.keys, pos)
@@ -95,7 +110,7 @@ def sample_token(
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)
     chosen = None if k is None else sampling.logprobs(logits, token, k)
-    # Replicated: every process reads all of it.
+    # Replicated, because every process fetches all tokens.
     output = jax.tree.map(lambda a: mesh.constrain(a[None], ""), StepOutput(token, chosen))
     return constrain_state(state._replace(token=token, pos=pos, counts=counts), mesh.constrain), output
 
@@ -114,40 +129,40 @@ def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: 
 
 
 def insert(state: State, rows: Int[Array, " b"], part: State) -> State:
-    """Inserts the rows of `part` (batch b) into rows [b] of a state. A row number past the end is dropped."""
+    """Inserts the rows of `part` (batch b) into `rows` [b] of a state. Row indices past the end are dropped."""
     kv = caches.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
     state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
     return constrain_state(state, mesh.constrain)
 
 
-MAX_EXECUTABLES = 256  # per architecture; the oldest is dropped
-# Called with the name of a program before it is compiled, and with its name and the seconds after.
+MAX_EXECUTABLES = 256  # per architecture; the oldest is evicted
+# Callback: called with the name of a program before it is compiled, and with its name and the seconds afterwards.
 on_compile: ContextVar[Callable[..., None]] = ContextVar("on_compile", default=lambda name, seconds=None: None)
 
 
 @lru_cache(maxsize=16)
 def executables(family: Any, cfg: Any) -> dict[Any, Any]:
-    """The compiled programs of one architecture, shared by all models of its shape: key -> executable."""
+    """Cache of the compiled programs of one architecture, shared by all models with this config: key -> executable."""
     return {}
 
 
 class CompiledSteps:
     """Prefill, sampling and decoding of one model as compiled programs.
 
-    A program is compiled ahead of time when its arguments first have new shapes, types or shardings. The KV cache and
-    the state that go in are donated.
+    A program is compiled ahead of time for each new combination of shapes, types and shardings of its arguments. The
+    KV cache and the state among the arguments are donated.
 
     Attributes:
-        model: the model whose weights every call uses.
-        seconds: time spent compiling so far.
+        model: The model.
+        seconds: Time spent compiling so far, in seconds.
     """
 
     def __init__(self, model: "Model"):
         self.model: Model = model
         self.seconds: float = 0.0
         self._executables = executables(model.family, model.config)
-        self._weights = signature(model.weights)  # once: there are hundreds of arrays
+        self._weights = signature(model.weights)  # computed once, because there are hundreds of arrays
 
     def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
         return self._run("prefill", self._bound(prefill), (), (1, 2), True, kv, last, tokens, pos)
@@ -195,8 +210,8 @@ def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
 
 
 def signature(tree: Any) -> Any:
-    """What a program is compiled for: the structure of its arguments, and shape, dtype and sharding of each array. A KV
-    cache is described by its first layer, from which the others follow."""
+    """The key of a compiled program: the structure of its arguments, and shape, dtype and sharding of each array. A KV
+    cache is represented by its first layer, which determines the others."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, caches.KVCache))
     return structure, tuple(_signature(leaf) for leaf in leaves)
 
@@ -209,9 +224,16 @@ def _signature(leaf: Any) -> Any:
 
 
 def chunks(ids: list[list[int]], start: int, width: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Splits prompts into padded (tokens, pos) chunks [B,T] of at most `chunk` tokens. width: length of the longest.
+    """Splits prompts into padded chunks. Only the last chunk is shorter than `chunk`; its length is a `bucket`.
 
-    Only the last chunk is shorter. Its length is a bucket.
+    Args:
+        ids: Token ids of each row.
+        start: Position of the first token.
+        width: Length of the longest row.
+        chunk: Maximum number of tokens per row and chunk.
+
+    Returns:
+        For each chunk, tokens and positions [B,T] int32, with position -1 for padding.
     """
     pieces = []
     for begin in range(0, width, chunk):

@@ -1,10 +1,10 @@
-"""Continuous batching: requests share the rows of one batch, and a finished row is given to the next request.
+"""Continuous batching: requests share the rows of one batch, and the row of a finished request is reused for the next.
 
-The host dispatches one program ahead of the tokens that it reads, so the device never waits for the host. A finished
-row is therefore noticed one program late; the tokens that it generated since are dropped.
+The host dispatches a program before it fetches the tokens of the previous one, so the device does not wait for the
+host. The end of a request is therefore detected one program late, and the tokens generated in between are dropped.
 
-The KV cache starts with room for the prompts and HEADROOM tokens, and doubles when a row reaches its end. Few answers
-are as long as they may be, and the cost of a decoding step grows with the length of the cache.
+The KV cache starts with slots for the prompts and HEADROOM tokens, and doubles when a row reaches its end. Most answers
+are shorter than max_tokens, and the cost of a decoding step grows with the length of the cache.
 """
 
 import time
@@ -32,7 +32,7 @@ HEADROOM = 512  # slots of a new KV cache beyond the longest prompt
 
 @dataclass
 class Request:
-    """One prompt with its sampling parameters. `finished` is set by the engine, or by the reader to end it early."""
+    """One prompt with its sampling parameters. The engine sets `finished`; a caller can set it to end the request."""
 
     ids: list[int]
     options: SamplingParams  # resolved: every field has a value
@@ -46,14 +46,14 @@ class Request:
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probability of a token under the raw logits, and the most likely tokens with theirs."""
+    """Log-probabilities (in nats) under the raw logits: of the token, and of the most likely tokens (id, value)."""
 
     chosen: float
     top: list[tuple[int, float]]
 
 
 class Token(NamedTuple):
-    """One token of request number `index`."""
+    """A generated token of request number `index`."""
 
     index: int
     id: int
@@ -63,12 +63,24 @@ class Token(NamedTuple):
 @dataclass
 class _Row:
     request: int
-    pos: int  # of the newest token that was dispatched
-    left: int  # tokens that may still be dispatched
+    pos: int  # position of the last token that was dispatched
+    left: int  # number of tokens that remain to be dispatched
 
 
 def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterator[Token]:
-    """Decodes all requests, at most `slots` at a time, and yields their tokens as they come, stop tokens included."""
+    """Decodes all requests.
+
+    Args:
+        steps: The compiled model.
+        requests: The requests.
+        slots: Maximum number of requests that are decoded together (batch size).
+
+    Yields:
+        The tokens of all requests as they are generated, including stop tokens.
+
+    Raises:
+        ValueError: The logits are NaN or Inf.
+    """
     model = steps.model
     slots = mesh.round_up_batch(min(slots, len(requests)), model.mesh)
     waiting = deque(range(len(requests)))
@@ -86,12 +98,12 @@ def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterat
             for row, request in zip(free, batch):
                 rows[row] = _Row(request, len(requests[request].ids), requests[request].max_tokens - 1)
             in_flight.append((output, list(enumerate(batch))))
-            while in_flight:  # the first token is shown at once, not after the next program
+            while in_flight:  # yield the first token immediately, not after the next program
                 yield from fetch_tokens(requests, *in_flight.popleft())
             rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
         if busy:
-            last = max(row.pos + min(n, row.left) for _, row in busy)  # tokens past the last wanted one are dropped
+            last = max(row.pos + min(n, row.left) for _, row in busy)  # later tokens of the program are dropped
             if last > state.kv.length:
                 longer = next(length for length in lengths if length >= last)
                 state = state._replace(kv=resize_cache(steps, state.kv, longer, 1))
@@ -106,7 +118,8 @@ def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterat
 
 
 def _same_bucket(waiting: deque[int], requests: Sequence[Request], most: int) -> list[int]:
-    """Takes the next request and others whose prompts share its length bucket: a batch is padded to its longest."""
+    """Removes from `waiting`, and returns, the next request and others in its length bucket. A batch is padded to its
+    longest prompt."""
     size = decoding.bucket(len(requests[waiting[0]].ids))
     batch = [i for i in waiting if decoding.bucket(len(requests[i].ids)) == size][:most]
     for i in batch:
@@ -115,14 +128,23 @@ def _same_bucket(waiting: deque[int], requests: Sequence[Request], most: int) ->
 
 
 def _drop_finished(rows: list[_Row | None], requests: Sequence[Request]) -> list[_Row | None]:
-    """The rows, with None for those whose request has finished."""
+    """The rows, with None for finished requests."""
     return [row if row is not None and not requests[row.request].finished else None for row in rows]
 
 
 def fetch_tokens(
     requests: Sequence[Request], output: decoding.StepOutput, where: list[tuple[int, int]]
 ) -> Iterator[Token]:
-    """Copies tokens to the host. `where` pairs rows with requests. Tokens after the end of a request are dropped."""
+    """Copies tokens to the host and yields them. Tokens after the end of a request are dropped.
+
+    Args:
+        requests: All requests.
+        output: The output of a program.
+        where: Pairs of a row and the index of its request.
+
+    Raises:
+        ValueError: The logits are NaN or Inf.
+    """
     tokens, logprobs = jax.device_get(output)
     for n in range(tokens.shape[0]):
         for row, index in where:
@@ -132,8 +154,8 @@ def fetch_tokens(
             token = int(tokens[n, row])
             if token == decoding.NOT_FINITE:
                 raise ValueError(
-                    "the logits are not finite: the weights hold NaN or Inf, or overflow in their dtype "
-                    "(try dtype='float32', --dtype float32)"
+                    "the logits are not finite (NaN or Inf): the weights are not finite, or their dtype overflows. Try "
+                    "dtype='float32' (--dtype float32)"
                 )
             request.generated += 1
             request.first = request.first or time.perf_counter()
@@ -149,16 +171,16 @@ def _logprobs(chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Logpro
 
 
 def cache_lengths(requests: Sequence[Request]) -> list[int]:
-    """The lengths that the KV cache grows through: each is twice the one before, the last holds all tokens."""
-    most = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
+    """The successive lengths of the growing KV cache. Each is twice the previous one; the last fits all tokens."""
+    longest = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
     lengths = [decoding.bucket(max(len(r.ids) for r in requests) + HEADROOM)]
-    while 2 * lengths[-1] <= most:
+    while 2 * lengths[-1] <= longest:
         lengths.append(2 * lengths[-1])
-    return [*lengths[:-1], most]
+    return [*lengths[:-1], longest]
 
 
 def resize_cache(steps: CompiledSteps, kv: caches.KVCache, length: int, chunk: int) -> caches.KVCache:
-    """A KV cache of this length with the contents of a shorter one."""
+    """Copies a KV cache into a new one of this length."""
     rows = next(iter(kv.positions.values())).shape[0]
     return steps.resize_cache(steps.model.init_kv(rows, length, chunk=chunk), kv)
 
@@ -166,18 +188,18 @@ def resize_cache(steps: CompiledSteps, kv: caches.KVCache, length: int, chunk: i
 def empty_state(
     model: "Model", requests: Sequence[Request], slots: int, length: int
 ) -> tuple[decoding.State, int | None]:
-    """A state without requests, with a KV cache of this length; and the number of top log-probabilities to return."""
-    asked = [r.options.logprobs for r in requests if r.options.logprobs is not None]
+    """A state of empty rows with a KV cache of this length, and the number of top log-probabilities to return."""
+    logprobs = [r.options.logprobs for r in requests if r.options.logprobs is not None]
     kv = model.init_kv(slots, length, chunk=1)
-    blank = [Request([], DEFAULT_PARAMS, 1, key=requests[0].key)] * slots
-    return new_rows(model, blank, kv, optional(requests)), max(asked) if asked else None
+    empty = [Request([], DEFAULT_PARAMS, 1, key=requests[0].key)] * slots
+    return new_rows(model, empty, kv, optional(requests)), max(logprobs) if logprobs else None
 
 
 DEFAULT_PARAMS = SamplingParams().resolve({})
 
 
 class Optionals(NamedTuple):
-    """Which optional arrays the state of a batch has: those that any of its requests needs."""
+    """Which optional arrays the state of a batch has, because at least one request needs them."""
 
     counts: bool
     bias: bool
@@ -213,16 +235,17 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
 def admit(steps: CompiledSteps, requests: list[Request], rows: list[int], state: decoding.State, k: int | None) -> Any:
     """Prefills requests as one batch, samples their first tokens and inserts them into `rows` of the state."""
     model = steps.model
-    # Batch sizes are powers of two. Padding rows repeat the last request and are dropped by `insert`.
+    # Batch sizes are powers of two, so that few programs are compiled. Padding rows repeat the last request; `insert`
+    # drops them.
     b = mesh.round_up_batch(1 << (len(requests) - 1).bit_length(), model.mesh)
     padded = requests + [requests[-1]] * (b - len(requests))
     target = rows + [state.pos.shape[0]] * (b - len(requests))
     width = max(len(r.ids) for r in requests)
-    chunk = max(16, hardware.CHUNK[model.device.platform] // b)  # the limit is for the tokens of all rows
+    chunk = max(16, hardware.CHUNK[model.device.platform] // b)  # CHUNK limits the tokens of all rows
     kv = model.init_kv(b, decoding.bucket(width), chunk=chunk)
     shared = Optionals(state.counts is not None, state.bias is not None)
     kv, last = extend(steps, kv, [r.ids for r in padded], 0)
-    # Without the KV cache in its arguments, this program does not depend on the length of the prompts.
+    # The KV cache is not an argument, so that this program is compiled once for all prompt lengths.
     part = new_rows(model, padded, None, shared)
     part, output = steps.sample_token(k, part, last)
     part = part._replace(kv=kv)
@@ -231,8 +254,17 @@ def admit(steps: CompiledSteps, requests: list[Request], rows: list[int], state:
 
 
 def extend(steps: CompiledSteps, kv: Any, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
-    """Chunked prefill: token ids of each row at positions from `start` on. Returns the KV cache and the last hidden
-    states [B,D]."""
+    """Chunked prefill.
+
+    Args:
+        steps: The compiled model.
+        kv: The KV cache, which is donated.
+        ids: Token ids of each row.
+        start: Position of the first token.
+
+    Returns:
+        The KV cache with these tokens, and the last hidden states [B,D].
+    """
     model = steps.model
     last = mesh.place(np.zeros((len(ids), model.config.D), model.dtype), "BD", model.mesh)
     for tokens, pos in decoding.chunks(ids, start, max(map(len, ids)), kv.chunk):

@@ -1,4 +1,4 @@
-"""generate and stream: from prompts in any format to text, with token counts and speeds."""
+"""generate and stream: text from prompts in any format, with token counts and speeds."""
 
 import hashlib
 import os
@@ -23,24 +23,24 @@ from jaxlm.processing.detokenizer import TextStream
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-Message = Mapping[str, Any]  # {"role", "content"}, as a chat template takes it
-# One prompt: a text, a chat, or token ids.
+Message = Mapping[str, Any]  # {"role", "content"}, for a chat template
+# One prompt: text, messages, or token ids.
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
 class CompletionChunk(str):
-    """New text of one completion, as `stream` yields it: a str with the state of the completion so far.
+    """A str with the new text of one completion and the state of the completion so far; yielded by `stream`.
 
     Attributes:
-        index: which prompt it continues.
-        tokens: token ids behind the text.
-        logprobs: one engine.Logprobs per token if `logprobs` was asked for, else None.
-        prompt_tokens, generation_tokens: token counts so far.
-        first_token_seconds: time to the first token, without compilation.
-        tokens_per_second: decoding speed after the first token, without compilation.
-        compile_seconds: time spent compiling.
-        finish_reason: None, or on the last chunk "stop" (a stop token or stop string) or "length".
-        seed: the seed that reproduces the text.
+        index: Index of the prompt.
+        tokens: Token ids of the text.
+        logprobs: One engine.Logprobs per token if `logprobs` was set, else None.
+        prompt_tokens, generation_tokens: Token counts so far.
+        first_token_seconds: Time to the first token in seconds, without compilation.
+        tokens_per_second: Decoding speed after the first token, without compilation.
+        compile_seconds: Time spent compiling, in seconds.
+        finish_reason: On the last chunk "stop" (a stop token or stop string) or "length", else None.
+        seed: The seed that reproduces the text.
     """
 
     index: int
@@ -60,7 +60,7 @@ class CompletionChunk(str):
 
 
 class Completion(str):
-    """The whole text of one completion: a str with the attributes of CompletionChunk, for the whole text."""
+    """A str with the text of one completion. The attributes are those of CompletionChunk, for the whole text."""
 
     tokens: list[int]
     logprobs: list[engine.Logprobs] | None
@@ -110,22 +110,22 @@ def generate(
     """Generates the continuation of a prompt, or the answer to a chat.
 
     Args:
-        model: a loaded model.
-        prompt: a str (continued as it is), a list of messages {"role", "content"} (formatted by the chat template) or a
-            list of token ids. A list of these is a batch.
-        batch_size: how many prompts are decoded together (continuous batching). The default depends on the platform.
-        template_args: variables of the chat template, such as {"enable_thinking": False}.
-        **options: the fields of `SamplingParams`. What is not given comes from the checkpoint's generation_config.json.
+        model: The model.
+        prompt: A str (continued without the chat template), a list of messages {"role", "content"} (rendered by the
+            chat template) or a list of token ids. A list of these is a batch.
+        batch_size: Number of prompts to decode together (continuous batching). The default depends on the platform.
+        template_args: Variables of the chat template, such as {"enable_thinking": False}.
+        **options: Fields of `SamplingParams`. The default values come from the checkpoint's generation_config.json.
 
     Returns:
         A Completion, which is a str; a list of them for a batch.
 
     Raises:
-        ValueError: a prompt or an option is invalid.
-        MemoryError: the KV cache does not fit.
+        ValueError: A prompt or an option is invalid.
+        MemoryError: The KV cache does not fit.
     """
     if isinstance(model, str | Path):
-        raise ValueError(f"generate takes a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
+        raise ValueError(f"generate needs a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
     prompts, single = split_prompts(prompt)
     chunks: list[list[CompletionChunk]] = [[] for _ in prompts]
     for chunk in _stream(model, prompts, resolve(model, options), batch_size, template_args or {}):
@@ -144,47 +144,48 @@ def stream(
 ) -> Iterator[CompletionChunk]:
     """Like `generate`, but yields each CompletionChunk as soon as its text is final.
 
-    Chunks of several prompts are told apart by `index`. A chunk never ends inside a character or inside what may become
-    a stop string.
+    `index` is the index of a chunk's prompt. A chunk never ends inside a character or inside a possible stop string.
+    The arguments and errors are those of `generate`.
     """
     prompts, _ = split_prompts(prompt)
     return _stream(model, prompts, resolve(model, options), batch_size, template_args or {})
 
 
 def resolve(model: "Model", options: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters with every number filled in: as given, else from generation_config.json, else neutral.
-
-    A seed is drawn where none is given. Of several processes all use the coordinator's seed.
-    """
-    asked = from_kwargs(**options)
-    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed
-    seed = int(distributed.broadcast(str(seed))) if asked.seed is None and model.is_multiprocess else seed
-    return replace(asked.resolve(model.generation_config), seed=seed, max_tokens=asked.max_tokens)
+    """Sampling parameters with all values set: the given value, else that of generation_config.json, else the neutral
+    value. Without a given seed, a random one is drawn; all processes use that of the coordinator."""
+    given = from_kwargs(**options)
+    seed = int.from_bytes(os.urandom(4), "little") if given.seed is None else given.seed
+    seed = int(distributed.broadcast(str(seed))) if given.seed is None and model.is_multiprocess else seed
+    return replace(given.resolve(model.generation_config), seed=seed, max_tokens=given.max_tokens)
 
 
 def requests_for(
     model: "Model", prompts: list[Any], options: SamplingParams, template_args: Any
 ) -> list[engine.Request]:
-    """One engine request per prompt.
+    """Creates one engine request per prompt.
 
-    Equal prompts draw from different PRNG keys. Otherwise a key depends on the seed alone, so that a text does not
-    depend on the other requests in its batch.
+    The PRNG key of a request depends only on the seed, so that its text does not depend on the other requests in the
+    batch. Equal prompts get different keys.
+
+    Raises:
+        ValueError: A prompt or an option is invalid.
     """
     if options.stop and model.tokenizer is None:
-        raise ValueError(f"stop strings need a tokenizer, and {model.source} has none")
-    bias_of([options.logit_bias], model.config.V)  # refuses ids outside the vocabulary
+        raise ValueError(f"stop strings need a tokenizer, and {model.source} has none: use stop_token_ids")
+    bias_of([options.logit_bias], model.config.V)  # raises for ids outside the vocabulary
     stops = stop_ids(model, options)
     seed, repeats = jax.random.key(options.seed or 0), Counter[tuple[int, ...]]()
     requests = []
     for number, prompt in enumerate(prompts):
         try:
             ids = to_ids(model, prompt, template_args)
-            most = resolve_max_tokens(model, ids, options.max_tokens)
+            max_tokens = resolve_max_tokens(model, ids, options.max_tokens)
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
         key = jax.random.fold_in(seed, repeats[tuple(ids)])
         repeats[tuple(ids)] += 1
-        requests.append(engine.Request(ids, options, most, stops, key))
+        requests.append(engine.Request(ids, options, max_tokens, stops, key))
     return requests
 
 
@@ -193,8 +194,8 @@ def _stream(
 ) -> Iterator[CompletionChunk]:
     requests = requests_for(model, prompts, options, template_args)
     if model.is_multiprocess:
-        asked = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]
-        digest = hashlib.sha256(repr((asked, options, batch_size)).encode()).hexdigest()[:8]
+        inputs = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]
+        digest = hashlib.sha256(repr((inputs, options, batch_size)).encode()).hexdigest()[:8]
         summary = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
         distributed.assert_equal("what to generate", digest, summary)
     if batch_size is not None and batch_size < 1:
@@ -210,7 +211,7 @@ def _stream(
 
 
 class Detokenization:
-    """Turns the tokens of one request into chunks of text."""
+    """Converts the tokens of one request to chunks of text."""
 
     def __init__(self, steps: CompiledSteps, index: int, request: engine.Request):
         self.steps: CompiledSteps = steps
@@ -223,10 +224,10 @@ class Detokenization:
         )
         self.tokens: list[int] = []
         self.logprobs: list[engine.Logprobs] = []
-        self.compiled: list[float] = [steps.seconds] * 2  # at the start of the request, and at its first token
+        self.compiled: list[float] = [steps.seconds] * 2  # compile time at the start, and at the first token
 
     def add(self, token: engine.Token) -> CompletionChunk | None:
-        """The chunk of text that this token completes; None while its text may still change."""
+        """Adds a token. Returns the chunk of text that it completes, or None while its text may still change."""
         request = self.request
         if request.generated == 1:
             self.compiled[1] = self.steps.seconds

@@ -1,4 +1,4 @@
-"""Memory of KV caches: what a request needs and what fits, before anything is allocated."""
+"""Estimates the memory of KV caches, and checks that they fit before anything is allocated."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,29 +14,38 @@ if TYPE_CHECKING:
 
 
 def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
-    """Raises MemoryError for a KV cache that does not fit, with the batch size that would."""
+    """Checks that the KV caches of a batch fit in device memory.
+
+    Args:
+        model: The model.
+        requests: All requests.
+        slots: Batch size.
+
+    Raises:
+        MemoryError: They do not fit; the message has a batch size that does.
+    """
     longest = max(len(r.ids) + r.max_tokens for r in requests)
     prompts = cache_bytes(model, max(len(r.ids) for r in requests), None)
-    # Besides the cache at its longest there is the one of new prompts or, while it grows, the one that it was.
-    before = [cache_bytes(model, length, 1) for length in engine.cache_lengths(requests)[:-1]]
-    row = cache_bytes(model, longest, 1) + max([prompts, *before])
+    # At the peak, two caches exist: the longest, and that of new prompts or (while the cache grows) the previous one.
+    previous = [cache_bytes(model, length, 1) for length in engine.cache_lengths(requests)[:-1]]
+    row = cache_bytes(model, longest, 1) + max([prompts, *previous])
     free = hardware.available_memory(model.device)
-    fits = "use a shorter prompt or fewer max_tokens (--max-tokens)"
-    copies, _ = memories(model)  # each holds its share of the rows
+    hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
+    shards, _ = memories(model)  # the rows are divided over them
     if free is not None and row <= free:
-        some = copies * (free // row)
-        fits = f"{some} at a time would fit (batch_size={some}, --batch-size {some}), or " + fits
-    hardware.require(-(-slots // copies) * row, model.device, f"{slots} sequences of {longest:,} tokens", fits)
+        batch = shards * (free // row)
+        hint = f"use batch_size={batch} (--batch-size {batch}), or " + hint
+    hardware.require(-(-slots // shards) * row, model.device, f"{slots} sequences of {longest:,} tokens", hint)
 
 
 def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
-    """Bytes on one device of the KV cache of one sequence of `length` tokens, of which `chunk` are written at once."""
+    """Bytes per device of the KV cache of one sequence of `length` tokens, written in chunks of `chunk` tokens."""
     make = partial(model.init_kv, 1, decoding.bucket(length), chunk=chunk or hardware.CHUNK[model.device.platform])
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
 
 
 def memories(model: "Model") -> tuple[int, int]:
-    """The number of device memories that rows are divided over, and kv heads. Virtual CPU devices share one memory."""
+    """The number of device memories that rows and kv heads are divided over. Virtual CPU devices share one memory."""
     over = None if model.device.platform == "cpu" else model.mesh
     return (1, 1) if over is None else (over.shape[mesh.DATA], mesh.num_shards("K", (model.config.K,), over))
 

@@ -1,4 +1,4 @@
-"""Prompts in any format to token ids, with their max_tokens and stop tokens."""
+"""Converts prompts in any format to token ids, and resolves max_tokens and stop tokens."""
 
 import operator
 import reprlib
@@ -15,36 +15,49 @@ from jaxlm.processing.tokenizer_files import eos_ids
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-DEFAULT_TOKENS = 256  # max_tokens where neither the user nor the model sets it
+DEFAULT_TOKENS = 256  # max_tokens if neither the user nor the model sets it
 
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether a single prompt was given."""
+    """Returns the prompts as a list, and whether `prompt` is a single prompt.
+
+    Raises:
+        ValueError: The list is empty, or `prompt` is a single message.
+    """
     if isinstance(prompt, str):
         return [prompt], True
-    if isinstance(prompt, Mapping):  # what tokenizers of transformers return
+    if isinstance(prompt, Mapping):  # the output of a transformers tokenizer
         if "input_ids" not in prompt:
-            raise ValueError("a chat is a list of messages: [{'role': 'user', 'content': …}]")
+            raise ValueError("a chat must be a list of messages: [{'role': 'user', 'content': …}]")
         prompt = prompt["input_ids"]
     if not isinstance(prompt, list | tuple):
         prompt = np.asarray(prompt).tolist()
     if not len(prompt):
-        raise ValueError("the list of prompts is empty")
+        raise ValueError("the list of prompts is empty: pass at least one prompt")
     single = isinstance(prompt[0], Integral | Mapping)
     return [prompt] if single else list(prompt), single
 
 
 def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
-    """Token ids of one prompt. ValueError for an invalid prompt, or ids outside the vocabulary."""
+    """Converts one prompt to token ids.
+
+    Args:
+        model: The model.
+        prompt: A str, a list of messages, or a list of token ids.
+        template_args: Variables of the chat template.
+
+    Raises:
+        ValueError: The prompt is invalid or empty, or has ids outside the vocabulary.
+    """
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
         ids = _tokenizer(model).chat(prompt, **template_args)
     else:
-        ids = _whole_numbers(prompt)
+        ids = _integers(prompt)
     if not ids:
-        begin = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
-        hint = f", or {begin!r} to generate without a prompt" if begin else ""
+        bos = model.tokenizer.hf.bos_token if model.tokenizer is not None else None
+        hint = f", or {bos!r} to generate without a prompt" if bos else ""
         raise ValueError(f"the prompt is empty: pass some text{hint}")
     if min(ids) < 0 or max(ids) >= model.config.V:
         raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
@@ -58,41 +71,57 @@ def _tokenizer(model: "Model") -> Tokenizer:
     return model.tokenizer
 
 
-def _whole_numbers(prompt: Any) -> list[int]:
+def _integers(prompt: Any) -> list[int]:
     try:
         return [operator.index(i) for i in prompt]
     except TypeError:
         raise ValueError(
-            f"a prompt is a str, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
+            f"a prompt must be a str, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
         ) from None
 
 
 def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -> int:
-    """The number of tokens to generate at most after `ids`. ValueError if they exceed the context length."""
+    """The maximum number of tokens to generate after the prompt `ids`.
+
+    Args:
+        model: The model.
+        ids: Token ids of the prompt.
+        max_tokens: The user's limit. None: that of generation_config.json, else DEFAULT_TOKENS, within the context.
+
+    Raises:
+        ValueError: Prompt and max_tokens exceed the context length.
+    """
     context = model.config.context
     left = context - len(ids)
     if left < 1:
-        raise ValueError(f"the prompt has {len(ids):,} tokens, the context of {model.source} {context:,}: shorten it")
+        raise ValueError(
+            f"the prompt has {len(ids):,} tokens, and the context length of {model.source} is {context:,}: "
+            "shorten the prompt"
+        )
     if max_tokens is not None and max_tokens > left:
         raise ValueError(
-            f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context of {model.source}, "
-            f"{context:,} tokens: shorten the prompt, or ask for at most {left:,} (--max-tokens {left})"
+            f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context length of {model.source}, "
+            f"{context:,}: shorten the prompt, or set max_tokens to at most {left} (--max-tokens {left})"
         )
     return max_tokens or min(model.generation_config.get("max_new_tokens") or DEFAULT_TOKENS, left)
 
 
 def stop_ids(model: "Model", options: SamplingParams) -> frozenset[int]:
-    """The stop tokens: those of the sampling parameters and, unless ignore_eos is set, the model's EOS tokens.
+    """The stop token ids: those of the sampling parameters and, unless ignore_eos is set, the EOS ids of the model.
 
-    These are the ids in model.generation_config, the tokenizer's EOS and the end-of-turn token of its chat template.
+    The EOS ids are those in model.generation_config, the EOS token of the tokenizer, and the end-of-turn token of its
+    chat template.
+
+    Raises:
+        ValueError: An id is outside the vocabulary.
     """
-    asked = options.stop_token_ids
-    if asked and max(asked) >= model.config.V:
-        raise ValueError(f"stop_token_ids has {max(asked)}; this model's ids are 0 to {model.config.V - 1}")
+    given = options.stop_token_ids
+    if given and max(given) >= model.config.V:
+        raise ValueError(f"stop_token_ids has {max(given)}; this model's ids are 0 to {model.config.V - 1}")
     if options.ignore_eos:
-        return frozenset(asked)
+        return frozenset(given)
     ends, tokenizer = eos_ids(model.generation_config), model.tokenizer
     if tokenizer is None:
-        return frozenset([*asked, *ends])
-    silent = model.generation_config.get("eos_token_id") is None
-    return frozenset([*asked, *tokenizer.stop_ids_beside(tokenizer.eos_ids if silent else ends)])
+        return frozenset([*given, *ends])
+    unset = model.generation_config.get("eos_token_id") is None
+    return frozenset([*given, *tokenizer.stop_ids_beside(tokenizer.eos_ids if unset else ends)])

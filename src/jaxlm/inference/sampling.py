@@ -1,16 +1,16 @@
-"""Sampling: from logits to the next token by logit bias, penalties, temperature, top-k, top-p and min-p.
+"""Sampling: the next token from logits, with logit bias, penalties, temperature, top-k, top-p and min-p.
 
-Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row, so that a batch
-mixes requests and a new value compiles nothing. The order is that of transformers' `generate`: logit bias, repetition
-penalty (presence and frequency penalty), temperature, top-k, top-p, min-p.
+Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row. A batch can
+therefore mix requests, and a new value needs no compilation. The order is that of transformers' `generate`: logit bias,
+repetition penalty (then presence and frequency penalty), temperature, top-k, top-p, min-p.
 
 Each filter is a threshold: a row keeps the logits at or above a value, so equal logits are kept or dropped together.
-The top-k threshold is the k-th largest logit. The top-p threshold is the largest value above which the kept probability
-reaches `top_p`; where transformers' top-p cuts through a tie, this one keeps all of it. Nothing sorts the vocabulary: a
-threshold is built bit by bit (32 counts over V), and only in batches where a row asks for it.
+The top-k threshold is the k-th largest logit. The top-p threshold is the largest value at or above which the kept
+probability reaches `top_p`. (transformers' top-p may split a group of equal logits.) The vocabulary is not sorted:
+thresholds are found by bisection on the bits (32 counts over V), and only in batches in which a row uses the filter.
 
-A row's token depends on that row alone, to the bit: probabilities are summed as integers, whose sum does not depend on
-the order, which batch size and sharding change.
+The token of a row is bit-exactly independent of the other rows. Probabilities are summed as integers, because the order
+of a sum depends on batch size and sharding, and integer sums do not depend on the order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +25,20 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxlm.devices import mesh
 from jaxlm.inference.sampling_params import SamplingParams
 
-# Above every logit, and far enough below float32's limit that a quotient of the two rounds to no infinity.
+# Larger than any logit, and small enough that the quotient of two such values does not overflow in float32.
 HUGE = 2.0**126
 
 
 class Sampling(NamedTuple):
-    """Sampling parameters of each row. Arrays [B]; the neutral value in brackets."""
+    """Sampling parameters of each row, as arrays [B]. Neutral values are in parentheses."""
 
-    temperature: Float[Array, " B"]  # (0: greedy, no filter below applies)
+    temperature: Float[Array, " B"]  # (0: greedy, without the filters below)
     top_k: Int[Array, " B"]  # (0: off)
-    top_p: Float[Array, " B"]  # (1: off; 0 keeps the largest alone)
-    min_p: Float[Array, " B"]  # (0: off; 1 keeps the largest alone), relative to the largest probability
+    top_p: Float[Array, " B"]  # (1: off; 0 keeps the largest only)
+    min_p: Float[Array, " B"]  # (0: off; 1 keeps the largest only), relative to the largest probability
     repetition_penalty: Float[Array, " B"]  # (1), CTRL, arXiv:1909.05858, section 4.1
     presence_penalty: Float[Array, " B"]  # (0), subtracted from every token generated so far
-    frequency_penalty: Float[Array, " B"]  # (0), subtracted once for each time it was generated
+    frequency_penalty: Float[Array, " B"]  # (0), subtracted once per time that a token was generated
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
@@ -51,29 +51,30 @@ class Counts(NamedTuple):
     """Token counts for the penalties. Batches without penalties have None instead."""
 
     seen: Bool[Array, "B V"]  # in the prompt or generated
-    generated: Int[Array, "B V"]  # times generated
+    generated: Int[Array, "B V"]  # number of times generated
 
 
 def count(tokens: Int[Array, "B T"], pos: Int[Array, "B T"], vocab: int) -> Counts:
-    """Counts after prompts `tokens` [B, T] int32 at positions `pos` [B, T] int32, where -1 marks padding."""
-    made = jnp.zeros((tokens.shape[0], vocab), jnp.int32)
+    """Counts after the prompts `tokens` [B,T] int32. Positions `pos` [B,T] int32 are -1 for padding."""
+    generated = jnp.zeros((tokens.shape[0], vocab), jnp.int32)
     row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-    # Padding goes past the end, where it is dropped: a negative index would wrap to the last token.
-    seen = (made > 0).at[row, jnp.where(pos < 0, vocab, tokens)].set(True, mode="drop")
-    return Counts(seen, made)
+    # Padding gets an index past the end, which is dropped. A negative index would wrap to the last token.
+    seen = (generated > 0).at[row, jnp.where(pos < 0, vocab, tokens)].set(True, mode="drop")
+    return Counts(seen, generated)
 
 
 def update(counts: Counts, tokens: Int[Array, " B"]) -> Counts:
-    """Counts after one generated token per row: tokens [B] int32, -1 where a row generated none."""
+    """Counts after one more generated token per row: tokens [B] int32, -1 for none."""
     batch, vocab = counts.generated.shape
     at = (jnp.arange(batch, dtype=jnp.int32), jnp.where(tokens < 0, vocab, tokens))
     return Counts(counts.seen.at[at].set(True, mode="drop"), counts.generated.at[at].add(1, mode="drop"))
 
 
 def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarray | None:
-    """`logit_bias` of each row as [B, V] float32, None where no row has any.
+    """`logit_bias` of all rows as [B,V] float32; None if no row has one.
 
-    ValueError for a token id outside the vocabulary.
+    Raises:
+        ValueError: A token id is outside the vocabulary.
     """
     if not any(rows):
         return None
@@ -81,13 +82,14 @@ def bias_of(rows: Sequence[Mapping[int, float] | None], vocab: int) -> np.ndarra
     for i, row in enumerate(rows):
         for token, value in (row or {}).items():
             if not 0 <= token < vocab:
-                raise ValueError(f"logit_bias names token {token}; this model's ids are 0 to {vocab - 1}")
+                raise ValueError(f"logit_bias has token {token}; this model's ids are 0 to {vocab - 1}")
             out[i, token] = value
     return out
 
 
 def penalize(logits: Float[Array, "B V"], s: Sampling, counts: Counts) -> Float[Array, "B V"]:
-    """Logits [B, V] after the repetition penalty (prompt and generated), presence and frequency (generated only)."""
+    """Logits [B,V] after the penalties: repetition (prompt and generated tokens), presence and frequency (generated
+    tokens only)."""
     repetition = s.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
     logits = jnp.where(counts.seen, repeated, logits)
@@ -98,10 +100,15 @@ def penalize(logits: Float[Array, "B V"], s: Sampling, counts: Counts) -> Float[
 def process(
     logits: Float[Array, "B V"], s: Sampling, counts: Counts | None = None, bias: Float[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """Logits [B,V] float32 whose softmax a row is sampled from, -inf for excluded tokens.
+    """Logits [B,V] float32 whose softmax is sampled from, -inf for excluded tokens.
 
-    Rows at temperature 0 get bias and penalties alone. `bias` [B, V] float32 is added first. A temperature so low that
-    a quotient would overflow is raised until it does not.
+    Rows at temperature 0 get bias and penalties only. A temperature so low that the quotient overflows is increased.
+
+    Args:
+        logits: [B,V] float32.
+        s: The sampling parameters.
+        counts: Token counts; None if no row has a penalty.
+        bias: Logit bias [B,V] float32, which is added first; None if no row has one.
     """
     if bias is not None:
         logits = logits + bias
@@ -118,10 +125,14 @@ def sample(
     counts: Counts | None = None,
     bias: Float[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """Next tokens [B] int32: the largest processed logit at temperature 0, else a draw from their softmax.
+    """Samples the next tokens [B] int32: the argmax of the processed logits at temperature 0, else from their softmax.
 
-    `keys` [B] are typed PRNG keys, one a row, never used twice (`step_keys`). Gumbel-max: the largest of logit plus
-    Gumbel noise is distributed as the softmax (Maddison et al., arXiv:1411.0030).
+    Gumbel-max: the argmax of logits plus Gumbel noise is distributed as the softmax (Maddison et al.,
+    arXiv:1411.0030).
+
+    Args:
+        logits, s, counts, bias: As in `process`.
+        keys: Typed PRNG keys [B], which must not be reused (`step_keys`).
     """
     drawn = s.temperature > 0
     logits = process(logits, s, counts, bias)
@@ -133,16 +144,23 @@ def sample(
 
 
 def step_keys(keys: Key[Array, " B"], pos: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Keys [B] of one step from the rows' keys [B] and the positions `pos` [B] int32 of the tokens to draw."""
+    """PRNG keys [B] of one step, from the keys [B] of the rows and the positions `pos` [B] int32 of the new tokens."""
     return jax.vmap(jax.random.fold_in)(keys, pos)
 
 
 def logprobs(
     logits: Float[Array, "B V"], tokens: Int[Array, " B"], n: int
 ) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
-    """Natural log-probabilities under the raw logits [B, V]: of `tokens` [B], and the n likeliest ids with theirs.
+    """Log-probabilities (in nats) under the raw logits.
 
-    Returns [B] float32, [B, n] int32, [B, n] float32, likeliest first. n is static.
+    Args:
+        logits: [B,V] float32.
+        tokens: [B] int32.
+        n: Number of most likely tokens to return. Static.
+
+    Returns:
+        The log-probabilities of `tokens` [B] float32, the n most likely ids [B,n] int32, most likely first, and their
+        log-probabilities [B,n] float32.
     """
     logits = logits - jnp.max(logits, -1, keepdims=True)
     total = jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))
@@ -151,13 +169,13 @@ def logprobs(
 
 
 def _top_k(x: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """The n largest values of each row [B,n] and their indices; of equal ones the first. On a mesh every device offers
-    the n largest of its shard, so that only those are gathered."""
-    places = mesh.traced_spec("BV", x.shape)
-    if len(places) < 2:
+    """The n largest values of each row [B,n] and their indices; of equal values, the first. On a mesh, each device
+    computes the n largest of its shard, and only these are all-gathered."""
+    sharding = mesh.traced_spec("BV", x.shape)
+    if len(sharding) < 2:
         values, ids = lax.top_k(x, n)
         return values, ids
-    rows, axes = places
+    rows, axes = sharding
 
     def local(part: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, ids = lax.top_k(part, min(n, part.shape[1]))
@@ -171,7 +189,7 @@ def _top_k(x: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Arr
 
 
 def _filtered(x: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
-    """Temperature, top-k, top-p and min-p. The result is meaningless for rows at temperature 0."""
+    """Applies temperature, top-k, top-p and min-p. The result is not valid for rows at temperature 0."""
     drawn = s.temperature > 0
     x = jnp.minimum(x, HUGE)
     x /= jnp.maximum(jnp.where(drawn, s.temperature, 1.0)[:, None], jnp.max(x, -1, keepdims=True) / HUGE)
@@ -191,10 +209,15 @@ def _mask_below(
 
 
 def _kth_threshold(x: Float[Array, "B V"], weight: Int[Array, "*BV"], target: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The largest value of each row whose logits at or above it weigh `target` [B] int32 together.
+    """The largest value of each row such that the weights of the logits at or above it sum to at least `target`.
 
-    `weight` [B, V] int32, or one for all. Built from the highest bit down over the bit patterns, which order as the
-    numbers do once negative ones are inverted and the sign bit of the others is set.
+    The value is found by bisection over bit patterns, from the highest bit down. Bit patterns of floats have the order
+    of the numbers after negative ones are inverted and the sign bit of the others is set.
+
+    Args:
+        x: Logits [B,V] float32.
+        weight: Weight of each logit [B,V] int32, or one scalar for all.
+        target: [B] int32.
     """
     sign = jnp.uint32(1 << 31)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
@@ -210,13 +233,13 @@ def _kth_threshold(x: Float[Array, "B V"], weight: Int[Array, "*BV"], target: In
 
 
 def _top_p_threshold(x: Float[Array, "B V"], share: Float[Array, " B"]) -> Float[Array, " B"]:
-    """The largest value of each row whose logits at or above it hold `share` [B] of its probability.
+    """The largest value of each row such that the logits at or above it have the probability `share` [B].
 
-    Probabilities are rounded to multiples of 2^-30. Measured at V = 262,144, the kept share was off by at most 3e-6 in
-    normal, Laplace, Zipf and flat rows, and by 1e-4 in one whose tail of 4e-10 a token rounds to nothing.
+    Probabilities are rounded to multiples of 2^-30. Measured at V = 262,144, the error of the kept share was at most
+    3e-6 in normal, Laplace, Zipf and uniform rows, and 1e-4 in a row whose tail (4e-10 per token) rounds to zero.
     """
     weight = jnp.exp(x - jnp.max(x, -1, keepdims=True))
-    # The sum in two integer parts of 11 bits (V up to 2^20 fits), rounded up: what is divided by it sums below 2^31.
+    # The sum, rounded up, in two integer parts of 11 bits (V up to 2^20 fits), so that the quotients sum to < 2^31.
     high = jnp.floor(weight * 2048)
     low = jnp.ceil((weight * 2048 - high) * 2048)
     high, low = (jnp.sum(part.astype(jnp.int32), -1, keepdims=True, dtype=jnp.int32) for part in (high, low))
@@ -228,10 +251,10 @@ def _top_p_threshold(x: Float[Array, "B V"], share: Float[Array, " B"]) -> Float
 
 
 def _gumbel(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
-    """Standard Gumbel noise [size] float32 with 32 random bits each.
+    """Standard Gumbel noise [size] float32 from 32 random bits per value.
 
-    jax.random.gumbel spends 23 bits, so its upper tail ends at 16 and a token whose probability is below some 1e-8 is
-    never drawn, however many such tokens a large vocabulary holds. Here the tail ends at 22.9, for the same time.
+    jax.random.gumbel uses 23 bits. Its upper tail ends at 16, so that tokens with a probability below about 1e-8 are
+    never sampled, even if a large vocabulary has many of them. Here the tail ends at 22.9, at the same cost.
     """
     bits = jax.random.bits(key, (size,), jnp.uint32)
     below_one = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
@@ -239,9 +262,7 @@ def _gumbel(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
 
 
 def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """First index of the largest value of each row: [B] int32.
-
-    Two plain reductions: on CPU, XLA's own argmax takes 3 to 9 times as long.
-    """
+    """First index of the largest value of each row: [B] int32. Two reductions are 3 to 9 times faster on CPU than XLA's
+    argmax."""
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.min(jnp.where(x == jnp.max(x, -1, keepdims=True), index, x.shape[1] - 1), -1)

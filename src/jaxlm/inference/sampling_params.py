@@ -27,32 +27,33 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters. A field left at None comes from the model's generation_config.json, else it is neutral."""
+    """Sampling parameters. If a field is None, the value of the model's generation_config.json is used, else the
+    neutral value."""
 
     max_tokens: int | None = None
-    """Maximum number of tokens to generate. Default: 256, or what the context has room for."""
+    """Maximum number of tokens to generate. Default: 256, within the context length."""
     temperature: float | None = None
     """Sampling temperature. 0 is greedy decoding, 1 is the model's own distribution."""
     top_k: int | None = None
     """Sample from the K most likely tokens only. 0 is off."""
     top_p: float | None = None
-    """Nucleus sampling: sample from the most likely tokens that hold this share of the probability. 1 is off."""
+    """Nucleus sampling: sample from the most likely tokens with this total probability. 1 is off."""
     min_p: float | None = None
     """Sample from tokens at least this fraction as likely as the most likely one. 0 is off."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens of the prompt and the answer less likely to be repeated. 1 is off."""
+    """Penalty on tokens of the prompt and the answer. Values above 1 reduce repetition. 1 is off."""
     presence_penalty: float | None = None
     """Subtracted from the logit of each token already generated, -2 to 2. 0 is off."""
     frequency_penalty: float | None = None
-    """Subtracted from the logit of a token once per time it was generated, -2 to 2. 0 is off."""
+    """Subtracted from the logit of a token for each time it was generated, -2 to 2. 0 is off."""
     logit_bias: dict[int, float] | None = None
-    """Token ids and what to add to their logits. 100 nearly forces a token, -100 nearly bans it."""
+    """Token ids and the values to add to their logits. 100 practically forces a token, -100 bans it."""
     stop: tuple[str, ...] | None = None
-    """Stop strings. They end the answer and are not part of it."""
+    """Stop strings. They end the answer and are not included in it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, in addition to the model's EOS tokens. Their text is not part of it."""
+    """Token ids that end the answer, in addition to the model's EOS tokens. Their text is not included."""
     seed: int | None = None
-    """Seed of the random numbers. Default: a new one per run."""
+    """Random seed. Default: a new seed per run."""
     ignore_eos: bool = False
     """Do not stop at the model's EOS tokens."""
     logprobs: int | None = None
@@ -63,7 +64,11 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _tuple(() if self.stop_token_ids is None else self.stop_token_ids))
 
     def validate(self) -> SamplingParams:
-        """Returns self. ValueError names the first field that is out of range, the range, and its flag."""
+        """Checks all fields and returns self.
+
+        Raises:
+            ValueError: A field is out of range; the message has its name, range and flag.
+        """
         for name, (allowed, text) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed(value):
@@ -71,31 +76,35 @@ class SamplingParams:
         return self
 
     def resolve(self, generation_config: Mapping[str, Any]) -> SamplingParams:
-        """Fills in every sampling parameter: the user's value, else the model's, else the neutral one.
+        """Sets every sampling parameter that is None to the value of the model, else to the neutral value.
 
-        As in transformers, a model samples by default only if its file sets `do_sample`. A given temperature, top_k,
-        top_p or min_p samples too. `max_tokens` and `stop` fall back to the file's `max_new_tokens` and `stop_strings`
-        (`stop=()` is none at all). `unsupported` lists what else the file asks for.
+        As in transformers, sampling is off by default unless generation_config.json sets `do_sample`. Passing a
+        temperature, top_k, top_p or min_p also turns it on. The defaults of `max_tokens` and `stop` are
+        `max_new_tokens` and `stop_strings` in the file; `stop=()` means no stop strings. `unsupported` lists the other
+        fields.
+
+        Args:
+            generation_config: Contents of generation_config.json.
 
         Raises:
-            ValueError: a value is out of range.
+            ValueError: A value is out of range.
         """
         self.validate()
-        given = {name: value for name, value in generation_config.items() if value is not None}
-        model = {name: given.get(name, neutral) for name, neutral in DEFAULTS.items()}
-        model["temperature"] = given.get("temperature", 1.0) if given.get("do_sample") or self._samples() else 0.0
-        model["max_tokens"] = given.get("max_new_tokens")
-        model["stop"] = given.get("stop_strings", ())
-        with explain_errors("the model's generation_config.json is invalid", "set the parameter yourself"):
-            return replace(self, **{k: v for k, v in model.items() if getattr(self, k) is None}).validate()
+        config = {name: value for name, value in generation_config.items() if value is not None}
+        defaults = {name: config.get(name, neutral) for name, neutral in DEFAULTS.items()}
+        defaults["temperature"] = config.get("temperature", 1.0) if config.get("do_sample") or self._samples() else 0.0
+        defaults["max_tokens"] = config.get("max_new_tokens")
+        defaults["stop"] = config.get("stop_strings", ())
+        with explain_errors("the model's generation_config.json is invalid", "pass the parameter explicitly"):
+            return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None}).validate()
 
     def _samples(self) -> bool:
-        """Whether a parameter was given that only has an effect when sampling."""
+        """Whether a parameter is set that has an effect only when sampling."""
         return bool(self.top_k) or bool(self.min_p) or (self.top_p is not None and self.top_p < 1)
 
     @property
     def penalized(self) -> bool:
-        """Whether a penalty is on, which needs counts of the tokens so far."""
+        """Whether a penalty is on. Penalties need token counts."""
         return any(
             getattr(self, name) != DEFAULTS[name]
             for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -122,11 +131,11 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def from_kwargs(**kwargs: Any) -> SamplingParams:
-    """SamplingParams from keyword arguments, validated.
+    """Creates validated SamplingParams from keyword arguments.
 
     Raises:
-        TypeError: an unknown name, with the right one where there is one.
-        ValueError: a value is out of range.
+        TypeError: A name is unknown; the message suggests the correct one.
+        ValueError: A value is out of range.
     """
     names = [field.name for field in fields(SamplingParams)]
     for name in kwargs:
@@ -140,26 +149,27 @@ def from_kwargs(**kwargs: Any) -> SamplingParams:
 
 
 def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
-    """Names of the fields of a generation_config.json that ask for something that jaxlm does not compute.
+    """Names of the fields of a generation_config.json that are set and not supported.
 
-    An unknown field counts unless it is null, false or empty: a later version of transformers may have added it.
+    Unknown fields are included unless they are null, false or empty, because a later version of transformers may have
+    added them.
     """
     read = {"do_sample", "temperature", "max_new_tokens", "stop_strings", *DEFAULTS}
     return [
         name
         for name, value in generation_config.items()
-        # `is False`: 0 equals False, and token 0 is a token.
+        # `is False`, because 0 == False, and 0 is a valid token id.
         if not (name in read or name in _HARMLESS or value is False or value in (None, "", [], {}, _OFF.get(name)))
     ]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
-    """A tuple of several values, or of the one given."""
+    """Converts a list or a single value to a tuple."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _number(low: float, high: float = 3e38, *, above: bool = False) -> Callable[[Any], bool]:
-    """Tests for a number in [low, high], or above low. float32 ends soon after 3e38."""
+    """Tests for a number in [low, high], or in (low, high] if `above`. The maximum of float32 is about 3.4e38."""
 
     def allowed(x: Any) -> bool:
         if not isinstance(x, Real) or isinstance(x, bool):
@@ -182,7 +192,7 @@ def _biases(value: Any) -> bool:
 
 
 def _texts(stop: Any) -> bool:
-    """Tests for stop strings that can be searched for after every token."""
+    """Tests for non-empty stop strings whose total length is limited, since they are searched after every token."""
     return all(isinstance(text, str) and text for text in stop) and sum(map(len, stop)) <= 10_000
 
 
@@ -198,13 +208,13 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logit_bias": (_biases, "token ids (integers, 0 or more) with finite numbers"),
     "stop": (_texts, "non-empty strings, at most 10,000 characters in all"),
     "stop_token_ids": (lambda ids: all(map(_integer(0), ids)), "token ids (integers, 0 or more)"),
-    # JAX keeps 32 bits of a seed: a longer one would repeat the random numbers of another.
+    # JAX uses 32 bits of a seed, so a longer seed would be equivalent to a shorter one.
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
     "ignore_eos": (lambda value: isinstance(value, bool), "True or False"),
     "logprobs": (_integer(0, 20), "an integer from 0 to 20"),
 }
 
-# Names that users of transformers and other tools know.
+# Names in transformers and other tools.
 _OTHER_TOOLS = {
     "do_sample": "temperature=0 is greedy, a temperature above 0 samples",
     "max_new_tokens": "did you mean 'max_tokens'? It counts new tokens only",
@@ -219,7 +229,7 @@ _OTHER_TOOLS = {
     "top_logprobs": "did you mean 'logprobs'?",
 }
 
-# Neutral values of fields of transformers' GenerationConfig, besides null, false and empty.
+# Neutral values of fields of transformers' GenerationConfig, other than null, false and empty.
 _OFF = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -237,8 +247,8 @@ _OFF = {
     "min_new_tokens": 0,
 }
 
-# Fields that do not change the sampled tokens: ids read elsewhere, caches, output formats, what only beam search reads,
-# and max_length, where the context length bounds prompt and answer.
+# Fields that do not change the sampled tokens: ids that are read elsewhere, caches, output formats, options of beam
+# search, and max_length (the context length limits prompt and answer).
 _HARMLESS = frozenset(
     """
     bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config _commit_hash

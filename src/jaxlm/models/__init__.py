@@ -1,6 +1,6 @@
-"""The model families: which module computes which `model_type` of a Hugging Face config.json.
+"""The model families: the module for each `model_type` of a Hugging Face config.json.
 
-A family is a module (`Family` in family.py says what it holds). Read llama3.py first. `register` adds a family from
+A family is a module with the attributes of `Family` (family.py). Read llama3.py first. `register` adds a family from
 outside the package:
 
     jaxlm.models.register("my_model", my_package.my_model)
@@ -27,7 +27,7 @@ def register(model_type: str, family: Family) -> None:
 
     Args:
         model_type: The field `model_type` of config.json.
-        family: A module, or another object with the attributes of `Family`. It needs no `load` of its own.
+        family: A module, or another object with the attributes of `Family`. It does not need a `load`.
     """
     FAMILIES[model_type] = family
 
@@ -39,7 +39,7 @@ def family_of(model_type: Any) -> Family:
         ValueError: model_type is None or unknown; the message lists the supported ones.
     """
     if model_type is None:
-        raise ValueError("config.json has no field 'model_type', so this is not the config of a model")
+        raise ValueError("config.json has no field 'model_type': it is not the config of a model, or is incomplete")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type {brief(model_type)} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "

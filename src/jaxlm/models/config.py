@@ -1,6 +1,6 @@
-"""Reads a Hugging Face config.json: the model files' `Config.from_hf` is written with `Fields`.
+"""Reads a Hugging Face config.json. `Fields` is used by `Config.from_hf` of the model files.
 
-A field that changes what the model computes and that the code does not know is an error that names the field.
+An unknown field that may change the output of the model is an error. The message has the name of the field.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from jaxlm.nn.rope import TYPES, Rope
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-# Fields that do not change what the forward pass computes.
+# Fields that do not change the output of the forward pass.
 HARMLESS = set(
     """
     architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
@@ -26,30 +26,30 @@ HARMLESS = set(
     """.split()  # noqa: SIM905
 )
 LARGEST = 2**31 - 1  # ids and positions are int32
-LAYERS = 2_000  # bounds loops over the layers of a hostile config
+LAYERS = 2_000  # maximum number of layers, since configs may be malicious
 REQUIRED: Any = object()
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def family_load(name: str) -> Callable[..., "Model"]:
-    """The `load` of a model file, which ends with `load = family_load(__name__)`.
+    """Creates the function `load` of a model file (`load = family_load(__name__)`).
 
-    Model files are imported by jaxlm.loading, so jaxlm.loading is imported when `load` is called.
+    jaxlm.loading imports the model files, so it is imported only when `load` is called.
     """
 
     def load(checkpoint: Any, **options: Any) -> "Model":
-        """`jaxlm.load` for a checkpoint of this family; a ValueError for one of another family."""
+        """`jaxlm.load` for a checkpoint of this family. Raises ValueError for another family."""
         return importlib.import_module("jaxlm.loading").load(checkpoint, family=sys.modules[name], **options)
 
     return load
 
 
 class Fields:
-    """The fields of a config.json, each read once; `done` raises an error for unread fields that matter.
+    """The fields of a config.json. Each is read once; `done` raises an error for unread fields that are not harmless.
 
     Args:
         hf: The fields of config.json.
-        allow: Names of fields that may pass although the code does not know them (`--allow-field`).
+        allow: Names of unknown fields to accept and ignore (`--allow-field`).
     """
 
     def __init__(self, hf: Mapping[str, Any], allow: Collection[str] = ()):
@@ -58,19 +58,19 @@ class Fields:
         self.faults: list[str] = []
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value of a field. The default stands for an absent or null field."""
+        """The value of a field; the default if it is absent or null."""
         value = self.left.pop(name, None)
         if value is not None:
             return value
         if default is REQUIRED:
-            raise ValueError(f"config.json has no field {name!r}, which this architecture needs: add it")
+            raise ValueError(f"config.json has no field {name!r}, which this architecture requires: add it")
         return default
 
     def number(self, name: str, default: Any = REQUIRED) -> int:
         """A field that is a size: an integer of at least 1."""
-        value, most = self(name, default), LAYERS if name == "num_hidden_layers" else LARGEST
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"config.json: {name} is {brief(value)}, but must be an integer from 1 to {most:,}")
+        value, largest = self(name, default), LAYERS if name == "num_hidden_layers" else LARGEST
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ValueError(f"config.json: {name} is {brief(value)}, but must be an integer from 1 to {largest:,}")
         return value
 
     def real(self, name: str, default: Any = REQUIRED) -> float:
@@ -82,14 +82,14 @@ class Fields:
         return _true_or_false(name, self(name, default))
 
     def section(self, name: str) -> dict[str, Any]:
-        """A field that is an object; empty where it is absent or null."""
+        """A field that is an object; empty if it is absent or null."""
         value = self(name, {})
         if not isinstance(value, Mapping):
             raise ValueError(f"config.json: {name} is {brief(value)}, but must be an object")
         return dict(value)
 
     def must(self, name: str, expected: Any) -> None:
-        """A field that must be absent, null, or `expected`: the code computes nothing else."""
+        """Checks that a field is absent, null, or `expected`, the only value that is supported."""
         value = self(name, expected)
         if value != expected and name not in self.allow:
             self.faults.append(f"{name} = {brief(value)} (only {expected!r} is supported)")
@@ -108,11 +108,11 @@ class Fields:
         return N, K, H
 
     def context(self, default: Any = REQUIRED) -> int:
-        """The longest sequence, in tokens."""
+        """The context length in tokens."""
         return self.number("max_position_embeddings", default)
 
     def windows(self, L: int, default_window: int, default_every: int) -> tuple[int | None, ...]:
-        """Sliding window of each layer, None for full attention: from layer_types, else every n-th layer is full."""
+        """Sliding window of each layer; None for full attention. Without layer_types, every n-th layer is full."""
         window = self.number("sliding_window", default_window)
         every = self.number("sliding_window_pattern", self.number("_sliding_window_pattern", default_every))
         kinds = self("layer_types", [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
@@ -126,7 +126,7 @@ class Fields:
         return read_rope({"rope_theta": self("rope_theta", None), **sections}, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
-        """The section of rope_parameters of each layer type, empty where the file has none."""
+        """The section of rope_parameters for each layer type; empty if the file has none."""
         ropes = Fields(self.section("rope_parameters"))
         sections = {kind: ropes.section(kind) for kind in (_FULL, _SLIDING)}
         if ropes.left:
@@ -136,7 +136,7 @@ class Fields:
         return {kind: {k: v for k, v in fields.items() if v is not None} for kind, fields in sections.items()}
 
     def done(self, config: Any) -> Any:
-        """Returns the config. ValueError for fields that were not read and are not known to be harmless."""
+        """Returns the config. Raises ValueError for unsupported values and for unread fields that are not harmless."""
         if not self.left.get("use_sliding_window", True):
             self.left.pop("sliding_window", None)  # transformers ignores it then
         for name, value in self.left.items():
@@ -168,14 +168,14 @@ def _true_or_false(name: str, value: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """The repr of a value from a file, shortened: the value may be long and deeply nested."""
+    """The repr of a value from a file, shortened, because it may be long and deeply nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
 
 
 def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] = ()) -> Rope:
-    """The Rope of a rope section. ValueError for a type or field that the code does not support."""
+    """Reads a RoPE section of config.json. Raises ValueError for a type or field that is not supported."""
     left = {name: value for name, value in section.items() if value is not None}
     kind = left.pop("rope_type", left.pop("type", "default"))
     left.pop("type", None)
@@ -191,7 +191,7 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
     if missing == ["original_max_position_embeddings"] and kind == "yarn":
         read["original_context"] = context
     elif missing:
-        raise ValueError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+        raise ValueError(f"config.json: rope_type {kind!r} requires {', '.join(missing)}: add it")
     if left.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
     if kind == "yarn":
@@ -251,5 +251,5 @@ _ROPE_NEEDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _SCALES = ("mscale", "mscale_all_dim")  # yarn, DeepSeek's fields; 0 means absent
-# transformers writes these for every type; the types that do not read them ignore them.
+# transformers writes these fields for every type; types that do not use them ignore them.
 _ROPE_HARMLESS = frozenset({"original_max_position_embeddings", "rope_theta"})

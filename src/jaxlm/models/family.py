@@ -1,7 +1,7 @@
-"""What the rest of the package relies on: the `Config` and `Family` protocols.
+"""The interface of a model family: the `Config` and `Family` protocols.
 
-Every model file of this folder is a Family, and so is any module that `jaxlm.models.register` accepts. Loading, export,
-sharding, LoRA, generation and training use nothing else of it.
+Every model file in this folder is a Family, and so is any module passed to `jaxlm.models.register`. Loading, export,
+sharding, LoRA, generation and training use only this interface.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -62,7 +62,7 @@ class Config(Protocol):
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was made for, in tokens (`max_position_embeddings`)."""
+        """Context length in tokens (`max_position_embeddings`)."""
         ...
 
     @property
@@ -72,12 +72,12 @@ class Config(Protocol):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Sliding window of each layer, in tokens; None for full attention. Sizes the KV cache."""
+        """Sliding window of each layer, in tokens; None for full attention. Determines the size of the KV cache."""
         ...
 
     @property
     def rope(self) -> Rope:
-        """Rotary position embedding of full-attention layers. verification puts a `FixedRope` in its place."""
+        """Rotary position embedding of full-attention layers. verification replaces it by a `FixedRope`."""
         ...
 
     def frequencies(self, window: int | None = None) -> Frequencies:
@@ -86,14 +86,14 @@ class Config(Protocol):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], allow: Collection[str] = ()) -> "Config":
-        """The config of a Hugging Face config.json.
+        """Creates the config from a Hugging Face config.json.
 
         Args:
             hf: The fields of config.json.
-            allow: Names of fields that may pass although the code does not know them (`--allow-field`).
+            allow: Names of unknown fields to accept and ignore (`--allow-field`).
 
         Raises:
-            ValueError: A field asks for what the family does not compute, or is missing or malformed.
+            ValueError: A field is missing, invalid, or not supported by the family.
         """
         ...
 
@@ -103,7 +103,7 @@ class Family(Protocol):
 
     @property
     def __name__(self) -> str:
-        """Name in messages and reports; of a module, its last part (`qwen3`)."""
+        """Name for messages and reports, of which the last part (`qwen3`) is shown."""
         ...
 
     @property
@@ -118,18 +118,18 @@ class Family(Protocol):
 
     @property
     def NORM_IDENTITY(self) -> float:
-        """The value of a norm weight that changes nothing: 1, or 0 where weights are stored as w - 1."""
+        """The value of a norm weight without effect: 1, or 0 if weights are stored as w - 1."""
         ...
 
     @property
     def IGNORED_PREFIXES(self) -> tuple[str, ...]:
-        """Prefixes of checkpoint tensors that are known and not used."""
+        """Prefixes of known checkpoint tensors that are not loaded."""
         ...
 
     @property
     def layer(self) -> Callable[..., Any]:
-        """One layer. The leading arguments are the family's own, bound by `forward`; the last three are x [B,T,D], the
-        layer's weights, and its `LayerCache` or None. Returns x and the LayerCache."""
+        """One layer. The last three arguments are x [B,T,D], the weights of the layer, and its `LayerCache` or None.
+        Further leading arguments are specific to the family and bound by `forward`. Returns x and the LayerCache."""
         ...
 
     def forward(
@@ -141,18 +141,18 @@ class Family(Protocol):
         pos: Int[Array, "B T"],
         **options: Any,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Last hidden states, normalized, and the updated KV cache.
+        """Computes the last hidden states, normalized, and the updated KV cache.
 
         Args:
             cfg: A `Config` of this family.
             tokens: Token ids.
             w: Weights: {"embed": ..., "layers": a list or stacked layers, "norm": ..., "head": ... unless tied}.
-            cache: KV cache, None without one.
+            cache: The KV cache, or None.
             pos: Position of each token in its sequence, -1 for padding.
             options: Passed to `scan_layers` (remat, hidden).
         """
         ...
 
     def logits(self, cfg: Any, x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"]:
-        """Float32 logits of hidden states; of the weights it needs the output head alone."""
+        """Computes float32 logits from hidden states. Of the weights, only the output head is used."""
         ...

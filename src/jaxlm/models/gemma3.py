@@ -1,8 +1,9 @@
 """Gemma 3, text (Gemma team 2025, arXiv:2503.19786): 270M and 1B, and the language model of 4B, 12B and 27B.
 
-Five of six layers have sliding-window attention and rotary theta 10,000. Every sixth has full attention and theta
-1,000,000, its frequencies divided by 8 from 4B on. Norms come before and after attention and MLP and on every query and
-key head; their weights are stored as w - 1. The embedding is scaled by sqrt(D) in the activations' dtype.
+Five of six layers have sliding-window attention and rotary theta 10,000. Every sixth layer has full attention and theta
+1,000,000; its frequencies are divided by 8 from 4B on. Norms are applied before and after attention and MLP, and to
+every query and key head; their weights are stored as w - 1. The embedding is scaled by sqrt(D) in the activations'
+dtype.
 """
 
 from collections.abc import Collection, Mapping
@@ -92,7 +93,7 @@ PARAMS = {
     "norm": ("D", *names("norm.weight")),
     "head": ("VD", "lm_head.weight", "language_model.lm_head.weight"),
 }
-# The vision tower is not read yet.
+# The vision tower is not supported yet.
 IGNORED_PREFIXES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
 
 

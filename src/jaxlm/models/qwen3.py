@@ -1,7 +1,7 @@
 """Qwen3, the dense models (Yang et al. 2025, arXiv:2505.09388).
 
 Llama 3 with an RMSNorm on every query and key head, before the rotation. The head width is independent of D / N. The
-models up to 4B tie the output head to the embedding. `diff llama3.py qwen3.py` shows the architecture alone.
+models up to 4B tie the output head to the embedding. `diff llama3.py qwen3.py` shows the differences.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,7 +1,7 @@
-"""What model files are written in: einsum with weights, norms, rotary positions, attention and the layer loop.
+"""Building blocks of the model files: einsum with weights, norms, rotary position embedding, attention, the layer loop.
 
-Functions take arrays and scalars, never a config. Shapes use the alphabet of docs/architecture.md; their annotations
-are jaxtyping's, checked at run time by the tests (tests/conftest.py).
+Functions take arrays and scalars, never a config. Shapes use the letters of docs/architecture.md. They are annotated
+with jaxtyping, and the tests check them at run time (tests/conftest.py).
 """
 
 from jaxlm.nn.attention import attend

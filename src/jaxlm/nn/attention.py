@@ -49,7 +49,7 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T N H"], kv_cache.LayerCache | None]:
-    """Causal grouped-query attention, over the KV cache where there is one.
+    """Causal grouped-query attention, over the KV cache if there is one.
 
     Args:
         q: Queries; query head n reads kv head n // (N // K).
@@ -62,7 +62,7 @@ def attend(
         scale: Factor on the scores; H**-0.5 by default.
 
     Returns:
-        The attention output in q's dtype (finite and meaningless at padding), and the updated cache.
+        The attention output in q's dtype (finite but arbitrary at padding), and the updated cache.
     """
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cache is None:
@@ -126,10 +126,11 @@ def _causal_blocked(
     window: int | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """`reference` on CPU where queries and keys are the same tokens, as in training and prefill without a cache.
+    """`reference` on CPU if queries and keys are the same tokens, as in training and prefill without a cache.
 
     Each block of queries is multiplied with the keys up to its end. Query heads that share a kv head share a matmul.
-    The softmax is normalized after the matmul with the values. 3 times as fast as `reference`, gradient included.
+    The softmax is normalized after the matmul with the values. It is 3 times as fast as `reference`, including the
+    gradient.
     """
     (B, T, N, H), K = q.shape, k.shape[1]
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), k, v))
@@ -196,7 +197,7 @@ def reference(
 ) -> Float[Array, "B T N H"]:
     """Attention in plain XLA, the specification of every backend.
 
-    Long sequences are computed a block of queries at a time, so that scores [B,N,T,S] never exist at once.
+    Long sequences are computed in blocks of queries, so that the scores [B,N,T,S] are never in memory at once.
 
     Args:
         q: Queries.
@@ -255,8 +256,8 @@ def _block(
 def _cudnn_applies(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> bool:
     """Whether cuDNN's flash attention supports these shapes and is faster.
 
-    It needs half precision, even T and S, and H a multiple of 8 up to 256 (128 before Hopper). XLA computes single
-    queries, and lengths whose mask would take half a gigabyte.
+    It needs half precision, even T and S, and H a multiple of 8 up to 256 (128 before Hopper). Single queries, and
+    lengths whose mask would exceed half a gigabyte, are computed by XLA.
     """
     B, T, _, H = q.shape
     S = k.shape[2]
@@ -264,9 +265,9 @@ def _cudnn_applies(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> bo
     if "cuda" not in device.client.platform_version.lower():
         return False
     hopper = float(device.compute_capability) >= 9.0
-    # On a mesh query and kv heads must be sharded alike. With kv groups, or one kv head, they are not.
-    alike = mesh.traced_spec("N", q.shape[2:3]) == mesh.traced_spec("K", k.shape[1:2])
-    shapes = alike and T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
+    # On a mesh, query and kv heads must have the same sharding. With kv groups, or one kv head, they do not.
+    same_sharding = mesh.traced_spec("N", q.shape[2:3]) == mesh.traced_spec("K", k.shape[1:2])
+    shapes = same_sharding and T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
     return shapes and q.dtype != jnp.float32 and B * T * S <= 1 << 28
 
 

@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens at a time: [B,T,V] never exists, neither in the forward nor in the backward pass."""
+"""Logits computed in chunks of tokens, so that [B,T,V] is never in memory, in the forward and the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.devices import mesh
 
-CHUNK = 1024  # tokens whose logits exist at once on a device
+CHUNK = 1024  # maximum number of tokens per device whose logits are in memory at once
 
 
 def map_chunked_logits(
@@ -24,8 +24,8 @@ def map_chunked_logits(
 ) -> Any:
     """Maps a function over the logits of all tokens, `chunk` tokens at a time.
 
-    The backward pass recomputes the logits of each chunk (activation checkpointing). On a mesh each shard of `data`
-    works on its own rows.
+    The backward pass recomputes the logits of each chunk (activation checkpointing). On a mesh, each shard of `data`
+    processes its own rows.
 
     Args:
         family: The model's family, for its `logits`.

@@ -1,4 +1,4 @@
-"""Model FLOPs from a config, for MFU (model FLOPs utilization): recomputation does not count."""
+"""Model FLOPs from a config, for MFU (model FLOPs utilization). Recomputation is not counted."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from jaxlm.nn import params
 
 
 def multiplied(table: params.Table, cfg: Any) -> int:
-    """Number of parameters that each token is multiplied with: all but an embedding that is only looked up."""
+    """Number of parameters in matmuls: all parameters except an untied embedding, which is only looked up."""
     return params.count(table, cfg) - (0 if cfg.tied else cfg.V * cfg.D)
 
 

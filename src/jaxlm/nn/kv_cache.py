@@ -1,8 +1,9 @@
 """The KV cache: keys and values of earlier tokens, and the position of the token in each slot.
 
-A full-attention layer keeps position p in slot p. A sliding-window layer keeps it in slot p % S of a ring buffer with
-S = window + chunk - 1 slots: writing `chunk` tokens at once then overwrites nothing that the first of them attends to.
-The attention mask reads the stored positions. Layers with the same number of slots share one array of positions.
+A full-attention layer stores position p in slot p. A sliding-window layer stores it in slot p % S of a ring buffer with
+S = window + chunk - 1 slots. Writing `chunk` tokens then does not overwrite positions that the first of them attends
+to. The attention mask is computed from the stored positions. Layers with the same number of slots share one array of
+positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +19,15 @@ from jaxtyping import Array, Float, Int
 @partial(jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk"])
 @dataclass(frozen=True)
 class KVCache:
-    """The KV cache of all layers, a pytree. `init` makes one.
+    """The KV cache of all layers, a pytree. `init` creates one.
 
     The leaves are arrays; trees of their shapes, shardings and letters have the same structure.
 
     Attributes:
-        positions: Number of slots S (as a string) -> position of the token in each slot, [B,S] int32, -1 where empty.
+        positions: Number of slots S (as a string) -> position of the token in each slot, [B,S] int32, -1 if empty.
         layers: {"k": [B,K,S,H], "v": [B,K,S,H]} of each layer.
-        length: Positions 0 to length - 1 fit.
-        chunk: Largest number of tokens per row that one call may write.
+        length: Maximum number of positions, 0 to length - 1.
+        chunk: Maximum number of tokens per row and call.
     """
 
     positions: dict[str, Any]
@@ -38,7 +39,10 @@ class KVCache:
 class LayerCache(NamedTuple):
     """One layer's part of the KV cache during a call.
 
-    index: the slot of each token of the call. positions: of all slots, once these tokens are written.
+    Attributes:
+        k, v: Keys and values.
+        index: Slot of each token of the call.
+        positions: Positions of all slots after these tokens are written.
     """
 
     k: Float[Array, "B K S H"]
@@ -50,17 +54,17 @@ class LayerCache(NamedTuple):
 def init(
     batch: int, length: int, windows: Sequence[int | None], K: int, H: int, dtype: Any, chunk: int | None
 ) -> KVCache:
-    """An empty KV cache.
+    """Creates an empty KV cache.
 
     Args:
-        batch: Rows B.
-        length: Positions that fit.
+        batch: Number of rows B.
+        length: Maximum number of positions per row.
         windows: Sliding window of each layer; None for full attention.
         K: Number of kv heads.
         H: Head width.
-        dtype: Of keys and values.
-        chunk: Largest number of tokens per row that one call may write. None allows any number: every layer then keeps
-            all `length` positions.
+        dtype: dtype of keys and values.
+        chunk: Maximum number of tokens per row and call. None: any number, for which every layer stores all `length`
+            positions.
     """
     chunk = min(chunk or length, length)
     slots = [length if window is None else min(length, window + chunk - 1) for window in windows]
@@ -78,8 +82,8 @@ def map_arrays(cache: KVCache, put: Callable[[Any, str], Any]) -> KVCache:
 def slot_index(pos: Int[Array, "B T"], S: int, length: int) -> Int[Array, "B T"]:
     """The slot of each position in a ring buffer of S slots.
 
-    Padding and positions past `length` get indices past the end, where a scatter drops them; a negative index would
-    wrap. The indices of a row are distinct, as `unique_indices` of the scatter needs.
+    Padding and positions past `length` get indices past the end, which a scatter drops. (A negative index would wrap.)
+    The indices of a row are distinct, as `unique_indices` of the scatter requires.
     """
     outside = S + jnp.arange(pos.shape[1], dtype=pos.dtype)
     return jnp.where((pos < 0) | (pos >= length), outside, pos % S)
@@ -96,11 +100,12 @@ def advance(cache: KVCache, pos: Int[Array, "B T"]) -> tuple[KVCache, list[Layer
     """
     if pos.shape[1] > cache.chunk:
         raise ValueError(
-            f"{pos.shape[1]} tokens do not fit this KV cache: it takes {cache.chunk} per call and {cache.length} in "
-            "total. Make it larger with init_kv(batch, length), or write in chunks."
+            f"{pos.shape[1]} tokens do not fit this KV cache, which has room for {cache.chunk} per call and "
+            f"{cache.length} in total: create a larger one with init_kv(batch, length), or pass the tokens in chunks"
         )
     index = {S: slot_index(pos, a.shape[1], cache.length) for S, a in cache.positions.items()}
-    # Rewinding a row clears its slots of later positions, so that the next call continues after its newest token.
+    # Writing at an earlier position (rewinding) clears the slots of later positions, so that the next call continues
+    # after the newest token of each row.
     newest = jnp.where((pos >= 0).any(axis=1), pos.max(axis=1), cache.length)[:, None]
     cleared = {S: jnp.where(a > newest, -1, a) for S, a in cache.positions.items()}
     positions = {S: _by_row(_put_at, a, pos, index[S]) for S, a in cleared.items()}
@@ -121,7 +126,7 @@ def _put_at(old: Int[Array, " S"], new: Int[Array, " T"], index: Int[Array, " T"
     return old.at[index].set(new, mode="drop", unique_indices=True)
 
 
-# Rows of a batch are sharded. As a vmap, and not as one more index of the scatter, a write needs no communication.
+# With a vmap over the sharded rows, instead of another index of the scatter, a write needs no communication.
 def _by_row(put: Callable[..., Array], *arrays: Array) -> Array:
     return jax.vmap(put)(*arrays)
 
@@ -132,11 +137,11 @@ def next_position(cache: KVCache) -> Int[Array, " B"]:
 
 
 def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
-    """Replaces rows of a cache: prefilled requests join the decoding batch (continuous batching).
+    """Replaces rows of a cache, to add prefilled requests to the decoding batch (continuous batching).
 
     Args:
         cache: The target.
-        part: A cache of b rows with any number of slots. A smaller ring buffer in the target keeps the newest
+        part: A cache of b rows with any number of slots. If a ring buffer of the target is smaller, it gets the newest
             positions.
         rows: Row of the target for each row of `part`. Rows past the end are dropped.
     """
@@ -155,7 +160,7 @@ def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
 
 
 def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
-    """Copies a shorter cache of as many rows into an empty, longer one. No row leaves its device."""
+    """Copies a cache into an empty, longer one with the same number of rows. Rows stay on their devices."""
     positions, layers = dict(cache.positions), []
     for new, old in zip(cache.layers, part.layers, strict=True):
         S, stored = new["k"].shape[2], part.positions[str(old["k"].shape[2])]

@@ -1,4 +1,4 @@
-"""Products of activations and weights. A weight knows its form: each form brings its own rule to `einsum`."""
+"""Products of activations and weights. Weights dispatch their own product (plain, LoRA)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,17 +10,26 @@ import jax.numpy as jnp
 
 from jaxlm.devices import mesh
 
-# Up to so many rows are multiplied one by one on CPU. A decoding step of two rows takes 2.4 times as long as one of a
-# single row with one product for both, and 1.8 times with two (jax 0.12). With three rows jax 0.10 is slower one by one
-# (docs/performance.md).
+# On CPU, up to this number of rows are multiplied one by one. With jax 0.12, a decoding step of two rows takes 2.4
+# times as long as that of a single row with one product for both rows, and 1.8 times as long with two products. With
+# three rows, separate products are slower on jax 0.10 (docs/performance.md).
 MAX_SINGLE_ROWS = 2
 
 
 def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None) -> Any:
-    """`einsum(spec, x, w)` in x's dtype (or `dtype`), accumulated in float32; float32 products keep full precision.
+    """Computes `einsum(spec, x, w)`, accumulated in float32. float32 inputs are multiplied in full precision.
 
-    Products that share their input are asked for together, as tuples of specs and weights, so that they can run as
-    one; the answer is then a tuple. On a mesh the result lies where its letters say.
+    On a mesh, the sharding of the result follows from its letters.
+
+    Args:
+        spec: An einsum spec such as "BTD,FD->BTF". Several products with the same input may be passed together, as
+            tuples of specs and weights, so that they can run as one.
+        x: Activations.
+        w: A weight, an array or a WeightForm; a tuple of weights for a tuple of specs.
+        dtype: dtype of the result. Default: that of x.
+
+    Returns:
+        The result; a tuple of results for a tuple of specs.
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
@@ -28,15 +37,15 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
 
 
 class WeightForm(ABC):
-    """A weight in another form than one array: a pytree node with its own rule for products."""
+    """A weight that is not a plain array, such as LoRA: a pytree node that implements its own product."""
 
     @abstractmethod
     def product(self, spec: str, x: jax.Array) -> jax.Array:
-        """What `multiply` gives for the array that this stands for: float32."""
+        """The result of `multiply` with the represented array, in float32."""
 
 
 def product(spec: str, x: jax.Array, w: Any) -> jax.Array:
-    """One product with a weight in any form, float32 out."""
+    """One product with an array or a WeightForm, in float32."""
     if isinstance(w, WeightForm):
         return w.product(spec, x)
     if not mesh.active():
@@ -45,42 +54,46 @@ def product(spec: str, x: jax.Array, w: Any) -> jax.Array:
     def gathering(x: jax.Array, w: jax.Array) -> jax.Array:
         return multiply(spec, x, mesh.constrain(w.astype(x.dtype), spec.split("->")[0].split(",")[1]))
 
-    # Where training divides a weight over `data` it is gathered for each product. The backward pass gathers it again:
-    # kept, the gathered weights of all layers would exist at once. A layer that is computed again there shares its
-    # gathers with its gradients (prevent_cse).
+    # In training (FSDP), a weight that is sharded over `data` is all-gathered for each product. The backward pass
+    # gathers it again; otherwise the gathered weights of all layers would exist at once. With activation checkpointing,
+    # the recomputed layer and its gradients share one gather (prevent_cse=False).
     return jax.checkpoint(gathering, prevent_cse=False)(x, w)
 
 
 def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """One product with a plain array, float32 out. Accelerators would cut float32 inputs unless told not to.
+    """One product with a plain array, in float32. float32 inputs are multiplied in full precision on accelerators too.
 
-    On one device each operand has two axes: x rows and the summed letters, w the kept and the summed letters. With more
-    axes XLA on CPU transposes and copies the weight at each product, which takes up to 14 times as long
-    (docs/performance.md). On a mesh the letters stay apart, for each has axes of its own.
+    On one device, the operands are reshaped to two axes: x to rows and summed letters, w to kept and summed letters.
+    With more axes, XLA on CPU transposes and copies the weight at each product, which takes up to 14 times as long
+    (docs/performance.md). On a mesh they are not reshaped, because each letter has its own mesh axes.
+
+    Raises:
+        ValueError: The shapes do not match the letters of the spec.
     """
     summed = _summed(spec)
     if mesh.active() or not summed:
         return _product(spec, x, w)
     x_letters, w_letters = spec.split("->")[0].split(",")
     if (x.ndim, w.ndim) != (len(x_letters), len(w_letters)) or x.shape[-summed:] != w.shape[-summed:]:
-        # einsum would say so too. Flattened, a weight [D, H, N] would pass for [D, N, H] and give wrong numbers.
+        # Checked before reshaping. Afterwards, einsum would accept a weight [D,H,N] in place of [D,N,H].
         raise ValueError(f"einsum {spec!r}: shapes {x.shape} and {w.shape} do not fit its letters")
     rows, kept = x.shape[:-summed], w.shape[:-summed]
     width = math.prod(w.shape[-summed:])
     flat_x, flat_w = x.reshape(math.prod(rows), width), w.reshape(math.prod(kept), width)
-    plain = partial(_product, "BD,FD->BF")
+    matmul = partial(_product, "BD,FD->BF")
     if 1 <= math.prod(rows) <= MAX_SINGLE_ROWS:
-        y = jax.lax.platform_dependent(flat_x, flat_w, cpu=_few_rows, default=plain)
+        y = jax.lax.platform_dependent(flat_x, flat_w, cpu=_few_rows, default=matmul)
     else:
-        y = plain(flat_x, flat_w)
+        y = matmul(flat_x, flat_w)
     return y.reshape(*rows, *kept)
 
 
 def _summed(spec: str) -> int:
-    """The number of summed letters, where they are the last of both x and w and the result has x's other letters, then
-    w's. 0 for any other spec, for instance a letter of experts in all three, or a weight [in, out].
+    """The number of summed letters, if they are the last letters of both x and w, and the result has the other letters
+    of x followed by those of w.
 
-    Those run as plain einsum. They are right there, on one device as on a mesh, and cost speed on CPU alone.
+    0 for any other spec, such as one with a batch letter of experts in all three, or a weight [in, out]. Those are
+    computed by a plain einsum, which is correct everywhere and slower only on CPU.
     """
     inputs, out = spec.split("->")
     x_letters, w_letters = inputs.split(",")
@@ -95,19 +108,20 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B,D], w [F,D] -> [B,F], a row at a time."""
-    w = w.astype(jnp.float32)  # once, so that gradients of the rows are added up in float32
+    """x [B,D], w [F,D] -> [B,F], one row at a time."""
+    w = w.astype(jnp.float32)  # converted once, so that the gradients of the rows are summed in float32
     return jnp.stack([_single_row(row, w) for row in x.astype(jnp.float32)])
 
 
 def _single_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [D], w [F,D] -> [F], float32: the product of a single token on CPU, at the rate at which memory is read.
+    """x [D], w [F,D] -> [F], float32: the product of a single token on CPU, limited by memory bandwidth only.
 
-    XLA reads a weight once, converting as it goes, where a vector meets the transpose of float32 rows and nothing is
-    fused onto the result (jax 0.12 also wants hardware.COMPILER_OPTIONS); otherwise it first writes the whole weight as
-    float32. reduce_precision to float32's own bits changes nothing and keeps the neighbors off.
+    XLA reads the weight once and converts it on the fly if a vector is multiplied with the transpose of float32 rows
+    and no other operation is fused with the product. (jax 0.12 also needs hardware.COMPILER_OPTIONS.) Otherwise it
+    first writes the whole weight as float32. reduce_precision to the precision of float32 does not change values, and
+    prevents the fusion.
     """
-    width = x.size if x.size < 4096 else 2048  # XLA's fast way takes vectors of less than 16 KiB
+    width = x.size if x.size < 4096 else 2048  # XLA's fast kernel takes vectors of less than 16 KiB
 
     def part(begin: int) -> jax.Array:
         y = x[begin : begin + width] @ w[:, begin : begin + width].T
@@ -117,8 +131,11 @@ def _single_row(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def embed(tokens: Any, w: jax.Array) -> jax.Array:
-    """Rows [B,T,D] of the table w [V,D]. A row's gradient is the float32 sum over its tokens: in half precision, a
-    frequent token's would end where one more adds nothing."""
+    """Looks up token embeddings [B,T,D] in the table w [V,D].
+
+    The gradient of a row is summed over its tokens in float32. In half precision, the sum over a frequent token would
+    stop growing.
+    """
     return mesh.constrain(_rows(mesh.constrain(w, "VD"), tokens), "BTD")
 
 
@@ -128,11 +145,11 @@ def _rows(w: jax.Array, tokens: Any) -> jax.Array:
 
 
 def _rows_forward(w: jax.Array, tokens: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-    return w[tokens], (tokens, w[:, :0])  # no element of w: its length and type
+    return w[tokens], (tokens, w[:, :0])  # an empty slice, which has the length and dtype of w
 
 
-def _rows_backward(kept: tuple[Any, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
-    tokens, like = kept
+def _rows_backward(residuals: tuple[Any, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    tokens, like = residuals
     total = jnp.zeros((like.shape[0], g.shape[-1]), jnp.float32).at[tokens].add(g.astype(jnp.float32))
     return total.astype(like.dtype), None
 

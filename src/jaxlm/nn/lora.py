@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): a frozen weight plus a trainable product of two low-rank factors.
 
-An adapter is a tree like the weights that holds a `Lora` without its weight for each adapted weight, and nothing for
-the others. It is what is trained and saved; `join` puts it into the weights.
+An adapter is a tree like the weights. It has a `Lora` without its weight for each adapted weight, and no entry for the
+others. The adapter is trained and saved; `join` combines it with the weights.
 """
 
 import math
@@ -26,7 +26,7 @@ class Lora(WeightForm):
 
     Attributes:
         w: The frozen weight, an array or a WeightForm; None in an adapter.
-        a: Factor on the input: [r,D] for a weight [N,H,D]. It has the letters that the matmul contracts.
+        a: Factor on the input: [r,D] for a weight [N,H,D]. Its letters are r and those that the matmul contracts.
         b: Factor on the output: [N,H,r] for a weight [N,H,D].
         key: PRNG key of the dropout on the input of a; None for no dropout.
         scale: Factor on b a.
@@ -70,7 +70,7 @@ def is_lora(leaf: Any) -> bool:
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """The factor on b a: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), which suits high ranks."""
+    """The factor on b a: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
@@ -107,7 +107,7 @@ def targets(table: params.Table, cfg: Any, names: Collection[str]) -> list[param
 
 
 def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, key: Array) -> dict[str, Any]:
-    """A new float32 adapter, which does not change the model yet.
+    """Creates a float32 adapter that does not change the output of the model.
 
     b is zero. a is uniform within 1 / sqrt(fan-in), as in PEFT.
 
@@ -147,15 +147,15 @@ def join(weights: Any, adapter: Any) -> Any:
 
 
 def keyed(adapter: Any, key: Array, rate: float) -> Any:
-    """The adapter with dropout, with a PRNG key of its own for each adapted weight."""
+    """Adds dropout to an adapter, with a different PRNG key for each adapted weight."""
     if not rate:
         return adapter
     paths, tree = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=is_lora)
     leaves = []
-    for own, (path, leaf) in zip(jax.random.split(key, len(paths)), paths):
+    for leaf_key, (path, leaf) in zip(jax.random.split(key, len(paths)), paths):
         stacked = jax.tree_util.DictKey("stacked") in path
-        own = jax.random.split(own, len(leaf.a)) if stacked else own  # one per layer of the scan
-        leaves.append(replace(leaf, key=own, rate=rate))
+        leaf_key = jax.random.split(leaf_key, len(leaf.a)) if stacked else leaf_key  # one per layer of the scan
+        leaves.append(replace(leaf, key=leaf_key, rate=rate))
     return tree.unflatten(leaves)
 
 

@@ -1,8 +1,8 @@
-"""The PARAMS table of a family, and what derives from it: shapes, checkpoint names, initial values, counts, stacking.
+"""The PARAMS table of a family. It defines shapes, checkpoint names, initial values, counts and stacking.
 
-A row is `path: (letters, checkpoint name, aliases ...)`. A path that begins with `layers.` stands for one weight per
-layer, and `{}` in the name for the layer's index. Letters give the shape through the config's sizes, in the order in
-which the checkpoint stores the axes; a checkpoint stores adjacent head letters (NH, KH) as one axis.
+A row is `path: (letters, checkpoint name, aliases ...)`. A path that begins with `layers.` represents one weight per
+layer; `{}` in the name is the index of the layer. The letters are the axes in the order of the checkpoint. Their sizes
+are fields of the config. A checkpoint stores adjacent head letters (NH, KH) as one axis.
 """
 
 import math
@@ -109,7 +109,8 @@ def letters(table: Table, weights: Any) -> Any:
 def init(table: Table, cfg: Any, key: jax.Array, norm_identity: float, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Random initial weights, normally distributed with standard deviation 1 / sqrt(fan-in).
 
-    The embedding's is 1 / sqrt(D), so that a tied head gives logits of deviation 1. Norms start at `norm_identity`.
+    That of the embedding is 1 / sqrt(D), so that a tied head gives logits with standard deviation 1. Norms start at
+    `norm_identity`.
     """
     weights: dict[str, Any] = {}
     for i, row in enumerate(tensors(table, cfg)):

@@ -1,6 +1,6 @@
 """Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864), and its context-extension methods.
 
-`Rope` holds the rope section of a config.json. The methods are those of transformers' `rope_type`: default, linear
+`Rope` has the RoPE settings of a config.json. The methods are those of transformers' `rope_type`: default, linear
 (position interpolation), llama3 and yarn.
 """
 
@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 class Frequencies(NamedTuple):
     """Rotary frequencies of one kind of layer.
 
-    radians: [H/2] float32, the angle per position of each rotated pair. amplitude: factor on cos and sin, above 1 in
-    yarn.
+    Attributes:
+        radians: Angle per position of each rotated pair [H/2] float32.
+        amplitude: Factor on cos and sin; above 1 in yarn.
     """
 
     radians: Float[np.ndarray, " H/2"]
@@ -26,16 +27,16 @@ class Frequencies(NamedTuple):
 
 @dataclass(frozen=True)
 class Rope:
-    """The rope section of a config. A field that a type does not use keeps its default.
+    """RoPE settings of a config. A field that a type does not use has its default value.
 
     Attributes:
         theta: Base of the frequencies (`rope_theta`).
         type: One of TYPES (`rope_type`).
-        factor: How many times longer the context becomes (`factor`).
+        factor: Context extension factor (`factor`).
         original_context: llama3, yarn: context length before the extension (`original_max_position_embeddings`).
         low_freq_factor: llama3: pairs with fewer turns in the original context are divided by `factor`.
-        high_freq_factor: llama3: pairs with more turns in the original context are left alone.
-        beta_fast: yarn: turns in the original context above which a pair is left alone.
+        high_freq_factor: llama3: pairs with more turns in the original context are not changed.
+        beta_fast: yarn: turns in the original context above which a pair is not changed.
         beta_slow: yarn: turns in the original context below which a pair is divided by `factor`.
         truncate: yarn: round the ends of the ramp to whole dimensions.
         amplitude: yarn: factor on cos and sin (`attention_factor`).
@@ -61,10 +62,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class FixedRope:
-    """Rotary frequencies that are already known, in a config in place of a `Rope`.
+    """Fixed rotary frequencies, used in a config instead of a `Rope`.
 
-    Comparisons with another implementation use its frequencies: one unit in the last place of a frequency moves the
-    logits at position 9,000 by 1e-3 standard deviations.
+    Comparisons with another implementation use the frequencies of that implementation, because a difference of one unit
+    in the last place changes the logits at position 9,000 by 1e-3 standard deviations.
 
     Attributes:
         radians: H/2 numbers, exact in float32.
@@ -76,7 +77,7 @@ class FixedRope:
 
     def frequencies(self, H: int) -> Frequencies:
         if 2 * len(self.radians) != H:
-            raise ValueError(f"{len(self.radians)} rotary frequencies do not fit heads of width {H}: give {H // 2}")
+            raise ValueError(f"{len(self.radians)} rotary frequencies do not fit heads of width {H}: pass {H // 2}")
         return Frequencies(np.array(self.radians, np.float32), self.amplitude)
 
 
@@ -117,8 +118,8 @@ TYPES = tuple(_METHODS)
 def apply_rope(x: Float[Array, "B T N H"], pos: Int[Array, "B T"], freqs: Frequencies) -> Float[Array, "B T N H"]:
     """Rotates each head of x [B,T,N,H] by its position pos [B,T].
 
-    Pair i is (x[i], x[i + H/2]), the order of Hugging Face checkpoints. Angles are elementwise float32 products: a
-    reduced-precision matmul would be wrong by radians at long positions.
+    Pair i is (x[i], x[i + H/2]), as in Hugging Face checkpoints. Angles are computed as elementwise float32 products. A
+    matmul in reduced precision would have errors of radians at large positions.
     """
     angle = pos.astype(jnp.float32)[:, :, None, None] * freqs.radians  # [B,T,1,H/2]
     cos, sin = jnp.cos(angle) * freqs.amplitude, jnp.sin(angle) * freqs.amplitude

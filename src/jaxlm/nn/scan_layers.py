@@ -25,7 +25,7 @@ def scan_layers(
     """Applies the layers to the residual stream. Layer i is computed by `period[i % len(period)]`.
 
     Args:
-        period: The layer functions of one period of layer types; one function where all layers are alike.
+        period: The layer functions of one period of layer types; one function if all layers have the same type.
         x: Residual stream.
         layers: A list of weight dicts (unrolled), or the result of `params.stack`: {"stacked": [a dict per layer of the
             period, each leaf with a leading axis], "rest": [dicts]}. Each scan step computes one period; the rest is

@@ -1,6 +1,7 @@
-"""Chat messages as a template may be given them, and what a template has against them.
+"""Prepares chat messages for a chat template, and converts template errors to ValueError.
 
-A template that is handed content of a shape it does not expect writes its Python repr, or nothing, and says nothing.
+Messages are checked first, because a template that gets content of an unexpected type does not fail: it renders the
+Python repr, or nothing.
 """
 
 import dataclasses
@@ -10,21 +11,23 @@ from typing import Any
 
 import numpy as np
 
-# Of a subclass too, an enumeration say, whatever it has made of these methods.
+THINKING = ("<think>", "</think>")  # tags around the reasoning of a model
+# Conversions that also work for subclasses, such as enumerations, that override __str__ and others.
 EXACT: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 
 
 def plain(messages: Iterable[Any]) -> list[dict[str, Any]]:
-    """Copies of messages whose content is text; content that is a list of text parts is put together.
+    """Copies messages, with lists of text parts joined to one text.
 
-    ValueError for what is no message, and for parts that are no text ({"type": "image", …}).
+    Raises:
+        ValueError: An item is not a message, or a content part is not text ({"type": "image", …}).
     """
     return [_plain(message) for message in messages]
 
 
 def _plain(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"a message is a dict with 'role' and 'content', got {message!r}")
+        raise ValueError(f"a message must be a dict with 'role' and 'content', got {message!r}")
     content = message.get("content")
     if not isinstance(content, list | tuple | Mapping):
         return dict(message)
@@ -36,19 +39,19 @@ def _text(part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in (None, "text"):
         raise ValueError(
-            f"the content of a message has a part of type {kind!r}: images and other media are not supported yet, "
-            "give its text alone"
+            f"a message has a content part of type {kind!r}: images and other media are not supported yet; "
+            "pass only the text"
         )
     if kind is None or not isinstance(part.get("text"), str):
-        raise ValueError(f"a part of a message's content is {{'type': 'text', 'text': …}}, got {part!r}")
+        raise ValueError(f"a content part of a message must be {{'type': 'text', 'text': …}}, got {part!r}")
     return part["text"]
 
 
 def plain_data(value: Any) -> Any:
-    """A copy made of Python's plain types alone, as transformers hands a template its data.
+    """Copies a value to plain Python types (dict, list, tuple, str, numbers, bool, None), as transformers does.
 
-    Other objects bring methods that a sandbox cannot judge, some of which write files. What has no plain form becomes
-    the name of its type.
+    Other objects have methods that the sandbox cannot check; some of them write files. A value without a plain form is
+    replaced by the name of its type.
     """
     if isinstance(value, bool) or value is None:
         return value
@@ -72,7 +75,7 @@ def plain_data(value: Any) -> Any:
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """ValueError for what goes wrong inside a chat template, in the template's own words."""
+    """Converts an exception inside a chat template to a ValueError with the template's message."""
     from transformers.utils import (
         DocstringParsingException,  # pyright: ignore[reportPrivateImportUsage]
         TypeHintParsingException,  # pyright: ignore[reportPrivateImportUsage]
@@ -81,19 +84,22 @@ def template_errors() -> Iterator[None]:
     try:
         yield
     except (DocstringParsingException, TypeHintParsingException) as error:
-        raise ValueError(f"a tool cannot be described to the model: {error}") from error
-    except Exception as error:  # a template is a program: it may raise anything
-        raise ValueError(f"the chat template refuses these messages: {error or type(error).__name__}") from error
-
-
-THINKING = ("<think>", "</think>")
+        raise ValueError(f"a function passed as a tool has no valid JSON schema: {error}") from error
+    except Exception as error:  # a template is a program and can raise anything
+        raise ValueError(f"the chat template cannot render these messages: {error or type(error).__name__}") from error
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
-    """An answer's reasoning, without blank space around it, and what follows it.
+    """Splits generated text into reasoning and answer.
 
-    A block that is not closed is all reasoning; a text that does not begin with a block is all answer.
-    `opened` says that the prompt ended with the opening tag, as some templates write it.
+    Text that does not begin with a reasoning block is all answer. An unclosed block is all reasoning.
+
+    Args:
+        text: Generated text.
+        opened: Whether the prompt ended with the opening tag, as some templates render it.
+
+    Returns:
+        The reasoning without surrounding whitespace, and the text after it.
     """
     start, end = THINKING
     body = text.lstrip()

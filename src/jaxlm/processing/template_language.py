@@ -1,6 +1,6 @@
-"""What a chat template finds beside jinja2's own tags, filters and functions, as transformers gives it.
+"""The tags, filters and functions that transformers adds to jinja2 for chat templates.
 
-It is written here because transformers makes it within a private function. tests/test_sandbox.py compares the two.
+transformers defines them inside a private function, so they are reimplemented here. The tests compare both.
 """
 
 import json
@@ -18,18 +18,23 @@ Spans = list[tuple[int, int]]
 
 
 class Written:
-    """How much a template has written before what it is at, and the spans of that which it has marked."""
+    """The output of a running template so far.
+
+    Attributes:
+        length: Number of characters.
+        spans: Spans (begin, end) of the {% generation %} blocks.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self.spans: Spans = []
 
 
-written: ContextVar[Written] = ContextVar("written")  # by the template that runs in this thread
+written: ContextVar[Written] = ContextVar("written")  # of the template that runs in this thread
 
 
 class Generation(Extension):
-    """{% generation %} … {% endgeneration %}, with which a template marks what the assistant says."""
+    """The tag {% generation %} … {% endgeneration %}, which marks assistant text for the loss mask."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -39,15 +44,15 @@ class Generation(Extension):
         return CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
 
     def marked(self, caller: Callable[[], str]) -> str:
-        text, so_far = caller(), written.get()
-        so_far.spans.append((so_far.length, so_far.length + len(text)))
+        text, output = caller(), written.get()
+        output.spans.append((output.length, output.length + len(text)))
         return text
 
 
 def tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is; jinja2's own escapes what means something in HTML."""
+    """JSON without HTML escapes, unlike jinja2's filter of this name."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -60,7 +65,7 @@ def strftime_now(format: str) -> str:
 
 
 class TemplateDict:
-    """`dict`, without the attributes of the type."""
+    """`dict` for templates, without access to the attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
@@ -70,9 +75,9 @@ class TemplateDict:
 
 
 class TemplateNamespace(Namespace):
-    """`namespace`, without names of Python's insides, and with a repr that does not follow namespaces in each other."""
+    """`namespace` for templates: underscore-prefixed names are rejected, and the repr does not recurse."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # an attribute may be called self
+    def __init__(*args: Any, **kwargs: Any) -> None:  # an attribute may be named self
         self, *more = args
         attributes = dict(*more, **kwargs)
         for name in attributes:

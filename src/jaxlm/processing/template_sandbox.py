@@ -1,11 +1,14 @@
-"""Bounds for chat templates, which are programs and come with a checkpoint from a stranger.
+"""A sandbox for chat templates with limits on output, steps and time.
 
-jinja2's sandbox keeps them from files, modules and the insides of Python, but not from running for ever or filling the
-memory. Here every step pays for itself and for what it makes, out of LIMIT, and all end with SECONDS. No step may be
-large in itself, for nothing interrupts it: an operation can make, and take, as much as the sizes of its operands
-multiplied, and runs only where that is left.
+A chat template is a program, and it comes with a checkpoint that may be untrusted. jinja2's sandbox denies it files,
+modules and Python internals, but does not limit time or memory. This sandbox does:
 
-Nothing inside transformers is used or changed: a program may render with it and with jaxlm at once.
+- Each template has a budget of LIMIT characters. Every step and every value that it builds is charged to the budget.
+- Before an operation whose result can be as large as the product of its operands' sizes, that product is checked
+  against the remaining budget. A single operation cannot be interrupted once it runs.
+- A template ends with an error after SECONDS.
+
+transformers' own sandbox is neither used nor changed, so a program can render with transformers and jaxlm.
 """
 
 import functools
@@ -28,41 +31,44 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jaxlm.processing.template_language import FILTERS, GLOBALS, Generation, Written, written
 
 SECONDS = 10.0
-LIMIT, SHARE = 5_000_000, 200  # characters; and so many times those of the messages. Real templates take 3 % at most
-ITEM = 100  # characters for which an item of a list counts, and a step
-SOURCE = 100_000  # characters of a template
-# Filters that make more of a value, by what else they are given; the others pick or change its parts.
+# Budget in characters: LIMIT, and SHARE times the size of the messages. Published templates use at most 3 % of it.
+LIMIT, SHARE = 5_000_000, 200
+ITEM = 100  # cost of a step and of an item of a container, in characters
+SOURCE = 100_000  # maximum length of a template in characters
+# Filters whose output can grow with their arguments. The output of other filters is no larger than their input.
 GROWING = {"batch", "center", "format", "indent", "join", "replace", "slice", "sum", "tojson", "truncate", "xmlattr"}
-# Not needed for a chat, and slow in ways that the sizes of their operands do not show.
+# Removed: chat templates do not need them, and their cost does not follow from the sizes of their operands.
 ABSENT = {"lipsum", "pprint", "striptags", "urlize", "wordwrap", "encode", "to_bytes"}
 
 
 class _Meter:
-    """What is left to a template."""
+    """The remaining budget of a template, in characters and time."""
 
-    def __init__(self, given: Any):
-        self.left = LIMIT + SHARE * _size(given, most=10**9)
+    def __init__(self, template_variables: Any):
+        self.left = LIMIT + SHARE * _size(template_variables, limit=10**9)
         self.end = time.monotonic() + SECONDS
 
     def spend(self, amount: int) -> None:
+        """Charges a step and `amount` characters."""
         self.left -= amount + ITEM
         self.check(0)
 
     def check(self, amount: int) -> None:
+        """Raises SecurityError if `amount` exceeds the remaining budget, or the time is up."""
         if amount > self.left:
-            raise SecurityError("it makes more text, or takes more steps, than a chat can need")
+            raise SecurityError("it exceeds the limit on output and steps")
         if time.monotonic() > self.end:
-            raise SecurityError(f"it takes more than {SECONDS:g} seconds")
+            raise SecurityError(f"it exceeds the time limit of {SECONDS:g} seconds")
 
 
 _meter: ContextVar[_Meter] = ContextVar("meter")
 
 
-def _size(value: Any, most: int | None = None) -> int:
-    """Characters and items, counted as often as they can be reached: as many as a copy or a comparison meets. The count
-    ends where it is above `most`, or what is left."""
-    size, todo, most = 0, [value], _meter.get().left if most is None else most
-    while todo and size <= most:
+def _size(value: Any, limit: int | None = None) -> int:
+    """Size of a value in characters. A value that is contained twice counts twice, because a copy or a comparison
+    visits it twice. Counting stops above `limit`, by default the remaining budget."""
+    size, todo, limit = 0, [value], _meter.get().left if limit is None else limit
+    while todo and size <= limit:
         one = todo.pop()
         if isinstance(one, str):
             size += len(one)
@@ -75,7 +81,8 @@ def _size(value: Any, most: int | None = None) -> int:
 
 
 def _check(subject: Any, operands: Iterable[Any]) -> None:
-    """May an operation run that makes so much of its subject? Whole numbers count by value: they may be widths."""
+    """Checks the possible size of an operation's result, the product of the operands' sizes, against the budget.
+    Integers count by value, because they may be widths or repetitions."""
     if amount := sum(map(_amount, operands)):
         _meter.get().check(_size(subject) * amount)
 
@@ -86,55 +93,55 @@ def _amount(operand: Any) -> int:
     return len(operand) + 1 if isinstance(operand, str) else _size(operand)
 
 
-def _made(value: Any) -> Any:
-    """What a step has made, when it is paid for."""
+def _charged(value: Any) -> Any:
+    """Charges the budget for the result of a step, and returns it."""
     if isinstance(value, int) and value.bit_length() > 1000:
-        raise SecurityError("it makes a number of more than 1,000 bits")
+        raise SecurityError("it computes a number of more than 1,000 bits")
     _meter.get().check(_size(value))
     _meter.get().spend(_length(value))
     return value
 
 
 def _length(value: Any) -> int:
-    """What the value itself takes, without its items."""
+    """Size of a value in characters, without the contents of its items."""
     return len(value) if isinstance(value, str) else ITEM * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _check_format(text: str, named: bool) -> None:
-    """Widths are numbers written as text: in `%` formats, or (named) in braces."""
+    """Rejects large widths, which are digits inside the format: of `%` formats or, if `named`, of `str.format`."""
     specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)] if named else [text]
     if any(re.search(r"[0-9]{5}|%[^a-zA-Z%]*\*" + r"|\{" * named, spec) for spec in specs):
-        raise SecurityError("it has a format with a width above 9,999, or with one that is computed")
+        raise SecurityError("it has a format with a width above 9,999 or a computed width")
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or a test under the bounds."""
-    skipped = int(hasattr(function, "jinja_pass_arg"))  # it is handed its environment first
+    """Wraps a filter or a test with checks of the budget."""
+    skipped = int(hasattr(function, "jinja_pass_arg"))  # its first argument is the environment
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         first, value, more = args[:skipped], args[skipped], [*args[skipped + 1 :], *kwargs.values()]
-        value = _made(list(value)) if isinstance(value, GeneratorType | range) else value
+        value = _charged(list(value)) if isinstance(value, GeneratorType | range) else value
         if name == "format":
             _check_format(str(value), named=False)
         if name == "round" and any(isinstance(x, int) and abs(x) > 300 for x in more):
             raise SecurityError("it rounds to more than 300 digits")
         if name in GROWING:
             _check(value, more)
-        return _made(function(*first, value, *args[skipped + 1 :], **kwargs))
+        return _charged(function(*first, value, *args[skipped + 1 :], **kwargs))
 
     return run
 
 
 class _Code(CodeGenerator):
-    """Python for a template, with a step counted in every loop and a price on everything that it builds."""
+    """Compiles a template to Python that charges the budget for every iteration and every value it builds."""
 
     def visit_For(self, node: Any, frame: Any) -> None:
         node.iter = _called("steps", node.iter)
         super().visit_For(node, frame)
 
     def visit_Output(self, node: Any, frame: Any) -> None:
-        # Within macros and blocks that are captured, texts wait in a list: `concat` would count them too late.
+        # Macros and captured blocks collect their output in a list. It is charged here, since `concat` comes too late.
         if frame.buffer is not None:
             parts = [part if isinstance(part, TemplateData) else _called("text", part) for part in node.nodes]
             node = Output(parts, lineno=node.lineno)
@@ -148,42 +155,42 @@ class _Code(CodeGenerator):
         self.write(")))")
 
     def visit_Getitem(self, node: Any, frame: Any) -> None:
-        self._priced(super().visit_Getitem, node, frame, isinstance(node.arg, Slice))
+        self._charge(super().visit_Getitem, node, frame, isinstance(node.arg, Slice))
 
     def visit_Tuple(self, node: Any, frame: Any) -> None:
-        self._priced(super().visit_Tuple, node, frame, node.ctx == "load")
+        self._charge(super().visit_Tuple, node, frame, node.ctx == "load")
 
     def visit_List(self, node: Any, frame: Any) -> None:
-        self._priced(super().visit_List, node, frame)
+        self._charge(super().visit_List, node, frame)
 
     def visit_Dict(self, node: Any, frame: Any) -> None:
-        self._priced(super().visit_Dict, node, frame)
+        self._charge(super().visit_Dict, node, frame)
 
-    def _priced(self, visit: Callable[..., None], node: Any, frame: Any, priced: bool = True) -> None:
-        self.write("environment.made(" * priced)
+    def _charge(self, visit: Callable[..., None], node: Any, frame: Any, charged: bool = True) -> None:
+        self.write("environment.charged(" * charged)
         visit(node, frame)
-        self.write(")" * priced)
+        self.write(")" * charged)
 
 
 def _called(method: str, node: Any) -> Call:
-    """What a method of the environment makes of a node's value."""
+    """A node that calls a method of the environment with the value of another node."""
     return Call(EnvironmentAttribute(method), [node], [], None, None)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with the bounds of this module."""
+    """jinja2's sandbox with the limits of this module."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     code_generator_class = _Code
-    made = staticmethod(_made)
+    charged = staticmethod(_charged)
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        kept = []
+        texts = []
         for part in parts:
             _meter.get().spend(len(part))
-            kept.append(part)
-        return "".join(kept)
+            texts.append(part)
+        return "".join(texts)
 
     def text(self, value: Any) -> str:
         return value if isinstance(value, str) else str(value)
@@ -205,7 +212,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 _meter.get().check(_length(value) * times if isinstance(times, int) else 0)
-        return _made(super().call_binop(context, operator, left, right))
+        return _charged(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
@@ -215,46 +222,59 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 _check_format(subject, named=True)
             _check(subject, operands)
         elif isinstance(function, FunctionType):
-            _meter.get().check(256 * _size(operands))  # strftime stops there
-        elif isinstance(function, LoopContext):  # of a recursive loop
+            _meter.get().check(256 * _size(operands))  # strftime: at most 256 characters per character of the format
+        elif isinstance(function, LoopContext):  # a recursive loop
             args = (self.steps(args[0]), *args[1:])
-        return _made(super().call(context, function, *args, **kwargs))
+        return _charged(super().call(context, function, *args, **kwargs))
 
 
 @contextmanager
-def bounded(given: Any) -> Iterator[None]:
-    """Templates that run within keep to the bounds. given: what they are run with, which gives them room.
+def bounded(template_variables: Any) -> Iterator[None]:
+    """A context in which templates run with a new budget. A template that exceeds it raises jinja2's SecurityError.
 
-    Raises what a template raises, and jinja2's SecurityError where it would pass a bound.
+    Args:
+        template_variables: The variables of the template. The budget grows with their size.
     """
-    token = _meter.set(_Meter(given))
+    token = _meter.set(_Meter(template_variables))
     try:
         yield
     finally:
         _meter.reset(token)
 
 
-def run(source: str, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """The text that a template writes, and the spans in it that its {% generation %} tags mark. given: its variables.
+def run(source: str, template_variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a template.
 
-    A span within a macro or a captured block is counted from what was written before that, as transformers does.
+    The span of a {% generation %} block inside a macro or a captured block begins at the end of the output before it,
+    as in transformers.
+
+    Args:
+        source: The template.
+        template_variables: Its variables.
+
+    Returns:
+        The text, and the spans (begin, end) of its {% generation %} blocks.
+
+    Raises:
+        SecurityError: The template exceeds a limit or accesses something unsafe.
+        Exception: Any exception that the template raises.
     """
-    with bounded(given):
-        so_far, parts = Written(), []
-        token = written.set(so_far)
+    with bounded(template_variables):
+        output, parts = Written(), []
+        token = written.set(output)
         try:
-            for part in _compiled(_short(source)).generate(**given):
+            for part in _compiled(_short(source)).generate(**template_variables):
                 _meter.get().spend(len(part))
                 parts.append(part)
-                so_far.length += len(part)
+                output.length += len(part)
         finally:
             written.reset(token)
-        return "".join(parts), so_far.spans
+        return "".join(parts), output.spans
 
 
 def variables(source: str) -> set[str]:
-    """The names that a template reads and does not set itself: what a caller can give it."""
-    with bounded(None):  # jinja2 computes what is constant on the way
+    """Names of the variables that a template reads and does not set itself."""
+    with bounded(None):  # jinja2 evaluates constant expressions when it parses
         return find_undeclared_variables(_environment().parse(_short(source)))
 
 
@@ -275,5 +295,5 @@ def _environment() -> Sandbox:
     filters = {name: filter for name, filter in (environment.filters | FILTERS).items() if name not in ABSENT}
     environment.filters = {name: _metered(name, filter) for name, filter in filters.items()}
     environment.tests = {name: _metered(name, test) for name, test in environment.tests.items()}
-    environment.globals = {name: made for name, made in environment.globals.items() if name not in ABSENT} | GLOBALS
+    environment.globals = {name: value for name, value in environment.globals.items() if name not in ABSENT} | GLOBALS
     return environment

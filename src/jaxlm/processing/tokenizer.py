@@ -1,7 +1,7 @@
-"""Text to token ids and back: a checkpoint's own tokenizer, its chat template, and the ids that end an answer.
+"""The tokenizer of a checkpoint: encoding, decoding, the chat template, and stop token ids.
 
-The tokenizer is transformers' own (attribute `hf`; it needs no PyTorch). What is added is what its users trip over: the
-beginning-of-sequence token exactly once, every id that ends an answer, and template errors that say what is wrong.
+`Tokenizer` wraps a transformers tokenizer (attribute `hf`; PyTorch is not needed). It adds a BOS token exactly once,
+collects every EOS id of the checkpoint's files, and converts errors of tokenizers and templates to ValueError.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
-    """transformers' tokenizer of one checkpoint. Attributes not listed here are those of `hf`; calling it calls `hf`.
+    """A transformers tokenizer with the stop token ids of its checkpoint. Other attributes, and calls, go to `hf`.
 
     Attributes:
-        hf: the transformers tokenizer. What is to be changed (its `chat_template`, say) is set there.
-        eos_ids: the ids that end a text by the word of the checkpoint's configuration files.
+        hf: The transformers tokenizer. Set attributes such as `chat_template` on it.
+        eos_ids: The EOS ids in the checkpoint's configuration files.
     """
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
@@ -40,20 +40,25 @@ class Tokenizer:
         generation_config: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
     ) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint folder, or of one tokenizer.model; None where the folder holds none.
+        """Loads the tokenizer of a checkpoint folder, or of a single tokenizer.model.
 
-        tokenizer.json is read as it stands; else tokenizer.model in the form of Meta's Llama 3; else whatever
-        transformers' AutoTokenizer makes of tokenizer.model or vocab.json. Code in the folder never runs.
+        The first of these files that exists is used: tokenizer.json, unchanged; tokenizer.model in the format of Meta's
+        Llama 3; tokenizer.model (SentencePiece) or vocab.json, by transformers' AutoTokenizer. Code in the folder is
+        never executed.
 
         Args:
-            folder: a local folder; a chat template may lie in chat_template.jinja, tokenizer_config.json or
-                chat_template.json. Of a tokenizer.json its folder, of a tokenizer.model the file is read alone.
-            generation_config, config: contents of generation_config.json and config.json, for their `eos_token_id`.
-                None reads the folder's.
+            folder: A local folder. Its chat template is read from chat_template.jinja, tokenizer_config.json or
+                chat_template.json. The path of a tokenizer.json selects its folder. The path of a tokenizer.model
+                selects that file only.
+            generation_config, config: Contents of generation_config.json and config.json, for their `eos_token_id`.
+                None reads the files in the folder.
+
+        Returns:
+            The tokenizer; None if the folder has none.
 
         Raises:
-            FileNotFoundError: there is no such folder or file.
-            ValueError: a file cannot be read; the message names it.
+            FileNotFoundError: The folder or file does not exist.
+            ValueError: A file cannot be read; the message has its name.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -69,7 +74,7 @@ class Tokenizer:
         hf = load_tokenizer(folder)
         if not hf.chat_template:
             hf.chat_template = read_json_if_present(folder / "chat_template.json").get("chat_template")
-        # A folder without tokenizer_config.json does not name these two, and its template would leave them out.
+        # Without tokenizer_config.json these two are not set, and the chat template would omit them.
         if hf.bos_token is None and (bos := leading_id(hf)) is not None:
             hf.bos_token = hf.convert_ids_to_tokens(bos)
         if hf.eos_token is None and len(ends) == 1:
@@ -77,7 +82,7 @@ class Tokenizer:
         return cls(hf, ends)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "hf":  # not set yet: a copy or an unpickled object under construction
+        if name == "hf":  # not set yet while the object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.hf, name)
 
@@ -92,47 +97,50 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included (transformers' own `vocab_size` leaves those out)."""
+        """One more than the largest id. It counts added tokens, which transformers' `vocab_size` does not."""
         return max(self.hf.get_vocab().values()) + 1
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins a text, None for a vocabulary that has no such token (Qwen)."""
+        """The BOS id; None if the vocabulary has no BOS token (Qwen)."""
         return self.hf.bos_token_id
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that `decode` leaves out by default."""
+        """Ids of special tokens, which `decode` omits by default."""
         return frozenset(token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer, sorted.
+        """Stop token ids: every id that ends an answer, sorted.
 
-        The union of `eos_token_id` in generation_config.json and in config.json, the tokenizer's own, and the token
-        with which the chat template closes an assistant's turn: files of one checkpoint often name different ones.
+        This is the union of `eos_token_id` in generation_config.json and config.json, the EOS token of the tokenizer,
+        and the token after an assistant turn in the chat template. The files of a checkpoint often disagree.
         """
         return self.stop_ids_beside(self.eos_ids)
 
     def stop_ids_beside(self, ids: Iterable[int]) -> tuple[int, ...]:
-        """`stop_ids` with these in the place of what the configuration files say."""
+        """`stop_ids` with `ids` instead of the EOS ids in the configuration files."""
         ends = {*ids, self.hf.eos_token_id, self._end_of_turn()}
         return tuple(sorted(token_id for token_id in ends if token_id is not None))
 
     def _end_of_turn(self) -> int | None:
+        """The token that the chat template renders after an assistant turn; None if there is none."""
         marker = "ananswer"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         try:
             after = self.render(turns, add_generation_prompt=False).partition(marker)[2].lstrip()
-        except ValueError:  # no template, or one for messages of another shape: nothing to learn here
+        except ValueError:  # no template, or one that cannot render these messages
             return None
         added = sorted(self.hf.get_added_vocab().items(), key=lambda item: -len(item[0]))
         return next((token_id for token, token_id in added if after.startswith(token)), None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, special tokens that it spells out included.
+        """Encodes text. Special tokens in the text are recognized. BOS is not added if the text begins with it.
 
-        A tokenizer that adds BOS adds it only where the text does not begin with it already.
+        Args:
+            text: The text.
+            add_special_tokens: Add the special tokens that the tokenizer adds to a text, such as BOS.
         """
         with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot encode this text"):
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
@@ -140,13 +148,19 @@ class Tokenizer:
         return ids[1:] if doubled else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids, with its spaces as they are. Ids outside the vocabulary have no text."""
+        """Decodes token ids without cleaning up spaces. Ids outside the vocabulary are skipped.
+
+        Args:
+            ids: Token ids.
+            skip_special: Omit special tokens.
+        """
         ids = [int(token_id) for token_id in ids]
         with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot decode these ids"):
             return self.hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     @property
     def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
         return bool(self.hf.chat_template)
 
     def render(
@@ -156,23 +170,23 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **template_args: Any,
     ) -> str:
-        """The text of a conversation as the checkpoint's chat template writes it.
+        """Renders a conversation with the checkpoint's chat template.
 
         Args:
-            messages: dicts with "role" and "content" (a text, or a list of text parts), oldest first.
+            messages: Dicts with "role" and "content" (text, or a list of text parts), oldest first.
             tools: JSON schemas, or functions with type hints and a docstring.
-            add_generation_prompt: open the assistant's turn at the end.
-            template_args: variables of the template (`enable_thinking=False`); see `template_accepts`. Also
-                `documents`, `chat_template` and `continue_final_message`, as of transformers' apply_chat_template.
+            add_generation_prompt: Append the beginning of an assistant turn.
+            template_args: Variables of the template (`enable_thinking=False`); see `template_accepts`. Also
+                `documents`, `chat_template` and `continue_final_message`, as in transformers' apply_chat_template.
 
         Raises:
-            ValueError: there is no template, or a message holds what is no text (images are not supported yet), or the
-                template refuses these messages or tools; the message is the template's own then.
+            ValueError: There is no template, a message has content that is not text (images are not supported yet), or
+                the template raises an error, whose message is included.
         """
         if not self.has_template:
             raise ValueError(
-                "this tokenizer has no chat template (a base model?): give a plain prompt, or use a model with one: "
-                "Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
+                "this tokenizer has no chat template (it may belong to a base model): pass a plain prompt, or use a "
+                "model with a template: Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
             )
         from jaxlm.processing.template_rendering import render
 
@@ -181,11 +195,11 @@ class Tokenizer:
             return render(self.hf, texts, tools, add_generation_prompt=add_generation_prompt, **template_args)
 
     def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:
-        """Token ids of `render(...)`, same arguments. BOS is there if the template writes it, never a second time."""
+        """Renders a conversation as token ids. The arguments are those of `render`. Only the template adds BOS."""
         return self.encode(self.render(messages, *args, **kwargs), add_special_tokens=False)
 
     def template_accepts(self, name: str) -> bool:
-        """Whether the chat template reads a variable of this name: a template ignores arguments it does not know."""
+        """Whether the chat template reads a variable of this name. Templates ignore unknown arguments."""
         if not self.has_template:
             return False
         from jaxlm.processing.template_sandbox import variables
@@ -195,5 +209,5 @@ class Tokenizer:
 
     @property
     def thinking(self) -> tuple[str, str] | None:
-        """The tokens around a model's reasoning, ("<think>", "</think>"), if the vocabulary has them (Qwen3)."""
+        """The tags around reasoning, ("<think>", "</think>"); None if the vocabulary does not have them."""
         return THINKING if set(THINKING) <= self.hf.get_added_vocab().keys() else None

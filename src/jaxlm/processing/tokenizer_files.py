@@ -1,4 +1,4 @@
-"""What is looked at in a tokenizer's files before transformers and tokenizers read them: nothing can stop them then."""
+"""Reads tokenizer files. They are checked first, because transformers and tokenizers do not limit memory or time."""
 
 import base64
 import json
@@ -16,61 +16,62 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import read_json
 from jaxlm.processing.detokenizer import byte_alphabet
 
-MAX_SPECIAL_TOKENS = 10_000  # special tokens: adding one takes as long as there are others
-MAX_GROWTH = 100  # times that a text may become longer on its way through the tokenizer
-# As a value, or with letters written as escapes; most files have neither and need no parsing.
+MAX_SPECIAL_TOKENS = 10_000  # the time to add special tokens is quadratic in their number
+MAX_GROWTH = 100  # factor by which a tokenizer may lengthen a text
+# The steps that lengthen a text, as JSON values or with escaped letters. Most files have none and need no parsing.
 _GROWS = re.compile(rb':\s*"(Replace|TemplateProcessing)"|\\u00[4-7]')
 
 
 def check_growth(path: Path) -> None:
-    """ValueError for steps that together make a text many times longer: a dozen can make gigabytes of one letter."""
+    """Checks how much a tokenizer.json can lengthen a text. A dozen steps can turn one character into gigabytes.
+
+    Raises:
+        ValueError: The factor exceeds MAX_GROWTH.
+    """
     data = path.read_bytes()
     if not _GROWS.search(data):
         return
-    whole = json.loads(data)
+    content = json.loads(data)
     for name in ("normalizer", "decoder", "post_processor"):
-        if (grown := _growth(whole.get(name))) > MAX_GROWTH:
-            raise ValueError(f"its {name} may make a text {grown:,.0f} times longer, more than {MAX_GROWTH}")
+        if (growth := _growth(content.get(name))) > MAX_GROWTH:
+            raise ValueError(f"its {name} can make a text {growth:,.0f} times longer (limit: {MAX_GROWTH})")
 
 
 def check_special(path: Path, content: dict[str, Any]) -> None:
-    """ValueError for more special tokens than any model has, in the fields of a file or as its fields."""
+    """Checks the number of special tokens, which are items of a field or fields of the file.
+
+    Raises:
+        ValueError: There are more than MAX_SPECIAL_TOKENS.
+    """
     lists = [value for name, value in content.items() if name != "added_tokens_decoder"]
     if any(isinstance(value, list | dict) and len(value) > MAX_SPECIAL_TOKENS for value in [content, *lists]):
-        raise ValueError(
-            f"{path} names more than {MAX_SPECIAL_TOKENS:,} special tokens, or holds as many of something else"
-        )
+        raise ValueError(f"{path} has more than {MAX_SPECIAL_TOKENS:,} special tokens or entries")
 
 
 def _growth(step: Any) -> float:
-    """How many times longer a step, or several one after the other, can make a text."""
+    """The factor by which a step, or a list of steps, can lengthen a text."""
     if isinstance(step, list):
         return math.prod(map(_growth, step))
     if not isinstance(step, dict):
         return 1
     if step.get("type") == "Replace":
         old, new = step["pattern"], step["content"]
-        # An expression may match at every place.
+        # A regular expression can match at every position.
         return max(1, len(new) / len(old["String"])) if old.get("String") else 1 + len(new)
     if step.get("type") == "TemplateProcessing":
         return max(1, sum("Sequence" in piece for piece in step["single"]))
     return math.prod(map(_growth, step.values()))
 
 
-# Meta's tokenizer.model of Llama 3: a line a token (base64, rank); its special tokens and chat template are not in it.
-MAX_TOKEN_BYTES = 128  # bytes of a token, as in Meta's; its merges take as much room as its square
-
-
+# Meta's tokenizer.model of Llama 3 has one token per line (base64, rank). The special tokens and the chat template are
+# not in the file.
+MAX_TOKEN_BYTES = 128  # bytes of a token, as in Meta's file; the size of its merges is quadratic in this
 META_SPECIAL_NAMES = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
 finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag""".split()  # noqa: SIM905
-
-
 META_SPECIAL_TOKENS = [f"<|{name}|>" for name in META_SPECIAL_NAMES] + [
     f"<|reserved_special_token_{n}|>" for n in range(3, 248)
 ]
-
-
-# How a text is cut into pieces, each of which is merged by itself: Meta's `pat_str`.
+# The pre-tokenizer's regular expression: Meta's `pat_str`.
 META_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -83,46 +84,54 @@ META_CHAT_TEMPLATE = (
 
 
 def tiktoken_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens, with the rank of each, which is its id; ValueError for a file that no merges can be made of."""
+    """Reads the tokens of a tiktoken file and their ranks, which are the token ids.
+
+    Raises:
+        ValueError: The file is damaged or is not a tiktoken file.
+    """
     with explain_errors(f"{path} has lines that are not a token and its rank", "download it again"):
         pairs = [line.split() for line in path.read_bytes().splitlines()]
-        found = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    if sorted(found.values()) != list(range(len(pairs))) or not {bytes([i]) for i in range(256)} <= found.keys():
-        raise ValueError(f"{path} lacks tokens, or has some twice: download it again")
-    if max(map(len, found)) > MAX_TOKEN_BYTES:
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if sorted(ranks.values()) != list(range(len(pairs))) or not {bytes([i]) for i in range(256)} <= ranks.keys():
+        raise ValueError(f"{path} has missing or duplicate tokens: download it again")
+    if max(map(len, ranks)) > MAX_TOKEN_BYTES:
         raise ValueError(f"{path} has a token of more than {MAX_TOKEN_BYTES:,} bytes: download it again")
-    return found
+    return ranks
 
 
-def merges(found: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Pairs of tokens that are joined, the earliest first. What two tokens make has the rank of the whole; of the ways
-    to make one token, the pair whose own ranks are lowest comes first."""
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """BPE merges from tiktoken ranks, in order of priority.
+
+    A merge has the rank of the token that it produces. Merges that produce the same token are ordered by the ranks of
+    their parts.
+    """
     pairs = []
-    for token in sorted(found, key=found.__getitem__):
-        cut = ((token[:at], token[at:]) for at in range(1, len(token)))
-        both = [(left, right) for left, right in cut if left in found and right in found]
-        pairs += sorted(both, key=lambda pair: (found[pair[0]], found[pair[1]]))
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
+        valid = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        pairs += sorted(valid, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return pairs
 
 
 def from_tiktoken(path: Path) -> Any:
-    """The tokenizer of transformers that reads as this file's does.
+    """Converts a tiktoken file of Llama 3 to a transformers tokenizer.
 
-    Source: `Tokenizer` and `ChatFormat` in meta-llama/llama-models, models/llama3; special tokens named as in 3.1.
+    Source: `Tokenizer` and `ChatFormat` in meta-llama/llama-models, models/llama3. Special tokens have the names of
+    Llama 3.1.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
 
-    found = tiktoken_ranks(path)
-    letters = {byte: letter for letter, byte in byte_alphabet().items()}
-    names = {token: "".join(map(letters.__getitem__, token)) for token in found}
-    joined = [(names[left], names[right]) for left, right in merges(found)]
-    vocabulary = {names[token]: rank for token, rank in found.items()}
-    # A piece that is a token is that token, whatever merges would make of it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=joined, ignore_merges=True))
+    ranks = tiktoken_ranks(path)
+    characters = {byte: character for character, byte in byte_alphabet().items()}
+    names = {token: "".join(map(characters.__getitem__, token)) for token in ranks}
+    pairs = [(names[left], names[right]) for left, right in merges(ranks)]
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    # ignore_merges: as in tiktoken, a word that is a token is not split.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True))
     words = pre_tokenizers.Split(Regex(META_WORDS), behavior="isolated")
-    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in META_SPECIAL_TOKENS])
     bos, eos = META_SPECIAL_TOKENS[:2]
@@ -132,7 +141,7 @@ def from_tiktoken(path: Path) -> Any:
 
 
 def import_transformers() -> ModuleType:
-    """transformers, without the advice to install PyTorch that it logs when imported where there is none."""
+    """Imports transformers without its warning that PyTorch is not installed."""
 
     is_wanted = lambda record: not record.getMessage().startswith("PyTorch was not found")  # noqa: E731
     logger = logging.getLogger("transformers")
@@ -145,49 +154,58 @@ def import_transformers() -> ModuleType:
 
 
 def leading_id(hf: Any) -> int | None:
-    """The id that this tokenizer puts in front of every text."""
+    """The id that the tokenizer puts before every text; None if there is none."""
     ids = hf.encode("a")
     return ids[0] if ids[:1] != hf.encode("a", add_special_tokens=False)[:1] else None
 
 
 def eos_ids(*configs: Mapping[str, Any]) -> list[int]:
-    """The ids in the `eos_token_id` of any of these, which may be an id, a list or null; sorted."""
-    given = [ids if isinstance(ids, list) else [ids] for config in configs for ids in [config.get("eos_token_id")]]
-    found = [token_id for ids in given for token_id in ids if token_id is not None]
-    for token_id in found:
+    """The union of `eos_token_id` of several configs, sorted. The field is an id, a list of ids, or null.
+
+    Raises:
+        ValueError: A value is not a token id.
+    """
+    lists = [ids if isinstance(ids, list) else [ids] for config in configs for ids in [config.get("eos_token_id")]]
+    token_ids = [token_id for ids in lists for token_id in ids if token_id is not None]
+    for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id < 2**31:
             raise ValueError(
-                f"config.json or generation_config.json: {reprlib.repr(token_id)} in eos_token_id is no token id"
+                f"config.json or generation_config.json: {reprlib.repr(token_id)} in eos_token_id is not a token id"
             )
-    return sorted(set(found))
+    return sorted(set(token_ids))
 
 
 def read_json_if_present(path: Path) -> dict:
+    """The contents of a JSON file; empty if the file does not exist."""
     return read_json(path) if path.exists() else {}
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Loads the transformers tokenizer of a folder that has tokenizer.json, tokenizer.model or vocab.json.
+
+    Raises:
+        ValueError: A file is invalid or exceeds a limit; the message has its name.
+    """
     transformers = import_transformers()
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        check_special(
-            folder / name, read_json_if_present(folder / name)
-        )  # transformers reads these itself; its errors name no file
+        # Read here too, because the errors of transformers do not name the file.
+        check_special(folder / name, read_json_if_present(folder / name))
     if (path := folder / "tokenizer.json").exists():
-        # AutoTokenizer would choose a class that rebuilds the pre-tokenizer from rules of its own.
-        with naming_errors(f"{path}, or a file beside it, cannot be read: download it again"):
+        # AutoTokenizer may choose a class that replaces the pre-tokenizer of the file.
+        with naming_errors(f"{path}, or another tokenizer file in the folder, cannot be read: download it again"):
             check_growth(path)
             hf = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-            hf.encode("a")  # what is wrong may not show before
+            hf.encode("a")  # some errors occur only when a text is encoded
             return hf
     if (path := folder / "tokenizer.model").exists():
         return from_tokenizer_model(path)
-    with naming_errors(f"no tokenizer can be made of {folder / 'vocab.json'}"):
+    with naming_errors(f"no tokenizer can be built from {folder / 'vocab.json'}"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager
 def naming_errors(what: str) -> Iterator[None]:
-    """ValueError for whatever the tokenizers library raises: bare Exceptions, and PanicExceptions that are none."""
+    """Converts errors of the tokenizers library to ValueError, including PanicException, a BaseException."""
     try:
         yield
     except BaseException as error:
@@ -197,6 +215,7 @@ def naming_errors(what: str) -> Iterator[None]:
 
 
 def from_tokenizer_model(path: Path) -> Any:
+    """Loads a tokenizer.model, in tiktoken format (Llama 3) or SentencePiece's."""
     is_tiktoken = path.read_bytes().startswith(b"IQ== ")  # "!", the first token of such vocabularies
     return from_tiktoken(path) if is_tiktoken else _from_sentencepiece(path)
 
@@ -206,14 +225,14 @@ def _from_sentencepiece(path: Path) -> Any:
         import google.protobuf  # noqa: F401
         import sentencepiece  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"reading {path} takes two more packages: pip install sentencepiece protobuf") from error
+        raise ValueError(f"reading {path} needs two more packages: pip install sentencepiece protobuf") from error
     try:
         processor = sentencepiece.SentencePieceProcessor(str(path))
         hf = import_transformers().AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): download it again, or a tokenizer.json") from error
-    # transformers 5.23 loses what the file says about spaces unless tokenizer_config.json names the right class.
+        raise ValueError(f"{path} cannot be read ({error}): download it again, or use a tokenizer.json") from error
+    # transformers 5.23 ignores the file's treatment of spaces unless tokenizer_config.json names the right class.
     probe = "Once upon a time, 12 naïve words\nand a line"
     if hf.encode(probe, add_special_tokens=False) != processor.encode(probe):
-        raise ValueError(f"transformers does not read {path} as SentencePiece does: a tokenizer.json is needed")
+        raise ValueError(f"transformers and SentencePiece disagree on {path}: use a tokenizer.json instead")
     return hf

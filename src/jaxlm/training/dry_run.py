@@ -1,4 +1,4 @@
-"""The dry run: memory per device, steps, tokens, FLOPs and examples of a run, without a step of it."""
+"""The dry run: memory per device, steps, tokens, FLOPs and examples of a run, without training."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,13 +20,13 @@ class MemoryPlan(NamedTuple):
     """Memory of a run on one device, in bytes.
 
     Attributes:
-        weights: What is trained, in float32.
-        frozen: The frozen weights of an adapter's base.
-        optimizer: The optimizer state.
-        gradients: The gradients.
+        weights: Trained weights, in float32.
+        frozen: Frozen base weights of an adapter.
+        optimizer: Optimizer state.
+        gradients: Gradients.
         activations: The rest of the peak, mostly activations.
-        peak: Peak of the compiled step, as the compiler counts it.
-        free: Memory available on the device; None where unknown.
+        peak: Peak memory of the compiled step, as reported by the compiler.
+        free: Free memory of the device; None if unknown.
     """
 
     weights: int
@@ -65,7 +65,7 @@ def plan_memory(setup: Setup, jitted_step: Any) -> MemoryPlan:
 
 
 def _frozen_shapes(setup: Setup) -> Any:
-    """Returns the shapes of an adapter's frozen base weights, with shardings on a mesh; None where all weights are
+    """Returns the shapes of an adapter's frozen base weights, with shardings on a mesh; None if all weights are
     trained."""
     if setup.run.method == "full":
         return None
@@ -134,19 +134,19 @@ def examples(setup: Setup, count: int, tokens: int = 160) -> Iterator[list[tuple
         start = 0 if first < tokens // 2 else first - tokens // 2
         ids, kinds = ids[start : start + tokens], kinds[start : start + tokens]
         begins = [i for i in range(len(ids)) if i == 0 or kinds[i] != kinds[i - 1]]
-        # Prefixes are decoded, not pieces: some tokenizers drop a space at the beginning of what they decode.
+        # Prefixes are decoded, because some tokenizers drop a space at the beginning of a decoded text.
         texts = [decode(ids[:end], skip_special=False) for end in [*begins, len(ids)]]
         before = [("… ", False)] if start else []
         yield before + [(texts[n + 1][len(texts[n]) :], kinds[begin][0]) for n, begin in enumerate(begins)]
 
 
 def _row(tokens: Any, targets: Any, pos: Any, loss_mask: Any) -> tuple[list[int], list[tuple[bool, int]]]:
-    """Returns the ids of a row's documents, each with its last target (which is no input), and of each id whether it is
-    in the loss mask, and the number of its document."""
+    """Returns the ids of a row's documents, each with its last target (which is not an input). Also returns, for each
+    id, whether it is in the loss mask, and the index of its document."""
     ids, kinds = [], []
     begins = [*np.flatnonzero(pos == 0), int((pos >= 0).sum())]
     for number, (begin, end) in enumerate(pairwise(begins)):
         ids += [*tokens[begin:end].tolist(), int(targets[end - 1])]
-        # A document's first token is no target; each other token is the target of its left neighbor.
+        # The first token of a document is not a target. Each other token is the target of the previous one.
         kinds += [(flag, number) for flag in (False, *loss_mask[begin:end].tolist())]
     return ids, kinds

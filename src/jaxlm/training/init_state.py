@@ -28,7 +28,7 @@ def init_state(setup: Setup) -> step.State:
 
 
 def init_weights(setup: Setup) -> Any:
-    """Returns what a run trains, with stacked layers, drawn from its seed: random weights, or a new adapter."""
+    """Returns the weights to train, with stacked layers, initialized from the seed: random weights or an adapter."""
     draw = jax.jit(
         partial(new_weights, setup.run, setup.family, setup.config),
         out_shardings=_shardings(setup, setup.state.weights),
@@ -37,7 +37,7 @@ def init_weights(setup: Setup) -> Any:
 
 
 def frozen_weights(setup: Setup) -> Any:
-    """Returns the frozen base weights of an adapter, with stacked layers; None where all weights are trained."""
+    """Returns the frozen base weights of an adapter, with stacked layers; None if all weights are trained."""
     return _read_checkpoint(setup) if setup.run.method == "lora" else None
 
 
@@ -85,10 +85,10 @@ def _stack_in_place(weights: Any, setup: Setup) -> Any:
 def _read_adapter(setup: Setup) -> Any:
     """Returns the adapter that training starts from, with stacked layers."""
     table = setup.family.PARAMS
-    found = peft.find(Path(str(setup.run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
+    adapter = peft.find(Path(str(setup.run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
 
     def sharding(row: params.TensorSpec) -> Any:
         return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
-    tree = peft.read(found, setup.config.L, lambda stored: np.dtype(np.float32), sharding)
+    tree = peft.read(adapter, setup.config.L, lambda stored: np.dtype(np.float32), sharding)
     return params.stack(tree, period(setup.config))

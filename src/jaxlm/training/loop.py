@@ -67,15 +67,15 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
     """Trains a model, or resumes from the last checkpoint in the run's folder.
 
     Args:
-        run: What to train, on what, and how.
+        run: The configuration of the run.
         log: Called with each line of metrics, with {"step": n} after each step, and with notes ({"step": n,
             "note": text}).
         progress: Called with the number of documents and tokens so far while data are tokenized.
 
     Raises:
-        ValueError: The run is inconsistent, its data cannot be used, or its folder holds another run.
+        ValueError: The run is inconsistent, its data cannot be used, or its folder has another run.
         OSError: A file cannot be read or written.
-        Diverged: The loss became NaN or Inf. Checkpoints before that remain.
+        Diverged: The loss became NaN or Inf. Earlier checkpoints are kept.
     """
     setup = set_up(run, progress)
     run = setup.run
@@ -83,7 +83,7 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
         log({"step": 0, "note": ". ".join(filter(None, (str(loader.corpus), loader.note)))})
     with resume.open_checkpoints(run.out, run.keep) as checkpoints:
         if checkpoints.latest is not None and run.resume == "never":
-            raise ValueError(f"{run.out} already holds a run: resume it (--resume auto), or choose another --out")
+            raise ValueError(f"{run.out} already has a run: resume it (--resume auto), or choose another --out")
         for change in check_resume(setup, checkpoints.latest is not None):
             log({"step": 0, "note": change})
         if checkpoints.latest is None:
@@ -122,7 +122,7 @@ def finish(setup: Setup, state: step.State) -> Path:
 
 
 def jit_step(setup: Setup) -> Any:
-    """Returns the jitted step of a run. It donates the state it is given."""
+    """Returns the jitted step of a run. Its argument `state` is donated."""
     run = setup.run
     options = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
     options |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
@@ -150,7 +150,7 @@ class Loop:
         self.flops_per_token = flops_per_token(setup)
 
     def run(self, state: step.State) -> step.State:
-        """Takes the steps from the state's step to the last. Metrics of a step are read while the next one runs."""
+        """Runs the steps from the state's step to the last. Metrics of a step are fetched while the next one runs."""
         run, first = self.setup.run, int(state.step)
         steps = run.steps
         self.start(first)
@@ -256,13 +256,13 @@ class Loop:
             return
         number, values = previous
         self.checkpoints.wait()
-        # The weights of this checkpoint produced the loss, and would again at any learning rate.
+        # The weights of this checkpoint produced the loss, and would produce it again with any learning rate.
         self.checkpoints.delete_diverged(number - 1)
         latest = self.checkpoints.latest
         what = f"step {number} has the loss {float(values.loss)} and the gradient norm {float(values.grad_norm)}"
         hint = "there is no checkpoint yet; lower the learning rate (--optimizer.lr)"
         if latest == number - 1:
-            hint = f"{self.checkpoints.folder / str(latest)} holds the weights that produced it, and there is no older "
+            hint = f"{self.checkpoints.folder / str(latest)} has the weights that produced it, and there is no older "
             hint += "checkpoint: start again with a lower --optimizer.lr and another --out"
         elif latest is not None:
             hint = f"the last checkpoint is {self.checkpoints.folder / str(latest)}; run the same command with a lower "

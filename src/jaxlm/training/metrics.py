@@ -23,12 +23,12 @@ class MetricsFile:
 
     Attributes:
         path: The file.
-        kept: The lines that were in it and stay.
+        kept: The lines of earlier steps, which are kept.
     """
 
     def __init__(self, path: Path, first: int):
-        """Opens the file of a run that starts after step `first`. Raises ValueError for a line that is no JSON object
-        with a step."""
+        """Opens the file of a run that starts after step `first`. Raises ValueError for a line that is not a JSON
+        object with a step."""
         self.path = path
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         lines = _parse(path, [row for row in rows if row.endswith(b"\n")])  # a line without an end was cut off
@@ -41,7 +41,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[Line]:
-    """Returns the lines of a metrics.jsonl. Raises ValueError for a line that is no JSON object with a step."""
+    """Returns the lines of a metrics.jsonl. Raises ValueError for a line that is not a JSON object with a step."""
     return _parse(path, path.read_bytes().splitlines())
 
 
@@ -151,8 +151,7 @@ def _column(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def moving_average(values: np.ndarray, reach: int) -> np.ndarray:
-    """Returns the mean of each value and of up to `reach` neighbors on each side, the same number on both, so that it
-    does not lag."""
+    """Returns the centered moving average: the mean of each value and up to `reach` values on each side."""
     sums, n = np.concatenate([[0.0], np.cumsum(values)]), len(values)
     at = np.arange(n)
     near = np.minimum(reach, np.minimum(at, n - 1 - at))

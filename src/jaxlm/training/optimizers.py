@@ -1,5 +1,5 @@
-"""Optimizers and learning rate schedules, from optax. Which weights decay, and which are matrices, follows from their
-letters."""
+"""Optimizers and learning rate schedules, from optax. The letters of a weight determine whether it has
+weight decay, and whether it is a matrix."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def make_optimizer(of: Optimizer, steps: int, letters: Any) -> optax.GradientTra
     """Returns the optimizer of a run: gradient clipping, then the update with weight decay and the learning rate.
 
     Args:
-        of: The options.
+        of: The optimizer settings.
         steps: Number of steps of the run.
         letters: The letters of each weight, in a tree like the weights (params.letters).
     """
@@ -64,7 +64,7 @@ def make_optimizer(of: Optimizer, steps: int, letters: Any) -> optax.GradientTra
 
 
 def decaying(letters: Any) -> Any:
-    """Returns which weights decay: all but norms."""
+    """Returns the mask of weights with weight decay: all but norms."""
     return jax.tree.map(lambda name: name.lstrip("L") not in params.NORMS, letters)
 
 

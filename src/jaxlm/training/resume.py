@@ -1,7 +1,7 @@
 """Checkpoints of the training state, and the checks before a run resumes from one.
 
-Orbax writes checkpoints asynchronously while training continues, each device its own shards. A checkpoint appears under
-its step number when it is complete; a process that dies while saving leaves none.
+Orbax writes checkpoints asynchronously while training continues; each process writes its own shards. A checkpoint
+appears under its step number only when it is complete.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from jaxlm.training.setup import Setup
 from jaxlm.training.step import State
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-# Fields that may change when a run resumes. File names may: contents.json checks the contents. The learning rate may:
-# lowering it is the remedy for a loss that became NaN or Inf.
+# Fields that may change when a run resumes. File names may change, because contents.json has a digest of the contents.
+# The learning rate may change, because a lower one is the remedy for a loss that became NaN or Inf.
 MUTABLE_FIELDS = (
     "log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
     "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "optimizer.lr",
@@ -48,7 +48,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None without any."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State) -> None:
@@ -85,7 +85,7 @@ class Checkpoints:
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """Turns disk errors into OSError. The operating system, TensorStore and Orbax raise them in many types."""
+        """Converts disk errors to OSError. The operating system, TensorStore and Orbax raise different types."""
         try:
             yield
         except Exception as error:
@@ -93,11 +93,11 @@ class Checkpoints:
             if reason is None and not isinstance(error, OSError):
                 raise
             steps = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
-            kept = f"the checkpoint of step {steps[-1]} is complete" if steps else "there is no earlier one"
+            remaining = f"the checkpoint of step {steps[-1]} is complete" if steps else "there is no earlier one"
             why = f"the disk is full ({reason})" if reason else str(error)
             raise OSError(
-                f"a checkpoint could not be saved in {self.folder}: {why}. No older checkpoint is lost: {kept}. Free "
-                "some space and run the same command again to resume"
+                f"a checkpoint could not be saved in {self.folder}: {why}. No older checkpoint is lost: {remaining}. "
+                "Free some space and run the same command again to resume"
             ) from error
 
 
@@ -105,12 +105,12 @@ class Checkpoints:
 def open_checkpoints(folder: Path, keep: int) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a run, and locks its folder against other runs.
 
-    On exit, saves in progress are completed. If the body raises, an error of that completion becomes a note of the
-    body's error.
+    On exit, saves in progress are completed. If the body raises, an error during this completion is added as a note to
+    the error of the body.
 
     Args:
         folder: The run's folder.
-        keep: How many checkpoints to keep.
+        keep: Number of checkpoints to keep.
     """
     with _locked(folder):
         checkpoints = Checkpoints(folder, keep)
@@ -128,8 +128,8 @@ def open_checkpoints(folder: Path, keep: int) -> Iterator[Checkpoints]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another run uses the folder: each would delete the other's incomplete checkpoints as the
-    remains of a crash."""
+    """Raises ValueError if another run uses the folder. Each run would delete the incomplete checkpoints of the other,
+    which look like those of a crashed run."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def check_resume(setup: Setup, resuming: bool) -> list[str]:
     if wrong := [name for name in changed if name not in MUTABLE_FIELDS]:
         shown = [f"{name} ({changed[name]}, not {fields[name]})" if name in fields else name for name in wrong]
         raise ValueError(
-            f"{run.out} holds a run with another {', '.join(shown)}: choose another --out (to start from the weights "
+            f"{run.out} has a run with another {', '.join(shown)}: choose another --out (to start from the weights "
             f"of that run, --model {run.out / 'model'})"
         )
     if distributed.is_coordinator():
@@ -178,13 +178,13 @@ def check_resume(setup: Setup, resuming: bool) -> list[str]:
 
 
 def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
-    """Returns the former values of fields and digests that differ from the folder's run.json and contents.json. A field
-    that these lack is new in this version."""
+    """Returns the previous values of fields and digests that differ from the folder's run.json and contents.json.
+    Fields that are missing in these files are new in this version and are not compared."""
     changes = {}
     for name, values in (("run.json", fields), ("contents.json", contents)):
         path = folder / name
         if path.exists():
-            # ValueError: no JSON; AttributeError: no object.
+            # ValueError: not JSON; AttributeError: not an object.
             hint = "delete it to resume without this check"
             with explain_errors(f"{path} is damaged", hint, (ValueError, AttributeError)):
                 before = {current_name(key): value for key, value in flatten(json.loads(path.read_text())).items()}

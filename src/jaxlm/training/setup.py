@@ -1,12 +1,12 @@
-"""From a `Run` to what the training loop needs, in stages that run once each.
+"""Prepares a `Run` for the training loop, in stages.
 
-    resolve      the run with its defaults filled in; family, config, tokenizer; no weight is read
+    resolve      the run with default values; family, config, tokenizer; no weights are read
     mesh         the devices
-    data         the data loaders of training and validation, and with them the number of steps
+    data         the data loaders for training and validation, and the number of steps
     optimizer    the optax transformation
     state        shapes, dtypes and shardings of the training state
 
-Everything that a user can get wrong is checked here, before a large array is allocated.
+All user input is checked here, before large arrays are allocated.
 """
 
 import json
@@ -75,7 +75,7 @@ class Setup(NamedTuple):
 
 
 class _Resolved(NamedTuple):
-    """The model of a run before a weight is read; fields as in Setup."""
+    """The model of a run before its weights are read; fields as in Setup."""
 
     family: Any
     config: Any
@@ -86,7 +86,7 @@ class _Resolved(NamedTuple):
 
 
 def set_up(run: Run, progress: Progress | None = None) -> Setup:
-    """Checks and prepares everything but the weights.
+    """Checks and prepares a run, except for its weights.
 
     Args:
         run: The run.
@@ -113,7 +113,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
 
 
 def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
-    """Returns what a new run trains, with stacked layers: random weights, or a new adapter. Pure."""
+    """Returns the weights that a new run trains, with stacked layers: random weights, or a new adapter. Pure."""
     if run.method == "lora":
         rows = lora.targets(family.PARAMS, cfg, run.lora.targets or ("all-linear",))
         weights = lora.init(rows, cfg.L, run.lora.rank, _scale(run), key)
@@ -123,7 +123,7 @@ def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
 
 
 def period(cfg: Any) -> int:
-    """Returns how many layers stacking keeps apart: the period of the layers' kinds (Gemma 3: 6)."""
+    """Returns the period of the layer types, which are stacked separately (Gemma 3: 6)."""
     return len(params.period(cfg.windows))
 
 
@@ -138,7 +138,8 @@ def _abstract_state(tx: optax.GradientTransformation, weights: Any, over: Any, t
 
 
 def _resolve(run: Run) -> tuple[Run, _Resolved]:
-    """Returns the run with its defaults but the number of steps, and its model; checks what needs no data."""
+    """Returns the run with default values except the number of steps, and its model. Checks what does not depend on the
+    data."""
     run.check()
     paths = {name: getattr(run, name) for name in ("out", "shape", "tokenizer", "adapter")}
     run = replace(run, **{name: path and Path(path).expanduser() for name, path in paths.items()})
@@ -161,13 +162,18 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
 
 
 def _of_checkpoint(run: Run) -> _Resolved:
-    found = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer))
-    if found.checkpoint.adapter is not None:
-        raise ValueError(f"{run.model} is an adapter: name its base model (--model) and the adapter (--adapter), "
+    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer))
+    if resolved.checkpoint.adapter is not None:
+        raise ValueError(f"{run.model} is an adapter: pass its base model (--model) and the adapter (--adapter), "
                          "or merge them first (jaxlm fuse)")  # fmt: skip
-    tokenizer = _require_tokenizer(found.tokenizer, run)
+    tokenizer = _require_tokenizer(resolved.tokenizer, run)
     return _Resolved(
-        found.family, found.config, found.checkpoint.config, tokenizer, found.generation_config, found.checkpoint
+        resolved.family,
+        resolved.config,
+        resolved.checkpoint.config,
+        tokenizer,
+        resolved.generation_config,
+        resolved.checkpoint,
     )
 
 
@@ -183,13 +189,13 @@ def _of_shape(run: Run) -> _Resolved:
 def _require_tokenizer(tokenizer: Tokenizer | None, run: Run) -> Tokenizer:
     if tokenizer is None:
         where = run.tokenizer or run.model or "a new model"
-        raise ValueError(f"{where} has no tokenizer: name a folder that has one (--tokenizer), or train one "
+        raise ValueError(f"{where} has no tokenizer: pass a folder that has one (--tokenizer), or train one "
                          "(jaxlm tokenizer train)")  # fmt: skip
     return tokenizer
 
 
 def _read_shape(path: Path) -> dict[str, Any]:
-    """Returns the contents of a config.json, named itself or by its folder."""
+    """Returns the contents of a config.json. The path is the file or its folder."""
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: --shape takes the config.json of a model")
@@ -197,7 +203,7 @@ def _read_shape(path: Path) -> dict[str, Any]:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns BOS and EOS of config.json. A new model has its tokenizer's, wherever its shape was copied from."""
+    """Returns the BOS and EOS ids for config.json. A new model has those of its tokenizer, not those in --shape."""
     ends = sorted(tokenizer.eos_ids)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
@@ -207,13 +213,13 @@ def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
     rows = lora.targets(family.PARAMS, cfg, run.lora.targets or ("all-linear",))
     if run.lora.dropout and any(row.path == "head" for row in rows):
         raise ValueError("lora.dropout cannot be combined with the target head, whose logits are computed in chunks: "
-                         "leave out one of them")  # fmt: skip
+                         "omit one of them")  # fmt: skip
     if run.adapter is None:
         return
-    found = peft.find(run.adapter, family.PARAMS, cfg, family.IGNORED_PREFIXES)
-    if found.ignored:
+    adapter = peft.find(run.adapter, family.PARAMS, cfg, family.IGNORED_PREFIXES)
+    if adapter.ignored:
         raise ValueError(f"{run.adapter} also adapts the vision tower, which is not supported: train another adapter")
-    pairs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in found.pairs}
+    pairs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in adapter.pairs}
     if pairs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
         raise ValueError(
             f"{run.adapter} has another rank, alpha or targets than this run: use the adapter's values (--lora.rank, "
@@ -226,7 +232,7 @@ def _scale(run: Run) -> float:
 
 
 def _check_outputs(run: Run, checkpoint: hf.Checkpoint | None) -> None:
-    """Raises FileExistsError if the result could not be written at the end."""
+    """Raises FileExistsError if the result cannot be written at the end of the run."""
     if run.out.exists() and not run.out.is_dir():
         raise FileExistsError(f"{run.out} is a file: choose a folder (--out)")
     if run.method == "lora":
@@ -258,8 +264,8 @@ def _make_mesh(run: Run, cfg: Any) -> Any:
 
 
 def _make_loader(run: Run, tokenizer: Any, over: Any, split: str, progress: Progress | None) -> Any:
-    """Returns the data loader of a split, None without data. The coordinator tokenizes; the other processes find the
-    corpus in the cache."""
+    """Returns the data loader of a split; None without data. The coordinator tokenizes; the other processes load the
+    corpus from the cache."""
     from jaxlm.data.corpus import prepare
     from jaxlm.data.documents import TextOptions
     from jaxlm.data.packing import DataLoader
@@ -301,7 +307,7 @@ def _resolve_steps(run: Run, data: Any) -> Run:
 
 
 def local_rows(B: int, over: Any) -> slice:
-    """Returns the rows of a batch that this process's devices hold, with any rows between them."""
+    """Returns the range of rows of a batch that contains all rows of this process's devices."""
     if over is None:
         return slice(0, B)
     sharding = mesh.sharding("BT", (B, 1), over)

@@ -1,7 +1,7 @@
-"""One training step: a pure function of the state and a batch, the same on one device and on any mesh.
+"""The training step: a pure function of the state and a batch, for a single device or a mesh.
 
-Gradient accumulation, gradient clipping (in the optimizer), mixed precision, activation checkpointing and FSDP all
-happen here.
+It implements gradient accumulation, gradient clipping (in the optimizer), mixed precision, activation checkpointing and
+FSDP.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from jaxlm.devices import mesh
 from jaxlm.nn import lora, params
 from jaxlm.training.loss import Sums, loss
 
-# Activation checkpointing: what the backward pass keeps of the forward pass (a policy of nn.scan_layers). The rest is
-# recomputed. No policy keeps gathered weights (nn/linear.py) or blocks of attention scores (nn/attention.py).
+# Activation checkpointing: the intermediate results that are saved for the backward pass (a policy of nn.scan_layers).
+# The others are recomputed. No policy saves gathered weights (nn/linear.py) or attention scores (nn/attention.py).
 REMAT: dict[str, Any] = {
     "none": None,
     "full": True,
@@ -29,7 +29,7 @@ class State(NamedTuple):
     """The training state. The field names are the keys of a checkpoint.
 
     Attributes:
-        weights: What is trained (all weights, or an adapter), float32 whatever the compute dtype.
+        weights: The trained weights (all weights, or an adapter), float32 for every compute dtype.
         opt_state: The state of the optax optimizer.
         step: [] int32, the number of steps taken.
     """
@@ -117,7 +117,7 @@ def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any)
 
     def gradient_of(weights: Any, part: Any, number: jax.Array) -> tuple[Any, Any]:
         value, gradient = jax.value_and_grad(total, has_aux=True)(weights, part, number)
-        # Sharded as the weights: without this the compiler may all-reduce whole gradients on every device.
+        # Sharded like the weights. Otherwise the compiler may all-reduce whole gradients on every device.
         return value, jax.tree.map(lambda g, name: mesh.constrain(g, name, _rules(name)), gradient, letters)
 
     count = jax.tree.leaves(parts)[0].shape[0]
@@ -136,8 +136,8 @@ def _gradient(total: Callable[..., Any], weights: Any, letters: Any, parts: Any)
 def state_shardings(tx: optax.GradientTransformation, state: Any, over: Any, table: Any) -> State:
     """Returns the sharding of each array of a state, given as shapes.
 
-    Moments are sharded as their weights. What has another shape than its weight (adafactor's factored moments) and
-    what belongs to no weight (counters) is replicated.
+    Moments are sharded like their weights. Arrays with a different shape than their weight (adafactor's factored
+    moments), and arrays without a weight (counters), are replicated.
 
     Args:
         tx: The optimizer of the state.
@@ -151,7 +151,7 @@ def state_shardings(tx: optax.GradientTransformation, state: Any, over: Any, tab
         return mesh.sharding("", leaf.shape, over)
 
     def moment(leaf: Any, weight: Any, sharding: Any) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # this part of the optimizer leaves the weight to another
+        if isinstance(leaf, optax.MaskedNode):  # the weight belongs to another part of the optimizer
             return leaf
         return sharding if leaf.shape == weight.shape else replicated(leaf)
 
@@ -182,6 +182,6 @@ def _rules(letters: str) -> mesh.Rules:
 
 
 def _split_batch(count: int, x: jax.Array) -> jax.Array:
-    """[B,T] to [count,B/count,T] for gradient accumulation. Every part takes its rows from all over the batch, so that
-    on a mesh each device has its share of each part."""
+    """[B,T] to [count,B/count,T] for gradient accumulation. The rows of each part are spread over the batch, so that on
+    a mesh every device has rows of each part."""
     return mesh.constrain(x.reshape(x.shape[0] // count, count, x.shape[1]).swapaxes(0, 1), " BT")

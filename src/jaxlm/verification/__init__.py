@@ -1,17 +1,17 @@
-"""Proof that a model on this machine computes what its authors published.
+"""Verification: compares the outputs of a model with reference implementations.
 
-`verify` runs one or more references (transformers, Meta's code, or a recording of either), frees each, then runs jaxlm
-over the same probes and compares rotary frequencies, the residual stream after every layer, logits, greedy text and
-token ids. It also compares jaxlm with itself: decoding through the KV cache, chunked prefill, a rewound cache and
-single rows must equal the plain forward pass.
+`verify` runs one or more references (transformers, Meta's code, or a recording of either), frees each, and then runs
+jaxlm on the same inputs (probes). It compares rotary frequencies, the residual stream after every layer, logits, greedy
+text and token ids. It also compares jaxlm with itself: decoding through the KV cache, chunked prefill, a rewound cache
+and single rows must equal the plain forward pass.
 
-    probes.py        the inputs of every model, and its answers
+    probes.py        the inputs of every model, and its outputs
     torch_models.py  transformers
     meta_code.py     Meta's code; only this file and torch_models.py import torch
-    recordings.py    a reference's answers in a file, for machines without torch
-    ours.py          jaxlm's answers, and jaxlm against itself
+    recordings.py    the outputs of a reference in a file, for machines without torch
+    ours.py          the outputs of jaxlm, and jaxlm compared with itself
     tolerances.py    tolerances, with their reasons
-    checks.py        compares answers
+    checks.py        compares outputs
     report.py        the checks as a table, JSON, Markdown and a plot
 """
 
@@ -49,18 +49,22 @@ def verify(
     """Compares a model with reference implementations and with itself. The module's docstring lists what is compared.
 
     Args:
-        model: hub id, folder, ModelSource or Model. A Model stays in memory while a reference runs.
+        model: Hub id, folder, ModelSource or Model. A Model stays in memory while a reference runs.
         against: "transformers", "meta", the path of a recording (`record`), "self", or several of them. Default:
             transformers if torch is installed and the checkpoint's files are available, else "self".
-        record: file to write the answers of the first reference to.
-        dtype: type of jaxlm's weights. float32 proves the mathematics; in another type the tolerance is a multiple of
-            the reference's own error in that type.
-        mesh: as in `load`. The model also runs sharded over it, and is compared with itself on one device.
-        progress: called with what is being done.
-        **fields: fields of ModelSource, for a `model` that is a name.
+        record: File to write the outputs of the first reference to.
+        dtype: dtype of jaxlm's weights. Use float32 to check the implementation. In another dtype, the tolerance is a
+            multiple of the error of the reference in that dtype.
+        mesh: As in `load`. The model also runs sharded over it, and is compared with itself on one device.
+        progress: Called with a description of each step.
+        **fields: Fields of ModelSource, if `model` is a name.
+
+    Returns:
+        The report, with all checks.
 
     Raises:
-        ValueError, OSError, MemoryError: as `load`; ValueError for a reference that cannot run.
+        ValueError: A reference cannot run, or as in `load`.
+        OSError, MemoryError: As in `load`.
     """
     source = model if isinstance(model, Model) else ModelSource.of(model, **fields)
     subject = ours.subject_of(source)
@@ -84,7 +88,7 @@ def verify(
 
 
 def _require_several_devices(mesh: Any, cfg: Any) -> None:
-    """ValueError, before minutes of work, for a mesh that is invalid or has a single device."""
+    """Raises ValueError for a mesh that is invalid or has a single device, before the long computation."""
     row = params.TensorSpec("embed", "VD", (cfg.V, cfg.D), (), ())
     if len(placement(cfg, mesh, None)(row).device_set) == 1:
         raise ValueError(f"mesh {mesh} has a single device: there is nothing to compare")
@@ -93,7 +97,7 @@ def _require_several_devices(mesh: Any, cfg: Any) -> None:
 def _answers(
     names: list[str], subject: Resolved, dtype: str, progress: Callable[[str], None]
 ) -> tuple[Probes, list[list[Trace]]]:
-    """The answers of the references, one after the other: no two models are in memory at once."""
+    """The outputs of the references, computed one after the other, so that only one model is in memory at a time."""
     probes, traces = probes_for(subject.config, subject.tokenizer), []
     for name in names:
         if name in RUNS:
@@ -107,7 +111,7 @@ def _answers(
 
 
 def _references(against: str | Sequence[str] | None, subject: Resolved) -> list[str]:
-    """The names in `against`, checked; recordings are paths."""
+    """Checks the names in `against`. Recordings are returned as paths."""
     adapted = subject.checkpoint is not None and subject.checkpoint.adapter is not None
     if against is None:
         has_torch = not adapted and importlib.util.find_spec("torch") is not None and subject.checkpoint is not None
