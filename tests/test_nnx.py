@@ -59,8 +59,8 @@ def plain_step(model: Model) -> Any:
     @jax.jit
     def run(weights: Any, moments: Any) -> Any:
         value, gradient = jax.value_and_grad(lambda w: nats(model.forward(TOKENS, w)[0]))(weights)
-        updates, _ = RULE.update(gradient, moments, weights)
-        return value, optax.apply_updates(weights, updates)
+        updates, moments = RULE.update(gradient, moments, weights)
+        return value, optax.apply_updates(weights, updates), moments
 
     return run(model.weights, jax.jit(RULE.init)(model.weights))
 
@@ -138,7 +138,11 @@ def test_a_step_is_optax_on_our_tree(dtype: Any) -> None:
     module = jaxlm.nnx.Module(model)
     optimizer = nnx.Optimizer(module, RULE, wrt=nnx.Param)
     first = train(module, optimizer)
-    same((first, module.weights), plain_step(model))
+    loss, weights, moments = plain_step(model)
+    same((first, module.weights), (loss, weights))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.tree.leaves(nnx.state(optimizer.opt_state)), jax.tree.leaves(moments)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(module.weights)} == {np.dtype(dtype)}
     assert module(TOKENS)[0].dtype == jnp.float32
     assert train(module, optimizer) < first
