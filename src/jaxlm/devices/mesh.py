@@ -1,8 +1,8 @@
 """Sharding: the device mesh, and the logical axis rules that map the letters of the alphabet to mesh axes.
 
-The mesh has two axes. `data` is data parallelism: it shards the batch and, in training, every weight (FSDP). `model` is
-tensor parallelism: it shards heads, the MLP width and the vocabulary. A letter whose size an axis does not divide is
-replicated over that axis.
+A mesh has two axes, sometimes three. `data` is data parallelism: it shards the batch and, in training, every matrix
+(FSDP). `model` is tensor parallelism: it shards heads, the MLP width and the vocabulary. A letter whose size an axis
+does not divide is replicated over that axis.
 
 With more devices on `model` than kv heads (8 heads on 16 devices), `model` is factored into `model` and `group`. Query
 heads are sharded over both, kv heads over `model` alone. Each kv head is then on the devices whose query heads read it.

@@ -1,7 +1,8 @@
 """Continuous batching: requests share the rows of one batch, and the row of a finished request is reused for the next.
 
 The host dispatches a program before it fetches the tokens of the previous one, so the device does not wait for the
-host. The end of a request is therefore detected one program late, and the tokens generated in between are dropped.
+host, except after a prefill, whose tokens are fetched at once. The end of a request is therefore detected one program
+late, and the tokens generated in between are dropped.
 
 The KV cache starts with slots for the prompts and HEADROOM tokens, and doubles when a row reaches its end. Most answers
 are shorter than max_tokens, and the cost of a decoding step grows with the length of the cache.
@@ -68,12 +69,12 @@ class _Row:
 
 
 def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterator[Token]:
-    """Decodes all requests.
+    """Decodes all requests. Free rows take the next waiting request and others in its length bucket.
 
     Args:
-        steps: The compiled model.
+        steps: The compiled functions of the model.
         requests: The requests.
-        slots: Maximum number of requests that are decoded together (batch size).
+        slots: Number of rows: how many requests are decoded together (batch size).
 
     Yields:
         The tokens of all requests as they are generated, including stop tokens.

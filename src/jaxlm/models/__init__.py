@@ -1,7 +1,8 @@
 """The model families: the module for each `model_type` of a Hugging Face config.json.
 
-A family is a module with the attributes of `Family` (family.py). Read llama3.py first. `register` adds a family from
-outside the package:
+A family is a module with the attributes of `Family` (family.py). To add one to the package: copy llama3.py, list the
+new module in FAMILIES, and give it a recording (tests/recordings/make.py) and a configuration with planted faults
+(tests/oracle/cases.py, faults.py). `register` adds a family from outside the package:
 
     jaxlm.models.register("my_model", my_package.my_model)
     model = jaxlm.load("path/to/checkpoint")  # whose config.json has model_type "my_model"

@@ -75,6 +75,7 @@ def names(tail: str) -> tuple[str, ...]:
     return "model." + tail, "language_model.model." + tail, "model.language_model." + tail
 
 
+# path in the weights: (axes in the checkpoint's order, name in the checkpoint, aliases …)
 PARAMS = {
     "embed": ("VD", *names("embed_tokens.weight")),
     "layers.attn_norm": ("D", *names("layers.{}.input_layernorm.weight")),

@@ -49,6 +49,7 @@ class Config:
 
 NORM_IDENTITY = 1.0  # initial value of norm weights
 
+# path in the weights: (axes in the checkpoint's order, name in the checkpoint, aliases …)
 PARAMS = {
     "embed": ("VD", "model.embed_tokens.weight"),
     "layers.attn_norm": ("D", "model.layers.{}.input_layernorm.weight"),

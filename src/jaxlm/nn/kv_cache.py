@@ -21,10 +21,11 @@ from jaxtyping import Array, Float, Int
 class KVCache:
     """The KV cache of all layers, a pytree. `init` creates one.
 
-    The leaves are arrays; trees of their shapes, shardings and letters have the same structure.
+    Keys are stored after RoPE. Instead of arrays, the leaves may be their shapes, shardings or letters.
 
     Attributes:
-        positions: Number of slots S (as a string) -> position of the token in each slot, [B,S] int32, -1 if empty.
+        positions: Position of the token in each slot, [B,S] int32, -1 if empty. One array for each number of slots that
+            layers have, under the key str(S).
         layers: {"k": [B,K,S,H], "v": [B,K,S,H]} of each layer.
         length: Maximum number of positions, 0 to length - 1.
         chunk: Maximum number of tokens per row and call.

@@ -22,7 +22,7 @@ from jaxlm.nn.linear import WeightForm, product
 class Lora(WeightForm):
     """w + scale * b a, without computing the sum (eq. 3; scale is the paper's alpha / r).
 
-    The leaves are arrays; trees of their shapes, shardings and letters have the same structure.
+    Instead of arrays, the leaves may be their shapes, shardings or letters.
 
     Attributes:
         w: The frozen weight, an array or a WeightForm; None in an adapter.
@@ -41,6 +41,7 @@ class Lora(WeightForm):
     rate: float = field(default=0.0, metadata={"static": True})
 
     def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
+        """x w + scale * b (a x). For the spec `BTD,NHD->BTNH`, a x is `BTD,rD->BTr` and b (a x) is `BTr,NHr->BTNH`."""
         inputs, out = spec.split("->")
         of_x, letters = inputs.split(",")
         contracted = "".join(letter for letter in letters if letter not in out)

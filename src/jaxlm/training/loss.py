@@ -55,7 +55,7 @@ def _float32(a: jax.Array) -> jax.Array:
 def loss(
     family: Any, cfg: Any, weights: Any, batch: Any, *, z_loss: float = 0.0, chunk: int = CHUNK, **options: Any
 ) -> Sums:
-    """Returns the sums over the loss mask of a batch.
+    """Returns the sums over the loss mask of a batch. `step.make_step` divides by the number of tokens.
 
     Args:
         family: The module of the architecture.
