@@ -65,6 +65,7 @@ RENAMED = [
     ("exporting.py", ["other_texts"], ["sidecar_files"]),
     ("nn/params.py", ["rows"], ["tensors"]),
 ]
+COMMON = {"first", "rows"}  # plain as a variable, not as the name of a function
 FILES_GONE = [
     "ops",
     "options.py",
@@ -82,18 +83,15 @@ BRITISH = r"\b(optimis|initialis|normalis|quantis|tokenis|serialis|neighbour|beh
 
 
 def definitions(path: Path) -> set[str]:
-    """Names of functions, classes, parameters, and of what modules and classes assign."""
-    tree = ast.parse(path.read_text())
-    found = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    """Names of functions, classes, parameters and variables. Variables may have COMMON words as names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
-        if isinstance(node, ast.Module | ast.ClassDef):
-            for part in node.body:
-                targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
-                found |= {
-                    leaf.id for target in targets if target for leaf in ast.walk(target) if isinstance(leaf, ast.Name)
-                }
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in COMMON:
+            found.add(node.id)
     return found
 
 

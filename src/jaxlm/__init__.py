@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.conversation import Conversation as Conversation
     from jaxlm.inference.generation import generate as generate
     from jaxlm.inference.generation import stream as stream
+    from jaxlm.inference.sampling_params import SamplingParams as SamplingParams
     from jaxlm.loading import load as load
     from jaxlm.model import Model as Model
     from jaxlm.training.loop import train as train
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Conversation": "jaxlm.inference.conversation",
     "Model": "jaxlm.model",
+    "SamplingParams": "jaxlm.inference.sampling_params",
     "evaluate": "jaxlm.evaluation.perplexity",
     "export": "jaxlm.exporting",
     "fuse": "jaxlm.adapters",
@@ -29,8 +31,8 @@ _HOME = {
     "verify": "jaxlm.verification",
 }
 __all__ = [
-    "Conversation", "Model", "__version__", "evaluate", "export", "fuse", "generate", "load", "stream", "train",
-    "verify",
+    "Conversation", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate", "load",
+    "stream", "train", "verify",
 ]  # fmt: skip
 
 

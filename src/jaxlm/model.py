@@ -42,6 +42,10 @@ class Model:
     source: str = "random weights"
     checkpoint: Checkpoint | None = None
 
+    def __post_init__(self) -> None:
+        if self.generation_config is None:
+            object.__setattr__(self, "generation_config", {})
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.weights, self.forward, self.init_kv, self.tokenizer, self.config))
 

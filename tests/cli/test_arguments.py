@@ -114,7 +114,8 @@ def test_unknown_flags_get_a_suggestion(line, flag, capsys):
     ("generate --do-sample", "--temperature 0"), ("chat --device cuda", "JAX_PLATFORMS"),
     ("chat -ngl 99", "JAX_PLATFORMS"),
     ("info --trust-remote-code", "omit this flag"), ("export m --out x", "jaxlm export MODEL OUT"),
-    ("generate --quxx", "jaxlm generate --help"),
+    ("generate --quxx", "jaxlm generate --help"), ("chat --out x", "jaxlm chat --help"),
+    ("info --text x", "jaxlm info --help"), ("generate hi -o x", "jaxlm generate --help"),
 ])  # fmt: skip
 def test_unknown_flags_get_an_explanation(line, key, capsys):
     assert key in refused(capsys, *line.split())
@@ -146,5 +147,7 @@ def test_suggestion_tables_have_existing_flags_only():
     aliases = {alias for command in commands.values() for flag in flags_of(command) for alias in flag.aliases}
     for row in suggestions.FLAGS:
         assert row.split()[0] in names | aliases, row
+    for _, of_commands, _ in suggestions.NOTES:
+        assert set(of_commands.split()) <= set(commands)
     for row in suggestions.COMMANDS:
         assert row in commands or row.startswith("--"), row

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from jaxlm import cli
+from jaxlm.cli.flags import flags_of
+from jaxlm.cli.suggestions import unknown_flag, unknown_key
 from jaxlm.cli.train import Train
 from jaxlm.training import config
 
@@ -159,7 +161,22 @@ def test_keys_with_hyphens_aliases_and_merged_mappings(parsed) -> None:
 def test_rename_tables_have_existing_fields_only() -> None:
     known = set(config.field_names(Train))
     groups = {name.partition(".")[0] for name in known}
-    assert {*config.RENAMED_FIELDS.values(), *config.OTHER_TOOLS.values()} <= known | groups
-    assert not known & {*config.RENAMED_FIELDS, *config.OTHER_TOOLS}
+    assert {*config.RENAMED_FIELDS.values()} <= known | groups
+    assert not known & {*config.RENAMED_FIELDS}
     assert config.current_name("optimiser.lr") == "optimizer.lr"
-    assert config.suggest("optimiser.lr", known) == "optimiser.lr is now optimizer.lr"
+    assert unknown_key("optimiser.lr", "train", flags_of(Train)) == "optimiser.lr is now optimizer.lr"
+
+
+@pytest.mark.parametrize(("key", "field"), [
+    ("eval_dataset", "data.valid"), ("grad_accum", "accumulate"), ("save_dir", "out"), ("cutoff_len", "length"),
+    ("min_lr", "optimizer.final"), ("fsdp", "mesh: data=N"), ("bf16", "dtype: bfloat16"), ("use_lora", "method: lora"),
+    ("gradient_checkpointing", "remat: full"), ("dataset_name", "dataset"), ("beta1", "optimizer.b1"),
+])  # fmt: skip
+def test_keys_and_flags_of_other_tools_get_the_same_suggestion(key, field) -> None:
+    flag = field.replace("_", "-").replace(": ", " ")
+    assert unknown_key(key, "train", flags_of(Train)) == f"unknown key {key}: did you mean {field}?"
+    assert unknown_flag(f"--{key}", "train", flags_of(Train)) == f"unknown flag --{key}: did you mean --{flag}?"
+
+
+def test_config_with_one_dash(capsys) -> None:
+    assert "--config" in refused(capsys, "-config", "run.yaml")

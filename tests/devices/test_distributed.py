@@ -59,11 +59,13 @@ def pair(request, folder) -> Pair:
     """Two processes of four virtual devices each. Starting them takes long, so they run once for all tests."""
     mesh, part, train_mesh = request.param
     script, port = str(Path(__file__).parents[1] / "helpers" / "process_pair_script.py"), free_port()
-    for name in ("exported", "both", "0.json", "1.json"):
+    files = [folder / f"{i}.json" for i in range(2)]
+    for file in files:
+        file.unlink(missing_ok=True)
+    for name in ("exported", "both", "one"):
         shutil.rmtree(folder / name, ignore_errors=True)
     commands = ([script, port, str(i), str(folder), mesh, train_mesh] for i in range(2))
     ended = wait_for(start_processes(*commands), 200)
-    files = [folder / f"{i}.json" for i in range(2)]
     assert all(file.is_file() for file in files), ended
     return Pair(folder, part, train_mesh, ended, [json.loads(file.read_text()) for file in files])
 

@@ -20,8 +20,6 @@ from jaxlm.inference.decoding import executables
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
-pytestmark = pytest.mark.smoke
-
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 PROMPTS = [[1, 5, 9], [4] * 14, [7, 0], [3, 2, 1, 0, 1]]  # one length bucket, for few compilations
@@ -58,6 +56,7 @@ TABLE = [(family, spec) for family in FAMILIES for spec in MESHES]
 ROWS = [pytest.param(*row, marks=[] if row == QUICK else pytest.mark.slow) for row in TABLE]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("family", "spec"), ROWS)
 def test_greedy_text_is_the_same_on_every_mesh(family: str, spec: str) -> None:
     """It equals the argmax of one device's logits over the whole text."""
@@ -106,6 +105,7 @@ def collectives(program: Any) -> Counter[str]:
     return Counter(re.findall(rf"= .*? ({kinds})(?:-start)?\(", program.as_text()))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("T", [1, 16])
 def test_two_all_reduces_per_layer_and_one_for_the_embedding(family: str, T: int) -> None:

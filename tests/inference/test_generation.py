@@ -19,8 +19,6 @@ from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
 
-pytestmark = pytest.mark.smoke
-
 # Compiling is nearly all the time that these tests take: they share two models, prompts whose lengths fall into few
 # buckets, and texts that fill the context: REST tokens after PROMPT.
 CONTEXT = 64
@@ -61,6 +59,7 @@ def prompts(*lengths):
     return [rng.integers(0, 97, n).tolist() for n in lengths]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("make", [llama, gemma])
 def test_greedy_equals_the_full_forward(make):
     model = make()
@@ -169,6 +168,17 @@ def test_new_length_within_a_bucket_does_not_compile():
     assert len(executables(model.family, model.config)) == count
     jaxlm.generate(model, PROMPT * 4, max_tokens=1, temperature=0)  # a bucket that no other test uses
     assert len(executables(model.family, model.config)) > count
+
+
+def test_several_chunks_compile_once(monkeypatch):
+    """A cache that a program returns is the same argument as a new one. Gemma's has layers of 79 and of 128 slots."""
+    monkeypatch.setitem(hardware.CHUNK, "cpu", 64)
+    model = tiny("gemma3", sliding_window=16)
+    for prompt in ([7] * 120, [[8] * 120] * 2):
+        jaxlm.generate(model, prompt, max_tokens=4, temperature=0, batch_size=1, ignore_eos=True)
+    names = [key[0] for key in executables(model.family, model.config)]
+    assert sorted(names) == sorted({*names})
+    assert {"prefill", "insert", "decode"} <= {*names}
 
 
 def test_prefill_computes_logits_of_one_position():

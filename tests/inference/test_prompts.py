@@ -24,6 +24,7 @@ def test_stop_ids_follow_generation_config():
     assert stop_ids(model, SamplingParams()) == {3, end}
     model.generation_config["eos_token_id"] = [5, 6]
     assert stop_ids(model, SamplingParams()) == {5, 6, end}
+    assert replace(model, generation_config=None).generation_config == {}
     model = replace(model, generation_config={"eos_token_id": 7})
     assert stop_ids(model, SamplingParams(stop_token_ids=(8,))) == {7, 8, end}
     assert stop_ids(model, SamplingParams(ignore_eos=True)) == set()

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from jaxlm.inference.sampling_params import SamplingParams, from_kwargs, unsupported
+import jaxlm
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs, unsupported
 
 # Files of published models, whole but for the token ids.
 QWEN25 = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -193,6 +194,12 @@ def test_penalized():
     for name in NUMBERS[4:]:
         assert SamplingParams(**{name: 1.5}).resolve({}).penalized
     assert SamplingParams().resolve(QWEN25).penalized
+
+
+def test_keyword_arguments_are_the_fields():
+    """SamplingOptions is for type checkers, SamplingParams for everything else."""
+    assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert jaxlm.SamplingParams is SamplingParams
 
 
 def test_from_kwargs():

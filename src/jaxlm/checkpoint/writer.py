@@ -7,7 +7,7 @@ written, no more than a slice is in memory.
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ def gather_rows(x: jax.Array, begin: int, count: int) -> np.ndarray:
     return bits.astype(f"u{x.dtype.itemsize}").view(x.dtype)
 
 
-@cache
+@lru_cache(maxsize=16)
 def _gather_rows(where: NamedSharding, count: int) -> Callable[[jax.Array, int], jax.Array]:
     """The rows as 32-bit integers, summed over the devices: rows that a device does not hold count as 0."""
     first, *rest = (*where.spec, None)

@@ -1,6 +1,6 @@
 """The command line: one module per command. A command is a dataclass whose fields are the flags; `run` executes it.
 
-No module here imports jax at the top level, so that `jaxlm --help` is fast.
+No command imports jax at the top level, so that `jaxlm --help` is fast.
 """
 
 import itertools

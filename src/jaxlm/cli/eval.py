@@ -11,12 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
     from jaxlm.evaluation.perplexity import Evaluation
@@ -96,15 +97,15 @@ class Eval(ModelFlags):
     def _check(self) -> None:
         """Exits with status 2 unless there are either files or tasks, without flags of the other mode."""
         if bool(self.files) == (self.tasks is not None):
-            usage("pass either files or --tasks")
+            usage("pass either files or --tasks (jaxlm eval --help)")
         wrong_flags = TASK_FLAGS if self.tasks is None else TEXT_FLAGS
         for name in wrong_flags:
             if getattr(self, name) != getattr(Eval, name):
                 flag = f"--{name.replace('_', '-')}"
-                usage(f"{flag} applies to {'--tasks' if self.tasks is None else 'files'} only")
+                usage(f"{flag} applies to {'--tasks' if self.tasks is None else 'files'} only (jaxlm eval --help)")
         for name in ("shots", "limit", "length", "batch"):
             if (value := getattr(self, name)) is not None and value < (name != "shots"):
-                usage(f"--{name} is {value}, but must be at least {int(name != 'shots')}")
+                usage(f"--{name} is {value}, but must be at least {int(name != 'shots')} (jaxlm eval --help)")
 
     def _run_tasks(self) -> int:
         with explain_missing_package("this command", "jaxlm[eval]"):
@@ -152,12 +153,6 @@ def progress_line() -> Any:
     finally:
         if last:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def usage(text: str) -> NoReturn:
-    """Exits with status 2 (wrong usage)."""
-    print(f"jaxlm: {text} (jaxlm eval --help)", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def record(result: "Evaluation") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`jaxlm export`: writes a model as a Hugging Face checkpoint, optionally in another data type."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import usage
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Export(ModelFlags):
     def run(self) -> int:
         paths = [value for value in (self.model, self.name, self.out) if value is not None]
         if len(paths) != 2:
-            print("jaxlm: pass a model and a folder to write: jaxlm export MODEL OUT (--help)", file=sys.stderr)
-            return 2
+            usage("pass a model and a folder to write: jaxlm export MODEL OUT (--help)")
         if not self.is_single_process:
             raise ValueError("export runs in a single process: start it without --num-processes or a launcher")
         self.begin()

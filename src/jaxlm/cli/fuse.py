@@ -1,11 +1,11 @@
 """`jaxlm fuse`: merges a LoRA adapter into its base model and writes one checkpoint folder."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import usage
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Fuse(ModelFlags):
 
     def run(self) -> int:
         if self.out is None or (self.model is None and self.adapter is None):
-            print("jaxlm: pass an adapter and a folder: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)",
-                  file=sys.stderr)  # fmt: skip
-            return 2
+            usage("pass an adapter and a folder: jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER (--help)")
         if not self.is_single_process:
             raise ValueError("fuse runs in a single process: start it without --num-processes or a launcher")
         self.begin()

@@ -2,13 +2,13 @@
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -29,8 +29,7 @@ class Info(ModelFlags):
 
     def run(self) -> int:
         if (self.name is not None and self.model is not None) or (self.name, self.model, self.adapter) == (None,) * 3:
-            print("jaxlm: pass one model: a hub id, a folder or a config.json (jaxlm info --help)", file=sys.stderr)
-            return 2
+            usage("pass one model: a hub id, a folder or a config.json (jaxlm info --help)")
         from jaxlm.cli.facts import describe
 
         facts = describe(self.source(self.name), self.dtype, self.mesh)

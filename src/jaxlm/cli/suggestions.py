@@ -1,8 +1,11 @@
-"""Suggestions for unknown commands and flags: former names, names in other tools, then the closest spelling."""
+"""Suggestions for unknown commands, flags and YAML keys: former names, names in other tools, then close spellings."""
 
 import difflib
+from collections.abc import Collection
+from typing import Literal, get_args, get_origin
 
 from jaxlm.cli.flags import Flag
+from jaxlm.training.config import current_name
 
 # Commands, and their names in other tools.
 COMMANDS = {
@@ -21,21 +24,21 @@ COMMANDS = {
 }
 
 # Flags (some with a value), their former names, and their names in transformers, TRL, PEFT, vLLM, llama.cpp, mlx-lm,
-# litgpt, torchtune and lm-eval. A name may be in several rows: the first flag that the command has is suggested. The
-# tables of YAML keys in training/config.py are also searched, so their entries are not repeated here.
+# litgpt, torchtune, axolotl, nanoGPT and lm-eval. A name may be in several rows: the first flag that the command has is
+# suggested. Keys of a YAML file are flags without dashes.
 FLAGS = {
     # Models
     "--method lora": "lora use-lora use-peft qlora",
     "--model": "model-path model-id model-name model-dir hf-repo hf-model pretrained pretrained-model-name-or-path "
-    "checkpoint checkpoint-dir ckpt ckpt-dir model-url repo-id",
+    "checkpoint checkpoint-dir ckpt ckpt-dir model-url repo-id model-name-or-path base-model",
     "--adapter": "adapter-path adapter-name-or-path adapter-name lora lora-path lora-adapter lora-modules peft "
     "peft-model peft-model-id resume-adapter-file",
-    "--dtype": "weight-dtype compute-dtype model-dtype data-type",
     "--dtype bfloat16": "bf16 bfloat16",
     "--dtype float16": "fp16 half float16",
     "--dtype float32": "fp32 float32",
+    "--dtype": "fp16 weight-dtype compute-dtype model-dtype data-type tf32 precision torch-dtype",
     "--format": "load-format checkpoint-format output-format",
-    "--tokenizer": "tokenizer-path tokenizer-name-or-path tokenizer-dir tokenizer-model",
+    "--tokenizer": "tokenizer-path tokenizer-name-or-path tokenizer-dir tokenizer-model tokenizer-name",
     "--revision": "branch commit model-revision hf-revision hub-revision",
     "--token": "hf-token use-auth-token auth-token access-token hub-token",
     "--offline": "local-files-only no-download",
@@ -71,51 +74,55 @@ FLAGS = {
     "--template-arg": "chat-template-kwargs chat-template-config chat-template-args template-args",
     "--json": "json-output output-json as-json",
     # Training
-    "--out": "output output-path save-dir save-path o run-dir outdir target work-dir",
-    "--shape": "config-json model-config architecture arch",
+    "--out": "output output-path save-dir save-path o run-dir outdir target work-dir output-dir out-dir",
+    "--shape": "config-json model-config architecture arch config-name",
     "--config": "config-file yaml",
     "--method": "fine-tune-type training-type tuning-type",
     "--method full": "full full-finetune",
-    "--steps": "iters num-iters train-iters num-steps iterations total-steps",
-    "--epochs": "n-epochs epoch",
-    "--batch": "per-device-eval-batch-size total-batch-size batchsize",
-    "--length": "max-seq-len seq-length sequence-length ctx-size c n-ctx max-model-len cutoff-len",
+    "--steps": "iters num-iters train-iters num-steps iterations total-steps max-steps max-iters",
+    "--epochs": "n-epochs epoch num-epochs num-train-epochs",
+    "--batch": "per-device-eval-batch-size total-batch-size batchsize batch-size train-batch-size micro-batch-size "
+    "global-batch-size per-device-train-batch-size",
+    "--length": "max-seq-len seq-length sequence-length ctx-size c n-ctx max-model-len cutoff-len max-seq-length "
+    "max-length block-size sequence-len seq-len context-length",
     "--accumulate": "grad-accumulation-steps gradient-accumulation accumulate-grad-batches grad-accum-steps "
-    "grad-accum accumulation-steps",
+    "grad-accum accumulation-steps gradient-accumulation-steps",
     "--remat full": "gradient-checkpointing grad-checkpoint activation-checkpointing enable-activation-checkpointing "
     "checkpoint-activations",
     "--remat": "remat-policy rematerialization recompute",
-    "--log-every": "log-steps steps-per-report log-every-n-steps",
-    "--save-every": "save-interval save-every-n-steps checkpoint-interval",
-    "--eval-every": "steps-per-eval val-interval evaluation-steps",
-    "--eval-batches": "val-batches max-eval-batches",
-    "--keep": "max-to-keep keep-checkpoints",
+    "--log-every": "log-steps steps-per-report log-every-n-steps logging-steps log-interval",
+    "--save-every": "save-interval save-every-n-steps checkpoint-interval save-steps",
+    "--eval-every": "steps-per-eval val-interval evaluation-steps eval-steps eval-interval",
+    "--eval-batches": "val-batches max-eval-batches eval-iters",
+    "--keep": "max-to-keep keep-checkpoints save-total-limit",
     "--samples": "sample-prompts",
-    "--report": "logger wandb tensorboard",
-    "--resume": "restore auto-resume",
+    "--report": "logger wandb tensorboard report-to",
+    "--resume": "restore auto-resume overwrite-output-dir resume-from-checkpoint",
     "--z-loss": "z-loss-coef z-loss-weight z-loss-multiplier",
     "--dry-run": "plan",
-    "--data.train": "training-data train-files data dataset-path data-path data-dir text-file",
-    "--data.valid": "valid-data eval-dataset validation-data val-data eval-file test-file valid-file",
-    "--dataset": "hf-dataset dataset-id",
-    "--data.config": "dataset-config",
+    "--data.train": "training-data train-files data dataset-path data-path data-dir text-file train-file train-data",
+    "--data.valid": "valid-data eval-dataset validation-data val-data eval-file test-file valid-file validation-file",
+    "--dataset": "hf-dataset dataset-id dataset-name",
+    "--data.config": "dataset-config dataset-config-name",
     "--data.format": "form data-format dataset-format dataset-type",
-    "--data.train-on": "learn mask-prompt",
-    "--data.text-field": "text-column text-key text-feature",
-    "--data.packing": "packing pack",
-    "--optimizer.name": "optimizer optimizer-type optimizer-name",
-    "--optimizer.lr": "lr max-lr peak-lr learning-rate-max",
-    "--optimizer.schedule": "lr-schedule scheduler lr-decay-style schedule-type",
-    "--optimizer.warmup": "lr-warmup-steps num-warmup-steps warmup-fraction",
+    "--data.train-on": "learn mask-prompt assistant-only-loss completion-only-loss train-on-inputs",
+    "--data.text-field": "text-column text-key text-feature dataset-text-field",
+    "--data.packing": "packing pack sample-packing",
+    "--optimizer.name": "optimizer optimizer-type optimizer-name optim",
+    "--optimizer.lr": "lr max-lr peak-lr learning-rate-max learning-rate",
+    "--optimizer.schedule": "lr-schedule scheduler lr-decay-style schedule-type lr-scheduler-type lr-scheduler",
+    "--optimizer.warmup": "lr-warmup-steps num-warmup-steps warmup-fraction warmup-steps warmup-ratio warmup-iters",
     "--optimizer.final": "min-lr min-lr-ratio lr-end final-lr",
-    "--optimizer.b1": "beta-1 adam-b1",
-    "--optimizer.b2": "beta-2 adam-b2",
-    "--optimizer.eps": "adam-eps epsilon",
-    "--optimizer.clip": "max-norm gradient-clip clip-grad clip-grad-norm gradient-clip-val clip-norm",
-    "--lora.rank": "lora-dim",
-    "--lora.alpha": "lora-scale lora.scale",
-    "--lora.targets": "lora-keys lora-target lora-modules lora.target-modules",
-    "--lora.rslora": "lora.use-rslora",
+    "--optimizer.b1": "beta-1 adam-b1 adam-beta1 beta1",
+    "--optimizer.b2": "beta-2 adam-b2 adam-beta2 beta2",
+    "--optimizer.eps": "adam-eps epsilon adam-epsilon",
+    "--optimizer.clip": "max-norm gradient-clip clip-grad clip-grad-norm gradient-clip-val clip-norm max-grad-norm "
+    "grad-clip gradient-clipping",
+    "--lora.rank": "lora-dim lora-r r lora-rank",
+    "--lora.alpha": "lora-scale lora.scale lora-alpha",
+    "--lora.targets": "lora-keys lora-target lora-modules lora.target-modules target-modules lora-target-modules",
+    "--lora.rslora": "lora.use-rslora use-rslora",
+    "--lora.dropout": "lora-dropout",
     # Evaluation
     "--data-format": "form dataset-format format-of-data",
     "--train-on": "learn score-on",
@@ -133,21 +140,24 @@ FLAGS = {
     "--special": "special-tokens added-tokens user-defined-symbols additional-special-tokens",
 }
 
-# Names of other tools without a corresponding flag, and what to do instead.
-NOTES = {
-    "the prompt is an argument without a flag: jaxlm generate PROMPT": "prompt p text input",
-    "the KV cache grows as needed, up to the context length of the model": "ctx-size c n-ctx num-ctx max-model-len "
-    "max-kv-size kv-cache-size context-length max-context-length max-seq-len max-seq-length context-size",
-    "--temperature 0 is greedy decoding, above 0 it samples": "do-sample greedy sample no-sample",
-    "beam search is not supported; sampling flags are --temperature, --top-k, --top-p, --min-p": "num-beams beam-size "
-    "beam-width num-beam-groups",
-    "JAX selects the device; JAX_PLATFORMS=cpu, cuda or tpu overrides it": "device device-map n-gpu-layers ngl "
-    "gpu-layers cpu gpu cuda tpu accelerator main-gpu use-cpu",
-    "jaxlm never runs code from checkpoints; omit this flag": "trust-remote-code",
-    "set the environment variable HF_HOME to change the cache folder": "cache-dir download-dir hf-home cache-folder",
-    "jaxlm streams by default; --json prints one object at the end": "stream no-stream streaming",
-    "pass the folder to write after the model: jaxlm export MODEL OUT": "out output-dir output output-path save-path o",
-}
+# Names of other tools without a corresponding flag: what to do instead, the commands that it is for, and the names.
+NOTES = [
+    ("the prompt is an argument without a flag: jaxlm generate PROMPT", "generate", "prompt p text input"),
+    ("the KV cache grows as needed, up to the context length of the model", "generate chat eval",
+     "ctx-size c n-ctx num-ctx max-model-len max-kv-size kv-cache-size context-length max-context-length max-seq-len "
+     "max-seq-length context-size"),
+    ("--temperature 0 is greedy decoding, above 0 it samples", "generate chat", "do-sample greedy sample no-sample"),
+    ("beam search is not supported; sampling flags are --temperature, --top-k, --top-p, --min-p", "generate chat",
+     "num-beams beam-size beam-width num-beam-groups"),
+    ("JAX selects the device; JAX_PLATFORMS=cpu, cuda or tpu overrides it", "", "device device-map n-gpu-layers ngl "
+     "gpu-layers cpu gpu cuda tpu accelerator main-gpu use-cpu"),
+    ("jaxlm never runs code from checkpoints; omit this flag", "", "trust-remote-code"),
+    ("set the environment variable HF_HOME to change the cache folder", "", "cache-dir download-dir hf-home "
+     "cache-folder"),
+    ("jaxlm streams by default; --json prints one object at the end", "generate chat", "stream no-stream streaming"),
+    ("pass the folder to write after the model: jaxlm export MODEL OUT", "export", "out output-dir output output-path "
+     "save-path o"),
+]  # fmt: skip
 
 
 def unknown_command(word: str, commands: list[str]) -> str:
@@ -161,15 +171,34 @@ def unknown_command(word: str, commands: list[str]) -> str:
 
 def unknown_flag(name: str, command: str, flags: list[Flag]) -> str:
     """The error message for an unknown flag of a command."""
-    names = names_of(flags)
-    word = normalized(name)
-    if guess := translation(name, flags):
-        return f"unknown flag {name}: did you mean {guess}?"
-    if note := lookup(NOTES, word):
-        return f"unknown flag {name}: {note}"
-    if guess := last_part(word, names) or closest(word, {normalized(n): n for n in names}):
-        return f"unknown flag {name}: did you mean {guess}?"
-    return f"unknown flag {name} (jaxlm {command} --help lists the flags)"
+    flag, note = suggestion(name, command, flags)
+    if flag:
+        return f"unknown flag {name}: did you mean {flag}?"
+    return f"unknown flag {name}: {note}" if note else f"unknown flag {name} (jaxlm {command} --help lists the flags)"
+
+
+def unknown_key(name: str, command: str, flags: list[Flag]) -> str:
+    """The error message for an unknown key of a YAML file (`lora.r`)."""
+    if (new := current_name(name)) != name:
+        return f"{name} is now {new}"
+    flag, note = suggestion(name, command, flags)
+    if flag:
+        key, _, value = flag.removeprefix("--").replace("-", "_").partition(" ")
+        return f"unknown key {name}: did you mean {key}{value and f': {value}'}?"
+    return f"unknown key {name}: {note or f'jaxlm {command} --help lists the fields'}"
+
+
+def suggestion(name: str, command: str, flags: list[Flag]) -> tuple[str | None, str | None]:
+    """The flag that a name means (maybe with a value), or else a note."""
+    word, names = normalized(name), names_of(flags)
+    last = word.rpartition(".")[2]  # `learning-rate` of the YAML key training.learning_rate
+    if flag := translation(name, flags):
+        return flag, None
+    if note := next((note for note, to, words in NOTES if word in words.split() and command in (to or command)), None):
+        return None, note
+    close = closest(word, {normalized(n): n for n in names})
+    close = close or closest(last, {normalized(n).rpartition(".")[2]: n for n in reversed(names)})
+    return last_part(word, names) or of_other_tools(last, flags) or close, None
 
 
 def names_of(flags: list[Flag]) -> list[str]:
@@ -180,7 +209,21 @@ def names_of(flags: list[Flag]) -> list[str]:
 def translation(name: str, flags: list[Flag]) -> str | None:
     """The flag for a former name or a name in another tool; None if there is none."""
     word, names = normalized(name), names_of(flags)
-    return exact(word, names) or lookup(FLAGS, word, set(names)) or of_training(word, names)
+    renamed = normalized(current_name(word.replace("-", "_")))
+    return exact(word, names) or exact(renamed, names) or of_other_tools(word, flags)
+
+
+def of_other_tools(word: str, flags: list[Flag]) -> str | None:
+    """The row of FLAGS with this word, if the command has the flag."""
+    return lookup(FLAGS, word, [row for row in FLAGS if accepts(row, flags)])
+
+
+def accepts(row: str, flags: list[Flag]) -> bool:
+    """Whether a row of FLAGS is a flag of the command, with a value that it takes."""
+    name, _, value = row.partition(" ")
+    flag = next((flag for flag in flags if name in (flag.name, *flag.aliases) and not flag.positional), None)
+    choices = get_args(flag.types[0]) if flag and flag.types and get_origin(flag.types[0]) is Literal else ()
+    return flag is not None and (not value or not choices or value in choices)
 
 
 def normalized(word: str) -> str:
@@ -193,19 +236,9 @@ def exact(word: str, names: list[str]) -> str | None:
     return f"--{word}" if f"--{word}" in names else None
 
 
-def lookup(table: dict[str, str], word: str, allowed: set[str] | None = None) -> str | None:
-    """The first row with this word whose name is allowed."""
-    rows = (row for row, words in table.items() if word in words.split())
-    return next((row for row in rows if allowed is None or row.partition(" ")[0] in allowed), None)
-
-
-def of_training(word: str, names: list[str]) -> str | None:
-    """The flag for a name in the tables of YAML keys."""
-    from jaxlm.training import config
-
-    tables = (getattr(config, name, {}) for name in ("RENAMED_FIELDS", "OTHER_TOOLS"))
-    fields = (str(table.get(word.replace("-", "_"))) for table in tables)
-    return next((flag for field in fields if (flag := f"--{field}".replace("_", "-")) in names), None)
+def lookup(table: dict[str, str], word: str, allowed: Collection[str]) -> str | None:
+    """The first allowed row with this word."""
+    return next((row for row, words in table.items() if word in words.split() and row in allowed), None)
 
 
 def last_part(word: str, names: list[str]) -> str | None:

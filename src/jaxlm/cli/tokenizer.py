@@ -1,6 +1,5 @@
 """`jaxlm tokenizer train`: trains a tokenizer on texts."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxlm.cli.common import note
+from jaxlm.cli.errors import usage
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Tokenizer:
 
     def run(self) -> int:
         if self.action is None or not self.files or self.out is None:
-            print("jaxlm: pass files and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)", file=sys.stderr)
-            return 2
+            usage("pass files and a folder: jaxlm tokenizer train FILES --out FOLDER (--help)")
         from jaxlm.data.formats import TextOptions
         from jaxlm.training.train_tokenizer import train_tokenizer
 

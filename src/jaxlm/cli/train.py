@@ -14,7 +14,9 @@ import tyro
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ProcessFlags, note
 from jaxlm.cli.errors import usage
-from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags, suggest
+from jaxlm.cli.flags import flags_of
+from jaxlm.cli.suggestions import unknown_key
+from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, by method
 
@@ -213,8 +215,7 @@ def wrong_keys(node: Any, known: Collection[str], before: str = "") -> Iterator[
             if value.tag != "tag:yaml.org,2002:null":
                 yield key.start_mark.line + 1, f"{name} takes fields ({', '.join(sorted(fields))}), not one value"
         elif name not in known:
-            hint = suggest(name, known) or "jaxlm train --help lists the fields"
-            yield key.start_mark.line + 1, f"unknown key {name}: {hint}"
+            yield key.start_mark.line + 1, unknown_key(name, "train", flags_of(Train))
 
 
 def files(argv: list[str]) -> list[str]:
@@ -223,6 +224,6 @@ def files(argv: list[str]) -> list[str]:
     for arg in rest:
         if arg in ("-c", "--config"):
             paths += islice(rest, 1)
-        elif arg.startswith(("-c", "--config=")):
+        elif arg.startswith(("-c", "--config=")) and not arg.startswith("-config"):  # an error, which Arguments reports
             paths.append(arg.removeprefix("--config").removeprefix("-c").removeprefix("="))
     return paths

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
     from jaxlm.verification import Report
@@ -49,8 +50,7 @@ class Verify(ModelFlags):
 
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
-            print("jaxlm: pass one model: a hub id or a folder (jaxlm verify --help)", file=sys.stderr)
-            return 2
+            usage("pass one model: a hub id or a folder (jaxlm verify --help)")
         name = str(self.name or self.model)
         if not self.is_single_process:
             raise ValueError("verify runs in a single process: start it without --num-processes or a launcher")

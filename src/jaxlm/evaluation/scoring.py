@@ -5,7 +5,7 @@ Requests (a document, a window of a long document, a question with its answers) 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -73,7 +73,7 @@ def score(
     return jax.tree.map(lambda a: mesh.constrain(a, ""), scores)  # replicated, because every process fetches all scores
 
 
-@cache
+@lru_cache(maxsize=16)
 def _jitted_score(family: Any, cfg: Any) -> Callable[..., Score]:
     return jax.jit(partial(score, family, cfg))
 

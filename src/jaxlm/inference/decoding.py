@@ -185,20 +185,20 @@ class CompiledSteps:
     def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
         key = (name, static, self._weights if weighted else None, signature(args))
         args = (self.model.weights, *args) if weighted else args
-        if key not in self._executables:
-            self._compile(key, function, donate, args)
-        return self._executables[key](*args)
+        executable = self._executables.get(key) or self._compile(key, function, donate, args)
+        return executable(*args)
 
-    def _compile(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> None:
+    def _compile(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> Any:
         notify, start = on_compile.get(), time.perf_counter()
         notify(key[0])
         executable = compile_program(function, donate, args)
         while len(self._executables) >= MAX_EXECUTABLES:
-            self._executables.pop(next(iter(self._executables)))
+            self._executables.pop(next(iter(self._executables)), None)  # another thread may have removed it
         self._executables[key] = executable
         seconds = time.perf_counter() - start
         self.seconds += seconds
         notify(key[0], seconds)
+        return executable
 
 
 def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
@@ -219,7 +219,8 @@ def signature(tree: Any) -> Any:
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, caches.KVCache):
         first = leaf.layers[0]["k"]
-        return tuple(leaf.positions), leaf.length, leaf.chunk, first.shape, first.dtype, first.sharding
+        # A cache that a program returns has sorted keys, a new one may not.
+        return tuple(sorted(leaf.positions)), leaf.length, leaf.chunk, first.shape, first.dtype, first.sharding
     return leaf.shape, leaf.dtype, leaf.sharding
 
 

@@ -2,7 +2,6 @@
 flags. The docstrings of the fields are the help texts."""
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,32 +11,6 @@ import tyro
 
 # Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names.
 RENAMED_FIELDS = {"optimiser": "optimizer", "data.form": "data.format", "data.learn": "data.train_on"}
-# What other tools (transformers, TRL, PEFT, axolotl, nanoGPT) call a field.
-OTHER_TOOLS = {
-    "model_name_or_path": "model", "base_model": "model", "config_name": "shape", "tokenizer_name": "tokenizer",
-    "output_dir": "out", "out_dir": "out", "overwrite_output_dir": "resume", "resume_from_checkpoint": "resume",
-    "dataset_name": "data.dataset", "dataset_config_name": "data.config", "train_file": "data.train",
-    "train_data": "data.train", "validation_file": "data.valid", "dataset_text_field": "data.text_field",
-    "assistant_only_loss": "data.train_on", "completion_only_loss": "data.train_on", "train_on_inputs": "data.train_on",
-    "sample_packing": "data.packing",
-    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "steps", "max_iters": "steps",
-    "batch_size": "batch", "train_batch_size": "batch", "micro_batch_size": "batch", "global_batch_size": "batch",
-    "per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulate",
-    "max_seq_length": "length", "max_length": "length", "block_size": "length", "sequence_len": "length",
-    "seq_len": "length", "context_length": "length",
-    "lora_r": "lora.rank", "r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "target_modules": "lora.targets",
-    "lora_target_modules": "lora.targets",
-    "learning_rate": "optimizer.lr", "optim": "optimizer.name", "lr_scheduler_type": "optimizer.schedule",
-    "lr_scheduler": "optimizer.schedule", "warmup_steps": "optimizer.warmup", "warmup_ratio": "optimizer.warmup",
-    "warmup_iters": "optimizer.warmup", "adam_beta1": "optimizer.b1", "beta1": "optimizer.b1",
-    "adam_beta2": "optimizer.b2", "beta2": "optimizer.b2", "adam_epsilon": "optimizer.eps",
-    "max_grad_norm": "optimizer.clip", "grad_clip": "optimizer.clip", "gradient_clipping": "optimizer.clip",
-    "gradient_checkpointing": "remat", "activation_checkpointing": "remat",
-    "bf16": "dtype", "fp16": "dtype", "tf32": "dtype", "precision": "dtype", "torch_dtype": "dtype",
-    "save_steps": "save_every", "save_total_limit": "keep", "eval_steps": "eval_every", "eval_interval": "eval_every",
-    "eval_iters": "eval_batches", "logging_steps": "log_every", "log_interval": "log_every", "report_to": "report",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,20 +203,6 @@ def field_names(cls: type, before: str = "") -> Iterator[str]:
             yield from field_names(type(value), f"{before}{f.name}.")
         else:
             yield f"{before}{f.name}"
-
-
-def suggest(name: str, fields: Collection[str]) -> str:
-    """Returns what to use in place of `name`, which is none of `fields`, as a phrase; "" where nothing is close."""
-    if (new := current_name(name)) != name:
-        return f"{name} is now {new}"
-    last = name.rpartition(".")[2]
-    by_last = {f.rpartition(".")[2]: f for f in reversed(list(fields))}
-    by_last |= {old.rpartition(".")[2]: new for old, new in RENAMED_FIELDS.items()}
-    if field := OTHER_TOOLS.get(last) or by_last.get(last):
-        return f"use {field}"
-    meant = {**OTHER_TOOLS, **by_last, **RENAMED_FIELDS, **{f: f for f in fields}}
-    close = difflib.get_close_matches(name, meant, n=1) or difflib.get_close_matches(last, meant, n=1)
-    return f"did you mean {meant[close[0]]}?" if close else ""
 
 
 def to_dict(value: Any) -> Any:
