@@ -82,14 +82,14 @@ def test_chunks_of_every_size_equal_the_whole(models: tuple[Any, jaxlm.Model], m
     if sliding:  # a ring of exactly `window` slots: writing 4 at once destroys what the first needs
         ring = replace(model.init_kv(1, len(tokens), chunk=1), chunk=4)
         assert reference.distance(chunked(call, ring, 4, tokens), expected) >= FAULT
-    exact = attends.visible
+    exact = attends.attention_mask
 
     def newest_query_for_all(query: Any, key: Any, window: int | None) -> Any:
         return exact(
             query._replace(pos=jnp.broadcast_to(query.pos.max(1, keepdims=True), query.pos.shape)), key, window
         )
 
-    monkeypatch.setattr(attends, "visible", newest_query_for_all)
+    monkeypatch.setattr(attends, "attention_mask", newest_query_for_all)
     faulty = chunked(reference.fresh(model), model.init_kv(1, len(tokens)), 4, tokens)
     assert reference.distance(faulty, expected) >= FAULT
 
@@ -204,6 +204,6 @@ def test_packed_documents_do_not_see_each_other(
     expected = np.concatenate([alone(oracle, part) for part in parts])
     out, _ = reference.forward(model, tokens[None], pos[None])
     assert reference.distance(out[0, pos >= 0], expected) <= LIMIT
-    monkeypatch.setattr(attends, "segments", jnp.zeros_like)
+    monkeypatch.setattr(attends, "segment_ids", jnp.zeros_like)
     out, _ = reference.fresh(model)(tokens[None], pos[None])
     assert reference.distance(out[0, pos >= 0], expected) >= FAULT

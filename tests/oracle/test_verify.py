@@ -75,8 +75,8 @@ def window_off_when_decoding(model: Model, patch: pytest.MonkeyPatch) -> Model:
 
 def position_when_decoding(model: Model, patch: pytest.MonkeyPatch) -> Model:
     """Positions doubled in steps of one token, as a cache that counts twice would have them."""
-    whole = model.family.rope
-    patch.setattr(model.family, "rope", lambda x, pos, freqs: whole(x, pos * (1 + (x.shape[1] == 1)), freqs))
+    whole = model.family.apply_rope
+    patch.setattr(model.family, "apply_rope", lambda x, pos, freqs: whole(x, pos * (1 + (x.shape[1] == 1)), freqs))
     return faults.config(context=model.config.context - 1)(model, patch)
 
 
