@@ -70,7 +70,9 @@ def spellings(family: str) -> Any:
         yield {**base, "rope_parameters": {FULL: rope, SLIDING: local} if family == "gemma3" else rope}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [f if f in ("llama3", "gemma3") else pytest.param(f, marks=pytest.mark.slow) for f in CONFIGS]
+)
 def test_any_value_in_any_field_of_a_config(family):
     """Either a config whose numbers make sense, or a message with the field's or the file's name."""
     read = refused = 0

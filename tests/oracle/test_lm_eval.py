@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_chat import TEMPLATE, tokenizer_of
+from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from oracle import reference
 
 import jaxlm
@@ -44,6 +45,13 @@ ROWS = [
     {"question": "Mom said: do not", "answers": [" go", " be sad"], "right": 1},
 ]
 LONG = "The cat and the dog ran to the park and saw a big red ball. " * 60
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Compiling takes most of the time. test_logits and test_greedy run what users run, with all optimizations."""
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_adapter import beside, drawn
+from helpers.tiny_chat import quick_compilation
 from oracle import reference
 from oracle.reference import FAMILIES, FAULT, LIMIT
 from oracle.test_gemma_layouts import seeing
@@ -37,6 +38,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of peft.Lo
 }  # fmt: skip
 ROWS = [(family, name) for family in FAMILIES for name in CASES if family == "llama3" or name == "patterns"]
 ROWS += [("gemma3", "the head")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Compiling takes most of the time. test_logits and test_greedy run what users run, with all optimizations."""
+    with quick_compilation():
+        yield
 
 
 def load_transformers(folder: Path) -> Any:

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.oracle
 BOUND = {"bfloat16": 0.6, "float16": 0.7}
 BOUND_OLMO2 = 0.9
 B, T, MODELS = 4, 256, 8
+HALF = [(family, "bfloat16") for family in FAMILIES] + [("llama3", "float16")]
+HALF += [pytest.param(family, "float16", marks=pytest.mark.slow) for family in FAMILIES if family != "llama3"]
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
@@ -46,8 +48,7 @@ def trio(family: str, seed: int, dtype: str, folder: Path) -> Iterator[Any]:
     yield model
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), HALF)
 def test_divergence(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pos = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     bound = BOUND_OLMO2 if family == "olmo2" else BOUND[dtype]

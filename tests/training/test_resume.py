@@ -27,7 +27,7 @@ def weights(out: Path) -> bytes:
     return (out / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [4, 10])
+@pytest.mark.parametrize("at", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(files, whole, tmp_path, at) -> None:
     """Stopped before the first checkpoint, and after one: metrics and weights are those of the uninterrupted run."""
     run = run_of(files, tmp_path / "run")
@@ -38,7 +38,7 @@ def test_resume_is_bit_exact(files, whole, tmp_path, at) -> None:
     assert weights(run.out) == weights(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_after_the_current_step(files, whole, tmp_path, number) -> None:
     """The step is saved, and resuming from it is bit-exact."""
     run = run_of(files, tmp_path / "run")
