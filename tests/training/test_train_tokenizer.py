@@ -165,7 +165,8 @@ def test_the_command(story, tmp_path, capsys):
     assert captured.err.splitlines() == ["training a bpe tokenizer …", f"wrote {tmp_path / 'tok'}"]
     assert load(tmp_path / "tok").decode(load(tmp_path / "tok").encode(TEXT)) == TEXT
     for incomplete in (Command(), Command(action="train", files=("a.txt",)), Command(action="train", out=tmp_path)):
-        assert incomplete.run() == 2
+        with pytest.raises(SystemExit, match="2"):
+            incomplete.run()
         assert "jaxlm tokenizer train FILES --out FOLDER" in capsys.readouterr().err
 
 

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(argv or ["--help"])
         return command.run() or 0
+    except SystemExit as error:  # --help, or wrong usage
+        return int(error.code or 0)
     except KeyboardInterrupt as error:
         return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader closed stdout; flushing it at exit would fail again
