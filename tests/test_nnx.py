@@ -25,8 +25,6 @@ from jaxlm.loading import spread
 from jaxlm.training import step
 from jaxlm.training.loss import loss
 
-pytestmark = pytest.mark.smoke
-
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 TOKENS = np.arange(96, dtype=np.int32).reshape(8, 12)
 RULE = optax.adamw(1e-2)

@@ -15,8 +15,6 @@ from jaxlm.model import positions
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
-pytestmark = pytest.mark.smoke
-
 FAMILIES = ("llama3", "qwen3", "olmo2", "gemma3")
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 14)).astype(np.int32)
 TOKENS[:, 3] = 0
