@@ -47,7 +47,7 @@ SPELLING = {
     '"learn"': '"train_on"',
 }  # fmt: skip
 # Fields of JSON that differ from call to call, or hold versions or the package's path.
-VOLATILE = {"seed", "tokens_per_second", "first_token_seconds", "compile_seconds", "seconds", "mfu", "model",
+VOLATILE = {"tokens_per_second", "first_token_seconds", "compile_seconds", "seconds", "mfu", "model",
             "peft_version"}  # fmt: skip
 
 SIZES = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
@@ -177,6 +177,8 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     """What differs, in words; NaN equals NaN."""
     if json.dumps(old) == json.dumps(new):
         return
+    if where.endswith("/seed") and isinstance(old, int) and old >= 1000:
+        return  # drawn: the seeds that this script gives are small
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
