@@ -508,7 +508,7 @@ def refusals(tmp_path: Path) -> list[Any]:
         (
             (place, empty),
             FileNotFoundError,
-            f"{empty} is not an adapter, it has no adapter_config.json: (it holds nothing)",
+            f"{empty} is not an adapter, it has no adapter_config.json (it holds nothing)",
         ),
         (
             (place, place / "config.json"),

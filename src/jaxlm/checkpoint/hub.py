@@ -330,8 +330,8 @@ def _local_adapter(path: Path) -> Path:
         raise NotADirectoryError(f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
     holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / ADAPTER_CONFIG).is_file():
-        hint = "it is a checkpoint: pass it with -m" if (path / CONFIG).is_file() else holds
-        raise FileNotFoundError(f"{path} is not an adapter, it has no {ADAPTER_CONFIG}: {hint}")
+        hint = ": it is a checkpoint, pass it with -m" if (path / CONFIG).is_file() else f" {holds}"
+        raise FileNotFoundError(f"{path} is not an adapter, it has no {ADAPTER_CONFIG}{hint}")
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS} {holds}: {SAFETENSORS}")
     return path

@@ -194,8 +194,12 @@ def read_file(path: str) -> dict[str, Any]:
         loader = yaml.SafeLoader(Path(path).read_text())
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        usage(f"{path} cannot be read: {error}")
+    except OSError as error:
+        usage(f"{path} cannot be read: {error.strerror}")
+    except (ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        usage(f"{place} is not valid YAML: {getattr(error, 'problem', None) or error}")
     if not isinstance(values, dict):
         usage(f"{path} must be a mapping of fields to values (steps: 1000), not {values!r}")
     if values.get("config"):

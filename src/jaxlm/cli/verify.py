@@ -1,5 +1,6 @@
 """`jaxlm verify`: compares a model with reference implementations and with itself."""
 
+import importlib.util
 import json
 import math
 import os
@@ -63,6 +64,9 @@ class Verify(ModelFlags):
             require_plots()  # fails before the long computation
             if Path(self.report).exists() and not Path(self.report).is_dir():
                 raise FileExistsError(f"--report {self.report} is a file: pass a folder")
+        if self.against is None and importlib.util.find_spec("torch") is None:
+            note("PyTorch is not installed: the model is compared with itself only, not with transformers. "
+                 "pip install torch, or compare with a recording (--against FILE)")  # fmt: skip
         import jaxlm
 
         report = jaxlm.verify(
