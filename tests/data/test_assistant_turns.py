@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.chat_templates import MADE
+from helpers.published import LLAMA, TEMPLATES
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.tiny_tokenizers import byte_fallback
 from hypothesis import given, settings
@@ -17,16 +18,7 @@ CALL = {"function": {"name": "sky", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "sky", "description": "d", "parameters": {"type": "object"}}}
 THINK_CALL = '<tool_call>\n{"name": "sky", "arguments": {"city": "Oslo"}}\n</tool_call>'
 HEADER_CALL = '{"name": "sky", "parameters": {"city": "Oslo"}}'
-LLAMA = ["Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.3-70B"]
-PUBLISHED = {
-    **{f"meta-llama-{name}-Instruct": ("llama3", "<|eot_id|>") for name in LLAMA},
-    "Qwen-Qwen3-0.6B": ("qwen3", "<|im_end|>"),
-    "Qwen3.maxtext-tokenizer_config": ("qwen3", "<|im_end|>"),
-    "Qwen-Qwen2.5-7B-Instruct": ("qwen3", "<|im_end|>"),
-    "allenai-OLMo-2-Instruct.reconstructed": ("olmo2", "<|endoftext|>"),
-    "tulu.open-instruct": ("olmo2", "<|endoftext|>"),
-    "google-gemma-3-1b-it": ("gemma3", "<end_of_turn>"),
-}
+PUBLISHED = {**TEMPLATES, "google-gemma-3-1b-it": ("gemma3", "<end_of_turn>")}
 TRIMMED = ("llama", "gemma", "headers", "turns")  # templates with these names trim answers
 
 

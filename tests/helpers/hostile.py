@@ -30,7 +30,7 @@ from jaxlm.nn import params
 from jaxlm.processing.detokenizer import TextStream
 from jaxlm.processing.tokenizer import Tokenizer
 
-ERRORS = (ValueError, OSError, MemoryError, NotImplementedError)
+ERRORS = (ValueError, OSError, MemoryError)
 SECONDS = 5
 USER = [{"role": "user", "content": "Hi there"}]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import chat_templates
-from helpers.published import TOKENIZERS
+from helpers.published import TEMPLATES, TOKENIZERS
 from helpers.tiny_tokenizers import byte_fallback, byte_level, load, load_once, write_tiktoken
 
 from jaxlm.processing.tokenizer import Tokenizer
@@ -15,16 +15,6 @@ from jaxlm.processing.tokenizer import Tokenizer
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [{"role": "system", "content": " Be brief. "}, USER, {"role": "assistant", "content": "a\n"}, USER]
-LLAMA = ["Meta-Llama-3-8B", "Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.3-70B"]
-# Template -> tokenizer and the token that ends a turn.
-PUBLISHED = {
-    **{f"meta-llama-{version}-Instruct": ("llama3", "<|eot_id|>") for version in LLAMA},
-    "Qwen-Qwen3-0.6B": ("qwen3", "<|im_end|>"),
-    "Qwen3.maxtext-tokenizer_config": ("qwen3", "<|im_end|>"),
-    "Qwen-Qwen2.5-7B-Instruct": ("qwen3", "<|im_end|>"),
-    "allenai-OLMo-2-Instruct.reconstructed": ("olmo2", "<|endoftext|>"),
-    "tulu.open-instruct": ("olmo2", "<|endoftext|>"),
-}
 
 
 def check_one_bos(tok: Tokenizer, bos: int, what: str) -> None:
@@ -135,17 +125,17 @@ def check_gemma(shared: Path, folder: Path) -> None:
 
 
 def test_published_formats(shared, published, tmp_path):
-    assert {f"tokenizers/{name}" for name, _ in PUBLISHED.values()} <= set(TOKENIZERS)
+    assert {f"tokenizers/{name}" for name, _ in TEMPLATES.values()} <= set(TOKENIZERS)
     assert load_once(shared / "tokenizers/qwen3").encode("") == []
     assert load_once(shared / "tokenizers/llama3").encode("<|begin_of_text|>a") == [128000, 64]
-    for template in list(PUBLISHED)[:4]:
+    for template in list(TEMPLATES)[:4]:
         check_one_bos(published("llama3", template), 128000, template)
     check_reasoning(published("qwen3", "Qwen-Qwen3-0.6B"))
     llama = published("llama3", "meta-llama-Llama-3.2-3B-Instruct")
     check_date(llama)
     assert "Today Date: 26 Jul 2024" not in llama.render([USER])  # strftime_now is there
     # OLMo's templates write the tokenizer's eos_token; the others must be found without its help
-    for template, (name, stop) in PUBLISHED.items():
+    for template, (name, stop) in TEMPLATES.items():
         tok = published(name, template, eos_token=stop if name == "olmo2" else None)
         assert tok.stop_ids == (tok.convert_tokens_to_ids(stop),), template
     check_gemma(shared, tmp_path)

@@ -41,6 +41,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
             for name, view in table.items()
         }
         _refuse_overlaps(tensors.values())
+    # zipfile raises NotImplementedError for a compression that it lacks.
     except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}); nothing in it was executed. {_hint(path)}") from None
     return tensors

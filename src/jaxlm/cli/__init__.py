@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv or ["--help"])
         return command.run() or 0
     except SystemExit as error:  # --help, or wrong usage
-        return int(error.code or 0)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt as error:
         return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader closed stdout; flushing it at exit would fail again

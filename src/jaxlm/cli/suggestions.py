@@ -210,7 +210,7 @@ def translation(name: str, flags: list[Flag]) -> str | None:
     """The flag for a former name or a name in another tool; None if there is none."""
     word, names = normalized(name), names_of(flags)
     renamed = normalized(current_name(word.replace("-", "_")))
-    return exact(word, names) or exact(renamed, names) or of_other_tools(word, flags)
+    return exact(word, names) or exact(renamed, names) or of_other_tools(renamed, flags)
 
 
 def of_other_tools(word: str, flags: list[Flag]) -> str | None:
@@ -227,12 +227,12 @@ def accepts(row: str, flags: list[Flag]) -> bool:
 
 
 def normalized(word: str) -> str:
-    """`max-new-tokens` for --max_new_tokens, in American spelling."""
-    return word.lstrip("-").replace("_", "-").lower().replace("optimiser", "optimizer")
+    """`max-new-tokens` for --max_new_tokens."""
+    return word.lstrip("-").replace("_", "-").lower()
 
 
 def exact(word: str, names: list[str]) -> str | None:
-    """The flag of this name, if it was typed with one dash, in capitals or in British spelling."""
+    """The flag of this name, if it was typed with one dash or in capitals."""
     return f"--{word}" if f"--{word}" in names else None
 
 

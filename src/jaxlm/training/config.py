@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-# Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names.
+# Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names, in the spelling
+# of that time.
 RENAMED_FIELDS = {"optimiser": "optimizer", "data.form": "data.format", "data.learn": "data.train_on"}
 
 
@@ -187,7 +188,7 @@ class Run:
 
 
 def current_name(name: str) -> str:
-    """Returns today's name of a field that an earlier version called `name` ("optimiser.lr" -> "optimizer.lr")."""
+    """Returns today's name of a field that an earlier version called `name` ("data.form" -> "data.format")."""
     for old, new in RENAMED_FIELDS.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)

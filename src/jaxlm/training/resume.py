@@ -167,11 +167,9 @@ def check_resume(setup: Setup, resuming: bool) -> list[str]:
     changed = distributed.run_on_coordinator(lambda: _changes(run.out, fields, contents)) if resuming else {}
     if wrong := [name for name in changed if name not in MUTABLE_FIELDS]:
         shown = [f"{name} ({changed[name]}, not {fields[name]})" if name in fields else name for name in wrong]
-        weights = f"--adapter {run.out / 'adapter'}" if run.method == "lora" else f"--model {run.out / 'model'}"
-        raise ValueError(
-            f"{run.out} has a run with other settings: {', '.join(shown)}. Choose another --out (to start from the "
-            f"weights of that run: {weights})"
-        )
+        made = [f"--{name} {run.out / name}" for name in ("model", "adapter") if (run.out / name).is_dir()]
+        hint = f" (to start from the weights of that run: {made[0]})" if made else ""
+        raise ValueError(f"{run.out} has a run with other settings: {', '.join(shown)}. Choose another --out{hint}")
     if distributed.is_coordinator():
         write_json(run.out / "run.json", to_dict(run))
         write_json(run.out / "contents.json", contents)
