@@ -166,7 +166,7 @@ def test_a_configuration_file(tmp_path, capsys) -> None:
     run = cli.parse(["train", "-c", str(path), "--batch", "8", "--data.train", "z.txt"])
     assert (run.steps, run.batch, run.optimizer.name, run.optimizer.lr) == (7, 8, "muon", 0.02)
     assert (run.shape, run.data.train) == (Path("a.json"), ("z.txt",))
-    for text, message in (("stepps: 7\n", "stepps"), ("- 7\n", "mapping"), ("a: [", "cannot be read")):
+    for text, message in (("stepps: 7\n", "stepps"), ("- 7\n", "mapping"), ("a: [", "run.yaml:1 is not valid YAML")):
         path.write_text(text)
         with pytest.raises(SystemExit, match="2"):
             cli.parse(["train", "-c", str(path)])
