@@ -30,6 +30,9 @@ def said(text: str, **fields) -> dict:
     return {"role": "assistant", "content": text, **fields}
 
 
+CHAT = {"messages": [user("a"), said("b"), user("c"), said("d")]}
+
+
 @pytest.fixture(scope="module")
 def tokenizers(request, tmp_path_factory):
     """Returns a function that loads a tokenizer by name: of MADE, or a published one (for Gemma 3, a small one with its
@@ -95,11 +98,14 @@ def check_all_turns(texts_of, template: str) -> None:
     """All answers are trained on, each with the token that ends it."""
     texts, stop = texts_of(template), stop_of(template)
     # Answers repeat other text, and contain what a template renders, white space that some templates strip, and emoji.
+    empty = "<think>\n\n</think>\n\n" if template == "thinking" or "Qwen3" in template else ""
     answers = ["Hi", " two  words \n", f"on {stop} goes\n\n{stop}", "naïve 👩‍👩‍👧‍👦", "Hi"]
     messages = [{"role": "system", "content": "Hi"}]
     messages += [message for answer in answers for message in (user(f"Hi {stop}"), said(answer))]
     kept = [answer.strip() for answer in answers] if any(name in template for name in TRIMMED) else answers
-    assert trained_on(texts, {"messages": messages}) == "".join(answer + stop for answer in kept), template
+    *earlier, last = kept
+    expected = "".join(answer + stop for answer in earlier) + empty + last + stop
+    assert trained_on(texts, {"messages": messages}) == expected, template
 
 
 def check_text(texts_of, template: str) -> None:
@@ -121,28 +127,30 @@ def check_reasoning(texts_of, template: str) -> None:
         f"b<|im_end|>{think}d<|im_end|>"
     )
     assert trained_on(texts, {"messages": [user("a"), said("b", reasoning_content="hm")]}) == f"{think}b<|im_end|>"
-    # An empty block is the template's: it turns reasoning off.
-    assert trained_on(texts, {"messages": [user("a"), said("b")]}) == "b<|im_end|>"
-    assert "<think>" in texts.tokenizer.decode(document(texts, {"messages": [user("a"), said("b")]}).ids)
+    # The generation prompt does not have the empty block of an answer without reasoning: the model writes it.
+    empty = "<think>\n\n</think>\n\n"
+    assert trained_on(texts, {"messages": [user("a"), said("b")]}) == f"{empty}b<|im_end|>"
+    assert trained_on(texts, CHAT) == f"b<|im_end|>{empty}d<|im_end|>"
     silent = texts_of(template, template_args={"enable_thinking": False})
-    assert trained_on(silent, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "b<|im_end|>d<|im_end|>"
+    assert trained_on(silent, CHAT) == "b<|im_end|>d<|im_end|>"  # its prompt has the block
 
 
 def check_tool_calls(texts_of, template: str, call: str, last: str) -> None:
     texts, end = texts_of(template), stop_of(template)
-    first = said("Let me see.", tool_calls=[CALL])
+    first = said("Let me see." if "Let me" in call else "", tool_calls=[CALL])
     result = {"role": "tool", "content": f"rain {end}"}
     final = said("Rain.", reasoning_content="rain") if "<think>" in last else said("Rain.")
     value = {"messages": [user("Sky?"), first, result, final], "tools": [TOOL]}
     assert trained_on(texts, value) == call + end + last + end, template
     # In OpenAI's format the arguments are a JSON string. Columns of a table have all fields.
     written = {"function": {"name": "sky", "arguments": json.dumps(CALL["function"]["arguments"])}}
-    first = said("Let me see.", tool_calls=[written], name=None)
+    first = {**first, "tool_calls": [written], "name": None}
     again = {"messages": [user("Sky?"), first, result, final], "tools": json.dumps([TOOL])}
     assert document(texts, again).ids.tolist() == document(texts, value).ids.tolist(), template
     # After another question templates drop the reasoning before the first answer.
     both = {"messages": [*value["messages"], user("Thanks"), said("You are welcome.")], "tools": [TOOL]}
-    assert trained_on(texts, both) == f"{call}{end}Rain.{end}You are welcome.{end}", template
+    empty = "<think>\n\n</think>\n\n" if "<think>" in last else ""
+    assert trained_on(texts, both) == f"{call}{end}Rain.{end}{empty}You are welcome.{end}", template
 
 
 def check_built_in_call(texts_of, template: str) -> None:
@@ -154,24 +162,29 @@ def check_built_in_call(texts_of, template: str) -> None:
 
 
 def check_completions(texts_of, template: str) -> None:
-    texts = texts_of(template, train_on="completion")
-    assert trained_on(texts, {"messages": [user("a"), said("b"), user("c"), said("d")]}) == "d<|im_end|>"
-    texts = texts_of(template)
+    """The template is one whose prompt ends a turn's empty reasoning block."""
+    args = {"enable_thinking": False}
+    texts = texts_of(template, train_on="completion", template_args=args)
+    assert trained_on(texts, CHAT) == "d<|im_end|>"
+    texts = texts_of(template, template_args=args)
     chat = {"prompt": [user("a"), said("b"), user("c")], "completion": [said("d"), user("e"), said("f")]}
     assert trained_on(texts, chat) == "d<|im_end|>f<|im_end|>"
-    texts = texts_of(template, train_on="assistant")
+    texts = texts_of(template, train_on="assistant", template_args=args)
     assert trained_on(texts, chat) == "b<|im_end|>d<|im_end|>f<|im_end|>"
     texts = texts_of(template, train_on="all")
     assert document(texts, chat).loss_mask.all()
 
 
-def check_refused(texts_of, alternating: str, no_tools: str) -> None:
+def check_refused(texts_of, alternating: str, no_tools: str, calls_alone: str) -> None:
     """What a template cannot render is refused."""
     calls = [user("a"), said("", tool_calls=[CALL])]
+    beside = [user("a"), said("Let me see.", tool_calls=[CALL]), {"role": "tool", "content": "b"}, said("c")]
     for template, value, message in [
         (alternating, {"messages": [user("a"), user("b"), said("c")]}, "roles must alternate"),
         (alternating, {"messages": [user("a"), said("b")], "tools": [TOOL]}, "does not support tools"),
         (no_tools, {"messages": calls}, r"tool calls of message 2 \(sky\)"),
+        (no_tools, {"messages": [user("a"), said("b", reasoning_content="c")]}, "the reasoning of message 2"),
+        (calls_alone, {"messages": beside, "tools": [TOOL]}, r"message 2 \(assistant\) beside its tool calls"),
     ]:
         [bad] = texts_of(template).documents([Row("a.jsonl", 3, value)])
         assert isinstance(bad, InvalidRow)
@@ -208,7 +221,7 @@ def test_completions_of_messages(texts_of):
 
 
 def test_what_a_template_cannot_render_is_refused(texts_of):
-    check_refused(texts_of, "turns", "roles")
+    check_refused(texts_of, "turns", "roles", "headers")
 
 
 def test_published_templates(shared, texts_of):
@@ -222,7 +235,12 @@ def test_published_templates(shared, texts_of):
         check_tool_calls(texts_of, f"meta-llama-{version}-Instruct", HEADER_CALL, "Rain.")
     check_built_in_call(texts_of, "meta-llama-Llama-3.1-8B-Instruct")
     check_completions(texts_of, "Qwen-Qwen3-0.6B")
-    check_refused(texts_of, "google-gemma-3-1b-it", "allenai-OLMo-2-Instruct.reconstructed")
+    check_refused(
+        texts_of,
+        "google-gemma-3-1b-it",
+        "allenai-OLMo-2-Instruct.reconstructed",
+        "meta-llama-Llama-3.1-8B-Instruct",
+    )
 
 
 # Other templates, with a small tokenizer
@@ -231,7 +249,6 @@ BLOCKS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "INSIDE{% endgeneration %}OUTSIDE{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
 )
-CHAT = {"messages": [user("a"), said("b"), user("c"), said("d")]}
 
 
 @pytest.mark.parametrize(("inside", "outside"), [("", "<end>"), ("<end>", ""), ("<end>\n", ""), ("", " <end>\n")])
@@ -271,11 +288,12 @@ def test_a_turn_whose_span_cannot_be_determined_is_refused():
 
 
 def test_a_template_that_ends_no_turn():
-    """The EOS of the document is trained on instead, if the last message is an answer."""
+    """What ends a turn instead is trained on, and the EOS of the document, if the last message is an answer."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     texts = DocumentTokenizer(tokenizer_of(template))
-    assert trained_on(texts, CHAT) == "bd<end>"
-    assert trained_on(texts, {"messages": [user("a"), said("b"), user("c")]}) == "b"
+    assert trained_on(texts, CHAT) == "b\nd\n<end>"
+    assert trained_on(texts, {"messages": [user("a"), said("b"), user("c")]}) == "b\n"
+    assert "ends no turn with a token" in texts.notes[0]
     made = document(texts, {"messages": [user("a"), said("b"), user("c")]})
     assert texts.tokenizer.decode(made.ids, skip_special=False) == "user: a\nassistant: b\nuser: c\n<end>"
 
@@ -283,14 +301,17 @@ def test_a_template_that_ends_no_turn():
 @given(st.lists(st.text("at \n<>e'x", max_size=6).map(lambda text: text + "n"), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_tokens_across_the_edge_of_a_span_are_split(answers):
-    """The header ends in letters that merge with those of an answer."""
+    """The header ends in letters that merge with those of an answer. The letter after an answer ends its turn."""
     template = "{% for m in messages %}{{ m.role[:1] }}e {{ m.content }}a{% endfor %}"
     texts = DocumentTokenizer(EDGES)
     texts.tokenizer.hf.chat_template = template
     texts.__dict__["rust"] = EDGES_RUST
     messages = [message for answer in answers for message in (user("tt"), said(answer))]
     made = document(texts, {"messages": messages})
-    assert EDGES.decode(made.ids[made.loss_mask], skip_special=False) == "".join(answers)
+    assert (
+        EDGES.decode(made.ids[made.loss_mask], skip_special=False)
+        == "".join(f"{answer}a" for answer in answers) + "<end>"
+    )
     whole = "".join(f"{message['role'][0]}e {message['content']}a" for message in messages)
     assert EDGES.decode(made.ids, skip_special=False) == f"{whole}<end>"
 

@@ -16,6 +16,7 @@ from helpers.tiny_chat import tokenizer_of
 
 from jaxlm.processing import template_rendering as templates
 from jaxlm.processing import template_sandbox
+from jaxlm.processing.messages import normalize
 from jaxlm.processing.tokenizer import Tokenizer
 
 
@@ -74,9 +75,12 @@ def published(shared):
 
 
 def both(tokenizer: Tokenizer, chat, tools, options) -> tuple[str | None, str | None]:
-    """The texts of a conversation, ours and transformers'; None for a refusal."""
+    """The texts of a conversation, ours and transformers' of the normalized messages; None for a refusal. A message
+    without a text is normalized by us alone: there is nothing to continue then."""
+    wants_text = options.get("continue_final_message") in (True, "content")
     try:
-        theirs = tokenizer.hf.apply_chat_template(chat, tokenize=False, tools=tools, **options)
+        normalized = [*normalize(chat[:-1]), chat[-1]] if wants_text else normalize(chat)
+        theirs = tokenizer.hf.apply_chat_template(normalized, tokenize=False, tools=tools, **options)
     except Exception:
         theirs = None
     try:

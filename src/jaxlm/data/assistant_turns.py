@@ -3,22 +3,28 @@
 A chat template may strip an answer, drop the reasoning of earlier turns, add an empty reasoning block before the last
 answer, or convert tool calls to text. The text is therefore not searched for the answers. Instead, the conversation is
 rendered again with a marker in place of an answer. The text before and after the marker comes from the template, and
-the text in between is the answer. A stop token that ends the turn is part of the span.
+the text in between is the answer.
+
+A turn begins where the generation prompt ends, so what a template writes between the two (an empty reasoning block) is
+part of the span, and ends with the stop token after the answer.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-from jaxlm.data.formats import ASSISTANT
-from jaxlm.processing.chat_template import plain, template_errors
+from jaxlm.processing.chat_template import template_errors
+from jaxlm.processing.messages import ASSISTANT, REASONING, normalize
 from jaxlm.processing.tokenizer import Tokenizer
+from jaxlm.processing.written import content_spans, dropped, marker
 
-MARKER = "answer-5b3f19"
 _TAGGED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Spans = list[tuple[int, int]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class AssistantTurns:
@@ -35,41 +41,89 @@ class AssistantTurns:
         self.specials = tuple(tokenizer.hf.get_added_vocab())
         self.takes_tools = tokenizer.template_accepts("tools")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: list | None, prompt: bool = False) -> str:
+    def render(self, messages: Messages, tools: list | None, prompt: bool = False) -> str:
         return self.tokenizer.render(messages, tools, add_generation_prompt=prompt, **self.template_args)
 
-    def find(self, messages: Sequence[Mapping[str, Any]], tools: list | None, first: int = 0) -> tuple[str, Spans]:
-        """Returns the text of a conversation, and the spans of its assistant turns from message `first` on, in order.
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What add_generation_prompt appends; empty if it changes other text too."""
+        question = [{"role": "user", "content": "a"}]
+        without, with_prompt = (self.render(question, None, prompt) for prompt in (False, True))
+        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
 
-        Raises ValueError if the template cannot render the messages, or the span of a turn cannot be determined.
+    @cached_property
+    def closing(self) -> str | None:
+        """The text after the last answer if no stop token ends it, else None. In training, EOS follows that text."""
+        tag = marker("")
+        text = self.render([{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": tag}], None)
+        after = text.partition(tag)[2]
+        return None if self._stop_after(after) else after
+
+    @cached_property
+    def writes_reasoning(self) -> bool:
+        """Whether the template writes the reasoning of the last answer."""
+        turns = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b", "reasoning_content": "hmm"}]
+        return "hmm" in self.render(turns, None)
+
+    def find(self, messages: Messages, tools: list | None, turns: Collection[int] | None = None) -> tuple[str, Spans]:
+        """Returns the text of a conversation, and the spans of its assistant turns, in order.
+
+        Args:
+            messages: The messages.
+            tools: JSON schemas of tools.
+            turns: The indices of the messages whose spans are wanted. Default: those of all assistant turns.
+
+        Raises:
+            ValueError: The template cannot render the messages or drops a part of them, or the span of a turn cannot be
+                determined.
         """
         if tools and not self.takes_tools:
             raise ValueError("this chat template does not support tools")
-        messages = plain(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
-        wanted = [i for i in answers if i >= first]
         template = self.tokenizer.hf.get_chat_template(tools=tools)
-        if _TAGGED.search(template):
-            text, tagged = self._tagged(messages, tools, template)
-            if len(tagged) == len(answers):
-                return text, [self._with_stop(text, span) for span in tagged[len(answers) - len(wanted) :]]
+        messages = normalize(messages, template)
+        answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        wanted = [i for i in answers if turns is None or i in turns]
         text = self.render(messages, tools)
-        spans = self._all(messages, tools, text, answers)
-        if spans is not None:
-            return text, spans[len(answers) - len(wanted) :]
-        spans = [self._one(messages, tools, text, i) for i in wanted]
+        contents = self._check_written(messages, tools, text)
+        if _TAGGED.search(template):
+            tagged = self._tagged(messages, tools, template)
+            if len(tagged) == len(answers):
+                return text, [self._with_stop(text, span) for i, span in zip(answers, tagged) if i in wanted]
+        spans, before = [], 0
+        for i in wanted:
+            if contents is not None and contents[i] is not None and messages[i].keys() == {"role", "content"}:
+                start, end = contents[i]
+                end += self._closing_after(text[end:])
+            else:
+                start, end = self._one(messages, tools, text, i)
+            spans.append((self._prompt_end(text, before, start), end))
+            before = end
         if any(end > start for (_, end), (start, _) in pairwise(spans)):
             raise ValueError("the chat template does not render the assistant turns in order")
         return text, spans
 
-    def _tagged(self, messages: list[dict], tools: list | None, template: str) -> tuple[str, Spans]:
-        """Returns the text and the spans of the template's own {% generation %} tags."""
+    def _check_written(self, messages: list[dict], tools: list | None, text: str) -> list | None:
+        """Returns the spans of all contents (written.content_spans). Raises ValueError for what the template drops."""
+        render = partial(self.render, tools=tools)
+        spans = content_spans(render, messages, text)
+        if spans is None and (i := dropped(render, messages, text)) is not None:
+            beside = " beside its tool calls" if messages[i].get("tool_calls") else ""
+            raise ValueError(f"the chat template does not write message {i + 1} ({messages[i]['role']}){beside}")
+        for number, message in enumerate(messages, 1):
+            if lost := [value for value in _call_values(message) if value not in text and _quoted(value) not in text]:
+                raise ValueError(f"the chat template does not render the tool calls of message {number} ({lost[0]})")
+            if any(message.get(name) for name in REASONING) and not self.writes_reasoning:
+                raise ValueError(f"the chat template does not write the reasoning of message {number}")
+        return spans
+
+    def _tagged(self, messages: list[dict], tools: list | None, template: str) -> Spans:
+        """Returns the spans of the template's own {% generation %} tags."""
         from jaxlm.processing.template_rendering import write
 
         options = {"chat_template": template, **self.template_args}
         with template_errors():
-            text, spans = write(self.tokenizer.hf, messages, tools, **options)
-        return text, [span for span in spans if span[0] < span[1]]
+            _, spans = write(self.tokenizer.hf, messages, tools, **options)
+        return [span for span in spans if span[0] < span[1]]
 
     def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """Extends a tagged span to include the token that ends the turn."""
@@ -77,39 +131,23 @@ class AssistantTurns:
         turn = text[start:end].rstrip()
         if turn.endswith(self.stops):
             return start, start + len(turn)
-        return start, end + self._closing(text[end:])
+        return start, end + self._closing_after(text[end:])
 
-    def _all(self, messages: list[dict], tools: list | None, text: str, answers: list[int]) -> Spans | None:
-        """The usual case, in one more rendering: every answer is text, and appears unchanged between what the template
-        renders around markers. Returns None if that is not so."""
-        if not all(messages[i].keys() == {"role", "content"} and messages[i]["content"] for i in answers):
-            return None
-        marker = self._marker(text)
-        marked = list(messages)
-        for i in answers:
-            marked[i] = {"role": ASSISTANT, "content": marker}
-        before, *after = self.render(marked, tools).split(marker)
-        if len(after) != len(answers) or not text.startswith(before):
-            return None
-        spans, at = [], len(before)
-        for i, literal in zip(answers, after):
-            content = messages[i]["content"]
-            answer = next((x for x in (content, content.strip()) if text.startswith(x + literal, at)), None)
-            if answer is None:
-                return None
-            end = at + len(answer)
-            spans.append((at, end + self._closing(literal)))
-            at = end + len(literal)
-        return spans if at == len(text) else None
+    def _prompt_end(self, text: str, before: int, start: int) -> int:
+        """Returns where the turn of the answer at `start` begins: where the generation prompt ends, which may come
+        earlier. The previous turn ends at `before`."""
+        prompt = self.generation_prompt
+        at = text.rfind(prompt, before, start) if prompt else -1
+        return at + len(prompt) if at >= 0 else start
 
     def _one(self, messages: list[dict], tools: list | None, text: str, i: int) -> tuple[int, int]:
         """Returns the span of one turn, from a marker in its place, or from the generation prompt before it."""
-        marker = self._marker(text)
-        marked = [*messages[:i], {"role": ASSISTANT, "content": marker}, *messages[i + 1 :]]
-        before, found, after = self.render(marked, tools).partition(marker)
+        tag = marker(text)
+        marked = [*messages[:i], {"role": ASSISTANT, "content": tag}, *messages[i + 1 :]]
+        before, found, after = self.render(marked, tools).partition(tag)
         if found and not text.startswith(before):  # the text before the answer depends on the answer
             before = self.render(messages[:i], tools, prompt=True)
-        start, rest = len(before), after[self._closing(after) :]
+        start, rest = len(before), after[self._closing_after(after) :]
         end = len(text) - len(rest)
         # The token that ends this turn may differ from that after the marker: Llama's does after a tool call.
         ends = text.endswith(after) or (text.endswith(rest) and text[:end].endswith(self.specials))
@@ -118,19 +156,40 @@ class AssistantTurns:
                 f"the span of the assistant's message {i + 1} cannot be determined with this chat template: use "
                 "train_on=all to train on the whole conversation"
             )
-        calls = [call.get("function") or call for call in messages[i].get("tool_calls") or ()]
-        if lost := [call.get("name") for call in calls if str(call.get("name")) not in text[start:end]]:
-            raise ValueError(f"the chat template does not render the tool calls of message {i + 1} ({lost[0]})")
         return start, end
 
-    def _closing(self, after: str) -> int:
-        """Returns the number of characters after an answer that belong to its turn: those up to the stop token."""
+    def _closing_after(self, after: str) -> int:
+        """Returns the number of characters after an answer that belong to its turn: those up to the end of its stop
+        token, or what the template writes in its place."""
+        if stop := self._stop_after(after):
+            return stop
+        return len(self.closing) if self.closing and after.startswith(self.closing) else 0
+
+    def _stop_after(self, after: str) -> int:
+        """Returns the number of characters up to the end of a stop token at the beginning of a text, else 0."""
         rest = after.lstrip()
         stop = next((stop for stop in self.stops if rest.startswith(stop)), "")
         return len(after) - len(rest) + len(stop) if stop else 0
 
-    def _marker(self, text: str) -> str:
-        marker = MARKER
-        while marker in text:
-            marker += "0"
-        return marker
+
+def _call_values(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the names of a message's tool calls and the texts in their arguments."""
+    for call in message.get("tool_calls") or ():
+        yield call["function"]["name"]
+        yield from _texts(call["function"]["arguments"])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -44,7 +44,8 @@ class Corpus:
         ends: [documents] int64, the end of each document in ids.
         about: digest, sources (names), and the contents of corpus.json: format, train_on, documents, tokens,
             loss_tokens (tokens that count in the loss), vocabulary (one more than the largest id), dropped (number of
-            rows by reason), first_bad (an InvalidRow whose source is an index into sources, or None).
+            rows by reason), first_bad (an InvalidRow whose source is an index into sources, or None), notes (what is
+            worth a word, such as the fields that are not used).
     """
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -78,7 +79,7 @@ class Corpus:
             text += f", {about['loss_tokens']:,} in the loss mask"
         if dropped := about["dropped"]:
             text += f"; dropped: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}"
-        return text
+        return "; ".join([text, *about.get("notes", [])])
 
 
 def cache_folder() -> Path:
@@ -254,6 +255,6 @@ class _Writer:
         about = {"format": self.texts.format, "train_on": self.texts.train_on, "documents": self.documents}
         about |= {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "vocabulary": self.texts.tokenizer.vocab_size}
         first = self.first_bad and (self.sources[self.first_bad.source], *self.first_bad[1:])
-        about |= {"dropped": self.dropped, "first_bad": first}
+        about |= {"dropped": self.dropped, "first_bad": first, "notes": self.texts.notes}
         about |= {"arrays": arrays, "sizes": sizes}
         (self.folder / "corpus.json").write_text(json.dumps(about, indent=1))

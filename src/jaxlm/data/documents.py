@@ -7,7 +7,8 @@ completion are concatenated.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.data.assistant_turns import AssistantTurns, Spans
-from jaxlm.data.formats import FORMATS, Chat, InvalidRowError, TextOptions, conversation, text_of
+from jaxlm.data.formats import FORMATS, Chat, InvalidRowError, TextOptions, conversation, text_of, unused_fields
 from jaxlm.data.sources import PART, InvalidRow, Row, split_text
+from jaxlm.processing.messages import REASONING
 from jaxlm.processing.tokenizer import Tokenizer
 
 BATCH = 1000  # texts per call of the tokenizer
@@ -77,6 +79,8 @@ class DocumentTokenizer:
         self.train_on = self.options.train_on
         self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None
         self.before, self.after = boundary_tokens(tokenizer)
+        self.unused: dict[str, None] = {}  # fields that are not read, in the order in which they appear
+        self._turns_of_rows: dict[str, AssistantTurns] = {}
 
     @cached_property
     def rust(self) -> Any:
@@ -118,10 +122,14 @@ class DocumentTokenizer:
             format, train_on = self._resolve_format(row)
             if format != "text":
                 chat = conversation(row.value, format, self.options, train_on, template=self.turns is not None)
-                yield self._chat(row, chat) if isinstance(chat, Chat) else self._pair(row, *chat)
+                prepared = self._chat(row, chat) if isinstance(chat, Chat) else self._pair(row, *chat)
+                self._note_unused(row, format, prepared.text)
+                yield prepared
                 return
             text = text_of(row.value, self.options)
             _check(text, whole=begins and row.ends)
+            if begins and not isinstance(row.value, str):
+                self._note_unused(row, format, text)
             *parts, last = split_text(text)
             for n, part in enumerate(parts):
                 yield Prepared(row._replace(ends=False), part, None, begins and n == 0, eos=False)
@@ -151,17 +159,51 @@ class DocumentTokenizer:
     def _chat(self, row: Row, chat: Chat) -> Prepared:
         if self.turns is None:
             self.tokenizer.render(chat.messages)  # raises: there is no chat template
-        assert self.turns is not None
+        turns = self._turns_with(chat.template_args)
         try:
-            text, spans = self.turns.find(*chat)
+            text, spans = turns.find(chat.messages, chat.tools, chat.turns)
         except ValueError as error:
             raise InvalidRowError("refused by the chat template", str(error)) from None
         if not spans and self.train_on != "all":
             roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
             raise InvalidRowError("no assistant turn", f"no assistant turn to train on (roles: {roles})")
         _check(text)
-        closed = text.rstrip().endswith(self.turns.stops)
+        template = self.tokenizer.hf.get_chat_template(tools=chat.tools)
+        for name in {name for message in chat.messages for name in message}:
+            if name not in template and name not in ("content", *REASONING):
+                self.unused[f"messages.{name}"] = None
+        closed = text.rstrip().endswith(turns.stops)
         return Prepared(row, text, None if self.train_on == "all" else spans, bos=False, eos=not closed)
+
+    def _turns_with(self, template_args: Mapping[str, Any]) -> AssistantTurns:
+        """Returns the assistant turns with the variables that a row sets."""
+        assert self.turns is not None
+        used = {name: value for name, value in template_args.items() if self.tokenizer.template_accepts(name)}
+        self.unused |= {f"chat_template_kwargs.{name}": None for name in template_args if name not in used}
+        if not used:
+            return self.turns
+        key = json.dumps(used, sort_keys=True)
+        if key not in self._turns_of_rows:
+            self._turns_of_rows[key] = AssistantTurns(self.tokenizer, {**self.options.template_args, **used})
+        return self._turns_of_rows[key]
+
+    def _note_unused(self, row: Row, format: str, text: str) -> None:
+        self.unused |= dict.fromkeys(unused_fields(row.value, format, self.options, text))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth a word about the documents so far."""
+        notes = [f"fields that are not used: {', '.join(self.unused)}"] if self.unused else []
+        if (
+            self.turns is not None
+            and self.format != "text"
+            and self.train_on != "all"
+            and self.turns.closing is not None
+        ):
+            notes.append(
+                "the chat template ends no turn with a token: EOS follows the last answer of a conversation alone"
+            )
+        return notes
 
     def _pair(self, row: Row, prompt: str, completion: str) -> Prepared:
         text = prompt + completion

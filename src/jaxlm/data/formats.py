@@ -1,11 +1,11 @@
 """Formats of training rows, detected from their fields, and the conversation in a row."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.processing.chat_template import plain
+from jaxlm.processing.messages import ASSISTANT, REASONING, TRAINED, normalize, short
 
 # Format -> its fields, and the default of `train_on`. The first match is the format of a row.
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -16,9 +16,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "question": (("question", "answer"), "completion"),
     "text": (("text",), "all"),
 }
-ASSISTANT = "assistant"
-ROLES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
-         "function_response": "tool", "observation": "tool"}  # fmt: skip
+# Fields beside those of a format, which conversation() reads.
+BESIDE = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", *REASONING)
+# Fields whose meaning would be lost.
+REFUSED = {
+    "chosen": "preference data are not supported: name the answer to train on with completion_field=chosen",
+    "rejected": "preference data are not supported: name the answer to train on with completion_field=chosen",
+    "label": "a row that is labeled as good or bad is preference data, which are not supported",
+    "documents": "documents are not supported: write them into a message",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
+}
+# Fields that hold text. If a format does not read one of these, its text must be in the conversation nevertheless.
+TEXTS = ("text", "prompt", "completion", "instruction", "output", "question", "answer", "response", "context", "query")
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,19 @@ class InvalidRowError(ValueError):
 
 
 class Chat(NamedTuple):
-    """Messages for a chat template. The assistant's turns from message `first` on are in the loss mask."""
+    """Messages for a chat template.
+
+    Attributes:
+        messages: Normalized messages (jaxlm.processing.messages).
+        tools: JSON schemas of tools.
+        turns: The indices of the assistant turns in the loss mask.
+        template_args: Variables of the chat template that the row sets.
+    """
 
     messages: list[dict[str, Any]]
     tools: list | None
-    first: int
+    turns: list[int]
+    template_args: Mapping[str, Any] = {}
 
 
 class Pair(NamedTuple):
@@ -104,21 +121,127 @@ def conversation(
     Raises:
         InvalidRowError: The row does not have the types of its format.
     """
+    read = options.fields(format)
+    check_fields(value, read)
     if format in ("messages", "conversations"):
-        messages = _messages(value[format], format)
-        last = max((i for i, message in enumerate(messages) if message["role"] == ASSISTANT), default=0)
-        return Chat(messages, _tools(value), last if train_on == "completion" else 0)
-    if format in ("prompt", "question"):
-        prompt, completion = (value[name] for name in options.fields(format))
+        question, answer = [], _listed(value[format], format)
     else:
-        prompt, completion = _instruction(value, template), _string(value, "output")
-    if isinstance(prompt, str) and isinstance(completion, str) and not template:
-        return _separated(prompt, completion)
-    fields = options.fields("question" if format == "question" else "prompt")
-    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, fields[0])
-    answer = [{"role": ASSISTANT, "content": completion}]
-    answer = answer if isinstance(completion, str) else _messages(completion, fields[1])
-    return Chat([*question, *answer], _tools(value), len(question) if train_on == "completion" else 0)
+        if format == "instruction":
+            prompt, completion = _instruction(value, template), _string(value, "output")
+        else:
+            prompt, completion = (value[name] for name in read)
+        if isinstance(prompt, str) and isinstance(completion, str) and not template:
+            if beside := [name for name in BESIDE if value.get(name)]:
+                raise InvalidRowError("unsupported field", f"the field {beside[0]} needs a chat template")
+            return _separated(prompt, completion)
+        question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _listed(prompt, read[0])
+        answer = _answer(value, completion) if isinstance(completion, str) else _listed(completion, read[1])
+    if (beside := [name for name in REASONING if value.get(name)]) and not isinstance(value.get(read[-1]), str):
+        raise InvalidRowError("unsupported field", f"the field {beside[0]} must be a field of the assistant's message")
+    before = [*_history(value), *question]
+    given = [*_system(value, [*before, *answer]), *before, *answer]
+    try:
+        messages = normalize(given)
+    except ValueError as error:
+        raise InvalidRowError("invalid messages", str(error)) from None
+    answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    first = 0
+    if train_on == "completion":
+        first = answers[-1] if answers and not question else len(given) - len(answer)
+    turns = [i for i in answers if i >= first and _trained(i + 1, given[i]) is not False]
+    for i, message in enumerate(messages):
+        if message["role"] != ASSISTANT and _trained(i + 1, given[i]):
+            why = f"message {i + 1} ({message['role']}) is to be trained on, but only assistant turns are"
+            raise InvalidRowError("unsupported field", why)
+    return Chat(messages, _tools(value), turns, _template_args(value))
+
+
+def check_fields(value: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raises InvalidRowError for a field of REFUSED that is not empty and not among those that are read."""
+    for name, why in REFUSED.items():
+        found = value.get(name)
+        if name in read or (name == "rejected" and "chosen" in read):
+            continue
+        if not (isinstance(found, bool) if name == "label" else found):
+            continue
+        raise InvalidRowError("unsupported field", f"the field {name}: {why}")
+
+
+def unused_fields(value: Mapping[str, Any], format: str, options: TextOptions, text: str) -> list[str]:
+    """Returns the fields of a row that are not read.
+
+    Raises:
+        InvalidRowError: A field holds text (TEXTS) that is not in the text of the document.
+    """
+    read = {*options.fields(format), *(BESIDE if format != "text" else ())}
+    read |= {"input"} if format == "instruction" else set()
+    unused = [name for name, found in value.items() if name not in read and found not in (None, "", [], {})]
+    chosen = options.format is not None or options.fields(format) != FORMATS[format][0]
+    if not chosen:
+        for name in unused:
+            found = value[name]
+            if name in TEXTS and isinstance(found, str) and found.strip() not in text:
+                raise InvalidRowError(
+                    "unused text",
+                    f"the field {name} has a text that is not read: choose how rows are read with format={format}, or "
+                    "with prompt_field and completion_field",
+                )
+    return unused
+
+
+def _trained(number: int, message: Any) -> bool | None:
+    """Whether a message is to be trained on; None if it does not say."""
+    flags = {name: message[name] for name in TRAINED if message.get(name) is not None}
+    for name, flag in flags.items():
+        if flag not in (0, 1) or isinstance(flag, str):
+            raise InvalidRowError(
+                "invalid messages", f"message {number} has {name}={short(flag)}: only 0 and 1 are supported"
+            )
+    if len({bool(flag) for flag in flags.values()}) > 1:
+        raise InvalidRowError("invalid messages", f"message {number} has {' and '.join(flags)}, which disagree")
+    if set(flags) == {"weight"} and flags["weight"] and str(message.get("role")) != ASSISTANT:
+        return None  # the weight of a message that is never trained on
+    return next((bool(flag) for flag in flags.values()), None)
+
+
+def _system(value: Mapping[str, Any], messages: list[Any]) -> list[dict[str, Any]]:
+    """Returns the system message in a field of the row, if it has one that the messages do not begin with."""
+    system = next((_string(value, name) for name in ("system", "system_prompt") if value.get(name)), None)
+    if system is None:
+        return []
+    own = messages[0] if isinstance(messages[0], Mapping) and "system" in messages[0].values() else {}
+    if own and system.strip() not in (str(text).strip() for text in own.values()):
+        raise InvalidRowError("invalid messages", "the field system and the first message are two system messages")
+    return [] if own else [{"role": "system", "content": system}]
+
+
+def _history(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the earlier turns in the field history: pairs of a question and its answer, or messages."""
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise InvalidRowError("invalid messages", f"the field history must be a list, not {short(history)}")
+    if all(isinstance(turn, Mapping) for turn in history):
+        return history
+    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise InvalidRowError(
+            "invalid messages", f"the field history must have pairs of a question and an answer, not {short(history)}"
+        )
+    roles = ("user", ASSISTANT)
+    return [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn)]
+
+
+def _answer(value: Mapping[str, Any], completion: str) -> list[dict[str, Any]]:
+    """Returns the answer of a row with the reasoning in a field of the row."""
+    return [{"role": ASSISTANT, "content": completion, **{name: value[name] for name in REASONING if value.get(name)}}]
+
+
+def _template_args(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the variables of the chat template that a row sets, in trl's form."""
+    args = value.get("chat_template_kwargs") or {}
+    args = _json(args, "chat_template_kwargs") if isinstance(args, str) else args
+    if not isinstance(args, Mapping):
+        raise InvalidRowError("invalid messages", f"chat_template_kwargs must be an object, not {short(args)}")
+    return {name: item for name, item in args.items() if item is not None}
 
 
 def _separated(prompt: str, completion: str) -> Pair:
@@ -139,55 +262,29 @@ def _instruction(value: Mapping[str, Any], template: bool) -> str:
 
 def _string(value: Mapping[str, Any], name: str) -> str:
     if not isinstance(value.get(name), str):
-        raise InvalidRowError("not a string", f"the field {name} must be a string, not {_short(value.get(name))}")
+        raise InvalidRowError("not a string", f"the field {name} must be a string, not {short(value.get(name))}")
     return value[name]
 
 
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """Returns the messages of a field, as chat templates read them."""
+def _listed(value: Any, name: str) -> list[Any]:
+    """Returns the messages of a field as a list."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
-        raise InvalidRowError("invalid messages", f"the field {name} must be a list of messages, not {_short(value)}")
-    try:
-        return [_message(message) for message in plain([_renamed(message) for message in value])]
-    except ValueError as error:
-        raise InvalidRowError("invalid messages", str(error)) from None
-
-
-def _renamed(message: Any) -> Any:
-    """Returns {"role": "user", "content": …} for {"from": "human", "value": …}."""
-    if not isinstance(message, Mapping) or "from" not in message:
-        return message
-    role = str(message["from"])
-    return {"role": ROLES.get(role, role), "content": message.get("value")}
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Drops null fields, which templates would treat as present, and parses the arguments of tool calls."""
-    if not isinstance(message["role"], str) or not isinstance(message.get("content"), str | None):
-        raise ValueError(f"a message must be an object with the strings role and content, not {_short(message)}")
-    kept = {key: value for key, value in message.items() if value is not None}
-    kept["content"] = message.get("content") or ""
-    if calls := kept.get("tool_calls"):
-        kept["tool_calls"] = [_call(call) for call in calls]
-    return kept
-
-
-def _call(call: Any) -> Any:
-    """Parses the arguments of a tool call. OpenAI's format has a JSON string, which templates would quote again."""
-    if not isinstance(call, Mapping):
-        raise ValueError(f"a tool call must be an object, not {_short(call)}")
-    inner = call.get("function", call)
-    if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), str):
-        inner = {**inner, "arguments": _json(inner["arguments"], "the arguments of a tool call")}
-    return {**call, "function": inner} if "function" in call else inner
+        raise InvalidRowError("invalid messages", f"the field {name} must be a list of messages, not {short(value)}")
+    return value
 
 
 def _tools(value: Mapping[str, Any]) -> list | None:
+    """Returns the tools of a row, or OpenAI's earlier functions as tools."""
     tools = value.get("tools")
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+    if functions := value.get("functions"):
+        functions = _json(functions, "functions") if isinstance(functions, str) else functions
+        if tools or not isinstance(functions, list):
+            raise InvalidRowError("invalid messages", "functions must be a list, without tools beside it")
+        tools = [{"type": "function", "function": function} for function in functions]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise InvalidRowError("invalid messages", f"tools must be a list of JSON schemas, not {_short(tools)}")
+        raise InvalidRowError("invalid messages", f"tools must be a list of JSON schemas, not {short(tools)}")
     return tools or None
 
 
@@ -195,9 +292,4 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidRowError("invalid messages", f"{what} must be JSON, not {_short(text)}") from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise InvalidRowError("invalid messages", f"{what} must be JSON, not {short(text)}") from None

@@ -1,11 +1,7 @@
-"""Prepares chat messages for a chat template, and converts template errors to ValueError.
-
-Messages are checked first, because a template that gets content of an unexpected type does not fail: it renders the
-Python repr, or nothing.
-"""
+"""Converts values to plain data for a chat template, template errors to ValueError, and splits reasoning off."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,37 +10,6 @@ import numpy as np
 THINKING = ("<think>", "</think>")  # tags around the reasoning of a model
 # Conversions that also work for subclasses, such as enumerations, that override __str__ and others.
 EXACT: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
-
-
-def plain(messages: Iterable[Any]) -> list[dict[str, Any]]:
-    """Copies messages, with lists of text parts joined to one text.
-
-    Raises:
-        ValueError: An item is not a message, or a content part is not text ({"type": "image", …}).
-    """
-    return [_plain(message) for message in messages]
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"a message must be a dict with 'role' and 'content', got {message!r}")
-    content = message.get("content")
-    if not isinstance(content, list | tuple | Mapping):
-        return dict(message)
-    parts = [content] if isinstance(content, Mapping) else content
-    return {**message, "content": "".join(_text(part) for part in parts)}
-
-
-def _text(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in (None, "text"):
-        raise ValueError(
-            f"a message has a content part of type {kind!r}: images and other media are not supported yet; "
-            "pass only the text"
-        )
-    if kind is None or not isinstance(part.get("text"), str):
-        raise ValueError(f"a content part of a message must be {{'type': 'text', 'text': …}}, got {part!r}")
-    return part["text"]
 
 
 def plain_data(value: Any) -> Any:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlm.processing.chat_template import plain_data
+from jaxlm.processing.messages import REASONING
 from jaxlm.processing.template_language import Spans
 from jaxlm.processing.template_sandbox import run
 
-# Message fields that may hold reasoning. Most templates read the first; the template of gpt-oss reads the second.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 MARKER = "CONTINUE_FINAL_MESSAGE_TAG "  # the trailing space shows whether a template strips content
 # Arguments of apply_chat_template that concern token ids. They are not template variables.
 ID_OPTIONS = {
@@ -57,6 +56,8 @@ def render(
     marked = [_message(message) for message in messages]
     if not marked or not isinstance(content := marked[-1].get(field), str):
         raise ValueError(f"continue_final_message: the last message has no text {field!r} to continue")
+    if field == "content" and not content and marked[-1].get("tool_calls"):
+        raise ValueError("continue_final_message: the last message is a tool call, which has no text to continue")
     fields = [name for name in REASONING if marked[-1].get(name) == content] if field in REASONING else [field]
     template = _template(hf, tools, options.get("chat_template"))
     if not any(name in template for name in fields):

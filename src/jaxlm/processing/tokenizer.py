@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.processing.chat_template import THINKING, plain, template_errors
+from jaxlm.processing.chat_template import THINKING, template_errors
+from jaxlm.processing.messages import ASSISTANT, normalize
 from jaxlm.processing.tokenizer_files import (
     eos_ids,
     from_tokenizer_model,
@@ -17,6 +18,7 @@ from jaxlm.processing.tokenizer_files import (
     naming_errors,
     read_json_if_present,
 )
+from jaxlm.processing.written import dropped
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -173,7 +175,8 @@ class Tokenizer:
         """Renders a conversation with the checkpoint's chat template.
 
         Args:
-            messages: Dicts with "role" and "content" (text, or a list of text parts), oldest first.
+            messages: Dicts with "role" and "content" (text, or a list of text parts), oldest first. Other forms are
+                converted (jaxlm.processing.messages).
             tools: JSON schemas, or functions with type hints and a docstring.
             add_generation_prompt: Append the beginning of an assistant turn.
             template_args: Variables of the template (`enable_thinking=False`); see `template_accepts`. Also
@@ -190,22 +193,41 @@ class Tokenizer:
             )
         from jaxlm.processing.template_rendering import render
 
-        texts = plain(messages)
+        with template_errors():
+            template = self.hf.get_chat_template(chat_template=template_args.get("chat_template"), tools=tools)
+        texts = normalize(messages, template)
         with template_errors():
             return render(self.hf, texts, tools, add_generation_prompt=add_generation_prompt, **template_args)
 
+    def prompt(self, messages: Messages, *args: Any, **kwargs: Any) -> str:
+        """Renders a conversation as a prompt. The arguments are those of `render`.
+
+        Raises:
+            ValueError: As in `render`, or the template does not write a message of the user, the system or a tool.
+        """
+        text = self.render(messages, *args, **kwargs)
+        texts = normalize(messages)
+        i = dropped(lambda some: self.render(some, *args, **kwargs), texts, text, besides=ASSISTANT)
+        if i is not None:
+            role = texts[i]["role"]
+            raise ValueError(f"the chat template does not write message {i + 1}: it has no place for the role {role!r}")
+        return text
+
     def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:
-        """Renders a conversation as token ids. The arguments are those of `render`. Only the template adds BOS."""
-        return self.encode(self.render(messages, *args, **kwargs), add_special_tokens=False)
+        """Renders a prompt as token ids. The arguments are those of `render`. Only the template adds BOS."""
+        return self.encode(self.prompt(messages, *args, **kwargs), add_special_tokens=False)
 
     def template_accepts(self, name: str) -> bool:
-        """Whether the chat template reads a variable of this name. Templates ignore unknown arguments."""
+        """Whether the chat template, or one of several, reads a variable of this name. Templates ignore unknown
+        arguments."""
         if not self.has_template:
             return False
         from jaxlm.processing.template_sandbox import variables
 
+        found = self.hf.chat_template
+        templates = found.values() if isinstance(found, dict) else [found]
         with template_errors():
-            return name in variables(self.hf.get_chat_template())
+            return any(name in variables(template) for template in templates)
 
     @property
     def thinking(self) -> tuple[str, str] | None:
