@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
-from jaxlm.loading import loading_bar, resolve, wanted_dtype
+from jaxlm.loading import loaded_generation_config, loading_bar, resolve, wanted_dtype
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
+from jaxlm.processing.tokenizer_files import eos_ids
 
 SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
 GENERATION = "generation_config.json"
@@ -144,7 +146,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
     weights: dict[str, Any] = {}
     for row, tensor in checkpoint.tensors.pairs:
         params.put(weights, row.path, files.LazyTensor(tensor, row.shape))
-    return Model(
+    model = Model(
         family=resolved.family,
         config=resolved.config,
         weights=adapters.fused_on_disk(weights, checkpoint),
@@ -153,6 +155,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
         source=str(name),
         checkpoint=adapters.without_adapter(checkpoint),
     )
+    return with_stop_ids(model) if fuse else model
 
 
 def sources(checkpoint: Checkpoint | None) -> set[Path]:
@@ -236,9 +239,24 @@ def sidecar_files(model: Model) -> SidecarFiles:
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
     generation_config = {k: v for k, v in model.generation_config.items() if v not in (None, [])}
-    if generation_config and (checkpoint is None or checkpoint.format == "meta"):  # params.json has no EOS ids
-        sidecars.setdefault(GENERATION, generation_config)
+    if checkpoint is None or checkpoint.format == "meta":  # params.json has no EOS ids
+        sidecars |= {GENERATION: generation_config} if generation_config and GENERATION not in sidecars else {}
+    elif model.generation_config != loaded_generation_config(checkpoint):
+        sidecars[GENERATION] = generation_config
     return sidecars
+
+
+def with_stop_ids(model: Model) -> Model:
+    """Returns the model with every stop token id in the `eos_token_id` of its generation_config.
+
+    A model that was trained on conversations ends its answers with the token that ends a turn in its chat template,
+    which the files of a base model do not name. Without it, other tools would not stop there.
+    """
+    if model.tokenizer is None:
+        return model
+    config = model.generation_config
+    ends = sorted({*eos_ids(config), *model.tokenizer.stop_ids})
+    return replace(model, generation_config={**config, "eos_token_id": ends}) if ends else model
 
 
 def _write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:

@@ -233,7 +233,7 @@ def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf
 def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
     """Adds the tokenizer, from `path` or the checkpoint's folder, and the EOS ids."""
     checkpoint, folder = resolved.checkpoint, resolved.checkpoint.folder
-    ends = eos_ids(checkpoint.generation_config, checkpoint.config)  # the union: either file may be incomplete
+    ends = loaded_generation_config(checkpoint)["eos_token_id"]
     is_meta = checkpoint.format == "meta"
     folders = [folder, folder.parent] if is_meta and folder.name == hub.ORIGINAL else [folder]
     folders = [path for path in folders if path.is_dir()]  # headers_only: it may be a config file
@@ -249,9 +249,16 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
             f"{path} has no tokenizer: pass a folder with tokenizer.json, tokenizer.model or vocab.json"
         )
     if tokenizer is not None and is_meta:
-        tokenizer, checkpoint, ends = _with_eos_ids(tokenizer, checkpoint)
-    generation_config = {**checkpoint.generation_config, "eos_token_id": ends}
-    return resolved._replace(checkpoint=checkpoint, tokenizer=tokenizer, generation_config=generation_config)
+        tokenizer, checkpoint = _with_eos_ids(tokenizer, checkpoint)
+    return resolved._replace(
+        checkpoint=checkpoint, tokenizer=tokenizer, generation_config=loaded_generation_config(checkpoint)
+    )
+
+
+def loaded_generation_config(checkpoint: hf.Checkpoint) -> dict[str, Any]:
+    """Returns the contents of generation_config.json with the EOS ids of both files, either of which may be
+    incomplete."""
+    return {**checkpoint.generation_config, "eos_token_id": eos_ids(checkpoint.generation_config, checkpoint.config)}
 
 
 def _tokenizer_path(path: str | Path) -> Path:
@@ -260,13 +267,13 @@ def _tokenizer_path(path: str | Path) -> Path:
     return path.parent if path.name == "tokenizer.json" and path.is_file() else path
 
 
-def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint, list[int]]:
+def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Tokenizer, hf.Checkpoint]:
     """Adds BOS and EOS ids from the tokenizer to the configs of a checkpoint in Meta's format, which has none."""
     vocabulary = tokenizer.get_vocab()
     ends = sorted(tokenizer.eos_ids) or [vocabulary[token] for token in meta.ENDS if token in vocabulary]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
     config, generation_config = {**checkpoint.config, **ids}, {**ids, **checkpoint.generation_config}
-    return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config), ends
+    return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config)
 
 
 def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:

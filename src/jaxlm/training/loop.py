@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxlm.checkpoint import peft
 from jaxlm.devices import distributed, hardware, mesh
-from jaxlm.exporting import export
+from jaxlm.exporting import export, with_stop_ids
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics, optimizers, resume, step
 from jaxlm.training.config import Run, to_dict
@@ -113,7 +113,7 @@ def finish(setup: Setup, state: step.State) -> Path:
     else:
         config = None if setup.checkpoint else setup.raw
         dtype = None if setup.checkpoint else run.dtype
-        model = setup.model(params.unstack(state.weights))
+        model = with_stop_ids(setup.model(params.unstack(state.weights)))
         folder = export(model, run.out / "model", force=True, config=config, dtype=dtype).folder
     if distributed.is_coordinator():
         title = f"{run.out.resolve().name}: {run.steps:,} steps of {run.batch} x {run.length} tokens"
