@@ -55,7 +55,6 @@ def test_fields_that_do_not_change_the_result_are_accepted(family: str) -> None:
         ("attn_logit_softcapping", 50.0),
         ("use_bidirectional_attention", True),
         ("use_sliding_window", True),
-        ("quantization_config", {"bits": 4}),
     ],
 )
 def test_unknown_fields_are_rejected_by_name(family: str, field: str, value: Any) -> None:
@@ -64,6 +63,22 @@ def test_unknown_fields_are_rejected_by_name(family: str, field: str, value: Any
     assert config(family, allow=(field,), **{field: value}) == config(family)
     with pytest.raises(ValueError, match="another = 1"):  # not the allowed one
         config(family, allow=(field,), **{field: value, "another": 1})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"group_size": 64, "bits": 4}, "MLX"),
+    ],
+)
+def test_a_quantized_checkpoint_says_so(quantization: dict[str, Any], kind: str) -> None:
+    """Allowing the field would change the result, so it is not proposed, and does not help."""
+    for field in ("quantization_config", "quantization"):
+        with pytest.raises(ValueError, match=f"quantized .*{kind}.*base_model") as refused:
+            config("llama3", allow=(field,), **{field: quantization})
+        assert "allow" not in str(refused.value)
 
 
 def test_several_faults_are_named_together() -> None:

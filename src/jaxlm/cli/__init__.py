@@ -10,6 +10,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from jaxlm.cli.common import devnull, use_any_encoding
 from jaxlm.cli.errors import explain, usage
 from jaxlm.version import __version__
 
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted (128 + the signal).
     """
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:
+        print("jaxlm: stdout is closed: redirect it to a file, or to /dev/null", file=sys.stderr or devnull())
+        return 1
+    use_any_encoding()
     if argv in (["--version"], ["-V"]):
         print(f"jaxlm {__version__}")
         return 0

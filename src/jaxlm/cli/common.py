@@ -1,11 +1,13 @@
 """Shared by the commands: flags for the model and for distributed runs, process settings, notices on stderr."""
 
+import io
+import json
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -149,6 +151,19 @@ def set_up_process() -> None:
     signal.signal(signal.SIGINT, before)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def use_any_encoding() -> None:
+    """Makes stdout and stderr take every letter: one that their encoding does not have is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(value: Any, **options: Any) -> None:
+    """Prints a value as JSON. In an encoding that does not have every letter, others are JSON escapes."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    print(json.dumps(value, ensure_ascii=not encoding.startswith("utf"), **options), flush=True)
 
 
 def devnull() -> IO[str]:

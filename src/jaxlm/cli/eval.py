@@ -4,7 +4,6 @@
 # lm_eval is optional: types are checked with and without it.
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
-from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class Eval(ModelFlags):
             note(f"dropped: {count:,} {why}")
         if self.json:
             line = {"model": model.source, "files": self.files, "length": length, "stride": stride, **record(result)}
-            print(json.dumps({**line, "seconds": round(time.perf_counter() - start, 4)}, ensure_ascii=False))
+            print_json({**line, "seconds": round(time.perf_counter() - start, 4)})
         else:
             print(table(result))
         return 0
@@ -130,7 +129,7 @@ class Eval(ModelFlags):
         if self.json:
             fields = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
             line = {"model": model.source, **{name: results[name] for name in fields if name in results}}
-            print(json.dumps(line, ensure_ascii=False, default=str))
+            print_json(line, default=str)
         else:
             print("\n".join(tables).rstrip())
         return 0

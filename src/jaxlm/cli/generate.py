@@ -13,7 +13,7 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
 from jaxlm.processing.chat_template import THINKING
@@ -75,7 +75,7 @@ class Generate(SamplingFlags, ModelFlags):
         prompts = [self._ids(model, where, line, args) for where, line in lines]
         chunks = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
         if self.prompts or self.json or self.logprobs is not None:
-            print_json(chunks, len(prompts), model)
+            print_answers(chunks, len(prompts), model)
         else:
             print_text(chunks, prompts[0], model)
         return 0
@@ -180,14 +180,14 @@ def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "M
         note(statistics(chunk) + (limit if chunk.finish_reason == "length" else ""))
 
 
-def print_json(chunks: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
+def print_answers(chunks: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
     """Prints one JSON object per prompt on stdout, in the order of the prompts, and a progress count on stderr."""
     answers: list[list[CompletionChunk]] = [[] for _ in range(count)]
     printed = 0
     for chunk in chunks:
         answers[chunk.index].append(chunk)
         while printed < count and answers[printed] and answers[printed][-1].finish_reason:
-            print(json.dumps(record(answers[printed], model), ensure_ascii=False), flush=True)
+            print_json(record(answers[printed], model))
             printed += 1
             if count > 1 and sys.stderr.isatty():
                 print(f"\r{printed} of {count} done", end="", file=sys.stderr, flush=True)

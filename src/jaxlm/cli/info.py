@@ -1,13 +1,12 @@
 """`jaxlm info`: a checkpoint's architecture, sizes and tokenizer, as a tree or as JSON."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.common import ModelFlags, print_json
 from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Info(ModelFlags):
 
         facts = describe(self.source(self.name), self.dtype, self.mesh)
         if self.json:
-            print(json.dumps(facts, indent=2, ensure_ascii=False))
+            print_json(facts, indent=2)
         else:
             from rich.console import Console
 

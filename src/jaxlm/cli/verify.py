@@ -1,7 +1,6 @@
 """`jaxlm verify`: compares a model with reference implementations and with itself."""
 
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class Verify(ModelFlags):
             self.source(name), self.against, record=self.record, dtype=self.dtype, mesh=self.mesh, progress=note
         )
         if self.json:
-            print(json.dumps(report.json(), indent=2, ensure_ascii=False))
+            print_json(report.json(), indent=2)
         else:
             self.show(report)
         if self.record:

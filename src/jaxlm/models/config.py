@@ -137,6 +137,8 @@ class Fields:
 
     def done(self, config: Any) -> Any:
         """Returns the config. Raises ValueError for unsupported values and for unread fields that are not harmless."""
+        if quantization := self.left.get("quantization_config") or self.left.get("quantization"):
+            raise ValueError(_quantized(quantization))
         if not self.left.get("use_sliding_window", True):
             self.left.pop("sliding_window", None)  # transformers ignores it then
         for name, value in self.left.items():
@@ -153,6 +155,16 @@ class Fields:
                 + ". If a field does not change the result, allow it with --allow-field NAME (allow_fields=[NAME])."
             )
         return config
+
+
+def _quantized(quantization: Any) -> str:
+    """The error message for a quantized checkpoint. MLX names no method."""
+    fields = quantization if isinstance(quantization, dict) else {}
+    method = fields.get("quant_method") or ("MLX" if "group_size" in fields else "unknown method")
+    return (
+        f"the checkpoint is quantized ({brief(method)}), which is not supported yet: use the original, whose name is "
+        "base_model in the model card (for an adapter of it: -m ORIGINAL --adapter ADAPTER)"
+    )
 
 
 def _positive(name: str, value: Any) -> float:
