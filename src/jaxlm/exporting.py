@@ -26,9 +26,9 @@ from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer_files import eos_ids
 
 SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
-GENERATION = "generation_config.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 MODEL_FILES = (GENERATION, "preprocessor_config.json", "processor_config.json")  # other OPTIONAL files: tokenizer
-SidecarFiles = dict[str, Any]  # file name -> JSON contents, or path of the file to copy
+SidecarFiles = dict[str, Any]  # file name -> JSON contents, text, or path of the file to copy
 
 
 class Exported(NamedTuple):
@@ -85,7 +85,7 @@ def export(
     needed = nbytes + SMALL + sum(path.stat().st_size for path in sidecars.values() if isinstance(path, Path))
     if not model.is_multiprocess or distributed.is_coordinator():
         with staged(out, needed, force, check) as folder, loading_bar(nbytes, progress, "writing") as advance:
-            _write_sidecars(folder, sidecars, model)
+            write_sidecars(folder, sidecars, model)
             files.write_weights(folder, entries, advance)
     else:
         _gather_for_coordinator(entries)
@@ -238,6 +238,9 @@ def sidecar_files(model: Model) -> SidecarFiles:
         if folder.is_file():
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
+    if model.tokenizer is not None and model.tokenizer.hf.chat_template != model.tokenizer.loaded_template:
+        sidecars.pop("chat_template.json", None)
+        sidecars[TEMPLATE] = model.tokenizer.hf.chat_template
     generation_config = {k: v for k, v in model.generation_config.items() if v not in (None, [])}
     if checkpoint is None or checkpoint.format == "meta":  # params.json has no EOS ids
         sidecars |= {GENERATION: generation_config} if generation_config and GENERATION not in sidecars else {}
@@ -259,7 +262,12 @@ def with_stop_ids(model: Model) -> Model:
     return replace(model, generation_config={**config, "eos_token_id": ends}) if ends else model
 
 
-def _write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
+def tokenizer_files(model: Model) -> SidecarFiles:
+    """Files of the tokenizer and the chat template, to be written beside an adapter."""
+    return {name: content for name, content in sidecar_files(model).items() if name not in MODEL_FILES}
+
+
+def write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
     """Copies and writes the sidecar files. The tokenizer is saved if its files cannot be copied."""
     if model.tokenizer is not None and lacks_tokenizer(model, sidecars):
         model.tokenizer.hf.save_pretrained(folder)
@@ -267,6 +275,8 @@ def _write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
     for name, content in sidecars.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
+        elif isinstance(content, str):
+            (folder / name).write_text(content, "utf-8")
         else:
             files.write_json(folder / name, content)
 

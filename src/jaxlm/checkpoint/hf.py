@@ -59,6 +59,7 @@ class Checkpoint:
         params: contents of Meta's params.json.
         tokenizer: folder or tokenizer.model of the tokenizer, if it is not in `folder`.
         adapter: a peft.Adapter, if one was loaded with the model.
+        notes: what the user should know about how the files were read.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Checkpoint:
     params: dict[str, Any] | None = None
     tokenizer: Path | None = None
     adapter: Any = None
+    notes: tuple[str, ...] = ()
 
 
 def match(

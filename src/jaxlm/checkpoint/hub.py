@@ -42,6 +42,7 @@ OPTIONAL = (
     "preprocessor_config.json",  # this and the next one: images of a multimodal model
     "processor_config.json",
 )
+TOKENIZER_FILES = OPTIONAL[1:-2]
 _log = logging.getLogger(__name__)
 
 
@@ -350,4 +351,6 @@ def _fetch_adapter(repo: str, revision: str | None, token: str | None) -> Path:
             f"{repo} has no {ADAPTER_WEIGHTS}{remote_files(repo, folder.name, token)}: {SAFETENSORS}"
         )
     download(repo, folder, {ADAPTER_WEIGHTS: file}, token)
+    commit = folder.name  # an adapter of a base model may have its own tokenizer and chat template
+    each(lambda name: _small(repo, name, commit, token), TOKENIZER_FILES)
     return folder

@@ -181,6 +181,7 @@ def write(
     has_vision: bool = False,
     force: bool = False,
     writes: bool = True,
+    more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes an adapter as a folder that PEFT reads. The folder gets its name when all of it is on disk.
 
@@ -196,6 +197,7 @@ def write(
         has_vision: the base has a vision tower (its config has a text_config), so transformers' module names differ.
         force: replace an adapter at `out`.
         writes: whether this process writes.
+        more: writes other files into the folder, such as the tokenizer's.
 
     Raises:
         FileExistsError, OSError (disk full): the message says how to fix it; nothing is left at `out`.
@@ -214,6 +216,7 @@ def write(
     with staged(out, sum(entry.nbytes for entry in entries) + (1 << 20), force, check) as folder:
         files.write_json(folder / CONFIG, config)
         files.write_safetensors(folder / WEIGHTS, entries, lambda nbytes: None)
+        more(folder)
 
 
 def _named(

@@ -134,6 +134,8 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         if unseen := unseen_accelerator():
             note(unseen)
         model = jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh)
+        for text in model.checkpoint.notes if model.checkpoint else ():
+            note(f"{text}.")
         if model.ignored:
             note(f"{len(model.ignored)} tensors of the vision tower are not loaded: text only.")
         on_compile.set(compiling)

@@ -37,6 +37,8 @@ class Fuse(ModelFlags):
 
         check_format(self.format)  # the format to write; that of the model is detected
         model = open_model(replace(self.source(), format=None), fuse=True)
+        for text in model.checkpoint.notes if model.checkpoint else ():
+            note(f"{text}.")
         done = export(model, self.out, dtype=self.dtype, force=self.force)
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
         return 0

@@ -29,11 +29,13 @@ class Tokenizer:
     Attributes:
         hf: The transformers tokenizer. Set attributes such as `chat_template` on it.
         eos_ids: The EOS ids in the checkpoint's configuration files.
+        loaded_template: The chat template of its files.
     """
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
         self.hf = hf
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
+        self.loaded_template = hf.chat_template
 
     @classmethod
     def load(

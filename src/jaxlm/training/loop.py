@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxlm.checkpoint import peft
 from jaxlm.devices import distributed, hardware, mesh
-from jaxlm.exporting import export, with_stop_ids
+from jaxlm.exporting import export, tokenizer_files, with_stop_ids, write_sidecars
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics, optimizers, resume, step
 from jaxlm.training.config import Run, to_dict
@@ -108,7 +108,9 @@ def finish(setup: Setup, state: step.State) -> Path:
         }
         has_vision = "text_config" in setup.raw
         weights = params.unstack(state.weights)
-        peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, **options)
+        model = setup.model({})
+        more = partial(write_sidecars, sidecars=tokenizer_files(model), model=model)
+        peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, more=more, **options)
         distributed.gather("written")
     else:
         config = None if setup.checkpoint else setup.raw

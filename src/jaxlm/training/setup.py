@@ -162,7 +162,8 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
 
 
 def _of_checkpoint(run: Run) -> _Resolved:
-    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer))
+    beside = run.adapter if run.adapter and (run.adapter / "tokenizer.json").is_file() else None
+    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer or beside))
     if resolved.checkpoint.adapter is not None:
         raise ValueError(f"{run.model} is an adapter: pass its base model (--model) and the adapter (--adapter), "
                          "or merge them first (jaxlm fuse)")  # fmt: skip
