@@ -14,6 +14,8 @@ from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.writer import LazyTensor
 from jaxlm.model import Model, Weights
 from jaxlm.nn import lora, params
+from jaxlm.processing.tokenizer import Tokenizer
+from jaxlm.processing.tokenizer_files import eos_ids
 
 Where = Callable[[params.TensorSpec], Any]
 
@@ -37,6 +39,38 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
     return lora.join(weights, tree)
 
 
+def choose_tokenizer(
+    base: Tokenizer | None, checkpoint: Checkpoint, config: Any, ends: list[int]
+) -> tuple[Tokenizer | None, Checkpoint]:
+    """Chooses the tokenizer and chat template in the folder of the adapter, which belong to it, over those of the base.
+    Tools save them when the base is trained on conversations of a template that it does not have."""
+    folder = checkpoint.adapter.folder
+    tokenizer = Tokenizer.load(folder, {"eos_token_id": ends}, {})
+    if tokenizer is None:
+        template = folder / "chat_template.jinja"
+        if base is None or not template.is_file() or (text := template.read_text("utf-8")) == base.hf.chat_template:
+            return base, checkpoint
+        base.hf.chat_template = text
+        note = f"using the chat template beside the adapter ({folder}): the base model's is another"
+        return base, replace(checkpoint, notes=(*checkpoint.notes, note))
+    if tokenizer.vocab_size > config.V:
+        raise ValueError(
+            f"the tokenizer beside the adapter ({folder}) has {tokenizer.vocab_size:,} tokens, and the base model has "
+            f"{config.V:,}: it was trained with another base or with added tokens; pass the base's tokenizer to use it "
+            "(--tokenizer FOLDER)"
+        )
+    differs = []
+    if base is None or base.hf.get_vocab() != tokenizer.hf.get_vocab():
+        differs.append("tokenizer")
+    if base is None or base.hf.chat_template != tokenizer.hf.chat_template:
+        differs.append("chat template")
+    if differs:
+        whose = "the base model has none" if base is None else "the base model's differs"
+        note = f"using the {' and the '.join(differs)} beside the adapter ({folder}): {whose}"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+    return tokenizer, replace(checkpoint, tokenizer=folder)
+
+
 def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
     """Moves a weight, with or without an adapter, to the devices of its sharding."""
     if not lora.is_lora(leaf):
@@ -56,7 +90,20 @@ def fuse(model: Model) -> Model:
         raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
     checkpoint = None if model.checkpoint is None else without_adapter(model.checkpoint)
     weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
-    return replace(model, weights=weights, checkpoint=checkpoint)
+    return with_stop_ids(replace(model, weights=weights, checkpoint=checkpoint))
+
+
+def with_stop_ids(model: Model) -> Model:
+    """Returns the model with every stop token id in the `eos_token_id` of its generation_config.
+
+    A model that was trained on conversations ends its answers with the token that ends a turn in its chat template,
+    which the files of a base model do not name. Without it, other tools would not stop there.
+    """
+    if model.tokenizer is None:
+        return model
+    config = model.generation_config
+    ends = sorted({*eos_ids(config), *model.tokenizer.stop_ids})
+    return replace(model, generation_config={**config, "eos_token_id": ends}) if ends else model
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:

@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from jaxlm.devices import distributed
 from jaxlm.loading import loaded_generation_config, loading_bar, resolve, wanted_dtype
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
-from jaxlm.processing.tokenizer_files import eos_ids
 
 SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -155,7 +153,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
         source=str(name),
         checkpoint=adapters.without_adapter(checkpoint),
     )
-    return with_stop_ids(model) if fuse else model
+    return adapters.with_stop_ids(model) if fuse else model
 
 
 def sources(checkpoint: Checkpoint | None) -> set[Path]:
@@ -247,19 +245,6 @@ def sidecar_files(model: Model) -> SidecarFiles:
     elif model.generation_config != loaded_generation_config(checkpoint):
         sidecars[GENERATION] = generation_config
     return sidecars
-
-
-def with_stop_ids(model: Model) -> Model:
-    """Returns the model with every stop token id in the `eos_token_id` of its generation_config.
-
-    A model that was trained on conversations ends its answers with the token that ends a turn in its chat template,
-    which the files of a base model do not name. Without it, other tools would not stop there.
-    """
-    if model.tokenizer is None:
-        return model
-    config = model.generation_config
-    ends = sorted({*eos_ids(config), *model.tokenizer.stop_ids})
-    return replace(model, generation_config={**config, "eos_token_id": ends}) if ends else model
 
 
 def tokenizer_files(model: Model) -> SidecarFiles:

@@ -253,7 +253,7 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
             checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
             break
     if checkpoint.adapter is not None and not path:
-        tokenizer, checkpoint = _with_adapters_tokenizer(tokenizer, checkpoint, resolved.config, ends)
+        tokenizer, checkpoint = adapters.choose_tokenizer(tokenizer, checkpoint, resolved.config, ends)
     if tokenizer is None and path:
         raise FileNotFoundError(
             f"{path} has no tokenizer: pass a folder with tokenizer.json, tokenizer.model or vocab.json"
@@ -263,38 +263,6 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
     return resolved._replace(
         checkpoint=checkpoint, tokenizer=tokenizer, generation_config=loaded_generation_config(checkpoint)
     )
-
-
-def _with_adapters_tokenizer(
-    base: Tokenizer | None, checkpoint: hf.Checkpoint, config: Any, ends: list[int]
-) -> tuple[Tokenizer | None, hf.Checkpoint]:
-    """Chooses the tokenizer and chat template in the folder of the adapter, which belong to it, over those of the base.
-    Tools save them when the base is trained on conversations of a template that it does not have."""
-    folder = checkpoint.adapter.folder
-    tokenizer = Tokenizer.load(folder, {"eos_token_id": ends}, {})
-    if tokenizer is None:
-        template = folder / "chat_template.jinja"
-        if base is None or not template.is_file() or (text := template.read_text("utf-8")) == base.hf.chat_template:
-            return base, checkpoint
-        base.hf.chat_template = text
-        note = f"using the chat template beside the adapter ({folder}): the base model's is another"
-        return base, replace(checkpoint, notes=(*checkpoint.notes, note))
-    if tokenizer.vocab_size > config.V:
-        raise ValueError(
-            f"the tokenizer beside the adapter ({folder}) has {tokenizer.vocab_size:,} tokens, and the base model has "
-            f"{config.V:,}: the adapter was trained with another base, or with added tokens; to use the base's tokenizer, "
-            "pass it (--tokenizer FOLDER)"
-        )
-    differs = []
-    if base is None or base.hf.get_vocab() != tokenizer.hf.get_vocab():
-        differs.append("tokenizer")
-    if base is None or base.hf.chat_template != tokenizer.hf.chat_template:
-        differs.append("chat template")
-    if differs:
-        whose = "the base model has none" if base is None else "the base model's differs"
-        note = f"using the {' and the '.join(differs)} beside the adapter ({folder}): {whose}"
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
-    return tokenizer, replace(checkpoint, tokenizer=folder)
 
 
 def loaded_generation_config(checkpoint: hf.Checkpoint) -> dict[str, Any]:

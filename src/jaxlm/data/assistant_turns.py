@@ -12,19 +12,34 @@ part of the span, and ends with the stop token after the answer.
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.processing.chat_template import template_errors
-from jaxlm.processing.messages import ASSISTANT, REASONING, normalize
+from jaxlm.processing.messages import ASSISTANT, REASONING, names_role, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.processing.written import content_spans, dropped, marker
 
+_ROLES = ("system", "user", ASSISTANT, "tool")  # that all templates can be expected to know
 _TAGGED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Spans = list[tuple[int, int]]
 Messages = Sequence[Mapping[str, Any]]
+
+
+class Ends(NamedTuple):
+    """What a chat template writes around an answer.
+
+    Attributes:
+        prompt: What add_generation_prompt appends; empty if it changes other text too.
+        closing: The text after the last answer if no stop token ends it, else None. In training, EOS follows that text.
+        reasoning: Whether the template writes the reasoning of the last answer.
+    """
+
+    prompt: str
+    closing: str | None
+    reasoning: bool
 
 
 class AssistantTurns:
@@ -32,6 +47,8 @@ class AssistantTurns:
 
     Attributes:
         stops: The texts of the tokens that end a turn, the longest first.
+        ends: What each chat template in use writes around an answer, by its source: a tokenizer may have another
+            template for conversations with tools.
     """
 
     def __init__(self, tokenizer: Tokenizer, template_args: Mapping[str, Any]):
@@ -40,30 +57,21 @@ class AssistantTurns:
         self.stops = tuple(sorted(filter(None, names), key=len, reverse=True))
         self.specials = tuple(tokenizer.hf.get_added_vocab())
         self.takes_tools = tokenizer.template_accepts("tools")
+        self.ends: dict[str, Ends] = {}
 
     def render(self, messages: Messages, tools: list | None, prompt: bool = False) -> str:
         return self.tokenizer.render(messages, tools, add_generation_prompt=prompt, **self.template_args)
 
-    @cached_property
-    def generation_prompt(self) -> str:
-        """What add_generation_prompt appends; empty if it changes other text too."""
-        question = [{"role": "user", "content": "a"}]
-        without, with_prompt = (self.render(question, None, prompt) for prompt in (False, True))
-        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
-
-    @cached_property
-    def closing(self) -> str | None:
-        """The text after the last answer if no stop token ends it, else None. In training, EOS follows that text."""
-        tag = marker("")
-        text = self.render([{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": tag}], None)
-        after = text.partition(tag)[2]
-        return None if self._stop_after(after) else after
-
-    @cached_property
-    def writes_reasoning(self) -> bool:
-        """Whether the template writes the reasoning of the last answer."""
-        turns = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b", "reasoning_content": "hmm"}]
-        return "hmm" in self.render(turns, None)
+    def _ends(self, template: str, tools: list | None) -> Ends:
+        if template not in self.ends:
+            tag, question = marker(""), {"role": "user", "content": "a"}
+            without, with_prompt = (self.render([question], tools, prompt) for prompt in (False, True))
+            prompt = with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+            answered = self.render([question, {"role": ASSISTANT, "content": tag}], tools)
+            after = answered.partition(tag)[2]
+            reasoned = self.render([question, {"role": ASSISTANT, "content": "b", "reasoning_content": tag}], tools)
+            self.ends[template] = Ends(prompt, None if self._stop_after(after) else after, tag in reasoned)
+        return self.ends[template]
 
     def find(self, messages: Messages, tools: list | None, turns: Collection[int] | None = None) -> tuple[str, Spans]:
         """Returns the text of a conversation, and the spans of its assistant turns, in order.
@@ -81,28 +89,34 @@ class AssistantTurns:
             raise ValueError("this chat template does not support tools")
         template = self.tokenizer.hf.get_chat_template(tools=tools)
         messages = normalize(messages, template)
+        for number, message in enumerate(messages, 1):
+            if (role := message["role"]) not in _ROLES and not names_role(template, role):
+                raise ValueError(f"message {number} has the role {role!r}, which the chat template does not name")
+        ends = self._ends(template, tools)
         answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
         wanted = [i for i in answers if turns is None or i in turns]
         text = self.render(messages, tools)
-        contents = self._check_written(messages, tools, text)
+        contents = self._check_written(messages, tools, text, ends)
         if _TAGGED.search(template):
             tagged = self._tagged(messages, tools, template)
             if len(tagged) == len(answers):
-                return text, [self._with_stop(text, span) for i, span in zip(answers, tagged) if i in wanted]
+                return text, [self._with_stop(text, span, ends) for i, span in zip(answers, tagged) if i in wanted]
         spans, before = [], 0
         for i in wanted:
             if contents is not None and contents[i] is not None and messages[i].keys() == {"role", "content"}:
                 start, end = contents[i]
-                end += self._closing_after(text[end:])
+                end += self._closing_after(text[end:], ends)
             else:
-                start, end = self._one(messages, tools, text, i)
-            spans.append((self._prompt_end(text, before, start), end))
+                start, end = self._one(messages, tools, text, i, ends)
+            # What is said before the turn may have the text of a generation prompt.
+            before = max(before, *(span[1] for span in (contents or [])[:i] if span), 0)
+            spans.append((self._prompt_end(text, ends.prompt, before, start), end))
             before = end
         if any(end > start for (_, end), (start, _) in pairwise(spans)):
             raise ValueError("the chat template does not render the assistant turns in order")
         return text, spans
 
-    def _check_written(self, messages: list[dict], tools: list | None, text: str) -> list | None:
+    def _check_written(self, messages: list[dict], tools: list | None, text: str, ends: Ends) -> list | None:
         """Returns the spans of all contents (written.content_spans). Raises ValueError for what the template drops."""
         render = partial(self.render, tools=tools)
         spans = content_spans(render, messages, text)
@@ -112,7 +126,7 @@ class AssistantTurns:
         for number, message in enumerate(messages, 1):
             if lost := [value for value in _call_values(message) if value not in text and _quoted(value) not in text]:
                 raise ValueError(f"the chat template does not render the tool calls of message {number} ({lost[0]})")
-            if any(message.get(name) for name in REASONING) and not self.writes_reasoning:
+            if any(message.get(name) for name in REASONING) and not ends.reasoning:
                 raise ValueError(f"the chat template does not write the reasoning of message {number}")
         return spans
 
@@ -125,45 +139,45 @@ class AssistantTurns:
             _, spans = write(self.tokenizer.hf, messages, tools, **options)
         return [span for span in spans if span[0] < span[1]]
 
-    def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+    def _with_stop(self, text: str, span: tuple[int, int], ends: Ends) -> tuple[int, int]:
         """Extends a tagged span to include the token that ends the turn."""
         start, end = span
         turn = text[start:end].rstrip()
         if turn.endswith(self.stops):
             return start, start + len(turn)
-        return start, end + self._closing_after(text[end:])
+        return start, end + self._closing_after(text[end:], ends)
 
-    def _prompt_end(self, text: str, before: int, start: int) -> int:
+    @staticmethod
+    def _prompt_end(text: str, prompt: str, before: int, start: int) -> int:
         """Returns where the turn of the answer at `start` begins: where the generation prompt ends, which may come
-        earlier. The previous turn ends at `before`."""
-        prompt = self.generation_prompt
+        earlier, but not before `before`."""
         at = text.rfind(prompt, before, start) if prompt else -1
         return at + len(prompt) if at >= 0 else start
 
-    def _one(self, messages: list[dict], tools: list | None, text: str, i: int) -> tuple[int, int]:
+    def _one(self, messages: list[dict], tools: list | None, text: str, i: int, ends: Ends) -> tuple[int, int]:
         """Returns the span of one turn, from a marker in its place, or from the generation prompt before it."""
         tag = marker(text)
         marked = [*messages[:i], {"role": ASSISTANT, "content": tag}, *messages[i + 1 :]]
         before, found, after = self.render(marked, tools).partition(tag)
         if found and not text.startswith(before):  # the text before the answer depends on the answer
             before = self.render(messages[:i], tools, prompt=True)
-        start, rest = len(before), after[self._closing_after(after) :]
+        start, rest = len(before), after[self._closing_after(after, ends) :]
         end = len(text) - len(rest)
         # The token that ends this turn may differ from that after the marker: Llama's does after a tool call.
-        ends = text.endswith(after) or (text.endswith(rest) and text[:end].endswith(self.specials))
-        if not found or not text.startswith(before) or not ends or start > end:
+        fits = text.endswith(after) or (text.endswith(rest) and text[:end].endswith(self.specials))
+        if not found or not text.startswith(before) or not fits or start > end:
             raise ValueError(
                 f"the span of the assistant's message {i + 1} cannot be determined with this chat template: use "
                 "train_on=all to train on the whole conversation"
             )
         return start, end
 
-    def _closing_after(self, after: str) -> int:
+    def _closing_after(self, after: str, ends: Ends) -> int:
         """Returns the number of characters after an answer that belong to its turn: those up to the end of its stop
         token, or what the template writes in its place."""
         if stop := self._stop_after(after):
             return stop
-        return len(self.closing) if self.closing and after.startswith(self.closing) else 0
+        return len(ends.closing) if ends.closing and after.startswith(ends.closing) else 0
 
     def _stop_after(self, after: str) -> int:
         """Returns the number of characters up to the end of a stop token at the beginning of a text, else 0."""

@@ -16,9 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.data.assistant_turns import AssistantTurns, Spans
-from jaxlm.data.formats import FORMATS, Chat, InvalidRowError, TextOptions, conversation, text_of, unused_fields
+from jaxlm.data.formats import (
+    FORMATS,
+    REFUSED,
+    Chat,
+    InvalidRowError,
+    TextOptions,
+    conversation,
+    text_of,
+    unused_fields,
+)
 from jaxlm.data.sources import PART, InvalidRow, Row, split_text
-from jaxlm.processing.messages import REASONING
+from jaxlm.processing.messages import ASSISTANT, REASONING, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 
 BATCH = 1000  # texts per call of the tokenizer
@@ -80,6 +89,7 @@ class DocumentTokenizer:
         self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None
         self.before, self.after = boundary_tokens(tokenizer)
         self.unused: dict[str, None] = {}  # fields that are not read, in the order in which they appear
+        self._used: set[tuple[str, str]] = set()  # roles and fields of messages that the template reads
         self._turns_of_rows: dict[str, AssistantTurns] = {}
 
     @cached_property
@@ -92,6 +102,12 @@ class DocumentTokenizer:
         rust.no_truncation()
         rust.no_padding()
         return rust
+
+    @cached_property
+    def template_source(self) -> str:
+        """The source of the chat template, of several one after the other; empty if there is none."""
+        template = self.tokenizer.hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else template
 
     def identity(self) -> dict[str, Any]:
         """Returns everything besides the rows that determines the documents, as plain values, for the digest."""
@@ -121,7 +137,9 @@ class DocumentTokenizer:
         try:
             format, train_on = self._resolve_format(row)
             if format != "text":
-                chat = conversation(row.value, format, self.options, train_on, template=self.turns is not None)
+                chat = conversation(
+                    row.value, format, self.options, train_on, self.turns is not None, self.template_source
+                )
                 prepared = self._chat(row, chat) if isinstance(chat, Chat) else self._pair(row, *chat)
                 self._note_unused(row, format, prepared.text)
                 yield prepared
@@ -142,6 +160,8 @@ class DocumentTokenizer:
         format = self.options.format_of(row.value)
         if format is None or (self.format and format != self.format):
             wanted = self.format or self.options.format
+            if not isinstance(row.value, str) and {"chosen", "rejected"} <= row.value.keys():
+                raise InvalidRowError("unsupported field", f"the field chosen: {REFUSED['chosen']}")
             fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
             actual = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
             raise InvalidRowError(
@@ -159,6 +179,10 @@ class DocumentTokenizer:
     def _chat(self, row: Row, chat: Chat) -> Prepared:
         if self.turns is None:
             self.tokenizer.render(chat.messages)  # raises: there is no chat template
+        answers = [message for message in chat.messages if message["role"] == ASSISTANT]
+        if self.train_on == "all" and len(chat.turns) < len(answers):
+            why = "an assistant turn is not to be trained on, but train_on=all is every token"
+            raise InvalidRowError("unsupported field", why)
         turns = self._turns_with(chat.template_args)
         try:
             text, spans = turns.find(chat.messages, chat.tools, chat.turns)
@@ -168,10 +192,7 @@ class DocumentTokenizer:
             roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
             raise InvalidRowError("no assistant turn", f"no assistant turn to train on (roles: {roles})")
         _check(text)
-        template = self.tokenizer.hf.get_chat_template(tools=chat.tools)
-        for name in {name for message in chat.messages for name in message}:
-            if name not in template and name not in ("content", *REASONING):
-                self.unused[f"messages.{name}"] = None
+        self._note_unused_of_messages(turns, chat, text)
         closed = text.rstrip().endswith(turns.stops)
         return Prepared(row, text, None if self.train_on == "all" else spans, bos=False, eos=not closed)
 
@@ -190,16 +211,32 @@ class DocumentTokenizer:
     def _note_unused(self, row: Row, format: str, text: str) -> None:
         self.unused |= dict.fromkeys(unused_fields(row.value, format, self.options, text))
 
+    def _note_unused_of_messages(self, turns: AssistantTurns, chat: Chat, text: str) -> None:
+        """Notes the fields of messages without which the text is the same. One message per role and field is tried."""
+        template = self.tokenizer.hf.get_chat_template(tools=chat.tools)
+        messages = normalize(chat.messages, template)
+        for i, message in enumerate(messages):
+            for name in message.keys() - {"role", "content", "tool_calls", *REASONING}:
+                key = message["role"], name
+                if key in self._used or f"messages.{name}" in self.unused:
+                    continue
+                if name in template:
+                    others = {other: value for other, value in message.items() if other != name}
+                    try:
+                        read = turns.render([*messages[:i], others, *messages[i + 1 :]], chat.tools) != text
+                    except ValueError:
+                        read = True  # the template needs it
+                    if read:
+                        self._used.add(key)
+                        continue
+                self.unused[f"messages.{name}"] = None
+
     @property
     def notes(self) -> list[str]:
         """What is worth a word about the documents so far."""
         notes = [f"fields that are not used: {', '.join(self.unused)}"] if self.unused else []
-        if (
-            self.turns is not None
-            and self.format != "text"
-            and self.train_on != "all"
-            and self.turns.closing is not None
-        ):
+        turns = [] if self.turns is None or self.train_on == "all" else [self.turns, *self._turns_of_rows.values()]
+        if any(ends.closing is not None for one in turns for ends in one.ends.values()):
             notes.append(
                 "the chat template ends no turn with a token: EOS follows the last answer of a conversation alone"
             )

@@ -1,11 +1,11 @@
 """Formats of training rows, detected from their fields, and the conversation in a row."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.processing.messages import ASSISTANT, REASONING, TRAINED, normalize, short
+from jaxlm.processing.messages import ASSISTANT, REASONING, ROLES, TRAINED, normalize, short
 
 # Format -> its fields, and the default of `train_on`. The first match is the format of a row.
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -27,7 +27,11 @@ REFUSED = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
 }
 # Fields that hold text. If a format does not read one of these, its text must be in the conversation nevertheless.
-TEXTS = ("text", "prompt", "completion", "instruction", "output", "question", "answer", "response", "context", "query")
+TEXTS = (
+    "text", "prompt", "completion", "instruction", "input", "output", "question", "answer", "response", "context", "query",
+)  # fmt: skip
+# Variables of a chat template that are not for a row to set.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,17 @@ class TextOptions:
         return tuple(names.get(name, name) for name in FORMATS[format][0])
 
     def format_of(self, value: Any) -> str | None:
-        """Returns the format of a row, None without a match. Formats with fields named by the user come first."""
+        """Returns the format of a row, None without a match. Formats with fields named by the user come first, and
+        those whose fields are not null (a table has every field in each row)."""
         if isinstance(value, str):
             return "text" if self.format in (None, "text") else None
         if self.format is not None:
             return self.format if all(name in value for name in self.fields(self.format)) else None
         usual = TextOptions()
         named = [format for format in FORMATS if self.fields(format) != usual.fields(format)]
-        return next(
-            (format for format in [*named, *FORMATS] if all(name in value for name in self.fields(format))), None
-        )
+        found = [format for format in [*named, *FORMATS] if all(name in value for name in self.fields(format))]
+        filled = [format for format in found if all(value[name] is not None for name in self.fields(format))]
+        return next(iter([*filled, *found]), None)
 
 
 class InvalidRowError(ValueError):
@@ -107,7 +112,7 @@ def text_of(value: Any, options: TextOptions) -> str:
 
 
 def conversation(
-    value: Mapping[str, Any], format: str, options: TextOptions, train_on: str, template: bool
+    value: Mapping[str, Any], format: str, options: TextOptions, train_on: str, template: bool, source: str = ""
 ) -> Chat | Pair:
     """Returns the conversation of a row whose format is not text.
 
@@ -117,6 +122,7 @@ def conversation(
         options: The names of its fields.
         train_on: What is trained on.
         template: Whether there is a chat template. Prompts are then user turns.
+        source: The source of the chat template, which names roles (messages.normalize).
 
     Raises:
         InvalidRowError: The row does not have the types of its format.
@@ -141,7 +147,7 @@ def conversation(
     before = [*_history(value), *question]
     given = [*_system(value, [*before, *answer]), *before, *answer]
     try:
-        messages = normalize(given)
+        messages = normalize(given, source)
     except ValueError as error:
         raise InvalidRowError("invalid messages", str(error)) from None
     answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
@@ -171,15 +177,18 @@ def unused_fields(value: Mapping[str, Any], format: str, options: TextOptions, t
     """Returns the fields of a row that are not read.
 
     Raises:
-        InvalidRowError: A field holds text (TEXTS) that is not in the text of the document.
+        InvalidRowError: A field holds text (TEXTS) that is not in the text of the document, and does not repeat it.
     """
     read = {*options.fields(format), *(BESIDE if format != "text" else ())}
     read |= {"input"} if format == "instruction" else set()
     unused = [name for name, found in value.items() if name not in read and found not in (None, "", [], {})]
     chosen = options.format is not None or options.fields(format) != FORMATS[format][0]
     if not chosen:
+        parts = [part.strip() for name in read for part in _contents(value.get(name))]
         for name in unused:
             found = value[name]
+            if name == "text" and isinstance(found, str) and all(part in found for part in parts):
+                continue  # the row as a text, as in Alpaca
             if name in TEXTS and isinstance(found, str) and found.strip() not in text:
                 raise InvalidRowError(
                     "unused text",
@@ -187,6 +196,18 @@ def unused_fields(value: Mapping[str, Any], format: str, options: TextOptions, t
                     "with prompt_field and completion_field",
                 )
     return unused
+
+
+def _contents(value: Any) -> Iterator[str]:
+    """Yields the texts of a field that holds a text or messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name in ("content", "value", "text"):
+            yield from _contents(value.get(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _contents(item)
 
 
 def _trained(number: int, message: Any) -> bool | None:
@@ -206,13 +227,20 @@ def _trained(number: int, message: Any) -> bool | None:
 
 def _system(value: Mapping[str, Any], messages: list[Any]) -> list[dict[str, Any]]:
     """Returns the system message in a field of the row, if it has one that the messages do not begin with."""
-    system = next((_string(value, name) for name in ("system", "system_prompt") if value.get(name)), None)
-    if system is None:
+    systems = [_string(value, name) for name in ("system", "system_prompt") if value.get(name)]
+    if not systems:
         return []
-    own = messages[0] if isinstance(messages[0], Mapping) and "system" in messages[0].values() else {}
-    if own and system.strip() not in (str(text).strip() for text in own.values()):
+    if len({system.strip() for system in systems}) > 1:
+        raise InvalidRowError("invalid messages", "the fields system and system_prompt are two system messages")
+    own = messages[0] if isinstance(messages[0], Mapping) and _is_system(messages[0]) else {}
+    if own and systems[0].strip() not in (str(text).strip() for text in own.values()):
         raise InvalidRowError("invalid messages", "the field system and the first message are two system messages")
-    return [] if own else [{"role": "system", "content": system}]
+    return [] if own else [{"role": "system", "content": systems[0]}]
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    role = str(message.get("role") or message.get("from")).lower()
+    return role == "developer" or ROLES.get(role) == "system"
 
 
 def _history(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,6 +269,8 @@ def _template_args(value: Mapping[str, Any]) -> dict[str, Any]:
     args = _json(args, "chat_template_kwargs") if isinstance(args, str) else args
     if not isinstance(args, Mapping):
         raise InvalidRowError("invalid messages", f"chat_template_kwargs must be an object, not {short(args)}")
+    if reserved := [name for name in RESERVED if name in args]:
+        raise InvalidRowError("unsupported field", f"chat_template_kwargs has {reserved[0]}, which a row cannot set so")
     return {name: item for name, item in args.items() if item is not None}
 
 
@@ -255,7 +285,7 @@ def _instruction(value: Mapping[str, Any], template: bool) -> str:
     instruction = _string(value, "instruction")
     context = _string(value, "input") if value.get("input") else ""
     if template:
-        return f"{instruction}\n\n{context}" if context else instruction
+        return "\n\n".join(filter(None, (instruction, context)))
     more = f"### Input:\n{context}\n\n" if context else ""
     return f"### Instruction:\n{instruction}\n\n{more}### Response:\n"
 
@@ -280,8 +310,8 @@ def _tools(value: Mapping[str, Any]) -> list | None:
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if functions := value.get("functions"):
         functions = _json(functions, "functions") if isinstance(functions, str) else functions
-        if tools or not isinstance(functions, list):
-            raise InvalidRowError("invalid messages", "functions must be a list, without tools beside it")
+        if tools or not (isinstance(functions, list) and all(isinstance(one, Mapping) for one in functions)):
+            raise InvalidRowError("invalid messages", "functions must be a list of objects, without tools beside it")
         tools = [{"type": "function", "function": function} for function in functions]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise InvalidRowError("invalid messages", f"tools must be a list of JSON schemas, not {short(tools)}")

@@ -5,6 +5,7 @@ forms.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ _ASSISTANT = (ASSISTANT, "gpt", "chatgpt", "ai", "bot", "model")
 ROLES = {**dict.fromkeys(_USER, "user"), **dict.fromkeys(_ASSISTANT, ASSISTANT), "system": "system"}
 # A template that names one of these roles gets it as it is.
 OTHER_ROLES = {"developer": "system", "function": "tool", "function_response": "tool", "tool_response": "tool",
-               "observation": "tool", "tool": "tool"}  # fmt: skip
+               "observation": "tool", "ipython": "tool", "tool": "tool"}  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles whose content is a call, as JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _UNSUPPORTED = ("refusal", "images", "image", "audio", "videos", "video")
@@ -31,7 +32,7 @@ def normalize(messages: Iterable[Any], template: str = "") -> list[dict[str, Any
     - Text parts become one text. None becomes "" beside tool calls or reasoning.
     - A function_call, or a message whose role is function_call, becomes tool_calls. JSON arguments become objects,
       because templates would quote them again.
-    - Fields that are None, and those that exclude a turn from training (TRAINED), are left out.
+    - Fields that are None, empty reasoning, and fields that exclude a turn from training (TRAINED) are left out.
 
     Normalized messages do not change when they are normalized again.
 
@@ -45,10 +46,20 @@ def normalize(messages: Iterable[Any], template: str = "") -> list[dict[str, Any
     return [_normalize(number, message, template) for number, message in enumerate(messages, 1)]
 
 
+def names_role(template: str, role: str) -> bool:
+    """Whether a chat template compares the role of a message with this one: `message.role == "tool"`."""
+    compared = rf"""role['"]?\]?\s*(==\s*|in\s*[\[(][^\])]*)(['"]){re.escape(role)}\2"""
+    return re.search(compared, template) is not None
+
+
 def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "from"} & message.keys():
         raise ValueError(f"a message must be a dict with 'role' and 'content', got {short(message)}")
-    fields = {name: value for name, value in message.items() if value is not None and name not in TRAINED}
+    fields = {
+        name: value
+        for name, value in message.items()
+        if value is not None and name not in TRAINED and not (name in REASONING and value == "")
+    }
     given = fields.pop("from", None) if "role" not in fields else fields.pop("role")
     content = fields.pop("value", None) if "content" not in fields else fields.pop("content")
     where = f"message {number} ({given})"
@@ -59,6 +70,8 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     role = _role(given, template)
     calls = _calls(where, fields)
     if role in _CALLS:
+        if calls:
+            raise ValueError(f"{where} has a call as its content, and tool calls beside it: keep one of them")
         role, calls, content = ASSISTANT, _listed(where, _parsed(where, role, content)), None
     content = _text(where, content)
     if content is None:
@@ -69,6 +82,9 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
         content = ""
     if bad := [name for name in REASONING if not isinstance(fields.get(name, ""), str)]:
         raise ValueError(f"{where} has a {bad[0]!r} that is not a string: {short(fields[bad[0]])}")
+    if len({fields[name] for name in REASONING if name in fields}) > 1:
+        names = " and ".join(name for name in REASONING if name in fields)
+        raise ValueError(f"{where} has {names}, which differ: templates read one of them")
     if calls and role != ASSISTANT:
         raise ValueError(f"{where} has tool calls, which only the assistant makes")
     fields |= {"role": role, "content": content}
@@ -81,7 +97,7 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
 
 def _role(role: str, template: str) -> str:
     lower = role.lower()
-    if any(f"{quote}{role}{quote}" in template for quote in "'\"") and lower in OTHER_ROLES:
+    if lower in OTHER_ROLES and names_role(template, role):
         return role
     return ROLES.get(lower) or OTHER_ROLES.get(lower) or (lower if lower in _CALLS else role)
 
@@ -113,9 +129,10 @@ def _calls(where: str, fields: dict[str, Any]) -> list[Any]:
     calls, call = fields.pop("tool_calls", None), fields.pop("function_call", None)
     if calls and call:
         raise ValueError(f"{where} has both 'tool_calls' and 'function_call': keep one of them")
-    if isinstance(calls, str) and calls.strip():
-        calls = _parsed(where, "tool_calls", calls)
-    return _listed(where, calls or call or [])
+    found = calls or call or []
+    if isinstance(found, str):
+        found = _parsed(where, "a tool call", found) if found.strip() else []
+    return _listed(where, found or [])
 
 
 def _listed(where: str, calls: Any) -> list[Any]:
@@ -130,7 +147,7 @@ def _call(where: str, call: Any) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise ValueError(f"{where}: a tool call must have a name and arguments, not {short(call)}")
-    arguments = inner.get("arguments", inner.get("parameters"))
+    arguments = inner.get("parameters") if inner.get("arguments") is None else inner["arguments"]
     if isinstance(arguments, str):
         arguments = _parsed(where, "the arguments of a tool call", arguments) if arguments.strip() else {}
     if not isinstance(arguments, Mapping | None):

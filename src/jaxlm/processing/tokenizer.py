@@ -5,6 +5,7 @@ collects every EOS id of the checkpoint's files, and converts errors of tokenize
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,17 @@ class Tokenizer:
 
     def stop_ids_beside(self, ids: Iterable[int]) -> tuple[int, ...]:
         """`stop_ids` with `ids` instead of the EOS ids in the configuration files."""
-        ends = {*ids, self.hf.eos_token_id, self._end_of_turn()}
+        templates = self.hf.chat_template.values() if isinstance(self.hf.chat_template, dict) else [None]
+        ends = {*ids, self.hf.eos_token_id, *map(self._end_of_turn, templates)}
         return tuple(sorted(token_id for token_id in ends if token_id is not None))
 
-    def _end_of_turn(self) -> int | None:
-        """The token that the chat template renders after an assistant turn; None if there is none."""
+    def _end_of_turn(self, template: str | None) -> int | None:
+        """The token that a chat template renders after an assistant turn; None if there is none."""
         marker = "ananswer"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         try:
-            after = self.render(turns, add_generation_prompt=False).partition(marker)[2].lstrip()
+            after = self.render(turns, add_generation_prompt=False, chat_template=template)
+            after = after.partition(marker)[2].lstrip()
         except ValueError:  # no template, or one that cannot render these messages
             return None
         added = sorted(self.hf.get_added_vocab().items(), key=lambda item: -len(item[0]))
@@ -195,21 +198,30 @@ class Tokenizer:
             )
         from jaxlm.processing.template_rendering import render
 
-        with template_errors():
-            template = self.hf.get_chat_template(chat_template=template_args.get("chat_template"), tools=tools)
-        texts = normalize(messages, template)
+        texts = self._normalized(messages, tools, template_args)
         with template_errors():
             return render(self.hf, texts, tools, add_generation_prompt=add_generation_prompt, **template_args)
 
-    def prompt(self, messages: Messages, *args: Any, **kwargs: Any) -> str:
+    def _normalized(self, messages: Messages, tools: list[Any] | None, template_args: Mapping[str, Any]) -> list[dict]:
+        with template_errors():
+            template = self.hf.get_chat_template(chat_template=template_args.get("chat_template"), tools=tools)
+        return normalize(messages, template)
+
+    def prompt(
+        self,
+        messages: Messages,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
+    ) -> str:
         """Renders a conversation as a prompt. The arguments are those of `render`.
 
         Raises:
             ValueError: As in `render`, or the template does not write a message of the user, the system or a tool.
         """
-        text = self.render(messages, *args, **kwargs)
-        texts = normalize(messages)
-        i = dropped(lambda some: self.render(some, *args, **kwargs), texts, text, besides=ASSISTANT)
+        render = partial(self.render, tools=tools, add_generation_prompt=add_generation_prompt, **template_args)
+        texts, text = self._normalized(messages, tools, template_args), render(messages)
+        i = dropped(render, texts, text, besides=ASSISTANT)
         if i is not None:
             role = texts[i]["role"]
             raise ValueError(f"the chat template does not write message {i + 1}: it has no place for the role {role!r}")

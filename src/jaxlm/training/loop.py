@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.adapters import with_stop_ids
 from jaxlm.checkpoint import peft
 from jaxlm.devices import distributed, hardware, mesh
-from jaxlm.exporting import export, tokenizer_files, with_stop_ids, write_sidecars
+from jaxlm.exporting import export, tokenizer_files, write_sidecars
 from jaxlm.nn import flops, params
 from jaxlm.training import metrics, optimizers, resume, step
 from jaxlm.training.config import Run, to_dict
