@@ -216,9 +216,13 @@ class DocumentTokenizer:
         template = self.tokenizer.hf.get_chat_template(tools=chat.tools)
         messages = normalize(chat.messages, template)
         for i, message in enumerate(messages):
-            for name in message.keys() - {"role", "content", "tool_calls", *REASONING}:
+            for name in message:
                 key = message["role"], name
-                if key in self._used or f"messages.{name}" in self.unused:
+                if (
+                    name in ("role", "content", "tool_calls", *REASONING)
+                    or key in self._used
+                    or f"messages.{name}" in self.unused
+                ):
                     continue
                 if name in template:
                     others = {other: value for other, value in message.items() if other != name}

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from jaxlm.data.field_types import Checked
 from jaxlm.processing.messages import ASSISTANT, REASONING, ROLES, TRAINED, normalize, short
 
 # Format -> its fields, and the default of `train_on`. The first match is the format of a row.
@@ -28,14 +29,15 @@ REFUSED = {
 }
 # Fields that hold text. If a format does not read one of these, its text must be in the conversation nevertheless.
 TEXTS = (
-    "text", "prompt", "completion", "instruction", "input", "output", "question", "answer", "response", "context", "query",
+    "text", "prompt", "completion", "instruction", "input", "output", "question", "answer", "response", "context",
+    "query",
 )  # fmt: skip
 # Variables of a chat template that are not for a row to set.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class TextOptions(Checked):
     """How rows are read."""
 
     format: str | None = None

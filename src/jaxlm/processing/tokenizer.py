@@ -220,7 +220,8 @@ class Tokenizer:
             ValueError: As in `render`, or the template does not write a message of the user, the system or a tool.
         """
         render = partial(self.render, tools=tools, add_generation_prompt=add_generation_prompt, **template_args)
-        texts, text = self._normalized(messages, tools, template_args), render(messages)
+        text = render(messages)
+        texts = self._normalized(messages, tools, template_args)
         i = dropped(render, texts, text, besides=ASSISTANT)
         if i is not None:
             role = texts[i]["role"]

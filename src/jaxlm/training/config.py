@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxlm.data.field_types import Checked
+
 # Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names, in the spelling
 # of that time.
 RENAMED_FIELDS = {"optimiser": "optimizer", "data.form": "data.format", "data.learn": "data.train_on"}
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """Training data."""
 
     train: tuple[str, ...] = ()
@@ -52,7 +54,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Checked):
     """Optimizer settings."""
 
     name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
@@ -80,7 +82,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class LoraOptions:
+class LoraOptions(Checked):
     """LoRA settings (--method lora)."""
 
     rank: int = 16
@@ -96,7 +98,7 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Checked):
     """A training run: what to train, on what, and how."""
 
     out: Path = Path("run")
