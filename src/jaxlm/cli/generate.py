@@ -15,8 +15,9 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
+from jaxlm.cli.prompt_lines import PromptLine, read_prompts
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
-from jaxlm.processing.chat_template import THINKING
+from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.inference.generation import CompletionChunk
@@ -49,8 +50,8 @@ class Generate(SamplingFlags, ModelFlags):
     prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[PROMPT]")]] = None
     """The prompt; - reads it from stdin. Without a prompt, piped input is the prompt."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """File with one prompt per line: a JSON string, {"prompt": …} or {"messages": […]}. Prints one JSON object per
-    prompt."""
+    """File with one prompt per line, or - for stdin: a JSON string, {"prompt": …} or {"messages": […], "tools": […]}.
+    Prints one JSON object per prompt, with the other fields of its line."""
     batch_size: int | None = None
     """Number of --prompts to decode together. The default depends on the platform."""
     system: str | None = None
@@ -72,20 +73,21 @@ class Generate(SamplingFlags, ModelFlags):
         warn_ignored(model)
         from jaxlm.inference.generation import stream
 
-        prompts = [self._ids(model, where, line, args) for where, line in lines]
+        prompts = [self._ids(model, line, args) for line in lines]
         chunks = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
         if self.prompts or self.json or self.logprobs is not None:
-            print_answers(chunks, len(prompts), model)
+            opened = [not self.raw and inside_reasoning(model, ids) for ids in prompts]
+            print_answers(chunks, model, [line.fields for line in lines], opened)
         else:
             print_text(chunks, prompts[0], model)
         return 0
 
-    def _lines(self) -> list[tuple[str, Any]]:
-        """The prompts (text or JSON values), each with its location in the file."""
+    def _lines(self) -> list[PromptLine]:
+        """The prompts."""
         if self.prompt is not None and self.prompts is not None:
             usage("pass a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
         if self.prompts is not None:
-            return read_prompts(self.prompts)
+            return read_prompts(self.prompts, self.stdin if self.prompts == Path("-") else None)
         text, is_terminal = self.prompt, sys.stdin is not None and sys.stdin.isatty()
         if text == "-" or (text is None and not is_terminal):
             text = self.stdin().removesuffix("\n")
@@ -93,38 +95,19 @@ class Generate(SamplingFlags, ModelFlags):
             usage("pass a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
             raise ValueError("the prompt is empty: pass some text, or the BOS token (such as <s>) with --raw")
-        return [("", text)]
+        return [PromptLine("", text)]
 
-    def _ids(self, model: "Model", where: str, line: Any, args: dict[str, Any]) -> list[int]:
+    def _ids(self, model: "Model", line: PromptLine, args: dict[str, Any]) -> list[int]:
         """The token ids of a prompt. Raises ValueError with the location in the file if it is invalid."""
         from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 
-        with explain_errors(where) if where else nullcontext():
-            ids = to_ids(model, prompt_of(line, model, self.system, self.raw), args)
+        with explain_errors(line.where) if line.where else nullcontext():
+            if line.tools and not (model.tokenizer is not None and model.tokenizer.template_accepts("tools")):
+                raise ValueError(f"tools need a chat template that writes them; that of {model.source} does not")
+            more = {"tools": line.tools} if line.tools else {}
+            ids = to_ids(model, prompt_of(line.prompt, model, self.system, self.raw), {**args, **more})
             resolve_max_tokens(model, ids, self.max_tokens)
             return ids
-
-
-def read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """The prompts of a JSONL file, each with its location. Raises ValueError for the first invalid line."""
-    hint = "--prompts takes a UTF-8 file with one JSON value per line"
-    with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
-        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        with explain_errors(f"{where} is not JSON"):
-            value = json.loads(line)
-        if isinstance(value, dict) and set(value) in ({"prompt"}, {"messages"}):
-            (value,) = value.values()
-        if not value or not isinstance(value, str | list):
-            raise ValueError(f'{where}: expected a string, {{"prompt": …}} or {{"messages": […]}}')
-        prompts.append((where, value))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts: write one JSON value per line")
-    return prompts
 
 
 def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
@@ -136,6 +119,8 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
         )
     if not isinstance(line, str):
         has_own = isinstance(line[0], dict) and line[0].get("role") == "system"
+        if not isinstance(line[0], dict):
+            return line  # token ids
         return [{"role": "system", "content": system}, *line] if system and not has_own else line
     if not chat:
         return line
@@ -171,23 +156,36 @@ def warn_ignored(model: "Model") -> None:
 
 def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:
     """Streams one answer to stdout, then the counts to stderr."""
-    tokenizer = model.tokenizer
-    end = "" if tokenizer is None else tokenizer.decode(prompt[-16:], skip_special=False)
-    chunk = print_answer(chunks, tokenizer, opened=end.rstrip().endswith(THINKING[0]))
+    chunk = print_answer(chunks, model.tokenizer, opened=inside_reasoning(model, prompt))
     if chunk is not None:
         full = len(prompt) + chunk.generation_tokens >= model.config.context
         limit = f" · stopped at {'the context length' if full else '--max-tokens'}"
         note(statistics(chunk) + (limit if chunk.finish_reason == "length" else ""))
 
 
-def print_answers(chunks: "Iterator[CompletionChunk]", count: int, model: "Model") -> None:
-    """Prints one JSON object per prompt on stdout, in the order of the prompts, and a progress count on stderr."""
+def inside_reasoning(model: "Model", prompt: list[int]) -> bool:
+    """Whether a prompt ends inside a reasoning block, as some templates render it."""
+    end = "" if model.tokenizer is None else model.tokenizer.decode(prompt[-16:], skip_special=False)
+    return end.rstrip().endswith(THINKING[0])
+
+
+def print_answers(
+    chunks: "Iterator[CompletionChunk]", model: "Model", fields: list[dict[str, Any]], opened: list[bool]
+) -> None:
+    """Prints one JSON object per prompt on stdout, in the order of the prompts, and a progress count on stderr.
+
+    Args:
+        chunks: The chunks of all answers.
+        model: The model.
+        fields: Further fields of each prompt, which are printed with its answer.
+        opened: Whether each prompt ends inside a reasoning block.
+    """
+    count, printed = len(fields), 0
     answers: list[list[CompletionChunk]] = [[] for _ in range(count)]
-    printed = 0
     for chunk in chunks:
         answers[chunk.index].append(chunk)
         while printed < count and answers[printed] and answers[printed][-1].finish_reason:
-            print_json(record(answers[printed], model))
+            print_json(fields[printed] | record(answers[printed], model, opened[printed]))
             printed += 1
             if count > 1 and sys.stderr.isatty():
                 print(f"\r{printed} of {count} done", end="", file=sys.stderr, flush=True)
@@ -195,13 +193,17 @@ def print_answers(chunks: "Iterator[CompletionChunk]", count: int, model: "Model
         print(file=sys.stderr)
 
 
-def record(chunks: "list[CompletionChunk]", model: "Model") -> dict[str, Any]:
-    """An answer as a JSON object."""
+def record(chunks: "list[CompletionChunk]", model: "Model", opened: bool = False) -> dict[str, Any]:
+    """An answer as a JSON object. The reasoning of a reasoning model is a field of its own."""
+    text, reasoning = "".join(chunks), None
+    if model.tokenizer is not None and model.tokenizer.thinking is not None:
+        reasoning, text = split_thinking(text, opened)
     last = chunks[-1]
     out = {
         "index": last.index,
         "model": model.source,
-        "text": "".join(chunks),
+        "text": text,
+        **({} if reasoning is None else {"reasoning": reasoning}),
         "tokens": [token for chunk in chunks for token in chunk.tokens],
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.prompt_tokens,

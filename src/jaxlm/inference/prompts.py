@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.inference.sampling_params import SamplingParams
+from jaxlm.processing.messages import ASSISTANT, ROLES
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.processing.tokenizer_files import eos_ids
 
@@ -43,8 +44,8 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
 
     Args:
         model: The model.
-        prompt: A str, a list of messages, or a list of token ids.
-        template_args: Variables of the chat template.
+        prompt: A str, a list of messages, or a list of token ids. A last message of the assistant is continued.
+        template_args: Other arguments of Tokenizer.chat: tools, and variables of the chat template.
 
     Raises:
         ValueError: The prompt is invalid or empty, or has ids outside the vocabulary.
@@ -52,7 +53,7 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
-        ids = _tokenizer(model).chat(prompt, **template_args)
+        ids = _tokenizer(model).chat(prompt, **_continued(prompt), **template_args)
     else:
         ids = _integers(prompt)
     if not ids:
@@ -63,6 +64,15 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
         raise ValueError(f"the prompt has token id {min(ids) if min(ids) < 0 else max(ids)}; "
                          f"this model's ids are 0 to {model.config.V - 1}")  # fmt: skip
     return ids
+
+
+def _continued(messages: Any) -> dict[str, Any]:
+    """Arguments of Tokenizer.chat: a last message of the assistant is continued, not answered."""
+    last = messages[-1]
+    role = str(last.get("role", last.get("from"))).lower() if isinstance(last, Mapping) else ""
+    if ROLES.get(role) != ASSISTANT:
+        return {}
+    return {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def _tokenizer(model: "Model") -> Tokenizer:
