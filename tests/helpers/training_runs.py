@@ -14,7 +14,7 @@ from jaxlm.nn import params
 from jaxlm.training.config import Data, Optimizer, Run
 
 SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
-CLOCK = ("tokens_per_second", "mfu")  # metrics that depend on the machine
+CLOCK = ("tokens_per_second", "loss_tokens_per_second", "mfu")  # metrics that depend on the machine
 
 
 def write_files(folder: Path) -> dict[str, str]:

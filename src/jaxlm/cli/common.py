@@ -67,6 +67,8 @@ class ProcessFlags:
     debug: bool = False
     """Show the traceback of an error."""
 
+    stops_at_sigterm: ClassVar[bool] = False  # whether the command ends by itself after SIGTERM
+
     def begin(self) -> None:
         """Configures the process. A distributed run waits for all processes, then silences all but the coordinator."""
         from jaxlm.devices.distributed import CONNECT, gather, is_coordinator, num_launched, process_index, start
@@ -78,7 +80,8 @@ class ProcessFlags:
                 note(f"waiting up to {CONNECT} s for {self.num_processes or num_launched()} processes{where} …")
             import jax
 
-            jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
+            # It catches SIGTERM, which training handles and other commands do not.
+            jax.config.update("jax_enable_preemption_service", self.stops_at_sigterm)
             start(self.coordinator, self.num_processes, self.process_id, self.distributed)
             silence_workers(is_coordinator())
             gather("here")  # only the first collective of Gloo has a timeout (30 s)

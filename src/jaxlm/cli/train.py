@@ -30,6 +30,7 @@ class Train(ProcessFlags, Run):
     """
 
     memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
+    stops_at_sigterm: ClassVar[bool] = True
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
     """YAML file of flags; dotted names are nested (optimizer: {lr: 0.001})."""
@@ -130,7 +131,7 @@ class Display:
         elif line.keys() == {"step"}:
             self.bar.update(self.task, completed=line["step"])
         elif "note" not in line:
-            if "loss" in line:
+            if "grad_norm" in line:
                 self.bar.update(self.task, status=step_metrics(line))
             print(metrics_line(line, self.steps), flush=True)
 
@@ -155,7 +156,10 @@ def silence_orbax() -> None:
 def step_metrics(line: dict[str, Any]) -> str:
     """Returns the metrics of a step as text: "loss 2.3456 learning_rate 0.0003 …"."""
     formats = {"loss": ".4f", "learning_rate": ".3g", "grad_norm": ".3g", "tokens_per_second": ",.0f", "mfu": ".1%"}
-    return " ".join(f"{name} {line[name]:{spec}}" for name, spec in formats.items())
+    if line.get("loss_tokens_per_second", 0) < 0.95 * line["tokens_per_second"]:
+        formats["loss_tokens_per_second"] = ",.0f"
+    text = " ".join(f"{name} {line[name]:{spec}}" for name, spec in formats.items() if name in line)
+    return text if "loss" in line else f"no token in the loss mask {text}"
 
 
 def metrics_line(line: dict[str, Any], steps: int) -> str:

@@ -11,6 +11,7 @@ tokenizing. The cache is never pruned.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,10 +27,11 @@ import numpy as np
 from jaxlm.checkpoint.atomic import is_disk_full
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
-from jaxlm.data.sources import InvalidRow, find_sources, location
+from jaxlm.data.sources import InvalidRow, Row, find_sources, location
 from jaxlm.processing.tokenizer import Tokenizer
 
-FORMAT = 2  # version of the file format and of the conversion from rows to documents
+FORMAT = 2  # version of the file format and of the conversion from texts to documents
+CONVERSATIONS = 2  # version of the conversion from other rows; runs on texts of earlier versions resume
 FLUSH = 1 << 20  # tokens buffered in memory
 TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
@@ -120,6 +122,8 @@ def prepare(
         raise ValueError(f"on_bad is {on_bad!r}, but must be stop or skip")
     texts, sources = DocumentTokenizer(tokenizer, options), find_sources(names, split, config, revision, offline)
     key = {"format": FORMAT, "sources": [source.digest() for source in sources], **texts.identity()}
+    if not _are_texts(sources, texts.options):
+        key["conversations"] = CONVERSATIONS
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
     path = (folder or cache_folder()) / digest
     source_names = [source.name for source in sources]
@@ -132,6 +136,12 @@ def prepare(
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
         raise ValueError(_invalid(InvalidRow(source_names[first[0]], *first[1:])))
     return corpus
+
+
+def _are_texts(sources: list[Any], options: TextOptions) -> bool:
+    """Whether the first row is a text."""
+    rows = (row for source in sources for row in source.rows() if isinstance(row, Row))
+    return all(options.format_of(row.value) == "text" for row in itertools.islice(rows, 1))
 
 
 def _invalid(first: InvalidRow) -> str:

@@ -64,6 +64,17 @@ def start(
         ) from None
 
 
+def preempted(step: int) -> bool:
+    """Whether all processes are to stop after this step, because one of them received SIGTERM. A collective: each calls
+    it after every step. False if jax does not catch the signal (jax_enable_preemption_service)."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if not jax.config.jax_enable_preemption_service:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
 def _check(coordinator: str, count: int, index: int) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():

@@ -1,7 +1,6 @@
 """Per-platform defaults (decode steps per dispatch, prefill chunk, batch size, compiler flags), memory queries and peak
 FLOP/s."""
 
-import math
 import os
 import sys
 import time
@@ -122,19 +121,25 @@ PEAKS = {
 }
 
 
-def peak(device: Any, size: int = 1536) -> tuple[float, str]:
-    """Peak FLOP/s of a device, and its source: the specification, or a float32 matmul of [size,size] timed now."""
+def peak(device: Any, dtype: Any = "float32", sizes: tuple[int, ...] = (1024, 1536, 2048)) -> tuple[float, str]:
+    """Peak FLOP/s of a device, and its source: the specification, or the best of several matmuls timed now.
+
+    Args:
+        device: The device.
+        dtype: The type of the matmuls.
+        sizes: The matmuls are of [size,size].
+    """
     for kind, flops in PEAKS.items():
         if device.device_kind.startswith(kind):
             return flops, f"{device.device_kind}, {flops / 1e12:.0f} TFLOP/s bfloat16 (specified)"
+    best = 0.0
     with jax.default_device(device):
-        matmul = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
-        a = jnp.ones((size, size), jnp.float32) / size
-        matmul(a).block_until_ready()
-        best = math.inf
-        for _ in range(5):
-            begin = time.perf_counter()
-            matmul(a).block_until_ready()
-            best = min(best, time.perf_counter() - begin)
-    flops = 2 * size**3 / best
-    return flops, f"{device.device_kind}, {flops / 1e9:.0f} GFLOP/s float32 (matmul of {size} x {size}, measured)"
+        matmul = jax.jit(jnp.dot)
+        for size in sizes:
+            a = jnp.ones((size, size), dtype) / size
+            matmul(a, a).block_until_ready()
+            for _ in range(3):
+                begin = time.perf_counter()
+                matmul(a, a).block_until_ready()
+                best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best, f"{device.device_kind}, {best / 1e9:.0f} GFLOP/s {jnp.dtype(dtype).name} (the best matmul, measured)"

@@ -7,6 +7,7 @@ others. The adapter is trained and saved; `join` combines it with the weights.
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,11 +121,17 @@ def init(rows: Collection[params.TensorSpec], L: int, rank: int, scale: float, k
         key: PRNG key.
     """
     adapter: dict[str, Any] = {"layers": [{} for _ in range(L)]}
-    for i, row in enumerate(rows):
-        half_a, half_b = halves(row, rank)
-        bound = math.prod(half_a.shape[1:]) ** -0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), half_a.shape, jnp.float32, -bound, bound)
-        params.put(adapter, row.path, Lora(None, a, jnp.zeros(half_b.shape, jnp.float32), None, scale))
+    pairs = [halves(row, rank) for row in rows]
+    # Factors of one shape are drawn at once: compiling a draw for each of hundreds takes half a minute.
+    drawn: dict[int, Array] = {}
+    for shape in dict.fromkeys(a.shape for a, _ in pairs):
+        numbers = [i for i, (a, _) in enumerate(pairs) if a.shape == shape]
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.array(numbers))
+        bound = math.prod(shape[1:]) ** -0.5
+        draw = partial(jax.random.uniform, shape=shape, dtype=jnp.float32, minval=-bound, maxval=bound)
+        drawn |= dict(zip(numbers, jax.vmap(draw)(keys)))
+    for i, (row, (_, b)) in enumerate(zip(rows, pairs)):
+        params.put(adapter, row.path, Lora(None, drawn[i], jnp.zeros(b.shape, jnp.float32), None, scale))
     return adapter
 
 

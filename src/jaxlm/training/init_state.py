@@ -23,7 +23,7 @@ def init_state(setup: Setup) -> step.State:
         weights = init_weights(setup)
     else:
         weights = _read_checkpoint(setup)
-    init = jax.jit(partial(step.init_state, setup.tx), out_shardings=_shardings(setup, setup.state), donate_argnums=0)
+    init = jax.jit(partial(step.init_state, setup.tx), out_shardings=_shardings(setup.state), donate_argnums=0)
     return init(weights)
 
 
@@ -31,7 +31,7 @@ def init_weights(setup: Setup) -> Any:
     """Returns the weights to train, with stacked layers, initialized from the seed: random weights or an adapter."""
     draw = jax.jit(
         partial(new_weights, setup.run, setup.family, setup.config),
-        out_shardings=_shardings(setup, setup.state.weights),
+        out_shardings=_shardings(setup.state.weights),
     )
     return draw(jax.random.key(setup.run.seed))
 
@@ -41,9 +41,10 @@ def frozen_weights(setup: Setup) -> Any:
     return _read_checkpoint(setup) if setup.run.method == "lora" else None
 
 
-def _shardings(setup: Setup, shapes: Any) -> Any:
-    """Returns the shardings of jax.ShapeDtypeStruct; None on one device."""
-    return None if setup.mesh is None else jax.tree.map(lambda a: a.sharding, shapes)
+def _shardings(shapes: Any) -> Any:
+    """Returns the shardings of jax.ShapeDtypeStruct. Without them the first state would not be committed to its device,
+    and the step would be compiled again for the second."""
+    return jax.tree.map(lambda a: a.sharding, shapes)
 
 
 def _read_checkpoint(setup: Setup) -> Any:

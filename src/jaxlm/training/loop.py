@@ -9,6 +9,7 @@ The batch of a step is a function of (seed, step), so the state of the data load
 """
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -36,6 +37,7 @@ from jaxlm.training.resume import check_resume
 from jaxlm.training.setup import Progress, Setup, set_up
 
 Log = Callable[[dict[str, Any]], None]
+CHANCE_STEPS = 200  # steps with a loss of chance after which a note is logged
 
 
 class Diverged(ValueError):
@@ -85,7 +87,7 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
     with resume.open_checkpoints(run.out, run.keep) as checkpoints:
         if checkpoints.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} already has a run: resume it (--resume auto), or choose another --out")
-        for change in check_resume(setup, checkpoints.latest is not None):
+        for change in check_resume(setup, checkpoints.latest):
             log({"step": 0, "note": change})
         if checkpoints.latest is None:
             state = init_state(setup)
@@ -158,6 +160,7 @@ class Loop:
         steps = run.steps
         self.start(first)
         previous: tuple[int, step.Metrics] | None = None
+        number = first
         try:
             with stop_signals() as received, mesh.use_mesh_of(state.weights):
                 if self.evaluation_due(first):  # the interrupted run may have ended before its evaluation
@@ -166,21 +169,24 @@ class Loop:
                     state, values = self.step(state, self.shard(batch), self.frozen)
                     if number == first + 1:  # the first call compiles; its time does not count as training
                         self.log_compilation(number)
-                    self.check_finite(previous)
+                    self.settle(previous)
                     previous = number, values
                     self.count(number)
                     if number % run.log_every == 0 or number == steps:
-                        self.check_finite(previous)
+                        self.settle(previous)
                         self.log_step(number, values)
                     if number % run.save_every == 0 or number == steps:
-                        self.check_finite(previous)
-                        self.checkpoints.save(number, state)
+                        self.settle(previous)
+                        self.save(number, state)
                     if self.evaluation_due(number):
-                        self.check_finite(previous)
+                        self.settle(previous)
                         self.evaluate_and_sample(number, state)
-                    if signal := received():
-                        self.check_finite(previous)
+                    if signal := received(number):
+                        self.settle(previous)
                         self.stop(number, state, signal)
+        except Exception as error:
+            self.save_before(error, number, state, previous)
+            raise
         finally:
             for service in self.services:
                 service.close()
@@ -195,14 +201,18 @@ class Loop:
         for line in self.lines[0].kept if coordinator else ():
             self.last |= line
         self.services = metrics.services(run.report, run.out, to_dict(run), first) if coordinator else []
-        devices = 1 if self.setup.mesh is None else self.setup.mesh.size
-        peak, source = hardware.peak(jax.local_devices()[0])
-        self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # CPU devices share one CPU
-        note = f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
-        if first:
-            note = "all steps are done" if first == run.steps else f"resuming after step {first:,} of {run.steps:,}"
-        self.log({"step": first, "steps": run.steps, "note": f"{note}; MFU relative to {devices} x {source}"})
-        self.clock, self.counted = time.perf_counter(), 0
+        self.interval, self.settled = metrics.Interval(run.out, first), first
+        self.chance_steps, self.warned = 0, False
+        if first == run.steps:
+            self.log({"step": first, "steps": run.steps, "note": "all steps are done"})
+        else:
+            devices = 1 if self.setup.mesh is None else self.setup.mesh.size
+            peak, source = hardware.peak(jax.local_devices()[0], run.dtype)
+            self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # CPU devices share one CPU
+            note = f"{run.steps:,} steps of {run.batch} x {run.length} tokens"
+            note = f"resuming after step {first:,} of {run.steps:,}" if first else note
+            self.log({"step": first, "steps": run.steps, "note": f"{note}; MFU relative to {devices} x {source}"})
+        self.clock, self.counted, self.counted_loss = time.perf_counter(), 0, 0.0
 
     def log_compilation(self, number: int) -> None:
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -212,9 +222,31 @@ class Loop:
         """Saves the state and raises Interrupted, unless this is the last step anyway."""
         if number == self.setup.run.steps:
             return
-        self.checkpoints.save(number, state)
+        self.save(number, state)
         self.checkpoints.wait()
         raise Interrupted(f"stopped after step {number} and saved it: run the same command again to resume", signal)
+
+    def save(self, number: int, state: step.State) -> None:
+        """Saves the state, and the sums that belong to it."""
+        distributed.run_on_coordinator(lambda: self.interval.save(number))
+        self.checkpoints.save(number, state)
+
+    def save_before(
+        self, error: Exception, number: int, state: step.State, previous: tuple[int, step.Metrics] | None
+    ) -> None:
+        """Saves the state of step `number` before an error of a callback or a service ends the run. Not after an error
+        of the step itself, whose state is gone, nor of the disk, nor in several processes, which save together."""
+        if isinstance(error, Diverged | OSError) or previous is None or previous[0] != number:
+            return
+        if distributed.is_multiprocess() or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            return
+        try:
+            self.settle(previous)
+            self.save(number, state)
+            self.checkpoints.wait()
+            error.add_note(f"step {number} was saved: run the same command again to resume")
+        except (Diverged, OSError) as other:
+            error.add_note(str(other))
 
     def evaluation_due(self, number: int) -> bool:
         """Whether an evaluation follows this step."""
@@ -226,13 +258,37 @@ class Loop:
         self.log({"step": number})
 
     def log_step(self, number: int, values: step.Metrics) -> None:
-        """Logs the metrics of a step."""
-        line = {"step": number, **{name: float(x) for name, x in values._asdict().items()}}
+        """Logs the metrics of the steps since the last line: the mean loss, and that of the last batch beside it. A
+        loss is left out if no token counts in it."""
+        line: dict[str, Any] = {"step": number}
+        if (mean := self.interval.end()) is not None:
+            line["loss"] = mean
+        if float(values.tokens):
+            line["batch_loss"] = float(values.loss)
+        line |= {"grad_norm": float(values.grad_norm), "tokens": float(values.tokens)}
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        speed, self.counted = self.counted / seconds, 0
+        speed, in_loss = self.counted / seconds, self.counted_loss / seconds
+        self.counted, self.counted_loss = 0, 0.0
         line["learning_rate"] = float(np.asarray(self.learning_rate(number - 1)))
         line["epoch"] = round(self.setup.data.epoch(number), 4)
-        self.write(line | {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / self.peak})
+        achieved = speed * self.flops_per_token
+        self.peak = max(self.peak, achieved)  # a measured peak may be that of a busy machine
+        line |= {"tokens_per_second": speed, "loss_tokens_per_second": in_loss, "mfu": achieved / self.peak}
+        self.write(line)
+        self.warn_of_chance(number, line)
+
+    def warn_of_chance(self, number: int, line: dict[str, Any]) -> None:
+        """Logs a note once if the run learns nothing, although nothing is NaN or Inf."""
+        chance = math.log(self.setup.config.V)
+        at_chance = line.get("loss", 0.0) >= chance or (line["grad_norm"] == 0 and "batch_loss" in line)
+        self.chance_steps = self.chance_steps + self.setup.run.log_every if at_chance else 0
+        if self.chance_steps >= CHANCE_STEPS and not self.warned:
+            self.warned = True
+            what = f"the loss has been at least {chance:.2f}, that of a uniform guess," if line["grad_norm"] else (
+                "the gradient has been 0"
+            )  # fmt: skip
+            hint = "the run has diverged or learns nothing; lower the learning rate (--optimizer.lr)"
+            self.log({"step": number, "note": f"{what} for {self.chance_steps} steps: {hint}"})
 
     def write(self, line: dict[str, Any]) -> None:
         for sink in [*self.lines, *self.services]:
@@ -253,11 +309,20 @@ class Loop:
 
         return jax.tree.map(lambda a: jax.make_array_from_callback(shape, sharding, partial(rows, a)), batch)
 
-    def check_finite(self, previous: tuple[int, step.Metrics] | None) -> None:
-        """Raises Diverged for a step that was skipped because its loss or its gradient norm is NaN or Inf."""
-        if previous is None or np.isfinite([previous[1].loss, previous[1].grad_norm]).all():
+    def settle(self, previous: tuple[int, step.Metrics] | None) -> None:
+        """Fetches the metrics of a step and adds them to the interval, once.
+
+        Raises:
+            Diverged: The step was skipped, because its loss or its gradient norm is NaN or Inf.
+        """
+        if previous is None or previous[0] == self.settled:
             return
         number, values = previous
+        if np.isfinite([values.loss, values.grad_norm]).all():
+            self.settled, tokens = number, float(values.tokens)
+            self.interval.add(float(values.loss), tokens)
+            self.counted_loss += tokens
+            return
         self.checkpoints.wait()
         # The weights of this checkpoint produced the loss, and would produce it again with any learning rate.
         self.checkpoints.delete_diverged(number - 1)
@@ -307,13 +372,17 @@ def flops_per_token(setup: Setup) -> float:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
+def stop_signals() -> Iterator[Callable[[int], int]]:
     """Catches SIGINT and SIGTERM, so that the run can stop after the current step.
 
-    Yields a function that returns the number of the received signal, 0 for none. A second signal raises
-    KeyboardInterrupt. Nothing is caught outside the main thread, nor in a run of several processes, which could not
-    stop after the same step. A signal that the process ignores stays ignored.
+    Yields a function that returns the number of the signal after which the run is to stop at a step, 0 for none. A
+    second signal raises KeyboardInterrupt. Nothing is caught outside the main thread. A signal that the process ignores
+    stays ignored. In a run of several processes, jax catches SIGTERM in any of them, and all stop after the same step;
+    it is the signal of a cluster that takes a machine back.
     """
+    if distributed.is_multiprocess():
+        yield lambda number: signal.SIGTERM if distributed.preempted(number) else 0
+        return
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -322,13 +391,13 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         received.append(number)
         os.write(2, b"\nstopping after this step; a second signal stops immediately\n")  # print is not reentrant
 
-    alone = threading.current_thread() is threading.main_thread() and not distributed.is_multiprocess()
+    alone = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if alone}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, handle)
     try:
-        yield lambda: received[0] if received else 0
+        yield lambda number: received[0] if received else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

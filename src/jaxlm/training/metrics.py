@@ -15,6 +15,40 @@ Line = dict[str, Any]
 RENAMED_METRICS = {"rate": "learning_rate", "gradient": "grad_norm"}  # names in metrics.jsonl of earlier versions
 
 
+class Interval:
+    """Sums over the steps since the last line of metrics.
+
+    They are saved in interval.json with each checkpoint, so that a resumed run has the lines of an uninterrupted one.
+
+    Attributes:
+        nats: Sum of the cross-entropy.
+        tokens: Number of tokens that count in the loss.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        """Opens the interval of a run that starts after a step."""
+        self.path, self.nats, self.tokens = folder / "interval.json", 0.0, 0.0
+        if step and self.path.exists():
+            with explain_errors(f"{self.path} is damaged", "delete it", (ValueError, TypeError, LookupError)):
+                saved = json.loads(self.path.read_text())
+                if saved["step"] == step:
+                    self.nats, self.tokens = float(saved["nats"]), float(saved["tokens"])
+
+    def add(self, loss: float, tokens: float) -> None:
+        """Adds a step."""
+        self.nats, self.tokens = self.nats + loss * tokens, self.tokens + tokens
+
+    def end(self) -> float | None:
+        """Returns the mean loss in nats per token, None without a token in the loss, and begins the next interval."""
+        mean = self.nats / self.tokens if self.tokens else None
+        self.nats = self.tokens = 0.0
+        return mean
+
+    def save(self, step: int) -> None:
+        sums = {"step": step, "nats": self.nats, "tokens": self.tokens}
+        write_atomically(self.path, json.dumps(sums) + "\n")
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object per line.
 

@@ -148,12 +148,13 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_resume(setup: Setup, resuming: bool) -> list[str]:
-    """Writes run.json and contents.json. When resuming, first compares the run with those of the folder.
+def check_resume(setup: Setup, latest: int | None) -> list[str]:
+    """Writes run.json and contents.json, unless the run has ended. When resuming, first compares the run with those of
+    the folder.
 
     Args:
         setup: The run.
-        resuming: Whether the folder has a checkpoint.
+        latest: The step of the folder's newest checkpoint; None without one.
 
     Returns:
         Notes to log on fields that changed.
@@ -164,16 +165,18 @@ def check_resume(setup: Setup, resuming: bool) -> list[str]:
     run = setup.run
     run.out.mkdir(parents=True, exist_ok=True)
     fields, contents = flatten(to_dict(run)), contents_of(setup)
-    changed = distributed.run_on_coordinator(lambda: _changes(run.out, fields, contents)) if resuming else {}
+    changed = distributed.run_on_coordinator(lambda: _changes(run.out, fields, contents)) if latest is not None else {}
     if wrong := [name for name in changed if name not in MUTABLE_FIELDS]:
         shown = [f"{name} ({changed[name]}, not {fields[name]})" if name in fields else name for name in wrong]
         made = [f"--{name} {run.out / name}" for name in ("model", "adapter") if (run.out / name).is_dir()]
         hint = f" (to start from the weights of that run: {made[0]})" if made else ""
         raise ValueError(f"{run.out} has a run with other settings: {', '.join(shown)}. Choose another --out{hint}")
-    if distributed.is_coordinator():
+    ended = latest == run.steps
+    if distributed.is_coordinator() and not ended:
         write_json(run.out / "run.json", to_dict(run))
         write_json(run.out / "contents.json", contents)
-    return [f"resuming with another {name}: {fields[name]}" for name in changed if name == "optimizer.lr"]
+    what = "the run has ended, so this has no effect:" if ended else "resuming with another"
+    return [f"{what} {name}: {fields[name]}" for name in changed if name == "optimizer.lr"]
 
 
 def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
