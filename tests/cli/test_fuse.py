@@ -30,8 +30,9 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     """An adapter that changes the text."""
     cfg = llama3.Config.from_hf(tiny_files.CONFIG)
     rows = lora.targets(llama3.PARAMS, cfg, ["all-linear"])
-    tree = lora.init(rows, cfg.L, 4, 0.5, jax.random.key(0))
-    tree = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), tree)
+    tree = jax.eval_shape(lambda: lora.init(rows, cfg.L, 4, 0.5, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), tree)
     peft.write(tmp_path / "adapter", tree, llama3.PARAMS, cfg, base=str(base))
     return tmp_path / "adapter"
 

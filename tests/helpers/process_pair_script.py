@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxlm
 from helpers.train_pair_script import run_for
+from helpers.training_runs import quick_runs
 from jaxlm.cli import main as command
 from jaxlm.training import loop
 
 PROMPTS = [[1, 5, 9], [4, 4]]
-GREEDY = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
-DRAWN = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+# One prompt at a time, so that the compiled programs are those of the command.
+GREEDY = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "batch_size": 1}
+DRAWN = {**GREEDY, "temperature": 1.0}
 TEXT = ["--max-tokens", "4", "--temperature", "0", "--ignore-eos"]
 
 
@@ -53,7 +55,8 @@ def main(port: str, index: str, folder: str, mesh: str, train_mesh: str) -> None
         "models": error_of(lambda: jaxlm.load(files / ("model", "other")[here], mesh=mesh)),
     }
     jaxlm.export(model, files / "exported")
-    loop.train(run_for(files, files / "both", train_mesh))
+    with quick_runs():
+        loop.train(run_for(files, files / "both", train_mesh))
     (files / f"{index}.json").write_text(json.dumps(result))
     # The last one, for an error ends the process.
     command(["generate", "Once", "-m", str(files / "model"), "--mesh", "model=4", *joint])

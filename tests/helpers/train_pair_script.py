@@ -31,7 +31,8 @@ def run_for(folder: Path, out: Path, mesh: str, adapter: bool = False) -> Run:
 def assert_same_run(folder: Path, both: Path, mesh: str, adapter: bool = False) -> Path:
     """Repeats the run `both` of two processes in this one. Returns its folder.
 
-    Metrics and weights agree to float32 rounding: only the order of sums over devices differs.
+    Metrics and weights agree to float32 rounding: only the order of sums over devices differs. An empty mesh is one
+    device.
     """
     one = folder / "one"
     loop.train(run_for(folder, one, mesh, adapter))

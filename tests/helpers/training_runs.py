@@ -1,17 +1,25 @@
 """For tests of training runs: a tiny model, its tokenizer, two texts, and a run of a dozen steps."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 
 from helpers import checkpoint_files
 from helpers.random_weights import draw
 from helpers.tiny_models import SIZES
+from jaxlm.devices import hardware
 from jaxlm.models import llama3
 from jaxlm.nn import params
-from jaxlm.training.config import Data, Optimizer, Run
+from jaxlm.training import loop, metrics, resume
+from jaxlm.training.config import Data, Optimizer, Run, to_dict
+from jaxlm.training.setup import Setup
 
 SHAPE = {"model_type": "llama", **SIZES, "vocab_size": 512, "num_hidden_layers": 1, "tie_word_embeddings": True}
 CLOCK = ("tokens_per_second", "loss_tokens_per_second", "mfu")  # metrics that depend on the machine
@@ -63,6 +71,52 @@ def run_of(files: dict[str, str], out: Path, **fields: Any) -> Run:
     sizes: dict[str, Any] = {"steps": 12, "batch": 4, "length": 32, "log_every": 2, "save_every": 5, "eval_every": 6}
     defaults = {"shape": Path(files["shape"]), "tokenizer": Path(files["tokenizer"]), "data": data, **sizes}
     return Run(out=out, **{**defaults, "optimizer": Optimizer(lr=1e-2), "eval_batches": 2, **fields})
+
+
+@contextmanager
+def quick_runs() -> Iterator[None]:
+    """Runs write an empty loss.png (plots: test_metrics.py) and measure the CPU's speed, for MFU, with a small matrix.
+
+    Both would take longer than a dozen steps.
+    """
+    small = partial(hardware.peak, size=16)
+    plot = mock.patch.object(metrics, "plot_loss", lambda lines, path, title: path.touch())
+    with plot, mock.patch.object(hardware, "peak", small):
+        yield
+
+
+def program_key(setup: Setup) -> tuple[Any, ...]:
+    """Returns all that the first state and the programs of a run depend on: its learning rate, the fields that must
+    stay when it resumes except for its data, the architecture and the mesh."""
+    fields = resume.flatten({**to_dict(setup.run), "data": {}})
+    free = set(resume.MUTABLE_FIELDS) - {"optimizer.lr"}
+    fixed = {name: value for name, value in fields.items() if name not in free}
+    return json.dumps(fixed), setup.config, setup.mesh
+
+
+@contextmanager
+def shared_programs() -> Iterator[None]:
+    """Equal runs share their compiled programs and their first state. To trace and compile them is most of a short run.
+
+    A run that resumes still reads its state from the checkpoint.
+    """
+    make, start = loop.Loop.__init__, loop.init_state
+    programs: dict[Any, Any] = {}
+    states: dict[Any, Any] = {}
+
+    def init(self: Any, setup: Setup, *rest: Any) -> None:
+        make(self, setup, *rest)
+        own = self.step, self.loss, self.unstack
+        self.step, self.loss, self.unstack = programs.setdefault(program_key(setup), own)
+
+    def init_state(setup: Setup) -> Any:
+        key = program_key(setup)
+        if key not in states:
+            states[key] = jax.device_get(start(setup))  # a copy, for the first step takes over the arrays
+        return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), states[key], setup.state)
+
+    with mock.patch.object(loop.Loop, "__init__", init), mock.patch.object(loop, "init_state", init_state):
+        yield
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_weights import draw
+from helpers.tiny_chat import quick_compilation
 
 import jaxlm
+from jaxlm.devices import hardware
 
 CLASSES = {
     "llama3": ("LlamaConfig", "LlamaForCausalLM"),
@@ -27,6 +30,10 @@ FAMILIES = tuple(CLASSES)
 LIMIT = 1e-4  # of the logits' deviation
 FAULT = 100 * LIMIT  # what a planted fault must move them by
 V = 199
+# Compiler options without most optimizations, as in tests/conftest.py. Later versions of jax lack the second one.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if version("jaxlib").startswith("0.10."):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 BASE = {
     "vocab_size": V,
     "hidden_size": 48,
@@ -190,7 +197,7 @@ def fresh(model: jaxlm.Model) -> Callable[..., tuple[np.ndarray, Any]]:
     """`forward` compiled anew, so that it sees what a test has patched in jaxlm.nn; quickly, for planted faults."""
     cfg, family = model.config, model.family
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(jax.jit, compiler_options=QUICK)
     def program(tokens: jax.Array, weights: Any, pos: jax.Array, kv: Any) -> Any:
         x, kv = family.forward(cfg, tokens, weights, kv, pos)
         return family.logits(cfg, x, weights), kv
@@ -207,6 +214,19 @@ def faulty_logits(faulty: jaxlm.Model, model: jaxlm.Model, tokens: Any, pos: Any
     if faulty.config == model.config and len(faulty.weights["layers"]) == len(model.weights["layers"]):
         return forward(faulty, tokens, pos)[0]
     return fresh(faulty)(tokens, pos)[0]
+
+
+@contextlib.contextmanager
+def quickly() -> Iterator[None]:
+    """Without most of the compiler's optimizations, for comparisons that do not depend on them: compiling takes most of
+    the time. test_logits, test_greedy and test_precision run what users run."""
+    before = hardware.COMPILER_OPTIONS["cpu"]
+    hardware.COMPILER_OPTIONS["cpu"] = {**before, **QUICK}  # of prefill and decode
+    try:
+        with quick_compilation():
+            yield
+    finally:
+        hardware.COMPILER_OPTIONS["cpu"] = before
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Row 0 stands at positions 0 to 63, past every window; row 1 at 0 to 31 and 9,000
 offset alone would test nothing.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,20 @@ def test_every_planted_fault(case: Case, tmp_path: Path, monkeypatch: pytest.Mon
     compare(case, tmp_path, monkeypatch, planted=True)
 
 
+def new_program(case: Case) -> bool:
+    """Whether more than numbers and files sets the case apart: the rest is the program of another case, with other
+    constants, and is compiled quickly."""
+    return "rope_parameters" not in case.fields and case.change is None and case.stored == "float32"
+
+
 def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, planted: bool) -> None:
     with reference.quiet():
         oracle, model = saved(case, folder)
     tokens, pos = reference.near_and_far()
     expected = reference.logits(oracle, tokens, pos)
     assert reference.score_deviation(oracle, tokens, pos) >= 1
-    assert reference.distance(reference.forward(model, tokens, pos)[0], expected) <= LIMIT
+    with nullcontext() if new_program(case) else reference.quickly():
+        assert reference.distance(reference.forward(model, tokens, pos)[0], expected) <= LIMIT
     if planted:
         faulty = case.fault(model, monkeypatch)
         assert reference.distance(reference.faulty_logits(faulty, model, tokens, pos), expected) >= FAULT

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_adapter import beside, drawn
-from helpers.tiny_chat import quick_compilation
 from oracle import reference
 from oracle.reference import FAMILIES, FAULT, LIMIT
 from oracle.test_gemma_layouts import seeing
@@ -42,8 +41,7 @@ ROWS += [("gemma3", "the head")]
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Compiling takes most of the time. test_logits and test_greedy run what users run, with all optimizations."""
-    with quick_compilation():
+    with reference.quickly():
         yield
 
 

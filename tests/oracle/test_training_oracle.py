@@ -9,7 +9,7 @@ import optax
 import pytest
 from helpers.tiny_adapter import drawn
 from helpers.tiny_models import tiny
-from oracle.reference import FAMILIES, V, build, masks, share_frequencies
+from oracle.reference import FAMILIES, QUICK, V, build, masks, share_frequencies
 
 import jaxlm
 from jaxlm.checkpoint import peft
@@ -22,7 +22,6 @@ from jaxlm.training.loss import loss
 pytestmark = pytest.mark.oracle
 STEPS, LEARNING_RATE, DECAY, CLIP = 10, 1e-3, 0.1, 1.0
 # Compiling takes most of the time. Only the family with the most kinds of layers is compiled with all optimizations.
-QUICK = {"xla_backend_optimization_level": 0}
 OPTIONS: dict[str, Any] = {"gemma3": None}
 stack, unstack = jax.jit(params.stack, static_argnums=1), jax.jit(params.unstack)
 
@@ -140,7 +139,7 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
     of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
     stacked, frozen = stack(tree, period), stack(model.weights, period)
     tx = optimizers.make_optimizer(of, STEPS, params.letters(table, stacked))
-    run = jax.jit(step.make_step(model.family, cfg, tx), compiler_options=OPTIONS.get(family, QUICK))
+    run = jax.jit(step.make_step(model.family, cfg, tx), compiler_options=QUICK)
     state, ours_losses = jax.jit(partial(step.init_state, tx))(stacked), []
     for batch in batches():
         state, metrics = run(state, batch, frozen)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxlm.nn import lora, params
 from jaxlm.training import loop, optimizers, step
 from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def batch_of(seed: int = 0) -> Batch:
     tokens = np.random.default_rng(seed).integers(0, 199, (4, 17)).astype(np.int32)
@@ -30,28 +33,31 @@ def batch_of(seed: int = 0) -> Batch:
     return jax.tree.map(jnp.asarray, Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((4, 16), bool)))
 
 
-def new_run(
-    model: Any, stacked: bool, dropout: float = 0.0, names: tuple[str, ...] = ("all-linear",)
-) -> tuple[Any, ...]:
-    """The step of an adapter of rank 2 with random b (zero would hide a), its state, and the frozen weights."""
+@cache
+def new_run(family: str, stacked: bool, dropout: float = 0.0) -> tuple[Any, ...]:
+    """A model, the step of an adapter of rank 2 with random b (zero would hide a), its state, the frozen weights."""
+    model = tiny(family)
     table, cfg = model.family.PARAMS, model.config
-    adapter = lora.init(lora.targets(table, cfg, names), cfg.L, 2, 0.5, jax.random.key(1))
-    keys = iter(jax.random.split(jax.random.key(2), 99))
-    adapter = jax.tree.map(
-        lambda leaf: replace(leaf, b=jax.random.normal(next(keys), leaf.b.shape)), adapter, is_leaf=lora.is_lora
-    )
-    form = (lambda w: params.stack(w, len(params.period(cfg.windows)))) if stacked else (lambda w: w)
-    weights = form(adapter)
+    form = partial(params.stack, period=len(params.period(cfg.windows))) if stacked else (lambda w: w)
+
+    @jax.jit
+    def adapter() -> Any:
+        made = lora.init(lora.targets(table, cfg, ("all-linear",)), cfg.L, 2, 0.5, jax.random.key(1))
+        keys = iter(jax.random.split(jax.random.key(2), 99))
+        return jax.tree.map(
+            lambda leaf: replace(leaf, b=jax.random.normal(next(keys), leaf.b.shape)), made, is_leaf=lora.is_lora
+        )
+
+    weights = form(adapter())
     tx = optimizers.make_optimizer(Optimizer(lr=1e-2), 10, params.letters(table, weights))
     take = jax.jit(step.make_step(model.family, cfg, tx, dropout=dropout))
-    return take, step.init_state(tx, weights), form(model.weights)
+    return model, take, step.init_state(tx, weights), form(model.weights)
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_the_gradient_of_an_adapter(family) -> None:
     """It follows from the gradient of the merged weight w + s b a by the chain rule. Scanned layers give the same."""
-    model = tiny(family)
-    _, state, frozen = new_run(model, stacked=False)
+    model, _, state, frozen = new_run(family, stacked=False)
     joined = lora.join(frozen, state.weights)
 
     rows = jax.tree.map(jnp.asarray, batch_of())
@@ -59,15 +65,19 @@ def test_the_gradient_of_an_adapter(family) -> None:
     def total(weights: Any) -> jax.Array:
         return step.loss(model.family, model.config, weights, rows).loss / 64
 
-    dense = jax.jit(jax.grad(total))(lora.fused(joined))
-    own = jax.jit(jax.grad(lambda adapter: total(lora.join(frozen, adapter))))(state.weights)
+    @jax.jit
+    def gradients(adapter: Any) -> tuple[Any, Any]:
+        dense = jax.grad(total)(lora.fused(lora.join(frozen, adapter)))
+        return dense, jax.grad(lambda adapter: total(lora.join(frozen, adapter)))(adapter)
+
+    dense, own = gradients(state.weights)
     for path, leaf in lora.leaves(joined):
         g, found = params.get(dense, path), params.get(own, path)
         flat = g.reshape(*leaf.b.shape[:-1], -1)  # outputs, then inputs as one
         a = leaf.a.reshape(leaf.a.shape[0], -1)
         expected = 0.5 * jnp.einsum("...i,ri->...r", flat, a, precision="highest")
         np.testing.assert_allclose(found.b, expected, rtol=1e-3, atol=1e-5 * float(jnp.abs(expected).max()))
-    take, state, frozen = new_run(model, stacked=True)
+    _, take, state, frozen = new_run(family, stacked=True)
     new, scanned = take(state, batch_of(), frozen)
     np.testing.assert_allclose(scanned.grad_norm, optax.tree.norm(own), rtol=1e-5)
     assert int(new.step) == 1
@@ -75,16 +85,16 @@ def test_the_gradient_of_an_adapter(family) -> None:
 
 def test_dropout_is_a_function_of_seed_and_step() -> None:
     """The same step again gives the same bits. The next step gives others, and so does no dropout."""
-    take, state, frozen = new_run(tiny("llama3"), stacked=True, dropout=0.5)
+    _, take, state, frozen = new_run("llama3", stacked=True, dropout=0.5)
     first, again = (take(state, batch_of(), frozen)[1].loss for _ in range(2))
     later = take(state._replace(step=state.step + 1), batch_of(), frozen)[1].loss
     assert first == again != later
-    plain, state, frozen = new_run(tiny("llama3"), stacked=True)
+    _, plain, state, frozen = new_run("llama3", stacked=True)
     assert plain(state, batch_of(), frozen)[1].loss != first
 
 
 def test_each_layer_of_a_scan_has_its_own_dropout() -> None:
-    _, state, _ = new_run(tiny("llama3"), stacked=True)
+    _, _, state, _ = new_run("llama3", stacked=True)
     keys = [leaf.key for leaf in jax.tree.leaves(lora.keyed(state.weights, jax.random.key(0), 0.5),
                                                  is_leaf=lora.is_lora)]  # fmt: skip
     drawn = np.concatenate([jax.random.key_data(key).reshape(-1, 2) for key in keys])
@@ -111,21 +121,25 @@ def run_of(chats: Path, base: Path, out: Path, **fields: Any) -> Run:
     return Run(out=out, model=str(base), method="lora", **{**given, **fields})
 
 
-def test_a_run_of_an_adapter(chats, base, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def first(chats, base, quick, tmp_path_factory) -> loop.Trained:
+    """A trained adapter."""
+    return loop.train(run_of(chats, base, tmp_path_factory.mktemp("first") / "run"))
+
+
+def test_a_run_of_an_adapter(chats, base, first, tmp_path) -> None:
     """The loss falls, resuming is bit-exact, checkpoints hold the adapter alone, and `load` joins it with its base."""
-    run = run_of(chats, base, tmp_path / "run")
-    done = loop.train(run)
-    losses = [line["loss"] for line in lines(done.folder)]
+    losses = [line["loss"] for line in lines(first.folder)]
     assert losses[-1] < losses[0] - 0.3
-    other = replace(run, out=tmp_path / "other")
+    other = run_of(chats, base, tmp_path / "other")
     with pytest.raises(Stopped):
         loop.train(other, stopping_at(6))
     loop.train(other)
-    assert lines(other.out) == lines(run.out)
-    saved = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (run.out, other.out)]
+    assert lines(other.out) == lines(first.folder)
+    saved = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (first.folder, other.out)]
     assert saved[0] == saved[1]
-    assert sum(p.stat().st_size for p in (run.out / "checkpoints").rglob("*") if p.is_file()) < 500_000  # no base
-    base, model = jaxlm.load(run.model or ""), jaxlm.load(run.model or "", adapter=done.model)
+    assert sum(p.stat().st_size for p in (first.folder / "checkpoints").rglob("*") if p.is_file()) < 500_000  # no base
+    base, model = jaxlm.load(base), jaxlm.load(base, adapter=first.model)
     adapted = dict(lora.leaves(model.weights))
     assert {path.split(".")[-1] for path in adapted} == {"q", "v"}
     assert len(adapted) == 2 * model.config.L
@@ -135,9 +149,8 @@ def test_a_run_of_an_adapter(chats, base, tmp_path) -> None:
         assert float(jnp.abs(leaf.b).max()) > 0
 
 
-def test_training_continues_from_an_adapter(chats, base, tmp_path) -> None:
+def test_training_continues_from_an_adapter(chats, base, first, tmp_path) -> None:
     """The loss starts where it ended. Another rank is refused."""
-    first = loop.train(run_of(chats, base, tmp_path / "first"))
     fields: dict[str, Any] = {"adapter": first.model, "steps": 2, "log_every": 1}
     second = loop.train(run_of(chats, base, tmp_path / "second", **fields))
     assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3

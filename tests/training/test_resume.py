@@ -1,11 +1,12 @@
 """Resuming from the last checkpoint: bit-exact after an end of any kind, refused in another run's folder."""
 
 import json
-import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,28 @@ import pytest
 from helpers.training_runs import Stopped, command, lines, run_of, stopping_at
 
 import jaxlm
-from jaxlm.cli import main
+from jaxlm.cli import main, train
 from jaxlm.training import loop, resume
-from jaxlm.training.config import Optimizer
+from jaxlm.training.config import Optimizer, Run
 from jaxlm.training.setup import set_up
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def stopped(files, quick, tmp_path_factory) -> Path:
+    """The folder of a run that ended at step 6: its last checkpoint is that of step 5."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Stopped):
+        loop.train(run_of(files, out), stopping_at(6))
+    return out
+
+
+@pytest.fixture
+def halted(files, stopped, tmp_path) -> Run:
+    """The run `stopped`, in a folder of its own."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return run_of(files, tmp_path / "run")
 
 
 def weights(out: Path) -> bytes:
@@ -58,18 +77,16 @@ def test_a_signal_stops_the_run_after_the_current_step(files, whole, tmp_path, n
     assert weights(run.out) == weights(whole)
 
 
-def test_an_interrupted_evaluation_is_repeated(files, tmp_path) -> None:
+def test_an_interrupted_evaluation_is_repeated(files, whole, tmp_path) -> None:
     """If a checkpoint and an evaluation are due at the same step, an end between them loses no metrics."""
-    fields = {"save_every": 6, "eval_every": 6}
-    loop.train(run_of(files, tmp_path / "whole", **fields))
-    run = run_of(files, tmp_path / "cut", **fields)
+    run = run_of(files, tmp_path / "cut", save_every=6)
     broken = pytest.MonkeyPatch()
     broken.setattr(loop.Loop, "evaluate", lambda *_: (_ for _ in ()).throw(Stopped))
     with broken.context(), pytest.raises(Stopped):
         loop.train(run)
     broken.undo()
     loop.train(run)
-    assert lines(run.out) == lines(tmp_path / "whole")
+    assert lines(run.out) == lines(whole)
 
 
 def test_a_finished_run_may_run_again(files, whole) -> None:
@@ -78,11 +95,12 @@ def test_a_finished_run_may_run_again(files, whole) -> None:
     assert (weights(whole), lines(whole)) == before
 
 
-def test_resume_after_sigkill(files, whole, tmp_path) -> None:
+def test_resume_after_sigkill(files, whole, tmp_path, capsys) -> None:
     """The process dies while it saves and steps. The same command gives the result of the uninterrupted run."""
     out = tmp_path / "run"
-    line = [sys.executable, "-m", "jaxlm", "train", *command(files, out)]
-    killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    flags = ["train", *command(files, out)]
+    line = [sys.executable, "-m", "jaxlm", *flags]
+    killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     for text in killed.stdout:
         if text.startswith("step 6/12 loss"):  # the checkpoint of step 5 may still be in progress
@@ -90,53 +108,49 @@ def test_resume_after_sigkill(files, whole, tmp_path) -> None:
             break
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert str(out / "model") in done.stderr
+    assert main(flags) == 0
+    assert str(out / "model") in capsys.readouterr().err
     assert lines(out) == lines(whole)
     assert weights(out) == weights(whole)
 
 
-def test_resume_on_another_mesh(files, whole, tmp_path) -> None:
+def test_resume_on_another_mesh(halted, whole) -> None:
     """From one device to eight, on both axes. Sums over devices have another order, so that losses agree to float32
     rounding over seven steps, not bit by bit."""
-    run = run_of(files, tmp_path / "run")
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(6))
-    loop.train(replace(run, mesh="data=4,model=2"))
-    for line, other in zip(lines(run.out), lines(whole), strict=True):
+    loop.train(replace(halted, mesh="data=4,model=2"))
+    for line, other in zip(lines(halted.out), lines(whole), strict=True):
         assert line.keys() == other.keys()
         np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-4)
-    ours, theirs = (jaxlm.load(out / "model").weights for out in (run.out, whole))
+    ours, theirs = (jaxlm.load(out / "model").weights for out in (halted.out, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
 
 
-FULL_DISK = """
-import pathlib, resource, sys, time
-from jaxlm.cli import main, train
-log = train.Display.log
-def fill_disk(self, line):
-    if line["step"] == 7:
-        while not pathlib.Path(sys.argv[-1], "checkpoints/5").exists():  # under this name it is complete
-            time.sleep(0.05)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    log(self, line)
-train.Display.log = fill_disk
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
+def test_a_full_disk_while_saving(files, whole, tmp_path, monkeypatch, capsys) -> None:
+    """The command fails with 1 and names the last complete checkpoint. Resuming from it is bit-exact."""
+    out, log = tmp_path / "run", train.Display.log
+    flags = ["train", *command(files, out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def fill_disk(self: Any, line: dict[str, Any]) -> None:
+        if line["step"] == 7:
+            while not (out / "checkpoints/5").exists():  # under this name it is complete
+                time.sleep(0.05)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        log(self, line)
 
-def test_a_full_disk_while_saving(files, whole, tmp_path) -> None:
-    """The command exits with 1 and names the last complete checkpoint. Resuming from it is bit-exact."""
-    out = tmp_path / "run"
-    flags = command(files, out)
-    full = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], capture_output=True, text=True)
-    assert full.returncode == 1, full.stderr
-    assert "disk is full" in full.stderr
-    assert "checkpoint of step 5" in full.stderr
-    assert "Traceback" not in full.stderr, full.stderr
-    assert main(["train", *flags]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Display, "log", fill_disk)
+        try:
+            status = main(flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert status == 1, told
+    assert "disk is full" in told
+    assert "checkpoint of step 5" in told
+    assert "Traceback" not in told
+    assert main(flags) == 0
     assert lines(out) == lines(whole)
     assert weights(out) == weights(whole)
 
@@ -156,34 +170,29 @@ def test_another_run_in_the_folder_is_refused(files, whole) -> None:
         loop.train(run_of(files, whole, resume="never"))
 
 
-def test_a_learning_rate_that_was_too_high(files, tmp_path) -> None:
+def test_a_learning_rate_that_was_too_high(halted) -> None:
     """The message names the last checkpoint. The same command with a lower learning rate resumes from it."""
-    run, notes = run_of(files, tmp_path / "run"), []
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(6))
-    wild = replace(run, optimizer=Optimizer(lr=1e38))
+    notes = []
     with pytest.raises(loop.Diverged, match=r"checkpoints/5; .*--optimizer.lr"):
-        loop.train(wild)
-    calm = replace(run, optimizer=Optimizer(lr=1e-3))
-    last = loop.train(calm, lambda line: notes.append(line.get("note"))).last
+        loop.train(replace(halted, optimizer=Optimizer(lr=1e38)))
+    last = loop.train(halted, lambda line: notes.append(line.get("note"))).last
     assert last["step"] == 12
     assert np.isfinite(last["loss"])
-    assert any(note and "optimizer.lr: 0.001" in note for note in notes)
+    assert any(note and "optimizer.lr: 0.01" in note for note in notes)
 
 
 def test_a_checkpoint_whose_loss_is_nan_is_deleted(files, tmp_path) -> None:
     """It is saved before the loss of its weights is known. If that is NaN or Inf, the run resumes from the checkpoint
     before it; without one the message says so."""
-    calm, wild = (Optimizer(lr=lr, warmup=0, clip=0.0) for lr in (1e-3, 1e38))
     often: dict[str, Any] = {"save_every": 1, "keep": 3, "eval_every": 0}
-    run = run_of(files, tmp_path / "run", optimizer=calm, **often)
+    run = run_of(files, tmp_path / "run", **often)
     with pytest.raises(Stopped):
         loop.train(run, stopping_at(4))
     with pytest.raises(loop.Diverged, match=r"checkpoints/3; .*--optimizer.lr"):
-        loop.train(replace(run, optimizer=wild))
+        loop.train(replace(run, optimizer=Optimizer(lr=1e38)))
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
-    assert loop.train(run).last["step"] == 12
-    alone = run_of(files, tmp_path / "alone", optimizer=wild, **often)
+    assert loop.train(replace(run, save_every=12)).last["step"] == 12
+    alone = run_of(files, tmp_path / "alone", optimizer=Optimizer(lr=1e38), **often)
     with pytest.raises(loop.Diverged, match=r"checkpoints/1 .*no older checkpoint"):
         loop.train(alone)
 
@@ -231,16 +240,14 @@ def rewrite_as_earlier(out: Path, run: Any) -> None:
     (out / "metrics.jsonl").write_text(text.replace("grad_norm", "gradient").replace("learning_rate", "rate"))
 
 
-def test_the_folder_of_an_earlier_version_resumes(files, whole, tmp_path) -> None:
+def test_the_folder_of_an_earlier_version_resumes(halted, whole) -> None:
     """It names some fields otherwise. Metrics and weights are those of an uninterrupted run."""
-    run = run_of(files, tmp_path / "run")
-    with pytest.raises(Stopped):
-        loop.train(run, stopping_at(6))
-    rewrite_as_earlier(run.out, run)
-    assert "optimiser" in (run.out / "checkpoints/5/default/_METADATA").read_text()
+    out = halted.out
+    rewrite_as_earlier(out, halted)
+    assert "optimiser" in (out / "checkpoints/5/default/_METADATA").read_text()
     with pytest.raises(ValueError, match=r"optimizer\.b1"):
-        loop.train(replace(run, optimizer=Optimizer(lr=1e-2, b1=0.8)))
-    loop.train(run)
-    assert lines(run.out) == lines(whole)
-    assert weights(run.out) == weights(whole)
-    assert "optimizer" in json.loads((run.out / "run.json").read_text())
+        loop.train(replace(halted, optimizer=Optimizer(lr=1e-2, b1=0.8)))
+    loop.train(halted)
+    assert lines(out) == lines(whole)
+    assert weights(out) == weights(whole)
+    assert "optimizer" in json.loads((out / "run.json").read_text())

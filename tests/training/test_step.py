@@ -108,10 +108,12 @@ def near(model: Any, found: Any, expected: tuple[float, Any], limit: float = 1e-
         assert np.linalg.norm(step_taken - np.asarray(gradient)) <= 10 * limit * np.linalg.norm(gradient) + 1e-4
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{}, {"accumulate": 2, "remat": "full"}, pytest.param({"accumulate": 4, "remat": "dots"}, marks=pytest.mark.slow)],
-)
+# Without either: test_on_a_mesh, in the light tier.
+HOW = [pytest.param({}, marks=pytest.mark.slow), {"accumulate": 2, "remat": "full"},
+       pytest.param({"accumulate": 4, "remat": "dots"}, marks=pytest.mark.slow)]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_stacked_weights_with_accumulation_and_remat(model, stacked, expected, how) -> None:
     near(model, jax.jit(descending(model, **how))(stacked, batch()), expected)
 
@@ -164,9 +166,14 @@ def by_path(state: Any, over: Any, table: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-@pytest.mark.parametrize("spec", ["data=4,model=2", "data=8", "model=8"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+# Every family and method on one mesh, every mesh with one family and method; all others are in the slow tier.
+MOMENTS = [
+    pytest.param(*row, marks=[] if row[2] == "data=4,model=2" or row[:2] == ("llama3", "full") else pytest.mark.slow)
+    for row in itertools.product(("llama3", "gemma3"), ("full", "lora"), ("data=4,model=2", "data=8", "model=8"))
+]
+
+
+@pytest.mark.parametrize(("family", "method", "spec"), MOMENTS)
 def test_moments_are_sharded_as_their_weights(family, method, spec) -> None:
     """For every optimizer, stacked weights and adapters, with and without gradient clipping. Matrices are large enough
     for adafactor to factor their second moments, which are replicated."""
