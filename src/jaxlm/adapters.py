@@ -102,8 +102,9 @@ def with_stop_ids(model: Model) -> Model:
     if model.tokenizer is None:
         return model
     config = model.generation_config
-    ends = sorted({*eos_ids(config), *model.tokenizer.stop_ids})
-    return replace(model, generation_config={**config, "eos_token_id": ends}) if ends else model
+    known = eos_ids(config)
+    ends = sorted({*known, *model.tokenizer.stop_ids})
+    return model if ends == known else replace(model, generation_config={**config, "eos_token_id": ends})
 
 
 def without_adapter(checkpoint: Checkpoint) -> Checkpoint:

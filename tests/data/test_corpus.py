@@ -280,3 +280,40 @@ def test_a_long_text(tmp_path, cache):
     assert len(text) > 500_000
     assert len(corpus) == 1
     assert TOK.decode(corpus.document(0).ids, skip_special=False) == f"<bos>{text}<end>"
+
+
+# Fields that are not used
+
+
+def test_fields_that_are_not_used_are_told_once(tmp_path, cache):
+    """In the order in which they appear, from the cache too. Empty fields, and those that are read, are not told."""
+    rows = [
+        {"id": i, **row, "source": "web" if i else None, "system": "s", "input": "", "score": 0}
+        for i, row in enumerate(GOOD)
+    ]
+    corpus = made(cache, write(tmp_path / "a.jsonl", *rows))
+    assert str(corpus).endswith("; fields that are not used: id, score, source")
+    assert str(made(cache, tmp_path / "a.jsonl")) == str(corpus)
+    plain = made(cache, write(tmp_path / "b.jsonl", *GOOD))
+    assert "not used" not in str(plain)
+    texts = made(cache, write(tmp_path / "c.jsonl", {"text": "a", "url": "x"}, {"text": "b", "url": "y"}))
+    assert str(texts).endswith("; fields that are not used: url")
+
+
+def test_fields_of_messages_and_variables_that_are_not_used_are_told_once(tmp_path, cache):
+    """A field that the template reads for one role may be lost for another."""
+    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.name if m.role == 'system' }}")
+    messages = [
+        {"role": "system", "content": "s", "name": "Sys"},
+        {"role": "user", "content": "a", "name": "Ann", "time": 5},
+        {"role": "assistant", "content": "b", "weight": 1, "name": None},
+    ]
+    rows = [{"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}] * 2
+    corpus = made(cache, write(tmp_path / "a.jsonl", *rows), tok=tokenizer_of(template))
+    assert str(corpus).endswith(
+        "; fields that are not used: chat_template_kwargs.enable_thinking, messages.name, messages.time"
+    )
+    assert "sSys<end>" in TOK.decode(corpus.document(0).ids, skip_special=False)
+    named = made(cache, write(tmp_path / "b.jsonl", {"messages": [messages[0], {"role": "user", "content": "a"},
+                                                               messages[2]]}), tok=tokenizer_of(template))  # fmt: skip
+    assert "not used" not in str(named)

@@ -385,6 +385,7 @@ def test_options_that_no_row_can_have():
             "train_on=assistant",
         ),
         ({"format": "chat"}, {"text": "a"}, True, "format 'chat'"),
+        ({"template_args": {"tools": []}}, {"text": "a"}, True, "template_args cannot set tools"),
         ({}, {"messages": [{"role": "user", "content": "a"}]}, False, "no chat template"),
         ({}, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, False, "no chat template"),
     ]:

@@ -79,7 +79,7 @@ def quick_runs() -> Iterator[None]:
 
     Both would take longer than a dozen steps.
     """
-    small = partial(hardware.peak, size=16)
+    small = partial(hardware.peak, sizes=(16,))
     plot = mock.patch.object(metrics, "plot_loss", lambda lines, path, title: path.touch())
     with plot, mock.patch.object(hardware, "peak", small):
         yield
@@ -125,8 +125,8 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in found]
 
 
-class Stopped(Exception):
-    """Raised by `stopping_at`."""
+class Stopped(BaseException):
+    """Raised by `stopping_at`. Like a kill, and other than an Exception, it ends a run without another checkpoint."""
 
 
 def stopping_at(at: int) -> Any:

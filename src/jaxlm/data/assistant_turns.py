@@ -92,6 +92,9 @@ class AssistantTurns:
         for number, message in enumerate(messages, 1):
             if (role := message["role"]) not in _ROLES and not names_role(template, role):
                 raise ValueError(f"message {number} has the role {role!r}, which the chat template does not name")
+            names = [name for name in REASONING if name in message]
+            if len({message[name] for name in names}) > 1:
+                raise ValueError(f"message {number} has {' and '.join(names)}, which differ: only one can be written")
         ends = self._ends(template, tools)
         answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
         wanted = [i for i in answers if turns is None or i in turns]

@@ -19,6 +19,7 @@ from jaxlm.data.assistant_turns import AssistantTurns, Spans
 from jaxlm.data.formats import (
     FORMATS,
     REFUSED,
+    RESERVED,
     Chat,
     InvalidRowError,
     TextOptions,
@@ -84,6 +85,8 @@ class DocumentTokenizer:
         self.tokenizer, self.options = tokenizer, options or TextOptions()
         if self.options.format not in (None, *FORMATS):
             raise ValueError(f"format {self.options.format!r} is not one of {', '.join(FORMATS)}")
+        if reserved := [name for name in RESERVED if name in self.options.template_args]:
+            raise ValueError(f"template_args cannot set {reserved[0]}")
         self.format: str | None = None
         self.train_on = self.options.train_on
         self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None

@@ -32,8 +32,8 @@ TEXTS = (
     "text", "prompt", "completion", "instruction", "input", "output", "question", "answer", "response", "context",
     "query",
 )  # fmt: skip
-# Variables of a chat template that are not for a row to set.
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+# Variables of a chat template that a row has in other fields, or that follow from the use of the template.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "continue_final_message")
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _template_args(value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(args, Mapping):
         raise InvalidRowError("invalid messages", f"chat_template_kwargs must be an object, not {short(args)}")
     if reserved := [name for name in RESERVED if name in args]:
-        raise InvalidRowError("unsupported field", f"chat_template_kwargs has {reserved[0]}, which a row cannot set so")
+        raise InvalidRowError("unsupported field", f"chat_template_kwargs cannot set {reserved[0]}")
     return {name: item for name, item in args.items() if item is not None}
 
 

@@ -82,9 +82,6 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
         content = ""
     if bad := [name for name in REASONING if not isinstance(fields.get(name, ""), str)]:
         raise ValueError(f"{where} has a {bad[0]!r} that is not a string: {short(fields[bad[0]])}")
-    if len({fields[name] for name in REASONING if name in fields}) > 1:
-        names = " and ".join(name for name in REASONING if name in fields)
-        raise ValueError(f"{where} has {names}, which differ: templates read one of them")
     if calls and role != ASSISTANT:
         raise ValueError(f"{where} has tool calls, which only the assistant makes")
     fields |= {"role": role, "content": content}

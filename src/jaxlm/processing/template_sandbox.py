@@ -272,10 +272,11 @@ def run(source: str, template_variables: Mapping[str, Any]) -> tuple[str, list[t
         return "".join(parts), output.spans
 
 
-def variables(source: str) -> set[str]:
+@functools.lru_cache(16)
+def variables(source: str) -> frozenset[str]:
     """Names of the variables that a template reads and does not set itself."""
     with bounded(None):  # jinja2 evaluates constant expressions when it parses
-        return find_undeclared_variables(_environment().parse(_short(source)))
+        return frozenset(find_undeclared_variables(_environment().parse(_short(source))))
 
 
 def _short(source: str) -> str:

@@ -12,6 +12,7 @@ from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 
 Line = dict[str, Any]
+KEPT = 100  # intervals in interval.json
 RENAMED_METRICS = {"rate": "learning_rate", "gradient": "grad_norm"}  # names in metrics.jsonl of earlier versions
 
 
@@ -28,11 +29,11 @@ class Interval:
     def __init__(self, folder: Path, step: int = 0):
         """Opens the interval of a run that starts after a step."""
         self.path, self.nats, self.tokens = folder / "interval.json", 0.0, 0.0
+        self.saved: dict[str, list[float]] = {}  # step of a checkpoint -> sums
         if step and self.path.exists():
-            with explain_errors(f"{self.path} is damaged", "delete it", (ValueError, TypeError, LookupError)):
-                saved = json.loads(self.path.read_text())
-                if saved["step"] == step:
-                    self.nats, self.tokens = float(saved["nats"]), float(saved["tokens"])
+            with explain_errors(f"{self.path} is damaged", "delete it", (ValueError, TypeError)):
+                self.saved = {str(int(name)): [float(a), float(b)] for name, (a, b) in _object(self.path).items()}
+        self.nats, self.tokens = self.saved.get(str(step), [0.0, 0.0])
 
     def add(self, loss: float, tokens: float) -> None:
         """Adds a step."""
@@ -45,8 +46,17 @@ class Interval:
         return mean
 
     def save(self, step: int) -> None:
-        sums = {"step": step, "nats": self.nats, "tokens": self.tokens}
-        write_atomically(self.path, json.dumps(sums) + "\n")
+        """Saves the sums at a step. Those of some earlier steps are kept, as their checkpoints may be."""
+        self.saved[str(step)] = [self.nats, self.tokens]
+        self.saved = dict(list(self.saved.items())[-KEPT:])
+        write_atomically(self.path, json.dumps(self.saved) + "\n")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError("it must be a JSON object")
+    return value
 
 
 class MetricsFile:

@@ -1,0 +1,161 @@
+"""jaxlm.processing.messages: the forms of messages, which prompts and training rows have in common."""
+
+import copy
+import json
+
+import pytest
+from helpers.chat_templates import HEADERS, THINKING
+from helpers.tiny_chat import tokenizer_of
+from helpers.tiny_tokenizers import byte_level, load, write_tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.data.documents import Document, DocumentTokenizer
+from jaxlm.data.sources import Row
+from jaxlm.processing.messages import names_role, normalize
+from jaxlm.processing.tokenizer import Tokenizer
+
+# A role that is not here is not written. Calls are read as most templates do, by names that are also roles.
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'developer' or m['role'] in ['user', 'system'] %}"
+    "<{{ m.role }}>{{ m.content }}<end>"
+    "{% elif m.role == 'assistant' %}<assistant>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call['function']['name'] }}{{ call['function']['arguments'] | tojson }}{% endfor %}<end>"
+    "{% elif 'tool' == m.role or m.role == 'tool' %}<user>{{ m.content }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+USER = {"role": "user", "content": "Sky?"}
+CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Oslo"}}}
+CALLED = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}]
+JSON_CALL = {"name": "sky", "arguments": '{"city": "Oslo"}'}
+SAID = [{"role": "system", "content": "Be brief."}, USER]
+# Name -> messages, and the same ones in the form that templates read.
+FORMS = {
+    "null content": ([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, CALLED[2]], CALLED),
+    "JSON arguments": (
+        [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": JSON_CALL}]}, CALLED[2]],
+        CALLED,
+    ),
+    "function_call": (
+        [USER, {"role": "assistant", "content": None, "function_call": JSON_CALL},
+         {"role": "function", "content": "rain"}],
+        CALLED,
+    ),
+    "from and value": (
+        [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Sky?"}],
+        SAID,
+    ),
+    "function_call and observation": (
+        [{"from": "human", "value": "Sky?"}, {"from": "function_call", "value": json.dumps(JSON_CALL)},
+         {"from": "observation", "value": "rain"}],
+        CALLED,
+    ),
+    "developer": ([{"role": "developer", "content": "Be brief."}, USER], SAID),
+    "parts": ([SAID[0], {"role": "user", "content": ["Sk", {"type": "text", "text": "y?"}]}], SAID),
+    "null fields": ([SAID[0], {**USER, "tool_calls": None, "weight": None}], SAID),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
+    found = {"headers": load(write_tiktoken(tmp_path_factory.mktemp("headers")))}
+    found["headers"].hf.chat_template = HEADERS.replace("strftime_now('%d %b %Y')", "'1 May 2000'")
+    found["thinking"] = load(byte_level(tmp_path_factory.mktemp("thinking")))
+    found["thinking"].hf.chat_template = THINKING
+    found["strict"] = tokenizer_of(STRICT)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prompt_begins_the_text_of_training(tokenizers, form):
+    messages, plain = FORMS[form]
+    before = copy.deepcopy(messages)
+    for name, tok in tokenizers.items():
+        prompt = tok.prompt(messages)
+        if not (name == "strict" and form == "developer"):
+            assert prompt == tok.prompt(plain), name
+        row = Row("a.jsonl", 1, {"messages": [*messages, {"role": "assistant", "content": "Rain."}]})
+        [made] = DocumentTokenizer(tok).documents([row])
+        assert isinstance(made, Document), f"{name}: {made}"
+        assert tok.decode(made.ids, skip_special=False).startswith(prompt), name
+        assert made.ids.tolist()[: len(tok.chat(messages))] == tok.chat(messages), name
+    assert messages == before
+
+
+def test_roles_that_a_template_names_are_kept(tokenizers):
+    """In training too. A name that the template has in another place is not a role."""
+    tok = tokenizers["strict"]
+    assert tok.prompt(FORMS["developer"][0]) == "<developer>Be brief.<end><user>Sky?<end><assistant>"
+    assert tok.prompt(FORMS["function_call"][0]).count("<user>rain<end>") == 1
+    [made] = DocumentTokenizer(tok).documents(
+        [Row("a.jsonl", 1, {"messages": [*FORMS["developer"][0], {"role": "assistant", "content": "b"}]})]
+    )
+    assert isinstance(made, Document)
+    assert tok.decode(made.ids, skip_special=False) == ("<developer>Be brief.<end><user>Sky?<end><assistant>b<end>")
+    for template, named in [
+        ("{% if message.role == 'tool' %}", True),
+        ('{% if message["role"] == "tool" %}', True),
+        ("{% if (m['role'] in ['ipython', 'tool']) %}", True),
+        ("{% if m.role in ('tool',) %}", True),
+        ("{% if m.role == 'user' %}{{ m['tool'] }}", False),
+        ("{% if call.type == 'tool' %}", False),
+        ("{% if m.role == 'tool_response' %}", False),
+    ]:
+        assert names_role(template, "tool") == named, template
+
+
+def check_refused(tok: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"does not write message 2: it has no place for the role 'critic'"):
+        tok.chat([USER, {"role": "critic", "content": "So so."}, USER])
+    assert tok.chat([USER, {"role": "assistant", "content": "So so."}, USER])
+
+
+def test_a_message_that_the_template_drops_is_refused(tokenizers):
+    check_refused(tokenizers["strict"])
+
+
+def test_a_message_that_a_published_template_drops_is_refused(shared, tmp_path):
+    tok = load(byte_level(tmp_path))
+    tok.hf.chat_template = (shared / "chat_templates/Qwen-Qwen3-0.6B.jinja").read_text()
+    check_refused(tok)
+
+
+TEXTS = st.sampled_from(["", "a", " b\n", "<think>hm</think>c"])
+MAYBE = st.none() | TEXTS
+CALLS = st.sampled_from([None, [], [CALL], [JSON_CALL], JSON_CALL, json.dumps([CALL]), [{"name": "f"}], [CALL, CALL]])
+CONTENTS = MAYBE | st.lists(TEXTS | st.builds(lambda text: {"type": "text", "text": text}, TEXTS), max_size=2)
+ROLE_NAMES = st.sampled_from(
+    ["user", "Human", "assistant", "GPT", "system", "developer", "tool", "Observation", "function", "narrator"]
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": ROLE_NAMES, "content": CONTENTS},
+    optional={
+        "tool_calls": CALLS, "function_call": CALLS, "reasoning_content": MAYBE, "thinking": MAYBE, "name": MAYBE,
+        "weight": st.sampled_from([None, 0, 1]), "images": st.just([]),
+    },
+)  # fmt: skip
+CALL_MESSAGES = st.builds(
+    lambda role, call: {"from": role, "value": json.dumps(call)},
+    st.sampled_from(["function_call", "Tool_Call"]),
+    st.sampled_from([CALL, JSON_CALL, [CALL, JSON_CALL]]),
+)
+SHAREGPT = st.builds(
+    lambda message: {"from": message.pop("role"), "value": message.pop("content"), **message}, MESSAGES
+)
+
+
+@given(st.lists(MESSAGES | SHAREGPT | CALL_MESSAGES, min_size=1, max_size=3), st.sampled_from(["", STRICT, HEADERS]))
+@settings(max_examples=150, deadline=None)
+def test_normalized_messages_stay_as_they_are(messages, template):
+    before = copy.deepcopy(messages)
+    try:
+        once = normalize(messages, template)
+    except ValueError:
+        once = []
+    assert normalize(once, template) == once
+    assert messages == before
+    for message in once:
+        assert isinstance(message["content"], str)
+        assert None not in message.values()
+        for call in message.get("tool_calls", ()):
+            assert isinstance(call["function"]["arguments"], dict)
