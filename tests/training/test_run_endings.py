@@ -79,7 +79,7 @@ def test_the_interval_is_that_of_its_checkpoint(tmp_path):
     assert Interval(tmp_path, 6).end() is None
     assert Interval(tmp_path).end() is None
     (tmp_path / "interval.json").write_text("{")
-    with pytest.raises(ValueError, match="interval.json is damaged"):
+    with pytest.raises(ValueError, match=r"interval\.json is damaged"):
         Interval(tmp_path, 7)
 
 
