@@ -59,5 +59,6 @@ def test_generate_prints_reasoning_as_chat_does(capsys, monkeypatch, opened):
         assert main(command) == 0
         want = DIM + 2 * f"{tag}{RESET}" if opened else 2 * f"{DIM}{tag}"
         assert capsys.readouterr().out == f"{want}{RESET}\n"
-        assert main([*command, "--json"]) == 0  # for programs: no escape codes
-        assert json.loads(capsys.readouterr().out)["text"] == 2 * tag
+        assert main([*command, "--json"]) == 0  # for programs: no escape codes, and reasoning apart
+        record = json.loads(capsys.readouterr().out)
+        assert (record["reasoning"], record["text"]) == (("", tag) if opened else (tag, ""))

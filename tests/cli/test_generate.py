@@ -90,7 +90,7 @@ FAILS = [
     (["hi", "--no-think"], 1, "template"),
     (["hi", "--template-arg", "nonsense"], 1, "KEY=VALUE"),
     (["x" * 4000], 1, "context"),
-    ([""], 1, "<s>"),
+    ([""], 2, "<s>"),
     ([], 2, "pass a prompt"),
     (["a", "--prompts", "b.jsonl"], 2, "not both"),
     (["hi", "--prompt-file", "b"], 2, "prompt-file"),
@@ -123,7 +123,7 @@ def test_invalid_input_gives_one_message(stories, capsys, monkeypatch, arguments
         ("{", ", line 1 is not JSON"),
         ('"a"\n5\n', ", line 2: expected a string"),
         ("", " has no prompts"),
-        ('{"text": "x"}', ", line 1: expected a string"),
+        ('{"text": "x"}', ", line 1: the line has 'text': expected one of 'prompt', 'messages'"),
         (b'"\xff"', " cannot be read ('utf-8' codec"),
         # Errors that need the model.
         ('"a"\n\n[1, 2048]\n', ", line 3: the prompt has token id 2048"),

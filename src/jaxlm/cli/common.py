@@ -5,6 +5,9 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -126,6 +129,10 @@ class ModelFlags(ProcessFlags, _ModelFlags):
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
         self.begin()
+        with default_sigint():
+            from jaxlm.processing.tokenizer_files import import_transformers
+
+            import_transformers()
         import jaxlm
         from jaxlm.devices.hardware import unseen_accelerator
         from jaxlm.inference.decoding import on_compile
@@ -145,15 +152,29 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         return model
 
 
+@contextmanager
+def default_sigint() -> Iterator[None]:
+    """Lets Ctrl-C end the process, where Python would handle it.
+
+    During an import, an extension module may convert it to an ImportError, or drop it.
+    """
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def set_up_process() -> None:
     """Configures jax for the process. The library does not change process-wide settings. Environment variables take
     precedence."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
-    # Extension modules convert a Ctrl-C during their import to an ImportError. With SIG_DFL it ends the process.
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import jax
-
-    signal.signal(signal.SIGINT, before)
+    with default_sigint():
+        import jax
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -194,6 +215,14 @@ def note(text: str) -> None:
     print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
+def are_one_file(*streams: Any) -> bool:
+    """Whether streams write to the same file."""
+    try:
+        return len({(about.st_dev, about.st_ino) for about in (os.fstat(one.fileno()) for one in streams)}) == 1
+    except (AttributeError, OSError, ValueError):  # a stream of a test or a notebook
+        return False
+
+
 def compiling(name: str, seconds: float | None = None) -> None:
     """Shows a compilation on stderr. On a terminal, the notice follows the text on the current line and is erased at
     the end; elsewhere it is a line with the duration.
@@ -202,6 +231,8 @@ def compiling(name: str, seconds: float | None = None) -> None:
         name: What is compiled.
         seconds: None when the compilation starts, its duration when it ends.
     """
+    if are_one_file(sys.stdout, sys.stderr) and not sys.stderr.isatty():
+        return  # it would stand in the middle of the text
     if not sys.stderr.isatty():
         print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
               end="" if seconds is None else "\n")  # fmt: skip

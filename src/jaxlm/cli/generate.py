@@ -94,7 +94,7 @@ class Generate(SamplingFlags, ModelFlags):
         if not text and self.prompt is None:
             usage("pass a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
-            raise ValueError("the prompt is empty: pass some text, or the BOS token (such as <s>) with --raw")
+            usage("the prompt is empty: pass some text, or the BOS token (such as <s>) with --raw")
         return [PromptLine("", text)]
 
     def _ids(self, model: "Model", line: PromptLine, args: dict[str, Any]) -> list[int]:

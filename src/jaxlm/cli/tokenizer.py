@@ -60,4 +60,6 @@ class Tokenizer:
         )  # fmt: skip
         note(f"wrote {trained.folder}")
         print(trained)
+        if self.vocab_size and trained.vocabulary < self.vocab_size:
+            note(f"these are fewer tokens than --vocab-size {self.vocab_size:,}: the texts have no more that repeat")
         return 0

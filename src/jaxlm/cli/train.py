@@ -38,7 +38,10 @@ class Train(ProcessFlags, Run):
     """Print memory, steps, tokens and two examples with their loss mask, and exit."""
 
     def run(self) -> int:
-        self.check()
+        try:
+            self.check()
+        except ValueError as error:
+            usage(f"{error} (--help)")
         self.begin()
         run = Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
         if isinstance(self, Finetune) and not run.optimizer.lr:

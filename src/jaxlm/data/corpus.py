@@ -76,7 +76,8 @@ class Corpus:
 
     def __str__(self) -> str:
         about = self.about
-        text = f"{about['documents']:,} documents ({about['format']}), {about['tokens']:,} tokens"
+        documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
+        text = f"{documents} ({about['format']}), {about['tokens']:,} tokens"
         if about["loss_tokens"] + about["documents"] < about["tokens"]:
             text += f", {about['loss_tokens']:,} in the loss mask"
         if dropped := about["dropped"]:
@@ -145,7 +146,7 @@ def _are_texts(sources: list[Any], options: TextOptions) -> bool:
 
 
 def _invalid(first: InvalidRow) -> str:
-    return f"{first} (on_bad=skip skips and counts such rows)"
+    return f"{first} (on_bad=skip, --data.on-bad skip, counts such rows and leaves them out)"
 
 
 def load(path: Path, sources: list[str]) -> Corpus | None:
