@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def http_error() -> type[Exception]:
     return HTTPError
 
 
-def each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
+def each(function: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
     """function(name) for all names, a few concurrently."""
     pool = ThreadPoolExecutor(THREADS)
     try:

@@ -41,8 +41,11 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
         return Path(value)
     if hint is str and isinstance(value, Path):
         return str(value)
-    if hint in (int, float) and isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool):
-        return hint(value)
+    if not isinstance(value, bool):
+        if hint is int and isinstance(value, Integral):
+            return int(value)
+        if hint is float and isinstance(value, Real):
+            return float(value)
     if origin is Mapping and isinstance(value, Mapping):
         return value
     if type(value) is hint or (dataclasses.is_dataclass(hint) and isinstance(value, hint)):

@@ -88,7 +88,7 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     if calls:
         fields["tool_calls"] = [_call(where, call) for call in calls]
     names = {"from": "role", "value": "content", "function_call": "tool_calls"}
-    given_order = dict.fromkeys([names.get(name, name) for name in message] + list(fields))
+    given_order = dict.fromkeys([names.get(str(name), str(name)) for name in message] + list(fields))
     return {name: fields[name] for name in given_order if name in fields}
 
 
