@@ -42,6 +42,7 @@ OPTIONAL = (
     "preprocessor_config.json",  # this and the next one: images of a multimodal model
     "processor_config.json",
 )
+MLX_ADAPTER = "adapters.safetensors"
 TOKENIZER_FILES = OPTIONAL[1:-2]
 _log = logging.getLogger(__name__)
 
@@ -326,9 +327,19 @@ def resolve_adapter(source: ModelSource) -> Path:
         return _fetch_adapter(repo, revision, token)
 
 
+def refuse_mlx_adapter(path: Path) -> None:
+    """Raises ValueError for the folder of an adapter of mlx-lm, whose tensors have another form."""
+    if (path / MLX_ADAPTER).is_file():
+        raise ValueError(
+            f"{path} is an adapter of mlx-lm, which jaxlm does not read: merge it with `mlx_lm.fuse --model BASE "
+            f"--adapter-path {path} --save-path FOLDER` (--dequantize for a quantized base), and load FOLDER"
+        )
+
+
 def _local_adapter(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    refuse_mlx_adapter(path)
     holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / ADAPTER_CONFIG).is_file():
         hint = ": it is a checkpoint, pass it with -m" if (path / CONFIG).is_file() else f" {holds}"
