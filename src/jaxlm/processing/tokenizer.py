@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
         self.hf = hf
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
-        self.loaded_template = hf.chat_template
+        self.loaded_template: Any = hf.chat_template
 
     @classmethod
     def load(
