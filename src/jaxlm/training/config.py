@@ -21,7 +21,8 @@ class Data(Checked):
     """Training data."""
 
     train: tuple[str, ...] = ()
-    """Training data: files (.txt, .jsonl, .json, .parquet), folders, globs, or hub datasets."""
+    """Training data: files (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst of texts), folders,
+    globs, or hub datasets."""
     valid: tuple[str, ...] = ()
     """Validation data, named likewise. A folder or dataset with splits contributes its validation split."""
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None

@@ -10,12 +10,8 @@ The batch of a step is a function of (seed, step), so the state of the data load
 
 import itertools
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +31,7 @@ from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
 from jaxlm.training.resume import check_resume
 from jaxlm.training.setup import Progress, Setup, set_up
+from jaxlm.training.signals import stop_signals
 
 Log = Callable[[dict[str, Any]], None]
 CHANCE_STEPS = 200  # steps with a loss of chance after which a note is logged
@@ -369,35 +366,3 @@ def flops_per_token(setup: Setup) -> float:
     """Returns the FLOPs of training one token, analytic."""
     adapter = params.num_elements(setup.state.weights) if setup.run.method == "lora" else None
     return flops.training(setup.family.PARAMS, setup.config, setup.run.length, adapter)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[int], int]]:
-    """Catches SIGINT and SIGTERM, so that the run can stop after the current step.
-
-    Yields a function that returns the number of the signal after which the run is to stop at a step, 0 for none. A
-    second signal raises KeyboardInterrupt. Nothing is caught outside the main thread. A signal that the process ignores
-    stays ignored. In a run of several processes, jax catches SIGTERM in any of them, and all stop after the same step;
-    it is the signal of a cluster that takes a machine back.
-    """
-    if distributed.is_multiprocess():
-        yield lambda number: signal.SIGTERM if distributed.preempted(number) else 0
-        return
-    received: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        os.write(2, b"\nstopping after this step; a second signal stops immediately\n")  # print is not reentrant
-
-    alone = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if alone}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield lambda number: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
