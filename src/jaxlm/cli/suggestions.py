@@ -102,6 +102,8 @@ FLAGS = {
     "--dry-run": "plan",
     "--data.train": "training-data train-files data dataset-path data-path data-dir text-file train-file train-data",
     "--data.valid": "valid-data eval-dataset validation-data val-data eval-file test-file valid-file validation-file",
+    "--data.valid-split": "val-set-size validation-split valid-size val-split val-size test-size test-split-fraction "
+    "validation-split-percentage validation-size",
     "--dataset": "hf-dataset dataset-id dataset-name",
     "--data.config": "dataset-config dataset-config-name",
     "--data.format": "form data-format dataset-format dataset-type",

@@ -95,6 +95,64 @@ class Hub:
 Source = File | Saved | Hub
 
 
+def parse_weights(names: Sequence[str]) -> list[tuple[str, float | None]]:
+    """Returns the names of sources and their weights: "a.jsonl=0.7" has the weight 0.7. A file of this name has none.
+
+    Raises:
+        ValueError: A weight is not a positive number, or some of several names have none.
+    """
+    found = [_weighted(name) for name in names]
+    if (without := [name for name, weight in found if weight is None]) and len(without) < len(found):
+        raise ValueError(f"{without[0]} has no weight: give each source one ({without[0]}=0.5), or none of them")
+    return found
+
+
+def _weighted(name: str) -> tuple[str, float | None]:
+    source, equals, text = name.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        return name, None
+    if not equals or _exists(name):
+        return name, None
+    if not source or not 0 < weight < float("inf"):
+        raise ValueError(f"the weight in {name!r} must be a positive number: write NAME=0.7")
+    return source, weight
+
+
+def group_named(names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns validation sources by the name of their set: "code=code.jsonl" is of the set code. Sources without a name
+    are of the set "". A file of this name is a source without a name.
+
+    Raises:
+        ValueError: A source has a weight.
+    """
+    sets: dict[str, list[str]] = {}
+    for text in names:
+        if _weighted(text)[1] is not None:
+            raise ValueError(f"{text} has a weight, which only training data have: omit it")
+        match = None if _exists(text) else re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", text)
+        name, source = (match[1], match[2]) if match else ("", text)
+        sets.setdefault(name, []).append(source)
+    return sets
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Returns distinct names of sources for metrics: "chat" for data/chat.jsonl."""
+    short: list[str] = []
+    for name in names:
+        plain = re.sub(r"[^\w-]+", "_", Path(name).name.partition(".")[0]).strip("_") or "data"
+        same = sum(1 for other in short if other == plain or re.fullmatch(rf"{plain}_\d+", other))
+        short.append(f"{plain}_{same + 1}" if same else plain)
+    return short
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name, or one that matches it."""
+    path = Path(name).expanduser()
+    return path.exists() or bool(glob.has_magic(name) and next(glob.iglob(str(path), recursive=True), None))
+
+
 def find_sources(
     names: str | Path | Sequence[str | Path],
     split: str = "train",
