@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -214,6 +215,13 @@ def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path):
     tracemalloc.stop()
     assert count == size // 100_000
     assert peak + before < 5_000_000
+
+
+def test_a_compressed_file_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed(LINES, ".zst"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a.jsonl.zst needs pyarrow: pip install 'jaxlm\[train\]'"):
+        rows(tmp_path / "a.jsonl.zst")
 
 
 def test_other_compressed_files_are_refused(tmp_path):

@@ -234,6 +234,14 @@ def test_text_in_parts_and_in_blocks_gives_the_same(model, tmp_path, monkeypatch
     assert calls == sorted(calls)
 
 
+def test_what_a_folder_leaves_out_is_noted(model, tmp_path) -> None:
+    for name in ("test.txt", "notes.txt"):
+        (tmp_path / name).write_text(TEXTS[0])
+    found = evaluate(model, tmp_path)
+    assert found.documents == 1
+    assert found.notes[0].startswith(f"left out of {tmp_path}: notes.txt")
+
+
 @pytest.mark.parametrize("spec", ["data=4,model=2", "data=8", "model=8"])
 def test_on_a_mesh(spec, tmp_path) -> None:
     model = model_of(num_attention_heads=8, num_key_value_heads=4, hidden_size=64, vocab_size=200)
