@@ -105,8 +105,8 @@ PUBLIC = set("""
     jax jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy jax.random jax.sharding jax.tree jax.tree_util
     jinja2 jinja2.exceptions jinja2.ext jinja2.meta jinja2.nodes jinja2.sandbox lm_eval lm_eval.api.model
     lm_eval.evaluator lm_eval.tasks matplotlib matplotlib.figure ml_dtypes numpy numpy.random optax optax.contrib
-    jaxtyping
-    optax.tree optax.tree_utils orbax.checkpoint pyarrow pyarrow.parquet rich.console rich.markup rich.progress
+    jaxtyping pyarrow pyarrow.ipc pyarrow.parquet
+    optax.tree optax.tree_utils orbax.checkpoint rich.console rich.markup rich.progress
     rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders
     tokenizers.models tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch torch.distributed tqdm
     transformers transformers.utils transformers.utils.logging tyro tyro.conf tyro.extras wandb yaml

@@ -53,7 +53,7 @@ RENAMED = [
     ("models/gemma3.py", ["UNREAD", "NORM", "SEEING"], ["IGNORED_PREFIXES", "NORM_IDENTITY", "VISION_FIELDS"]),
     ("data/packing.py", ["learned", "Batches"], ["loss_mask", "DataLoader"]),
     ("data/formats.py", ["learn", "form", "Fault"], ["train_on", "format", "InvalidRowError"]),
-    ("data/sources.py", ["Bad"], ["InvalidRow"]),
+    ("data/readers.py", ["Bad"], ["InvalidRow"]),
     ("training/step.py", ["rule", "sound"], ["tx", "all_finite"]),
     ("training/resume.py", ["spoiled", "settle", "FREE"], ["delete_diverged", "check_resume", "MUTABLE_FIELDS"]),
     ("training/loop.py", ["tell", "look"], ["log", "evaluate_and_sample"]),

@@ -171,11 +171,18 @@ def test_rename_tables_have_existing_fields_only() -> None:
     ("eval_dataset", "data.valid"), ("grad_accum", "accumulate"), ("save_dir", "out"), ("cutoff_len", "length"),
     ("min_lr", "optimizer.final"), ("fsdp", "mesh: data=N"), ("bf16", "dtype: bfloat16"), ("use_lora", "method: lora"),
     ("gradient_checkpointing", "remat: full"), ("dataset_name", "dataset"), ("beta1", "optimizer.b1"),
+    ("val_set_size", "data.valid_split"),
 ])  # fmt: skip
 def test_keys_and_flags_of_other_tools_get_the_same_suggestion(key, field) -> None:
     flag = field.replace("_", "-").replace(": ", " ")
     assert unknown_key(key, "train", flags_of(Train)) == f"unknown key {key}: did you mean {field}?"
     assert unknown_flag(f"--{key}", "train", flags_of(Train)) == f"unknown flag --{key}: did you mean --{flag}?"
+
+
+@pytest.mark.parametrize(("key", "note"), [("interleave_probs", "a.jsonl=0.7"), ("streaming", "not streamed")])
+def test_keys_of_other_tools_without_a_flag_get_a_note(key, note) -> None:
+    assert note in unknown_key(key, "train", flags_of(Train))
+    assert note in unknown_flag(f"--{key}", "finetune", flags_of(Train))
 
 
 def test_config_with_one_dash(capsys) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
-from jaxlm.data.sources import InvalidRow, Row
+from jaxlm.data.readers import InvalidRow, Row
 from jaxlm.processing.tokenizer import Tokenizer
 
 CALL = {"function": {"name": "sky", "arguments": {"city": "Oslo"}}}

@@ -6,7 +6,8 @@ from pathlib import Path
 from data.test_documents import CHATTING, text, write
 
 from jaxlm.data.documents import DocumentTokenizer, TextOptions
-from jaxlm.data.sources import Row, find_sources
+from jaxlm.data.readers import Row
+from jaxlm.data.sources import find_sources
 
 
 def made_of(path: Path, tok=CHATTING, count: int = 50, **options) -> list:

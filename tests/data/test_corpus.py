@@ -67,7 +67,7 @@ def test_texts_have_no_file_of_the_loss_mask(tmp_path, cache):
 def test_a_text_in_parts_is_one_document(tmp_path, cache, monkeypatch):
     (tmp_path / "a.txt").write_text("and so on " * 50 + "\n<|endoftext|>\nmore")
     whole = made(cache, tmp_path / "a.txt")
-    monkeypatch.setattr("jaxlm.data.sources.PART", 20)
+    monkeypatch.setattr("jaxlm.data.readers.PART", 20)
     parts = made(tmp_path / "other", tmp_path / "a.txt")
     assert len(parts) == 2
     assert parts.about == whole.about

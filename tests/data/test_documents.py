@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
 
-from jaxlm.data import sources
+from jaxlm.data import readers, sources
 from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
-from jaxlm.data.sources import InvalidRow, Row, find_sources
+from jaxlm.data.readers import InvalidRow, Row
+from jaxlm.data.sources import find_sources
 
 CHATTING, PLAIN = tokenizer_of(TEMPLATE), tokenizer_of(None)
 BASE = {"base": PLAIN, "chat": CHATTING}
@@ -60,7 +61,7 @@ def test_a_long_text_in_parts_gives_the_same_document(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text(f"{words}\n<|endoftext|>\n{words.replace(chr(10), ' ')}")
     wholes = list(DocumentTokenizer(PLAIN).documents(rows(path)))
-    monkeypatch.setattr(sources, "PART", 100)
+    monkeypatch.setattr(readers, "PART", 100)
     parts = rows(path)
     assert len(parts) > 20
     assert max(len(row.value) for row in parts) < 250
@@ -79,11 +80,11 @@ def test_a_long_text_in_parts_gives_the_same_document(tmp_path, monkeypatch):
 
 
 def test_a_text_that_cannot_be_split_stays_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART", 10)
+    monkeypatch.setattr(readers, "PART", 10)
     path = tmp_path / "a.txt"
     path.write_text("x" * 50 + "\n" + "y" * 50 + "\n" + ", " * 100)
     assert "".join(row.value for row in rows(path)) == path.read_text()
-    assert sources.split_text("日本語" * 100) == ["日本語" * 100]
+    assert readers.split_text("日本語" * 100) == ["日本語" * 100]
 
 
 def test_json_lines(tmp_path):
@@ -169,10 +170,10 @@ def test_folders_splits_and_globs(tmp_path, monkeypatch):
 
 
 def test_names_that_are_no_source(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.md").write_text("x")
     for name, error, message in [
-        (tmp_path / "a.csv", ValueError, r"a.csv has an unknown suffix"),
-        (tmp_path, FileNotFoundError, "has no .txt, .jsonl"),
+        (tmp_path / "a.md", ValueError, r"a.md has an unknown suffix: convert it to one of .txt, .jsonl, .*\.zst"),
+        (tmp_path, FileNotFoundError, r"has no file to read \(.txt, .jsonl"),
         (f"{tmp_path}/*.txt", FileNotFoundError, r"/\*.txt"),
         ("stories.txt", FileNotFoundError, "stories.txt"),
         ("./stories", FileNotFoundError, "./stories"),

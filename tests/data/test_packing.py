@@ -25,7 +25,9 @@ def corpus_of(lengths, format: str = "messages", masked: bool = True) -> Corpus:
     arrays["places"] = np.stack([np.zeros(len(ends), np.int64), np.arange(1, len(ends) + 1)], axis=1).ravel()
     if masked:
         arrays["loss_mask"] = np.arange(1, n + 1) % 3 != 0
-    return Corpus({"format": format, "sources": ["a.jsonl"], "train_on": "assistant"}, arrays)
+    about = {"format": format, "sources": ["a.jsonl"], "train_on": "assistant", "digest": "d"}
+    about |= {"documents": len(ends), "tokens": n, "loss_tokens": n, "dropped": {}}
+    return Corpus(about, arrays)
 
 
 def check(corpus: Corpus, batch: Batch) -> Counter:

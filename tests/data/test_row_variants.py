@@ -16,7 +16,7 @@ import pytest
 from helpers.tiny_tokenizers import byte_fallback, byte_level, load, write_tiktoken
 
 from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
-from jaxlm.data.sources import InvalidRow, Row
+from jaxlm.data.readers import InvalidRow, Row
 
 # What a row says
 

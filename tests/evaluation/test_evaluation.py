@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxlm
-from jaxlm.data import sources
+from jaxlm.data import readers
 from jaxlm.devices import mesh, topology
 from jaxlm.evaluation import perplexity, scoring
 from jaxlm.evaluation.perplexity import SpecialTokens, evaluate
@@ -224,7 +224,7 @@ def test_text_in_parts_and_in_blocks_gives_the_same(model, tmp_path, monkeypatch
     path = tmp_path / "a.txt"
     path.write_text("\n<|endoftext|>\n".join([" ".join(TEXTS * 3), *TEXTS]))
     whole, calls = evaluate(model, path, length=32), []
-    monkeypatch.setattr(sources, "PART", 50)
+    monkeypatch.setattr(readers, "PART", 50)
     monkeypatch.setattr(perplexity, "BLOCK", 100)
     parts = evaluate(model, path, length=32, progress=lambda *counts: calls.append(counts))
     assert parts.nats == pytest.approx(whole.nats, rel=1e-6)
@@ -232,6 +232,14 @@ def test_text_in_parts_and_in_blocks_gives_the_same(model, tmp_path, monkeypatch
     assert calls[-1] == (4, whole.tokens)
     assert len({documents for documents, _ in calls}) > 1
     assert calls == sorted(calls)
+
+
+def test_what_a_folder_leaves_out_is_noted(model, tmp_path) -> None:
+    for name in ("test.txt", "notes.txt"):
+        (tmp_path / name).write_text(TEXTS[0])
+    found = evaluate(model, tmp_path)
+    assert found.documents == 1
+    assert found.notes[0].startswith(f"left out of {tmp_path}: notes.txt")
 
 
 @pytest.mark.parametrize("spec", ["data=4,model=2", "data=8", "model=8"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.data.documents import Document, DocumentTokenizer
-from jaxlm.data.sources import Row
+from jaxlm.data.readers import Row
 from jaxlm.processing.messages import names_role, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 

@@ -34,7 +34,8 @@ class Eval(ModelFlags):
     """
 
     files: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FILE...]")]] = ()
-    """Files (.txt, .jsonl, .json, .parquet), folders, globs or hub datasets."""
+    """Files (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst of texts), folders, globs or hub
+    datasets."""
     length: int | None = None
     """Window length in tokens. Default: the context length of the model; for texts, at most 2048."""
     stride: int | None = None
@@ -86,6 +87,8 @@ class Eval(ModelFlags):
             result = evaluate(model, self.files, progress=progress, **options)
         for why, count in result.dropped.items():
             note(f"dropped: {count:,} {why}")
+        for text in result.notes:
+            note(text)
         if self.json:
             line = {"model": model.source, "files": self.files, "length": length, "stride": stride, **record(result)}
             print_json({**line, "seconds": round(time.perf_counter() - start, 4)})
@@ -157,7 +160,8 @@ def progress_line() -> Any:
 def record(result: "Evaluation") -> dict[str, Any]:
     """Returns the result for JSON. An infinite perplexity is null."""
     perplexity = result.perplexity if math.isfinite(result.perplexity) else None
-    return {**result._asdict(), "perplexity": perplexity, "bits_per_byte": result.bits_per_byte}
+    fields = {name: value for name, value in result._asdict().items() if name != "notes"}
+    return {**fields, "perplexity": perplexity, "bits_per_byte": result.bits_per_byte}
 
 
 def table(result: "Evaluation") -> str:

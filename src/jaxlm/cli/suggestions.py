@@ -102,6 +102,8 @@ FLAGS = {
     "--dry-run": "plan",
     "--data.train": "training-data train-files data dataset-path data-path data-dir text-file train-file train-data",
     "--data.valid": "valid-data eval-dataset validation-data val-data eval-file test-file valid-file validation-file",
+    "--data.valid-split": "val-set-size validation-split valid-size val-split val-size test-size test-split-fraction "
+    "validation-split-percentage validation-size",
     "--dataset": "hf-dataset dataset-id dataset-name",
     "--data.config": "dataset-config dataset-config-name",
     "--data.format": "form data-format dataset-format dataset-type",
@@ -155,6 +157,10 @@ NOTES = [
     ("set the environment variable HF_HOME to change the cache folder", "", "cache-dir download-dir hf-home "
      "cache-folder"),
     ("jaxlm streams by default; --json prints one object at the end", "generate chat", "stream no-stream streaming"),
+    ("weights follow the names: --data.train a.jsonl=0.7 b.jsonl=0.3", "train finetune", "interleave-probs "
+     "interleave-probabilities data-weights dataset-weights mixing-weights train-weights data-mix dataset-mixer"),
+    ("data are tokenized to the cache on disk before training; they are not streamed", "train finetune", "streaming "
+     "data.streaming streaming-dataset shuffle-buffer shuffle-buffer-size data.shuffle-buffer buffer-size"),
     ("pass the folder to write after the model: jaxlm export MODEL OUT", "export", "out output-dir output output-path "
      "save-path o"),
 ]  # fmt: skip

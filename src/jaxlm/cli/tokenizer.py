@@ -21,7 +21,7 @@ class Tokenizer:
     action: tyro.conf.Positional[Annotated[Literal["train"] | None, tyro.conf.arg(metavar="train")]] = None
     """The action."""
     files: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")]] = ()
-    """Texts: .txt, .jsonl, .json or .parquet files, folders, globs, or hub datasets."""
+    """Texts: .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow files, folders, globs, or hub datasets."""
     out: Path | None = None
     """Folder to write to."""
     kind: Literal["bpe", "unigram", "char"] = "bpe"
@@ -58,6 +58,8 @@ class Tokenizer:
             self.files, self.out, self.kind, self.vocab_size, self.special, TextOptions(text_field=self.text_field),
             self.force, split=self.split, config=self.config, offline=self.offline,
         )  # fmt: skip
+        for text in trained.notes:
+            note(text)
         note(f"wrote {trained.folder}")
         print(trained)
         if self.vocab_size and trained.vocabulary < self.vocab_size:

@@ -170,7 +170,11 @@ def metrics_line(line: dict[str, Any], steps: int) -> str:
     step = f"step {line['step']}/{steps}"
     if "text" in line:
         return f"{step} sample {line['prompt']}{line['text']}"
-    return f"{step} valid_loss {line['valid_loss']:.4f}" if "valid_loss" in line else f"{step} {step_metrics(line)}"
+    from jaxlm.training.metrics import valid_losses
+
+    if losses := valid_losses(line):
+        return " ".join([step, *(f"{name} {value:.4f}" for name, value in losses.items())])
+    return f"{step} {step_metrics(line)}"
 
 
 def mark(text: str, trained_on: bool) -> str:

@@ -27,7 +27,8 @@ import numpy as np
 from jaxlm.checkpoint.atomic import is_disk_full
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
-from jaxlm.data.sources import InvalidRow, Row, find_sources, location
+from jaxlm.data.readers import InvalidRow, Row, location
+from jaxlm.data.sources import find_sources
 from jaxlm.processing.tokenizer import Tokenizer
 
 FORMAT = 2  # version of the file format and of the conversion from texts to documents
@@ -134,6 +135,7 @@ def prepare(
         write(path, documents, texts, source_names, on_bad, progress)
         corpus = load(path, source_names)
         assert corpus is not None
+    corpus.about["notes"] = [*corpus.about.get("notes", []), *(source.note for source in sources if source.note)]
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
         raise ValueError(_invalid(InvalidRow(source_names[first[0]], *first[1:])))
     return corpus

@@ -27,7 +27,7 @@ from jaxlm.data.formats import (
     text_of,
     unused_fields,
 )
-from jaxlm.data.sources import PART, InvalidRow, Row, split_text
+from jaxlm.data.readers import PART, InvalidRow, Row, split_text
 from jaxlm.processing.messages import ASSISTANT, REASONING, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 

@@ -17,9 +17,10 @@ orders are computed by sorting raw output of the Philox4x64 counter generator. n
 not change, unlike those of its distributions and permutations.
 """
 
+import hashlib
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -30,7 +31,7 @@ from jaxlm.data.corpus import Corpus
 
 WINDOW = 1000  # documents of about so many rows are packed together
 THREADS, AHEAD = 2, 8  # prefetching: threads, and batches per thread ahead
-DOCUMENTS, ROWS, SHIFT = range(3)  # streams of random numbers
+DOCUMENTS, ROWS, SHIFT, HELD_OUT, MIXED = range(5)  # streams of random numbers
 
 
 class Batch(NamedTuple):
@@ -99,8 +100,10 @@ class DataLoader:
         share: The rows of a batch that this process loads; None is all.
         long: With packing "whole" and "none", the treatment of documents of more than T tokens: "truncate", "drop", or
             "stop" with a ValueError that has the file and line.
+        kept: [documents] bool, the documents to use; None is all.
 
     Attributes:
+        digest: Digest of the documents.
         counts: Number of documents that were skipped (one token), truncated and dropped.
         note: The counts as text, with the first document of each; "" if there are none.
     """
@@ -114,6 +117,7 @@ class DataLoader:
         packing: Literal["split", "whole", "none"] | None = None,
         share: slice | None = None,
         long: Literal["truncate", "drop", "stop"] = "truncate",
+        kept: np.ndarray | None = None,
     ):
         packing = packing or ("split" if corpus.about["format"] == "text" else "whole")
         if packing not in ("split", "whole", "none") or long not in ("truncate", "drop", "stop"):
@@ -126,9 +130,14 @@ class DataLoader:
         self.share = share or slice(0, B)
         self.counts: dict[str, int] = {}
         self.lengths = np.maximum(corpus.lengths - 1, 0)  # tokens that have a target
+        self._kept, self.digest = np.ones(len(corpus), bool) if kept is None else kept, corpus.about.get("digest", "")
+        if kept is not None:
+            self.digest += f"-{hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=8).hexdigest()}"
+            self.lengths[~kept] = 0
         if not self.lengths.any():
             raise ValueError("no document has two tokens, so there is no target: use longer documents")
-        self.note = ". ".join(filter(None, [self._short(), "" if packing == "split" else self._shorten(long)]))
+        part = "" if kept is None else f"{kept.sum():,} of these documents are used"
+        self.note = ". ".join(filter(None, [part, self._short(), "" if packing == "split" else self._shorten(long)]))
         if not self.lengths.any():
             raise ValueError(f"no document is left ({self.note})")
         self._firsts = [0]  # the first row of each planned epoch
@@ -137,7 +146,7 @@ class DataLoader:
 
     def _short(self) -> str:
         """Counts documents of one token, which have no target."""
-        short = np.flatnonzero(self.lengths == 0)
+        short = np.flatnonzero((self.lengths == 0) & self._kept)
         if not len(short):
             return ""
         self.counts["left out"] = len(short)
@@ -163,9 +172,7 @@ class DataLoader:
         return f"{actions} of {len(self.corpus):,} documents, which are longer than a row ({where})"
 
     def _draw(self, epoch: int, purpose: int, n: int) -> np.ndarray:
-        """Returns random numbers [n] uint64."""
-        key, counter = np.array([self.seed, epoch], np.uint64), np.array([0, 0, 0, purpose], np.uint64)
-        return np.random.Philox(key=key, counter=counter).random_raw(n)
+        return random_numbers(self.seed, epoch, purpose, n)
 
     def _order(self, epoch: int, purpose: int, n: int) -> np.ndarray:
         return np.argsort(self._draw(epoch, purpose, n), kind="stable")
@@ -207,8 +214,20 @@ class DataLoader:
 
     def epoch(self, step: int) -> float:
         """Returns the number of epochs before this step: 1.5 is in the middle of the second."""
-        epoch, row = self._place(step * self.B)
+        return self.epoch_of(step * self.B)
+
+    def epoch_of(self, row: int) -> float:
+        """Returns the number of epochs before this row."""
+        epoch, row = self._place(row)
         return epoch + row / self.rows(epoch)
+
+    def describe(self) -> list[str]:
+        """Returns lines about the data."""
+        return [". ".join(filter(None, [str(self.corpus), self.note]))]
+
+    def describe_epochs(self, step: int) -> str:
+        """Returns the number of epochs before this step as text."""
+        return f"{self.epoch(step):.2f} epochs"
 
     def _first(self, epoch: int) -> int:
         """Returns the number of an epoch's first row. With packing "whole", all epochs before are planned for it."""
@@ -230,19 +249,15 @@ class DataLoader:
 
     def batch(self, step: int) -> Batch:
         """Returns this process's rows of a step. Thread-safe."""
-        rows = range(step * self.B, (step + 1) * self.B)[self.share]
+        return self.take(range(step * self.B, (step + 1) * self.B)[self.share])
+
+    def take(self, rows: Iterable[int]) -> Batch:
+        """Returns rows by their numbers."""
         return self._fill([self._place(row) for row in rows])
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
-        import grain
-
-        reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-        batches = iter(grain.MapDataset.range(start, 1 << 62).map(self.batch).to_iter_dataset(reading))
-        try:
-            yield from batches
-        finally:
-            batches.close()
+        return prefetched(self.batch, start)
 
     def once(self) -> Iterator[Batch]:
         """Yields all rows of epoch 0 once, for evaluation. The last batch is padded."""
@@ -265,6 +280,38 @@ class DataLoader:
                 loss_mask[i, to] = True if corpus.loss_mask is None else corpus.loss_mask[begin + 1 : begin + n + 1]
                 at += n
         return Batch(tokens, targets, pos, loss_mask)
+
+
+def random_numbers(seed: int, index: int, purpose: int, n: int) -> np.ndarray:
+    """Returns random numbers [n] uint64, of the epoch or block `index`."""
+    key, counter = np.array([seed, index], np.uint64), np.array([0, 0, 0, purpose], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(n)
+
+
+def held_out(documents: int, fraction: float, seed: int) -> np.ndarray:
+    """Returns which documents are held out for validation [documents] bool: a fraction of them, each by a random number
+    of (seed, document).
+
+    Raises:
+        ValueError: None of the documents, or all, would be held out.
+    """
+    chosen = random_numbers(seed, 0, HELD_OUT, documents) < np.uint64(fraction * 2.0**64)
+    if not chosen.any() or chosen.all():
+        raise ValueError(f"a fraction of {fraction} holds out {chosen.sum():,} of {documents:,} documents: choose "
+                         "another one, or another seed, or name validation data")  # fmt: skip
+    return chosen
+
+
+def prefetched(batch: Callable[[int], Batch], start: int) -> Iterator[Batch]:
+    """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
+    import grain
+
+    reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+    batches = iter(grain.MapDataset.range(start, 1 << 62).map(batch).to_iter_dataset(reading))
+    try:
+        yield from batches
+    finally:
+        batches.close()
 
 
 def pack(lengths: np.ndarray, T: int, chance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

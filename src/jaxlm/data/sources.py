@@ -1,7 +1,6 @@
-"""Data sources: .txt, .jsonl, .json and .parquet files, folders and globs of them, hub datasets.
+"""Data sources by name: files, folders and globs of them, folders of datasets' save_to_disk, hub datasets.
 
-A source is read row by row and is never in memory as a whole (except a .json list, which is one JSON value). A row that
-cannot be read is yielded as an `InvalidRow` with its file and line; the caller decides whether to stop.
+A source yields its rows one by one (readers.py) and has a digest of its contents.
 """
 
 import glob
@@ -9,80 +8,73 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-SEPARATOR = "<|endoftext|>"  # on a line of its own, between the documents of a .txt file
-PART = 1 << 22  # characters: longer texts are held and tokenized in parts of about this size
-# Where splitting a text changes no token: before a space between words, at the end of a line after a word.
-_SPLIT = re.compile(r"(?<=\w)(?= \w)|(?<=\w\n)(?=\w)")
+from jaxlm.data.readers import KINDS, READERS, InvalidRow, Row, kind, read_rows, without_nulls
+
 SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "dev": "validation",
           "test": "test"}  # fmt: skip
+# The name of a file or folder of a split, up to the suffix: train, train_1, train-00000-of-00003, and with the digest
+# that the hub appends to it.
+_OF_SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{{16}})?)?", re.IGNORECASE)
+_LIKE_SPLIT = re.compile(rf"({'|'.join(SPLITS)})[-_. ]", re.IGNORECASE)
+ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # no rows
+SHOWN = 3  # names of files in a message
 # Common names that are no hub ids: repository and default configuration.
 SHORT_NAMES = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
 
-class Row(NamedTuple):
-    """A row of a source.
-
-    Attributes:
-        source: File or hub dataset.
-        number: Line in a .txt or .jsonl file, else index of the row, from 1.
-        value: A text, or the fields.
-        ends: Whether the document ends here; if not, the next row continues it.
-    """
-
-    source: str
-    number: int
-    value: Any
-    ends: bool = True
-
-
-class InvalidRow(NamedTuple):
-    """A row that cannot be used.
-
-    Attributes:
-        source, number: As in Row.
-        why: The kind of error, under which such rows are counted.
-        detail: What is wrong.
-    """
-
-    source: str
-    number: int
-    why: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{location(self.source, self.number)}: {self.detail}"
-
-
-def location(source: str, number: int) -> str:
-    """Returns the location of a row as text: "story.txt:17", or "data.parquet, row 17"."""
-    if number == 0:
-        return source
-    return f"{source}:{number}" if source.endswith((".txt", ".jsonl")) else f"{source}, row {number}"
-
-
 @dataclass(frozen=True)
 class File:
-    """A file with a suffix of READERS."""
+    """A file whose kind is one of READERS. note: what is worth a word about the folder in which it was found."""
 
     path: Path
+    note: str = ""
 
     @property
     def name(self) -> str:
         return str(self.path)
 
     def rows(self) -> Iterator[Row | InvalidRow]:
-        if self.path.stat().st_size == 0:
-            return iter([InvalidRow(self.name, 0, "empty file", "the file is empty")])
-        return READERS[self.path.suffix](self.path)
+        return read_rows(self.path)
 
     def digest(self) -> str:
-        """Digest of the contents (name, size and time may stay the same when a file changes) and of the suffix."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest() + self.path.suffix.lower()
+        """Digest of the contents (name, size and time may stay the same when a file changes) and of the kind."""
+        return _digest(self.path) + kind(self.path)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that datasets' `Dataset.save_to_disk` wrote. note: as of File."""
+
+    path: Path
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def rows(self) -> Iterator[Row | InvalidRow]:
+        from datasets import load_from_disk
+
+        try:
+            for i, row in enumerate(load_from_disk(self.name), 1):
+                yield Row(self.name, i, without_nulls(row))
+        except (ValueError, LookupError, TypeError, OSError) as error:  # pyarrow's errors are ValueError or OSError
+            yield InvalidRow(self.name, 0, "unreadable file", f"the data set cannot be read ({_one_line(error)})")
+
+    def digest(self) -> str:
+        """Digest of the contents of all files of the folder."""
+        files = sorted(path for path in self.path.iterdir() if path.is_file())
+        text = "".join(f"{path.name} {_digest(path)}" for path in files)
+        return hashlib.blake2b(text.encode()).hexdigest() + ".saved"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,12 +83,74 @@ class Hub:
 
     name: str
     data: Any
+    note: str = ""
 
     def rows(self) -> Iterator[Row]:
-        return (Row(self.name, i, _without_nulls(row)) for i, row in enumerate(self.data, 1))
+        return (Row(self.name, i, without_nulls(row)) for i, row in enumerate(self.data, 1))
 
     def digest(self) -> str:
         return self.data._fingerprint  # of the commit, the configuration and the split
+
+
+Source = File | Saved | Hub
+
+
+def parse_weights(names: Sequence[str]) -> list[tuple[str, float | None]]:
+    """Returns the names of sources and their weights: "a.jsonl=0.7" has the weight 0.7. A file of this name has none.
+
+    Raises:
+        ValueError: A weight is not a positive number, or some of several names have none.
+    """
+    found = [_weighted(name) for name in names]
+    if (without := [name for name, weight in found if weight is None]) and len(without) < len(found):
+        raise ValueError(f"{without[0]} has no weight: give each source one ({without[0]}=0.5), or none of them")
+    return found
+
+
+def _weighted(name: str) -> tuple[str, float | None]:
+    source, equals, text = name.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        return name, None
+    if not equals or _exists(name):
+        return name, None
+    if not source or not 0 < weight < float("inf"):
+        raise ValueError(f"the weight in {name!r} must be a positive number: write NAME=0.7")
+    return source, weight
+
+
+def group_named(names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns validation sources by the name of their set: "code=code.jsonl" is of the set code. Sources without a name
+    are of the set "". A file of this name is a source without a name.
+
+    Raises:
+        ValueError: A source has a weight.
+    """
+    sets: dict[str, list[str]] = {}
+    for text in names:
+        if _weighted(text)[1] is not None:
+            raise ValueError(f"{text} has a weight, which only training data have: omit it")
+        match = None if _exists(text) else re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", text)
+        name, source = (match[1], match[2]) if match else ("", text)
+        sets.setdefault(name, []).append(source)
+    return sets
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Returns distinct names of sources for metrics: "chat" for data/chat.jsonl."""
+    short: list[str] = []
+    for name in names:
+        plain = re.sub(r"[^\w-]+", "_", Path(name).name.partition(".")[0]).strip("_") or "data"
+        same = sum(1 for other in short if other == plain or re.fullmatch(rf"{plain}_\d+", other))
+        short.append(f"{plain}_{same + 1}" if same else plain)
+    return short
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name, or one that matches it."""
+    path = Path(name).expanduser()
+    return path.exists() or bool(glob.has_magic(name) and next(glob.iglob(str(path), recursive=True), None))
 
 
 def find_sources(
@@ -105,13 +159,13 @@ def find_sources(
     config: str | None = None,
     revision: str | None = None,
     offline: bool = False,
-) -> list[File | Hub]:
+) -> list[Source]:
     """Finds the sources with the given names.
 
     Args:
         names: Files, folders, globs, hub datasets ("wikitext", "org/name").
-        split: Split of a hub dataset, and of a folder whose files are named after splits (train.jsonl, valid.jsonl,
-            test-00000.parquet).
+        split: Split of a hub dataset, and of a folder whose files or folders are named after splits (train.jsonl,
+            valid_1.jsonl, test-00000-of-00002.parquet, train/).
         config: Configuration of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
         offline: Use the local cache only, as with HF_HUB_OFFLINE=1.
@@ -128,38 +182,96 @@ def find_sources(
     return sources
 
 
-def _find(name: str | Path, split: str, config: str | None, revision: str | None, offline: bool) -> Iterable[Any]:
+def _find(name: str | Path, split: str, config: str | None, revision: str | None, offline: bool) -> Iterable[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
-        return map(File, _of_split(path, split))
+        return _of_folder(path, split)
     if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(f"{path} has an unknown suffix: convert it to one of {', '.join(READERS)}")
+        if kind(path) not in READERS:
+            raise ValueError(f"{path} has an unknown suffix: convert it to one of {KINDS}")
         return [File(path)]
     if any(char in str(name) for char in "*?["):
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).suffix in READERS]
+        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if kind(Path(p)) in READERS]
         if not files:
-            raise FileNotFoundError(f"no {', '.join(READERS)} file matches {name}")
+            raise FileNotFoundError(f"no file matches {name} ({KINDS})")
         return map(File, files)
     text = str(name)
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in READERS:
+    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if local or kind(path) in READERS:
         raise FileNotFoundError(f"no such file or folder: {text}")
     return [_from_hub(text, split, config, revision, offline)]
 
 
-def _of_split(folder: Path, split: str) -> list[Path]:
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in READERS and path.is_file()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not files:
-        raise FileNotFoundError(f"{folder} has no {', '.join(READERS)} file")
-    named = {path: SPLITS.get(re.split(r"[-_.]", path.name)[0]) for path in files}
-    if not any(named.values()):
-        return files
-    chosen = [path for path in files if named[path] == SPLITS.get(split, split)]
+def _of_folder(folder: Path, split: str) -> list[Source]:
+    """Returns the sources of a folder that belong to a split, or all of them if none is named after a split."""
+    if _is_saved(folder):
+        return [Saved(folder)]
+    if (folder / "dataset_dict.json").is_file():
+        return [_of_dataset_dict(folder, split)]
+    found = list(_walk(folder))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no file to read ({KINDS})")
+    named = {path: split_of(path.relative_to(folder)) for path in found}
+    chosen = [path for path in found if named[path] == SPLITS.get(split, split)]
+    other = [path.relative_to(folder).as_posix() for path in found if named[path] is None]
+    like = [name for name in other if _LIKE_SPLIT.match(Path(name).name)]
+    note = ""
+    if len(other) == len(found):
+        chosen = found
+        if like:
+            note = f"all files of {folder} are read, for no name is exactly that of a split ({_listed(like)})"
+    elif other:
+        note = f"left out of {folder}: {_listed(other)} (named after no split; name the files to read them, or rename "
+        note += "them: train_1.jsonl, train/…)"
     if not chosen:
         splits = ", ".join(sorted({part for part in named.values() if part}))
-        raise FileNotFoundError(f"{folder} has no files of the split {split!r}; it has {splits}")
-    return chosen
+        message = f"{folder} has no files of the split {split!r}; it has {splits}"
+        raise FileNotFoundError("; ".join(filter(None, [message, note])))
+    sources: list[Source] = [Saved(path) if path.is_dir() else File(path) for path in chosen]
+    return [replace(sources[0], note=note), *sources[1:]]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def split_of(path: Path) -> str | None:
+    """Returns the split after which a file is named, or else the nearest of its folders; None if there is none."""
+    for name in (path.name[: len(path.name) - len(kind(path))], *reversed(path.parts[:-1])):
+        if match := _OF_SPLIT.fullmatch(name):
+            return SPLITS[match[1].lower()]
+    return None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files that can be read and the folders of save_to_disk, sorted. Hidden ones are skipped."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.is_symlink():  # may be a loop
+                continue
+            yield from [path] if _is_saved(path) else _walk(path)
+        elif kind(path) in READERS and path.name not in ABOUT_DATASETS and path.is_file():
+            yield path
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _of_dataset_dict(folder: Path, split: str) -> Saved:
+    """Returns the split of a folder that datasets' `DatasetDict.save_to_disk` wrote."""
+    try:
+        names = [str(name) for name in json.loads((folder / "dataset_dict.json").read_text())["splits"]]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{folder / 'dataset_dict.json'} is damaged: name one of the folders beside it") from None
+    chosen = [name for name in names if SPLITS.get(name, name) == SPLITS.get(split, split)]
+    if not chosen or not (folder / chosen[0]).is_dir():
+        folders = ", ".join(str(folder / name) for name in names)
+        raise FileNotFoundError(f"{folder} has no split {split!r}: name one of its folders ({folders})")
+    return Saved(folder / chosen[0])
 
 
 def _from_hub(name: str, split: str, config: str | None, revision: str | None, offline: bool) -> Hub:
@@ -202,113 +314,3 @@ def _explain_hub_error(repo: str, message: str) -> str:
 
 def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
-
-
-def split_text(text: str) -> list[str]:
-    """Splits a text into parts of about PART characters where that changes no token; the last part is the rest."""
-    parts, begin = [], 0
-    while len(text) - begin > PART and (match := _SPLIT.search(text, begin + PART)):
-        parts.append(text[begin : match.start()])
-        begin = match.start()
-    return [*parts, text[begin:]]
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str | InvalidRow]]:
-    """Yields line numbers and lines with their ends; a line that is not UTF-8 is an InvalidRow."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                detail = f"byte {error.start + 1} of the line is not UTF-8: convert the file, or delete the line"
-                yield number, InvalidRow(str(path), number, "invalid UTF-8 (lines)", detail)
-
-
-def _read_txt(path: Path) -> Iterator[Row | InvalidRow]:
-    """Yields the documents between separators, without separators the file as one document. Blank ones are skipped."""
-    lines: list[str] = []
-    first, size, limit, begun = 1, 0, PART, False
-    for number, line in _read_lines(path):
-        if isinstance(line, InvalidRow):
-            yield line
-        elif line.strip() == SEPARATOR:
-            text = "".join(lines)
-            text = text[: -len("\r\n" if text.endswith("\r\n") else "\n")] if text.endswith("\n") else text
-            if begun or text.strip():
-                yield Row(str(path), first, text)
-            lines, first, size, limit, begun = [], number + 1, 0, PART, False
-        else:
-            lines.append(line)
-            size += len(line)
-            if size > limit:
-                *parts, rest = split_text("".join(lines))
-                yield from (Row(str(path), first, part, ends=False) for part in parts)
-                lines, size, limit, begun = [rest], len(rest), len(rest) + PART, begun or bool(parts)
-    if begun or "".join(lines).strip():
-        yield Row(str(path), first, "".join(lines))
-
-
-def _read_jsonl(path: Path) -> Iterator[Row | InvalidRow]:
-    for number, line in _read_lines(path):
-        if isinstance(line, InvalidRow):
-            yield line
-        elif line.strip():
-            yield _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: str) -> Row | InvalidRow:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        what = "the line is not valid JSON"
-        if path.suffix != ".jsonl":
-            what = "the file must be a list of objects, or have one object per line"
-        return InvalidRow(str(path), number, "invalid JSON", f"{what} ({error})")
-    return _row(path, number, value)
-
-
-def _row(path: Path, number: int, value: Any) -> Row | InvalidRow:
-    if not isinstance(value, dict):
-        detail = f"a row must be an object with fields, not {json.dumps(value, ensure_ascii=False)[:60]}"
-        return InvalidRow(str(path), number, "not an object", detail)
-    return Row(str(path), number, value)
-
-
-def _read_json(path: Path) -> Iterator[Row | InvalidRow]:
-    """Yields the rows of a list of objects, or of JSON lines with the suffix .json."""
-    with path.open("rb") as file:
-        if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            return _read_jsonl(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return iter([InvalidRow(str(path), 0, "invalid JSON", f"the file is not valid JSON ({error})")])
-    if not isinstance(value, list):
-        return iter([InvalidRow(str(path), 0, "invalid JSON", "the file must be a list of objects")])
-    return (_row(path, number, row) for number, row in enumerate(value, 1))
-
-
-def _read_parquet(path: Path) -> Iterator[Row | InvalidRow]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        for batch in ParquetFile(path).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield Row(str(path), number, _without_nulls(row))
-    except (ArrowException, OSError) as error:
-        yield InvalidRow(
-            str(path), number, "unreadable file", f"the rest of the file cannot be read ({_one_line(error)})"
-        )
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drops null fields: a column has every field that any of its rows has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}

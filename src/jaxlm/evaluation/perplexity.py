@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions, boundary_tokens
-from jaxlm.data.sources import InvalidRow, find_sources
+from jaxlm.data.readers import InvalidRow
+from jaxlm.data.sources import find_sources
 from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class Evaluation(NamedTuple):
         bytes: Length of their text in UTF-8.
         documents: Number of documents.
         dropped: Number of rows that could not be used, by reason.
+        notes: What is worth a word about the sources.
     """
 
     nats: float
@@ -48,6 +50,7 @@ class Evaluation(NamedTuple):
     bytes: int
     documents: int
     dropped: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -203,7 +206,8 @@ def evaluate(
             tokens += len(score.logprobs)
             if progress is not None:
                 progress(reader.documents, tokens)
-    return _checked(Evaluation(nats, tokens, reader.bytes, reader.documents, dict(reader.dropped)), model)
+    notes = tuple(source.note for source in reader.sources if source.note)
+    return _checked(Evaluation(nats, tokens, reader.bytes, reader.documents, dict(reader.dropped), notes), model)
 
 
 def _tokenizer(model: "Model") -> Tokenizer:

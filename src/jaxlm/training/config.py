@@ -21,9 +21,13 @@ class Data(Checked):
     """Training data."""
 
     train: tuple[str, ...] = ()
-    """Training data: files (.txt, .jsonl, .json, .parquet), folders, globs, or hub datasets."""
+    """Training data: files (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst of texts), folders,
+    globs, or hub datasets. NAME=WEIGHT for each draws the rows of batches in these proportions."""
     valid: tuple[str, ...] = ()
-    """Validation data, named likewise. A folder or dataset with splits contributes its validation split."""
+    """Validation data, named likewise. A folder or dataset with splits contributes its validation split. SET=NAME is of
+    a set with its own loss, valid_loss_SET."""
+    valid_split: float = 0.0
+    """Fraction of the training documents to hold out as validation data, if --data.valid is not given."""
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
     """Hub dataset to train on (wikitext, org/name)."""
     config: str | None = None
@@ -166,6 +170,10 @@ class Run(Checked):
             raise ValueError("--adapter needs --method lora; to train all weights, merge it first (jaxlm fuse)")
         if not self.data.train and not self.data.dataset:
             raise ValueError("no training data: give --data.train FILES or --dataset NAME")
+        if not 0 <= self.data.valid_split < 1:
+            raise ValueError(f"data.valid_split is {self.data.valid_split}, but must be at least 0 and below 1")
+        if self.data.valid_split and self.data.valid:
+            raise ValueError("data.valid_split holds out training data, so it cannot be combined with data.valid")
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")

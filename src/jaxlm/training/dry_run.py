@@ -93,15 +93,14 @@ def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
     if run.method == "lora":
         what = f"{params.num_elements(setup.state.weights):,} parameters of an adapter, {total:,} of its base"
     yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} compute"
-    yield f"data        {data.corpus}"
-    if setup.valid is not None:
-        yield f"validation  {setup.valid.corpus}"
-    if data.note:
-        yield f"            {data.note}"
+    for i, line in enumerate(data.describe()):
+        yield f"{'' if i else 'data':<12}{line}"
+    for name, loader in setup.valid.items():
+        yield f"validation  {name and f'{name}: '}{loader.describe()[0]}"
     tokens = run.steps * run.batch * run.length
     yield (
         f"steps       {run.steps:,} of {run.batch} rows x {run.length} tokens: {tokens:,} tokens, "
-        f"{data.epoch(run.steps):.2f} epochs; rows are {data.fill():.0%} full"
+        f"{data.describe_epochs(run.steps)}; rows are {data.fill():.0%} full"
     )
     cost = flops_per_token(setup)
     yield f"work        {cost / 1e6:,.1f} MFLOPs per token, {cost * tokens / 1e15:,.3f} PFLOPs in total"

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxlm.adapters import with_stop_ids
 from jaxlm.checkpoint import peft
+from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.exporting import export, tokenizer_files, write_sidecars
 from jaxlm.nn import flops, params
@@ -31,7 +32,7 @@ from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
 from jaxlm.training.resume import check_resume
 from jaxlm.training.setup import Progress, Setup, set_up
-from jaxlm.training.stop_signals import stop_signals
+from jaxlm.training.signals import stop_signals
 
 Log = Callable[[dict[str, Any]], None]
 CHANCE_STEPS = 200  # steps with a loss of chance after which a note is logged
@@ -79,8 +80,9 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
     """
     setup = set_up(run, progress)
     run = setup.run
-    for loader in filter(None, (setup.data, setup.valid)):
-        log({"step": 0, "note": ". ".join(filter(None, (str(loader.corpus), loader.note)))})
+    for name, loader in [("", setup.data), *setup.valid.items()]:
+        for line in loader.describe():
+            log({"step": 0, "note": f"{name}: {line}" if name else line})
     with resume.open_checkpoints(run.out, run.keep) as checkpoints:
         if checkpoints.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} already has a run: resume it (--resume auto), or choose another --out")
@@ -337,10 +339,13 @@ class Loop:
     def evaluate_and_sample(self, number: int, state: step.State) -> None:
         """Logs the validation loss and sample texts of the current weights."""
         run, started = self.setup.run, time.perf_counter()
-        if self.setup.valid is not None:
-            limit = None if number == run.steps else run.eval_batches
-            if (valid_loss := self.evaluate(state.weights, limit)) is not None:
-                self.write({"step": number, "valid_loss": valid_loss})
+        limit = None if number == run.steps else run.eval_batches
+        losses = {name: self.evaluate(state.weights, loader, limit) for name, loader in self.setup.valid.items()}
+        found = {
+            f"valid_loss_{name}" if name else "valid_loss": loss for name, loss in losses.items() if loss is not None
+        }
+        if found:
+            self.write({"step": number, **found})
         if run.samples:
             from jaxlm.inference.generation import generate
             from jaxlm.inference.prompts import resolve_max_tokens, to_ids
@@ -352,11 +357,11 @@ class Loop:
                 self.write({"step": number, "prompt": prompt, "text": sample.text})
         self.clock += time.perf_counter() - started  # does not count as training time
 
-    def evaluate(self, trained: Any, limit: int | None) -> float | None:
+    def evaluate(self, trained: Any, loader: DataLoader, limit: int | None) -> float | None:
         """Returns the validation loss in nats per token, over `limit` batches at most; None if the loss mask of these
         has no token."""
         nats = tokens = 0.0
-        for batch in itertools.islice(self.setup.valid.once(), limit):
+        for batch in itertools.islice(loader.once(), limit):
             sums = self.loss(trained, self.frozen, self.shard(batch))
             nats, tokens = nats + float(sums.nats), tokens + float(sums.tokens)
         return nats / tokens if tokens else None

@@ -171,11 +171,12 @@ def plot_loss(lines: list[Line], path: Path, title: str) -> bool:
         axes.plot(steps, average, color="C0", label="training (moving average)")
     else:
         axes.plot(steps, losses, color="C0", marker="o", markersize=3, label="training")
-    valid_steps, valid = _column(lines, "valid_loss")
-    if len(valid):
-        axes.plot(
-            valid_steps, valid, marker="o", markersize=3, color="C1", label=f"validation, {valid[-1]:.3f} at the end"
-        )
+    valid: list[float] = []
+    for i, name in enumerate(dict.fromkeys(name for line in lines for name in valid_losses(line)), 1):
+        at, values = _column(lines, name)
+        label = f"validation{name.removeprefix('valid_loss').replace('_', ' ', 1)}, {values[-1]:.3f} at the end"
+        axes.plot(at, values, marker="o", markersize=3, color=f"C{i}", label=label)
+        valid += values.tolist()
     shown = losses[len(losses) // 50 :]  # the first steps of random weights would set the scale
     if len(shown) > 1:
         low, high = min([*shown, *valid]), max(shown)
@@ -185,6 +186,11 @@ def plot_loss(lines: list[Line], path: Path, title: str) -> bool:
     axes.legend()
     figure.savefig(path, dpi=120)
     return True
+
+
+def valid_losses(line: Line) -> Line:
+    """Returns the validation losses of a line of metrics: valid_loss, and valid_loss_NAME of a named set."""
+    return {name: value for name, value in line.items() if name == "valid_loss" or name.startswith("valid_loss_")}
 
 
 def _column(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -198,7 +198,7 @@ def contents_of(setup: Setup) -> dict[str, str]:
     """Returns digests of the training data (with tokenizer and options) and of the architecture."""
     architecture = json.dumps(setup.raw, sort_keys=True)
     return {
-        "data (contents)": setup.data.corpus.about["digest"],
+        "data (contents)": setup.data.digest,
         "architecture": hashlib.blake2b(architecture.encode(), digest_size=16).hexdigest(),
     }
 

@@ -10,7 +10,6 @@ All user input is checked here, before large arrays are allocated.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ import optax
 from jaxlm import loading, models
 from jaxlm.checkpoint import hf, peft, writer
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.data.mixture import Mixture
+from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
 from jaxlm.inference.prompts import resolve_max_tokens, to_ids
@@ -30,11 +31,11 @@ from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimizers, step
 from jaxlm.training.config import Run, to_dict
+from jaxlm.training.loaders import Progress, make_loaders
 
 LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
 # generation_config.json of a new model: small models repeat themselves under greedy decoding.
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-Progress = Callable[[int, int], None]  # documents, tokens
 
 
 class Setup(NamedTuple):
@@ -50,7 +51,7 @@ class Setup(NamedTuple):
         checkpoint: The checkpoint that training starts from; None for random weights.
         mesh: The mesh; None on one device.
         data: The data loader.
-        valid: The data loader of the validation data; None without any.
+        valid: The data loaders of the validation data by the names of their sets; "" is the name of unnamed ones.
         tx: The optax optimizer.
         state: The training state as jax.ShapeDtypeStruct with shardings.
     """
@@ -63,8 +64,8 @@ class Setup(NamedTuple):
     generation_config: dict[str, Any]
     checkpoint: hf.Checkpoint | None
     mesh: Any
-    data: Any
-    valid: Any
+    data: DataLoader | Mixture
+    valid: dict[str, DataLoader]
     tx: optax.GradientTransformation
     state: step.State
 
@@ -98,9 +99,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     """
     run, model = _resolve(run)
     device_mesh = _make_mesh(run, model.config)
-    data, valid = (
-        _make_loader(run, model.tokenizer, device_mesh, split, progress) for split in ("train", "validation")
-    )
+    data, valid = make_loaders(run, model.tokenizer, device_mesh, progress)
     run = _resolve_steps(run, data)
     if distributed.is_multiprocess():
         distributed.assert_equal("the run", to_dict(run), json.dumps(to_dict(run)))
@@ -264,53 +263,7 @@ def _make_mesh(run: Run, cfg: Any) -> Any:
     return over
 
 
-def _make_loader(run: Run, tokenizer: Any, over: Any, split: str, progress: Progress | None) -> Any:
-    """Returns the data loader of a split; None without data. The coordinator tokenizes; the other processes load the
-    corpus from the cache."""
-    from jaxlm.data.corpus import prepare
-    from jaxlm.data.documents import TextOptions
-    from jaxlm.data.packing import DataLoader
-
-    data = run.data
-    names = (*data.train, *filter(None, [data.dataset])) if split == "train" else data.valid
-    if not names:
-        return None
-    fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
-    options = TextOptions(
-        **{name: getattr(data, name) for name in fields},
-        template_args=dict(map(_template_variable, data.template_arg)),
-    )
-    prepared = partial(
-        prepare, names, tokenizer, options, split=split, config=data.config, revision=data.revision, on_bad=data.on_bad,
-        progress=progress,
-    )  # fmt: skip
-    corpus = prepared() if distributed.is_coordinator() else None
-    distributed.gather("prepared")
-    share = local_rows(run.batch, over)
-    return DataLoader(corpus or prepared(), run.batch, run.length, run.seed, data.packing, share=share, long=data.long)
-
-
-def _template_variable(text: str) -> tuple[str, Any]:
-    """Parses NAME=VALUE, whose value is JSON or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 def _resolve_steps(run: Run, data: Any) -> Run:
     """Returns the run with its number of steps in place of epochs. Metrics are logged ten times at least."""
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
     return replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
-
-
-def local_rows(B: int, over: Any) -> slice:
-    """Returns the range of rows of a batch that contains all rows of this process's devices."""
-    if over is None:
-        return slice(0, B)
-    sharding = mesh.sharding("BT", (B, 1), over)
-    spans = [index[0].indices(B) for index in sharding.addressable_devices_indices_map((B, 1)).values() if index]
-    return slice(min(begin for begin, _, _ in spans), max(end for _, end, _ in spans))

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.formats import InvalidRowError, TextOptions, conversation, text_of
-from jaxlm.data.sources import SEPARATOR, File, Hub, InvalidRow, Row, find_sources, location
+from jaxlm.data.readers import SEPARATOR, InvalidRow, Row, location
+from jaxlm.data.sources import Source, find_sources
 
 BYTES = 256
 VOCAB_SIZE = 8192  # default
@@ -33,12 +34,14 @@ class Trained(NamedTuple):
         folder: Where it was written.
         vocabulary: Number of tokens.
         characters, tokens: Length of the first texts, for the compression.
+        notes: What is worth a word about the sources.
     """
 
     folder: Path
     vocabulary: int
     characters: int
     tokens: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         ratio = f"{self.characters / self.tokens:.2f} characters per token on {self.characters:,} characters"
@@ -88,10 +91,10 @@ def train_tokenizer(
     rust = TRAINERS[kind](texts(), vocab_size, tokens)
     _add_bos(rust)
     _save(rust, out)
-    return _measure(rust, out, texts())
+    return _measure(rust, out, texts())._replace(notes=tuple(source.note for source in sources if source.note))
 
 
-def _texts(sources: Iterable[File | Hub], options: TextOptions) -> Iterator[str]:
+def _texts(sources: Iterable[Source], options: TextOptions) -> Iterator[str]:
     """Yields all texts of sources. Raises ValueError for a row that cannot be used, and if there is no text."""
     any_text = False
     for source in sources:

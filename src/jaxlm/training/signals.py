@@ -1,4 +1,4 @@
-"""Signals that stop a run after the current step: Ctrl-C, and SIGTERM of a cluster that takes a machine back."""
+"""Signals that stop a training run after its current step."""
 
 import os
 import signal
