@@ -165,6 +165,8 @@ def step_metrics(line: dict[str, Any]) -> str:
 def metrics_line(line: dict[str, Any], steps: int) -> str:
     """Returns a line of metrics as text."""
     step = f"step {line['step']}/{steps}"
+    if "answer" in line:
+        return f"{step} sample {line['prompt']} -> {line['answer']}"
     if "text" in line:
         return f"{step} sample {line['prompt']}{line['text']}"
     return f"{step} valid_loss {line['valid_loss']:.4f}" if "valid_loss" in line else f"{step} {step_metrics(line)}"

@@ -24,12 +24,12 @@ from jaxlm.checkpoint import hf, peft, writer
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
-from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
-from jaxlm.processing.tokenizer import Tokenizer
-from jaxlm.training import metrics, optimizers, step
+from jaxlm.processing.tokenizer import NoChatTemplate, Tokenizer
+from jaxlm.training import metrics, optimizers, samples, step
 from jaxlm.training.config import Run, to_dict
+from jaxlm.training.vocabulary import set_chat_template, with_vocab_size
 
 LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
 # generation_config.json of a new model: small models repeat themselves under greedy decoding.
@@ -53,6 +53,8 @@ class Setup(NamedTuple):
         valid: The data loader of the validation data; None without any.
         tx: The optax optimizer.
         state: The training state as jax.ShapeDtypeStruct with shardings.
+        new_rows: Rows of the embedding and the head for new tokens (vocabulary.Vocabulary).
+        notes: What the user should know.
     """
 
     run: Run
@@ -67,6 +69,8 @@ class Setup(NamedTuple):
     valid: Any
     tx: optax.GradientTransformation
     state: step.State
+    new_rows: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     def model(self, weights: Any) -> Model:
         """Returns a model with these weights, whose layers are a list."""
@@ -83,6 +87,8 @@ class _Resolved(NamedTuple):
     tokenizer: Tokenizer
     generation_config: dict[str, Any]
     checkpoint: hf.Checkpoint | None
+    new_rows: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def set_up(run: Run, progress: Progress | None = None) -> Setup:
@@ -107,8 +113,9 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
     state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
-    setup = Setup(run, *model, device_mesh, data, valid, tx, state)
-    _check_samples(setup)
+    *resolved, new_rows, notes = model
+    setup = Setup(run, *resolved, device_mesh, data, valid, tx, state, new_rows, notes)
+    samples.check(setup)
     return setup
 
 
@@ -149,6 +156,7 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
             f"the tokenizer has {model.tokenizer.vocab_size} tokens, but vocab_size of {run.shape or run.model} is "
             f"{model.config.V}: choose another tokenizer (--tokenizer) or a larger vocab_size"
         )
+    model = _with_chat_template(run, model)
     if run.length > model.config.context:
         raise ValueError(f"length is {run.length} tokens, but the context length of the model is "
                          f"{model.config.context}: choose a shorter length")  # fmt: skip
@@ -185,6 +193,15 @@ def _of_shape(run: Run) -> _Resolved:
     tokenizer = _require_tokenizer(Tokenizer.load(run.tokenizer) if run.tokenizer else None, run)
     ids = _special_ids(tokenizer)
     return _Resolved(family, config, {**raw, **ids}, tokenizer, {**SAMPLING, **ids}, None)
+
+
+def _with_chat_template(run: Run, model: _Resolved) -> _Resolved:
+    """Returns the model with the chat template of the run, and a vocabulary that has the tokens of the template."""
+    vocabulary = set_chat_template(run, model.tokenizer, model.config.V)
+    if vocabulary.size != model.config.V:
+        raw = with_vocab_size(model.raw, vocabulary.size)
+        model = model._replace(raw=raw, config=model.family.Config.from_hf(raw))
+    return model._replace(new_rows=vocabulary.new_rows, notes=vocabulary.notes)
 
 
 def _require_tokenizer(tokenizer: Tokenizer | None, run: Run) -> Tokenizer:
@@ -242,13 +259,6 @@ def _check_outputs(run: Run, checkpoint: hf.Checkpoint | None) -> None:
         writer.check_target((run.out / "model").resolve(), sources(checkpoint), True)
 
 
-def _check_samples(setup: Setup) -> None:
-    """Raises ValueError for a sample prompt that is empty or longer than the context."""
-    model = setup.model({})  # prompts need no weights
-    for prompt in setup.run.samples:
-        resolve_max_tokens(model, to_ids(model, prompt, {}), None)
-
-
 def _make_mesh(run: Run, cfg: Any) -> Any:
     """Returns the mesh, by default all devices on `data`; None for one device."""
     one = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
@@ -278,27 +288,22 @@ def _make_loader(run: Run, tokenizer: Any, over: Any, split: str, progress: Prog
     fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
     options = TextOptions(
         **{name: getattr(data, name) for name in fields},
-        template_args=dict(map(_template_variable, data.template_arg)),
+        template_args=data.template_variables,
     )
     prepared = partial(
         prepare, names, tokenizer, options, split=split, config=data.config, revision=data.revision, on_bad=data.on_bad,
         progress=progress,
     )  # fmt: skip
-    corpus = prepared() if distributed.is_coordinator() else None
+    try:
+        corpus = prepared() if distributed.is_coordinator() else None
+    except NoChatTemplate:
+        raise ValueError(
+            f"messages need a chat template, and the tokenizer of {run.tokenizer or run.model} has none: choose one "
+            "(--chat-template chatml)"
+        ) from None
     distributed.gather("prepared")
     share = local_rows(run.batch, over)
     return DataLoader(corpus or prepared(), run.batch, run.length, run.seed, data.packing, share=share, long=data.long)
-
-
-def _template_variable(text: str) -> tuple[str, Any]:
-    """Parses NAME=VALUE, whose value is JSON or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _resolve_steps(run: Run, data: Any) -> Run:
