@@ -14,7 +14,7 @@ from jaxlm import adapters
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged
 from jaxlm.checkpoint.hf import Checkpoint
-from jaxlm.checkpoint.hub import CONFIG, OPTIONAL
+from jaxlm.checkpoint.hub import CONFIG, OPTIONAL, TOKENIZER_FILES
 from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.checkpoint.writer import Entry
@@ -181,7 +181,7 @@ def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
     if checkpoint and checkpoint.format == "hf":
         for head in checkpoint.tensors.heads:  # a stored copy of the embedding is written too
             dtype = wanted or _file_dtype(head, leaves["embed"])
-            entries.append(files.array_entry(head.name, leaves["embed"], head.shape, dtype))
+            entries.append(files.array_entry(head.name, leaves["embed"], leaves["embed"].shape, dtype))
         entries += map(files.copied_entry, checkpoint.tensors.ignored)
     return entries
 
@@ -236,6 +236,8 @@ def sidecar_files(model: Model) -> SidecarFiles:
         if folder.is_file():
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
+    if model.tokenizer is not None and model.tokenizer.has_new_tokens:
+        sidecars = {name: path for name, path in sidecars.items() if name not in TOKENIZER_FILES}
     if model.tokenizer is not None and model.tokenizer.hf.chat_template != model.tokenizer.loaded_template:
         sidecars.pop("chat_template.json", None)
         sidecars[TEMPLATE] = model.tokenizer.hf.chat_template
@@ -269,7 +271,7 @@ def write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
 def lacks_tokenizer(model: Model, sidecars: SidecarFiles) -> bool:
     """Whether the model has a tokenizer and no sidecar file has it in a format that transformers reads."""
     checkpoint = model.checkpoint
-    if model.tokenizer is None or checkpoint is None:
+    if model.tokenizer is None or checkpoint is None or model.tokenizer.has_new_tokens:
         return model.tokenizer is not None
     return (checkpoint.format == "meta" or checkpoint.tokenizer is not None) and "tokenizer.json" not in sidecars
 

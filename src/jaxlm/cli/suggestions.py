@@ -37,6 +37,7 @@ FLAGS = {
     "--dtype float16": "fp16 half float16",
     "--dtype float32": "fp32 float32",
     "--dtype": "fp16 weight-dtype compute-dtype model-dtype data-type tf32 precision torch-dtype",
+    "--chat-template": "template chat-template-path chat-template-jinja chat-format conversation-template",
     "--format": "load-format checkpoint-format output-format",
     "--tokenizer": "tokenizer-path tokenizer-name-or-path tokenizer-dir tokenizer-model tokenizer-name",
     "--revision": "branch commit model-revision hf-revision hub-revision",

@@ -168,6 +168,8 @@ def step_metrics(line: dict[str, Any]) -> str:
 def metrics_line(line: dict[str, Any], steps: int) -> str:
     """Returns a line of metrics as text."""
     step = f"step {line['step']}/{steps}"
+    if "answer" in line:
+        return f"{step} sample {line['prompt']} -> {line['answer']}"
     if "text" in line:
         return f"{step} sample {line['prompt']}{line['text']}"
     from jaxlm.training.metrics import valid_losses

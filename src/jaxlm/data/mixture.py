@@ -90,6 +90,10 @@ class Mixture:
         """Returns the fraction of the rows that is not padding."""
         return float(np.dot(self.counts, [loader.fill() for loader in self.loaders]) / BLOCK)
 
+    def are_texts(self) -> bool:
+        """Whether all documents are texts, not conversations or prompts with completions."""
+        return all(loader.are_texts() for loader in self.loaders)
+
     def describe(self) -> list[str]:
         """Returns a line about each source, with its proportion."""
         shares = [f"{count / BLOCK:.1%} {name}" for count, name in zip(self.counts, self.names)]

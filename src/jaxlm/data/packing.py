@@ -221,6 +221,10 @@ class DataLoader:
         epoch, row = self._place(row)
         return epoch + row / self.rows(epoch)
 
+    def are_texts(self) -> bool:
+        """Whether the documents are texts, not conversations or prompts with completions."""
+        return self.corpus.about["format"] == "text"
+
     def describe(self) -> list[str]:
         """Returns lines about the data."""
         return [". ".join(filter(None, [str(self.corpus), self.note]))]

@@ -24,6 +24,10 @@ from jaxlm.processing.written import dropped
 Messages = Sequence[Mapping[str, Any]]
 
 
+class NoChatTemplate(ValueError):
+    """The tokenizer has no chat template."""
+
+
 class Tokenizer:
     """A transformers tokenizer with the stop token ids of its checkpoint. Other attributes, and calls, go to `hf`.
 
@@ -31,12 +35,14 @@ class Tokenizer:
         hf: The transformers tokenizer. Set attributes such as `chat_template` on it.
         eos_ids: The EOS ids in the checkpoint's configuration files.
         loaded_template: The chat template of its files.
+        has_new_tokens: Whether tokens were added that its files do not have (`add_special_tokens`).
     """
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()):
         self.hf = hf
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self.loaded_template: Any = hf.chat_template
+        self.has_new_tokens = False
 
     @classmethod
     def load(
@@ -115,6 +121,26 @@ class Tokenizer:
         """Ids of special tokens, which `decode` omits by default."""
         return frozenset(token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special)
 
+    def add_special_tokens(self, tokens: Iterable[str]) -> None:
+        """Adds special tokens that the tokenizer does not have, after its last id. A token of the vocabulary that is
+        not special becomes so, and keeps its id.
+
+        Raises:
+            ValueError: The vocabulary has ids without a token, which the tokenizers library would give away twice.
+        """
+        from tokenizers import AddedToken
+
+        added, size = self.hf.get_added_vocab(), self.vocab_size
+        new = [token for token in tokens if token not in added]
+        known = self.hf.get_vocab().keys()
+        if not new:
+            return
+        self.hf.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+        self.has_new_tokens = True
+        ids = [self.hf.convert_tokens_to_ids(token) for token in new if token not in known]
+        if ids != list(range(size, size + len(ids))):
+            raise ValueError(f"tokens cannot be added to {self.hf.name_or_path}: some ids below {size:,} have no token")
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Stop token ids: every id that ends an answer, sorted.
@@ -192,7 +218,7 @@ class Tokenizer:
                 the template raises an error, whose message is included.
         """
         if not self.has_template:
-            raise ValueError(
+            raise NoChatTemplate(
                 "this tokenizer has no chat template (it may belong to a base model): pass a plain prompt, or use a "
                 "model with a template: Qwen/Qwen3-0.6B, google/gemma-3-1b-it, meta-llama/Llama-3.2-1B-Instruct"
             )

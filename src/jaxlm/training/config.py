@@ -2,6 +2,7 @@
 flags. The docstrings of the fields are the help texts."""
 
 import dataclasses
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,22 @@ class Data(Checked):
     """Documents longer than a row, with packing whole or none: truncate, drop, or stop with an error."""
     on_bad: Literal["stop", "skip"] = "stop"
     """Invalid rows: stop with an error, or skip and count them."""
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables of `template_arg`. Raises ValueError for one without a value."""
+        return dict(map(_template_variable, self.template_arg))
+
+
+def _template_variable(text: str) -> tuple[str, Any]:
+    """Parses NAME=VALUE, whose value is JSON or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,9 @@ class Run(Checked):
     """config.json of a new model with random weights."""
     tokenizer: Path | None = None
     """Folder of the tokenizer. Default: that of the checkpoint."""
+    chat_template: Annotated[str | None, tyro.conf.arg(metavar="chatml|llama3|gemma|FILE.jinja")] = None
+    """Chat template to train with, saved with the model: chatml, llama3, gemma, or a file. Special tokens that a named
+    one needs are added to the vocabulary. Default: that of the tokenizer."""
     method: Literal["full", "lora"] = "full"
     """Train all weights (full) or a LoRA adapter (lora)."""
     adapter: Path | None = None
@@ -152,7 +172,7 @@ class Run(Checked):
     eval_batches: int = 16
     """Maximum number of batches per evaluation. The last evaluation uses all validation data."""
     samples: tuple[str, ...] = ()
-    """Prompts to continue at each evaluation."""
+    """Prompts to continue at each evaluation. If the data are conversations, messages of the user to answer."""
     sample_tokens: int = 64
     """Maximum length of a sample text, in tokens."""
     report: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -93,6 +93,8 @@ def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
     if run.method == "lora":
         what = f"{params.num_elements(setup.state.weights):,} parameters of an adapter, {total:,} of its base"
     yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} compute"
+    for note in setup.notes:
+        yield f"            {note}"
     for i, line in enumerate(data.describe()):
         yield f"{'' if i else 'data':<12}{line}"
     for name, loader in setup.valid.items():

@@ -12,6 +12,7 @@ from jaxlm.checkpoint import peft
 from jaxlm.nn import params
 from jaxlm.training import step
 from jaxlm.training.setup import Setup, new_weights, period
+from jaxlm.training.vocabulary import with_new_rows
 
 
 def init_state(setup: Setup) -> step.State:
@@ -48,8 +49,8 @@ def _shardings(shapes: Any) -> Any:
 
 
 def _read_checkpoint(setup: Setup) -> Any:
-    """Returns the weights of the checkpoint, with stacked layers: float32 if they are trained, else in the compute
-    dtype."""
+    """Returns the weights of the checkpoint, with stacked layers and rows for new tokens: float32 if they are trained,
+    else in the compute dtype."""
     run, checkpoint = setup.run, setup.checkpoint
     assert checkpoint is not None
 
@@ -58,6 +59,8 @@ def _read_checkpoint(setup: Setup) -> Any:
 
     dtype = "float32" if run.method == "full" else run.dtype
     weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, sharding, None)
+    if setup.new_rows is not None:
+        weights = with_new_rows(weights, setup.family.PARAMS, setup.config, setup.new_rows, setup.mesh)
     return _stack_in_place(weights, setup)
 
 

@@ -1,6 +1,5 @@
 """The data loaders of a run, from its options: training data, which may be a mixture, and validation data."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader, held_out
 from jaxlm.data.sources import group_named, parse_weights, short_names
 from jaxlm.devices import distributed, mesh
+from jaxlm.processing.tokenizer import NoChatTemplate
 from jaxlm.training.config import Run
 
 Progress = Callable[[int, int], None]  # documents, tokens
@@ -62,27 +62,22 @@ def _corpora(
     fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
     options = TextOptions(
         **{name: getattr(data, name) for name in fields},
-        template_args=dict(map(_template_variable, data.template_arg)),
+        template_args=data.template_variables,
     )
     prepared = [
         partial(prepare, tuple(some), tokenizer, options, split=split, config=data.config, revision=data.revision,
                 on_bad=data.on_bad, progress=progress)
         for some, split in zip(names, splits)
     ]  # fmt: skip
-    corpora = [make() for make in prepared] if distributed.is_coordinator() else []
+    try:
+        corpora = [make() for make in prepared] if distributed.is_coordinator() else []
+    except NoChatTemplate:
+        raise ValueError(
+            f"messages need a chat template, and the tokenizer of {run.tokenizer or run.model} has none: choose one "
+            "(--chat-template chatml)"
+        ) from None
     distributed.gather("prepared")
     return corpora or [make() for make in prepared]
-
-
-def _template_variable(text: str) -> tuple[str, Any]:
-    """Parses NAME=VALUE, whose value is JSON or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def local_rows(B: int, over: Any) -> slice:

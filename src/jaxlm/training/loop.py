@@ -26,7 +26,7 @@ from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.exporting import export, tokenizer_files, write_sidecars
 from jaxlm.nn import flops, params
-from jaxlm.training import metrics, optimizers, resume, step
+from jaxlm.training import metrics, optimizers, resume, samples, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
@@ -80,6 +80,8 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
     """
     setup = set_up(run, progress)
     run = setup.run
+    for note in setup.notes:
+        log({"step": 0, "note": note})
     for name, loader in [("", setup.data), *setup.valid.items()]:
         for line in loader.describe():
             log({"step": 0, "note": f"{name}: {line}" if name else line})
@@ -115,7 +117,8 @@ def finish(setup: Setup, state: step.State) -> Path:
         peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, more=more, **options)
         distributed.gather("written")
     else:
-        config = None if setup.checkpoint else setup.raw
+        kept = setup.checkpoint is not None and setup.checkpoint.config == setup.raw  # the file is copied
+        config = None if kept else setup.raw
         dtype = None if setup.checkpoint else run.dtype
         model = with_stop_ids(setup.model(params.unstack(state.weights)))
         folder = export(model, run.out / "model", force=True, config=config, dtype=dtype).folder
@@ -347,14 +350,8 @@ class Loop:
         if found:
             self.write({"step": number, **found})
         if run.samples:
-            from jaxlm.inference.generation import generate
-            from jaxlm.inference.prompts import resolve_max_tokens, to_ids
-
-            model = self.setup.model(self.unstack(state.weights, self.frozen))
-            for i, prompt in enumerate(run.samples):
-                limit = min(run.sample_tokens, resolve_max_tokens(model, to_ids(model, prompt, {}), None))
-                sample = generate(model, prompt, max_tokens=limit, temperature=0.8, seed=(run.seed + i) % (1 << 32))
-                self.write({"step": number, "prompt": prompt, "text": sample.text})
+            for line in samples.generate_all(self.setup, self.unstack(state.weights, self.frozen)):
+                self.write({"step": number, **line})
         self.clock += time.perf_counter() - started  # does not count as training time
 
     def evaluate(self, trained: Any, loader: DataLoader, limit: int | None) -> float | None:

@@ -25,13 +25,13 @@ from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
-from jaxlm.inference.prompts import resolve_max_tokens, to_ids
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
-from jaxlm.training import metrics, optimizers, step
+from jaxlm.training import metrics, optimizers, samples, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.loaders import Progress, make_loaders
+from jaxlm.training.vocabulary import set_chat_template, with_vocab_size
 
 LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
 # generation_config.json of a new model: small models repeat themselves under greedy decoding.
@@ -54,6 +54,8 @@ class Setup(NamedTuple):
         valid: The data loaders of the validation data by the names of their sets; "" is the name of unnamed ones.
         tx: The optax optimizer.
         state: The training state as jax.ShapeDtypeStruct with shardings.
+        new_rows: Rows of the embedding and the head for new tokens (vocabulary.Vocabulary).
+        notes: What the user should know.
     """
 
     run: Run
@@ -68,6 +70,8 @@ class Setup(NamedTuple):
     valid: dict[str, DataLoader]
     tx: optax.GradientTransformation
     state: step.State
+    new_rows: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     def model(self, weights: Any) -> Model:
         """Returns a model with these weights, whose layers are a list."""
@@ -84,6 +88,8 @@ class _Resolved(NamedTuple):
     tokenizer: Tokenizer
     generation_config: dict[str, Any]
     checkpoint: hf.Checkpoint | None
+    new_rows: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def set_up(run: Run, progress: Progress | None = None) -> Setup:
@@ -106,8 +112,9 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
     state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
-    setup = Setup(run, *model, device_mesh, data, valid, tx, state)
-    _check_samples(setup)
+    *resolved, new_rows, notes = model
+    setup = Setup(run, *resolved, device_mesh, data, valid, tx, state, new_rows, notes)
+    samples.check(setup)
     return setup
 
 
@@ -148,6 +155,7 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
             f"the tokenizer has {model.tokenizer.vocab_size} tokens, but vocab_size of {run.shape or run.model} is "
             f"{model.config.V}: choose another tokenizer (--tokenizer) or a larger vocab_size"
         )
+    model = _with_chat_template(run, model)
     if run.length > model.config.context:
         raise ValueError(f"length is {run.length} tokens, but the context length of the model is "
                          f"{model.config.context}: choose a shorter length")  # fmt: skip
@@ -184,6 +192,15 @@ def _of_shape(run: Run) -> _Resolved:
     tokenizer = _require_tokenizer(Tokenizer.load(run.tokenizer) if run.tokenizer else None, run)
     ids = _special_ids(tokenizer)
     return _Resolved(family, config, {**raw, **ids}, tokenizer, {**SAMPLING, **ids}, None)
+
+
+def _with_chat_template(run: Run, model: _Resolved) -> _Resolved:
+    """Returns the model with the chat template of the run, and a vocabulary that has the tokens of the template."""
+    vocabulary = set_chat_template(run, model.tokenizer, model.config.V)
+    if vocabulary.size != model.config.V:
+        raw = with_vocab_size(model.raw, vocabulary.size)
+        model = model._replace(raw=raw, config=model.family.Config.from_hf(raw))
+    return model._replace(new_rows=vocabulary.new_rows, notes=vocabulary.notes)
 
 
 def _require_tokenizer(tokenizer: Tokenizer | None, run: Run) -> Tokenizer:
@@ -239,13 +256,6 @@ def _check_outputs(run: Run, checkpoint: hf.Checkpoint | None) -> None:
         writer.check_target((run.out / "adapter").resolve(), (), True, {peft.CONFIG}, "an adapter")
     else:
         writer.check_target((run.out / "model").resolve(), sources(checkpoint), True)
-
-
-def _check_samples(setup: Setup) -> None:
-    """Raises ValueError for a sample prompt that is empty or longer than the context."""
-    model = setup.model({})  # prompts need no weights
-    for prompt in setup.run.samples:
-        resolve_max_tokens(model, to_ids(model, prompt, {}), None)
 
 
 def _make_mesh(run: Run, cfg: Any) -> Any:
