@@ -251,7 +251,7 @@ def test_a_text_that_is_none(tmp_path):
     assert tokenizer is not None
     with pytest.raises(ValueError, match=f"the tokenizer {tmp_path} cannot encode this text"):
         tokenizer.encode("\ud800")
-    tokenizer.hf.chat_template = "{{ '\\ud800' }}"
+    tokenizer.hf.chat_template = "{{ messages[0].content }}{{ '\\ud800' }}"
     with pytest.raises(ValueError, match="cannot encode this text"):
         tokenizer.chat(hostile.USER)
 

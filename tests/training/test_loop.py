@@ -154,7 +154,7 @@ def test_samples_end_at_the_context_length(files, tmp_path) -> None:
     ],
 )
 def test_inconsistent_runs_are_refused(flags, message, capsys) -> None:
-    assert main(["train", *flags]) == 1
+    assert main(["train", *flags]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -56,7 +56,7 @@ MODEL, SAMPLING = names(_ModelFlags), names(SamplingParams)
 DISTRIBUTED = [name for name in names(ProcessFlags) if name != "debug"]
 RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
-    "Model": ["model", "shape", "tokenizer", "method", "adapter"],
+    "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter"],
     "data": [],  # a nested dataclass: --data.*
     "Training": ["steps", "epochs", "batch", "length", "accumulate", "dtype", "remat", "z_loss", "mesh", "seed"],
     "optimizer": [],

@@ -12,7 +12,7 @@ from jaxlm.checkpoint import peft
 from jaxlm.nn import params
 from jaxlm.training import step
 from jaxlm.training.setup import Setup, new_weights, period
-from jaxlm.training.vocabulary import with_new_rows
+from jaxlm.training.vocabulary import read_with_new_rows
 
 
 def init_state(setup: Setup) -> step.State:
@@ -58,9 +58,14 @@ def _read_checkpoint(setup: Setup) -> Any:
         return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
     dtype = "float32" if run.method == "full" else run.dtype
-    weights = loading.read_weights(str(run.model), checkpoint.tensors.pairs, dtype, sharding, None)
-    if setup.new_rows is not None:
-        weights = with_new_rows(weights, setup.family.PARAMS, setup.config, setup.new_rows, setup.mesh)
+    pairs = checkpoint.tensors.pairs
+    growing = [pair for pair in pairs if setup.new_rows is not None and pair[0].letters.startswith("V")]
+    rest = [pair for pair in pairs if pair not in growing]
+    weights = loading.read_weights(str(run.model), rest, dtype, sharding, None)
+    for row, tensor in growing:
+        assert setup.new_rows is not None
+        row = row._replace(shape=(setup.config.V, *row.shape[1:]))
+        params.put(weights, row.path, read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row)))
     return _stack_in_place(weights, setup)
 
 

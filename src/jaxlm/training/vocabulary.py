@@ -6,19 +6,18 @@ new word embeddings for pretrained language models").
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxlm.nn import params
+from jaxlm.checkpoint.writer import LazyTensor
 from jaxlm.processing.chat_formats import chat_format
 from jaxlm.processing.tokenizer import Tokenizer
-from jaxlm.training import step
 from jaxlm.training.config import Run
 
 MULTIPLE = 64  # of a larger vocabulary, so that meshes divide it
+ROWS = 4096  # that are read at a time for their mean
 
 
 class Vocabulary(NamedTuple):
@@ -84,27 +83,29 @@ def with_vocab_size(raw: Mapping[str, Any], V: int) -> dict[str, Any]:
     return {**raw, "vocab_size": V}
 
 
-def with_new_rows(weights: Any, table: params.Table, config: Any, new_rows: tuple[int, int], over: Any) -> Any:
-    """Returns weights whose embedding and head have the vocabulary of the config, with new rows.
+def read_with_new_rows(tensor: Any, shape: tuple[int, ...], new_rows: tuple[int, int], where: Any) -> jax.Array:
+    """Reads a tensor of the checkpoint in float32, with new rows. A process reads the rows that its devices hold, and
+    once all rows for their mean, which is then the same on every mesh.
 
     Args:
-        weights: The weights of the checkpoint, sharded over the mesh. Their embedding and head are consumed.
-        table: The family's PARAMS.
-        config: The family's Config of the run.
+        tensor: The embedding or the head in its file.
+        shape: Its shape in the run, [V,D].
         new_rows: As in Vocabulary.
-        over: The mesh; None for one device.
+        where: The sharding of the array.
     """
-    for row in params.tensors(table, config):
-        if row.letters.startswith("V"):
-            fill = partial(_filled, V=config.V, begin=new_rows[0], end=new_rows[1])
-            sharding = step.weight_sharding(row.letters, row.shape, over)
-            params.put(weights, row.path, jax.jit(fill, out_shardings=sharding)(params.get(weights, row.path)))
-    return weights
+    begin, end = new_rows
+    old = LazyTensor(tensor, (tensor.shape[0], *shape[1:]))
+    sums = [old.read_rows(i, min(ROWS, begin - i)).sum(0, dtype=np.float64) for i in range(0, begin, ROWS)]
+    mean = np.sum(sums, 0) / begin
 
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[0].indices(shape[0])
+        ids = np.arange(first, last)
+        out = np.empty((last - first, *shape[1:]), np.float32)
+        kept = max(0, min(last, len(old)) - first)
+        if kept:
+            out[:kept] = old.read_rows(first, kept)
+        out[(begin <= ids) & (ids < end)] = mean
+        return out[(slice(None), *index[1:])]
 
-def _filled(old: jax.Array, V: int, begin: int, end: int) -> jax.Array:
-    """[V',D] to [V,D], whose rows from `begin` to `end` are the mean of those before."""
-    mean = old[:begin].mean(0, dtype=jnp.float32).astype(old.dtype)
-    rest = [(0, 0)] * (old.ndim - 1)
-    index = jnp.arange(V).reshape(V, *[1] * len(rest))
-    return jnp.where((begin <= index) & (index < end), mean, jnp.pad(old, [(0, V - len(old)), *rest]))
+    return jax.make_array_from_callback(shape, where, block)
