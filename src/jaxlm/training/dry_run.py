@@ -49,7 +49,8 @@ def plan_memory(setup: Setup, jitted_step: Any) -> MemoryPlan:
     shape = (run.batch, run.length)
     sharding = None if setup.mesh is None else mesh.sharding("BT", shape, setup.mesh)
     row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    batch = type(setup.data.batch(0))(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
+    kind: Any = type(setup.data.batch(0))
+    batch = kind(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
     with mesh.use_mesh(setup.mesh):
         compiled = jitted_step.lower(state, batch, frozen).compile().memory_analysis()
     weights = gradients = _bytes_per_device(state.weights)

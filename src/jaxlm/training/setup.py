@@ -112,8 +112,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
     state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
-    *resolved, new_rows, notes = model
-    setup = Setup(run, *resolved, device_mesh, data, valid, tx, state, new_rows, notes)
+    setup = Setup(run, **model._asdict(), mesh=device_mesh, data=data, valid=valid, tx=tx, state=state)
     samples.check(setup)
     return setup
 

@@ -98,7 +98,7 @@ def read_with_new_rows(tensor: Any, shape: tuple[int, ...], new_rows: tuple[int,
     sums = [old.read_rows(i, min(ROWS, begin - i)).sum(0, dtype=np.float64) for i in range(0, begin, ROWS)]
     mean = np.sum(sums, 0) / begin
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(shape[0])
         ids = np.arange(first, last)
         out = np.empty((last - first, *shape[1:]), np.float32)
