@@ -4,8 +4,9 @@ A mesh has two axes, sometimes three. `data` is data parallelism: it shards the 
 (FSDP). `model` is tensor parallelism: it shards heads, the MLP width and the vocabulary. A letter whose size an axis
 does not divide is replicated over that axis.
 
-If `model` does not divide the number of kv heads (8 heads on 16 devices), it is factored into `model` and `group`. Query
-heads are sharded over both, kv heads over `model` alone. Each kv head is then on the devices whose query heads read it.
+If `model` does not divide the number of kv heads (8 heads on 16 devices), it is factored into `model` and `group`.
+Query heads are sharded over both, kv heads over `model` alone. Each kv head is then on the devices whose query heads
+read it.
 """
 
 import math
