@@ -42,7 +42,7 @@ class Tokenizer:
         self.hf = hf
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self.loaded_template: Any = hf.chat_template
-        self.has_new_tokens = False
+        self.has_new_tokens: bool = False
 
     @classmethod
     def load(
