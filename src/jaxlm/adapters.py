@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,11 +41,24 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
 
 
 def choose_tokenizer(
-    base: Tokenizer | None, checkpoint: Checkpoint, config: Any, ends: list[int]
+    base: Tokenizer | None, checkpoint: Checkpoint, folder: Path, config: Any, ends: list[int]
 ) -> tuple[Tokenizer | None, Checkpoint]:
-    """Chooses the tokenizer and chat template in the folder of the adapter, which belong to it, over those of the base.
-    Tools save them when the base is trained on conversations of a template that it does not have."""
-    folder = checkpoint.adapter.folder
+    """Chooses the tokenizer and chat template in the folder of an adapter, which belong to it, over those of the base.
+    Tools save them when the base is trained on conversations of a template that it does not have.
+
+    Args:
+        base: The tokenizer of the base model.
+        checkpoint: The checkpoint of the base model.
+        folder: The folder of the adapter.
+        config: The config of the base model.
+        ends: The EOS ids of the base model.
+
+    Returns:
+        The tokenizer, and the checkpoint with its folder and with a note if it is not that of the base.
+
+    Raises:
+        ValueError: The adapter's tokenizer has tokens that the base model does not have.
+    """
     tokenizer = Tokenizer.load(folder, {"eos_token_id": ends}, {})
     if tokenizer is None:
         template = folder / "chat_template.jinja"
@@ -52,6 +66,14 @@ def choose_tokenizer(
             return base, checkpoint
         base.hf.chat_template = text
         note = f"using the chat template beside the adapter ({folder}): the base model's is another"
+        return base, replace(checkpoint, notes=(*checkpoint.notes, note))
+    if base is not None and tokenizer.hf.chat_template is None:
+        tokenizer.hf.chat_template = base.hf.chat_template
+    if tokenizer.vocab_size > config.V and base is not None and _extends(base, tokenizer):
+        # No text needs the added tokens, such as one for padding, and the model does not have them.
+        base.hf.chat_template = tokenizer.hf.chat_template
+        extra = tokenizer.vocab_size - base.vocab_size
+        note = f"using the base model's tokenizer, without {extra:,} tokens that the adapter's ({folder}) adds"
         return base, replace(checkpoint, notes=(*checkpoint.notes, note))
     if tokenizer.vocab_size > config.V:
         raise ValueError(
@@ -69,6 +91,14 @@ def choose_tokenizer(
         note = f"using the {' and the '.join(differs)} beside the adapter ({folder}): {whose}"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     return tokenizer, replace(checkpoint, tokenizer=folder)
+
+
+def _extends(base: Tokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has the tokens of the base with the same ids, and a chat template that uses no others."""
+    ours, theirs = base.hf.get_vocab(), tokenizer.hf.get_vocab()
+    added = theirs.keys() - ours.keys()
+    template = str(tokenizer.hf.chat_template or "")
+    return ours.items() <= theirs.items() and not any(token in template for token in added)
 
 
 def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:

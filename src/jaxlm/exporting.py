@@ -238,9 +238,10 @@ def sidecar_files(model: Model) -> SidecarFiles:
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
     if model.tokenizer is not None and model.tokenizer.has_new_tokens:
         sidecars = {name: path for name, path in sidecars.items() if name not in TOKENIZER_FILES}
-    if model.tokenizer is not None and model.tokenizer.hf.chat_template != model.tokenizer.loaded_template:
+    template = None if model.tokenizer is None else model.tokenizer.hf.chat_template
+    if model.tokenizer is not None and isinstance(template, str) and template != model.tokenizer.loaded_template:
         sidecars.pop("chat_template.json", None)
-        sidecars[TEMPLATE] = model.tokenizer.hf.chat_template
+        sidecars[TEMPLATE] = template
     generation_config = {k: v for k, v in model.generation_config.items() if v not in (None, [])}
     if checkpoint is None or checkpoint.format == "meta":  # params.json has no EOS ids
         sidecars |= {GENERATION: generation_config} if generation_config and GENERATION not in sidecars else {}

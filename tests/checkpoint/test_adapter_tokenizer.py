@@ -57,6 +57,31 @@ def test_a_chat_template_beside_the_adapter_is_used_told_and_kept(adapter: Path,
     assert given.checkpoint.notes == ()
 
 
+def test_a_tokenizer_without_a_template_keeps_that_of_the_base(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    beside(adapter, None)
+    (adapter / "chat_template.jinja").unlink(missing_ok=True)
+    model = jaxlm.load(adapter)
+    assert model.tokenizer.hf.chat_template == TEMPLATE
+    assert model.checkpoint.notes == ()
+    jaxlm.export(jaxlm.fuse(model), adapter.parent / "exported")
+    assert (adapter.parent / "exported/chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_added_tokens_that_no_text_needs(adapter: Path) -> None:
+    """As of adapters that were saved with a token for padding, which the base does not have."""
+    tokenizer = jaxlm.load(adapter.parent / "base").tokenizer.hf
+    size = len(tokenizer)
+    tokenizer.add_tokens(["[PAD]"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(adapter)
+    model = jaxlm.load(adapter)
+    assert model.tokenizer.vocab_size == size
+    assert model.tokenizer.hf.chat_template == TEMPLATE
+    assert "without 1 tokens" in model.checkpoint.notes[0]
+
+
 def test_a_template_alone(adapter: Path) -> None:
     (adapter / "chat_template.jinja").write_text(TEMPLATE)
     model = jaxlm.load(adapter)

@@ -54,15 +54,30 @@ def test_prompts_tools_and_further_fields(tmp_path):
         ({"message": [USER]}, "did you mean 'messages'"),
         ({"prompt": "a", "messages": [USER]}, "both 'prompt' and 'messages'"),
         ({}, "no fields"),
-        ({"prompt": "a", "tools": "sky"}, "field 'tools' must be a list"),
-        ({"prompt": "a", "system": 3}, "field 'system'"),
+        ({"prompt": "a", "tools": "sky"}, "tools must be JSON"),
+        ({"prompt": "a", "system": 3}, "field system must be a string"),
         ({"prompt": "a", "seed": 3}, "field 'seed' has the name of a field of the output"),
+        ({"prompt": "a", "temperature": 0}, "field 'temperature' is a sampling parameter.*--temperature"),
+        ({"messages": [SYSTEM, USER], "system": "t"}, "two system messages"),
         ({"prompt": None}, "not None"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, line, words):
     with pytest.raises(ValueError, match=f"prompts.jsonl, line 2: .*{words}"):
         read_prompts(file_of(tmp_path, '"a"', line))
+
+
+def test_fields_beside_a_prompt_are_those_of_training_rows(tmp_path):
+    [line] = read_prompts(file_of(tmp_path, {
+        "messages": [SYSTEM, USER], "system": "s", "functions": [{"name": "sky"}],
+        "chat_template_kwargs": {"enable_thinking": False}, "id": 1,
+    }))  # fmt: skip
+    assert line.prompt == [SYSTEM, USER]
+    assert line.tools == [TOOL]
+    assert (line.template_args, line.fields) == ({"enable_thinking": False}, {"id": 1})
+    [line] = read_prompts(file_of(tmp_path, {"prompt": "c", "history": [["a", "b"]], "system_prompt": "s"}))
+    roles = [(message["role"], message["content"]) for message in line.prompt]
+    assert roles == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
 
 
 def answers(model, monkeypatch, capsys, *arguments) -> list[dict]:
@@ -104,6 +119,11 @@ def test_a_last_message_of_the_assistant_is_continued(model):
     assert text.endswith("<user>Hi<end><assistant>so far")
     again = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "so far"}]
     assert to_ids(model, again, {}) == to_ids(model, begun, {})
+    assert to_ids(model, begun, {"continue_final_message": True, "add_generation_prompt": False}) == to_ids(
+        model, begun, {}
+    )
+    answered = model.tokenizer.decode(to_ids(model, begun, {"add_generation_prompt": True}), skip_special=False)
+    assert answered.endswith("so far<end><assistant>")
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(ValueError, match="the last message is a tool call"):
         to_ids(model, [USER, call], {})

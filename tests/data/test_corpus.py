@@ -311,7 +311,7 @@ def test_fields_of_messages_and_variables_that_are_not_used_are_told_once(tmp_pa
     rows = [{"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}] * 2
     corpus = made(cache, write(tmp_path / "a.jsonl", *rows), tok=tokenizer_of(template))
     assert str(corpus).endswith(
-        "; fields that are not used: chat_template_kwargs.enable_thinking, messages.name, messages.time"
+        "; fields that are not used: chat_template_kwargs.enable_thinking, messages.name (user), messages.time (user)"
     )
     assert "sSys<end>" in TOK.decode(corpus.document(0).ids, skip_special=False)
     named = made(cache, write(tmp_path / "b.jsonl", {"messages": [messages[0], {"role": "user", "content": "a"},

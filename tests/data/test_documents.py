@@ -351,7 +351,11 @@ def test_fields_with_other_names():
         ({**PAIR, "tools": "[{"}, {}, "invalid messages", "tools must be JSON"),
         ({**PAIR, "tools": [5]}, {}, "invalid messages", "tools must be a list"),
         ({**PAIR, "completion": 5}, {}, "invalid messages", "field completion"),
-        ({"prompt": "a", "completion": [{"role": "user", "content": "a"}]}, {}, "no assistant turn", "roles: user"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "a"}]}, {}, "invalid messages", "no answer"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}, {},
+         "invalid messages", "must begin with an answer"),
+        ({**PAIR, "prompt": None}, {}, "invalid messages",
+         "field prompt must be a text or a list of messages, not None"),
         ({"instruction": "a", "output": None}, {}, "not a string", "field output"),
     ],
 )  # fmt: skip
@@ -361,6 +365,16 @@ def test_invalid_rows(value, options, why, message):
     assert bad.why == why
     with pytest.raises(ValueError, match=f"a.jsonl:7: .*{message}"):
         raise ValueError(str(bad))
+
+
+def test_an_answer_that_repeats_the_prompt():
+    """As in rows of preferences whose `chosen` is the whole conversation."""
+    chosen = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    row = {"prompt": "Q", "chosen": chosen, "rejected": [*chosen[:1], {"role": "assistant", "content": "B"}]}
+    [made] = documents(row, completion_field="chosen")
+    assert text(made) == ("<bos><user>Q<end><assistant>A<end>", "A<end>")
+    [made] = documents({**row, "chosen": chosen[1:]}, completion_field="chosen")
+    assert text(made) == ("<bos><user>Q<end><assistant>A<end>", "A<end>")
 
 
 def test_an_empty_answer():

@@ -159,3 +159,54 @@ def test_normalized_messages_stay_as_they_are(messages, template):
         assert None not in message.values()
         for call in message.get("tool_calls", ()):
             assert isinstance(call["function"]["arguments"], dict)
+
+
+@pytest.mark.parametrize(
+    "compared",
+    [
+        "message.role == 'developer'", "message['role'] == \"developer\"", "message.get('role') == 'developer'",
+        "'developer' == message.role", "'developer' != message['role']", "(message['role'])=='developer'",
+        "message.role | lower == 'developer'", "message.role in ('system', 'developer')", "message.role != 'developer'",
+    ],
+)  # fmt: skip
+def test_a_role_that_a_template_compares_is_kept(compared):
+    template = f"{{% if {compared} %}}x{{% endif %}}"
+    assert names_role(template, "developer")
+    for role in ("developer", "Developer"):
+        assert normalize([{"role": role, "content": "a"}], template)[0]["role"] == "developer"
+    assert (
+        normalize([{"role": "developer", "content": "a"}], template.replace("developer", "tool"))[0]["role"] == "system"
+    )
+
+
+def test_a_template_that_joins_arguments_gets_them_as_json():
+    """As DeepSeek's, which adds them to a text."""
+    tok = tokenizer_of("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                       "{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}{% endfor %}")  # fmt: skip
+    for messages in (CALLED, [USER, {"role": "assistant", "tool_calls": [{"function": JSON_CALL}]}, CALLED[2]]):
+        assert tok.render(messages) == 'Sky?sky{"city": "Oslo"}rain'
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_reasoning_under_the_name_that_a_template_reads(name):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.NAME }}{{ m.content }}<end>{% endfor %}".replace("NAME", name)
+    row = {"messages": [USER, {"role": "assistant", "content": "b", name: "why"}]}
+    [made] = DocumentTokenizer(tokenizer_of(template)).documents([Row("a", 1, row)])
+    assert isinstance(made, Document), made
+    other = {"messages": [USER, {"role": "assistant", "content": "b", "reasoning_content": "why"}]}
+    [made] = DocumentTokenizer(tokenizer_of(template)).documents([Row("a", 1, other)])
+    assert isinstance(made, Document) == (name != "reasoning")  # the template would drop it
+
+
+def test_the_number_of_renderings_does_not_grow_with_the_conversation(monkeypatch):
+    """Also if the template changes contents, or messages have fields that it does not read."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tok, counted = tokenizer_of(template), []
+    render = Tokenizer.render
+    monkeypatch.setattr(Tokenizer, "render", lambda *args, **how: counted.append(1) or render(*args, **how))
+    turns = [m for i in range(30) for m in (USER, {"role": "assistant", "content": f"<think>a</think>b{i}", "id": i})]
+    tok.prompt([*turns, USER])
+    assert len(counted) <= 3

@@ -39,6 +39,8 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (Run, {"steps": 1e3}, "write 1000$"),
     (Run, {"batch": 8.5}, "write 8$"),
     (Run, {"batch": None}, "not an integer"),
+    (Run, {"steps": float("inf")}, "not an integer$"),
+    (Run, {"steps": "nan"}, "not an integer$"),
     (Run, {"length": "1k"}, "not an integer"),
     (Run, {"seed": True}, "not an integer"),
     (Run, {"epochs": "3"}, "write 3.0$"),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tiny_chat import TEMPLATE
 from helpers.tiny_models import tiny
 from helpers.training_runs import BASE, Stopped, lines, stopping_at, write_base
 
@@ -23,6 +25,7 @@ from jaxlm.data.packing import Batch
 from jaxlm.nn import lora, params
 from jaxlm.training import loop, optimizers, step
 from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
+from jaxlm.training.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -156,6 +159,17 @@ def test_training_continues_from_an_adapter(chats, base, first, tmp_path) -> Non
     assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3
     with pytest.raises(ValueError, match=r"--lora\.rank"):
         loop.train(run_of(chats, base, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
+
+
+def test_training_continues_with_the_chat_template_beside_the_adapter(chats, base, first, tmp_path) -> None:
+    adapter = shutil.copytree(first.model, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text(TEMPLATE)
+    setup = set_up(run_of(chats, base, tmp_path / "run", adapter=adapter))
+    assert setup.tokenizer.hf.chat_template == TEMPLATE
+    assert "chat template beside the adapter" in "".join(setup.notes)
+    assert setup.checkpoint.adapter is None
+    setup = set_up(run_of(chats, base, tmp_path / "run", adapter=adapter, tokenizer=base))
+    assert setup.tokenizer.hf.chat_template != TEMPLATE
 
 
 def test_a_dry_run(chats, base, tmp_path, capsys) -> None:

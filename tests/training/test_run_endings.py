@@ -13,7 +13,7 @@ from helpers.training_runs import lines, run_of
 
 from jaxlm.training import loop
 from jaxlm.training.config import LoraOptions, Optimizer
-from jaxlm.training.metrics import Interval
+from jaxlm.training.metrics import Interval, MetricsFile
 from jaxlm.training.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -81,6 +81,14 @@ def test_the_interval_is_that_of_its_checkpoint(tmp_path):
     (tmp_path / "interval.json").write_text("{")
     with pytest.raises(ValueError, match=r"interval\.json is damaged"):
         Interval(tmp_path, 7)
+
+
+def test_a_line_without_a_loss_is_kept_when_the_run_resumes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 8, "loss": 1.0}, {"step": 10, "grad_norm": 0.0, "tokens": 0.0}, {"step": 10, "valid_loss": 2.0},
+            {"step": 12, "loss": 3.0}]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert MetricsFile(path, 10).kept == rows[:2]
 
 
 @pytest.fixture

@@ -315,7 +315,9 @@ def resolve_adapter(source: ModelSource) -> Path:
     from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 
     cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
-    if all(isinstance(found, str) for found in cached):
+    complete = all(isinstance(found, str) for found in cached)
+    known = [try_to_load_from_cache(repo, file, revision=revision) is not None for file in TOKENIZER_FILES]
+    if complete and (all(known) or source.offline or is_offline_mode()):  # an earlier version did not fetch these
         return Path(str(cached[0])).parent.resolve()
     if source.offline or is_offline_mode():
         raise FileNotFoundError(
@@ -361,7 +363,7 @@ def _fetch_adapter(repo: str, revision: str | None, token: str | None) -> Path:
         raise FileNotFoundError(
             f"{repo} has no {ADAPTER_WEIGHTS}{remote_files(repo, folder.name, token)}: {SAFETENSORS}"
         )
-    download(repo, folder, {ADAPTER_WEIGHTS: file}, token)
     commit = folder.name  # an adapter of a base model may have its own tokenizer and chat template
     each(lambda name: _small(repo, name, commit, token), TOKENIZER_FILES)
+    download(repo, folder, {ADAPTER_WEIGHTS: file}, token)
     return folder

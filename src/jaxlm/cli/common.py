@@ -70,7 +70,10 @@ class ProcessFlags:
     debug: bool = False
     """Show the traceback of an error."""
 
-    stops_at_sigterm: ClassVar[bool] = False  # whether the command ends by itself after SIGTERM
+    @property
+    def stops_at_sigterm(self) -> bool:
+        """Whether the command ends by itself after SIGTERM."""
+        return False
 
     def begin(self) -> None:
         """Configures the process. A distributed run waits for all processes, then silences all but the coordinator."""
@@ -199,7 +202,8 @@ def devnull() -> IO[str]:
 def silence_workers(is_coordinator: bool) -> None:
     """Redirects the output of libraries from stdout to stderr (Gloo prints there), and discards the output of all
     processes but the coordinator. Errors of every process go to sys.__stderr__."""
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if is_coordinator else devnull()
+    options = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    sys.stdout = os.fdopen(os.dup(1), "w", **options) if is_coordinator else devnull()
     os.dup2(2, 1)
     if not is_coordinator:
         sys.stderr = devnull()

@@ -16,6 +16,7 @@ from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
 from jaxlm.cli.prompt_lines import PromptLine, read_prompts
+from jaxlm.data.formats import is_system
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
@@ -105,7 +106,9 @@ class Generate(SamplingFlags, ModelFlags):
             if line.tools and not (model.tokenizer is not None and model.tokenizer.template_accepts("tools")):
                 raise ValueError(f"tools need a chat template that writes them; that of {model.source} does not")
             more = {"tools": line.tools} if line.tools else {}
-            ids = to_ids(model, prompt_of(line.prompt, model, self.system, self.raw), {**args, **more})
+            ids = to_ids(
+                model, prompt_of(line.prompt, model, self.system, self.raw), {**args, **line.template_args, **more}
+            )
             resolve_max_tokens(model, ids, self.max_tokens)
             return ids
 
@@ -118,7 +121,7 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
             f"--system needs a chat template; {'--raw does not apply it' if raw else model.source + ' has none'}"
         )
     if not isinstance(line, str):
-        has_own = isinstance(line[0], dict) and line[0].get("role") == "system"
+        has_own = is_system(line[0])
         if not isinstance(line[0], dict):
             return line  # token ids
         return [{"role": "system", "content": system}, *line] if system and not has_own else line

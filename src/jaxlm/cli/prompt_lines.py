@@ -1,5 +1,6 @@
-"""The file of --prompts: one prompt per line, with what is said beside it."""
+"""The file of --prompts: one prompt per line. The fields beside it are read as in training rows (data/formats.py)."""
 
+import dataclasses
 import difflib
 import json
 import reprlib
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoint.errors import explain_errors
+from jaxlm.data.formats import BESIDE, history_of, system_of, template_args_of, tools_of
+from jaxlm.inference.sampling_params import SamplingParams
+from jaxlm.processing.messages import REASONING
 
 PROMPT_FIELDS = ("prompt", "messages", "conversations")  # of a line of --prompts
 OUTPUT_FIELDS = {"index", "model", "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens",
@@ -22,12 +26,14 @@ class PromptLine(NamedTuple):
         prompt: A text, messages or token ids.
         tools: JSON schemas of tools.
         fields: Further fields, which are printed with the answer.
+        template_args: Variables of the chat template that the line sets.
     """
 
     where: str
     prompt: Any
     tools: list[dict[str, Any]] | None = None
     fields: dict[str, Any] = {}  # noqa: RUF012  never changed
+    template_args: dict[str, Any] = {}  # noqa: RUF012
 
 
 def read_prompts(path: Path, stdin: Callable[[], str] | None = None) -> list[PromptLine]:
@@ -56,7 +62,8 @@ def read_prompts(path: Path, stdin: Callable[[], str] | None = None) -> list[Pro
 
 
 def _prompt_line(where: str, value: Any) -> PromptLine:
-    fields, tools = {}, None
+    fields: dict[str, Any] = {}
+    tools, args = None, {}
     if isinstance(value, dict):
         fields = dict(value)
         given = [name for name in PROMPT_FIELDS if name in fields]
@@ -65,19 +72,25 @@ def _prompt_line(where: str, value: Any) -> PromptLine:
             raise ValueError(
                 f"the line has {found}: expected one of {', '.join(map(repr, PROMPT_FIELDS))}{_near(value)}"
             )
-        value, tools, system = fields.pop(given[0]), fields.pop("tools", None), fields.pop("system", None)
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise ValueError(f"the field 'tools' must be a list of JSON schemas, not {reprlib.repr(tools)}")
+        value = fields.pop(given[0])
+        beside = {name: fields.pop(name) for name in BESIDE if name in fields}
         if taken := sorted(OUTPUT_FIELDS & fields.keys()):
             raise ValueError(f"the field {taken[0]!r} has the name of a field of the output: rename it")
-        if system is not None:
-            value = [{"role": "user", "content": value}] if isinstance(value, str) else value
-            if not isinstance(system, str) or not isinstance(value, list):
-                raise ValueError(f"the field 'system' must be a string beside messages, not {reprlib.repr(system)}")
-            value = [{"role": "system", "content": system}, *value]
+        if options := [one.name for one in dataclasses.fields(SamplingParams) if one.name in fields]:
+            flag = f"--{options[0].replace('_', '-')}"
+            raise ValueError(f"the field {options[0]!r} is a sampling parameter, which all prompts share: pass {flag}")
+        if reasoning := [name for name in REASONING if beside.get(name)]:
+            raise ValueError(f"the field {reasoning[0]!r} must be a field of a message")
+        tools, args = tools_of(beside), template_args_of(beside)
+        if any(beside.get(name) for name in ("system", "system_prompt", "history")):
+            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+                raise ValueError(f"messages must be a list of objects, not {reprlib.repr(messages)}")
+            messages = [*history_of(beside), *messages]
+            value = [*system_of(beside, messages), *messages]
     if not value or not isinstance(value, str | list):
         raise ValueError(f'expected a string, {{"prompt": …}} or {{"messages": […]}}, not {reprlib.repr(value)}')
-    return PromptLine(where, value, tools, fields)
+    return PromptLine(where, value, tools, fields, args)
 
 
 def _near(value: dict[str, Any]) -> str:

@@ -30,12 +30,15 @@ class Train(ProcessFlags, Run):
     """
 
     memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
-    stops_at_sigterm: ClassVar[bool] = True
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
     """YAML file of flags; dotted names are nested (optimizer: {lr: 0.001})."""
     dry_run: bool = False
     """Print memory, steps, tokens and two examples with their loss mask, and exit."""
+
+    @property
+    def stops_at_sigterm(self) -> bool:
+        return not self.dry_run
 
     def run(self) -> int:
         try:

@@ -34,12 +34,12 @@ class Ends(NamedTuple):
     Attributes:
         prompt: What add_generation_prompt appends; empty if it changes other text too.
         closing: The text after the last answer if no stop token ends it, else None. In training, EOS follows that text.
-        reasoning: Whether the template writes the reasoning of the last answer.
+        reasoning: The fields (REASONING) whose text the template writes as the reasoning of the last answer.
     """
 
     prompt: str
     closing: str | None
-    reasoning: bool
+    reasoning: frozenset[str]
 
 
 class AssistantTurns:
@@ -69,8 +69,10 @@ class AssistantTurns:
             prompt = with_prompt[len(without) :] if with_prompt.startswith(without) else ""
             answered = self.render([question, {"role": ASSISTANT, "content": tag}], tools)
             after = answered.partition(tag)[2]
-            reasoned = self.render([question, {"role": ASSISTANT, "content": "b", "reasoning_content": tag}], tools)
-            self.ends[template] = Ends(prompt, None if self._stop_after(after) else after, tag in reasoned)
+            answer = {"role": ASSISTANT, "content": "b"}
+            written = [name for name in REASONING if tag in self.render([question, {**answer, name: tag}], tools)]
+            closing = None if self._stop_after(after) else after
+            self.ends[template] = Ends(prompt, closing, frozenset(written))
         return self.ends[template]
 
     def find(self, messages: Messages, tools: list | None, turns: Collection[int] | None = None) -> tuple[str, Spans]:
@@ -106,7 +108,7 @@ class AssistantTurns:
                 return text, [self._with_stop(text, span, ends) for i, span in zip(answers, tagged) if i in wanted]
         spans, before = [], 0
         for i in wanted:
-            if contents is not None and contents[i] is not None and messages[i].keys() == {"role", "content"}:
+            if contents is not None and contents[i] is not None and _is_plain(messages[i], template):
                 start, end = contents[i]
                 end += self._closing_after(text[end:], ends)
             else:
@@ -129,7 +131,8 @@ class AssistantTurns:
         for number, message in enumerate(messages, 1):
             if lost := [value for value in _call_values(message) if value not in text and _quoted(value) not in text]:
                 raise ValueError(f"the chat template does not render the tool calls of message {number} ({lost[0]})")
-            if any(message.get(name) for name in REASONING) and not ends.reasoning:
+            names = [name for name in REASONING if message.get(name)]
+            if names and ends.reasoning.isdisjoint(names):
                 raise ValueError(f"the chat template does not write the reasoning of message {number}")
         return spans
 
@@ -187,6 +190,12 @@ class AssistantTurns:
         rest = after.lstrip()
         stop = next((stop for stop in self.stops if rest.startswith(stop)), "")
         return len(after) - len(rest) + len(stop) if stop else 0
+
+
+def _is_plain(message: Mapping[str, Any], template: str) -> bool:
+    """Whether the content of an answer is all that the template can write of it."""
+    more = message.keys() - {"role", "content"}
+    return not any(name in ("tool_calls", *REASONING) or name in template for name in more)
 
 
 def _call_values(message: Mapping[str, Any]) -> Iterator[str]:

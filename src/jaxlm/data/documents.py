@@ -208,6 +208,8 @@ class DocumentTokenizer:
             return self.turns
         key = json.dumps(used, sort_keys=True)
         if key not in self._turns_of_rows:
+            if len(self._turns_of_rows) >= 64:  # a date in each row
+                self._turns_of_rows.clear()
             self._turns_of_rows[key] = AssistantTurns(self.tokenizer, {**self.options.template_args, **used})
         return self._turns_of_rows[key]
 
@@ -220,12 +222,8 @@ class DocumentTokenizer:
         messages = normalize(chat.messages, template)
         for i, message in enumerate(messages):
             for name in message:
-                key = message["role"], name
-                if (
-                    name in ("role", "content", "tool_calls", *REASONING)
-                    or key in self._used
-                    or f"messages.{name}" in self.unused
-                ):
+                key, note = (message["role"], name), f"messages.{name} ({message['role']})"
+                if name in ("role", "content", "tool_calls", *REASONING) or key in self._used or note in self.unused:
                     continue
                 if name in template:
                     others = {other: value for other, value in message.items() if other != name}
@@ -236,7 +234,7 @@ class DocumentTokenizer:
                     if read:
                         self._used.add(key)
                         continue
-                self.unused[f"messages.{name}"] = None
+                self.unused[note] = None
 
     @property
     def notes(self) -> list[str]:

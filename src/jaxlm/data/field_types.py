@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,10 +22,15 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = _converted(f"{type(self).__name__}.{f.name}", hints[f.name], getattr(self, f.name))
             object.__setattr__(self, f.name, value)
+
+
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _converted(name: str, hint: Any, value: Any) -> Any:
@@ -80,6 +87,8 @@ def _proposal(hint: Any, value: Any) -> str:
         try:
             number = float(value)
         except (TypeError, ValueError):
+            return ""
+        if not math.isfinite(number):
             return ""
         if hint is float or number.is_integer():
             return f": write {hint(number)}"

@@ -70,8 +70,7 @@ class TextOptions(Checked):
             return "text" if self.format in (None, "text") else None
         if self.format is not None:
             return self.format if all(name in value for name in self.fields(self.format)) else None
-        usual = TextOptions()
-        named = [format for format in FORMATS if self.fields(format) != usual.fields(format)]
+        named = [format for format in FORMATS if self.fields(format) != FORMATS[format][0]]
         found = [format for format in [*named, *FORMATS] if all(name in value for name in self.fields(format))]
         filled = [format for format in found if all(value[name] is not None for name in self.fields(format))]
         return next(iter([*filled, *found]), None)
@@ -142,12 +141,16 @@ def conversation(
             if beside := [name for name in BESIDE if value.get(name)]:
                 raise InvalidRowError("unsupported field", f"the field {beside[0]} needs a chat template")
             return _separated(prompt, completion)
-        question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _listed(prompt, read[0])
-        answer = _answer(value, completion) if isinstance(completion, str) else _listed(completion, read[1])
+        either, question = "a text or a list of messages", [{"role": "user", "content": prompt}]
+        question = question if isinstance(prompt, str) else _listed(prompt, read[0], either)
+        if isinstance(completion, str):
+            answer = _answer(value, completion)
+        else:
+            answer = _after(question, _listed(completion, read[1], either), read[1])
     if (beside := [name for name in REASONING if value.get(name)]) and not isinstance(value.get(read[-1]), str):
         raise InvalidRowError("unsupported field", f"the field {beside[0]} must be a field of the assistant's message")
-    before = [*_history(value), *question]
-    given = [*_system(value, [*before, *answer]), *before, *answer]
+    before = [*history_of(value), *question]
+    given = [*system_of(value, [*before, *answer]), *before, *answer]
     try:
         messages = normalize(given, source)
     except ValueError as error:
@@ -161,7 +164,7 @@ def conversation(
         if message["role"] != ASSISTANT and _trained(i + 1, given[i]):
             why = f"message {i + 1} ({message['role']}) is to be trained on, but only assistant turns are"
             raise InvalidRowError("unsupported field", why)
-    return Chat(messages, _tools(value), turns, _template_args(value))
+    return Chat(messages, tools_of(value), turns, template_args_of(value))
 
 
 def check_fields(value: Mapping[str, Any], read: Collection[str]) -> None:
@@ -227,25 +230,28 @@ def _trained(number: int, message: Any) -> bool | None:
     return next((bool(flag) for flag in flags.values()), None)
 
 
-def _system(value: Mapping[str, Any], messages: list[Any]) -> list[dict[str, Any]]:
+def system_of(value: Mapping[str, Any], messages: list[Any]) -> list[dict[str, Any]]:
     """Returns the system message in a field of the row, if it has one that the messages do not begin with."""
     systems = [_string(value, name) for name in ("system", "system_prompt") if value.get(name)]
     if not systems:
         return []
     if len({system.strip() for system in systems}) > 1:
         raise InvalidRowError("invalid messages", "the fields system and system_prompt are two system messages")
-    own = messages[0] if isinstance(messages[0], Mapping) and _is_system(messages[0]) else {}
+    own = messages[0] if is_system(messages[0]) else {}
     if own and systems[0].strip() not in (str(text).strip() for text in own.values()):
         raise InvalidRowError("invalid messages", "the field system and the first message are two system messages")
     return [] if own else [{"role": "system", "content": systems[0]}]
 
 
-def _is_system(message: Mapping[str, Any]) -> bool:
+def is_system(message: Any) -> bool:
+    """Whether a message, in any form, is one of the system."""
+    if not isinstance(message, Mapping):
+        return False
     role = str(message.get("role") or message.get("from")).lower()
     return role == "developer" or ROLES.get(role) == "system"
 
 
-def _history(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+def history_of(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the earlier turns in the field history: pairs of a question and its answer, or messages."""
     history = value.get("history") or []
     if not isinstance(history, list):
@@ -260,12 +266,31 @@ def _history(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn)]
 
 
+def _after(question: list[Any], answer: list[Any], name: str) -> list[Any]:
+    """Returns the messages of an answer without those of the question, which some rows repeat (chosen)."""
+
+    def said(messages: list[Any]) -> list[tuple[str, str]]:
+        try:
+            return [(message["role"], message["content"].strip()) for message in normalize(messages)]
+        except ValueError:  # named where the whole conversation is normalized
+            return []
+
+    begin = answer[: len(question)]
+    if said(begin) and said(begin) == said(question):
+        answer = answer[len(question) :]
+    if said(answer[:1]) and said(answer[:1])[0][0] in ("user", "system"):
+        raise InvalidRowError("invalid messages", f"the field {name} must begin with an answer to the prompt")
+    if not answer:
+        raise InvalidRowError("invalid messages", f"the field {name} has no answer to the prompt")
+    return answer
+
+
 def _answer(value: Mapping[str, Any], completion: str) -> list[dict[str, Any]]:
     """Returns the answer of a row with the reasoning in a field of the row."""
     return [{"role": ASSISTANT, "content": completion, **{name: value[name] for name in REASONING if value.get(name)}}]
 
 
-def _template_args(value: Mapping[str, Any]) -> dict[str, Any]:
+def template_args_of(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the variables of the chat template that a row sets, in trl's form."""
     args = value.get("chat_template_kwargs") or {}
     args = _json(args, "chat_template_kwargs") if isinstance(args, str) else args
@@ -298,15 +323,15 @@ def _string(value: Mapping[str, Any], name: str) -> str:
     return value[name]
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def _listed(value: Any, name: str, what: str = "a list of messages") -> list[Any]:
     """Returns the messages of a field as a list."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
-        raise InvalidRowError("invalid messages", f"the field {name} must be a list of messages, not {short(value)}")
+        raise InvalidRowError("invalid messages", f"the field {name} must be {what}, not {short(value)}")
     return value
 
 
-def _tools(value: Mapping[str, Any]) -> list | None:
+def tools_of(value: Mapping[str, Any]) -> list | None:
     """Returns the tools of a row, or OpenAI's earlier functions as tools."""
     tools = value.get("tools")
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools

@@ -5,6 +5,7 @@ A source yields its rows one by one (readers.py) and has a digest of its content
 
 import glob
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,8 +143,8 @@ def short_names(names: Sequence[str]) -> list[str]:
     short: list[str] = []
     for name in names:
         plain = re.sub(r"[^\w-]+", "_", Path(name).name.partition(".")[0]).strip("_") or "data"
-        same = sum(1 for other in short if other == plain or re.fullmatch(rf"{plain}_\d+", other))
-        short.append(f"{plain}_{same + 1}" if same else plain)
+        numbered = (f"{plain}_{n}" for n in itertools.count(2))
+        short.append(next(one for one in (plain, *itertools.islice(numbered, len(names))) if one not in short))
     return short
 
 

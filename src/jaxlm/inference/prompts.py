@@ -53,7 +53,7 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
-        ids = _tokenizer(model).chat(prompt, **_continued(prompt), **template_args)
+        ids = _tokenizer(model).chat(prompt, **{**_continued(prompt, template_args), **template_args})
     else:
         ids = _integers(prompt)
     if not ids:
@@ -66,8 +66,10 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
     return ids
 
 
-def _continued(messages: Any) -> dict[str, Any]:
-    """Arguments of Tokenizer.chat: a last message of the assistant is continued, not answered."""
+def _continued(messages: Any, template_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of Tokenizer.chat: a last message of the assistant is continued, not answered, unless asked for."""
+    if template_args.get("add_generation_prompt"):
+        return {}
     last = messages[-1]
     role = str(last.get("role", last.get("from"))).lower() if isinstance(last, Mapping) else ""
     if ROLES.get(role) != ASSISTANT:

@@ -48,8 +48,10 @@ def normalize(messages: Iterable[Any], template: str = "") -> list[dict[str, Any
 
 def names_role(template: str, role: str) -> bool:
     """Whether a chat template compares the role of a message with this one: `message.role == "tool"`."""
-    compared = rf"""role['"]?\]?\s*(==\s*|in\s*[\[(][^\])]*)(['"]){re.escape(role)}\2"""
-    return re.search(compared, template) is not None
+    name, operator = rf"""(?P<quote>['"]){re.escape(role)}(?P=quote)""", r"(?:==\s*|!=\s*|in\s*[\[(][^\])]*)"
+    after = rf"""role['"]?\s*[\])]*\s*(?:\|\s*\w+\s*)?{operator}{name}"""
+    before = rf"""{name}\s*[=!]=\s*\(?\s*\w+(?:\.|\[['"]|\.get\(['"])role"""
+    return any(re.search(compared, template) for compared in (after, before))
 
 
 def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
@@ -94,8 +96,8 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
 
 def _role(role: str, template: str) -> str:
     lower = role.lower()
-    if lower in OTHER_ROLES and names_role(template, role):
-        return role
+    if lower in OTHER_ROLES and names_role(template, lower):
+        return lower
     return ROLES.get(lower) or OTHER_ROLES.get(lower) or (lower if lower in _CALLS else role)
 
 
@@ -160,6 +162,22 @@ def _parsed(where: str, what: str, text: Any) -> Any:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{where}: {what} must be JSON, not {short(text)}") from None
+
+
+def json_arguments(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies normalized messages, with the arguments of tool calls as JSON."""
+
+    def written(call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
 
 
 def short(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.processing.chat_template import THINKING, template_errors
-from jaxlm.processing.messages import ASSISTANT, normalize
+from jaxlm.processing.messages import ASSISTANT, json_arguments, normalize
 from jaxlm.processing.tokenizer_files import (
     eos_ids,
     from_tokenizer_model,
@@ -225,8 +225,16 @@ class Tokenizer:
         from jaxlm.processing.template_rendering import render
 
         texts = self._normalized(messages, tools, template_args)
-        with template_errors():
-            return render(self.hf, texts, tools, add_generation_prompt=add_generation_prompt, **template_args)
+        template_args["add_generation_prompt"] = add_generation_prompt
+        try:
+            with template_errors():
+                return render(self.hf, texts, tools, **template_args)
+        except ValueError:
+            # Some templates (DeepSeek's) join the arguments of tool calls to a text, and so need them as JSON.
+            if not any(message.get("tool_calls") for message in texts):
+                raise
+            with template_errors():
+                return render(self.hf, json_arguments(texts), tools, **template_args)
 
     def _normalized(self, messages: Messages, tools: list[Any] | None, template_args: Mapping[str, Any]) -> list[dict]:
         with template_errors():

@@ -31,11 +31,9 @@ def content_spans(render: Render, messages: Sequence[Message], text: str) -> lis
         The span of characters of each message's content, None for a blank one. None instead of the list if a content
         does not appear once, in order, and as it is, stripped, or quoted as JSON.
     """
-    tag = marker(text)
-    shown = [i for i, message in enumerate(messages) if message["content"].strip()]
-    marked = [{**m, "content": f"{tag}{i}."} if i in shown else m for i, m in enumerate(messages)]
+    shown, marked = _marked(messages, marker(text))
     try:
-        pieces = re.split(f"{tag}([0-9]+)\\.", render(marked))
+        pieces = re.split(f"{marker(text)}([0-9]+)\\.", render(marked))
     except ValueError:
         return None
     literals, numbers = pieces[::2], pieces[1::2]
@@ -60,15 +58,25 @@ def dropped(render: Render, messages: Sequence[Message], text: str, besides: str
     The arguments are those of content_spans. Messages of the role `besides` are not looked at. A content that the
     template changes counts as written.
     """
-    if content_spans(render, messages, text) is not None:
-        return None
-    for i, message in enumerate(messages):
-        if (content := message["content"].strip()) and message["role"] != besides:
-            tag = marker(text)
-            try:
-                written = tag in render([*messages[:i], {**message, "content": tag}, *messages[i + 1 :]])
-            except ValueError:  # the template expects something of this content
-                written = content in text
-            if not written:
-                return i
+    tag = marker(text)
+    shown, marked = _marked(messages, tag)
+    try:
+        together = render(marked)
+    except ValueError:  # the template expects something of a content
+        together = ""
+    for i in shown:
+        if messages[i]["role"] == besides or f"{tag}{i}." in together:
+            continue
+        try:
+            written = tag in render([*messages[:i], {**messages[i], "content": tag}, *messages[i + 1 :]])
+        except ValueError:
+            written = messages[i]["content"].strip() in text
+        if not written:
+            return i
     return None
+
+
+def _marked(messages: Sequence[Message], tag: str) -> tuple[list[int], list[Message]]:
+    """Returns the indices of messages with a content that is not blank, and the messages with a marker in its place."""
+    shown = [i for i, message in enumerate(messages) if message["content"].strip()]
+    return shown, [{**m, "content": f"{tag}{i}."} if i in shown else m for i, m in enumerate(messages)]

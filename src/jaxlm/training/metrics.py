@@ -76,7 +76,8 @@ class MetricsFile:
         self.path = path
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         lines = _parse(path, [row for row in rows if row.endswith(b"\n")])  # a line without an end was cut off
-        self.kept = [line for line in lines if line["step"] < first or (line["step"] == first and "loss" in line)]
+        of_steps = [line["step"] < first or {"loss", "grad_norm"} & line.keys() for line in lines]
+        self.kept = [line for line, kept in zip(lines, of_steps) if kept and line["step"] <= first]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, line: Line) -> None:

@@ -168,9 +168,8 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
 
 
 def _of_checkpoint(run: Run) -> _Resolved:
-    beside = run.adapter if run.adapter and (run.adapter / "tokenizer.json").is_file() else None
-    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer or beside))
-    if resolved.checkpoint.adapter is not None:
+    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer, adapter=run.adapter))
+    if run.adapter is None and resolved.checkpoint.adapter is not None:
         raise ValueError(f"{run.model} is an adapter: pass its base model (--model) and the adapter (--adapter), "
                          "or merge them first (jaxlm fuse)")  # fmt: skip
     tokenizer = _require_tokenizer(resolved.tokenizer, run)
@@ -180,7 +179,8 @@ def _of_checkpoint(run: Run) -> _Resolved:
         resolved.checkpoint.config,
         tokenizer,
         resolved.generation_config,
-        resolved.checkpoint,
+        replace(resolved.checkpoint, adapter=None),  # the weights of the base model: those of the adapter are trained
+        notes=resolved.checkpoint.notes,
     )
 
 
@@ -199,7 +199,7 @@ def _with_chat_template(run: Run, model: _Resolved) -> _Resolved:
     if vocabulary.size != model.config.V:
         raw = with_vocab_size(model.raw, vocabulary.size)
         model = model._replace(raw=raw, config=model.family.Config.from_hf(raw))
-    return model._replace(new_rows=vocabulary.new_rows, notes=vocabulary.notes)
+    return model._replace(new_rows=vocabulary.new_rows, notes=model.notes + vocabulary.notes)
 
 
 def _require_tokenizer(tokenizer: Tokenizer | None, run: Run) -> Tokenizer:
