@@ -199,14 +199,14 @@ def test_nothing_is_left_of_a_failed_corpus(tmp_path, cache, monkeypatch):
 
 def test_another_process_may_be_first(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "a.jsonl", *GOOD)
-    finish = module._Writer._finish
+    about = module._Writer.about
 
     def overtaken(self):
-        finish(self)
         monkeypatch.undo()
         made(cache, path)
+        return about(self)
 
-    monkeypatch.setattr(module._Writer, "_finish", overtaken)
+    monkeypatch.setattr(module._Writer, "about", overtaken)
     corpus = made(cache, path)
     assert len(corpus) == 2
     assert len(folders(cache)) == 1

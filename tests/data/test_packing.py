@@ -92,7 +92,7 @@ def test_a_batch_is_a_function_of_seed_and_step(packing):
     assert first.epoch(40) > 2
     assert not same(DataLoader(corpus, 4, 64, seed=4, packing=packing).batch(40), first.batch(40))
     epochs = [
-        np.concatenate([first._fill([(epoch, row)]).tokens for row in range(first.rows(epoch))]) for epoch in (0, 1)
+        np.concatenate([first.assemble([(epoch, row)]).tokens for row in range(first.rows(epoch))]) for epoch in (0, 1)
     ]
     assert epochs[0].shape != epochs[1].shape or (epochs[0] != epochs[1]).any()
 

@@ -1,6 +1,7 @@
 """Runs on mixtures, with documents held out, and with several validation sets: losses, resume and the dry run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers.training_runs import Stopped, command, lines, run_of, stopping_at
 from jaxlm import cli
 from jaxlm.cli import main
 from jaxlm.cli.train import metrics_line
+from jaxlm.data.streaming import StreamingLoader
 from jaxlm.training import loop, metrics
 from jaxlm.training.config import Data, Run
 from jaxlm.training.setup import set_up
@@ -171,3 +173,88 @@ def test_what_cannot_be_combined(files, tmp_path) -> None:
     run = cli.parse(["train", "--shape", "s", "--data.train", "a=0.7", "b=0.3", "--data.valid", "x=a", "y=b"])
     assert (run.data.train, run.data.valid) == (("a=0.7", "b=0.3"), ("x=a", "y=b"))
     assert Run(data=Data(train=["a=0.7", "b=0.3"], valid="x=a")).data.train == run.data.train
+
+
+# Streaming
+
+
+def streamed(sources: dict[str, str], files: dict[str, str], **options: Any) -> Data:
+    return data_of(sources, **{"valid": (files["valid"],), "streaming": True, "shuffle_buffer": 7, **options})
+
+
+def test_streamed_data_resume_bit_exactly(files, sources, tmp_path) -> None:
+    data = streamed(sources, files)
+    whole, halted, moved = (run_of(files, tmp_path / name, data=data) for name in ("whole", "halted", "moved"))
+    loop.train(whole)
+    assert not list((tmp_path / "whole").glob("*.bin"))
+    for run in (halted, moved):
+        with pytest.raises(Stopped):
+            loop.train(run, stopping_at(8))
+    assert len(json.loads((halted.out / "windows.json").read_text())) == 2
+    (moved.out / "windows.json").unlink()  # then they are read from the beginning
+    for run in (halted, moved):
+        loop.train(run)
+        assert lines(run.out) == lines(whole.out)
+        assert weights(run.out) == weights(whole.out)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "the", "completion": "cat"}\n' * 9)
+    with pytest.raises(ValueError, match=r"other settings: data \(contents\)"):
+        loop.train(whole)
+
+
+def test_streamed_data_resume_at_the_window_of_the_step(files, tmp_path, monkeypatch) -> None:
+    data = Data((files["train"],), (files["valid"],), streaming=True, shuffle_buffer=5)
+    run = run_of(files, tmp_path / "run", data=data)
+    with pytest.raises(Stopped):
+        loop.train(run, stopping_at(10))
+    read: list[int] = []
+    theirs = StreamingLoader._read
+    monkeypatch.setattr(
+        StreamingLoader, "_read", lambda self, n, begin, *rest: read.append(n) or theirs(self, n, begin, *rest)
+    )
+    loop.train(run)
+    assert read[0] == 0  # for the format of the rows
+    assert min(read[1:]) > 1
+
+
+def test_streamed_data_are_the_same_on_every_mesh(files, sources, tmp_path) -> None:
+    one, many = (
+        set_up(run_of(files, tmp_path / "run", data=streamed(sources, files), mesh=mesh)).data
+        for mesh in ("data=1", "data=4")
+    )
+    for step in (0, 9, 100):
+        for a, b in zip(one.batch(step), many.batch(step), strict=True):
+            assert (a == b).all()
+
+
+def test_the_dry_run_of_streamed_data(files, tmp_path, capsys) -> None:
+    flags = [*command(files, tmp_path / "run"), "--data.streaming", "--data.shuffle-buffer", "9"]
+    assert main(["train", *flags, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "streamed, 9 documents shuffled together" in out
+    assert "an unknown number of epochs" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"valid_split": 0.1, "valid": ()}, "--data.valid"), ({"shuffle_buffer": 0}, "at least 1")],
+)
+def test_what_streaming_cannot_do(files, sources, tmp_path, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_of(files, tmp_path / "run", data=streamed(sources, files, **options)).check()
+
+
+def test_streaming_needs_steps(files, sources, tmp_path) -> None:
+    with pytest.raises(ValueError, match="--steps"):
+        run_of(files, tmp_path / "run", data=streamed(sources, files), steps=0, epochs=1.0).check()
+
+
+def test_rows_left_out_of_streamed_data_are_logged(files, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(WORDS)}) + "\n" if i % 9 else "{\n" for i in range(1, 90)))
+    data = Data((str(path),), (files["valid"],), streaming=True, shuffle_buffer=5, on_bad="skip")
+    notes: list[str] = []
+    loop.train(run_of(files, tmp_path / "run", data=data), lambda line: notes.append(line.get("note", "")))
+    assert any("invalid JSON (" in note and "a.jsonl:9" in note for note in notes)
+    with pytest.raises(ValueError, match=r"a\.jsonl:9"):
+        loop.train(run_of(files, tmp_path / "other", data=replace(data, on_bad="stop")))

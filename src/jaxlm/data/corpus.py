@@ -11,16 +11,17 @@ tokenizing. The cache is never pruned.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from jaxlm.processing.tokenizer import Tokenizer
 FORMAT = 2  # version of the file format and of the conversion from texts to documents
 CONVERSATIONS = 2  # version of the conversion from other rows; runs on texts of earlier versions resume
 FLUSH = 1 << 20  # tokens buffered in memory
+FILES = ("ids", "loss_mask", "ends", "places")
 TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}
 Progress = Callable[[int, int], None]  # documents, tokens
 
@@ -100,6 +102,7 @@ def prepare(
     config: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    streaming: bool = False,
     on_bad: Literal["stop", "skip"] = "stop",
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -110,7 +113,7 @@ def prepare(
         names: Files, folders, globs or hub datasets (see sources.find_sources).
         tokenizer: The tokenizer, with its chat template.
         options: How rows are read.
-        split, config, revision, offline: As in sources.find_sources.
+        split, config, revision, offline, streaming: As in sources.find_sources.
         on_bad: "stop" raises at the first row that cannot be used, with its file and line; "skip" counts such rows.
             Empty texts are always counted and skipped.
         folder: The cache folder. Default: cache_folder().
@@ -122,7 +125,10 @@ def prepare(
     """
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}, but must be stop or skip")
-    texts, sources = DocumentTokenizer(tokenizer, options), find_sources(names, split, config, revision, offline)
+    texts, sources = (
+        DocumentTokenizer(tokenizer, options),
+        find_sources(names, split, config, revision, offline, streaming),
+    )
     key = {"format": FORMAT, "sources": [source.digest() for source in sources], **texts.identity()}
     if not _are_texts(sources, texts.options):
         key["conversations"] = CONVERSATIONS
@@ -180,7 +186,15 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-"))
     try:
-        _Writer(partial, texts, sources, on_bad, progress).write(documents)
+        writer = _Writer(texts, sources, on_bad, progress)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in FILES}
+            writer.write(documents, files)
+        if writer.documents == 0:
+            raise ValueError(writer.explain_empty())
+        if texts.train_on == "all":
+            (partial / "loss_mask.bin").unlink()
+        (partial / "corpus.json").write_text(json.dumps(writer.about(), indent=1))
         if load(path, sources) is None:  # else another process was first
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
@@ -194,43 +208,57 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class _Writer:
-    """Writes the files of a corpus."""
+def in_memory(
+    documents: Iterable[Document | InvalidRow],
+    texts: DocumentTokenizer,
+    sources: list[str],
+    on_bad: str = "stop",
+    progress: Progress | None = None,
+) -> Corpus:
+    """Returns a corpus that is in memory and not in the cache. It may have no document. Raises as `prepare` does."""
+    writer = _Writer(texts, sources, on_bad, progress)
+    files = {name: io.BytesIO() for name in FILES}
+    writer.write(documents, files)
+    about = writer.about()
+    arrays = {name: np.frombuffer(files[name].getbuffer(), dtype) for name, dtype in about["arrays"].items()}
+    return Corpus(about | {"sources": sources}, arrays)
 
-    def __init__(
-        self, folder: Path, texts: DocumentTokenizer, sources: list[str], on_bad: str, progress: Progress | None
-    ):
-        self.folder, self.texts, self.on_bad, self.progress = folder, texts, on_bad, progress
+
+class _Writer:
+    """Writes the arrays of a corpus to files, and counts."""
+
+    def __init__(self, texts: DocumentTokenizer, sources: list[str], on_bad: str, progress: Progress | None):
+        self.texts, self.on_bad, self.progress = texts, on_bad, progress
         self.id_type = np.uint16 if texts.tokenizer.vocab_size <= 1 << 16 else np.int32
         self.tokens = self.loss_tokens = self.documents = 0
         self.sources = {name: i for i, name in enumerate(sources)}
         self.dropped: Counter[str] = Counter()
         self.first_bad: InvalidRow | None = None
 
-    def write(self, documents: Iterable[Document | InvalidRow]) -> None:
-        buffers: dict[str, list[Any]] = {"ids": [], "loss_mask": [], "ends": [], "places": []}
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "wb")) for name in buffers}
-            begins, flushed = True, 0
-            for document in documents:
-                if isinstance(document, InvalidRow):
-                    self._drop(document)
-                    continue
-                self._add(document, buffers, begins)
-                begins = document.ends
-                if self.progress is not None and self.documents % 1000 == 0:
-                    self.progress(self.documents, self.tokens)
-                if self.tokens - flushed >= FLUSH:
-                    self._flush(files, buffers)
-                    flushed = self.tokens
-            self._flush(files, buffers)
-        if not self.documents:
-            counts = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
-            raise ValueError(f"no document to train on (dropped: {counts or 'none'})"
-                             + (f"; the first: {self.first_bad}" if self.first_bad else ""))  # fmt: skip
-        self._finish()
+    def write(self, documents: Iterable[Document | InvalidRow], files: Mapping[str, IO[bytes]]) -> None:
+        """Writes documents to a file for each of FILES."""
+        buffers: dict[str, list[Any]] = {name: [] for name in FILES}
+        begins, flushed = True, 0
+        for document in documents:
+            if isinstance(document, InvalidRow):
+                self._drop(document)
+                continue
+            self._add(document, buffers, begins)
+            begins = document.ends
+            if self.progress is not None and self.documents % 1000 == 0:
+                self.progress(self.documents, self.tokens)
+            if self.tokens - flushed >= FLUSH:
+                self._flush(files, buffers)
+                flushed = self.tokens
+        self._flush(files, buffers)
         if self.progress is not None:
             self.progress(self.documents, self.tokens)
+
+    def explain_empty(self) -> str:
+        """Returns the message for a corpus without a document."""
+        counts = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
+        first = f"; the first: {self.first_bad}" if self.first_bad else ""
+        return f"no document to train on (dropped: {counts or 'none'}){first}"
 
     def _drop(self, bad: InvalidRow) -> None:
         self.dropped[bad.why] += 1
@@ -252,22 +280,21 @@ class _Writer:
             buffers["ends"].append(self.tokens)
             self.documents += 1
 
-    def _flush(self, files: dict[str, Any], buffers: dict[str, list[Any]]) -> None:
+    def _flush(self, files: Mapping[str, IO[bytes]], buffers: dict[str, list[Any]]) -> None:
         for name, values in buffers.items():
             joined = np.concatenate(values) if name in ("ids", "loss_mask") and values else np.array(values, np.int64)
             if values:
                 files[name].write(joined.tobytes())
             values.clear()
 
-    def _finish(self) -> None:
+    def about(self) -> dict[str, Any]:
+        """Returns the contents of corpus.json."""
         sizes = {"ids": self.tokens, "loss_mask": self.tokens, "ends": self.documents, "places": 2 * self.documents}
         if self.texts.train_on == "all":
             del sizes["loss_mask"]
-            (self.folder / "loss_mask.bin").unlink()
         arrays = {name: np.dtype(TYPES.get(name, self.id_type)).str for name in sizes}
         about = {"format": self.texts.format, "train_on": self.texts.train_on, "documents": self.documents}
         about |= {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "vocabulary": self.texts.tokenizer.vocab_size}
         first = self.first_bad and (self.sources[self.first_bad.source], *self.first_bad[1:])
         about |= {"dropped": self.dropped, "first_bad": first, "notes": self.texts.notes}
-        about |= {"arrays": arrays, "sizes": sizes}
-        (self.folder / "corpus.json").write_text(json.dumps(about, indent=1))
+        return about | {"arrays": arrays, "sizes": sizes}

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from jaxlm.data.packing import MIXED, Batch, DataLoader, prefetched, random_numbers
+from jaxlm.data.streaming import StreamingLoader
 
 BLOCK = 10_000  # rows
 
@@ -25,19 +26,21 @@ class Mixture:
 
     Args:
         names: The names of the sources.
-        loaders: Their data loaders, which have the same B, T, seed and share.
+        loaders: Their data loaders, which have the same B, T, seed and share. All read a corpus, or all are streamed.
         weights: Their weights, above 0. The proportions are the weights divided by their sum.
 
     Attributes:
         digest: Digest of the documents and the proportions.
+        streams: Those of the loaders that are streamed.
     """
 
-    def __init__(self, names: Sequence[str], loaders: Sequence[DataLoader], weights: Sequence[float]):
+    def __init__(self, names: Sequence[str], loaders: Sequence[DataLoader | StreamingLoader], weights: Sequence[float]):
         if len({(loader.B, loader.T, loader.seed, loader.share.start, loader.share.stop) for loader in loaders}) > 1:
             raise ValueError("the data loaders of a mixture must have the same B, T, seed and share")
         first = loaders[0]
         self.names, self.loaders = list(names), list(loaders)
         self.B, self.T, self.seed, self.share = first.B, first.T, first.seed, first.share
+        self.streams = [loader for loader in loaders if isinstance(loader, StreamingLoader)]
         self.counts = rows_of_block(names, weights)
         key = [[loader.digest, count] for loader, count in zip(loaders, self.counts.tolist())]
         self.digest = hashlib.blake2b(str(key).encode(), digest_size=16).hexdigest()
@@ -83,7 +86,9 @@ class Mixture:
         return -int(-epochs * self.rows() // self.B)
 
     def epoch(self, step: int) -> float:
-        """Returns the number of epochs before this step."""
+        """Returns the number of epochs before this step; of streamed sources the fewest that one of them has had."""
+        if self.streams:
+            return min(loader.epoch_of(rows) for loader, rows in zip(self.loaders, self._drawn(step * self.B).tolist()))
         return step * self.B / self.rows()
 
     def fill(self) -> float:
@@ -101,6 +106,8 @@ class Mixture:
 
     def describe_epochs(self, step: int) -> str:
         """Returns the number of epochs before this step as text, with those of each source."""
+        if self.streams:
+            return self.streams[0].describe_epochs(step)
         drawn = zip(self.names, self.loaders, self._drawn(step * self.B).tolist())
         sources = ", ".join(f"{loader.epoch_of(rows):.2f} of {name}" for name, loader, rows in drawn)
         return f"{self.epoch(step):.2f} epochs ({sources})"

@@ -20,7 +20,7 @@ not change, unlike those of its distributions and permutations.
 import hashlib
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -31,7 +31,14 @@ from jaxlm.data.corpus import Corpus
 
 WINDOW = 1000  # documents of about so many rows are packed together
 THREADS, AHEAD = 2, 8  # prefetching: threads, and batches per thread ahead
-DOCUMENTS, ROWS, SHIFT, HELD_OUT, MIXED = range(5)  # streams of random numbers
+DOCUMENTS, ROWS, SHIFT, HELD_OUT, MIXED, SOURCES = range(6)  # streams of random numbers
+
+Packing = Literal["split", "whole", "none"]
+Long = Literal["truncate", "drop", "stop"]
+
+
+class NoTarget(ValueError):
+    """No document has a target."""
 
 
 class Batch(NamedTuple):
@@ -114,9 +121,9 @@ class DataLoader:
         B: int,
         T: int,
         seed: int = 0,
-        packing: Literal["split", "whole", "none"] | None = None,
+        packing: Packing | None = None,
         share: slice | None = None,
-        long: Literal["truncate", "drop", "stop"] = "truncate",
+        long: Long = "truncate",
         kept: np.ndarray | None = None,
     ):
         packing = packing or ("split" if corpus.about["format"] == "text" else "whole")
@@ -135,11 +142,11 @@ class DataLoader:
             self.digest += f"-{hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=8).hexdigest()}"
             self.lengths[~kept] = 0
         if not self.lengths.any():
-            raise ValueError("no document has two tokens, so there is no target: use longer documents")
+            raise NoTarget("no document has two tokens, so there is no target: use longer documents")
         part = "" if kept is None else f"{kept.sum():,} of these documents are used"
         self.note = ". ".join(filter(None, [part, self._short(), "" if packing == "split" else self._shorten(long)]))
         if not self.lengths.any():
-            raise ValueError(f"no document is left ({self.note})")
+            raise NoTarget(f"no document is left ({self.note})")
         self._firsts = [0]  # the first row of each planned epoch
         self._lock = threading.RLock()
         self._plan = lru_cache(2)(self._planned)
@@ -257,7 +264,7 @@ class DataLoader:
 
     def take(self, rows: Iterable[int]) -> Batch:
         """Returns rows by their numbers."""
-        return self._fill([self._place(row) for row in rows])
+        return self.assemble([self._place(row) for row in rows])
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
@@ -267,9 +274,9 @@ class DataLoader:
         """Yields all rows of epoch 0 once, for evaluation. The last batch is padded."""
         for first in range(0, self.rows(), self.B):
             rows = range(first, first + self.B)[self.share]
-            yield self._fill([(0, row) if row < self.rows() else None for row in rows])
+            yield self.assemble([(0, row) if row < self.rows() else None for row in rows])
 
-    def _fill(self, rows: list[tuple[int, int] | None]) -> Batch:
+    def assemble(self, rows: Sequence[tuple[int, int] | None]) -> Batch:
         """Returns a batch of rows, each an epoch and a row of it, or None for padding."""
         tokens, targets = (np.zeros((len(rows), self.T), np.int32) for _ in range(2))
         pos, loss_mask = np.full_like(tokens, -1), np.zeros(tokens.shape, bool)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "
 _OF_SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{{16}})?)?", re.IGNORECASE)
 _LIKE_SPLIT = re.compile(rf"({'|'.join(SPLITS)})[-_. ]", re.IGNORECASE)
 ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # no rows
+SAMPLE = 1 << 20  # bytes
 SHOWN = 3  # names of files in a message
 # Common names that are no hub ids: repository and default configuration.
 SHORT_NAMES = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
@@ -38,12 +39,16 @@ class File:
     def name(self) -> str:
         return str(self.path)
 
-    def rows(self) -> Iterator[Row | InvalidRow]:
-        return read_rows(self.path)
+    def rows(self, start: int = 0) -> Iterator[Row | InvalidRow]:
+        return itertools.islice(read_rows(self.path), start, None)
 
     def digest(self) -> str:
         """Digest of the contents (name, size and time may stay the same when a file changes) and of the kind."""
         return _digest(self.path) + kind(self.path)
+
+    def sample_digest(self) -> str:
+        """Digest of the size and of the beginning and end of the contents, and of the kind."""
+        return _sample_digest(self.path) + kind(self.path)
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,47 @@ class Saved:
     def name(self) -> str:
         return str(self.path)
 
-    def rows(self) -> Iterator[Row | InvalidRow]:
+    def rows(self, start: int = 0) -> Iterator[Row | InvalidRow]:
         from datasets import load_from_disk
 
         try:
-            for i, row in enumerate(load_from_disk(self.name), 1):
+            data: Any = load_from_disk(self.name)
+            for i, row in enumerate(_after(data, start), start + 1):
                 yield Row(self.name, i, without_nulls(row))
         except (ValueError, LookupError, TypeError, OSError) as error:  # pyarrow's errors are ValueError or OSError
             yield InvalidRow(self.name, 0, "unreadable file", f"the data set cannot be read ({_one_line(error)})")
 
     def digest(self) -> str:
         """Digest of the contents of all files of the folder."""
+        return self._digest_by(_digest)
+
+    def sample_digest(self) -> str:
+        """Digest of the sizes and of the beginning and end of all files of the folder."""
+        return self._digest_by(_sample_digest)
+
+    def _digest_by(self, digest: Callable[[Path], str]) -> str:
         files = sorted(path for path in self.path.iterdir() if path.is_file())
-        text = "".join(f"{path.name} {_digest(path)}" for path in files)
+        text = "".join(f"{path.name} {digest(path)}" for path in files)
         return hashlib.blake2b(text.encode()).hexdigest() + ".saved"
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _sample_digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        found = hashlib.blake2b(str(size).encode() + file.read(SAMPLE))
+        file.seek(max(size - SAMPLE, 0))
+        found.update(file.read())
+    return found.hexdigest()
+
+
+def _after(data: Any, start: int) -> Iterable[Any]:
+    """Returns the rows of a datasets.Dataset from `start` on. Its `skip` refuses to skip all."""
+    return data if start == 0 else data.skip(start) if start < len(data) else ()
 
 
 @dataclass(frozen=True)
@@ -86,14 +113,37 @@ class Hub:
     data: Any
     note: str = ""
 
-    def rows(self) -> Iterator[Row]:
-        return (Row(self.name, i, without_nulls(row)) for i, row in enumerate(self.data, 1))
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        rows = enumerate(_after(self.data, start), start + 1)
+        return (Row(self.name, i, without_nulls(row)) for i, row in rows)
 
     def digest(self) -> str:
         return self.data._fingerprint  # of the commit, the configuration and the split
 
+    sample_digest = digest
 
-Source = File | Saved | Hub
+
+@dataclass(frozen=True)
+class HubShard:
+    """A shard of a hub dataset that is streamed; `data` is a datasets.IterableDataset, `version` has the commit, the
+    configuration and the split."""
+
+    name: str
+    data: Any
+    version: str
+    note: str = ""
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        rows = self.data.skip(start) if start else self.data
+        return (Row(self.name, i, without_nulls(row)) for i, row in enumerate(rows, start + 1))
+
+    def digest(self) -> str:
+        return f"{self.name} {self.version}"
+
+    sample_digest = digest
+
+
+Source = File | Saved | Hub | HubShard
 
 
 def parse_weights(names: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -160,8 +210,9 @@ def find_sources(
     config: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    streaming: bool = False,
 ) -> list[Source]:
-    """Finds the sources with the given names.
+    """Finds the sources with the given names. Their `rows(start)` leaves out the first `start` rows.
 
     Args:
         names: Files, folders, globs, hub datasets ("wikitext", "org/name").
@@ -170,6 +221,7 @@ def find_sources(
         config: Configuration of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
         offline: Use the local cache only, as with HF_HUB_OFFLINE=1.
+        streaming: Read a hub dataset over the network, without a copy on the disk. Each of its shards is a source.
 
     Raises:
         FileNotFoundError: A file, folder or dataset does not exist.
@@ -177,13 +229,15 @@ def find_sources(
         ValueError: A file has an unknown suffix, or a dataset has several configurations or no such split.
     """
     names = [names] if isinstance(names, str | Path) else names
-    sources = [source for name in names for source in _find(name, split, config, revision, offline)]
+    sources = [source for name in names for source in _find(name, split, config, revision, offline, streaming)]
     if not sources:
         raise ValueError("no data: pass a file, a folder, a glob or a hub dataset")
     return sources
 
 
-def _find(name: str | Path, split: str, config: str | None, revision: str | None, offline: bool) -> Iterable[Source]:
+def _find(
+    name: str | Path, split: str, config: str | None, revision: str | None, offline: bool, streaming: bool
+) -> Iterable[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _of_folder(path, split)
@@ -200,7 +254,7 @@ def _find(name: str | Path, split: str, config: str | None, revision: str | None
     local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if local or kind(path) in READERS:
         raise FileNotFoundError(f"no such file or folder: {text}")
-    return [_from_hub(text, split, config, revision, offline)]
+    return _from_hub(text, split, config, revision, offline, streaming)
 
 
 def _of_folder(folder: Path, split: str) -> list[Source]:
@@ -275,7 +329,9 @@ def _of_dataset_dict(folder: Path, split: str) -> Saved:
     return Saved(folder / chosen[0])
 
 
-def _from_hub(name: str, split: str, config: str | None, revision: str | None, offline: bool) -> Hub:
+def _from_hub(
+    name: str, split: str, config: str | None, revision: str | None, offline: bool, streaming: bool
+) -> Sequence[Source]:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
     from huggingface_hub import is_offline_mode
@@ -283,11 +339,13 @@ def _from_hub(name: str, split: str, config: str | None, revision: str | None, o
     repo, default = SHORT_NAMES.get(name, (name, None))
     config = config or default
     try:
+        if streaming:
+            return _stream(repo, split, config, revision, offline or is_offline_mode())
         if offline or is_offline_mode():
             last = repo.split("/")[-1]
             cached = Cache(repo_id=repo, dataset_name=last, config_name=config, version="auto", hash="auto")
-            return Hub(repo, cached.as_dataset(split=split))
-        return Hub(repo, datasets.load_dataset(repo, config, split=split, revision=revision))
+            return [Hub(repo, cached.as_dataset(split=split))]
+        return [Hub(repo, datasets.load_dataset(repo, config, split=split, revision=revision))]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{name!r} is neither a local file or folder nor a hub dataset: {_one_line(error)} (set HF_TOKEN for a "
@@ -297,6 +355,21 @@ def _from_hub(name: str, split: str, config: str | None, revision: str | None, o
         raise ConnectionError(f"the dataset {name!r} cannot be downloaded: {_one_line(error)}") from None
     except ValueError as error:
         raise ValueError(_explain_hub_error(repo, str(error))) from None
+
+
+def _stream(repo: str, split: str, config: str | None, revision: str | None, offline: bool) -> list[Source]:
+    """Returns the shards of a hub dataset, all of the same commit."""
+    import datasets
+    from huggingface_hub import dataset_info
+
+    if offline:
+        raise ValueError(f"{repo} cannot be streamed offline: omit streaming to read the copy in the cache")
+    commit = str(dataset_info(repo, revision=revision).sha)
+    data: Any = datasets.load_dataset(repo, config, split=split, revision=commit, streaming=True)
+    n = data.num_shards
+    names = [repo] if n == 1 else [f"{repo} (shard {i} of {n})" for i in range(1, n + 1)]
+    version = f"{commit} {config} {split}"
+    return [HubShard(name, data.shard(n, i), version) for i, name in enumerate(names)]
 
 
 def _explain_hub_error(repo: str, message: str) -> str:

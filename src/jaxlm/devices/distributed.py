@@ -2,8 +2,8 @@
 
 jax.distributed does the work. It detects SLURM, Open MPI, GKE and Cloud TPUs, and ends a process when another one dies.
 Every process runs the same program on the same input (SPMD). Process 0 is the coordinator: it alone prints, writes
-files, reads stdin and draws seeds, and broadcasts what the others need. Functions marked "A collective" must be called
-by all processes.
+results, reads stdin and draws seeds, and broadcasts what the others need. Every process prints its errors and writes
+its part of training checkpoints. Functions marked "A collective" must be called by all processes.
 """
 
 import json

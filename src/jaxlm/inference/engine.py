@@ -4,8 +4,9 @@ The host dispatches a program before it fetches the tokens of the previous one, 
 host, except after a prefill, whose tokens are fetched at once. The end of a request is therefore detected one program
 late, and the tokens generated in between are dropped.
 
-The KV cache starts with slots for the prompts and HEADROOM tokens, and doubles when a row reaches its end. Most answers
-are shorter than max_tokens, and the cost of a decoding step grows with the length of the cache.
+The KV cache starts with slots for the prompts and HEADROOM tokens, or for everything if that is less than twice as
+many. It doubles when a row reaches its end; the last step goes to the full length (cache_lengths). Most answers are
+shorter than max_tokens, and the cost of a decoding step grows with the length of the cache.
 """
 
 import time

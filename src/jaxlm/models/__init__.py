@@ -1,8 +1,15 @@
 """The model families: the module for each `model_type` of a Hugging Face config.json.
 
-A family is a module with the attributes of `Family` (family.py). To add one to the package: copy llama3.py, list the
-new module in FAMILIES, and give it a recording (tests/recordings/make.py) and a configuration with planted faults
-(tests/oracle/cases.py, faults.py). `register` adds a family from outside the package:
+A family is a module with the attributes of `Family` (family.py). To add one to the package:
+
+- Copy llama3.py and list the new module in FAMILIES.
+- Give it a recording (tests/recordings/make.py), and a configuration with planted faults (tests/oracle/reference.py,
+  cases.py, faults.py).
+- Give it a tiny configuration (tests/helpers/tiny_models.py), and add it to the lists of families in the tests
+  (devices/test_mesh.py, nn/test_lora.py, test_nnx.py, models/test_forward.py, training/test_step.py).
+- If it has sliding windows, build the masks that transformers takes for it in verification/torch_models.py: `_masks`.
+
+`register` adds a family from outside the package:
 
     jaxlm.models.register("my_model", my_package.my_model)
     model = jaxlm.load("path/to/checkpoint")  # whose config.json has model_type "my_model"

@@ -7,7 +7,8 @@ padding, prefill and decoding:
     when the key is not padding, and when both belong to the same segment.
 
 `reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_decode` and
-`_causal_blocked` on CPU, `cudnn` on NVIDIA GPUs. Each is tested against `reference` (tests/nn).
+`_causal_blocked` on CPU, `cudnn` on NVIDIA GPUs. What runs on CPU is tested against a float64 twin in numpy
+(tests/nn/test_attention.py), `cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math

@@ -27,6 +27,11 @@ class Data(Checked):
     valid: tuple[str, ...] = ()
     """Validation data, named likewise. A folder or dataset with splits contributes its validation split. SET=NAME is of
     a set with its own loss, valid_loss_SET."""
+    streaming: bool = False
+    """Read the training data while training, instead of tokenizing all of them to the disk first. Hub datasets are read
+    over the network. Needs --steps."""
+    shuffle_buffer: int = 10_000
+    """Documents that are shuffled together, in memory, with --data.streaming."""
     valid_split: float = 0.0
     """Fraction of the training documents to hold out as validation data, if --data.valid is not given."""
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
@@ -194,6 +199,11 @@ class Run(Checked):
             raise ValueError(f"data.valid_split is {self.data.valid_split}, but must be at least 0 and below 1")
         if self.data.valid_split and self.data.valid:
             raise ValueError("data.valid_split holds out training data, so it cannot be combined with data.valid")
+        if self.data.streaming and (self.epochs or self.data.valid_split):
+            name, way = ("epochs", "--steps") if self.epochs else ("data.valid_split", "--data.valid")
+            raise ValueError(f"{name} needs the number of documents, which data.streaming does not know: give {way}")
+        if self.data.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer is {self.data.shuffle_buffer}, but must be at least 1")
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -1,23 +1,30 @@
 """The data loaders of a run, from its options: training data, which may be a mixture, and validation data."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint.atomic import write_atomically
+from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader, held_out
-from jaxlm.data.sources import group_named, parse_weights, short_names
+from jaxlm.data.sources import find_sources, group_named, parse_weights, short_names
+from jaxlm.data.streaming import Position, StreamingLoader
 from jaxlm.devices import distributed, mesh
 from jaxlm.processing.tokenizer import NoChatTemplate
 from jaxlm.training.config import Run
 
+WINDOWS = "windows.json"  # in the run's folder: the positions of the windows of streamed data
 Progress = Callable[[int, int], None]  # documents, tokens
 
 
 def make_loaders(
     run: Run, tokenizer: Any, over: Any, progress: Progress | None
-) -> tuple[DataLoader | Mixture, dict[str, DataLoader]]:
+) -> tuple[DataLoader | StreamingLoader | Mixture, dict[str, DataLoader]]:
     """Returns the data loader of the training data, and those of the validation data by the names of their sets.
 
     Args:
@@ -31,9 +38,15 @@ def make_loaders(
     names, weights = [name for name, _ in weighted], [weight for _, weight in weighted if weight is not None]
     sources = [[name] for name in names] if weights else [names]
     sets = group_named(data.valid)
+    share = local_rows(run.batch, over)
+    load = partial(_load, run, share)
+    if data.streaming:
+        corpora = _corpora(run, tokenizer, list(sets.values()), ["validation"] * len(sets), progress)
+        streams = _streams(run, tokenizer, sources, share, progress)
+        valid = {name: load(corpus) for name, corpus in zip(sets, corpora)}
+        return Mixture(names, streams, weights) if weights else streams[0], valid
     splits = ["train"] * len(sources) + ["validation"] * len(sets)
     corpora = _corpora(run, tokenizer, [*sources, *sets.values()], splits, progress)
-    load = partial(_load, run, local_rows(run.batch, over))
     valid = {name: load(corpus) for name, corpus in zip(sets, corpora[len(sources) :])}
     corpora = corpora[: len(sources)]
     if data.valid_split:
@@ -56,28 +69,80 @@ def _corpora(
 ) -> list[Corpus]:
     """Returns the corpora of sources. The coordinator tokenizes; the other processes load them from the cache."""
     from jaxlm.data.corpus import prepare
-    from jaxlm.data.documents import TextOptions
 
     data = run.data
-    fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
-    options = TextOptions(
-        **{name: getattr(data, name) for name in fields},
-        template_args=data.template_variables,
-    )
     prepared = [
-        partial(prepare, tuple(some), tokenizer, options, split=split, config=data.config, revision=data.revision,
-                on_bad=data.on_bad, progress=progress)
+        partial(prepare, tuple(some), tokenizer, _options(run), split=split, config=data.config, revision=data.revision,
+                on_bad=data.on_bad, streaming=data.streaming, progress=progress)
         for some, split in zip(names, splits)
     ]  # fmt: skip
-    try:
+    with _explained(run):
         corpora = [make() for make in prepared] if distributed.is_coordinator() else []
+    distributed.gather("prepared")
+    return corpora or [make() for make in prepared]
+
+
+def _streams(
+    run: Run, tokenizer: Any, names: Sequence[Sequence[str]], share: slice, progress: Progress | None
+) -> list[StreamingLoader]:
+    """Returns the data loaders of streamed sources. Every process reads them."""
+    from jaxlm.data.documents import DocumentTokenizer
+
+    data, before = run.data, _positions(run.out / WINDOWS)
+    streams = []
+    for i, some in enumerate(names):
+        make = partial(StreamingLoader, buffer=data.shuffle_buffer, on_bad=data.on_bad, progress=progress)
+        sources = find_sources(tuple(some), config=data.config, revision=data.revision, streaming=True)
+        texts = DocumentTokenizer(tokenizer, _options(run))
+        with _explained(run):
+            stream = make(sources, texts, run.batch, run.length, run.seed, data.packing, share, data.long)
+        digest, positions = before[i] if i < len(before) else ("", [])
+        if digest == stream.digest:
+            stream.continue_from(positions)
+        streams.append(stream)
+    return streams
+
+
+def streams_of(data: Any) -> list[StreamingLoader]:
+    """Returns the data loaders that are streamed of the training data."""
+    return data.streams if isinstance(data, Mixture) else [data] if isinstance(data, StreamingLoader) else []
+
+
+def save_positions(data: Any, folder: Path) -> None:
+    """Writes windows.json, with which a run of streamed data resumes without reading them from the beginning."""
+    if streams := streams_of(data):
+        write_atomically(folder / WINDOWS, json.dumps([[one.digest, one.positions] for one in streams]))
+
+
+def _positions(path: Path) -> list[tuple[str, list[Position]]]:
+    """Returns the digest and the positions of each stream of an earlier run."""
+    if not path.exists():
+        return []
+    hint = "delete it, and the data are read again from their beginning"
+    with explain_errors(f"{path} is damaged", hint, (ValueError, TypeError)):
+        return [
+            (str(digest), [Position(*place) for place in places]) for digest, places in json.loads(path.read_text())
+        ]
+
+
+def _options(run: Run) -> Any:
+    """Returns how rows are read."""
+    from jaxlm.data.documents import TextOptions
+
+    fields = ("format", "train_on", "text_field", "prompt_field", "completion_field")
+    return TextOptions(**{name: getattr(run.data, name) for name in fields}, template_args=run.data.template_variables)
+
+
+@contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Says what to do if the tokenizer has no chat template."""
+    try:
+        yield
     except NoChatTemplate:
         raise ValueError(
             f"messages need a chat template, and the tokenizer of {run.tokenizer or run.model} has none: choose one "
             "(--chat-template chatml)"
         ) from None
-    distributed.gather("prepared")
-    return corpora or [make() for make in prepared]
 
 
 def local_rows(B: int, over: Any) -> slice:

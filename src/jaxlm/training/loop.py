@@ -26,7 +26,7 @@ from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.exporting import export, tokenizer_files, write_sidecars
 from jaxlm.nn import flops, params
-from jaxlm.training import metrics, optimizers, resume, samples, step
+from jaxlm.training import loaders, metrics, optimizers, resume, samples, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.init_state import frozen_weights, init_state
 from jaxlm.training.loss import loss
@@ -229,8 +229,9 @@ class Loop:
         raise Interrupted(f"stopped after step {number} and saved it: run the same command again to resume", signal)
 
     def save(self, number: int, state: step.State) -> None:
-        """Saves the state, and the sums that belong to it."""
+        """Saves the state, the sums that belong to it, and the positions of streamed data."""
         distributed.run_on_coordinator(lambda: self.interval.save(number))
+        distributed.run_on_coordinator(lambda: loaders.save_positions(self.setup.data, self.setup.run.out))
         self.checkpoints.save(number, state)
 
     def save_before(
@@ -277,6 +278,8 @@ class Loop:
         self.peak = max(self.peak, achieved)  # a measured peak may be that of a busy machine
         line |= {"tokens_per_second": speed, "loss_tokens_per_second": in_loss, "mfu": achieved / self.peak}
         self.write(line)
+        for note in (note for stream in loaders.streams_of(self.setup.data) for note in stream.new_notes()):
+            self.log({"step": number, "note": note})
         self.warn_of_chance(number, line)
 
     def warn_of_chance(self, number: int, line: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from jaxlm.checkpoint import hf, peft, writer
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader
+from jaxlm.data.streaming import StreamingLoader
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
 from jaxlm.model import Model
@@ -66,7 +67,7 @@ class Setup(NamedTuple):
     generation_config: dict[str, Any]
     checkpoint: hf.Checkpoint | None
     mesh: Any
-    data: DataLoader | Mixture
+    data: DataLoader | StreamingLoader | Mixture
     valid: dict[str, DataLoader]
     tx: optax.GradientTransformation
     state: step.State
