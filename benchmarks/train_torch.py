@@ -46,10 +46,15 @@ def main(folder: Path) -> None:
     read = {name: np.load(folder / f"{name}.npz") for name in ("batches", *run["evaluate"])}
     batches = {name: {key: _long(part[key]) for key in part.files} for name, part in read.items()}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if run.get("rank"):
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=run["rank"], lora_alpha=run["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
     if run["compile"]:
         model.forward = torch.compile(model.forward)
-    wide = [p for p in model.parameters() if p.ndim >= 2]
-    flat = [p for p in model.parameters() if p.ndim < 2]
+    wide = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    flat = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": wide, "weight_decay": run["weight_decay"]}, {"params": flat, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(run["b1"], run["b2"]), eps=run["eps"], fused=True)
     losses, seconds, valid = [], [], []

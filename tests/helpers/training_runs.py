@@ -89,7 +89,7 @@ def program_key(setup: Setup) -> tuple[Any, ...]:
     """Returns all that the first state and the programs of a run depend on: its learning rate, the fields that must
     stay when it resumes except for its data, the architecture and the mesh."""
     fields = resume.flatten({**to_dict(setup.run), "data": {}})
-    free = set(resume.MUTABLE_FIELDS) - {"optimizer.lr"}
+    free = set(resume.MUTABLE_FIELDS) - {"optimizer.lr", "remat"}
     fixed = {name: value for name, value in fields.items() if name not in free}
     return json.dumps(fixed), setup.config, setup.mesh
 

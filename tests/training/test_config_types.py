@@ -23,7 +23,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (Run, {"dtype": "bf16"}, "did you mean 'bfloat16'"),
     (Run, {"dtype": "fp32"}, "one of 'auto', 'float32', 'bfloat16'"),
     (Run, {"dtype": np.float32}, "one of 'auto'"),
-    (Run, {"remat": True}, "one of 'none', 'full', 'dots'"),
+    (Run, {"remat": True}, "one of 'auto', 'none', 'full', 'dots'"),
     (Run, {"remat": "ful"}, "did you mean 'full'"),
     (Run, {"resume": True}, "one of 'auto', 'never'"),
     (Run, {"report": "tensorbord"}, "did you mean 'tensorboard'"),

@@ -83,7 +83,7 @@ def test_run_json_is_a_configuration_file(files, whole) -> None:
 
     run = cli.parse(["train", "-c", str(whole / "run.json")])
     assert {field.name: getattr(run, field.name) for field in fields(Run)} == {
-        field.name: getattr(replace(run_of(files, whole), dtype="float32", log_every=2), field.name)
+        field.name: getattr(replace(run_of(files, whole), dtype="float32", remat="dots", log_every=2), field.name)
         for field in fields(Run)
     }
     path = whole.parent / "lora.yaml"

@@ -158,8 +158,9 @@ class Run(Checked):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations, matrix products and frozen weights; trained weights are float32. auto: bfloat16 on
     accelerators, float32 on CPU."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """Activation checkpointing: none, full, or dots (keep matmul outputs)."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """Activation checkpointing: none, full, or dots (keep matmul outputs). auto: dots on CPU, where it is faster, else
+    none."""
     z_loss: float = 0.0
     """z-loss coefficient."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=4,model=2")] = None

@@ -159,8 +159,10 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
     if run.length > model.config.context:
         raise ValueError(f"length is {run.length} tokens, but the context length of the model is "
                          f"{model.config.context}: choose a shorter length")  # fmt: skip
-    dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    run = replace(run, length=run.length or min(LENGTH, model.config.context), dtype=dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = run.dtype if run.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    remat = run.remat if run.remat != "auto" else "dots" if on_cpu else "none"
+    run = replace(run, length=run.length or min(LENGTH, model.config.context), dtype=dtype, remat=remat)
     if run.method == "lora":
         _check_adapter(run, model.family, model.config)
     distributed.run_on_coordinator(lambda: metrics.require(run.report))
