@@ -7,6 +7,12 @@ does not divide is replicated over that axis.
 If `model` does not divide the number of kv heads (8 heads on 16 devices), it is factored into `model` and `group`.
 Query heads are sharded over both, kv heads over `model` alone. Each kv head is then on the devices whose query heads
 read it.
+
+What is sent: two all-reduces per layer and forward pass, one for the embedding if V is sharded, and reductions of
+scalars per row for sampling. Training with FSDP also all-gathers each weight before its use and reduce-scatters its
+gradient. `load` uses all devices, along `model` as far as query heads and MLP width divide; training puts all on
+`data` (topology.make). Several processes run the same program, and each reads the rows that its devices hold
+(distributed.py). docs/architecture.md, "On a mesh", has the details.
 """
 
 import math

@@ -61,11 +61,14 @@ def _read_checkpoint(setup: Setup) -> Any:
     pairs = checkpoint.tensors.pairs
     growing = [pair for pair in pairs if setup.new_rows is not None and pair[0].letters.startswith("V")]
     rest = [pair for pair in pairs if pair not in growing]
-    weights = loading.read_weights(str(run.model), rest, dtype, sharding, None)
+    grown = {}  # first: what they take is then not free when the memory for the others is checked
     for row, tensor in growing:
         assert setup.new_rows is not None
         row = row._replace(shape=(setup.config.V, *row.shape[1:]))
-        params.put(weights, row.path, read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row)))
+        grown[row.path] = read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row))
+    weights = loading.read_weights(str(run.model), rest, dtype, sharding, None)
+    for path, value in grown.items():
+        params.put(weights, path, value)
     return _stack_in_place(weights, setup)
 
 
