@@ -53,7 +53,7 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file.
         family: Module of jaxlm.models that the checkpoint must belong to. Default: any.
         mesh: Devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
-            axes. Default with several devices: all of them, with `model` as large as the number of heads permits.
+            axes. Default with several devices: all of them, with `model` as large as heads and MLP width permit.
         device: A single device instead of a mesh. Default: jax_default_device, if set.
         progress: Show a progress bar on stderr. Default: only on a terminal.
 

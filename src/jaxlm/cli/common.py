@@ -49,7 +49,7 @@ class _ModelFlags:
     """Unknown fields of config.json to accept and ignore."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
     """Device mesh: sizes of data and tensor parallelism. Default: tensor parallelism over all devices, as far as the
-    number of attention heads is divisible."""
+    number of attention heads and the MLP width are divisible; the rest is data parallelism."""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
 """Sharding: the device mesh, and the logical axis rules that map the letters of the alphabet to mesh axes.
 
 A mesh has two axes, sometimes three. `data` is data parallelism: it shards the batch and, in training, every matrix
-(FSDP). `model` is tensor parallelism: it shards heads, the MLP width and the vocabulary. A letter whose size an axis
-does not divide is replicated over that axis.
+with an axis D or V that it divides (FSDP). `model` is tensor parallelism: it shards heads, the MLP width and the
+vocabulary. A letter whose size an axis does not divide is replicated over that axis.
 
 If `model` does not divide the number of kv heads (8 heads on 16 devices), it is factored into `model` and `group`.
-Query heads are sharded over both, kv heads over `model` alone. Each kv head is then on the devices whose query heads
-read it.
+Query heads, the MLP width and the vocabulary are sharded over both, kv heads over `model` alone. Each kv head is then
+on the devices whose query heads read it.
 
-What is sent: two all-reduces per layer and forward pass, one for the embedding if V is sharded, and reductions of
-scalars per row for sampling. Training with FSDP also all-gathers each weight before its use and reduce-scatters its
-gradient. `load` uses all devices, along `model` as far as query heads and MLP width divide; training puts all on
-`data` (topology.make). Several processes run the same program, and each reads the rows that its devices hold
-(distributed.py). docs/architecture.md, "On a mesh", has the details.
+What is sent with tensor parallelism: two all-reduces per layer and forward pass (OLMo 2 has more, for its norm of q and
+k over all heads), one for the embedding if V is sharded, and reductions of scalars per row for sampling. Over `data`:
+in generation a prompt's KV cache when its row joins the batch, and the sampled tokens; in training each weight before
+its use (all-gather), and its gradient (reduce-scatter or all-reduce).
+
+By default, `load` uses all devices, along `model` as far as query heads and MLP width divide (topology.default), and
+training puts all on `data` (training/setup.py). Several processes run the same program (distributed.py). Each reads the
+blocks of the weights that its devices hold (checkpoint/hf.py). docs/architecture.md, "On a mesh", has the details.
 """
 
 import math
@@ -30,7 +33,8 @@ DATA, MODEL, GROUP = "data", "model", "group"
 TENSOR_AXES = (MODEL, GROUP)  # axes of tensor parallelism
 Rules = Mapping[str, tuple[str, ...]]
 # Logical axis rules: letter -> mesh axes, of which it takes the longest prefix that divides its size. T, S, D and H are
-# not sharded: attention and norms need no communication, and a layer has two all-reduces, after `o` and after `down`.
+# not sharded: attention and norms need no communication (but a norm over all heads, as in OLMo 2, does), and a layer
+# has two all-reduces, after `o` and after `down`.
 RULES: Rules = {"B": (DATA,), "K": (MODEL,), "N": TENSOR_AXES, "F": TENSOR_AXES, "V": TENSOR_AXES}
 # FSDP (arXiv:2304.11277): trained weights and their optimizer state are also sharded over `data`, and all-gathered
 # before each use. Embedding and head are sharded along V where it divides: TPUs then reduce-scatter their gradients in

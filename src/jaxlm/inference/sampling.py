@@ -1,7 +1,8 @@
 """Sampling: the next token from logits, with logit bias, penalties, temperature, top-k, top-p and min-p.
 
 Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row. A batch can
-therefore mix requests, and a new value needs no compilation. The order is that of transformers' `generate`: logit bias,
+therefore mix requests, and a new value needs no compilation, unless it switches on penalties, a logit bias or
+log-probabilities. The order is that of transformers' `generate`: logit bias,
 repetition penalty (then presence and frequency penalty), temperature, top-k, top-p, min-p.
 
 Each filter is a threshold: a row keeps the logits at or above a value, so equal logits are kept or dropped together.

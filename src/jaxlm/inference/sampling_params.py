@@ -33,7 +33,8 @@ class SamplingParams:
     max_tokens: int | None = None
     """Maximum number of tokens to generate. Default: 256, within the context length."""
     temperature: float | None = None
-    """Sampling temperature. 0 is greedy decoding, 1 is the model's own distribution."""
+    """Sampling temperature. 0 is greedy decoding, 1 is the model's own distribution. Default: 0, unless
+    generation_config.json sets do_sample or top_k, top_p or min_p is given; then that of the file, else 1."""
     top_k: int | None = None
     """Sample from the K most likely tokens only. 0 is off."""
     top_p: float | None = None

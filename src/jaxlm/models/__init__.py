@@ -1,12 +1,13 @@
 """The model families: the module for each `model_type` of a Hugging Face config.json.
 
-A family is a module with the attributes of `Family` (family.py). To add one to the package:
+A family is a module with the attributes of `Family`, and its `Config` (family.py). To add one to the package:
 
 - Copy llama3.py and list the new module in FAMILIES.
 - Give it a recording (tests/recordings/make.py), and a configuration with planted faults (tests/oracle/reference.py,
   cases.py, faults.py).
 - Give it a tiny configuration (tests/helpers/tiny_models.py), and add it to the lists of families in the tests
-  (devices/test_mesh.py, nn/test_lora.py, test_nnx.py, models/test_forward.py, training/test_step.py).
+  (devices/test_mesh.py, nn/test_lora.py, test_nnx.py, test_loading_mesh.py, models/test_forward.py,
+  training/test_step.py, oracle/test_verify.py).
 - If it has sliding windows, build the masks that transformers takes for it in verification/torch_models.py: `_masks`.
 
 `register` adds a family from outside the package:

@@ -1,9 +1,9 @@
 """The KV cache: keys and values of earlier tokens, and the position of the token in each slot.
 
 A full-attention layer stores position p in slot p. A sliding-window layer stores it in slot p % S of a ring buffer with
-S = window + chunk - 1 slots. Writing `chunk` tokens then does not overwrite positions that the first of them attends
-to. The attention mask is computed from the stored positions. Layers with the same number of slots share one array of
-positions.
+S = window + chunk - 1 slots, at most the length. Writing `chunk` tokens then does not overwrite positions that the
+first of them attends to. The attention mask is computed from the stored positions. Layers with the same number of slots
+share one array of positions.
 """
 
 from collections.abc import Callable, Sequence

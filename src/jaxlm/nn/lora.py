@@ -23,6 +23,9 @@ from jaxlm.nn.linear import WeightForm, product
 class Lora(WeightForm):
     """w + scale * b a, without computing the sum (eq. 3; scale is the paper's alpha / r).
 
+    `linear.einsum` calls `product` in place of the plain product, so that model files do not change. Training
+    differentiates the adapter alone (training/step.py), so that w stays as it is.
+
     Instead of arrays, the leaves may be their shapes, shardings or letters.
 
     Attributes:

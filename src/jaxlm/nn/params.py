@@ -1,8 +1,9 @@
-"""The PARAMS table of a family. It defines shapes, checkpoint names, initial values, counts and stacking.
+"""The PARAMS table of a family. It defines shapes, checkpoint names, initial values, counts and sharding.
 
 A row is `path: (letters, checkpoint name, aliases ...)`. A path that begins with `layers.` represents one weight per
 layer; `{}` in the name is the index of the layer. The letters are the axes in the order of the checkpoint. Their sizes
-are fields of the config. A checkpoint stores adjacent head letters (NH, KH) as one axis.
+are fields of the config. An alias is another name that some checkpoints use. A checkpoint stores adjacent head letters
+(NH, KH) as one axis.
 """
 
 import math

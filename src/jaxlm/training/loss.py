@@ -13,7 +13,7 @@ class Sums(NamedTuple):
 
     Attributes:
         loss: What is minimized: cross-entropy and z-loss.
-        nats: Cross-entropy in nats.
+        nats: Cross-entropy in nats: what metrics and validation report.
         tokens: Number of tokens.
     """
 
