@@ -15,8 +15,9 @@ from jaxlm.data.corpus import prepare
 from jaxlm.data.documents import DocumentTokenizer
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader
+from jaxlm.data.readers import Row
 from jaxlm.data.sources import find_sources
-from jaxlm.data.streaming import Position, StreamingLoader
+from jaxlm.data.streaming import Position, StreamingLoader, UnreadableSource
 
 TOK = tokenizer_of(TEMPLATE)
 PACKINGS = ["split", "whole", "none", None]
@@ -112,6 +113,7 @@ def test_a_loader_continues_from_positions_without_reading_what_is_before(files,
     before = stream_of(files)
     wanted = [before.batch(step) for step in range(30)]
     positions = [Position(*position) for position in json.loads(json.dumps(before.positions))]
+    assert len(before._windows) <= 3  # the others are not in memory
     after = stream_of(files)
     after.continue_from(positions)
     read: list[Position] = []
@@ -141,8 +143,14 @@ def test_data_that_changed_are_found(files, tmp_path):
     after.continue_from(before.positions)
     with pytest.raises(ValueError, match="not those that the run has read"):
         after.take([before.positions[1].row])
-    digests = {stream_of(files, buffer=buffer).digest for buffer in (5, 6)}
-    assert len(digests) == 2
+    same_size = tmp_path / "same.jsonl"
+    same_size.write_text("".join(rows).replace("cat", "dog", 1))
+    path.write_text("".join(rows))
+    others = [stream_of(path, buffer=6), stream_of(path, T=17), stream_of(path, seed=4), stream_of(same_size)]
+    other_tokens = tokenizer_of(TEMPLATE.replace("<end>", "<bos>"))
+    others.append(StreamingLoader(find_sources(path), DocumentTokenizer(other_tokens), 4, 16, 3, buffer=11))
+    assert len({before.digest, *(other.digest for other in others)}) == 1 + len(others)
+    assert stream_of(path, on_bad="skip").digest == before.digest  # what resolves an error may change
 
 
 def test_a_document_in_parts_is_not_cut(tmp_path, monkeypatch):
@@ -169,6 +177,76 @@ def test_invalid_rows(tmp_path):
     assert "1 empty" in note
     assert "a.jsonl:21" in note
     assert skipping.new_notes() == []
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_each_source_is_opened_once_per_epoch(files, monkeypatch, rows):
+    """Although batches are prefetched, and whether a window has many batches or a part of one."""
+    opened: list[int] = []
+    theirs = type(find_sources(files)[0]).rows
+    monkeypatch.setattr(
+        type(find_sources(files)[0]), "rows", lambda self, start=0: opened.append(start) or theirs(self, start)
+    )
+    stream = stream_of(files, buffer=rows)
+    for _, _ in zip(stream.iterate(), range(60)):
+        pass
+    assert not any(opened)
+    assert len(opened) <= 3 * (stream.positions[-1].epoch + 1)
+
+
+class Failing:
+    """A source that can be read in part."""
+
+    name, note = "remote", ""
+
+    def rows(self, start=0):
+        for i in range(start, 40):
+            if i == 25:
+                raise ConnectionError("Connection reset\nby peer")
+            yield Row("remote", i + 1, {"text": text_of(0, i)})
+
+    def sample_digest(self):
+        return "a"
+
+
+def test_a_source_that_cannot_be_read(tmp_path):
+    stream = StreamingLoader([Failing()], DocumentTokenizer(TOK), 4, 16, 3, buffer=11)  # pyright: ignore
+    with pytest.raises(UnreadableSource, match=r"remote cannot be read after row 25: Connection reset by peer$"):
+        list(zip(stream.iterate(), range(30)))
+
+
+def test_notes_do_not_wait_for_a_window_that_is_read(files):
+    stream = stream_of(files)
+    with stream._reading:
+        assert stream.new_notes() == []
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+def test_long_documents(tmp_path, packing):
+    path = tmp_path / "a.jsonl"
+    texts = ["one two" if i < 20 else "cat " * 30 for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for long, name in (("drop", "dropped"), ("truncate", "truncated")):
+        stream = stream_of(path, packing=packing, long=long)
+        stream.take(range(end_of_epoch(stream)))
+        assert stream.dropped == {name: 20}
+        assert str(20) in stream.new_notes()[0]
+    stream = stream_of(path, packing=packing, long="stop")
+    with pytest.raises(ValueError, match=r"a\.jsonl:21 has"):
+        end_of_epoch(stream)
+    path.write_text("".join(json.dumps({"text": "cat " * 30}) + "\n" for _ in range(40)))
+    with pytest.raises(ValueError, match="left out: 11 dropped"):
+        stream_of(path, packing=packing, long="drop")
+
+
+def test_an_invalid_line_within_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.data.readers.PART", 20)
+    lines = [b"and so on and so on and so on\n"] * 4
+    (tmp_path / "a.txt").write_bytes(b"".join([*lines, b"\xff\n", *lines, b"<|endoftext|>\n", *lines]))
+    whole = prepare(str(tmp_path / "a.txt"), TOK, on_bad="skip", folder=tmp_path / "cache")
+    stream = stream_of(tmp_path / "a.txt", buffer=1, T=1000, packing="none", on_bad="skip")
+    found = (stream.take(range(end_of_epoch(stream))).pos >= 0).sum()
+    assert found == (whole.lengths - 1).sum()
 
 
 def test_data_without_a_document(tmp_path):
@@ -246,6 +324,7 @@ def hub(tmp_path, monkeypatch) -> Path:
         return type("Info", (), {"sha": {None: "abc", "old": "abc"}[revision]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda repo, config, revision: None)
     monkeypatch.setattr(huggingface_hub, "dataset_info", info)
     return folder
 

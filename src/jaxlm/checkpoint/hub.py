@@ -325,7 +325,7 @@ def resolve_adapter(source: ModelSource) -> Path:
             "--offline and HF_HUB_OFFLINE"
         )
     token = checked_token(source.token)
-    with explain_hub_errors(repo, revision):
+    with explain_hub_errors(repo, revision, is_cached=complete):
         return _fetch_adapter(repo, revision, token)
 
 

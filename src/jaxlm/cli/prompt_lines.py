@@ -82,7 +82,7 @@ def _prompt_line(where: str, value: Any) -> PromptLine:
         if reasoning := [name for name in REASONING if beside.get(name)]:
             raise ValueError(f"the field {reasoning[0]!r} must be a field of a message")
         tools, args = tools_of(beside), template_args_of(beside)
-        if any(beside.get(name) for name in ("system", "system_prompt", "history")):
+        if value and any(beside.get(name) for name in ("system", "system_prompt", "history")):
             messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
             if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
                 raise ValueError(f"messages must be a list of objects, not {reprlib.repr(messages)}")

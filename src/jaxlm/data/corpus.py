@@ -33,7 +33,7 @@ from jaxlm.data.sources import find_sources
 from jaxlm.processing.tokenizer import Tokenizer
 
 FORMAT = 2  # version of the file format and of the conversion from texts to documents
-CONVERSATIONS = 2  # version of the conversion from other rows; runs on texts of earlier versions resume
+CONVERSATIONS = 3  # version of the conversion from other rows; runs on texts of earlier versions resume
 FLUSH = 1 << 20  # tokens buffered in memory
 FILES = ("ids", "loss_mask", "ends", "places")
 TYPES = {"ends": np.int64, "places": np.int64, "loss_mask": np.bool_}

@@ -146,7 +146,9 @@ def conversation(
         if isinstance(completion, str):
             answer = _answer(value, completion)
         else:
-            answer = _after(question, _listed(completion, read[1], either), read[1])
+            earlier = [*history_of(value), *question]
+            contexts = [[*system_of(value, earlier), *earlier], earlier, question]
+            answer = _after(contexts, _listed(completion, read[1], either), read[1])
     if (beside := [name for name in REASONING if value.get(name)]) and not isinstance(value.get(read[-1]), str):
         raise InvalidRowError("unsupported field", f"the field {beside[0]} must be a field of the assistant's message")
     before = [*history_of(value), *question]
@@ -266,8 +268,9 @@ def history_of(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn)]
 
 
-def _after(question: list[Any], answer: list[Any], name: str) -> list[Any]:
-    """Returns the messages of an answer without those of the question, which some rows repeat (chosen)."""
+def _after(contexts: list[list[Any]], answer: list[Any], name: str) -> list[Any]:
+    """Returns the messages of an answer without those before it, which some rows repeat (chosen). contexts: the
+    messages that may be repeated, the longest first."""
 
     def said(messages: list[Any]) -> list[tuple[str, str]]:
         try:
@@ -275,9 +278,11 @@ def _after(question: list[Any], answer: list[Any], name: str) -> list[Any]:
         except ValueError:  # named where the whole conversation is normalized
             return []
 
-    begin = answer[: len(question)]
-    if said(begin) and said(begin) == said(question):
-        answer = answer[len(question) :]
+    for context in contexts:
+        begin = answer[: len(context)]
+        if said(begin) and said(begin) == said(context):
+            answer = answer[len(context) :]
+            break
     if said(answer[:1]) and said(answer[:1])[0][0] in ("user", "system"):
         raise InvalidRowError("invalid messages", f"the field {name} must begin with an answer to the prompt")
     if not answer:

@@ -75,7 +75,7 @@ class Mixture:
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
-        return prefetched(self.batch, start)
+        return prefetched(self.batch, start, threads=1) if self.streams else prefetched(self.batch, start)
 
     def rows(self) -> int:
         """Returns the number of rows of an epoch."""

@@ -30,7 +30,7 @@ import numpy as np
 from jaxlm.data.corpus import Corpus
 
 WINDOW = 1000  # documents of about so many rows are packed together
-THREADS, AHEAD = 2, 8  # prefetching: threads, and batches per thread ahead
+THREADS, AHEAD = 2, 8  # prefetching: threads, and batches ahead
 DOCUMENTS, ROWS, SHIFT, HELD_OUT, MIXED, SOURCES = range(6)  # streams of random numbers
 
 Packing = Literal["split", "whole", "none"]
@@ -38,7 +38,11 @@ Long = Literal["truncate", "drop", "stop"]
 
 
 class NoTarget(ValueError):
-    """No document has a target."""
+    """No document has a target. counts: as of DataLoader."""
+
+    def __init__(self, message: str, counts: dict[str, int]):
+        super().__init__(message)
+        self.counts = counts
 
 
 class Batch(NamedTuple):
@@ -142,11 +146,12 @@ class DataLoader:
             self.digest += f"-{hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=8).hexdigest()}"
             self.lengths[~kept] = 0
         if not self.lengths.any():
-            raise NoTarget("no document has two tokens, so there is no target: use longer documents")
+            counts = {"left out": len(corpus)} if len(corpus) else {}
+            raise NoTarget("no document has two tokens, so there is no target: use longer documents", counts)
         part = "" if kept is None else f"{kept.sum():,} of these documents are used"
         self.note = ". ".join(filter(None, [part, self._short(), "" if packing == "split" else self._shorten(long)]))
         if not self.lengths.any():
-            raise NoTarget(f"no document is left ({self.note})")
+            raise NoTarget(f"no document is left ({self.note})", self.counts)
         self._firsts = [0]  # the first row of each planned epoch
         self._lock = threading.RLock()
         self._plan = lru_cache(2)(self._planned)
@@ -313,14 +318,23 @@ def held_out(documents: int, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
-def prefetched(batch: Callable[[int], Batch], start: int) -> Iterator[Batch]:
+def prefetched(batch: Callable[[int], Batch], start: int, threads: int = THREADS) -> Iterator[Batch]:
     """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
     import grain
 
-    reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    batches = iter(grain.MapDataset.range(start, 1 << 62).map(batch).to_iter_dataset(reading))
+    def batch_or_error(step: int) -> Batch | Exception:
+        try:
+            return batch(step)
+        except Exception as error:  # raised below: grain would add a text about itself to the message
+            return error
+
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)
+    batches = iter(grain.MapDataset.range(start, 1 << 62).map(batch_or_error).to_iter_dataset(reading))
     try:
-        yield from batches
+        for made in batches:
+            if isinstance(made, Exception):
+                raise made
+            yield made
     finally:
         batches.close()
 

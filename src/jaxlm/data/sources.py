@@ -125,16 +125,18 @@ class Hub:
 
 @dataclass(frozen=True)
 class HubShard:
-    """A shard of a hub dataset that is streamed; `data` is a datasets.IterableDataset, `version` has the commit, the
-    configuration and the split."""
+    """Shard `index` of a hub dataset that is streamed; `data` is a datasets.IterableDataset, `version` has the commit,
+    the configuration and the split."""
 
     name: str
     data: Any
+    index: int
     version: str
     note: str = ""
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        rows = self.data.skip(start) if start else self.data
+        shard = self.data.shard(self.data.num_shards, self.index)
+        rows = shard.skip(start) if start else shard
         return (Row(self.name, i, without_nulls(row)) for i, row in enumerate(rows, start + 1))
 
     def digest(self) -> str:
@@ -364,12 +366,13 @@ def _stream(repo: str, split: str, config: str | None, revision: str | None, off
 
     if offline:
         raise ValueError(f"{repo} cannot be streamed offline: omit streaming to read the copy in the cache")
+    datasets.load_dataset_builder(repo, config, revision=revision)  # raises what _from_hub explains
     commit = str(dataset_info(repo, revision=revision).sha)
     data: Any = datasets.load_dataset(repo, config, split=split, revision=commit, streaming=True)
     n = data.num_shards
     names = [repo] if n == 1 else [f"{repo} (shard {i} of {n})" for i in range(1, n + 1)]
     version = f"{commit} {config} {split}"
-    return [HubShard(name, data.shard(n, i), version) for i, name in enumerate(names)]
+    return [HubShard(name, data, i, version) for i, name in enumerate(names)]
 
 
 def _explain_hub_error(repo: str, message: str) -> str:

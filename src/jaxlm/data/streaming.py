@@ -12,24 +12,26 @@ positions of the windows that were read, a run resumes at the window of its step
 import hashlib
 import json
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.corpus import Progress, in_memory
+from jaxlm.data.corpus import Corpus, Progress, in_memory
 from jaxlm.data.documents import DocumentTokenizer
 from jaxlm.data.packing import SOURCES, Batch, DataLoader, Long, NoTarget, Packing, prefetched, random_numbers
 from jaxlm.data.readers import InvalidRow, Row
 from jaxlm.data.sources import Source
 
-BEHIND = 4  # batches whose windows stay in memory: threads that prefetch are not in order
-
 CHANGED = "the data are not those that the run has read: choose another folder (--out) for a new run"
+
+
+class UnreadableSource(ValueError):
+    """A source cannot be read: a network or disk error, or damaged contents."""
 
 
 class Position(NamedTuple):
@@ -73,10 +75,11 @@ class StreamingLoader:
         progress: Called with the number of documents and tokens of the first window so far.
 
     Attributes:
-        digest: Digest of the sources (not of all their contents, which are not read), the tokenizer, the options and
-            the buffer.
+        digest: Digest of the sources (not of all their contents, which are not read), the tokenizer and all options on
+            which positions depend.
         positions: The positions of windows that are known.
-        dropped: Number of rows that were left out by reason, in windows that were read.
+        dropped: Number of rows that were left out, dropped or truncated by reason, in the windows of the first epoch
+            that this loader has read.
 
     Raises:
         ValueError: A row of the first window cannot be used, or it has no document.
@@ -105,24 +108,27 @@ class StreamingLoader:
         self.packing: Packing | None = packing
         self.long: Long = long
         self.share = share or slice(0, B)
-        key = [texts.identity(), [source.sample_digest() for source in sources], buffer, on_bad]
+        key = [texts.identity(), [source.sample_digest() for source in sources], buffer, seed, T, packing, long]
         self.digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
         self.dropped: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
         self._first_bad: InvalidRow | None = None
         self._windows: dict[int, Future[Window]] = {}
-        self._lock, self._reading = threading.RLock(), threading.Lock()
+        self._counted = 0  # windows whose rows are in dropped
+        self._lock, self._reading, self._counting = threading.RLock(), threading.Lock(), threading.Lock()
         self._open: tuple[tuple[int, int, int], Iterator[tuple[Row | InvalidRow, int, int]]] | None = None
         # The first window is read in any case: the format is that of the first row.
         start = Position(0, 0, 0, 0)
-        self.first = self._read(0, start, progress)
-        if self.first.loader is None:
+        first_window = self._read(0, start, progress)
+        if first_window.loader is None:
             counts = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
             first = f"; the first: {self._first_bad}" if self._first_bad else ""
             raise ValueError(f"the first {buffer:,} rows have no document to train on (left out: {counts}{first})")
         self._windows[0] = Future()
-        self._windows[0].set_result(self.first)
-        self.positions = [start, self.first.end]
+        self._windows[0].set_result(first_window)
+        self.positions = [start, first_window.end]
+        self._description, self._first_fill = first_window.loader.describe()[0], first_window.loader.fill()
+        self._noted = Counter(self.dropped)  # the description has them
 
     def continue_from(self, positions: Sequence[Position]) -> None:
         """Takes over the positions of windows from an earlier loader with the same digest."""
@@ -134,8 +140,13 @@ class StreamingLoader:
         """Yields the rows from a position to the end of the epoch, each with the source and start after it."""
         order = np.argsort(random_numbers(self.seed, epoch, SOURCES, len(self.sources)), kind="stable").tolist()
         for n in range(first, len(order)):
-            for i, row in enumerate(self.sources[order[n]].rows(start), start + 1):
-                yield row, n, i
+            source, i = self.sources[order[n]], start
+            try:
+                for i, row in enumerate(source.rows(start), start + 1):
+                    yield row, n, i
+            except Exception as error:  # of files, networks and parsers, each with their own types
+                why = " ".join(str(error).split())
+                raise UnreadableSource(f"{source.name} cannot be read after row {i:,}: {why}") from error
             start = 0
 
     def _read(self, number: int, begin: Position, progress: Progress | None = None) -> Window:
@@ -147,12 +158,13 @@ class StreamingLoader:
 
             def taken() -> Iterator[Row | InvalidRow]:
                 nonlocal end, ended
-                documents = 0
+                documents, is_open = 0, False  # is_open: a document continues in the next row
                 for row, source, start in rows:
                     end = (begin.epoch, source, start)
                     yield row
                     documents += isinstance(row, InvalidRow) or row.ends
-                    if documents >= self.buffer:
+                    is_open = is_open if isinstance(row, InvalidRow) else not row.ends
+                    if documents >= self.buffer and not is_open:
                         ended = False
                         return
 
@@ -161,16 +173,23 @@ class StreamingLoader:
                 end = (begin.epoch + 1, 0, 0)
             else:
                 self._open = end, rows
-            self.dropped += Counter(corpus.about["dropped"])
-            if self._first_bad is None and (bad := corpus.about["first_bad"]):
-                self._first_bad = InvalidRow(self.names[bad[0]], *bad[1:])
             try:
                 share = slice(0, self.B)
                 loader = DataLoader(corpus, self.B, self.T, self.seed, self.packing, share, self.long)
-            except NoTarget:
+            except NoTarget as error:
+                self._count(number, begin, corpus, error.counts)
                 return Window(None, begin, Position(begin.row, *end))
-            self.dropped += Counter(loader.counts)
+            self._count(number, begin, corpus, loader.counts)
             return Window(loader, begin, Position(begin.row + loader.rows(number), *end))
+
+    def _count(self, number: int, begin: Position, corpus: Corpus, counts: Mapping[str, int]) -> None:
+        """Counts the rows of a window that were left out, once."""
+        with self._counting:
+            if number >= self._counted and begin.epoch == 0:
+                self._counted = number + 1
+                self.dropped += Counter(corpus.about["dropped"]) + Counter(counts)
+                if self._first_bad is None and (bad := corpus.about["first_bad"]):
+                    self._first_bad = InvalidRow(self.names[bad[0]], *bad[1:])
 
     def _start(self, number: int) -> Future[Window]:
         """Reads a window in a thread, unless it was read or is being read."""
@@ -200,8 +219,7 @@ class StreamingLoader:
                 if self.positions[number + 1] != window.end:
                     raise ValueError(CHANGED)
                 for other in list(self._windows):
-                    behind = other < number and self.positions[other + 1].row <= row - BEHIND * self.B
-                    if behind or other > number + 1:
+                    if not number - 1 <= other <= number + 1:
                         del self._windows[other]
                 self._start(number + 1)
                 if row < window.end.row:
@@ -210,7 +228,8 @@ class StreamingLoader:
 
     def _check_epoch(self, window: Window) -> None:
         """Raises ValueError if an epoch ended without a row, and the search for one would not end."""
-        first = next(position for position in self.positions if position.epoch == window.begin.epoch)
+        at = bisect_left(self.positions, window.begin.epoch, key=lambda position: position.epoch)
+        first = self.positions[at]
         if window.end.epoch > window.begin.epoch and window.end.row == first.row:
             raise ValueError("no document of the sources has a target")
 
@@ -231,8 +250,9 @@ class StreamingLoader:
         return Batch(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches from step `start` on, indefinitely, prefetched by grain."""
-        return prefetched(self.batch, start)
+        """Yields the batches from step `start` on, indefinitely, prefetched by grain. One thread asks for them, so that
+        windows are read in order."""
+        return prefetched(self.batch, start, threads=1)
 
     def rows(self) -> int:
         raise ValueError("the number of rows is not known while documents are streamed: give the number of steps")
@@ -250,8 +270,7 @@ class StreamingLoader:
 
     def fill(self) -> float:
         """Returns the fraction of the first window's rows that is not padding."""
-        assert self.first.loader is not None
-        return self.first.loader.fill()
+        return self._first_fill
 
     def are_texts(self) -> bool:
         """Whether the documents are texts, not conversations or prompts with completions."""
@@ -259,17 +278,16 @@ class StreamingLoader:
 
     def describe(self) -> list[str]:
         """Returns a line about the data."""
-        assert self.first.loader is not None
         notes = [source.note for source in self.sources if source.note]
         what = f"streamed, {self.buffer:,} documents shuffled together. The first of them: "
-        return ["; ".join([what + self.first.loader.describe()[0], *notes])]
+        return ["; ".join([what + self._description, *notes])]
 
     def describe_epochs(self, step: int) -> str:
         return "an unknown number of epochs"
 
     def new_notes(self) -> list[str]:
         """Returns a line about all rows that were left out or truncated, if there are more than at the last call."""
-        with self._reading:
+        with self._counting:
             if self.dropped == self._noted:
                 return []
             self._noted = Counter(self.dropped)

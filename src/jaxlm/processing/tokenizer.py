@@ -229,12 +229,15 @@ class Tokenizer:
         try:
             with template_errors():
                 return render(self.hf, texts, tools, **template_args)
-        except ValueError:
+        except ValueError as error:
             # Some templates (DeepSeek's) join the arguments of tool calls to a text, and so need them as JSON.
             if not any(message.get("tool_calls") for message in texts):
                 raise
-            with template_errors():
-                return render(self.hf, json_arguments(texts), tools, **template_args)
+            try:
+                with template_errors():
+                    return render(self.hf, json_arguments(texts), tools, **template_args)
+            except ValueError:
+                raise error from None
 
     def _normalized(self, messages: Messages, tools: list[Any] | None, template_args: Mapping[str, Any]) -> list[dict]:
         with template_errors():

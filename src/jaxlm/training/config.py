@@ -29,7 +29,7 @@ class Data(Checked):
     a set with its own loss, valid_loss_SET."""
     streaming: bool = False
     """Read the training data while training, instead of tokenizing all of them to the disk first. Hub datasets are read
-    over the network. Needs --steps."""
+    over the network. The length of the run is --steps, not --epochs."""
     shuffle_buffer: int = 10_000
     """Documents that are shuffled together, in memory, with --data.streaming."""
     valid_split: float = 0.0
@@ -200,8 +200,9 @@ class Run(Checked):
             raise ValueError(f"data.valid_split is {self.data.valid_split}, but must be at least 0 and below 1")
         if self.data.valid_split and self.data.valid:
             raise ValueError("data.valid_split holds out training data, so it cannot be combined with data.valid")
-        if self.data.streaming and (self.epochs or self.data.valid_split):
-            name, way = ("epochs", "--steps") if self.epochs else ("data.valid_split", "--data.valid")
+        counts_epochs = self.epochs and not self.steps
+        if self.data.streaming and (counts_epochs or self.data.valid_split):
+            name, way = ("epochs", "--steps") if counts_epochs else ("data.valid_split", "--data.valid")
             raise ValueError(f"{name} needs the number of documents, which data.streaming does not know: give {way}")
         if self.data.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer is {self.data.shuffle_buffer}, but must be at least 1")

@@ -23,7 +23,8 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 # The learning rate may change, because a lower one is the remedy for a loss that became NaN or Inf.
 MUTABLE_FIELDS = (
     "log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
-    "remat", "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "optimizer.lr",
+    "remat", "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "data.revision",
+    "optimizer.lr",
 )  # fmt: skip
 
 
