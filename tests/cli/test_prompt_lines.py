@@ -127,3 +127,12 @@ def test_a_last_message_of_the_assistant_is_continued(model):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(ValueError, match="the last message is a tool call"):
         to_ids(model, [USER, call], {})
+
+
+@pytest.mark.parametrize("value", [{"messages": []}, {"prompt": ""}])
+@pytest.mark.parametrize("beside", [{"system": "s"}, {"history": [["a", "b"]]}])
+def test_an_empty_prompt_beside_other_fields_is_refused(tmp_path, value, beside):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(value | beside) + "\n")
+    with pytest.raises(ValueError, match="line 1: expected a string"):
+        read_prompts(path)

@@ -418,3 +418,14 @@ def test_bos_and_eos_once():
     tok.backend_tokenizer.post_processor = None
     [made] = DocumentTokenizer(tok).documents([Row("a.txt", 1, "at")])
     assert tok.decode(made.ids, skip_special=False) == "at"
+
+
+def test_an_answer_may_repeat_all_before_it():
+    """The system message and the history beside the prompt too."""
+    history = [{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]
+    answer = {"role": "assistant", "content": "c"}
+    before = [{"role": "system", "content": "s"}, *history, {"role": "user", "content": "a"}]
+    row = {"prompt": "a", "system": "s", "history": history}
+    wanted = text(*documents(row | {"completion": [answer]}), CHATTING)
+    for repeated in (before, before[1:], before[3:]):
+        assert text(*documents(row | {"completion": [*repeated, answer]}), CHATTING) == wanted
