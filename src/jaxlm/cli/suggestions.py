@@ -97,6 +97,8 @@ FLAGS = {
     "--eval-batches": "val-batches max-eval-batches eval-iters",
     "--keep": "max-to-keep keep-checkpoints save-total-limit",
     "--samples": "sample-prompts",
+    "--data.streaming": "streaming streaming-dataset stream-dataset",
+    "--data.shuffle-buffer": "shuffle-buffer shuffle-buffer-size buffer-size",
     "--report": "logger wandb tensorboard report-to",
     "--resume": "restore auto-resume overwrite-output-dir resume-from-checkpoint",
     "--z-loss": "z-loss-coef z-loss-weight z-loss-multiplier",
@@ -160,8 +162,6 @@ NOTES = [
     ("jaxlm streams by default; --json prints one object at the end", "generate chat", "stream no-stream streaming"),
     ("weights follow the names: --data.train a.jsonl=0.7 b.jsonl=0.3", "train finetune", "interleave-probs "
      "interleave-probabilities data-weights dataset-weights mixing-weights train-weights data-mix dataset-mixer"),
-    ("data are tokenized to the cache on disk before training; they are not streamed", "train finetune", "streaming "
-     "data.streaming streaming-dataset shuffle-buffer shuffle-buffer-size data.shuffle-buffer buffer-size"),
     ("pass the folder to write after the model: jaxlm export MODEL OUT", "export", "out output-dir output output-path "
      "save-path o"),
 ]  # fmt: skip
