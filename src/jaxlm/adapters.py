@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,15 +40,14 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
 
 
 def choose_tokenizer(
-    base: Tokenizer | None, checkpoint: Checkpoint, folder: Path, config: Any, ends: list[int]
+    base: Tokenizer | None, checkpoint: Checkpoint, config: Any, ends: list[int]
 ) -> tuple[Tokenizer | None, Checkpoint]:
-    """Chooses the tokenizer and chat template in the folder of an adapter, which belong to it, over those of the base.
+    """Chooses the tokenizer and chat template in the folder of the adapter, which belong to it, over those of the base.
     Tools save them when the base is trained on conversations of a template that it does not have.
 
     Args:
         base: The tokenizer of the base model.
-        checkpoint: The checkpoint of the base model.
-        folder: The folder of the adapter.
+        checkpoint: The checkpoint of the base model, with the adapter.
         config: The config of the base model.
         ends: The EOS ids of the base model.
 
@@ -59,6 +57,7 @@ def choose_tokenizer(
     Raises:
         ValueError: The adapter's tokenizer has tokens that the base model does not have.
     """
+    folder = checkpoint.adapter.folder
     tokenizer = Tokenizer.load(folder, {"eos_token_id": ends}, {})
     if tokenizer is None:
         template = folder / "chat_template.jinja"

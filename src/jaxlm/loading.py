@@ -254,8 +254,7 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
             checkpoint = replace(checkpoint, tokenizer=None if place == folder else place)
             break
     if checkpoint.adapter is not None and not path:
-        folder = checkpoint.adapter.folder
-        tokenizer, checkpoint = adapters.choose_tokenizer(tokenizer, checkpoint, folder, resolved.config, ends)
+        tokenizer, checkpoint = adapters.choose_tokenizer(tokenizer, checkpoint, resolved.config, ends)
     if tokenizer is None and path:
         raise FileNotFoundError(
             f"{path} has no tokenizer: pass a folder with tokenizer.json, tokenizer.model or vocab.json"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,22 @@ def test_a_source_that_cannot_be_read(tmp_path):
 
 
 def test_notes_do_not_wait_for_a_window_that_is_read(files):
-    stream = stream_of(files)
+    stream, notes = stream_of(files), []
+    asking = threading.Thread(target=lambda: notes.append(stream.new_notes()), daemon=True)
     with stream._reading:
-        assert stream.new_notes() == []
+        asking.start()
+        asking.join(10)
+        assert notes == [[]]
+
+
+def test_the_next_window_is_read_ahead(files):
+    stream = stream_of(files)
+    stream.take([0])
+    assert set(stream._windows) == {0, 1}
+    ahead = stream._windows[1]
+    assert ahead.result(10).begin == stream.positions[1]
+    stream.take([stream.positions[1].row])
+    assert stream._windows[1] is ahead
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.training_runs import Stopped, command, lines, run_of, stopping_at
 
 from jaxlm import cli
 from jaxlm.cli import main
 from jaxlm.cli.train import metrics_line
-from jaxlm.data.streaming import StreamingLoader
-from jaxlm.training import loop, metrics
+from jaxlm.data.sources import File
+from jaxlm.data.streaming import StreamingLoader, UnreadableSource
+from jaxlm.training import loaders, loop, metrics
 from jaxlm.training.config import Data, Run
 from jaxlm.training.setup import set_up
 
@@ -56,13 +58,17 @@ def test_a_mixture_resumes_bit_exactly(files, sources, tmp_path) -> None:
     assert weights(halted.out) == weights(whole.out)
 
 
-def test_a_mixture_is_the_same_on_every_mesh(files, sources, tmp_path) -> None:
-    one, many = (
-        set_up(run_of(files, tmp_path / "run", data=data_of(sources), mesh=mesh)).data for mesh in ("data=1", "data=4")
-    )
-    for step in (0, 9, 700):
-        for a, b in zip(one.batch(step), many.batch(step), strict=True):
-            assert (a == b).all()
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_process_loads_its_rows_of_a_mixture(files, sources, tmp_path, monkeypatch, streaming) -> None:
+    run = run_of(files, tmp_path / "run", data=data_of(sources, streaming=streaming, shuffle_buffer=7))
+    whole = set_up(run).data
+    shares = []
+    for share in (slice(0, 1), slice(1, 4)):
+        monkeypatch.setattr(loaders, "local_rows", lambda B, over, share=share: share)
+        shares.append(set_up(run).data)
+    for step in (0, 9, 100):
+        for wanted, *parts in zip(whole.batch(step), *(data.batch(step) for data in shares), strict=True):
+            assert (np.concatenate(parts) == wanted).all()
 
 
 def test_the_dry_run_of_a_mixture(files, sources, tmp_path, capsys) -> None:
@@ -260,3 +266,26 @@ def test_rows_left_out_of_streamed_data_are_logged(files, tmp_path) -> None:
     assert "grain" not in str(raised.value).lower()
     loop.train(replace(stopping, data=data))  # the way out that the message names
     assert lines(stopping.out)[-1]["step"] == 12
+
+
+def test_a_source_that_fails_loses_no_step(files, tmp_path, monkeypatch) -> None:
+    """A lost connection is an OSError, but not one of the disk to which the run is saved."""
+    data = Data((files["train"],), (files["valid"],), streaming=True, shuffle_buffer=5)
+    run, whole = (run_of(files, tmp_path / name, data=data, save_every=100) for name in ("run", "whole"))
+    theirs = File.rows
+
+    def failing(self, start=0):
+        for i, row in enumerate(theirs(self, start), start):
+            if i == 30:
+                raise ConnectionError("reset by peer")
+            yield row
+
+    with monkeypatch.context() as patched:
+        patched.setattr(File, "rows", failing)
+        with pytest.raises(UnreadableSource, match=r"train\.txt cannot be read after row 30: reset by peer") as raised:
+            loop.train(run)
+    assert "was saved" in raised.value.__notes__[0]
+    for one in (run, whole):
+        loop.train(one)
+    assert lines(run.out) == lines(whole.out)
+    assert weights(run.out) == weights(whole.out)

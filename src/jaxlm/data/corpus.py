@@ -125,10 +125,8 @@ def prepare(
     """
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}, but must be stop or skip")
-    texts, sources = (
-        DocumentTokenizer(tokenizer, options),
-        find_sources(names, split, config, revision, offline, streaming),
-    )
+    texts = DocumentTokenizer(tokenizer, options)
+    sources = find_sources(names, split, config, revision, offline, streaming)
     key = {"format": FORMAT, "sources": [source.digest() for source in sources], **texts.identity()}
     if not _are_texts(sources, texts.options):
         key["conversations"] = CONVERSATIONS

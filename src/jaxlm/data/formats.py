@@ -278,12 +278,12 @@ def _after(contexts: list[list[Any]], answer: list[Any], name: str) -> list[Any]
         except ValueError:  # named where the whole conversation is normalized
             return []
 
-    for context in contexts:
-        begin = answer[: len(context)]
-        if said(begin) and said(begin) == said(context):
-            answer = answer[len(context) :]
+    spoken = said(answer)
+    for before in map(said, contexts):
+        if before and spoken[: len(before)] == before:
+            answer, spoken = answer[len(before) :], spoken[len(before) :]
             break
-    if said(answer[:1]) and said(answer[:1])[0][0] in ("user", "system"):
+    if spoken and spoken[0][0] in ("user", "system"):
         raise InvalidRowError("invalid messages", f"the field {name} must begin with an answer to the prompt")
     if not answer:
         raise InvalidRowError("invalid messages", f"the field {name} has no answer to the prompt")

@@ -111,11 +111,10 @@ class StreamingLoader:
         key = [texts.identity(), [source.sample_digest() for source in sources], buffer, seed, T, packing, long]
         self.digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
         self.dropped: Counter[str] = Counter()
-        self._noted: Counter[str] = Counter()
         self._first_bad: InvalidRow | None = None
         self._windows: dict[int, Future[Window]] = {}
         self._counted = 0  # windows whose rows are in dropped
-        self._lock, self._reading, self._counting = threading.RLock(), threading.Lock(), threading.Lock()
+        self._lock, self._reading, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
         self._open: tuple[tuple[int, int, int], Iterator[tuple[Row | InvalidRow, int, int]]] | None = None
         # The first window is read in any case: the format is that of the first row.
         start = Position(0, 0, 0, 0)
@@ -208,23 +207,22 @@ class StreamingLoader:
         return self._windows[number]
 
     def _window(self, row: int) -> tuple[int, Window]:
-        """Returns the window of a row, and its number."""
-        with self._lock:  # threads prefetch
-            number = bisect_right(self.positions, row, key=lambda position: position.row) - 1
-            while True:
-                window = self._start(number).result()
-                if number + 1 == len(self.positions):
-                    self._check_epoch(window)
-                    self.positions.append(window.end)
-                if self.positions[number + 1] != window.end:
-                    raise ValueError(CHANGED)
-                for other in list(self._windows):
-                    if not number - 1 <= other <= number + 1:
-                        del self._windows[other]
-                self._start(number + 1)
-                if row < window.end.row:
-                    return number, window
-                number += 1
+        """Returns the window of a row, and its number. Reads the next window ahead."""
+        number = bisect_right(self.positions, row, key=lambda position: position.row) - 1
+        while True:
+            window = self._start(number).result()
+            if number + 1 == len(self.positions):
+                self._check_epoch(window)
+                self.positions.append(window.end)
+            if self.positions[number + 1] != window.end:
+                raise ValueError(CHANGED)
+            for other in list(self._windows):
+                if not number - 1 <= other <= number + 1:
+                    del self._windows[other]
+            self._start(number + 1)
+            if row < window.end.row:
+                return number, window
+            number += 1
 
     def _check_epoch(self, window: Window) -> None:
         """Raises ValueError if an epoch ended without a row, and the search for one would not end."""
@@ -239,7 +237,7 @@ class StreamingLoader:
 
     def take(self, rows: Iterable[int]) -> Batch:
         """Returns rows by their numbers. Fast if they are near those of the last call."""
-        with self._lock:  # a batch at a time: windows are read in order
+        with self._lock:  # a batch at a time, if several threads ask
             found = [(row, *self._window(row)) for row in rows]
         parts = []
         for number, same in groupby(found, key=lambda one: one[1]):

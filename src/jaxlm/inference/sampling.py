@@ -2,8 +2,8 @@
 
 Pure functions on logits [B,V] float32. Every sampling parameter is an array with one value per row. A batch can
 therefore mix requests, and a new value needs no compilation, unless it switches on penalties, a logit bias or
-log-probabilities. The order is that of transformers' `generate`: logit bias,
-repetition penalty (then presence and frequency penalty), temperature, top-k, top-p, min-p.
+log-probabilities. The order is that of transformers' `generate`: logit bias, repetition penalty (then presence and
+frequency penalty), temperature, top-k, top-p, min-p.
 
 Each filter is a threshold: a row keeps the logits at or above a value, so equal logits are kept or dropped together.
 The top-k threshold is the k-th largest logit. The top-p threshold is the largest value at or above which the kept

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 # Fields that do not change the output of the forward pass.
 HARMLESS = set(
     """
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
-    _model_name_or_path
-    initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
+    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _model_name_or_path
+    use_cache initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
     cache_implementation max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset
     return_dict id2label label2id chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder
     tokenizer_class auto_map

@@ -91,11 +91,13 @@ def _streams(
     data, before = run.data, _positions(run.out / WINDOWS)
     streams = []
     for i, some in enumerate(names):
-        make = partial(StreamingLoader, buffer=data.shuffle_buffer, on_bad=data.on_bad, progress=progress)
         sources = find_sources(tuple(some), config=data.config, revision=data.revision, streaming=True)
         texts = DocumentTokenizer(tokenizer, _options(run))
         with _explained(run):
-            stream = make(sources, texts, run.batch, run.length, run.seed, data.packing, share, data.long)
+            stream = StreamingLoader(
+                sources, texts, run.batch, run.length, run.seed, data.packing, share, data.long,
+                buffer=data.shuffle_buffer, on_bad=data.on_bad, progress=progress,
+            )  # fmt: skip
         digest, positions = before[i] if i < len(before) else ("", [])
         if digest == stream.digest:
             stream.continue_from(positions)

@@ -230,8 +230,12 @@ class Loop:
 
     def save(self, number: int, state: step.State) -> None:
         """Saves the state, the sums that belong to it, and the positions of streamed data."""
-        distributed.run_on_coordinator(lambda: self.interval.save(number))
-        distributed.run_on_coordinator(lambda: loaders.save_positions(self.setup.data, self.setup.run.out))
+
+        def save_sums_and_positions() -> None:
+            self.interval.save(number)
+            loaders.save_positions(self.setup.data, self.setup.run.out)
+
+        distributed.run_on_coordinator(save_sums_and_positions)
         self.checkpoints.save(number, state)
 
     def save_before(
