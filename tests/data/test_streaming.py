@@ -295,7 +295,26 @@ def test_a_mixture_of_streams(files):
     assert found.digest == mixture().digest
 
 
+def test_a_window_is_shuffled_anew_in_each_epoch(files):
+    """Also the only window of the only source."""
+    stream = stream_of(files[:1], packing="none", T=40, buffer=1000)
+    n = end_of_epoch(stream)
+    assert not same(stream.take(range(n)), stream.take(range(n, 2 * n)))
+
+
 # Sources
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_sample_digest_has_the_beginning_and_the_end(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("jaxlm.data.sources.SAMPLE", 10)
+    text = bytearray(b'{"text": "one two three"}\n' * 4)
+    (tmp_path / "a.jsonl").write_bytes(text)
+    [source] = find_sources(tmp_path / "a.jsonl")
+    before = source.sample_digest()
+    text[place] = ord(" ")
+    (tmp_path / "a.jsonl").write_bytes(text)
+    assert source.sample_digest() != before
 
 
 def test_rows_from_a_start(tmp_path):
