@@ -137,6 +137,7 @@ def test_data_that_changed_are_found(files, tmp_path):
     path.write_text("".join(longer + rows))
     after = stream_of(path)
     assert after.digest != before.digest
+    assert after.sources_digest != before.sources_digest
     with pytest.raises(ValueError, match="not those that the run has read"):
         after.continue_from(before.positions)
     path.write_text("".join(rows[:20] + longer + rows[20:]))
@@ -375,7 +376,8 @@ def test_a_hub_dataset_is_read_shard_by_shard(hub):
     stream = stream_of("org/name")
     assert same(stream.batch(0), local.batch(0))
     assert same(stream.batch(12), local.batch(12))
-    assert stream.digest == stream_of("org/name").digest != local.digest
+    assert stream.digest == stream_of("org/name").digest == local.digest
+    assert stream.sources_digest == stream_of("org/name").sources_digest != local.sources_digest
 
 
 def test_a_hub_dataset_is_not_streamed_offline(hub):

@@ -49,7 +49,7 @@ def test_a_mixture_resumes_bit_exactly(files, sources, tmp_path) -> None:
     with pytest.raises(Stopped):
         loop.train(halted, stopping_at(8))
     changed = run_of(files, halted.out, data=data_of(sources, (0.5, 0.5), valid=(files["valid"],)))
-    with pytest.raises(ValueError, match=r"other settings: data \(contents\)"):
+    with pytest.raises(ValueError, match="other settings: training data"):
         loop.train(changed)
     # The same proportions and other names of the same files are the same data.
     moved = {name: str(Path(path).rename(tmp_path / f"{name}_moved.jsonl")) for name, path in sources.items()}
@@ -123,7 +123,7 @@ def test_a_run_without_held_out_documents_does_not_resume_with_them(files, tmp_p
     fields = json.loads(path.read_text())
     del fields["data"]["valid_split"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"other settings: data \(contents\)"):
+    with pytest.raises(ValueError, match="other settings: training data"):
         loop.train(run_of(files, run.out, data=Data((files["train"],), valid_split=0.2)))
     loop.train(run)
 
@@ -203,7 +203,7 @@ def test_streamed_data_resume_bit_exactly(files, sources, tmp_path) -> None:
         assert lines(run.out) == lines(whole.out)
         assert weights(run.out) == weights(whole.out)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "the", "completion": "cat"}\n' * 9)
-    with pytest.raises(ValueError, match=r"other settings: data \(contents\)"):
+    with pytest.raises(ValueError, match="other settings: training data"):
         loop.train(whole)
 
 
@@ -266,6 +266,26 @@ def test_rows_left_out_of_streamed_data_are_logged(files, tmp_path) -> None:
     assert "grain" not in str(raised.value).lower()
     loop.train(replace(stopping, data=data))  # the way out that the message names
     assert lines(stopping.out)[-1]["step"] == 12
+
+
+def test_a_run_resumes_after_a_row_is_repaired(files, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": " ".join(WORDS[i % 7 :])}) + "\n" for i in range(200)]
+    repaired, broken = "".join(rows), "".join([*rows[:60], rows[60][:-3] + "\n", *rows[61:]])
+    data = Data((str(path),), (files["valid"],), streaming=True, shuffle_buffer=5)
+    run, whole = (run_of(files, tmp_path / name, data=data, save_every=100) for name in ("run", "whole"))
+    path.write_text(broken)
+    with pytest.raises(ValueError, match=r"a\.jsonl:61"):
+        loop.train(run)
+    before = (run.out / "windows.json").read_text()
+    path.write_text(repaired)
+    notes: list[str] = []
+    loop.train(run, lambda line: notes.append(line.get("note", "")))
+    assert sum("files of the training data have changed" in note for note in notes) == 1
+    loop.train(whole)
+    assert lines(run.out) == lines(whole.out)
+    assert weights(run.out) == weights(whole.out)
+    assert json.loads((run.out / "windows.json").read_text())[0][1][:5] == json.loads(before)[0][1][:5]
 
 
 def test_a_source_that_fails_loses_no_step(files, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from helpers.training_runs import lines, run_of
 
 from jaxlm.training import loop
-from jaxlm.training.config import LoraOptions, Optimizer
+from jaxlm.training.config import Data, LoraOptions, Optimizer
 from jaxlm.training.metrics import Interval, MetricsFile
 from jaxlm.training.setup import set_up
+from jaxlm.training.signals import stop_signals
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -42,6 +44,30 @@ def test_an_exception_in_the_callback_loses_no_step(files, whole, tmp_path):
     loop.train(run, seen.append)
     assert any("resuming after step 3" in line.get("note", "") for line in seen)
     assert lines(run.out) == lines(whole)
+
+
+def test_a_second_signal_interrupts_whatever_is_raised_in_its_place():
+    """numpy raises a ValueError in place of a KeyboardInterrupt while it converts a value."""
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        signal.raise_signal(signal.SIGINT)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("setting an array element with a sequence") from None
+    with pytest.raises(ValueError, match="damaged"), stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received(1) == signal.SIGINT
+        raise ValueError("the file is damaged")
+
+
+def test_a_batch_of_more_than_an_epoch_is_told(files, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "the", "completion": "cat"}\n' * 20)
+    data = Data((str(path),), (files["valid"],))
+    notes = set_up(run_of(files, tmp_path / "run", data=data, steps=3, batch=8, length=60)).notes
+    assert any("of 60 tokens, and a batch 8: each step" in note and "--batch" in note for note in notes)
+    for enough in (replace(data, packing="none"), Data((str(path),), (files["valid"],), streaming=True)):
+        assert not set_up(run_of(files, tmp_path / "run", data=enough, steps=3, batch=8, length=60)).notes
 
 
 def test_an_ended_run_is_not_changed_by_running_it_again(files, whole):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,14 @@ class Position(NamedTuple):
         epoch: Number of times that all sources were read before.
         source: Index in the epoch's order of the sources.
         start: Rows of this source that are in earlier windows.
+        digest: Digest of the documents of all earlier windows.
     """
 
     row: int
     epoch: int
     source: int
     start: int
+    digest: str = ""
 
 
 class Window(NamedTuple):
@@ -75,8 +77,9 @@ class StreamingLoader:
         progress: Called with the number of documents and tokens of the first window so far.
 
     Attributes:
-        digest: Digest of the sources (not of all their contents, which are not read), the tokenizer and all options on
-            which positions depend.
+        digest: Digest of the first window, the tokenizer and all options on which positions depend. Later windows are
+            checked when they are read again: their positions have digests.
+        sources_digest: Digest of the sources: size, beginning and end of each file.
         positions: The positions of windows that are known.
         dropped: Number of rows that were left out, dropped or truncated by reason, in the windows of the first epoch
             that this loader has read.
@@ -108,8 +111,7 @@ class StreamingLoader:
         self.packing: Packing | None = packing
         self.long: Long = long
         self.share = share or slice(0, B)
-        key = [texts.identity(), [source.sample_digest() for source in sources], buffer, seed, T, packing, long]
-        self.digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        self.sources_digest = _digest_of([source.sample_digest() for source in sources])
         self.dropped: Counter[str] = Counter()
         self._first_bad: InvalidRow | None = None
         self._windows: dict[int, Future[Window]] = {}
@@ -126,6 +128,8 @@ class StreamingLoader:
         self._windows[0] = Future()
         self._windows[0].set_result(first_window)
         self.positions = [start, first_window.end]
+        options = [len(sources), buffer, seed, T, packing, long]
+        self.digest = _digest_of([texts.identity(), first_window.end.digest, *options])
         self._description, self._first_fill = first_window.loader.describe()[0], first_window.loader.fill()
         self._noted = Counter(self.dropped)  # the description has them
 
@@ -151,7 +155,7 @@ class StreamingLoader:
     def _read(self, number: int, begin: Position, progress: Progress | None = None) -> Window:
         """Reads the window at a position."""
         with self._reading:  # its place in the sources is shared
-            place = begin[1:]
+            place = begin[1:4]
             rows = self._open[1] if self._open and self._open[0] == place else self._rows(*place)
             self._open, end, ended = None, place, True
 
@@ -172,14 +176,15 @@ class StreamingLoader:
                 end = (begin.epoch + 1, 0, 0)
             else:
                 self._open = end, rows
+            digest = _digest_of(begin.digest, corpus.ids, corpus.ends, corpus.loss_mask)
             try:
                 share = slice(0, self.B)
                 loader = DataLoader(corpus, self.B, self.T, self.seed, self.packing, share, self.long)
             except NoTarget as error:
                 self._count(number, begin, corpus, error.counts)
-                return Window(None, begin, Position(begin.row, *end))
+                return Window(None, begin, Position(begin.row, *end, digest))
             self._count(number, begin, corpus, loader.counts)
-            return Window(loader, begin, Position(begin.row + loader.rows(number), *end))
+            return Window(loader, begin, Position(begin.row + loader.rows(number), *end, digest))
 
     def _count(self, number: int, begin: Position, corpus: Corpus, counts: Mapping[str, int]) -> None:
         """Counts the rows of a window that were left out, once."""
@@ -291,3 +296,11 @@ class StreamingLoader:
             self._noted = Counter(self.dropped)
             counts = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
             return [f"left out or truncated so far: {counts}" + (f" ({self._first_bad})" if self._first_bad else "")]
+
+
+def _digest_of(value: Any, *arrays: np.ndarray | None) -> str:
+    """Returns the digest of a value that JSON can represent, and of arrays."""
+    found = hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16)
+    for array in arrays:
+        found.update(b"" if array is None else array.tobytes())
+    return found.hexdigest()

@@ -15,16 +15,18 @@ from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.devices import distributed
 from jaxlm.training.config import current_name, to_dict
+from jaxlm.training.loaders import streams_of
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import State
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+CONTENTS, FILES = "data (contents)", "data (files)"  # in contents.json
 # Fields that may change when a run resumes. File names may change, because contents.json has a digest of the contents.
 # The learning rate may change, because a lower one is the remedy for a loss that became NaN or Inf.
 MUTABLE_FIELDS = (
     "log_every", "save_every", "keep", "eval_every", "eval_batches", "samples", "sample_tokens", "resume", "mesh",
     "remat", "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "data.revision",
-    "optimizer.lr",
+    "optimizer.lr", FILES,
 )  # fmt: skip
 
 
@@ -169,6 +171,8 @@ def check_resume(setup: Setup, latest: int | None) -> list[str]:
     changed = distributed.run_on_coordinator(lambda: _changes(run.out, fields, contents)) if latest is not None else {}
     if wrong := [name for name in changed if name not in MUTABLE_FIELDS]:
         shown = [f"{name} ({changed[name]}, not {fields[name]})" if name in fields else name for name in wrong]
+        if CONTENTS in wrong:
+            shown[wrong.index(CONTENTS)] = "training data (other rows, or another tokenizer or way of reading them)"
         made = [f"--{name} {run.out / name}" for name in ("model", "adapter") if (run.out / name).is_dir()]
         hint = f" (to start from the weights of that run: {made[0]})" if made else ""
         raise ValueError(f"{run.out} has a run with other settings: {', '.join(shown)}. Choose another --out{hint}")
@@ -177,7 +181,11 @@ def check_resume(setup: Setup, latest: int | None) -> list[str]:
         write_json(run.out / "run.json", to_dict(run))
         write_json(run.out / "contents.json", contents)
     what = "the run has ended, so this has no effect:" if ended else "resuming with another"
-    return [f"{what} {name}: {fields[name]}" for name in changed if name == "optimizer.lr"]
+    notes = [f"{what} {name}: {fields[name]}" for name in changed if name == "optimizer.lr"]
+    if FILES in changed and not ended:
+        notes.append("the files of the training data have changed since the run stopped: rows that it has not "
+                     "read yet are those of the changed files")  # fmt: skip
+    return notes
 
 
 def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
@@ -196,12 +204,15 @@ def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> 
 
 
 def contents_of(setup: Setup) -> dict[str, str]:
-    """Returns digests of the training data (with tokenizer and options) and of the architecture."""
+    """Returns digests of the training data (with tokenizer and options) and of the architecture. Of streamed data, the
+    digest has the first rows; that of their files is a second one, which may change."""
     architecture = json.dumps(setup.raw, sort_keys=True)
-    return {
-        "data (contents)": setup.data.digest,
+    contents = {
+        CONTENTS: setup.data.digest,
         "architecture": hashlib.blake2b(architecture.encode(), digest_size=16).hexdigest(),
     }
+    files = [stream.sources_digest for stream in streams_of(setup.data)]
+    return {**contents, FILES: " ".join(files)} if files else contents
 
 
 def flatten(tree: dict[str, Any], before: str = "") -> dict[str, Any]:

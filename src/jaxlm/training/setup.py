@@ -31,7 +31,7 @@ from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimizers, samples, step
 from jaxlm.training.config import Run, to_dict
-from jaxlm.training.loaders import Progress, make_loaders
+from jaxlm.training.loaders import Progress, make_loaders, streams_of
 from jaxlm.training.vocabulary import set_chat_template, with_vocab_size
 
 LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
@@ -113,6 +113,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
     state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
+    model = model._replace(notes=(*model.notes, *_notes_of_size(run, data)))
     setup = Setup(run, **model._asdict(), mesh=device_mesh, data=data, valid=valid, tx=tx, state=state)
     samples.check(setup)
     return setup
@@ -279,3 +280,13 @@ def _resolve_steps(run: Run, data: Any) -> Run:
     """Returns the run with its number of steps in place of epochs. Metrics are logged ten times at least."""
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
     return replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
+
+
+def _notes_of_size(run: Run, data: Any) -> list[str]:
+    """Returns a note if one batch has more rows than an epoch."""
+    if streams_of(data) or data.epoch(1) <= 1:
+        return []
+    rows = data.rows()
+    what = f"an epoch has {rows:,} row{'s' * (rows != 1)} of {run.length:,} tokens, and a batch {run.batch:,}"
+    way = "a smaller --batch or --length" + ("" if run.data.packing == "none" else ", or --data.packing none")
+    return [f"{what}: each step trains on every document {data.epoch(1):.3g} times (choose {way})"]

@@ -24,9 +24,9 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
         os.write(2, b"\nstopping after this step; a second signal stops immediately\n")  # print is not reentrant
 
     alone = threading.current_thread() is threading.main_thread()
@@ -36,6 +36,10 @@ def stop_signals() -> Iterator[Callable[[int], int]]:
         signal.signal(number, handle)
     try:
         yield lambda number: received[0] if received else 0
+    except Exception as error:
+        if len(received) > 1:  # numpy raises other errors in place of one that is raised while it converts a value
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
