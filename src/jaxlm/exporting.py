@@ -49,9 +49,9 @@ def export(
 ) -> Exported:
     """Writes a model as a Hugging Face checkpoint. The folder appears at `out` only when it is complete.
 
-    Tensors keep the names and dtypes of the model's checkpoint, even if it was loaded in another dtype. Tensors that
-    are not loaded (vision) and tokenizer files are copied. If the weights are sharded over several processes, all of
-    them must call this function; the coordinator writes.
+    Tensors keep the dtypes of the model's checkpoint, even if it was loaded in another dtype, and in Hugging Face's
+    format their names. Tensors that are not loaded (vision) and tokenizer files are copied. If the weights are sharded
+    over several processes, all of them must call this function; the coordinator writes.
 
     Args:
         model: The model.

@@ -483,6 +483,10 @@ def refusals(tmp_path: Path) -> list[Any]:
     pickled = adapter(tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     chained = adapter(tmp_path / "chained", base_model_name_or_path=str(folder))
+    for run in (started := tmp_path / "started", run := tmp_path / "run"):
+        run.mkdir()
+        (run / "run.json").write_text("{}")
+    adapter(run / "adapter")
     return [
         (
             (folder, None),
@@ -522,6 +526,9 @@ def refusals(tmp_path: Path) -> list[Any]:
         ),
         ((place, tmp_path / "x"), FileNotFoundError, "there is no folder"),
         ((empty, None), FileNotFoundError, f"{empty} is not a checkpoint: it has no config.json"),
+        ((run, None), FileNotFoundError, f"It is the folder of a training run: pass {run / 'adapter'}"),
+        ((place, run), FileNotFoundError, f"It is the folder of a training run: pass {run / 'adapter'}"),
+        ((started, None), FileNotFoundError, "it has no model until the run has ended"),
     ]
 
 

@@ -238,7 +238,8 @@ def test_invalid_rows_stop_or_are_counted(tmp_path, cache):
         "missing fields": 2, "invalid UTF-8 (lines)": 1, "invalid JSON": 1, "refused by the chat template": 1,
     }  # fmt: skip
     assert str(corpus).endswith(
-        "; dropped: 2 missing fields, 1 invalid UTF-8 (lines), 1 invalid JSON, 1 refused by the chat template"
+        "; dropped: 2 missing fields, 1 invalid UTF-8 (lines), 1 invalid JSON, 1 refused by the chat template "
+        f"(the first: {path}:2)"
     )
     with pytest.raises(ValueError, match=message):  # from the cache too
         made(cache, path)

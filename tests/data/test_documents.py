@@ -331,11 +331,12 @@ def test_fields_with_other_names():
     ("value", "options", "why", "message"),
     [
         ({"asked": "a", "answer": "b"}, {}, "missing fields",
-         "prompt and completion or .* question and answer or text, but .* asked, answer: .*text_field"),
+         "prompt and completion or .* question and answer or text, but .* asked, answer: .*--data.text-field"),
+        ({"Text": "a"}, {}, "missing fields", "did you mean 'text'"),
         ({}, {}, "missing fields", r"\(none\)"),
         ({"text": "a"}, {"format": "messages"}, "missing fields", "a row with messages"),
         ("a", {"format": "messages"}, "missing fields", "messages, but this one is a text"),
-        ({"text": None}, {}, "not a string", "field text"),
+        ({"text": None}, {}, "not a string", "field text is null"),
         ({"text": " \n"}, {}, "empty text", "text"),
         ({"text": "\ud800"}, {}, "invalid UTF-8", "half of a surrogate pair"),
         ({"messages": "a"}, {}, "invalid messages", "field messages"),
@@ -380,6 +381,12 @@ def test_an_answer_that_repeats_the_prompt():
 def test_an_empty_answer():
     for template in (True, False):
         assert text(documents({"prompt": "a\n", "completion": ""}, template=template)[0])[1] == "<end>"
+    texts = DocumentTokenizer(CHATTING)
+    list(texts.documents(Row("a.jsonl", i, {**PAIR, "completion": " " * (i % 2)}) for i in range(3)))
+    assert any("3 rows have an empty answer" in note for note in texts.notes)
+    texts = DocumentTokenizer(CHATTING)
+    list(texts.documents([Row("a.jsonl", 1, PAIR)]))
+    assert not texts.notes
 
 
 def test_all_rows_have_one_format():
@@ -388,6 +395,9 @@ def test_all_rows_have_one_format():
     made = list(texts.documents(given))
     assert [type(one) for one in made] == [Document, InvalidRow, InvalidRow, Document]
     assert str(made[2]).startswith("b.txt:1: ")
+    assert "of the format prompt in a.jsonl: give each source a weight" in str(made[2])
+    given = [Row("a.jsonl", 1, PAIR), Row("a.jsonl", 2, {"text": "a"})]
+    assert "a source has rows of one format" in str(list(DocumentTokenizer(CHATTING).documents(given))[1])
     assert "prompt and completion" in str(made[2])
 
 
@@ -397,9 +407,9 @@ def test_options_that_no_row_can_have():
             {"train_on": "assistant"},
             {"text": "a"},
             True,
-            "train_on=assistant",
+            "--data.train-on all",
         ),
-        ({"format": "chat"}, {"text": "a"}, True, "format 'chat'"),
+        ({"format": "chat"}, {"text": "a"}, True, "TextOptions.format is 'chat'"),
         ({"template_args": {"tools": []}}, {"text": "a"}, True, "template_args cannot set tools"),
         ({}, {"messages": [{"role": "user", "content": "a"}]}, False, "no chat template"),
         ({}, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, False, "no chat template"),

@@ -264,12 +264,12 @@ def test_invalid_rows_of_tables(tmp_path):
     assert [(row.number, row.value["text"]) for row in found if isinstance(row, Row)] == [(2, "a"), (9 + 1, "g")]
     bad = [str(row) for row in found if isinstance(row, InvalidRow)]
     for message, (line, word) in zip(
-        bad, [(3, "1 values"), (5, "valid row"), (6, "UTF-8"), (8, "UTF-8"), (9, "3 values"), (11, "end of data")],
+        bad, [(3, "1 values"), (5, "valid row"), (6, "UTF-8"), (8, "UTF-8"), (9, "3 values"), (11, "not closed")],
         strict=True,
     ):  # fmt: skip
         assert message.startswith(f"{path}:{line}: ")
         assert word in message
-    for content, word in ((b"a,a\n1,2\n", "two columns"), (b"\xff\na\n", "UTF-8"), (b'"a\n1\n', "end of data")):
+    for content, word in ((b"a,a\n1,2\n", "two columns"), (b"\xff\na\n", "UTF-8"), (b'"a\n1\n', "is not closed")):
         path.write_bytes(content)
         [only] = rows(path)
         assert word in str(only)

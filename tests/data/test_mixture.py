@@ -8,7 +8,7 @@ from data.test_packing import check, corpus_of, pairs, same
 
 from jaxlm.data.mixture import BLOCK, Mixture, rows_of_block
 from jaxlm.data.packing import DataLoader, held_out
-from jaxlm.data.sources import group_named, parse_weights, short_names
+from jaxlm.data.source_names import group_named, parse_weights, short_names
 
 PACKINGS = ["split", "whole", "none", None]
 SIZES = {"a": np.arange(2, 60), "b": np.arange(300) % 37 + 2, "c": np.full(9, 64)}
@@ -162,6 +162,11 @@ def test_names_with_weights(tmp_path, monkeypatch):
     for name in ("a.jsonl=0", "a.jsonl=-1", "a.jsonl=nan", "a.jsonl=inf", "=1"):
         with pytest.raises(ValueError, match="must be a positive number"):
             parse_weights([name])
+    (tmp_path / "c.jsonl").write_text("{}")
+    for name in ("a.jsonl=70%", "a.jsonl=", "c.jsonl=abc", "c.jsonl:0.7"):
+        with pytest.raises(ValueError, match=f"write {name[:7]}=0.7"):
+            parse_weights([name])
+    assert parse_weights(["org/name=abc", "s3:x"]) == [("org/name=abc", None), ("s3:x", None)]
 
 
 def test_names_of_validation_sets(tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_long_documents_are_truncated_or_dropped_and_counted():
         assert batches.counts == {"dropped": 2}
         seen = sum((check(corpus, batch) for batch in batches.once()), Counter())
         assert sorted(seen) == [1, 2, 3, 4, *range(36, 43)]
-        with pytest.raises(ValueError, match=r"a.jsonl:2 has 29 tokens.*long="):
+        with pytest.raises(ValueError, match=r"a.jsonl:2 has 29 tokens.*--data.long"):
             DataLoader(corpus, 2, 10, packing=packing, long="stop")
     batches = DataLoader(corpus, 2, 10, packing="split", long="stop")  # which loses nothing
     assert batches.counts == {}

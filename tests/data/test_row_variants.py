@@ -476,7 +476,8 @@ VARIANTS: dict[str, tuple] = {
     "no images": ({"messages": [u(images=[]), a()], "images": []}, AB),
     # Roles, and flags of turns
     "an unknown role": ({"messages": [u(), {"role": "critic", "content": "x"}, u("c"), a()]}, "has the role 'critic'"),
-    "a misspelled role": ({"messages": [u(), a(), u("c"), {"role": "asistant", "content": "d"}]}, "role 'asistant'"),
+    "a misspelled role": ({"messages": [u(), a(), u("c"), {"role": "asistant", "content": "d"}]}, "mean 'assistant'"),
+    "a role that is nearly another": ({"messages": [u(), {"role": "systems", "content": "x"}, a()]}, "mean 'system'"),
     "an unknown name": ({"conversations": [turn("human", "a"), turn("claude", "b")]}, "has the role 'claude'"),
     "a role that is no text": ({"messages": [u(), {"role": 1, "content": "b"}]}, "the role 1, which is not a string"),
     "no role": ({"messages": [u(), {"content": "b"}]}, "'role' and 'content'"),
@@ -493,7 +494,7 @@ VARIANTS: dict[str, tuple] = {
     "a flag that is no number": ({"messages": [u(), a(weight="1")]}, "only 0 and 1"),
     "no turn that is trained on": ({"messages": [u(), a(weight=0)]}, "no assistant turn to train on"),
     "a turn that is not trained on, and all": ({"messages": [u(), a(weight=0), u("c"), a("d")]},
-                                               "train_on=all is every token", {"train_on": "all"}),
+                                               "train-on all is every token", {"train_on": "all"}),
     "the last turn": ({"messages": [u(), a(), u("c"), a("d")]}, ABC_D, {"train_on": "completion"}),
     # Rows of tables, which have all fields
     "null fields of messages": (

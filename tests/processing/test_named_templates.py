@@ -102,6 +102,9 @@ def test_files(tmp_path: Path) -> None:
     path.write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):
         chat_format(str(path), hf)
+    path.write_text("{{ messages }}\n{% for m in messages %}{{ m }}\n{% if m %}")
+    with pytest.raises(ValueError, match=rf"{path} is not a valid jinja template: line 3: "):
+        chat_format(str(path), hf)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a text file"):
         chat_format(str(path), hf)

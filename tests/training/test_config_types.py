@@ -28,6 +28,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (Run, {"resume": True}, "one of 'auto', 'never'"),
     (Run, {"report": "tensorbord"}, "did you mean 'tensorboard'"),
     (Run, {"report": ("wandb", "mlflow")}, "one of 'tensorboard', 'wandb'"),
+    (Data, {"format": "mesages"}, "did you mean 'messages'"),
     (Data, {"train_on": "asistant"}, "did you mean 'assistant'"),
     (Data, {"packing": True}, "one of 'split', 'whole', 'none'"),
     (Data, {"packing": "wholes"}, "did you mean 'whole'"),
@@ -84,3 +85,18 @@ def test_what_the_command_line_accepts() -> None:
     assert (run.samples, run.report) == (("Once",), ("wandb",))
     assert (type(run.steps), type(run.z_loss)) == (int, float)
     assert Run() == Run(data=Data(), optimizer=Optimizer(), lora=LoraOptions())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (Run, "stps", "did you mean steps"),
+        (Run, "lr", r"did you mean optimizer \(lr=…\)"),
+        (Run, "ranks", r"did you mean lora \(rank=…\)"),
+        (Data, "streamin", "did you mean streaming"),
+        (LoraOptions, "scale", "its fields are rank, alpha, dropout"),
+    ],
+)
+def test_unknown_fields(kind, name, message):
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no field {name!r}: {message}"):
+        kind(**{name: 1})

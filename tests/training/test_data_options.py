@@ -60,7 +60,11 @@ def test_a_mixture_resumes_bit_exactly(files, sources, tmp_path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_process_loads_its_rows_of_a_mixture(files, sources, tmp_path, monkeypatch, streaming) -> None:
-    run = run_of(files, tmp_path / "run", data=data_of(sources, streaming=streaming, shuffle_buffer=7))
+    run = run_of(
+        files,
+        tmp_path / "run",
+        data=data_of(sources, **({"streaming": True, "shuffle_buffer": 7} if streaming else {})),
+    )
     whole = set_up(run).data
     shares = []
     for share in (slice(0, 1), slice(1, 4)):
@@ -81,7 +85,7 @@ def test_the_dry_run_of_a_mixture(files, sources, tmp_path, capsys) -> None:
     assert f"            25.0% {sources['pairs']}: 40 documents (prompt)" in out
     epochs = set_up(run_of(files, tmp_path / "run", data=data_of(sources))).data.describe_epochs(12)
     assert f"of {sources['texts']}, " in epochs
-    assert f"steps       12 of 4 rows x 32 tokens: 1,536 tokens, {epochs}; rows are " in out
+    assert f"steps       12 of 4 x 32 tokens: 1,536 tokens, {epochs}; rows are " in out
     flags[at + 1 : at + 3] = [sources["texts"], f"{sources['pairs']}=1"]
     assert main(["train", *flags]) == 1
     assert "has no weight" in capsys.readouterr().err
@@ -136,7 +140,7 @@ def test_named_validation_sets(files, sources, tmp_path) -> None:
     found = [line for line in lines(run.out) if "valid_loss_words" in line]
     assert [line.keys() for line in found] == [{"step", "valid_loss_words", "valid_loss_pairs"}] * 2
     assert [line["step"] for line in found] == [6, 12]
-    assert any(note.startswith("pairs: 40 documents (prompt)") for note in notes)
+    assert any(note.startswith("validation pairs: 40 documents (prompt)") for note in notes)
     text = metrics_line(found[0], 12)
     assert text.startswith(f"step 6/12 valid_loss_words {found[0]['valid_loss_words']:.4f} valid_loss_pairs ")
     alone = run_of(files, tmp_path / "alone", data=Data((files["train"],), (files["valid"],)))
@@ -233,7 +237,11 @@ def test_the_dry_run_of_streamed_data(files, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"valid_split": 0.1, "valid": ()}, "--data.valid"), ({"shuffle_buffer": 0}, "at least 1")],
+    [
+        ({"valid_split": 0.1, "valid": ()}, "--data.valid"),
+        ({"shuffle_buffer": 0}, "at least 1"),
+        ({"streaming": False}, "data.shuffle_buffer needs data.streaming"),
+    ],
 )
 def test_what_streaming_cannot_do(files, sources, tmp_path, options, message) -> None:
     with pytest.raises(ValueError, match=message):

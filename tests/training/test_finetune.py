@@ -157,7 +157,7 @@ def test_training_continues_from_an_adapter(chats, base, first, tmp_path) -> Non
     fields: dict[str, Any] = {"adapter": first.model, "steps": 2, "log_every": 1}
     second = loop.train(run_of(chats, base, tmp_path / "second", **fields))
     assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3
-    with pytest.raises(ValueError, match=r"--lora\.rank"):
+    with pytest.raises(ValueError, match=r"its own are --lora\.rank 4 --lora\.alpha 32 --lora\.targets q_proj v_proj$"):
         loop.train(run_of(chats, base, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
 
 

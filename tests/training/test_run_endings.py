@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.training_runs import lines, run_of
 
-from jaxlm.training import loop
+from jaxlm.training import loaders, loop
 from jaxlm.training.config import Data, LoraOptions, Optimizer
 from jaxlm.training.metrics import Interval, MetricsFile
 from jaxlm.training.setup import set_up
@@ -48,26 +48,34 @@ def test_an_exception_in_the_callback_loses_no_step(files, whole, tmp_path):
 
 def test_a_second_signal_interrupts_whatever_is_raised_in_its_place():
     """numpy raises a ValueError in place of a KeyboardInterrupt while it converts a value."""
-    with pytest.raises(KeyboardInterrupt), stop_signals():
-        signal.raise_signal(signal.SIGINT)
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ValueError("setting an array element with a sequence") from None
-    with pytest.raises(ValueError, match="damaged"), stop_signals() as received:
-        signal.raise_signal(signal.SIGINT)
-        assert received(1) == signal.SIGINT
-        raise ValueError("the file is damaged")
+
+    def interrupted(times: int) -> None:
+        with stop_signals() as received:
+            try:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("setting an array element with a sequence") from None
+            raise ValueError(f"the file is damaged, and {received(1)} was received")
+
+    with pytest.raises(ValueError, match=f"damaged, and {int(signal.SIGINT)}"):
+        interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(2)
 
 
 def test_a_batch_of_more_than_an_epoch_is_told(files, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "the", "completion": "cat"}\n' * 20)
     data = Data((str(path),), (files["valid"],))
-    notes = set_up(run_of(files, tmp_path / "run", data=data, steps=3, batch=8, length=60)).notes
-    assert any("of 60 tokens, and a batch 8: each step" in note and "--batch" in note for note in notes)
+
+    def lines_of(data):
+        setup = set_up(run_of(files, tmp_path / "run", data=data, steps=3, batch=8, length=60))
+        return loaders.describe(setup.run, setup.data)
+
+    assert "of 60 tokens, and a batch 8: each step" in lines_of(data)[1]
     for enough in (replace(data, packing="none"), Data((str(path),), (files["valid"],), streaming=True)):
-        assert not set_up(run_of(files, tmp_path / "run", data=enough, steps=3, batch=8, length=60)).notes
+        assert len(lines_of(enough)) == 1
 
 
 def test_an_ended_run_is_not_changed_by_running_it_again(files, whole):

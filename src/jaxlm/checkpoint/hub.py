@@ -91,11 +91,23 @@ def _local(path: Path, revision: str | None, format: str | None) -> Path:
         lacks = f"no {PARAMS}, nor has its {ORIGINAL}/ one" if format == "meta" else f"no {CONFIG}"
         hint = f". Its {PARAMS} is in Meta's format: --format meta reads it" if original else ""
         raise FileNotFoundError(
-            f"{path} is not a checkpoint: it has {lacks} (it holds {listing(p.name for p in path.iterdir())}){hint}"
+            f"{path} is not a checkpoint: it has {lacks} (it holds {listing(p.name for p in path.iterdir())})"
+            f"{hint or _of_run(path)}"
         )
     if revision is not None:
         raise ValueError(f"{path} is a local folder: --revision {revision} applies to a hub id only")
     return found
+
+
+def _of_run(path: Path) -> str:
+    """Returns what to load of the folder of a training run, for the end of a message; "" for another folder."""
+    if not (path / "run.json").is_file():
+        return ""
+    made = [
+        path / name for name, file in (("model", CONFIG), ("adapter", ADAPTER_CONFIG)) if (path / name / file).is_file()
+    ]
+    way = f"pass {made[0]}" if made else "it has no model until the run has ended"
+    return f". It is the folder of a training run: {way}"
 
 
 def repo_id(name: str | Path) -> str:
@@ -344,7 +356,7 @@ def _local_adapter(path: Path) -> Path:
     refuse_mlx_adapter(path)
     holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / ADAPTER_CONFIG).is_file():
-        hint = ": it is a checkpoint, pass it with -m" if (path / CONFIG).is_file() else f" {holds}"
+        hint = ": it is a checkpoint, pass it with -m" if (path / CONFIG).is_file() else f" {holds}{_of_run(path)}"
         raise FileNotFoundError(f"{path} is not an adapter, it has no {ADAPTER_CONFIG}{hint}")
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS} {holds}: {SAFETENSORS}")

@@ -85,7 +85,7 @@ def find(
     if not pairs and not faults:
         faults["missing"] = [f"{PREFIX}…{A}"]
     if faults:
-        report = "; ".join(f"{what}: {listed(names)}" if names else what for what, names in faults.items())
+        report = "; ".join(f"{what}: {listed(names, 2)}" if names else what for what, names in faults.items())
         base_name = f" It names the base {settings.base}." if settings.base else ""
         raise ValueError(f"{folder}: the adapter does not match the model. {report}. Is its base another?{base_name}")
     return Adapter(folder, settings, pairs, passed)

@@ -179,9 +179,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def listed(names: Collection[str]) -> str:
-    some = ", ".join(name[:NAME] for name in list(names)[:10])
-    return f"{len(names)} ({some}{', …' if len(names) > 10 else ''})"
+def listed(names: Collection[str], shown: int = 10) -> str:
+    some = ", ".join(name[:NAME] for name in list(names)[:shown])
+    return f"{len(names)} ({some}{', …' if len(names) > shown else ''})"
 
 
 def quoted(name: str) -> str:

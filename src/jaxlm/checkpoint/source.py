@@ -1,4 +1,4 @@
-"""ModelSource: the checkpoint that a model is loaded from. Every function that opens a checkpoint takes one."""
+"""ModelSource: the checkpoint that a model is loaded from. `load` and the commands take its fields or one."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace

@@ -17,6 +17,7 @@ import tyro
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
+from jaxlm.data.formats import Format
 
 if TYPE_CHECKING:
     from jaxlm.evaluation.perplexity import Evaluation
@@ -42,9 +43,8 @@ class Eval(ModelFlags):
     """Sliding window stride for longer texts, in tokens. Default: half of the length."""
     batch: int | None = None
     """Batch size in rows. The default depends on the platform."""
-    data_format: str | None = None
-    """Row format: text, messages, prompt, instruction, question or conversations. Default: detected from the first
-    row."""
+    data_format: Format | None = None
+    """Row format. Default: detected from the first row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
     """Tokens to score: assistant turns, the completion, or all. Default: assistant turns or completions if the format
     has them, else all."""

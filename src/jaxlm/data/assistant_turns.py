@@ -174,7 +174,7 @@ class AssistantTurns:
         if not found or not text.startswith(before) or not fits or start > end:
             raise ValueError(
                 f"the span of the assistant's message {i + 1} cannot be determined with this chat template: use "
-                "train_on=all to train on the whole conversation"
+                "--data.train-on all to train on the whole conversation"
             )
         return start, end
 

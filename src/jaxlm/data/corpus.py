@@ -84,7 +84,9 @@ class Corpus:
         if about["loss_tokens"] + about["documents"] < about["tokens"]:
             text += f", {about['loss_tokens']:,} in the loss mask"
         if dropped := about["dropped"]:
-            text += f"; dropped: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}"
+            first = about["first_bad"]
+            where = f" (the first: {location(about['sources'][first[0]], first[1])})" if first else ""
+            text += f"; dropped: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}{where}"
         return "; ".join([text, *about.get("notes", [])])
 
 

@@ -83,11 +83,11 @@ class DocumentTokenizer:
         if not getattr(tokenizer.hf, "is_fast", False):
             raise ValueError("the tokenizer has no tokenizer.json: training needs a fast tokenizer")
         self.tokenizer, self.options = tokenizer, options or TextOptions()
-        if self.options.format not in (None, *FORMATS):
-            raise ValueError(f"format {self.options.format!r} is not one of {', '.join(FORMATS)}")
         if reserved := [name for name in RESERVED if name in self.options.template_args]:
             raise ValueError(f"template_args cannot set {reserved[0]}")
         self.format: str | None = None
+        self._empty_answers = 0  # rows that have one
+        self._first_source = ""  # which has the first row, whose format all rows must have
         self.train_on = self.options.train_on
         self.turns = AssistantTurns(tokenizer, self.options.template_args) if tokenizer.has_template else None
         self.before, self.after = boundary_tokens(tokenizer)
@@ -165,26 +165,42 @@ class DocumentTokenizer:
             wanted = self.format or self.options.format
             if not isinstance(row.value, str) and {"chosen", "rejected"} <= row.value.keys():
                 raise InvalidRowError("unsupported field", f"the field chosen: {REFUSED['chosen']}")
-            fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
-            actual = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
-            raise InvalidRowError(
-                "missing fields",
-                f"expected a row with {fields}, but this one {actual}: name other fields with text_field, or "
-                "prompt_field and completion_field",
-            )
+            raise InvalidRowError("missing fields", self._explain_format(row, format, wanted))
         if self.format is None:
             self.format, self.train_on = format, self.train_on or FORMATS[format][1]
+            self._first_source = row.source
             if format == "text" and self.train_on != "all":
-                raise ValueError(f"{row.source} holds texts, which have no turns: use train_on=all instead of "
-                                 f"train_on={self.train_on}")  # fmt: skip
+                raise ValueError(f"{row.source} holds texts, which have no turns: use --data.train-on all instead of "
+                                 f"{self.train_on}")  # fmt: skip
         return format, self.train_on or ""
+
+    def _explain_format(self, row: Row, format: str | None, wanted: str | None) -> str:
+        """Returns what to do about a row of another format (None: of none) than is wanted (None: any)."""
+        fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
+        actual = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
+        message = f"expected a row with {fields}, but this one {actual}"
+        if self.format and format:
+            message += f", after rows of the format {self.format} in {self._first_source}"
+            if row.source != self._first_source:
+                return f"{message}: give each source a weight, and each has its own format (--data.train a=1 b=1)"
+            return f"{message}: a source has rows of one format"
+        known = {name: name for one in FORMATS for name in self.options.fields(one)}
+        near = (
+            [known[name.lower()] for name in row.value if name not in known and name.lower() in known]
+            if format is None
+            else []
+        )
+        if near:
+            return f"{message}: did you mean {near[0]!r}? Names of fields are case-sensitive"
+        return f"{message}: name other fields (--data.text-field, or --data.prompt-field and --data.completion-field)"
 
     def _chat(self, row: Row, chat: Chat) -> Prepared:
         if self.turns is None:
             self.tokenizer.render(chat.messages)  # raises: there is no chat template
         answers = [message for message in chat.messages if message["role"] == ASSISTANT]
+        self._empty_answers += any(_is_blank(chat.messages[i]) for i in chat.turns)
         if self.train_on == "all" and len(chat.turns) < len(answers):
-            why = "an assistant turn is not to be trained on, but train_on=all is every token"
+            why = "an assistant turn is not to be trained on, but --data.train-on all is every token"
             raise InvalidRowError("unsupported field", why)
         turns = self._turns_with(chat.template_args)
         try:
@@ -240,6 +256,8 @@ class DocumentTokenizer:
     def notes(self) -> list[str]:
         """What is worth a word about the documents so far."""
         notes = [f"fields that are not used: {', '.join(self.unused)}"] if self.unused else []
+        if n := self._empty_answers:
+            notes.append(f"{n:,} row{'s have' if n > 1 else ' has'} an empty answer: what is trained on is its end")
         turns = [] if self.turns is None or self.train_on == "all" else [self.turns, *self._turns_of_rows.values()]
         if any(ends.closing is not None for one in turns for ends in one.ends.values()):
             notes.append(
@@ -249,6 +267,7 @@ class DocumentTokenizer:
 
     def _pair(self, row: Row, prompt: str, completion: str) -> Prepared:
         text = prompt + completion
+        self._empty_answers += not completion.strip()
         _check(text)
         return Prepared(row, text, None if self.train_on == "all" else [(len(prompt), len(text))], bos=True, eos=True)
 
@@ -295,6 +314,11 @@ class DocumentTokenizer:
         if in_pieces != at_once:
             return encoding.ids, loss_mask  # the tokenizer treats the beginning of a text specially
         return ids, np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces])
+
+
+def _is_blank(message: Mapping[str, Any]) -> bool:
+    """Whether a normalized message says nothing: neither content nor tool calls nor reasoning."""
+    return not any(message.get(name) for name in ("tool_calls", *REASONING)) and not message["content"].strip()
 
 
 def _check(text: str, whole: bool = True) -> None:

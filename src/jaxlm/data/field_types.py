@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 
 class Checked:
@@ -18,8 +18,15 @@ class Checked:
     A str becomes a Path, and a list, or a single item, a tuple where the annotation says so, as on the command line.
 
     Raises:
+        TypeError: There is no such field. The message proposes one.
         ValueError: A field has another type, or is none of the choices. The message proposes a value.
     """
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        for name in fields:
+            if name not in _type_hints(cls):
+                raise TypeError(_unknown_field(cls, name))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = _type_hints(type(self))
@@ -28,8 +35,19 @@ class Checked:
             object.__setattr__(self, f.name, value)
 
 
+def _unknown_field(cls: type, name: str) -> str:
+    """Returns the message for a field that a dataclass does not have. A field of one of its groups is proposed too."""
+    hints = _type_hints(cls)
+    groups = {group: kind for group, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    ways = {field: f"{group} ({field}=…)" for group, kind in groups.items() for field in _type_hints(kind)}
+    ways |= {field: field for field in hints}
+    near = [ways[field] for field in difflib.get_close_matches(name, ways, 1)]
+    hint = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(hints)}"
+    return f"{cls.__name__} has no field {name!r}: {hint}"
+
+
 @cache
-def _type_hints(kind: type) -> dict[str, Any]:
+def _type_hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -17,12 +17,13 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "question": (("question", "answer"), "completion"),
     "text": (("text",), "all"),
 }
+Format = Literal["text", "messages", "conversations", "prompt", "instruction", "question"]
 # Fields beside those of a format, which conversation() reads.
 BESIDE = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", *REASONING)
 # Fields whose meaning would be lost.
 REFUSED = {
-    "chosen": "preference data are not supported: name the answer to train on with completion_field=chosen",
-    "rejected": "preference data are not supported: name the answer to train on with completion_field=chosen",
+    "chosen": "preference data are not supported: name the answer to train on (--data.completion-field chosen)",
+    "rejected": "preference data are not supported: name the answer to train on (--data.completion-field chosen)",
     "label": "a row that is labeled as good or bad is preference data, which are not supported",
     "documents": "documents are not supported: write them into a message",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
@@ -40,8 +41,8 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_tem
 class TextOptions(Checked):
     """How rows are read."""
 
-    format: str | None = None
-    """text, messages, conversations, prompt, instruction or question. Default: detected from the first row."""
+    format: Format | None = None
+    """Row format. Default: detected from the first row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
     """Loss mask: all assistant turns, the completion (of messages the last turn), or all tokens. Default: that of the
     format (FORMATS)."""
@@ -199,8 +200,8 @@ def unused_fields(value: Mapping[str, Any], format: str, options: TextOptions, t
             if name in TEXTS and isinstance(found, str) and found.strip() not in text:
                 raise InvalidRowError(
                     "unused text",
-                    f"the field {name} has a text that is not read: choose how rows are read with format={format}, or "
-                    "with prompt_field and completion_field",
+                    f"the field {name} has a text that is not read: choose how rows are read (--data.format {format}), "
+                    "or name the fields (--data.prompt-field, --data.completion-field)",
                 )
     return unused
 
@@ -323,8 +324,10 @@ def _instruction(value: Mapping[str, Any], template: bool) -> str:
 
 
 def _string(value: Mapping[str, Any], name: str) -> str:
-    if not isinstance(value.get(name), str):
-        raise InvalidRowError("not a string", f"the field {name} must be a string, not {short(value.get(name))}")
+    if value.get(name) is None:
+        raise InvalidRowError("not a string", f"the field {name} is null: it must be a string")
+    if not isinstance(value[name], str):
+        raise InvalidRowError("not a string", f"the field {name} must be a string, not {short(value[name])}")
     return value[name]
 
 

@@ -172,7 +172,7 @@ class DataLoader:
             return ""
         where = f"{self.corpus.where(over[0])} has {self.lengths[over[0]]:,} tokens, a row {self.T:,}"
         if long == "stop":
-            raise ValueError(f"{where}: use longer rows, or long=truncate or drop")
+            raise ValueError(f"{where}: use longer rows (--length), or --data.long truncate or drop")
         begins = self.corpus.ends[over] - self.lengths[over]  # of the targets
         mask = self.corpus.loss_mask
         truncated = [long == "truncate" and (mask is None or bool(mask[b : b + self.T].any())) for b in begins]

@@ -223,7 +223,8 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row | InvalidRow]:
         try:
             values = next(table, None)
         except csv.Error as error:
-            detail = f"the row that begins here is no valid row of a table ({error})"
+            why = "a quoted value is not closed" if "unexpected end of data" in str(error) else error
+            detail = f"the row that begins here is no valid row of a table ({why})"
             if not bad:
                 bad.append(InvalidRow(str(path), number, "invalid CSV", detail))
             values = []

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,64 +149,6 @@ class HubShard:
 Source = File | Saved | Hub | HubShard
 
 
-def parse_weights(names: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Returns the names of sources and their weights: "a.jsonl=0.7" has the weight 0.7. A file of this name has none.
-
-    Raises:
-        ValueError: A weight is not a positive number, or some of several names have none.
-    """
-    found = [_weighted(name) for name in names]
-    if (without := [name for name, weight in found if weight is None]) and len(without) < len(found):
-        raise ValueError(f"{without[0]} has no weight: give each source one ({without[0]}=0.5), or none of them")
-    return found
-
-
-def _weighted(name: str) -> tuple[str, float | None]:
-    source, equals, text = name.rpartition("=")
-    try:
-        weight = float(text)
-    except ValueError:
-        return name, None
-    if not equals or _exists(name):
-        return name, None
-    if not source or not 0 < weight < float("inf"):
-        raise ValueError(f"the weight in {name!r} must be a positive number: write NAME=0.7")
-    return source, weight
-
-
-def group_named(names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns validation sources by the name of their set: "code=code.jsonl" is of the set code. Sources without a name
-    are of the set "". A file of this name is a source without a name.
-
-    Raises:
-        ValueError: A source has a weight.
-    """
-    sets: dict[str, list[str]] = {}
-    for text in names:
-        if _weighted(text)[1] is not None:
-            raise ValueError(f"{text} has a weight, which only training data have: omit it")
-        match = None if _exists(text) else re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", text)
-        name, source = (match[1], match[2]) if match else ("", text)
-        sets.setdefault(name, []).append(source)
-    return sets
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Returns distinct names of sources for metrics: "chat" for data/chat.jsonl."""
-    short: list[str] = []
-    for name in names:
-        plain = re.sub(r"[^\w-]+", "_", Path(name).name.partition(".")[0]).strip("_") or "data"
-        numbered = (f"{plain}_{n}" for n in itertools.count(2))
-        short.append(next(one for one in (plain, *itertools.islice(numbered, len(names))) if one not in short))
-    return short
-
-
-def _exists(name: str) -> bool:
-    """Whether there is a file or folder of this name, or one that matches it."""
-    path = Path(name).expanduser()
-    return path.exists() or bool(glob.has_magic(name) and next(glob.iglob(str(path), recursive=True), None))
-
-
 def find_sources(
     names: str | Path | Sequence[str | Path],
     split: str = "train",
@@ -234,6 +177,10 @@ def find_sources(
     sources = [source for name in names for source in _find(name, split, config, revision, offline, streaming)]
     if not sources:
         raise ValueError("no data: pass a file, a folder, a glob or a hub dataset")
+    times = Counter(source.name for source in sources)
+    if twice := [name for name, count in times.items() if count > 1]:
+        note = f"{twice[0]} is read {times[twice[0]]} times, because it is named as often"
+        sources[0] = replace(sources[0], note="; ".join(filter(None, [sources[0].note, note])))
     return sources
 
 
@@ -253,7 +200,7 @@ def _find(
             raise FileNotFoundError(f"no file matches {name} ({KINDS})")
         return map(File, files)
     text = str(name)
-    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
     if local or kind(path) in READERS:
         raise FileNotFoundError(f"no such file or folder: {text}")
     return _from_hub(text, split, config, revision, offline, streaming)

@@ -10,8 +10,9 @@ on the devices whose query heads read it.
 
 What is sent with tensor parallelism: two all-reduces per layer and forward pass (OLMo 2 has more, for its norm of q and
 k over all heads), one for the embedding if V is sharded, and reductions of scalars per row for sampling. Over `data`:
-in generation a prompt's KV cache when its row joins the batch, and the sampled tokens; in training each weight before
-its use (all-gather), and its gradient (reduce-scatter or all-reduce).
+in generation a prompt's KV cache when its row joins the batch, and the sampled tokens; in training each weight that it
+shards before its use (all-gather), and gradients (reduce-scatter or all-reduce). Log-probabilities and scores of an
+evaluation add small gathers.
 
 By default, `load` uses all devices, along `model` as far as query heads and MLP width divide (topology.default), and
 training puts all on `data` (training/setup.py). Several processes run the same program (distributed.py). Each reads the
@@ -36,9 +37,9 @@ Rules = Mapping[str, tuple[str, ...]]
 # not sharded: attention and norms need no communication (but a norm over all heads, as in OLMo 2, does), and a layer
 # has two all-reduces, after `o` and after `down`.
 RULES: Rules = {"B": (DATA,), "K": (MODEL,), "N": TENSOR_AXES, "F": TENSOR_AXES, "V": TENSOR_AXES}
-# FSDP (arXiv:2304.11277): trained weights and their optimizer state are also sharded over `data`, and all-gathered
-# before each use. Embedding and head are sharded along V where it divides: TPUs then reduce-scatter their gradients in
-# more cases (docs/scaling.md).
+# FSDP (arXiv:2304.11277): in training, weights (trained or frozen) and optimizer state of the same shape are also
+# sharded over `data`. Weights are all-gathered before each use. Embedding and head are sharded along V where it
+# divides: TPUs then reduce-scatter their gradients in more cases (docs/scaling.md).
 FSDP_RULES: Rules = {**RULES, "V": (*TENSOR_AXES, DATA), "D": (DATA,)}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions, boundary_tokens
+from jaxlm.data.formats import Format
 from jaxlm.data.readers import InvalidRow
 from jaxlm.data.sources import find_sources
 from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
@@ -29,9 +30,10 @@ class Evaluation(NamedTuple):
 
     All tokens in the loss mask of training are scored (all of a text, the assistant turns of a chat), except special
     tokens. The first token of a document is predicted from BOS, or from EOS if the vocabulary has no BOS, so that every
-    byte is scored with every tokenizer. BOS, EOS and the special tokens of a chat template are context and not scored:
-    they are not part of the text, the prediction of the end depends on how the training data were split, and a
-    vocabulary without EOS would have a better score. (The training loss includes the EOS.)
+    byte is scored with every tokenizer (without either, it is not scored). BOS, EOS and the special tokens of a chat
+    template are context and not scored: they are not part of the text, the prediction of the end depends on how the
+    training data were split, and a vocabulary without EOS would have a better score. (The training loss includes the
+    EOS.)
 
     Bits per byte are comparable across tokenizers. Perplexity is per token, and comparable only between models with the
     same tokenizer.
@@ -164,7 +166,7 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     batch: int | None = None,
-    format: str | None = None,
+    format: Format | None = None,
     train_on: Literal["assistant", "completion", "all"] | None = None,
     text_field: str = "text",
     prompt_field: str = "prompt",
@@ -176,8 +178,9 @@ def evaluate(
 ) -> Evaluation:
     """Computes perplexity and bits per byte of a model on texts.
 
-    Every token is scored once. Documents do not attend to each other. A document that is longer than a window is read
-    with a sliding window, so that after the first window every token has at least length - stride tokens of context.
+    Every token that counts is scored once. Documents do not attend to each other. A document that is longer than a
+    window is read with a sliding window, so that after the first window every token has at least length - stride tokens
+    of context.
 
     Args:
         model: The model.

@@ -45,7 +45,7 @@ class Conversation:
             print(chunk, end="")
 
     The KV cache is kept between turns, so that a turn prefills only its new tokens. Options are those of
-    jaxlm.generate, with one difference: without max_tokens, an answer may fill the context.
+    jaxlm.generate, without batch_size. With a chat template and without max_tokens, an answer may fill the context.
 
     Attributes:
         messages: {"role": "user" or "assistant", "content": text}, oldest first, without the system message and

@@ -71,7 +71,7 @@ class _Row:
 
 def run(steps: CompiledSteps, requests: Sequence[Request], slots: int) -> Iterator[Token]:
     """Decodes all requests. Free rows take the next waiting request and others in its length bucket (16, 24, 32, 48, …
-    tokens: decoding.bucket), which `admit` prefills together, padded to the longest.
+    tokens: decoding.bucket), which `admit` prefills together, padded to the bucket.
 
     Args:
         steps: The compiled functions of the model.

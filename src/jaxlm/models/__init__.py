@@ -7,7 +7,7 @@ A family is a module with the attributes of `Family`, and its `Config` (family.p
   cases.py, faults.py).
 - Give it a tiny configuration (tests/helpers/tiny_models.py), and add it to the lists of families in the tests
   (devices/test_mesh.py, nn/test_lora.py, test_nnx.py, test_loading_mesh.py, models/test_forward.py,
-  training/test_step.py, oracle/test_verify.py).
+  training/test_step.py, oracle/test_verify.py, oracle/test_frequencies.py).
 - If it has sliding windows, build the masks that transformers takes for it in verification/torch_models.py: `_masks`.
 
 `register` adds a family from outside the package:

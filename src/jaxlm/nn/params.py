@@ -4,6 +4,9 @@ A row is `path: (letters, checkpoint name, aliases ...)`. A path that begins wit
 layer; `{}` in the name is the index of the layer. The letters are the axes in the order of the checkpoint. Their sizes
 are fields of the config. An alias is another name that some checkpoints use. A checkpoint stores adjacent head letters
 (NH, KH) as one axis.
+
+In the weights, `layers.q` of layer 3 is `weights["layers"][3]["q"]`. Some paths have a fixed meaning: `embed` and
+`head` (the head may be tied to the embedding), and those that end with `norm`, whose initial value is the identity.
 """
 
 import math

@@ -7,6 +7,8 @@ The templates mark the answers with {% generation %} tags, so that transformers'
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.checkpoint.errors import explain_errors
+from jaxlm.processing.template_sandbox import check_syntax
 from jaxlm.processing.tokenizer_files import leading_id
 
 BOS = "{{ bos_token }}"
@@ -95,4 +97,6 @@ def chat_format(name: str, hf: Any) -> ChatFormat:
         raise ValueError(f"{path} is not a text file: a chat template is a jinja template") from None
     if not template.strip():
         raise ValueError(f"{path} is empty: a chat template is a jinja template")
+    with explain_errors(f"{path} is not a valid jinja template"):
+        check_syntax(template)
     return ChatFormat(template)

@@ -4,6 +4,7 @@ Prompts and training rows are normalized here, so a message is rendered in the s
 forms.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,8 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     if unsupported := [name for name in _UNSUPPORTED if fields.get(name)]:
         raise ValueError(f"{where} has {unsupported[0]!r}, which is not supported yet: only text and tool calls are")
     role = _role(given, template)
+    if near := [] if names_role(template, role) else _near_role(role):
+        raise ValueError(f"message {number} has the role {given!r}: did you mean {near[0]!r}?")
     calls = _calls(where, fields)
     if role in _CALLS:
         if calls:
@@ -92,6 +95,12 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     names = {"from": "role", "value": "content", "function_call": "tool_calls"}
     given_order = dict.fromkeys([names.get(str(name), str(name)) for name in message] + list(fields))
     return {name: fields[name] for name in given_order if name in fields}
+
+
+def _near_role(role: str) -> list[str]:
+    """Returns the known role of which a role is probably a misspelling."""
+    known = (*ROLES, *OTHER_ROLES, *_CALLS)
+    return difflib.get_close_matches(role.lower(), known, 1, 0.85) if role not in known and role.isalpha() else []
 
 
 def _role(role: str, template: str) -> str:

@@ -3,7 +3,8 @@
 A chat template is a program, and it comes with a checkpoint that may be untrusted. jinja2's sandbox denies it files,
 modules and Python internals, but does not limit time or memory. This sandbox does:
 
-- Each template has a budget of LIMIT characters. Every step and every value that it builds is charged to the budget.
+- Each template has a budget of LIMIT characters, and more for long conversations (SHARE). Every step and every value
+  that it builds is charged to the budget.
 - Before an operation whose result can be as large as the product of its operands' sizes, that product is checked
   against the remaining budget. A single operation cannot be interrupted once it runs.
 - A template ends with an error after SECONDS.
@@ -22,7 +23,7 @@ from types import FunctionType, GeneratorType
 from typing import Any
 
 from jinja2.compiler import CodeGenerator
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Call, EnvironmentAttribute, Output, Slice, TemplateData
 from jinja2.runtime import LoopContext
@@ -277,6 +278,16 @@ def variables(source: str) -> frozenset[str]:
     """Names of the variables that a template reads and does not set itself."""
     with bounded(None):  # jinja2 evaluates constant expressions when it parses
         return frozenset(find_undeclared_variables(_environment().parse(_short(source))))
+
+
+def check_syntax(source: str) -> None:
+    """Raises ValueError, with the line, for a template that is not valid."""
+    try:
+        variables(source)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from None
+    except SecurityError as error:
+        raise ValueError(str(error)) from None
 
 
 def _short(source: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxlm.data.field_types import Checked
+from jaxlm.data.formats import Format
 
 # Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names, in the spelling
 # of that time.
@@ -40,9 +41,8 @@ class Data(Checked):
     """Configuration of a hub dataset that has several."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    format: str | None = None
-    """Row format: text, messages, prompt, instruction, question or conversations. Default: detected from the first
-    row."""
+    format: Format | None = None
+    """Row format. Default: detected from the first row."""
     train_on: Literal["assistant", "completion", "all"] | None = None
     """Loss mask: assistant turns, the completion, or all tokens. Default: assistant turns or completions if the format
     has them, else all tokens."""
@@ -204,6 +204,10 @@ class Run(Checked):
         if self.data.streaming and (counts_epochs or self.data.valid_split):
             name, way = ("epochs", "--steps") if counts_epochs else ("data.valid_split", "--data.valid")
             raise ValueError(f"{name} needs the number of documents, which data.streaming does not know: give {way}")
+        if self.data.shuffle_buffer != Data.shuffle_buffer and not self.data.streaming:
+            raise ValueError(
+                "data.shuffle_buffer needs data.streaming: without it, all documents are shuffled together"
+            )
         if self.data.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer is {self.data.shuffle_buffer}, but must be at least 1")
         for name in ("batch", "accumulate", "log_every", "save_every", "keep", "eval_batches", "sample_tokens"):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
-from jaxlm.training import step
+from jaxlm.training import loaders, step
 from jaxlm.training.loop import flops_per_token
 from jaxlm.training.setup import Setup, period
 
@@ -96,13 +96,13 @@ def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
     yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} compute"
     for note in setup.notes:
         yield f"            {note}"
-    for i, line in enumerate(data.describe()):
+    for i, line in enumerate(loaders.describe(run, data)):
         yield f"{'' if i else 'data':<12}{line}"
     for name, loader in setup.valid.items():
         yield f"validation  {name and f'{name}: '}{loader.describe()[0]}"
     tokens = run.steps * run.batch * run.length
     yield (
-        f"steps       {run.steps:,} of {run.batch} rows x {run.length} tokens: {tokens:,} tokens, "
+        f"steps       {run.steps:,} of {run.batch} x {run.length} tokens: {tokens:,} tokens, "
         f"{data.describe_epochs(run.steps)}; rows are {data.fill():.0%} full"
     )
     cost = flops_per_token(setup)

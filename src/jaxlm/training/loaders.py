@@ -12,7 +12,8 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import DataLoader, held_out
-from jaxlm.data.sources import find_sources, group_named, parse_weights, short_names
+from jaxlm.data.source_names import group_named, parse_weights, short_names
+from jaxlm.data.sources import find_sources
 from jaxlm.data.streaming import Position, StreamingLoader
 from jaxlm.devices import distributed, mesh
 from jaxlm.processing.tokenizer import NoChatTemplate
@@ -108,6 +109,17 @@ def _streams(
 def streams_of(data: Any) -> list[StreamingLoader]:
     """Returns the data loaders that are streamed of the training data."""
     return data.streams if isinstance(data, Mixture) else [data] if isinstance(data, StreamingLoader) else []
+
+
+def describe(run: Run, data: Any) -> list[str]:
+    """Returns lines about the training data, and a warning if one batch has more rows than an epoch."""
+    lines = data.describe()
+    if streams_of(data) or data.epoch(1) <= 1:
+        return lines
+    rows = data.rows()
+    what = f"an epoch has {rows:,} row{'s' * (rows != 1)} of {run.length:,} tokens, and a batch {run.batch:,}"
+    way = "a smaller --batch or --length" + ("" if run.data.packing == "none" else ", or --data.packing none")
+    return [*lines, f"{what}: each step trains on every document {data.epoch(1):.3g} times (choose {way})"]
 
 
 def save_positions(data: Any, folder: Path) -> None:

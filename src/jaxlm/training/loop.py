@@ -82,9 +82,10 @@ def train(run: Run, log: Log = lambda line: None, progress: Progress | None = No
     run = setup.run
     for note in setup.notes:
         log({"step": 0, "note": note})
-    for name, loader in [("", setup.data), *setup.valid.items()]:
-        for line in loader.describe():
-            log({"step": 0, "note": f"{name}: {line}" if name else line})
+    for line in loaders.describe(run, setup.data):
+        log({"step": 0, "note": line})
+    for name, loader in setup.valid.items():
+        log({"step": 0, "note": f"validation{name and f' {name}'}: {loader.describe()[0]}"})
     with resume.open_checkpoints(run.out, run.keep) as checkpoints:
         if checkpoints.latest is not None and run.resume == "never":
             raise ValueError(f"{run.out} already has a run: resume it (--resume auto), or choose another --out")

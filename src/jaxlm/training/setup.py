@@ -31,7 +31,7 @@ from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimizers, samples, step
 from jaxlm.training.config import Run, to_dict
-from jaxlm.training.loaders import Progress, make_loaders, streams_of
+from jaxlm.training.loaders import Progress, make_loaders
 from jaxlm.training.vocabulary import set_chat_template, with_vocab_size
 
 LENGTH, STEPS = 1024, 1000  # defaults: tokens per row at most, and steps
@@ -113,7 +113,6 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
     state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
-    model = model._replace(notes=(*model.notes, *_notes_of_size(run, data)))
     setup = Setup(run, **model._asdict(), mesh=device_mesh, data=data, valid=valid, tx=tx, state=state)
     samples.check(setup)
     return setup
@@ -241,10 +240,15 @@ def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
         raise ValueError(f"{run.adapter} also adapts the vision tower, which is not supported: train another adapter")
     pairs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in adapter.pairs}
     if pairs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
-        raise ValueError(
-            f"{run.adapter} has another rank, alpha or targets than this run: use the adapter's values (--lora.rank, "
-            "--lora.alpha, --lora.rslora, --lora.targets)"
-        )
+        theirs = adapter.settings
+        if theirs.ranks or theirs.alphas:
+            why = "which has several ranks or alphas, so a run cannot continue it: train another adapter"
+        else:
+            values = [f"--lora.rank {theirs.rank} --lora.alpha {theirs.alpha:g}", *["--lora.rslora"] * theirs.rslora]
+            names = sorted({pair.row.names[0].split(".")[-2] for pair in adapter.pairs})
+            why = f"another rank, alpha or targets than this run; its own are {' '.join(values)} --lora.targets "
+            why += " ".join(names)
+        raise ValueError(f"{run.adapter} has {why}")
 
 
 def _scale(run: Run) -> float:
@@ -280,13 +284,3 @@ def _resolve_steps(run: Run, data: Any) -> Run:
     """Returns the run with its number of steps in place of epochs. Metrics are logged ten times at least."""
     steps = run.steps or (data.steps(run.epochs) if run.epochs else STEPS)
     return replace(run, steps=steps, epochs=0.0, log_every=min(run.log_every, -(-steps // 10)))
-
-
-def _notes_of_size(run: Run, data: Any) -> list[str]:
-    """Returns a note if one batch has more rows than an epoch."""
-    if streams_of(data) or data.epoch(1) <= 1:
-        return []
-    rows = data.rows()
-    what = f"an epoch has {rows:,} row{'s' * (rows != 1)} of {run.length:,} tokens, and a batch {run.batch:,}"
-    way = "a smaller --batch or --length" + ("" if run.data.packing == "none" else ", or --data.packing none")
-    return [f"{what}: each step trains on every document {data.epoch(1):.3g} times (choose {way})"]

@@ -51,7 +51,7 @@ def verify(
     Args:
         model: Hub id, folder, ModelSource or Model. A Model stays in memory while a reference runs.
         against: "transformers", "meta", the path of a recording (`record`), "self", or several of them. Default:
-            transformers if torch is installed and the checkpoint's files are available, else "self".
+            transformers if torch is installed, the checkpoint's files are available and it has no adapter, else "self".
         record: File to write the outputs of the first reference to.
         dtype: dtype of jaxlm's weights. Use float32 to check the implementation. In another dtype, the tolerance is a
             multiple of the error of the reference in that dtype.
