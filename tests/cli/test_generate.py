@@ -13,6 +13,7 @@ from helpers import tiny_files
 import jaxlm
 from jaxlm.cli import main, parse
 from jaxlm.cli.common import STORIES
+from jaxlm.cli.prompt_lines import PROMPT_FIELDS
 from jaxlm.inference import decoding
 
 # The same number of tokens and dtype in every test, so that they share compiled programs.
@@ -120,16 +121,17 @@ def test_invalid_input_gives_one_message(stories, capsys, monkeypatch, arguments
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", ", line 1 is not JSON"),
-        ('"a"\n5\n', ", line 2: expected a string"),
+        ("{", ":1: the line is not valid JSON"),
+        ('"a"\n5\n', ":2: expected a string"),
         ("", " has no prompts"),
-        ('{"text": "x"}', ", line 1: the line has 'text': expected one of 'prompt', 'messages'"),
-        (b'"\xff"', " cannot be read ('utf-8' codec"),
+        ('{"text": "x"}', ":1: the line has 'text': expected one of 'prompt', 'messages'"),
+        (b'"a"\n"\xff"', ":2: byte 2 of the line is not UTF-8"),
         # Errors that need the model.
-        ('"a"\n\n[1, 2048]\n', ", line 3: the prompt has token id 2048"),
-        ('"a"\n["b"]\n', ", line 2: a prompt must be a str, a list of messages or a list of token ids"),
-        ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ", line 2: this tokenizer has no chat template"),
-        (f'"a\u2028b"\n"{"x" * 4000}"\n', ", line 2: the prompt has"),
+        ('"a"\n\n[1, 2048]\n', ":3: the prompt has token id 2048"),
+        ('"a"\n["b"]\n', ":2: a prompt must be a str, a list of messages or a list of token ids"),
+        ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ":2: this tokenizer has no chat template"),
+        ('{"prompt": "a", "chat_template_kwargs": {"x": 1}}', ":1: chat_template_kwargs needs a chat template"),
+        (f'"a\u2028b"\n"{"x" * 4000}"\n', ":2: the prompt has"),
     ],
     ids=lambda x: str(x)[:20],
 )
@@ -185,6 +187,7 @@ def test_help_names_plain_types(capsys):
     out = capsys.readouterr().out
     assert "Usage: jaxlm generate [PROMPT] [flags]" in out
     assert "--system STR" in out
+    assert all(f'"{field}": …' in out or f'"{field}": […]' in out for field in PROMPT_FIELDS)
     assert "None}" not in out
     assert "Stop strings" in out
 

@@ -15,7 +15,7 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
-from jaxlm.cli.prompt_lines import PromptLine, read_prompts
+from jaxlm.cli.prompt_lines import PromptLine, has_messages, read_prompts
 from jaxlm.data.formats import is_system
 from jaxlm.inference.sampling_params import SamplingParams, unsupported
 from jaxlm.processing.chat_template import THINKING, split_thinking
@@ -51,8 +51,9 @@ class Generate(SamplingFlags, ModelFlags):
     prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[PROMPT]")]] = None
     """The prompt; - reads it from stdin. Without a prompt, piped input is the prompt."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """File with one prompt per line, or - for stdin: a JSON string, {"prompt": …} or {"messages": […], "tools": […]}.
-    Prints one JSON object per prompt, with the other fields of its line."""
+    """File with one prompt per line (.jsonl, .jsonl.gz or .jsonl.zst), or - for stdin: a JSON string, {"prompt": …},
+    {"messages": […], "tools": […]} or {"conversations": […]}. Prints one JSON object per prompt, with the other fields
+    of its line."""
     batch_size: int | None = None
     """Number of --prompts to decode together. The default depends on the platform."""
     system: str | None = None
@@ -68,6 +69,9 @@ class Generate(SamplingFlags, ModelFlags):
 
     def run(self) -> int:
         self.validate()
+        if self.raw and (self.no_think or self.template_arg):
+            flag = "--no-think" if self.no_think else "--template-arg"
+            raise ValueError(f"{flag} is for the chat template, which --raw does not apply: omit one of the two flags")
         lines = self._lines()
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
@@ -75,6 +79,7 @@ class Generate(SamplingFlags, ModelFlags):
         from jaxlm.inference.generation import stream
 
         prompts = [self._ids(model, line, args) for line in lines]
+        note_continued(lines, args)
         chunks = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
         if self.prompts or self.json or self.logprobs is not None:
             opened = [not self.raw and inside_reasoning(model, ids) for ids in prompts]
@@ -88,7 +93,7 @@ class Generate(SamplingFlags, ModelFlags):
         if self.prompt is not None and self.prompts is not None:
             usage("pass a prompt or --prompts FILE.jsonl, not both (jaxlm generate --help)")
         if self.prompts is not None:
-            return read_prompts(self.prompts, self.stdin if self.prompts == Path("-") else None)
+            return read_prompts(self.prompts, self.stdin if self.prompts == Path("-") else None, self.raw)
         text, is_terminal = self.prompt, sys.stdin is not None and sys.stdin.isatty()
         if text == "-" or (text is None and not is_terminal):
             text = self.stdin().removesuffix("\n")
@@ -105,6 +110,8 @@ class Generate(SamplingFlags, ModelFlags):
         with explain_errors(line.where) if line.where else nullcontext():
             if line.tools and not (model.tokenizer is not None and model.tokenizer.template_accepts("tools")):
                 raise ValueError(f"tools need a chat template that writes them; that of {model.source} does not")
+            if line.template_args and not (model.tokenizer is not None and model.tokenizer.has_template):
+                raise ValueError(f"chat_template_kwargs needs a chat template, and {model.source} has none")
             more = {"tools": line.tools} if line.tools else {}
             ids = to_ids(
                 model, prompt_of(line.prompt, model, self.system, self.raw), {**args, **line.template_args, **more}
@@ -121,10 +128,9 @@ def prompt_of(line: Any, model: "Model", system: str | None, raw: bool) -> Any:
             f"--system needs a chat template; {'--raw does not apply it' if raw else model.source + ' has none'}"
         )
     if not isinstance(line, str):
-        has_own = is_system(line[0])
-        if not isinstance(line[0], dict):
-            return line  # token ids
-        return [{"role": "system", "content": system}, *line] if system and not has_own else line
+        if system is not None and not has_messages(line):
+            raise ValueError("--system needs a text or messages, and token ids are not rendered by the chat template")
+        return [{"role": "system", "content": system}, *line] if system and not is_system(line[0]) else line
     if not chat:
         return line
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": line}]
@@ -149,6 +155,18 @@ def template_args(model: "Model", pairs: tuple[str, ...], no_think: bool) -> dic
             flag = "--no-think" if no_think and key == "enable_thinking" else f"--template-arg {key}"
             raise ValueError(f"{flag}: the chat template of {model.source} does not use {key!r}")
     return args
+
+
+def note_continued(lines: list[PromptLine], args: dict[str, Any]) -> None:
+    """Prints how many prompts end with a message of the assistant."""
+    from jaxlm.inference.prompts import is_continued
+
+    if count := sum(is_continued(line.prompt, {**args, **line.template_args}) for line in lines):
+        end = "prompt ends" if count == 1 else "prompts end"
+        note(
+            f"{count} {end} with an assistant message, which is continued (continue_final_message): remove the message "
+            "for a new answer"
+        )
 
 
 def warn_ignored(model: "Model") -> None:

@@ -1,19 +1,23 @@
 """The file of --prompts: one prompt per line. The fields beside it are read as in training rows (data/formats.py)."""
 
-import dataclasses
 import difflib
 import json
-import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoint.errors import explain_errors
-from jaxlm.data.formats import BESIDE, history_of, system_of, template_args_of, tools_of
-from jaxlm.inference.sampling_params import SamplingParams
-from jaxlm.processing.messages import REASONING
+from jaxlm.cli.suggestions import sampling_advice
+from jaxlm.data.formats import BESIDE, MEDIA, check_fields, history_of, system_of, template_args_of, tools_of
+from jaxlm.data.readers import location, read_lines
+from jaxlm.processing.messages import REASONING, short
 
-PROMPT_FIELDS = ("prompt", "messages", "conversations")  # of a line of --prompts
+# Fields of a line of --prompts that hold the prompt, and what each takes.
+PROMPT_FIELDS = {
+    "prompt": "a text, a list of messages or a list of token ids",
+    "messages": "a list of messages",
+    "conversations": "a list of messages",
+}
 OUTPUT_FIELDS = {"index", "model", "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens",
                  "tokens_per_second", "first_token_seconds", "compile_seconds", "seed", "logprobs"}  # fmt: skip
 
@@ -36,63 +40,107 @@ class PromptLine(NamedTuple):
     template_args: dict[str, Any] = {}  # noqa: RUF012
 
 
-def read_prompts(path: Path, stdin: Callable[[], str] | None = None) -> list[PromptLine]:
+def read_prompts(path: Path, stdin: Callable[[], str] | None = None, raw: bool = False) -> list[PromptLine]:
     """The prompts of a JSONL file. Raises ValueError for the first invalid line.
 
     Args:
-        path: The file.
+        path: The file, which may be compressed (.gz, .zst).
         stdin: Reads stdin, in place of the file.
+        raw: Whether the prompts are continued as text, without the chat template.
     """
-    hint = "--prompts takes a UTF-8 file with one JSON value per line"
-    with explain_errors(f"{path} cannot be read", hint, (OSError, UnicodeDecodeError)):
-        lines = (stdin() if stdin else path.read_text("utf-8-sig")).split("\n")  # splitlines would also split at U+2028
     name = "stdin" if stdin else str(path)
+    hint = "--prompts takes a UTF-8 file with one JSON value per line"
+    with explain_errors(f"{name} cannot be read", hint, (OSError, UnicodeDecodeError)):
+        lines = list(_lines(path, stdin))
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         if not line.strip():
             continue
-        where = f"{name}, line {number}"
-        with explain_errors(f"{where} is not JSON"):
+        where = location(name, number, by_lines=True)
+        with explain_errors(f"{where}: the line is not valid JSON", on=(ValueError, RecursionError)):
             value = json.loads(line)
         with explain_errors(where):
-            prompts.append(_prompt_line(where, value))
+            prompts.append(_prompt_line(where, value, raw))
     if not prompts:
         raise ValueError(f"{name} has no prompts: write one JSON value per line")
     return prompts
 
 
-def _prompt_line(where: str, value: Any) -> PromptLine:
-    fields: dict[str, Any] = {}
-    tools, args = None, {}
+def has_messages(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, not a text or token ids."""
+    return isinstance(prompt, list) and any(isinstance(part, dict) for part in prompt)
+
+
+def _lines(path: Path, stdin: Callable[[], str] | None) -> Iterator[tuple[int, str]]:
+    """Yields line numbers and lines. Only "\\n" ends a line, as in training data."""
+    if stdin:
+        yield from enumerate(stdin().removeprefix("\ufeff").split("\n"), 1)
+        return
+    for number, line, bad in read_lines(path):
+        if bad is not None:
+            raise ValueError(f"{location(str(path), number, by_lines=True)}: {bad.detail}")
+        yield number, line
+
+
+def _prompt_line(where: str, value: Any, raw: bool) -> PromptLine:
     if isinstance(value, dict):
-        fields = dict(value)
-        given = [name for name in PROMPT_FIELDS if name in fields]
-        if len(given) != 1:
-            found = f"both {given[0]!r} and {given[1]!r}" if given else ", ".join(map(repr, value)) or "no fields"
-            raise ValueError(
-                f"the line has {found}: expected one of {', '.join(map(repr, PROMPT_FIELDS))}{_near(value)}"
-            )
-        value = fields.pop(given[0])
-        beside = {name: fields.pop(name) for name in BESIDE if name in fields}
-        if taken := sorted(OUTPUT_FIELDS & fields.keys()):
-            raise ValueError(f"the field {taken[0]!r} has the name of a field of the output: rename it")
-        if options := [one.name for one in dataclasses.fields(SamplingParams) if one.name in fields]:
-            flag = f"--{options[0].replace('_', '-')}"
-            raise ValueError(f"the field {options[0]!r} is a sampling parameter, which all prompts share: pass {flag}")
-        if reasoning := [name for name in REASONING if beside.get(name)]:
-            raise ValueError(f"the field {reasoning[0]!r} must be a field of a message")
-        tools, args = tools_of(beside), template_args_of(beside)
-        if value and any(beside.get(name) for name in ("system", "system_prompt", "history")):
-            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-            if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-                raise ValueError(f"messages must be a list of objects, not {reprlib.repr(messages)}")
-            messages = [*history_of(beside), *messages]
-            value = [*system_of(beside, messages), *messages]
-    if not value or not isinstance(value, str | list):
-        raise ValueError(f'expected a string, {{"prompt": …}} or {{"messages": […]}}, not {reprlib.repr(value)}')
-    return PromptLine(where, value, tools, fields, args)
+        line = _with_fields(where, value, raw)
+    elif value and isinstance(value, str | list):
+        line = PromptLine(where, value)
+    else:
+        raise ValueError(f'expected a string, {{"prompt": …}} or {{"messages": […]}}, not {short(value)}')
+    if raw and has_messages(line.prompt):
+        raise ValueError('--raw continues text; messages need the chat template: omit --raw, or write {"prompt": …}')
+    return line
 
 
-def _near(value: dict[str, Any]) -> str:
-    near = [close[0] for name in value if (close := difflib.get_close_matches(name, PROMPT_FIELDS, 1))]
+def _with_fields(where: str, value: dict[str, Any], raw: bool) -> PromptLine:
+    fields = dict(value)
+    prompt = _pop_prompt(fields)
+    beside = {name: fields.pop(name) for name in BESIDE if name in fields}
+    beside = {name: item for name, item in beside.items() if item}
+    if reasoning := [name for name in REASONING if name in beside]:
+        raise ValueError(f"the field {reasoning[0]!r} must be a field of a message")
+    _check_further(fields)
+    ids = isinstance(prompt, list) and not has_messages(prompt)
+    if beside and (raw or ids):
+        why = "--raw does not apply: omit --raw" if raw else "token ids do not use: write a text or messages"
+        raise ValueError(f"the field {next(iter(beside))!r} needs the chat template, which {why}, or omit the field")
+    tools, args = tools_of(beside), template_args_of(beside)
+    if any(name in beside for name in ("system", "system_prompt", "history")):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*history_of(beside), *messages]
+        prompt = [*system_of(beside, messages), *messages]
+    return PromptLine(where, prompt, tools, fields, args)
+
+
+def _pop_prompt(fields: dict[str, Any]) -> Any:
+    """Removes the prompt from the fields of a line, and returns it."""
+    given = [name for name in PROMPT_FIELDS if name in fields]
+    if len(given) > 1:
+        raise ValueError(f"the line has both {given[0]!r} and {given[1]!r}: remove one of them")
+    if not given:
+        found, expected = ", ".join(map(repr, fields)) or "no fields", ", ".join(map(repr, PROMPT_FIELDS))
+        raise ValueError(f"the line has {found}: expected one of {expected}{_near(fields)}")
+    [name] = given
+    prompt = fields.pop(name)
+    if prompt in (None, "", [], {}):
+        raise ValueError(f"the field {name!r} is empty: expected {PROMPT_FIELDS[name]}")
+    if not (isinstance(prompt, str | list) if name == "prompt" else has_messages(prompt)):
+        raise ValueError(f"the field {name!r} must be {PROMPT_FIELDS[name]}, not {short(prompt)}")
+    return prompt
+
+
+def _check_further(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a field beside the prompt that would have no effect, or would be overwritten."""
+    check_fields(fields, refused=MEDIA)
+    for name, value in fields.items():
+        if value is not None and (advice := sampling_advice(name)):
+            raise ValueError(f"the field {name!r} is a sampling parameter, which all prompts share: {advice}")
+        if name in OUTPUT_FIELDS:
+            raise ValueError(f"the field {name!r} has the name of a field of the output: rename it")
+
+
+def _near(fields: dict[str, Any]) -> str:
+    near = [close[0] for name in fields if (close := difflib.get_close_matches(name, PROMPT_FIELDS, 1))]
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,10 +1,12 @@
 """Suggestions for unknown commands, flags and YAML keys: former names, names in other tools, then close spellings."""
 
+import dataclasses
 import difflib
 from collections.abc import Collection
 from typing import Literal, get_args, get_origin
 
 from jaxlm.cli.flags import Flag
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.training.config import current_name
 
 # Commands, and their names in other tools.
@@ -146,14 +148,23 @@ FLAGS = {
 }
 
 # Names of other tools without a corresponding flag: what to do instead, the commands that it is for, and the names.
+SAMPLING_NOTES = [
+    ("--temperature 0 is greedy decoding, above 0 it samples", "generate chat", "do-sample greedy sample no-sample"),
+    ("beam search is not supported; sampling flags are --temperature, --top-k, --top-p, --min-p", "generate chat",
+     "num-beams beam-size beam-width num-beam-groups use-beam-search length-penalty diversity-penalty early-stopping"),
+    ("not supported; sampling flags are --temperature, --top-k, --top-p, --min-p", "generate chat", "typical-p "
+     "no-repeat-ngram-size penalty-alpha epsilon-cutoff eta-cutoff mirostat min-tokens min-length min-new-tokens"),
+    ("each prompt gets one completion; repeat its line in the file of --prompts for more", "generate",
+     "n num-return-sequences best-of"),
+    ("sampling parameters are flags of their own, such as --max-tokens and --temperature", "generate chat",
+     "sampling-params generation-config generation-kwargs gen-kwargs"),
+]  # fmt: skip
 NOTES = [
+    *SAMPLING_NOTES,
     ("the prompt is an argument without a flag: jaxlm generate PROMPT", "generate", "prompt p text input"),
     ("the KV cache grows as needed, up to the context length of the model", "generate chat eval",
      "ctx-size c n-ctx num-ctx max-model-len max-kv-size kv-cache-size context-length max-context-length max-seq-len "
      "max-seq-length context-size"),
-    ("--temperature 0 is greedy decoding, above 0 it samples", "generate chat", "do-sample greedy sample no-sample"),
-    ("beam search is not supported; sampling flags are --temperature, --top-k, --top-p, --min-p", "generate chat",
-     "num-beams beam-size beam-width num-beam-groups"),
     ("JAX selects the device; JAX_PLATFORMS=cpu, cuda or tpu overrides it", "", "device device-map n-gpu-layers ngl "
      "gpu-layers cpu gpu cuda tpu accelerator main-gpu use-cpu"),
     ("jaxlm never runs code from checkpoints; omit this flag", "", "trust-remote-code"),
@@ -165,6 +176,9 @@ NOTES = [
     ("pass the folder to write after the model: jaxlm export MODEL OUT", "export", "out output-dir output output-path "
      "save-path o"),
 ]  # fmt: skip
+
+# Names above that data have too. Fields of a prompt with these names are not sampling parameters.
+DATA_FIELDS = {"length", "num-tokens", "predict", "sample", "greedy", "until", "k", "r", "t"}
 
 
 def unknown_command(word: str, commands: list[str]) -> str:
@@ -206,6 +220,18 @@ def suggestion(name: str, command: str, flags: list[Flag]) -> tuple[str | None, 
     close = closest(word, {normalized(n): n for n in names})
     close = close or closest(last, {normalized(n).rpartition(".")[2]: n for n in reversed(names)})
     return last_part(word, names) or of_other_tools(last, flags) or close, None
+
+
+def sampling_advice(field: str) -> str | None:
+    """What to do instead of a field of a prompt that is a sampling parameter here or in another tool; None for other
+    fields. Only the exact names of the tables count, because a field may have any name."""
+    word = field.replace("_", "-")
+    if word in DATA_FIELDS:
+        return None
+    flags = [f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(SamplingParams)]
+    note = next((note for note, _, words in SAMPLING_NOTES if word in words.split()), None)
+    flag = exact(word, flags) or lookup(FLAGS, word, flags)
+    return note or (f"pass {flag}" if flag else None)
 
 
 def names_of(flags: list[Flag]) -> list[str]:

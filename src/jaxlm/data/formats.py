@@ -20,13 +20,17 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 Format = Literal["text", "messages", "conversations", "prompt", "instruction", "question"]
 # Fields beside those of a format, which conversation() reads.
 BESIDE = ("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", *REASONING)
-# Fields whose meaning would be lost.
+# Fields beside a text that the model would not see, of training rows and prompts.
+MEDIA = {
+    "documents": "documents are not supported: write them into a message",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
+}
+# Fields of training rows whose meaning would be lost.
 REFUSED = {
     "chosen": "preference data are not supported: name the answer to train on (--data.completion-field chosen)",
     "rejected": "preference data are not supported: name the answer to train on (--data.completion-field chosen)",
     "label": "a row that is labeled as good or bad is preference data, which are not supported",
-    "documents": "documents are not supported: write them into a message",
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
+    **MEDIA,
 }
 # Fields that hold text. If a format does not read one of these, its text must be in the conversation nevertheless.
 TEXTS = (
@@ -170,9 +174,15 @@ def conversation(
     return Chat(messages, tools_of(value), turns, template_args_of(value))
 
 
-def check_fields(value: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raises InvalidRowError for a field of REFUSED that is not empty and not among those that are read."""
-    for name, why in REFUSED.items():
+def check_fields(value: Mapping[str, Any], read: Collection[str] = (), refused: Mapping[str, str] = REFUSED) -> None:
+    """Raises InvalidRowError for a field that is not empty and not among those that are read.
+
+    Args:
+        value: The fields of a row.
+        read: The names of fields that are read.
+        refused: Names of fields, and why each is refused.
+    """
+    for name, why in refused.items():
         found = value.get(name)
         if name in read or (name == "rejected" and "chosen" in read):
             continue

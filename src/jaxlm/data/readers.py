@@ -59,11 +59,18 @@ class InvalidRow(NamedTuple):
         return f"{location(self.source, self.number)}: {self.detail}"
 
 
-def location(source: str, number: int) -> str:
-    """Returns the location of a row as text: "story.txt:17", or "data.parquet, row 17"."""
+def location(source: str, number: int, by_lines: bool = False) -> str:
+    """Returns the location of a row as text: "story.txt:17", or "data.parquet, row 17".
+
+    Args:
+        source: The name of a file, or of another source.
+        number: The number of the row, from 1. 0: the whole source.
+        by_lines: Whether rows are lines whatever the suffix says.
+    """
     if number == 0:
         return source
-    return f"{source}:{number}" if kind(Path(source)).startswith(BY_LINES) else f"{source}, row {number}"
+    by_lines = by_lines or kind(Path(source)).startswith(BY_LINES)
+    return f"{source}:{number}" if by_lines else f"{source}, row {number}"
 
 
 def kind(path: Path) -> str:
@@ -111,9 +118,9 @@ def split_text(text: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str, InvalidRow | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str, InvalidRow | None]]:
     """Yields line numbers and lines with their ends, with an InvalidRow for a line that is not UTF-8, and for the rest
-    of a damaged compressed file."""
+    of a damaged compressed file. Only "\n" ends a line."""
     number = 0
     with _open(path) as file:
         try:
@@ -134,7 +141,7 @@ def _read_txt(path: Path) -> Iterator[Row | InvalidRow]:
     """Yields the documents between separators, without separators the file as one document. Blank ones are skipped."""
     lines: list[str] = []
     first, size, limit, begun = 1, 0, PART, False
-    for number, line, bad in _read_lines(path):
+    for number, line, bad in read_lines(path):
         if bad is not None:
             yield bad
         elif line.strip() == SEPARATOR:
@@ -156,7 +163,7 @@ def _read_txt(path: Path) -> Iterator[Row | InvalidRow]:
 
 def _read_jsonl(path: Path) -> Iterator[Row | InvalidRow]:
     first = True
-    for number, line, bad in _read_lines(path):
+    for number, line, bad in read_lines(path):
         if bad is not None:
             yield bad
         elif line.strip():
@@ -211,7 +218,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row | InvalidRow]:
     bad: list[InvalidRow] = []  # lines of the next row
 
     def lines() -> Iterator[str]:
-        for _, line, invalid in _read_lines(path):
+        for _, line, invalid in read_lines(path):
             if invalid is not None:
                 bad.append(invalid)
             yield line

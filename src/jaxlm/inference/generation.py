@@ -112,7 +112,8 @@ def generate(
     Args:
         model: The model.
         prompt: A str (continued without the chat template), a list of messages {"role", "content"} (rendered by the
-            chat template) or a list of token ids. A list of these is a batch.
+            chat template; a last message of the assistant is continued) or a list of token ids. A list of these is a
+            batch.
         batch_size: Number of prompts to decode together (continuous batching). The default depends on the platform.
         template_args: Variables of the chat template, such as {"enable_thinking": False}.
         **options: Fields of `SamplingParams`. The default values come from the checkpoint's generation_config.json.

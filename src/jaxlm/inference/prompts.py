@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 256  # max_tokens if neither the user nor the model sets it
 
+# Arguments of Tokenizer.chat that continue the last message.
+CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
+
 
 def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
     """Returns the prompts as a list, and whether `prompt` is a single prompt.
@@ -53,7 +56,8 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
-        ids = _tokenizer(model).chat(prompt, **{**_continued(prompt, template_args), **template_args})
+        continued = CONTINUED if is_continued(prompt, template_args) else {}
+        ids = _tokenizer(model).chat(prompt, **{**continued, **template_args})
     else:
         ids = _integers(prompt)
     if not ids:
@@ -66,15 +70,12 @@ def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[i
     return ids
 
 
-def _continued(messages: Any, template_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Tokenizer.chat: a last message of the assistant is continued, not answered, unless asked for."""
-    if template_args.get("add_generation_prompt"):
-        return {}
-    last = messages[-1]
-    role = str(last.get("role", last.get("from"))).lower() if isinstance(last, Mapping) else ""
-    if ROLES.get(role) != ASSISTANT:
-        return {}
-    return {"continue_final_message": True, "add_generation_prompt": False}
+def is_continued(prompt: Any, template_args: Mapping[str, Any]) -> bool:
+    """Whether a prompt ends with a message of the assistant, which is continued, not answered, unless asked for."""
+    last = prompt[-1] if isinstance(prompt, list | tuple) and prompt else None
+    if template_args.get("add_generation_prompt") or not isinstance(last, Mapping):
+        return False
+    return ROLES.get(str(last.get("role", last.get("from"))).lower()) == ASSISTANT
 
 
 def _tokenizer(model: "Model") -> Tokenizer:
