@@ -483,9 +483,10 @@ def refusals(tmp_path: Path) -> list[Any]:
     pickled = adapter(tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     chained = adapter(tmp_path / "chained", base_model_name_or_path=str(folder))
-    for run in (started := tmp_path / "started", run := tmp_path / "run"):
-        run.mkdir()
-        (run / "run.json").write_text("{}")
+    started, run = tmp_path / "started", tmp_path / "run"
+    for folder_of_run in (started, run):
+        folder_of_run.mkdir()
+        (folder_of_run / "run.json").write_text("{}")
     adapter(run / "adapter")
     return [
         (

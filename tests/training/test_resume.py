@@ -162,7 +162,7 @@ def test_another_run_in_the_folder_is_refused(files, whole) -> None:
     text = Path(files["train"]).read_text()
     try:
         Path(files["train"]).write_text(text.replace("cat", "bat"))
-        with pytest.raises(ValueError, match=r"data \(contents\)"):
+        with pytest.raises(ValueError, match="settings: training data"):
             loop.train(run_of(files, whole))
     finally:
         Path(files["train"]).write_text(text)
