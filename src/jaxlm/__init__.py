@@ -6,6 +6,7 @@ from jaxlm.version import __version__
 
 if TYPE_CHECKING:
     from jaxlm.adapters import fuse as fuse
+    from jaxlm.devices.compilation_cache import use_compilation_cache as use_compilation_cache
     from jaxlm.evaluation.perplexity import evaluate as evaluate
     from jaxlm.exporting import export as export
     from jaxlm.inference.conversation import Conversation as Conversation
@@ -28,11 +29,12 @@ _HOME = {
     "load": "jaxlm.loading",
     "stream": "jaxlm.inference.generation",
     "train": "jaxlm.training.loop",
+    "use_compilation_cache": "jaxlm.devices.compilation_cache",
     "verify": "jaxlm.verification",
 }
 __all__ = [
     "Conversation", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate", "load",
-    "stream", "train", "verify",
+    "stream", "train", "use_compilation_cache", "verify",
 ]  # fmt: skip
 
 

@@ -126,7 +126,10 @@ class Model:
             raise ValueError(f"a KV cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
-        return caches.init(*sizes) if self.mesh is None else _empty(self.mesh, *sizes)()
+        if self.mesh is not None:
+            return _empty(self.mesh, *sizes)()
+        with jax.default_device(self.device):  # committed to it, so that a jitted loop compiles once
+            return jax.device_put(caches.init(*sizes), self.device)
 
     @property
     def ignored(self) -> list[str]:

@@ -11,7 +11,7 @@ from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.varied_text import CODE
 
 from jaxlm.data import corpus as module
-from jaxlm.data.corpus import Corpus, cache_folder, load, prepare
+from jaxlm.data.corpus import Corpus, corpora_folder, load, prepare
 from jaxlm.data.documents import DocumentTokenizer, TextOptions
 from jaxlm.data.sources import find_sources
 
@@ -215,11 +215,11 @@ def test_another_process_may_be_first(tmp_path, cache, monkeypatch):
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prepare(str(write(tmp_path / "a.jsonl", *GOOD)), TOK)
-    assert cache_folder() == tmp_path / "jaxlm" / "corpora"
-    assert len(folders(cache_folder())) == 1
+    assert corpora_folder() == tmp_path / "jaxlm" / "corpora"
+    assert len(folders(corpora_folder())) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "jaxlm" / "corpora"
+    assert corpora_folder() == tmp_path / ".cache" / "jaxlm" / "corpora"
 
 
 # Invalid rows

@@ -1,6 +1,7 @@
 """One forward pass computed in several ways: layers unrolled and scanned, with and without activation checkpointing, in
 every dtype, with positions in every format. All must give the same numbers."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -147,6 +148,20 @@ def test_forward_continues_after_the_cached_tokens() -> None:
     close(logits, expected[:, 7:])
     other, _ = model.forward(TOKENS[:, 7:], model.weights, kv, 0)
     assert np.abs(np.asarray(other) - expected[:, 7:]).max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_own_loop_compiles_once_and_donates_the_cache(family: str) -> None:
+    model, _ = deep(family)
+    weights, forward, init_kv, _, _ = replace(model, weights=jax.device_put(model.weights, jax.devices()[1]))
+    decode = jax.jit(forward, donate_argnums=2)
+    first = kv = init_kv(2, 14)
+    for pos in range(5):
+        logits, kv = decode(jnp.asarray(TOKENS[:, pos, None]), weights, kv, pos)
+    assert decode._cache_size() == 1
+    assert all(a.is_deleted() for a in jax.tree.leaves(first))
+    expected, _ = model.forward(TOKENS[:, :5], model.weights)
+    close(logits[:, 0], expected[:, -1])
 
 
 def test_rows_of_a_batch_are_independent_and_attention_is_causal() -> None:

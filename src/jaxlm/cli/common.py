@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.devices.compilation_cache import use_compilation_cache
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -175,11 +176,9 @@ def default_sigint() -> Iterator[None]:
 def set_up_process() -> None:
     """Configures jax for the process. The library does not change process-wide settings. Environment variables take
     precedence."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
     with default_sigint():
-        import jax
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        import jax  # noqa: F401  a Ctrl-C stops it at once
+    use_compilation_cache()
 
 
 def use_any_encoding() -> None:
@@ -207,11 +206,6 @@ def silence_workers(is_coordinator: bool) -> None:
     os.dup2(2, 1)
     if not is_coordinator:
         sys.stderr = devnull()
-
-
-def cache_folder() -> Path:
-    """The cache folder of jaxlm: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
 def note(text: str) -> None:

@@ -30,6 +30,7 @@ from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
 from jaxlm.data.readers import InvalidRow, Row, location
 from jaxlm.data.sources import find_sources
+from jaxlm.devices.compilation_cache import cache_folder
 from jaxlm.processing.tokenizer import Tokenizer
 
 FORMAT = 2  # version of the file format and of the conversion from texts to documents
@@ -90,9 +91,9 @@ class Corpus:
         return "; ".join([text, *about.get("notes", [])])
 
 
-def cache_folder() -> Path:
-    """Returns the default folder of corpora, in $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm" / "corpora"
+def corpora_folder() -> Path:
+    """Returns the default folder of corpora, in the cache folder of jaxlm."""
+    return cache_folder() / "corpora"
 
 
 def prepare(
@@ -118,7 +119,7 @@ def prepare(
         split, config, revision, offline, streaming: As in sources.find_sources.
         on_bad: "stop" raises at the first row that cannot be used, with its file and line; "skip" counts such rows.
             Empty texts are always counted and skipped.
-        folder: The cache folder. Default: cache_folder().
+        folder: The cache folder. Default: corpora_folder().
         progress: Called with the number of documents and tokens so far.
 
     Raises:
@@ -133,7 +134,7 @@ def prepare(
     if not _are_texts(sources, texts.options):
         key["conversations"] = CONVERSATIONS
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    path = (folder or cache_folder()) / digest
+    path = (folder or corpora_folder()) / digest
     source_names = [source.name for source in sources]
     corpus = load(path, source_names)
     if corpus is None:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.devices import host_memory
+
 # Decode steps per dispatch. On CPU a loop makes XLA convert every weight again at each step (docs/performance.md). On
 # accelerators a dispatch per step would wait for the host.
 STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
@@ -47,20 +49,10 @@ def cache_dtype(activations: Any, platform: str) -> Any:
 def available_memory(device: Any) -> int | None:
     """Free memory of a device in bytes; None where the platform does not report it."""
     if device.platform == "cpu":
-        return host_memory("MemAvailable")
+        return host_memory.available()
     stats: dict[str, Any] = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     return None if limit is None else limit - stats.get("bytes_in_use", 0)
-
-
-def host_memory(field: str) -> int | None:
-    """A field of /proc/meminfo in bytes; None on systems without it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith(field + ":")]
-    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def peak_memory() -> int:
