@@ -74,7 +74,10 @@ def test_invalid_rows(folder, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "abc"}\n{"text": \n')
     assert main(["eval", "-m", folder, str(path), "--length", "16"]) == 1
-    assert f"{path}:2: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{path}:2: " in err
+    assert " --on-bad skip" in err
+    assert "--data." not in err  # the flags are those of this command
     assert main(["eval", "-m", folder, str(path), "--length", "16", "--on-bad", "skip"]) == 0
     assert capsys.readouterr().err == "dropped: 1 invalid JSON\n"
 

@@ -104,6 +104,27 @@ def test_further_fields_are_kept(tmp_path):
     assert line.fields == fields
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("enable_thinking", "chat_template_kwargs"), ("add_generation_prompt", "is continued")],
+)
+def test_fields_that_would_change_the_rendering_are_refused(tmp_path, field, words):
+    with pytest.raises(ValueError, match=f"prompts.jsonl:1: the field '{field}' is not read: .*{words}"):
+        read_prompts(file_of(tmp_path, {"messages": [USER], field: True}))
+
+
+def test_null_fields_are_absent_as_in_training(tmp_path):
+    row = {"prompt": None, "messages": [USER], "conversations": None, "text": None, "enable_thinking": None}
+    [line] = read_prompts(file_of(tmp_path, row))
+    assert (line.prompt, line.fields) == ([USER], {"text": None, "enable_thinking": None})
+    with pytest.raises(ValueError, match="field 'prompt' is empty"):
+        read_prompts(file_of(tmp_path, {"prompt": None}))
+
+
+def test_one_message_is_a_list_of_one_as_in_training(tmp_path):
+    assert read_prompts(file_of(tmp_path, {"messages": USER}))[0].prompt == [USER]
+
+
 @pytest.mark.parametrize("name", MEDIA)
 def test_media_are_refused_as_in_training(tmp_path, name):
     row = {"messages": [USER, {"role": "assistant", "content": "a"}], name: ["x"]}

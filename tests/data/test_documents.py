@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers.tiny_chat import TEMPLATE, tokenizer_of
 
 from jaxlm.data import readers, sources
 from jaxlm.data.documents import Document, DocumentTokenizer, TextOptions
+from jaxlm.data.formats import FORMATS, Format
 from jaxlm.data.readers import InvalidRow, Row
 from jaxlm.data.sources import find_sources
 
@@ -384,9 +386,17 @@ def test_an_empty_answer():
     texts = DocumentTokenizer(CHATTING)
     list(texts.documents(Row("a.jsonl", i, {**PAIR, "completion": " " * (i % 2)}) for i in range(3)))
     assert any("3 rows have an empty answer" in note for note in texts.notes)
-    texts = DocumentTokenizer(CHATTING)
-    list(texts.documents([Row("a.jsonl", 1, PAIR)]))
-    assert not texts.notes
+    for chatting, rows, options in [
+        (CHATTING, [PAIR], None),
+        (CHATTING, [{**PAIR, "completion": ""}], TextOptions(train_on="all")),
+        (CHATTING, [{**PAIR, "completion": "", "reasoning": "x"}], TextOptions()),
+    ]:
+        texts = DocumentTokenizer(chatting, options)
+        list(texts.documents(Row("a.jsonl", i, row) for i, row in enumerate(rows, 1)))
+        assert not any("empty answer" in note for note in texts.notes)
+    texts = DocumentTokenizer(tokenizer_of(None))
+    list(texts.documents([Row("a.jsonl", 1, {**PAIR, "completion": " "})]))
+    assert any("1 row has an empty answer" in note for note in texts.notes)
 
 
 def test_all_rows_have_one_format():
@@ -395,9 +405,9 @@ def test_all_rows_have_one_format():
     made = list(texts.documents(given))
     assert [type(one) for one in made] == [Document, InvalidRow, InvalidRow, Document]
     assert str(made[2]).startswith("b.txt:1: ")
-    assert "of the format prompt in a.jsonl: give each source a weight" in str(made[2])
+    assert "of the format prompt in a.jsonl: give each training source a weight" in str(made[2])
     given = [Row("a.jsonl", 1, PAIR), Row("a.jsonl", 2, {"text": "a"})]
-    assert "a source has rows of one format" in str(list(DocumentTokenizer(CHATTING).documents(given))[1])
+    assert "all rows of a source have one format" in str(list(DocumentTokenizer(CHATTING).documents(given))[1])
     assert "prompt and completion" in str(made[2])
 
 
@@ -439,3 +449,7 @@ def test_an_answer_may_repeat_all_before_it():
     wanted = text(*documents(row | {"completion": [answer]}), CHATTING)
     for repeated in (before, before[1:], before[3:]):
         assert text(*documents(row | {"completion": [*repeated, answer]}), CHATTING) == wanted
+
+
+def test_every_format_can_be_chosen():
+    assert {*get_args(Format)} == {*FORMATS}

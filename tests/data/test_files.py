@@ -75,6 +75,17 @@ def test_what_belongs_to_no_split_is_named(tmp_path):
     assert names(tmp_path / "x", split="valid") == ["dev.jsonl"]
 
 
+def test_a_file_that_is_named_twice_is_told(tmp_path):
+    for name in ("train.txt", "train-notes.txt", "b.txt"):
+        (tmp_path / name).write_text("a")
+    found = find_sources([tmp_path, tmp_path / "train.txt"])
+    assert "train.txt is read 2 times" in found[0].note
+    assert "left out of" in found[0].note
+    assert not any("times" in source.note for source in find_sources([tmp_path / "train.txt", tmp_path / "b.txt"]))
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_sources(f"{tmp_path.name}/")
+
+
 def test_folders_named_after_splits(tmp_path):
     write(tmp_path, "train/a.jsonl", "train/b.jsonl", "test/a.jsonl", ".git/train/c.jsonl")
     assert names(tmp_path) == ["train/a.jsonl", "train/b.jsonl"]

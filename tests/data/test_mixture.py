@@ -166,6 +166,14 @@ def test_names_with_weights(tmp_path, monkeypatch):
     for name in ("a.jsonl=70%", "a.jsonl=", "c.jsonl=abc", "c.jsonl:0.7"):
         with pytest.raises(ValueError, match=f"write {name[:7]}=0.7"):
             parse_weights([name])
+    with pytest.raises(ValueError, match=r"write b\.jsonl=0\.7"):
+        group_named(["b.jsonl=70%"])
+    (tmp_path / "code").mkdir()
+    with pytest.raises(ValueError, match=r"write code=0\.7"):
+        parse_weights(["code=half"])
+    assert parse_weights(["code=code.jsonl"]) == [("code=code.jsonl", None)]
+    (tmp_path / "d.jsonl=x").write_text("")
+    assert parse_weights(["d.jsonl=x"]) == [("d.jsonl=x", None)]
     assert parse_weights(["org/name=abc", "s3:x"]) == [("org/name=abc", None), ("s3:x", None)]
 
 

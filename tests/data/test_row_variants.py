@@ -477,7 +477,6 @@ VARIANTS: dict[str, tuple] = {
     # Roles, and flags of turns
     "an unknown role": ({"messages": [u(), {"role": "critic", "content": "x"}, u("c"), a()]}, "has the role 'critic'"),
     "a misspelled role": ({"messages": [u(), a(), u("c"), {"role": "asistant", "content": "d"}]}, "mean 'assistant'"),
-    "a role that is nearly another": ({"messages": [u(), {"role": "systems", "content": "x"}, a()]}, "mean 'system'"),
     "an unknown name": ({"conversations": [turn("human", "a"), turn("claude", "b")]}, "has the role 'claude'"),
     "a role that is no text": ({"messages": [u(), {"role": 1, "content": "b"}]}, "the role 1, which is not a string"),
     "no role": ({"messages": [u(), {"content": "b"}]}, "'role' and 'content'"),

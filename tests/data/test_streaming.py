@@ -155,6 +155,39 @@ def test_data_that_changed_are_found(files, tmp_path):
     assert stream_of(path, on_bad="skip").digest == before.digest  # what resolves an error may change
 
 
+@pytest.mark.parametrize(
+    "changed", ["another word", "an earlier row is missing", "the rows of two windows change places"]
+)
+def test_rows_that_were_read_may_not_change(changed, tmp_path):
+    """Although positions, sizes and the first window stay the same."""
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": f"the cat sat {WORDS[i % 9]}"}) + "\n" for i in range(90)]
+    bad = '{"text": "the cat\n'
+    path.write_text("".join([*rows[:44], bad, *rows[44:]]))  # the fifth window of 11 rows
+    before = stream_of(path, packing="none")
+    with pytest.raises(ValueError, match=r"a\.jsonl:45"):
+        before.take(range(44, 45))
+    assert len(before.positions) == 5
+    repaired = [*rows[:44], rows[50], *rows[44:]]
+    path.write_text("".join(repaired))
+    after, whole = stream_of(path, packing="none"), stream_of(path, packing="none")
+    after.continue_from(before.positions)
+    for row in (33, 43, 44, 60):
+        assert same(after.take([row]), whole.take([row]))
+    other = list(repaired)
+    if changed == "another word":
+        other[40] = other[40].replace("the", "red")
+    elif changed == "an earlier row is missing":
+        del other[20]
+    else:
+        other[22:33], other[33:44] = other[33:44], other[22:33]
+    path.write_text("".join(other))
+    after = stream_of(path, packing="none")
+    after.continue_from(before.positions)
+    with pytest.raises(ValueError, match="not those that the run has read"):
+        after.take([44])
+
+
 def test_a_document_in_parts_is_not_cut(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(["and so on " * 50, "cat", "dog sat"]))
     whole = stream_of(tmp_path / "a.txt", buffer=1, T=1000, packing="none").take(range(3))

@@ -294,7 +294,7 @@ def test_a_trained_model(shared, tmp_path) -> None:
         ({"stride": 0}, "stride is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"on_bad": "maybe"}, "on_bad is 'maybe'"),
-        ({"format": "poem"}, "format 'poem'"),
+        ({"format": "poem"}, "format is 'poem'"),
     ],
 )
 def test_arguments_out_of_range(how, message, model, tmp_path) -> None:

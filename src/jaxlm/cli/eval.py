@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -83,7 +84,7 @@ class Eval(ModelFlags):
         options["format"] = options.pop("data_format")  # --format is the checkpoint format
         options |= {"length": length, "stride": stride, "offline": self.offline}
         start = time.perf_counter()
-        with progress_line() as progress, explain_missing_package("this command", "jaxlm[train]"):
+        with own_flags(), progress_line() as progress, explain_missing_package("this command", "jaxlm[train]"):
             result = evaluate(model, self.files, progress=progress, **options)
         for why, count in result.dropped.items():
             note(f"dropped: {count:,} {why}")
@@ -136,6 +137,16 @@ class Eval(ModelFlags):
         else:
             print("\n".join(tables).rstrip())
         return 0
+
+
+@contextlib.contextmanager
+def own_flags() -> Iterator[None]:
+    """Names the flags of this command in messages of the data, which name those of training."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).replace("--data.format", "--data-format").replace("--data.", "--")
+        raise ValueError(text) from error
 
 
 @contextlib.contextmanager

@@ -110,8 +110,13 @@ class Generate(SamplingFlags, ModelFlags):
         with explain_errors(line.where) if line.where else nullcontext():
             if line.tools and not (model.tokenizer is not None and model.tokenizer.template_accepts("tools")):
                 raise ValueError(f"tools need a chat template that writes them; that of {model.source} does not")
-            if line.template_args and not (model.tokenizer is not None and model.tokenizer.has_template):
-                raise ValueError(f"chat_template_kwargs needs a chat template, and {model.source} has none")
+            for name in line.template_args:
+                if model.tokenizer is None or not model.tokenizer.has_template:
+                    raise ValueError(f"chat_template_kwargs needs a chat template, and {model.source} has none")
+                if not model.tokenizer.template_accepts(name):
+                    raise ValueError(f"chat_template_kwargs: the chat template of {model.source} does not use {name!r}")
+            if args and not isinstance(line.prompt, str) and not has_messages(line.prompt):
+                raise ValueError("--no-think and --template-arg are for the chat template, which token ids do not use")
             more = {"tools": line.tools} if line.tools else {}
             ids = to_ids(
                 model, prompt_of(line.prompt, model, self.system, self.raw), {**args, **line.template_args, **more}

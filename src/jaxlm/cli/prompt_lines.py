@@ -21,6 +21,14 @@ PROMPT_FIELDS = {
 OUTPUT_FIELDS = {"index", "model", "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens",
                  "tokens_per_second", "first_token_seconds", "compile_seconds", "seed", "logprobs"}  # fmt: skip
 
+# Fields that would change how a prompt is rendered, and what to do instead.
+TEMPLATE_FIELDS = {
+    **dict.fromkeys(("enable_thinking", "reasoning_effort"), "write it into chat_template_kwargs"),
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message"), "a last message of the assistant is continued"
+    ),
+}
+
 
 class PromptLine(NamedTuple):
     """A prompt and what is said beside it.
@@ -116,7 +124,7 @@ def _with_fields(where: str, value: dict[str, Any], raw: bool) -> PromptLine:
 
 def _pop_prompt(fields: dict[str, Any]) -> Any:
     """Removes the prompt from the fields of a line, and returns it."""
-    given = [name for name in PROMPT_FIELDS if name in fields]
+    given = [name for name in PROMPT_FIELDS if fields.get(name) is not None] or [*PROMPT_FIELDS.keys() & fields.keys()]
     if len(given) > 1:
         raise ValueError(f"the line has both {given[0]!r} and {given[1]!r}: remove one of them")
     if not given:
@@ -124,6 +132,9 @@ def _pop_prompt(fields: dict[str, Any]) -> Any:
         raise ValueError(f"the line has {found}: expected one of {expected}{_near(fields)}")
     [name] = given
     prompt = fields.pop(name)
+    for other in PROMPT_FIELDS:  # null
+        fields.pop(other, None)
+    prompt = [prompt] if name != "prompt" and isinstance(prompt, dict) else prompt
     if prompt in (None, "", [], {}):
         raise ValueError(f"the field {name!r} is empty: expected {PROMPT_FIELDS[name]}")
     if not (isinstance(prompt, str | list) if name == "prompt" else has_messages(prompt)):
@@ -137,7 +148,9 @@ def _check_further(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if value is not None and (advice := sampling_advice(name)):
             raise ValueError(f"the field {name!r} is a sampling parameter, which all prompts share: {advice}")
-        if name in OUTPUT_FIELDS:
+        if value is not None and name in TEMPLATE_FIELDS:
+            raise ValueError(f"the field {name!r} is not read: {TEMPLATE_FIELDS[name]}")
+        if value is not None and name in OUTPUT_FIELDS:
             raise ValueError(f"the field {name!r} has the name of a field of the output: rename it")
 
 

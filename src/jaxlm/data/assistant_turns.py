@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from jaxlm.processing.chat_template import template_errors
-from jaxlm.processing.messages import ASSISTANT, REASONING, names_role, normalize
+from jaxlm.processing.messages import ASSISTANT, REASONING, names_role, near_role, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.processing.written import content_spans, dropped, marker
 
@@ -93,7 +93,8 @@ class AssistantTurns:
         messages = normalize(messages, template)
         for number, message in enumerate(messages, 1):
             if (role := message["role"]) not in _ROLES and not names_role(template, role):
-                raise ValueError(f"message {number} has the role {role!r}, which the chat template does not name")
+                why = f"which the chat template does not name{near_role(role)}"
+                raise ValueError(f"message {number} has the role {role!r}, {why}")
             names = [name for name in REASONING if name in message]
             if len({message[name] for name in names}) > 1:
                 raise ValueError(f"message {number} has {' and '.join(names)}, which differ: only one can be written")

@@ -28,7 +28,7 @@ import numpy as np
 from jaxlm.checkpoint.atomic import is_disk_full
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions
-from jaxlm.data.readers import InvalidRow, Row, location
+from jaxlm.data.readers import InvalidRow, Row, explain_invalid, location
 from jaxlm.data.sources import find_sources
 from jaxlm.devices.compilation_cache import cache_folder
 from jaxlm.processing.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ def prepare(
         assert corpus is not None
     corpus.about["notes"] = [*corpus.about.get("notes", []), *(source.note for source in sources if source.note)]
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
-        raise ValueError(_invalid(InvalidRow(source_names[first[0]], *first[1:])))
+        raise ValueError(explain_invalid(InvalidRow(source_names[first[0]], *first[1:])))
     return corpus
 
 
@@ -152,10 +152,6 @@ def _are_texts(sources: list[Any], options: TextOptions) -> bool:
     """Whether the first row is a text."""
     rows = (row for source in sources for row in source.rows() if isinstance(row, Row))
     return all(options.format_of(row.value) == "text" for row in itertools.islice(rows, 1))
-
-
-def _invalid(first: InvalidRow) -> str:
-    return f"{first} (on_bad=skip, --data.on-bad skip, counts such rows and leaves them out)"
 
 
 def load(path: Path, sources: list[str]) -> Corpus | None:
@@ -267,7 +263,7 @@ class _Writer:
             return
         self.first_bad = self.first_bad or bad
         if self.on_bad == "stop":
-            raise ValueError(_invalid(bad))
+            raise ValueError(explain_invalid(bad))
 
     def _add(self, document: Document, buffers: dict[str, list[Any]], begins: bool) -> None:
         buffers["ids"].append(document.ids.astype(self.id_type))

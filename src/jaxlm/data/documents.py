@@ -179,17 +179,16 @@ class DocumentTokenizer:
         fields = " or ".join(" and ".join(self.options.fields(one)) for one in ([wanted] if wanted else FORMATS))
         actual = "is a text" if isinstance(row.value, str) else f"has the fields {', '.join(row.value) or '(none)'}"
         message = f"expected a row with {fields}, but this one {actual}"
-        if self.format and format:
+        if format:
             message += f", after rows of the format {self.format} in {self._first_source}"
-            if row.source != self._first_source:
-                return f"{message}: give each source a weight, and each has its own format (--data.train a=1 b=1)"
-            return f"{message}: a source has rows of one format"
+            if row.source == self._first_source:
+                return f"{message}: all rows of a source have one format"
+            return (
+                f"{message}: give each training source a weight (a.jsonl=1 b.jsonl=1), or each validation source a "
+                "name (x=a.jsonl y=b.jsonl), so that each is read in its own format"
+            )
         known = {name: name for one in FORMATS for name in self.options.fields(one)}
-        near = (
-            [known[name.lower()] for name in row.value if name not in known and name.lower() in known]
-            if format is None
-            else []
-        )
+        near = [known[name.lower()] for name in row.value if name not in known and name.lower() in known]
         if near:
             return f"{message}: did you mean {near[0]!r}? Names of fields are case-sensitive"
         return f"{message}: name other fields (--data.text-field, or --data.prompt-field and --data.completion-field)"
@@ -198,7 +197,6 @@ class DocumentTokenizer:
         if self.turns is None:
             self.tokenizer.render(chat.messages)  # raises: there is no chat template
         answers = [message for message in chat.messages if message["role"] == ASSISTANT]
-        self._empty_answers += any(_is_blank(chat.messages[i]) for i in chat.turns)
         if self.train_on == "all" and len(chat.turns) < len(answers):
             why = "an assistant turn is not to be trained on, but --data.train-on all is every token"
             raise InvalidRowError("unsupported field", why)
@@ -211,6 +209,7 @@ class DocumentTokenizer:
             roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
             raise InvalidRowError("no assistant turn", f"no assistant turn to train on (roles: {roles})")
         _check(text)
+        self._empty_answers += any(_is_blank(chat.messages[i]) for i in chat.turns)
         self._note_unused_of_messages(turns, chat, text)
         closed = text.rstrip().endswith(turns.stops)
         return Prepared(row, text, None if self.train_on == "all" else spans, bos=False, eos=not closed)
@@ -256,7 +255,7 @@ class DocumentTokenizer:
     def notes(self) -> list[str]:
         """What is worth a word about the documents so far."""
         notes = [f"fields that are not used: {', '.join(self.unused)}"] if self.unused else []
-        if n := self._empty_answers:
+        if (n := self._empty_answers) and self.train_on != "all":
             notes.append(f"{n:,} row{'s have' if n > 1 else ' has'} an empty answer: what is trained on is its end")
         turns = [] if self.turns is None or self.train_on == "all" else [self.turns, *self._turns_of_rows.values()]
         if any(ends.closing is not None for one in turns for ends in one.ends.values()):

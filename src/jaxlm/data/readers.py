@@ -73,6 +73,11 @@ def location(source: str, number: int, by_lines: bool = False) -> str:
     return f"{source}:{number}" if by_lines else f"{source}, row {number}"
 
 
+def explain_invalid(row: InvalidRow) -> str:
+    """Returns the message for a row that stops the run or the evaluation."""
+    return f"{row} (on_bad=skip, --data.on-bad skip, counts such rows and leaves them out)"
+
+
 def kind(path: Path) -> str:
     """Returns what kind of file a name says it is: its suffix in small letters, ".jsonl.gz" of a compressed file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

@@ -16,14 +16,20 @@ def parse_weights(names: Sequence[str]) -> list[tuple[str, float | None]]:
         ValueError: A weight is not a positive number, or some of several names have none.
     """
     for name in names:
-        source, sign, weight = name.rpartition("=" if "=" in name else ":")
-        is_source = kind(Path(source)) in READERS or (bool(source) and Path(source).is_dir())
-        if is_source and not (sign == "=" and _is_number(weight)) and not _exists(name):
-            raise ValueError(f"{name!r} is no file, and no name with a weight: write {source}=0.7")
+        _check_weight(name)
     found = [_weighted(name) for name in names]
     if (without := [name for name, weight in found if weight is None]) and len(without) < len(found):
         raise ValueError(f"{without[0]} has no weight: give each source one ({without[0]}=0.5), or none of them")
     return found
+
+
+def _check_weight(name: str) -> None:
+    """Raises ValueError for a source with a weight in another form, such as "a.jsonl=70%" or "a.jsonl:0.7"."""
+    source, sign, weight = name.rpartition("=" if "=" in name else ":")
+    is_source = kind(Path(source)) in READERS or (bool(source) and Path(source).expanduser().is_dir())
+    is_weight = sign == "=" and _is_number(weight)
+    if is_source and not is_weight and kind(Path(weight)) not in READERS and not _exists(name):
+        raise ValueError(f"{name!r} is no file, and no name with a weight: write {source}=0.7")
 
 
 def _is_number(text: str) -> bool:
@@ -53,6 +59,7 @@ def group_named(names: Sequence[str]) -> dict[str, list[str]]:
     """
     sets: dict[str, list[str]] = {}
     for text in names:
+        _check_weight(text)
         if _weighted(text)[1] is not None:
             raise ValueError(f"{text} has a weight, which only training data have: omit it")
         match = None if _exists(text) else re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", text)

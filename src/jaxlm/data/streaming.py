@@ -42,7 +42,7 @@ class Position(NamedTuple):
         epoch: Number of times that all sources were read before.
         source: Index in the epoch's order of the sources.
         start: Rows of this source that are in earlier windows.
-        digest: Digest of the documents of all earlier windows.
+        digest: Digest of the documents of the window before; "" for the first.
     """
 
     row: int
@@ -176,7 +176,7 @@ class StreamingLoader:
                 end = (begin.epoch + 1, 0, 0)
             else:
                 self._open = end, rows
-            digest = _digest_of(begin.digest, corpus.ids, corpus.ends, corpus.loss_mask)
+            digest = _digest_of(None, corpus.ids, corpus.ends, corpus.loss_mask)
             try:
                 share = slice(0, self.B)
                 loader = DataLoader(corpus, self.B, self.T, self.seed, self.packing, share, self.long)
@@ -214,6 +214,8 @@ class StreamingLoader:
     def _window(self, row: int) -> tuple[int, Window]:
         """Returns the window of a row, and its number. Reads the next window ahead."""
         number = bisect_right(self.positions, row, key=lambda position: position.row) - 1
+        if number + 1 == len(self.positions) and number not in self._windows:
+            number -= 1  # of this window nothing is known, so the one before shows whether the data are the same
         while True:
             window = self._start(number).result()
             if number + 1 == len(self.positions):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.data.documents import EMPTY, Document, DocumentTokenizer, TextOptions, boundary_tokens
 from jaxlm.data.formats import Format
-from jaxlm.data.readers import InvalidRow
+from jaxlm.data.readers import InvalidRow, explain_invalid
 from jaxlm.data.sources import find_sources
 from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
 from jaxlm.processing.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ class DocumentReader:
             if isinstance(item, InvalidRow):
                 self.dropped[item.why] += 1
                 if item.why != EMPTY and self.on_bad == "stop":
-                    raise ValueError(f"{item} (on_bad=skip skips and counts such rows)")
+                    raise ValueError(explain_invalid(item))
                 continue
             parts.append(item)
             if item.ends:

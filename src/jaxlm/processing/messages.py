@@ -71,8 +71,6 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     if unsupported := [name for name in _UNSUPPORTED if fields.get(name)]:
         raise ValueError(f"{where} has {unsupported[0]!r}, which is not supported yet: only text and tool calls are")
     role = _role(given, template)
-    if near := [] if names_role(template, role) else _near_role(role):
-        raise ValueError(f"message {number} has the role {given!r}: did you mean {near[0]!r}?")
     calls = _calls(where, fields)
     if role in _CALLS:
         if calls:
@@ -97,10 +95,10 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
     return {name: fields[name] for name in given_order if name in fields}
 
 
-def _near_role(role: str) -> list[str]:
-    """Returns the known role of which a role is probably a misspelling."""
-    known = (*ROLES, *OTHER_ROLES, *_CALLS)
-    return difflib.get_close_matches(role.lower(), known, 1, 0.85) if role not in known and role.isalpha() else []
+def near_role(role: str) -> str:
+    """Returns what a role that a template does not know was probably meant to be, for the end of a message."""
+    near = difflib.get_close_matches(role.lower(), (*ROLES, *OTHER_ROLES, *_CALLS), 1, 0.8)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _role(role: str, template: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.processing.chat_template import THINKING, template_errors
-from jaxlm.processing.messages import ASSISTANT, json_arguments, normalize
+from jaxlm.processing.messages import ASSISTANT, json_arguments, near_role, normalize
 from jaxlm.processing.tokenizer_files import (
     eos_ids,
     from_tokenizer_model,
@@ -262,7 +262,8 @@ class Tokenizer:
         i = dropped(render, texts, text, besides=ASSISTANT)
         if i is not None:
             role = texts[i]["role"]
-            raise ValueError(f"the chat template does not write message {i + 1}: it has no place for the role {role!r}")
+            why = f"it has no place for the role {role!r}{near_role(role)}"
+            raise ValueError(f"the chat template does not write message {i + 1}: {why}")
         return text
 
     def chat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[int]:

@@ -112,9 +112,10 @@ def streams_of(data: Any) -> list[StreamingLoader]:
 
 
 def describe(run: Run, data: Any) -> list[str]:
-    """Returns lines about the training data, and a warning if one batch has more rows than an epoch."""
+    """Returns lines about the training data, and a warning if one batch has more rows than an epoch. (Of a mixture, the
+    numbers of epochs are logged.)"""
     lines = data.describe()
-    if streams_of(data) or data.epoch(1) <= 1:
+    if isinstance(data, Mixture) or streams_of(data) or data.epoch(1) <= 1:
         return lines
     rows = data.rows()
     what = f"an epoch has {rows:,} row{'s' * (rows != 1)} of {run.length:,} tokens, and a batch {run.batch:,}"

@@ -213,9 +213,10 @@ class Loop:
             peak, source = hardware.peak(jax.local_devices()[0], run.dtype)
             self.peak = peak * (1 if jax.default_backend() == "cpu" else devices)  # CPU devices share one CPU
             plural = "s" * (run.steps != 1)
-            epochs = self.setup.data.describe_epochs(run.steps)
-            note = f"{run.steps:,} step{plural} of {run.batch} x {run.length} tokens, {epochs}"
-            note = f"resuming after step {first:,} of {run.steps:,}" if first else note
+            note = f"resuming after step {first:,} of {run.steps:,}"
+            if not first:
+                epochs = self.setup.data.describe_epochs(run.steps)
+                note = f"{run.steps:,} step{plural} of {run.batch} x {run.length} tokens, {epochs}"
             self.log({"step": first, "steps": run.steps, "note": f"{note}; MFU relative to {devices} x {source}"})
         self.clock, self.counted, self.counted_loss = time.perf_counter(), 0, 0.0
 
