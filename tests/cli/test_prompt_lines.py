@@ -106,7 +106,13 @@ def test_further_fields_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("enable_thinking", "chat_template_kwargs"), ("add_generation_prompt", "is continued")],
+    [
+        ("enable_thinking", "chat_template_kwargs"),
+        ("add_generation_prompt", "is continued"),
+        ("sytem", "did you mean 'system'"),
+        ("histroy", "'history'"),
+        ("chat_template_kwarg", "'chat_template_kwargs'"),
+    ],
 )
 def test_fields_that_would_change_the_rendering_are_refused(tmp_path, field, words):
     with pytest.raises(ValueError, match=f"prompts.jsonl:1: the field '{field}' is not read: .*{words}"):
@@ -123,6 +129,11 @@ def test_null_fields_are_absent_as_in_training(tmp_path):
 
 def test_one_message_is_a_list_of_one_as_in_training(tmp_path):
     assert read_prompts(file_of(tmp_path, {"messages": USER}))[0].prompt == [USER]
+
+
+def test_names_of_data_that_resemble_fields_are_kept(tmp_path):
+    fields = {"story": "a", "reason": "b", "subsystem": "c"}
+    assert read_prompts(file_of(tmp_path, {"messages": USER, **fields}))[0].fields == fields
 
 
 @pytest.mark.parametrize("name", MEDIA)

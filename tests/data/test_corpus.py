@@ -251,6 +251,14 @@ def test_empty_texts_are_counted_and_never_stop(tmp_path, cache):
     assert corpus.where(0).endswith("a.jsonl:2")
 
 
+def test_sources_of_which_no_row_is_used_are_named(tmp_path, cache):
+    good = write(tmp_path / "a.jsonl", *GOOD)
+    others = [write(tmp_path / f"{name}.jsonl", {"text": "x"}) for name in "bcdef"]
+    corpus = prepare([good, *others], TOK, folder=cache, on_bad="skip")
+    assert f"NO ROW IS USED of {others[0]}, {others[1]}, {others[2]} and 2 more" in str(corpus)
+    assert "NO ROW" not in str(prepare([good], TOK, folder=cache, on_bad="skip"))
+
+
 def test_no_document_to_train_on(tmp_path, cache):
     for values, message in [
         ([{"text": ""}], r"\(dropped: 1 empty text\)$"),

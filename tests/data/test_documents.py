@@ -334,7 +334,9 @@ def test_fields_with_other_names():
     [
         ({"asked": "a", "answer": "b"}, {}, "missing fields",
          "prompt and completion or .* question and answer or text, but .* asked, answer: .*--data.text-field"),
-        ({"Text": "a"}, {}, "missing fields", "did you mean 'text'"),
+        ({"Text": "a"}, {}, "missing fields", "did you mean 'text' instead of 'Text'"),
+        ({"mesages": []}, {}, "missing fields", "did you mean 'messages'"),
+        ({"question": "a"}, {"format": "question"}, "missing fields", "answer is absent or empty"),
         ({}, {}, "missing fields", r"\(none\)"),
         ({"text": "a"}, {"format": "messages"}, "missing fields", "a row with messages"),
         ("a", {"format": "messages"}, "missing fields", "messages, but this one is a text"),
@@ -449,6 +451,17 @@ def test_an_answer_may_repeat_all_before_it():
     wanted = text(*documents(row | {"completion": [answer]}), CHATTING)
     for repeated in (before, before[1:], before[3:]):
         assert text(*documents(row | {"completion": [*repeated, answer]}), CHATTING) == wanted
+
+
+def test_options_without_effect_are_told_or_refused():
+    texts = DocumentTokenizer(CHATTING, TextOptions(completion_field="answer", prompt_field="question", text_field="x"))
+    list(texts.documents([Row("a.jsonl", 1, {"question": "a", "answer": "b"})]))
+    assert [note.split(",")[0] for note in texts.notes] == ["text_field is x"]
+    texts = DocumentTokenizer(CHATTING, TextOptions(completion_field="answr"))
+    list(texts.documents([Row("a.jsonl", 1, {"question": "a", "answer": "b"})]))
+    assert any("completion_field is answr" in note for note in texts.notes)
+    with pytest.raises(ValueError, match="does not use the variable 'enable_thinkng'"):
+        DocumentTokenizer(CHATTING, TextOptions(template_args={"enable_thinkng": False}))
 
 
 def test_every_format_can_be_chosen():

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
 
-from jaxlm.data import readers
+from jaxlm.data import readers, sources
 from jaxlm.data.corpus import prepare
 from jaxlm.data.readers import InvalidRow, Row, kind
 from jaxlm.data.sources import find_sources, split_of
@@ -73,6 +73,27 @@ def test_what_belongs_to_no_split_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"split 'train'; it has validation; left out .*: a.jsonl, b.jsonl"):
         find_sources(tmp_path / "x")
     assert names(tmp_path / "x", split="valid") == ["dev.jsonl"]
+
+
+def test_runs_in_a_folder_of_data_are_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for path in ("x/run", "run2"):
+        (tmp_path / path / "checkpoints/2").mkdir(parents=True)
+        (tmp_path / path / "run.json").write_text("{}")
+        (tmp_path / path / "checkpoints/2/done.txt").write_text("")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/b.txt").write_text("b")
+    found = find_sources(tmp_path)
+    assert [source.path.name for source in found] == ["a.txt", "b.txt"]
+    assert "run2, x/run (of training runs)" in found[0].note
+    assert "training runs" not in find_sources(tmp_path / "more")[0].note
+
+
+@pytest.mark.parametrize("name", ["qa.cs", "notes.md"])
+def test_a_missing_file_is_no_hub_data_set(name, monkeypatch):
+    monkeypatch.setattr(sources, "_from_hub", lambda *args: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=f"no such file: {name}"):
+        find_sources(name)
 
 
 def test_a_file_that_is_named_twice_is_told(tmp_path):

@@ -87,6 +87,13 @@ def test_what_the_command_line_accepts() -> None:
     assert Run() == Run(data=Data(), optimizer=Optimizer(), lora=LoraOptions())
 
 
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match=r"\(lora\) need method lora"):
+        Run(model="x", data=Data("a.txt"), lora=LoraOptions(rank=4)).check()
+    Run(model="x", data=Data("a.txt"), method="lora", lora=LoraOptions(rank=4)).check()
+    Run(model="x", data=Data("a.txt"), lora=LoraOptions()).check()
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [

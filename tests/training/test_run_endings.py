@@ -64,6 +64,16 @@ def test_a_second_signal_interrupts_whatever_is_raised_in_its_place():
         interrupted(2)
 
 
+def test_a_second_signal_says_what_is_kept(files, tmp_path):
+    def interrupting(line: dict[str, Any]) -> None:
+        if line == {"step": 8}:
+            raise KeyboardInterrupt
+
+    with pytest.raises(loop.Interrupted, match="during step 8; the last checkpoint is that of step 6: run the same"):
+        loop.train(run_of(files, tmp_path / "run", save_every=3), interrupting)
+    assert (tmp_path / "run/checkpoints/6").is_dir()
+
+
 def test_a_batch_of_more_than_an_epoch_is_told(files, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "the", "completion": "cat"}\n' * 20)

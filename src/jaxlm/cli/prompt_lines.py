@@ -150,6 +150,8 @@ def _check_further(fields: dict[str, Any]) -> None:
             raise ValueError(f"the field {name!r} is a sampling parameter, which all prompts share: {advice}")
         if value is not None and name in TEMPLATE_FIELDS:
             raise ValueError(f"the field {name!r} is not read: {TEMPLATE_FIELDS[name]}")
+        if near := difflib.get_close_matches(name, BESIDE, 1, 0.85):
+            raise ValueError(f"the field {name!r} is not read: did you mean {near[0]!r}?")
         if value is not None and name in OUTPUT_FIELDS:
             raise ValueError(f"the field {name!r} has the name of a field of the output: rename it")
 

@@ -138,7 +138,7 @@ class Display:
             self.bar.update(self.task, completed=line["step"])
         elif "note" not in line:
             if "grad_norm" in line:
-                self.bar.update(self.task, status=step_metrics(line))
+                self.bar.update(self.task, status=short_metrics(line))
             print(metrics_line(line, self.steps), flush=True)
 
 
@@ -166,6 +166,12 @@ def step_metrics(line: dict[str, Any]) -> str:
         formats["loss_tokens_per_second"] = ",.0f"
     text = " ".join(f"{name} {line[name]:{spec}}" for name, spec in formats.items() if name in line)
     return text if "loss" in line else f"no token in the loss mask {text}"
+
+
+def short_metrics(line: dict[str, Any]) -> str:
+    """Returns the metrics that fit beside a progress bar."""
+    loss = f"loss {line['loss']:.4f} " if "loss" in line else ""
+    return f"{loss}{line['tokens_per_second']:,.0f} tokens/s"
 
 
 def metrics_line(line: dict[str, Any], steps: int) -> str:

@@ -78,6 +78,11 @@ class Corpus:
         source, number = self._places[i]
         return location(self.about["sources"][source], int(number))
 
+    def unused_sources(self) -> list[str]:
+        """Returns the names of sources without a document."""
+        used = set(np.unique(self._places[:, 0]).tolist())
+        return [name for i, name in enumerate(self.about["sources"]) if i not in used]
+
     def __str__(self) -> str:
         about = self.about
         documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
@@ -142,7 +147,11 @@ def prepare(
         write(path, documents, texts, source_names, on_bad, progress)
         corpus = load(path, source_names)
         assert corpus is not None
-    corpus.about["notes"] = [*corpus.about.get("notes", []), *(source.note for source in sources if source.note)]
+    notes = [*corpus.about.get("notes", []), *(source.note for source in sources if source.note)]
+    if unused := corpus.unused_sources():
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        notes.append(f"NO ROW IS USED of {', '.join(unused[:3])}{more}")
+    corpus.about["notes"] = notes
     if on_bad == "stop" and (first := corpus.about["first_bad"]):
         raise ValueError(explain_invalid(InvalidRow(source_names[first[0]], *first[1:])))
     return corpus

@@ -6,6 +6,7 @@ completion are concatenated.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,6 +86,9 @@ class DocumentTokenizer:
         self.tokenizer, self.options = tokenizer, options or TextOptions()
         if reserved := [name for name in RESERVED if name in self.options.template_args]:
             raise ValueError(f"template_args cannot set {reserved[0]}")
+        for name in self.options.template_args:
+            if tokenizer.has_template and not tokenizer.template_accepts(name):
+                raise ValueError(f"the chat template does not use the variable {name!r} (--data.template-arg)")
         self.format: str | None = None
         self._empty_answers = 0  # rows that have one
         self._first_source = ""  # which has the first row, whose format all rows must have
@@ -187,10 +191,16 @@ class DocumentTokenizer:
                 f"{message}: give each training source a weight (a.jsonl=1 b.jsonl=1), or each validation source a "
                 "name (x=a.jsonl y=b.jsonl), so that each is read in its own format"
             )
-        known = {name: name for one in FORMATS for name in self.options.fields(one)}
-        near = [known[name.lower()] for name in row.value if name not in known and name.lower() in known]
-        if near:
-            return f"{message}: did you mean {near[0]!r}? Names of fields are case-sensitive"
+        known = (
+            self.options.fields(wanted) if wanted else [name for one in FORMATS for name in self.options.fields(one)]
+        )
+        others = [] if isinstance(row.value, str) else [name for name in row.value if name not in known]
+        for name in others:
+            if near := difflib.get_close_matches(name.lower(), known, 1, 0.75):
+                return f"{message}: did you mean {near[0]!r} instead of {name!r}?"
+        if wanted and not isinstance(row.value, str):
+            lacking = [name for name in known if name not in row.value]
+            return f"{message}: {' and '.join(lacking)} is absent or empty"
         return f"{message}: name other fields (--data.text-field, or --data.prompt-field and --data.completion-field)"
 
     def _chat(self, row: Row, chat: Chat) -> Prepared:
@@ -255,6 +265,10 @@ class DocumentTokenizer:
     def notes(self) -> list[str]:
         """What is worth a word about the documents so far."""
         notes = [f"fields that are not used: {', '.join(self.unused)}"] if self.unused else []
+        given = {"text_field": "text", "prompt_field": "prompt", "completion_field": "prompt"}
+        for name, format in given.items():
+            if (field := getattr(self.options, name)) != getattr(TextOptions, name) and format != self.format:
+                notes.append(f"{name} is {field}, but the format of the rows is {self.format}: it has no effect")
         if (n := self._empty_answers) and self.train_on != "all":
             notes.append(f"{n:,} row{'s have' if n > 1 else ' has'} an empty answer: what is trained on is its end")
         turns = [] if self.turns is None or self.train_on == "all" else [self.turns, *self._turns_of_rows.values()]

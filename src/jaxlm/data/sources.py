@@ -203,6 +203,8 @@ def _find(
     local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
     if local or kind(path) in READERS:
         raise FileNotFoundError(f"no such file or folder: {text}")
+    if "/" not in text and path.suffix:
+        raise FileNotFoundError(f"no such file: {text} (the id of a hub data set has the form org/name)")
     return _from_hub(text, split, config, revision, offline, streaming)
 
 
@@ -212,9 +214,11 @@ def _of_folder(folder: Path, split: str) -> list[Source]:
         return [Saved(folder)]
     if (folder / "dataset_dict.json").is_file():
         return [_of_dataset_dict(folder, split)]
-    found = list(_walk(folder))
+    runs: list[Path] = []
+    found = list(_walk(folder, runs))
     if not found:
         raise FileNotFoundError(f"{folder} has no file to read ({KINDS})")
+    of_runs = f"left out of {folder}: {_listed([str(path.relative_to(folder)) for path in runs])} (of training runs)"
     named = {path: split_of(path.relative_to(folder)) for path in found}
     chosen = [path for path in found if named[path] == SPLITS.get(split, split)]
     other = [path.relative_to(folder).as_posix() for path in found if named[path] is None]
@@ -232,6 +236,7 @@ def _of_folder(folder: Path, split: str) -> list[Source]:
         message = f"{folder} has no files of the split {split!r}; it has {splits}"
         raise FileNotFoundError("; ".join(filter(None, [message, note])))
     sources: list[Source] = [Saved(path) if path.is_dir() else File(path) for path in chosen]
+    note = "; ".join(filter(None, [note, of_runs if runs else ""]))
     return [replace(sources[0], note=note), *sources[1:]]
 
 
@@ -248,15 +253,19 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files that can be read and the folders of save_to_disk, sorted. Hidden ones are skipped."""
+def _walk(folder: Path, runs: list[Path]) -> Iterator[Path]:
+    """Yields the files that can be read and the folders of save_to_disk, sorted. Hidden ones are skipped. Folders of
+    training runs are appended to `runs` instead of read."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
             if path.is_symlink():  # may be a loop
                 continue
-            yield from [path] if _is_saved(path) else _walk(path)
+            if (path / "run.json").is_file():
+                runs.append(path)
+                continue
+            yield from [path] if _is_saved(path) else _walk(path, runs)
         elif kind(path) in READERS and path.name not in ABOUT_DATASETS and path.is_file():
             yield path
 

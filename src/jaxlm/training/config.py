@@ -230,6 +230,8 @@ class Run(Checked):
             raise ValueError(f"lora.dropout is {self.lora.dropout}, but must be in [0, 1)")
         if self.batch % self.accumulate:
             raise ValueError(f"batch is {self.batch}, which accumulate ({self.accumulate}) does not divide")
+        if self.method != "lora" and self.lora != LoraOptions():
+            raise ValueError("settings of an adapter (lora) need method lora: give --method lora, or omit them")
         return self
 
 

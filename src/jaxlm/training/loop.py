@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from signal import SIGINT
 from typing import Any, NamedTuple
 
 import jax
@@ -187,6 +188,13 @@ class Loop:
                     if signal := received(number):
                         self.settle(previous)
                         self.stop(number, state, signal)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:
+            latest = self.checkpoints.latest
+            kept = "there is no checkpoint yet" if latest is None else f"the last checkpoint is that of step {latest}"
+            text = f"stopped during step {number}; {kept}: run the same command again to resume"
+            raise Interrupted(text, SIGINT) from error
         except Exception as error:
             self.save_before(error, number, state, previous)
             raise
