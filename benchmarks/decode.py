@@ -1,6 +1,6 @@
 """Decode speed compared with transformers, on the same weights, in one run.
 
-    python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32] [--tokens 48] [--batch 1,2,4,8] [--rounds 2]
+    python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32,512,2048] [--tokens 48] [--batch 1,2,4,8] [--rounds 2]
                                 [--torch-python PYTHON] [--compile]
 
 Tokens a second of all rows together. Rounds alternate between the contestants, batch by batch, so that a noisy machine
@@ -17,13 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from common import checkpoint, read_rate
 
-Run = Callable[[int], float]  # batch -> tokens a second
+Run = Callable[[int, int], float]  # batch, prompt length -> tokens a second
 parser = argparse.ArgumentParser()
 parser.add_argument("--shape", default="Qwen3-0.6B")
-parser.add_argument("--prompt", type=int, default=32)
+parser.add_argument("--prompt", default="32", help="one length of the prompts, or several: 32,512,2048")
 parser.add_argument("--tokens", type=int, default=48)
 parser.add_argument("--batch", default="1", help="one number of rows, or several: 1,2,4,8")
 parser.add_argument("--rounds", type=int, default=2)
@@ -36,25 +37,25 @@ args = parser.parse_args()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def prompts(batch: int, vocab: int) -> list[list[int]]:
-    return [[(7 * i + row) % vocab for i in range(args.prompt)] for row in range(batch)]
+def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
+    return [[(7 * i + row) % vocab for i in range(length)] for row in range(batch)]
 
 
-def ours(dtype: str) -> tuple[Callable[[int], int], Run]:
-    """-> the bytes of a step at a batch, and a run."""
+def ours(dtype: str) -> tuple[Callable[[int, int], int], Run]:
+    """-> the bytes of a step at a batch and prompt length, and a run."""
     import jaxlm
     from jaxlm.inference.memory import kv_bytes
     from jaxlm.nn import params
 
     model = jaxlm.load(checkpoint(args.shape), dtype=dtype)
 
-    def step(batch: int) -> int:
-        return params.nbytes(model.weights) + batch * kv_bytes(model, args.prompt + args.tokens // 2)
+    def step(batch: int, length: int) -> int:
+        return params.nbytes(model.weights) + batch * kv_bytes(model, length + args.tokens // 2)
 
-    def run(batch: int) -> float:
+    def run(batch: int, length: int) -> float:
         last = {}
         how = {"max_tokens": args.tokens, "temperature": 0, "ignore_eos": True, "batch_size": batch}
-        for piece in jaxlm.stream(model, prompts(batch, model.config.V), **how):
+        for piece in jaxlm.stream(model, prompts(batch, length, model.config.V), **how):
             last[piece.index] = piece
         return sum(piece.tokens_per_second for piece in last.values())
 
@@ -72,27 +73,27 @@ def theirs(dtype: str, static: bool = False) -> Run:
     ).eval()
     more = {"cache_implementation": "static"} if static else {}
 
-    def run(batch: int, tokens: int = args.tokens) -> float:
-        ids, at = torch.tensor(prompts(batch, model.config.vocab_size)), []
+    def run(batch: int, length: int, tokens: int = args.tokens) -> float:
+        ids, at = torch.tensor(prompts(batch, length, model.config.vocab_size)), []
         common = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         watch = [lambda *_, **__: bool(at.append(time.perf_counter()))]  # stops nothing: the time of each token
         with torch.no_grad():
             model.generate(ids, max_new_tokens=tokens, stopping_criteria=watch, **common, **more)
         return batch * (len(at) - 1) / (at[-1] - at[0])
 
-    run(1, 4)
+    run(1, 32, 4)
     return run
 
 
 def serve() -> None:
-    """transformers' side: its contestants' names on one line, then for each line [name, batch] a speed."""
+    """transformers' side: its contestants' names on one line, then for each line [name, batch, length] a speed."""
     found = {f"transformers {dtype}": theirs(dtype) for dtype in args.rival_dtypes}
     if args.compile:
         found["transformers bfloat16 static, compiled"] = theirs("bfloat16", static=True)
     print(json.dumps(list(found)), flush=True)
     for line in sys.stdin:
-        name, batch = json.loads(line)
-        print(json.dumps(found[name](batch)), flush=True)
+        name, batch, length = json.loads(line)
+        print(json.dumps(found[name](batch, length)), flush=True)
 
 
 def rivals(python: str) -> dict[str, Run]:
@@ -100,15 +101,15 @@ def rivals(python: str) -> dict[str, Run]:
     command = [python, __file__, *sys.argv[1:], "--theirs"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def asked(name: str, batch: int) -> float:
-        process.stdin.write(json.dumps([name, batch]) + "\n")
+    def asked(name: str, batch: int, length: int) -> float:
+        process.stdin.write(json.dumps([name, batch, length]) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
-    return {name: lambda batch, name=name: asked(name, batch) for name in json.loads(process.stdout.readline())}
+    return {name: partial(asked, name) for name in json.loads(process.stdout.readline())}
 
 
-batches = [int(n) for n in args.batch.split(",")]
+cases = [(int(n), int(length)) for length in args.prompt.split(",") for n in args.batch.split(",")]
 if args.theirs:
     serve()
     sys.exit()
@@ -117,27 +118,27 @@ runs = {name: run for name, (_, run) in models.items()}
 python = args.torch_python or (sys.executable if importlib.util.find_spec("torch") else None)
 runs |= rivals(python) if python else {}
 for name in models:
-    for batch in batches:
-        runs[name](batch)  # compiles
-best = {(name, batch): 0.0 for name in runs for batch in batches}
+    for case in cases:
+        runs[name](*case)  # compiles
+best = {(name, *case): 0.0 for name in runs for case in cases}
 rate = 0.0
 for _ in range(args.rounds):
     rate = max(rate, read_rate())
-    for batch in batches:
+    for batch, length in cases:
         for name, run in runs.items():
-            speed = run(batch)
-            best[name, batch] = max(best[name, batch], speed)
-            print(f"batch {batch}, {name}: {speed:.1f} tokens/s", file=sys.stderr, flush=True)
+            speed = run(batch, length)
+            best[name, batch, length] = max(best[name, batch, length], speed)
+            print(f"batch {batch}, prompt {length}, {name}: {speed:.1f} tokens/s", file=sys.stderr, flush=True)
 
 import jax  # noqa: E402
 
-print(f"{args.shape}, prompt {args.prompt}, {args.tokens} tokens, jax {jax.__version__}, "
+print(f"{args.shape}, {args.tokens} tokens, jax {jax.__version__}, "
       f"{jax.devices()[0].device_kind}, memory read {rate / 1e9:.0f} GB/s")  # fmt: skip
-print("| batch | | tokens/s | limit | of the limit | against the best transformers |\n" + "| --- " * 6 + "|")
-for batch in batches:
-    strongest = max((best[name, batch] for name in runs if name.startswith("transformers")), default=0.0)
+print("| batch | prompt | | tokens/s | limit | of the limit | against the best transformers |\n" + "| --- " * 7 + "|")
+for case in cases:
+    strongest = max((best[name, *case] for name in runs if name.startswith("transformers")), default=0.0)
     for name in runs:
-        limit = batch * rate / models[name][0](batch) if name in models else 0.0
-        share = f"{limit:.0f} | {best[name, batch] / limit:.0%}" if limit else " | "
-        ratio = f"{best[name, batch] / strongest:.2f} x" if strongest else ""
-        print(f"| {batch} | {name} | {best[name, batch]:.1f} | {share} | {ratio} |")
+        limit = case[0] * rate / models[name][0](*case) if name in models else 0.0
+        share = f"{limit:.0f} | {best[name, *case] / limit:.0%}" if limit else " | "
+        ratio = f"{best[name, *case] / strongest:.2f} x" if strongest else ""
+        print(f"| {case[0]} | {case[1]} | {name} | {best[name, *case]:.1f} | {share} | {ratio} |")

@@ -79,6 +79,78 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
         np.testing.assert_allclose(out[pos >= 0], expected[pos >= 0], atol=3e-6)
 
 
+def decoded(rows: Any, S: int, window: int | None, dtype: str = "float32") -> tuple[Any, ...]:
+    """Arguments of _decode for one query per row, behind a KV cache of S slots whose positions are `rows`."""
+    random, B = np.random.RandomState(S), len(rows)
+    q, k, v = (random.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in (
+        (B, 1, 6, 8), (B, 2, S, 8), (B, 2, S, 8)))  # fmt: skip
+    stored = np.full((B, S), -1, np.int32)
+    for row, pos in enumerate(rows):
+        stored[row, : len(pos)] = pos
+    query = module.TokenPositions(jnp.asarray(stored.max(axis=1)[:, None]), jnp.zeros((B, 1), jnp.int32))
+    key = module.TokenPositions(jnp.asarray(stored), jnp.zeros((B, S), jnp.int32))
+    return q, k, v, query, key, window, 0.4
+
+
+SLOTS = {
+    "one row": [range(50)],
+    "ragged rows": [range(50), range(3), range(17)],
+    "a ring": [[*range(48, 53), *range(5, 48)]],
+    "gaps": [[0, 2, -1, 3, *[-1] * 20, 9, 10]],
+    "a row of padding": [range(9), []],
+}
+
+
+@pytest.mark.parametrize("S", [50, 53, 64])
+@pytest.mark.parametrize("window", [None, 4, 40])
+@pytest.mark.parametrize("rows", SLOTS.values(), ids=SLOTS)
+def test_decoding_in_blocks_of_slots_equals_reference(
+    rows: Any, window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks that divide S and others, and with a gradient."""
+    args = decoded(rows, S, window)
+    real = [row for row, pos in enumerate(rows) if len(pos)]
+
+    def value(backend: Any, *arrays: Any) -> Any:
+        out = backend(*arrays, *args[3:])
+        return jnp.sum(jnp.sin(out[np.array(real)])), out
+
+    (_, expected), grads = jax.value_and_grad(partial(value, module.reference), (0, 1, 2), has_aux=True)(*args[:3])
+    for block in (7, 8, 64):
+        monkeypatch.setattr(module, "DECODE_BLOCK", (block, block, block))
+        (_, out), found = jax.value_and_grad(partial(value, module._decode), (0, 1, 2), has_aux=True)(*args[:3])
+        assert np.isfinite(out).all()
+        np.testing.assert_allclose(out[np.array(real)], expected[np.array(real)], atol=3e-6)
+        for a, b in zip(found, grads):
+            np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize(("window", "read"), [(None, range(3)), (4, range(2, 3))])
+def test_decoding_reads_the_blocks_that_are_attended_to_alone(
+    window: int | None, read: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other block of the KV cache is NaN."""
+    monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
+    q, k, v, *rest = decoded([range(22), range(20)], 64, window)
+    reference, decode = (jax.jit(partial(backend, window=window, scale=0.4)) for backend in (
+        module.reference, lambda *args, window, scale: module._decode(*args, window, scale)))  # fmt: skip
+    expected = reference(q, k, v, *rest[:2])
+    unread = [slot for slot in range(64) if slot // 8 not in read]
+    k[:, :, unread] = v[:, :, unread] = np.nan
+    np.testing.assert_allclose(decode(q, k, v, *rest[:2]), expected, atol=3e-6)
+    k[:, :, 8 * read[0]] = np.nan
+    assert np.isnan(decode(q, k, v, *rest[:2])).any()
+
+
+def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
+    decode = jax.jit(module._decode, static_argnums=(5, 6))
+    args = decoded([range(9), range(60)], 64, None)
+    alone = args[4]._replace(pos=args[4].pos.at[1, 9:].set(-1))
+    other = decode(*args[:3], args[3]._replace(pos=jnp.array([[8], [8]], jnp.int32)), alone, *args[5:])
+    np.testing.assert_array_equal(decode(*args)[0], other[0])
+
+
 # Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype
 # (relative: half an ulp, eps / 2) and those of the float32 twin test. The twin gets the rounded inputs.
 HALF = {"blocked": 8, "unblocked": 11}  # tokens per row: _causal_blocked, _in_float32

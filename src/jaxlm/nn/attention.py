@@ -13,6 +13,7 @@ padding, prefill and decoding:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from jaxlm.nn import kv_cache
 
 # Largest block of attention scores that `reference` computes at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
+# Slots that `_decode` reads at a time: at least, at most, and of all rows together (docs/performance.md).
+DECODE_BLOCK = (32, 128, 512)
 CAUSAL_BLOCKS = 4  # blocks of queries per row in `_causal_blocked`
 MASK_VALUE = -1e30  # score of a masked key: finite, so that a fully masked row gives finite numbers instead of NaN
 
@@ -147,6 +150,7 @@ def _causal_blocked(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _decode(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
@@ -158,16 +162,45 @@ def _decode(
 ) -> Float[Array, "B T N H"]:
     """`reference` on CPU for one token per row: a decoding step.
 
-    Elementwise products and sums, which XLA fuses with the conversion of the KV cache. A batched matmul would first
-    write the cache as float32, which is 10 times as slow.
+    The KV cache is read in blocks of slots, from the first to the last that any row attends to, so that the cost grows
+    with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is in the
+    CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the largest
+    score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
     """
-    B, _, N, H = q.shape
-    K = k.shape[1]
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, K, N // K, 1, H), k[:, :, None], v[:, :, None]))
-    scores = jnp.sum(q32 * k32, axis=-1) * scale  # [B,K,G,S]
-    scores = jnp.where(attention_mask(query, key, window)[:, None], scores, MASK_VALUE)
-    probs = jax.nn.softmax(scores, axis=-1)
-    return jnp.sum(probs[..., None] * v32, axis=-2).reshape(B, 1, N, H).astype(q.dtype)
+    (B, _, N, H), (K, S) = q.shape, k.shape[1:3]
+    least, most, of_all_rows = DECODE_BLOCK
+    block, slots = min(max(of_all_rows // B, least), most, S), jnp.arange(S)
+    q32 = q.astype(jnp.float32).reshape(B, K, N // K, H) * scale
+    mask = attention_mask(query, key, window)[:, 0]  # [B,S]
+
+    def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = sums
+        begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
+        k32, v32 = (part(x, axis=2).astype(jnp.float32) for x in (k, v))
+        scores = jnp.einsum("BKGH,BKSH->BKGS", q32, k32, precision=jax.lax.Precision.HIGHEST)
+        attended = part(mask, axis=1) & (part(slots, axis=0) >= i * block)
+        scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
+        highest = jnp.maximum(top, jnp.max(scores, axis=-1))
+        exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
+        values = jnp.einsum("BKGS,BKSH->BKGH", exps, v32, precision=jax.lax.Precision.HIGHEST)
+        return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + values
+
+    used = mask.any(axis=0)
+    first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
+    if mesh.active():  # rows are on several devices, which would have to agree
+        first, last = 0, S - 1
+    shape = (B, K, N // K)
+    nothing = jnp.full(shape, MASK_VALUE), jnp.zeros(shape), jnp.zeros((*shape, H))
+    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
+    return (out / total[..., None]).reshape(B, 1, N, H).astype(q.dtype)
+
+
+@_decode.defjvp
+def _decode_jvp(window: int | None, scale: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The derivative is that of `reference`. A loop of a number of steps that is not known has no gradient."""
+    q, k, v, query, key = primals
+    return jax.jvp(lambda *arrays: _in_float32(*arrays, query, key, window, scale), (q, k, v), tuple(tangents[:3]))
 
 
 def segment_ids(pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
