@@ -160,6 +160,11 @@ def test_a_users_own_loop_compiles_once_and_donates_the_cache(family: str) -> No
         logits, kv = decode(jnp.asarray(TOKENS[:, pos, None]), weights, kv, pos)
     assert decode._cache_size() == 1
     assert all(a.is_deleted() for a in jax.tree.leaves(first))
+    decode = jax.jit(lambda *args: forward(*args), donate_argnums=2)  # jit(forward) would share the count above
+    out, kv = forward(TOKENS[:, :3], weights, init_kv(2, 14), 0)
+    for pos in range(3, 7):  # as in the README: each token is made of the logits before it
+        out, kv = decode(out[:, -1:].argmax(-1), weights, kv, pos)
+    assert decode._cache_size() == 1
     expected, _ = model.forward(TOKENS[:, :5], model.weights)
     close(logits[:, 0], expected[:, -1])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxlm.data.documents import Document, DocumentTokenizer
 from jaxlm.data.readers import Row
-from jaxlm.processing.messages import names_role, normalize
+from jaxlm.processing.messages import names_role, near_role, normalize
 from jaxlm.processing.tokenizer import Tokenizer
 
 # A role that is not here is not written. Calls are read as most templates do, by names that are also roles.
@@ -105,7 +105,7 @@ def test_roles_that_a_template_names_are_kept(tokenizers):
 
 
 def check_refused(tok: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"does not write message 2: it has no place for the role 'critic'"):
+    with pytest.raises(ValueError, match=r"does not write message 2: it has no place for the role 'critic'$"):
         tok.chat([USER, {"role": "critic", "content": "So so."}, USER])
     assert tok.chat([USER, {"role": "assistant", "content": "So so."}, USER])
 
@@ -210,3 +210,13 @@ def test_the_number_of_renderings_does_not_grow_with_the_conversation(monkeypatc
     turns = [m for i in range(30) for m in (USER, {"role": "assistant", "content": f"<think>a</think>b{i}", "id": i})]
     tok.prompt([*turns, USER])
     assert len(counted) <= 3
+
+
+@pytest.mark.parametrize(("role", "near"), [("asistant", "assistant"), ("Usr", "user"), ("sytem", "system")])
+def test_a_misspelled_role_gets_a_proposal(role, near):
+    assert near_role(role) == f" (did you mean {near!r}?)"
+
+
+@pytest.mark.parametrize("role", ["tool", "System", "developer", "critic"])
+def test_a_known_role_and_a_role_of_its_own_get_none(role):
+    assert near_role(role) == ""

@@ -159,6 +159,12 @@ def test_training_continues_from_an_adapter(chats, base, first, tmp_path) -> Non
     assert lines(second.folder)[0]["loss"] < lines(first.folder)[0]["loss"] - 0.3
     with pytest.raises(ValueError, match=r"its own are --lora\.rank 4 --lora\.alpha 32 --lora\.targets q_proj v_proj$"):
         loop.train(run_of(chats, base, tmp_path / "third", adapter=first.model, lora=LoraOptions(rank=8)))
+    several = shutil.copytree(first.model, tmp_path / "several")
+    settings = json.loads((several / "adapter_config.json").read_text())
+    settings["alpha_pattern"] = {"q_proj": 7}
+    (several / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"several has several ranks or alphas.*train another adapter$"):
+        loop.train(run_of(chats, base, tmp_path / "fourth", adapter=several))
 
 
 def test_training_continues_with_the_chat_template_beside_the_adapter(chats, base, first, tmp_path) -> None:

@@ -80,8 +80,8 @@ class Corpus:
 
     def unused_sources(self) -> list[str]:
         """Returns the names of sources without a document."""
-        used = set(np.unique(self._places[:, 0]).tolist())
-        return [name for i, name in enumerate(self.about["sources"]) if i not in used]
+        counts = np.bincount(self._places[:, 0], minlength=len(self.about["sources"]))
+        return [name for name, count in zip(self.about["sources"], counts.tolist(), strict=True) if not count]
 
     def __str__(self) -> str:
         about = self.about

@@ -97,7 +97,8 @@ def _normalize(number: int, message: Any, template: str) -> dict[str, Any]:
 
 def near_role(role: str) -> str:
     """Returns what a role that a template does not know was probably meant to be, for the end of a message."""
-    near = difflib.get_close_matches(role.lower(), (*ROLES, *OTHER_ROLES, *_CALLS), 1, 0.8)
+    known = (*ROLES, *OTHER_ROLES, *_CALLS)
+    near = [] if role.lower() in known else difflib.get_close_matches(role.lower(), known, 1, 0.8)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -242,7 +242,7 @@ def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
     if pairs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
         theirs = adapter.settings
         if theirs.ranks or theirs.alphas:
-            why = "which has several ranks or alphas, so a run cannot continue it: train another adapter"
+            why = "several ranks or alphas, so a run cannot continue it: train another adapter"
         else:
             values = [f"--lora.rank {theirs.rank} --lora.alpha {theirs.alpha:g}", *["--lora.rslora"] * theirs.rslora]
             names = sorted({pair.row.names[0].split(".")[-2] for pair in adapter.pairs})
