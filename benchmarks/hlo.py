@@ -97,7 +97,7 @@ def met(text: str) -> list[Met]:
                 continue
             if step.op == "while":
                 body, condition = (re.findall(rf"{part}=%?([\w.\-]+)", step.rest)[0] for part in ("body", "condition"))
-                yield from walk(body, (*loops, body), times * _trips(computations, condition))
+                yield from walk(body, (*loops, body), times * trips(computations, condition))
                 continue
             for called in _called(step.rest):
                 if called.startswith("all-reduce-scatter"):
@@ -110,7 +110,7 @@ def met(text: str) -> list[Met]:
 
 
 def _whole(kind: str, step: Instruction, devices: int) -> Collective:
-    tensors, groups = tuple(_tensors(step.shape)), _groups(step.rest, devices)
+    tensors, groups = tuple(arrays(step.shape)), _groups(step.rest, devices)
     if kind != step.op and kind != "all-reduce":  # the shape of a start holds its operands too
         tensors = (max(tensors, key=lambda tensor: math.prod(tensor[1])),)
     if kind == "reduce-scatter":
@@ -121,12 +121,12 @@ def _whole(kind: str, step: Instruction, devices: int) -> Collective:
 
 def _fused(steps: list[Instruction], devices: int) -> Collective:
     """The reduce-scatter that a fusion implements. Its operands may be padded inside."""
-    tensors = tuple(tensor for step in steps if step.op == "parameter" for tensor in _tensors(step.shape))
+    tensors = tuple(tensor for step in steps if step.op == "parameter" for tensor in arrays(step.shape))
     groups = next(_groups(step.rest, devices) for step in steps if step.op == "all-reduce")
     return Collective("reduce-scatter", tensors, groups, False)
 
 
-def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
+def trips(computations: dict[str, list[Instruction]], condition: str) -> int:
     """The number of iterations of a loop: scans count to a constant."""
     found = [re.match(r"(\d+)\)", step.rest) for step in computations[condition] if step.op == "constant"]
     return max((int(number[1]) for number in found if number), default=1)
@@ -154,7 +154,7 @@ def _walk(
     for step in computations[name]:
         kind = step.op.removesuffix("-start")
         if kind in KINDS:
-            tensors = tuple(_tensors(step.shape))
+            tensors = tuple(arrays(step.shape))
             if kind != step.op and kind != "all-reduce":  # the shape of a start holds its operands too
                 tensors = (max(tensors, key=lambda tensor: math.prod(tensor[1])),)
             yield Collective(kind, tensors, _groups(step.rest, devices), conditional)
@@ -171,7 +171,7 @@ def _called(rest: str) -> list[str]:
     return one + [name.strip().lstrip("%") for names in several for name in names.split(",") if name.strip()]
 
 
-def _tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
         yield dtype, tuple(int(size) for size in sizes.split(",") if size)
 

@@ -89,15 +89,18 @@ class Case:
 
 
 class Setting(NamedTuple):
-    """The model, mesh and batch size of a case."""
+    """The model, mesh and batch size of a case. Without a mesh, all arrays are on `device`."""
 
     family: Any
     cfg: Any
-    over: jax.sharding.Mesh
+    over: Any  # Mesh | None
     batch: int
+    device: Any = None
 
     def put(self, a: Any, letters: str) -> jax.ShapeDtypeStruct:
         """An array's shape and dtype, with the sharding that `mesh.place` would give it."""
+        if self.over is None:
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(self.device))
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=mesh.sharding(letters, a.shape, self.over))
 
 

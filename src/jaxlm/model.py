@@ -126,6 +126,7 @@ class Model:
             raise ValueError(f"a KV cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
+        sizes += (caches.CPU_LAYOUT if self.device.platform == "cpu" else caches.LAYOUT,)
         if self.mesh is not None:
             return _empty(self.mesh, *sizes)()
         with jax.default_device(self.device):  # committed to it, so that a jitted loop compiles once

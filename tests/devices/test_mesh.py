@@ -15,9 +15,8 @@ import jaxlm
 from jaxlm import Model
 from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
-from jaxlm.inference import sampling
+from jaxlm.inference import cache_rows, sampling
 from jaxlm.inference.decoding import executables
-from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
@@ -167,7 +166,7 @@ def test_resize_cache_needs_no_collectives() -> None:
     there = spread(tiny("gemma3", num_attention_heads=8, num_key_value_heads=4), make("data=2,model=4"))
     short, long = (there.init_kv(4, length, chunk=1) for length in (16, 32))
     with mesh.use_mesh_of(there.weights):
-        assert not collectives(jax.jit(caches.resize_cache).lower(long, short).compile())
+        assert not collectives(jax.jit(cache_rows.resize_cache).lower(long, short).compile())
 
 
 @pytest.mark.parametrize(

@@ -79,17 +79,29 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
         np.testing.assert_allclose(out[pos >= 0], expected[pos >= 0], atol=3e-6)
 
 
-def decoded(rows: Any, S: int, window: int | None, dtype: str = "float32") -> tuple[Any, ...]:
-    """Arguments of _decode for one query per row, behind a KV cache of S slots whose positions are `rows`."""
+def decoded(rows: Any, S: int, layout: kv_cache.Layout, dtype: str = "float32") -> tuple[Any, ...]:
+    """Arguments of `decode`: the query, key and value of the newest token of each row, whose slots hold `rows`.
+
+    The slot of the newest token still has other contents.
+    """
     random, B = np.random.RandomState(S), len(rows)
-    q, k, v = (random.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in (
-        (B, 1, 6, 8), (B, 2, S, 8), (B, 2, S, 8)))  # fmt: skip
-    stored = np.full((B, S), -1, np.int32)
+    q, k, v, *stored = (random.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in (
+        (B, 2, 3, 8), (B, 2, 8), (B, 2, 8), (B, S, 2, 8), (B, S, 2, 8)))  # fmt: skip
+    positions = np.full((B, S), -1, np.int32)
     for row, pos in enumerate(rows):
-        stored[row, : len(pos)] = pos
-    query = module.TokenPositions(jnp.asarray(stored.max(axis=1)[:, None]), jnp.zeros((B, 1), jnp.int32))
-    key = module.TokenPositions(jnp.asarray(stored), jnp.zeros((B, S), jnp.int32))
-    return q, k, v, query, key, window, 0.4
+        positions[row, : len(pos)] = pos
+    newest = positions.max(axis=1)[:, None]
+    index = np.where(newest < 0, S, positions.argmax(axis=1)[:, None]).astype(np.int32)
+    arrays = (jnp.einsum(f"BSKH->{letters}", x) for x, letters in zip(stored, layout))
+    cache = kv_cache.LayerCache(*arrays, jnp.asarray(index), jnp.asarray(positions), layout)
+    return q, k, v, jnp.asarray(newest), cache
+
+
+def written_first(q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache, *, window: int | None) -> jax.Array:
+    """The twin of `decode`: `reference` over a cache to which the token has been written."""
+    cache = kv_cache.write(cache, k[:, None], v[:, None])
+    query, key = (module.TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
+    return module.reference(q.reshape(3, 1, 6, 8), *cache.read(), query, key, window, 0.4).reshape(q.shape)
 
 
 SLOTS = {
@@ -97,30 +109,39 @@ SLOTS = {
     "ragged rows": [range(50), range(3), range(17)],
     "a ring": [[*range(48, 53), *range(5, 48)]],
     "gaps": [[0, 2, -1, 3, *[-1] * 20, 9, 10]],
-    "a row of padding": [range(9), []],
+    "a first token": [[0], range(4)],
+    "a row of padding": [[], range(9)],
 }
+SLOTS = {name: (rows + [[]] * 3)[:3] for name, rows in SLOTS.items()}  # of one shape, for fewer compilations
 
 
-@pytest.mark.parametrize("S", [50, 53, 64])
-@pytest.mark.parametrize("window", [None, 4, 40])
+@pytest.mark.parametrize(("S", "layout"), [(53, kv_cache.CPU_LAYOUT), (56, kv_cache.CPU_LAYOUT), (53, kv_cache.LAYOUT)])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("rows", SLOTS.values(), ids=SLOTS)
-def test_decoding_in_blocks_of_slots_equals_reference(
-    rows: Any, window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
+def test_decoding_equals_reference_over_the_written_cache(
+    rows: Any, window: int | None, S: int, layout: kv_cache.Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With blocks that divide S and others, and with a gradient."""
-    args = decoded(rows, S, window)
-    real = [row for row, pos in enumerate(rows) if len(pos)]
+    """At once, and in blocks that divide S and others, with the gradients."""
+    *arrays, pos, cache = decoded(rows, S, layout)
+    real = np.array([row for row, slots in enumerate(rows) if len(slots)])
 
     def value(backend: Any, *arrays: Any) -> Any:
-        out = backend(*arrays, *args[3:])
-        return jnp.sum(jnp.sin(out[np.array(real)])), out
+        out = backend(*arrays[:3], pos, replace(cache, k=arrays[3], v=arrays[4]))
+        return jnp.sum(jnp.sin(out[real])), out
 
-    (_, expected), grads = jax.value_and_grad(partial(value, module.reference), (0, 1, 2), has_aux=True)(*args[:3])
-    for block in (7, 8, 64):
+    def measured(backend: Any) -> Any:
+        run = jax.value_and_grad(partial(value, backend), tuple(range(5)), has_aux=True)
+        (_, out), grads = run(*arrays, cache.k, cache.v)
+        return np.asarray(out), grads
+
+    expected, grads = measured(partial(written_first, window=window))
+    backends = [(64, partial(module.decode, window, 0.4))]
+    backends += [(block, partial(module._decode_blocked, window, 0.4)) for block in (7, 8, 64)]
+    for block, backend in backends:
         monkeypatch.setattr(module, "DECODE_BLOCK", (block, block, block))
-        (_, out), found = jax.value_and_grad(partial(value, module._decode), (0, 1, 2), has_aux=True)(*args[:3])
+        out, found = measured(backend)
         assert np.isfinite(out).all()
-        np.testing.assert_allclose(out[np.array(real)], expected[np.array(real)], atol=3e-6)
+        np.testing.assert_allclose(out[real], expected[real], atol=3e-6)
         for a, b in zip(found, grads):
             np.testing.assert_allclose(a, b, atol=3e-6)
 
@@ -131,24 +152,23 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
 ) -> None:
     """Every other block of the KV cache is NaN."""
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    q, k, v, *rest = decoded([range(22), range(20)], 64, window)
-    reference, decode = (jax.jit(partial(backend, window=window, scale=0.4)) for backend in (
-        module.reference, lambda *args, window, scale: module._decode(*args, window, scale)))  # fmt: skip
-    expected = reference(q, k, v, *rest[:2])
+    *args, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
+    decode = jax.jit(partial(module._decode_blocked, window, 0.4))
+    expected = jax.jit(partial(written_first, window=window))(*args, cache)
     unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
-    k, v = (np.where(unread, np.float32(np.nan), x) for x in (k, v))  # new arrays: jax may still read the others
-    np.testing.assert_allclose(decode(q, k, v, *rest[:2]), expected, atol=3e-6)
+    cache = replace(cache, k=jnp.where(unread, jnp.nan, cache.k), v=jnp.where(unread, jnp.nan, cache.v))
+    np.testing.assert_allclose(decode(*args, cache)[:2], expected[:2], atol=3e-6)
     first = (np.arange(64) == 8 * read[0])[:, None]
-    assert np.isnan(decode(q, np.where(first, np.float32(np.nan), k), v, *rest[:2])).any()
+    assert np.isnan(decode(*args, replace(cache, k=jnp.where(first, jnp.nan, cache.k)))[:2]).any()
 
 
 def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    decode = jax.jit(module._decode, static_argnums=(5, 6))
-    args = decoded([range(9), range(60)], 64, None)
-    alone = args[4]._replace(pos=args[4].pos.at[1, 9:].set(-1))
-    other = decode(*args[:3], args[3]._replace(pos=jnp.array([[8], [8]], jnp.int32)), alone, *args[5:])
-    np.testing.assert_array_equal(decode(*args)[0], other[0])
+    decode = jax.jit(partial(module._decode_blocked, None, 0.4))
+    *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT)
+    alone = replace(cache, positions=cache.positions.at[1, 9:].set(-1))
+    other = decode(*args, jnp.array([[8], [8], [-1]], jnp.int32), alone)
+    np.testing.assert_array_equal(decode(*args, pos, cache)[0], other[0])
 
 
 # Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype

@@ -9,6 +9,7 @@ import pytest
 from helpers.tiny_models import tiny
 
 from jaxlm import Model
+from jaxlm.inference import cache_rows
 from jaxlm.nn import kv_cache
 
 pytestmark = pytest.mark.smoke
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.smoke
 TEXT = np.random.RandomState(1).randint(0, 199, (3, 24)).astype(np.int32)
 
 
-advance, insert, write = map(jax.jit, (kv_cache.advance, kv_cache.insert, kv_cache.write))
+advance, insert, write = map(jax.jit, (kv_cache.advance, cache_rows.insert, kv_cache.write))
 
 
 def written(cache: kv_cache.KVCache, *calls: list[list[int]]) -> kv_cache.KVCache:
@@ -25,13 +26,17 @@ def written(cache: kv_cache.KVCache, *calls: list[list[int]]) -> kv_cache.KVCach
     return cache
 
 
-def test_sliding_window_layers_keep_window_plus_chunk_less_one_slots() -> None:
-    cache = kv_cache.init(2, 64, [8, None, 8, 100], K=1, H=2, dtype=jnp.float32, chunk=5)
-    assert [layer["k"].shape for layer in cache.layers] == [(2, 1, S, 2) for S in (12, 64, 12, 64)]
+@pytest.mark.parametrize("layout", [kv_cache.CPU_LAYOUT, kv_cache.LAYOUT])
+def test_sliding_window_layers_keep_window_plus_chunk_less_one_slots(layout: kv_cache.Layout) -> None:
+    cache = kv_cache.init(2, 64, [8, None, 8, 100], K=1, H=2, dtype=jnp.float32, chunk=5, layout=layout)
+    assert [cache.slots(i) for i in range(4)] == [12, 64, 12, 64]
+    for name, letters in layout._asdict().items():
+        shapes = [tuple({"B": 2, "S": S, "K": 1, "H": 2}[letter] for letter in letters) for S in (12, 64, 12, 64)]
+        assert [layer[name].shape for layer in cache.layers] == shapes
     assert {S: a.shape for S, a in cache.positions.items()} == {"12": (2, 12), "64": (2, 64)}  # one array per size
     assert all((np.asarray(a) == -1).all() for a in cache.positions.values())
     full = kv_cache.init(1, 64, [8, None], K=1, H=2, dtype=jnp.float32, chunk=None)
-    assert [layer["v"].shape[2] for layer in full.layers] == [64, 64]
+    assert [full.slots(i) for i in range(2)] == [64, 64]
 
 
 def test_ring_buffer_holds_the_window_of_the_first_token_of_a_chunk() -> None:

@@ -1,7 +1,8 @@
 """einsum on one device, in two axes a side and its own way with few rows on CPU, against plain float64 products."""
 
+import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.devices.topology import make
-from jaxlm.nn import einsum, embed
+from jaxlm.nn import einsum, embed, linear
 
 pytestmark = pytest.mark.smoke
 
@@ -107,7 +108,31 @@ def test_on_a_mesh_a_product_keeps_its_letters() -> None:
     x, w, _ = drawn("BTNH,DNH->BTD", "float32")
     with jax.set_mesh(make("data=2", 1, jax.devices()[:2])):
         found = list(dots(jax.make_jaxpr(lambda x, w: einsum("BTNH,DNH->BTD", x, w))(x, w).jaxpr))
-    assert [[len(a.aval.shape) for a in eqn.invars] for eqn in found] == [[4, 3]]
+    assert {tuple(len(a.aval.shape) for a in eqn.invars) for eqn in found} == {(4, 3)}  # in the form of each platform
+
+
+@pytest.mark.parametrize(("rows", "multiplied"), [(1, 8), (5, 8), (8, 8), (9, 9), (128, 128), (129, 129)])
+def test_few_rows_are_padded_to_eight_on_tpu(rows: int, multiplied: int) -> None:
+    """A decoding step on TPU is the only one whose rows pass a barrier. The program is lowered, not compiled."""
+    x, w = jnp.ones((rows, 1, 32), jnp.bfloat16), jnp.ones((48, 32), jnp.bfloat16)
+    traced = jax.jit(lambda x, w: einsum("BTD,FD->BTF", x, w)).trace(x, w)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert re.findall(r"dot_general.*-> tensor<(\d+)x48xf32>", text) == [str(multiplied)]
+    assert ("optimization_barrier" in text) == (rows <= 128)
+    assert "optimization_barrier" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+def test_padding_to_eight_rows_changes_no_value(rows: int) -> None:
+    x, w, weighs = drawn("BTD,FD->BTF", "float32", B=rows, T=1)
+
+    def value(form: Any, x: Any, w: Any) -> Any:
+        return jnp.sum(form(x, w) * weighs[:, 0])
+
+    plain, padded = (jax.value_and_grad(partial(value, form), (0, 1))(x[:, 0], w) for form in (
+        partial(linear._product, "BD,FD->BF"), linear._eight_rows))  # fmt: skip
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(padded)):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -329,7 +329,7 @@ def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bo
         m: Position of the next token.
     """
     stored = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
-    for window, S in {(window, w["k"].shape[2]) for window, w in zip(windows, kv.layers, strict=True)}:
+    for window, S in {(window, kv.slots(i)) for i, window in enumerate(windows)}:
         needed = np.arange(0 if window is None else max(0, m - window + 1), m)
         if (stored[S][needed % S] != needed).any():
             return False

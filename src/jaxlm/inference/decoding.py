@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import sampling
+from jaxlm.inference import cache_rows, sampling
 from jaxlm.inference.sampling import Counts, Sampling
 from jaxlm.nn import kv_cache as caches
 
@@ -130,7 +130,7 @@ def step(family: Any, cfg: Any, k: int | None, steps: int, weights: Any, state: 
 
 def insert(state: State, rows: Int[Array, " b"], part: State) -> State:
     """Inserts the rows of `part` (batch b) into `rows` [b] of a state. Row indices past the end are dropped."""
-    kv = caches.insert(state.kv, part.kv, rows)
+    kv = cache_rows.insert(state.kv, part.kv, rows)
     put = partial(jax.tree.map, lambda old, new: old.at[rows].set(new, mode="drop"))
     state = State(kv, *(put(old, new) for old, new in zip(state[1:], part[1:], strict=True)))
     return constrain_state(state, mesh.constrain)
@@ -177,7 +177,7 @@ class CompiledSteps:
         return self._run("insert", insert, (), (0,), False, state, rows, part)
 
     def resize_cache(self, cache: Any, part: Any) -> Any:
-        return self._run("larger KV cache", caches.resize_cache, (), (0,), False, cache, part)
+        return self._run("larger KV cache", cache_rows.resize_cache, (), (0,), False, cache, part)
 
     def _bound(self, function: Any, *static: Any) -> Any:
         return partial(function, self.model.family, self.model.config, *static)

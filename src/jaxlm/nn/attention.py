@@ -6,13 +6,15 @@ padding, prefill and decoding:
     a query attends to a key when 0 <= query position - key position, and < window in a sliding-window layer,
     when the key is not padding, and when both belong to the same segment.
 
-`reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_decode` and
-`_causal_blocked` on CPU, `cudnn` on NVIDIA GPUs. What runs on CPU is tested against a float64 twin in numpy
-(tests/nn/test_attention.py), `cudnn` against `reference` (tests/nn/test_attention_backends.py).
+`reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_causal_blocked` on
+CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by `decode`, on
+CPU by `_decode_blocked`. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
+`cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from jaxlm.nn import kv_cache
 
 # Largest block of attention scores that `reference` computes at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
-# Slots that `_decode` reads at a time: at least, at most, and of all rows together (docs/performance.md).
+# Slots that `_decode_blocked` reads at a time: at least, at most, and of all rows together (docs/performance.md).
 DECODE_BLOCK = (32, 128, 512)
 CAUSAL_BLOCKS = 4  # blocks of queries per row in `_causal_blocked`
 MASK_VALUE = -1e30  # score of a masked key: finite, so that a fully masked row gives finite numbers instead of NaN
@@ -61,7 +63,7 @@ def attend(
         v: Values.
         pos: Position of each token in its own sequence, -1 for padding. Without a cache, a new sequence begins wherever
             pos does not exceed the position of the token before it, and packed sequences do not attend to each other.
-        cache: This layer's part of the KV cache; k and v are written to it before attention reads all of it.
+        cache: This layer's part of the KV cache, to which k and v are written.
         window: Sliding window in tokens, including the query itself; None for full attention.
         scale: Factor on the scores; H**-0.5 by default.
 
@@ -71,19 +73,22 @@ def attend(
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cache is None:
         tokens = TokenPositions(pos, segment_ids(pos))
-        return _dispatch(q, k.swapaxes(1, 2), v.swapaxes(1, 2), tokens, tokens, window, factor, in_order=True), None
+        return _dispatch(q, k, v, tokens, tokens, window, factor, in_order=True), None
+    if q.shape[1] == 1:
+        (B, _, N, H), K = q.shape, k.shape[2]
+        stored = [x[:, 0].astype(cache.k.dtype).astype(q.dtype) for x in (k, v)]  # as they will be in the cache
+        step = partial(jax.lax.platform_dependent, q.reshape(B, K, N // K, H), *stored, pos, cache)
+        out = step(cpu=partial(_decode_blocked, window, factor), default=partial(decode, window, factor))
+        return out.reshape(q.shape), kv_cache.write(cache, k, v)
     cache = kv_cache.write(cache, k, v)
-    query, key = (
-        TokenPositions(pos, jnp.zeros_like(pos)),
-        TokenPositions(cache.positions, jnp.zeros_like(cache.positions)),
-    )
-    return _dispatch(q, cache.k, cache.v, query, key, window, factor), cache
+    query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
+    return _dispatch(q, *cache.read(), query, key, window, factor), cache
 
 
 def _dispatch(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -99,9 +104,7 @@ def _dispatch(
         return lambda q, k, v, query, key: backend(q, k, v, query, key, window, scale)
 
     backends = {"default": bind(reference)}
-    if q.shape[1] == 1:
-        backends["cpu"] = bind(_decode)
-    elif in_order and q.shape[1] % CAUSAL_BLOCKS == 0 and math.prod(q.shape[:3]) * k.shape[2] <= MAX_SCORE_ELEMENTS:
+    if in_order and q.shape[1] % CAUSAL_BLOCKS == 0 and math.prod(q.shape[:3]) * k.shape[1] <= MAX_SCORE_ELEMENTS:
         backends["cpu"] = bind(_causal_blocked)
     elif q.dtype != jnp.float32:
         backends["cpu"] = bind(_in_float32)
@@ -114,7 +117,7 @@ def _dispatch(
 
 
 def _in_float32(
-    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], *rest: Any
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *rest: Any
 ) -> Float[Array, "B T N H"]:
     """`reference` on CPU: XLA compiles batched bfloat16 matmuls there that it cannot run (jax 0.10 and 0.12)."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
@@ -123,8 +126,8 @@ def _in_float32(
 
 def _causal_blocked(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -136,8 +139,9 @@ def _causal_blocked(
     The softmax is normalized after the matmul with the values. It is 3 times as fast as `reference`, including the
     gradient.
     """
-    (B, T, N, H), K = q.shape, k.shape[1]
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), k, v))
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q, k, v = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     mask, out = attention_mask(query, key, window), []
     for end in range(T // CAUSAL_BLOCKS, T + 1, T // CAUSAL_BLOCKS):
         block = slice(end - T // CAUSAL_BLOCKS, end)
@@ -150,57 +154,102 @@ def _causal_blocked(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _decode(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    query: TokenPositions,
-    key: TokenPositions,
+def decode(
     window: int | None,
     scale: float,
-) -> Float[Array, "B T N H"]:
-    """`reference` on CPU for one token per row: a decoding step.
+    q: Float[Array, "B K G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    pos: Int[Array, "B 1"],
+    cache: kv_cache.LayerCache,
+) -> Float[Array, "B K G H"]:
+    """`reference` for one token per row: a decoding step.
+
+    The query attends to the KV cache as it was before the step, and to its own key and value. The cache is written
+    afterwards, in place. Otherwise XLA on TPU copies it.
+    """
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    einsum = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    keys, values = (x.astype(q.dtype) for x in cache.read())
+    scores = einsum("BKGH,BSKH->BKGS", q, keys) * scale
+    scores = jnp.where(_earlier(pos, cache.positions, window)[:, None, None], scores, MASK_VALUE)
+    own = einsum("BKGH,BKH->BKG", q, k)[..., None] * scale
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    exps, own = jnp.exp(scores - top), jnp.exp(own - top)
+    total = jnp.sum(exps, axis=-1, keepdims=True) + own
+    out = einsum("BKGS,BSKH->BKGH", (exps / total).astype(q.dtype), values)
+    return (out + own / total * v.astype(jnp.float32)[:, :, None]).astype(q.dtype)
+
+
+def _earlier(pos: Int[Array, "B 1"], stored: Int[Array, "B S"], window: int | None) -> Bool[Array, "B S"]:
+    """Which slots hold a key that the query attends to, other than its own."""
+    distance = pos - stored
+    mask = (distance > 0) & (stored >= 0)
+    return mask if window is None else mask & (distance < window)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _decode_blocked(
+    window: int | None,
+    scale: float,
+    q: Float[Array, "B K G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    pos: Int[Array, "B 1"],
+    cache: kv_cache.LayerCache,
+) -> Float[Array, "B K G H"]:
+    """`decode` on CPU.
 
     The KV cache is read in blocks of slots, from the first to the last that any row attends to, so that the cost grows
     with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is in the
     CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the largest
     score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
     """
-    (B, _, N, H), (K, S) = q.shape, k.shape[1:3]
+    (B, S), dtype = cache.positions.shape, q.dtype
     least, most, of_all_rows = DECODE_BLOCK
     block, slots = min(max(of_all_rows // B, least), most, S), jnp.arange(S)
-    q32 = q.astype(jnp.float32).reshape(B, K, N // K, H) * scale
-    mask = attention_mask(query, key, window)[:, 0]  # [B,S]
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    q, k, v = q.astype(jnp.float32) * scale, k.astype(jnp.float32), v.astype(jnp.float32)
+    mask = _earlier(pos, cache.positions, window)
 
     def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
         begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
-        part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
-        k32, v32 = (part(x, axis=2).astype(jnp.float32) for x in (k, v))
-        scores = jnp.einsum("BKGH,BKSH->BKGS", q32, k32, precision=jax.lax.Precision.HIGHEST)
-        attended = part(mask, axis=1) & (part(slots, axis=0) >= i * block)
+
+        def part(x: Array, letters: str) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, begin, block, letters.index("S"))
+
+        keys, values = (part(x, letters).astype(jnp.float32) for x, letters in zip((cache.k, cache.v), cache.layout))
+        scores = einsum(f"BKGH,{cache.layout.k}->BKGS", q, keys)
+        attended = part(mask, "BS") & (part(slots, "S") >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        values = jnp.einsum("BKGS,BKSH->BKGH", exps, v32, precision=jax.lax.Precision.HIGHEST)
-        return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + values
+        weighted = einsum(f"BKGS,{cache.layout.v}->BKGH", exps, values)
+        return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
     used = mask.any(axis=0)
     first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
+    last = jnp.where(used.any(), last, -1)
     if mesh.active():  # rows are on several devices, which would have to agree
         first, last = 0, S - 1
-    shape = (B, K, N // K)
-    nothing = jnp.full(shape, MASK_VALUE), jnp.zeros(shape), jnp.zeros((*shape, H))
-    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
-    return (out / total[..., None]).reshape(B, 1, N, H).astype(q.dtype)
+    own = einsum("BKGH,BKH->BKG", q, k)
+    start = own, jnp.ones_like(own), jnp.broadcast_to(v[:, :, None], q.shape)
+    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, start)
+    return (out / total[..., None]).astype(dtype)
 
 
-@_decode.defjvp
-def _decode_jvp(window: int | None, scale: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The derivative is that of `reference`. A loop of a number of steps that is not known has no gradient."""
-    q, k, v, query, key = primals
-    return jax.jvp(lambda *arrays: _in_float32(*arrays, query, key, window, scale), (q, k, v), tuple(tangents[:3]))
+@_decode_blocked.defjvp
+def _decode_blocked_jvp(window: int | None, scale: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The derivative is that of `decode`. A loop of a number of steps that is not known has no gradient."""
+    *inputs, pos, cache = primals
+    *moved, _, moved_cache = tangents
+
+    def in_float32(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array) -> Array:
+        step = replace(cache, k=cache_k, v=cache_v)
+        return decode(window, scale, q.astype(jnp.float32), k, v, pos, step).astype(q.dtype)
+
+    return jax.jvp(in_float32, (*inputs, cache.k, cache.v), (*moved, moved_cache.k, moved_cache.v))
 
 
 def segment_ids(pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -222,8 +271,8 @@ def attention_mask(query: TokenPositions, key: TokenPositions, window: int | Non
 
 def reference(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -235,15 +284,15 @@ def reference(
 
     Args:
         q: Queries.
-        k: Keys, in the layout of the KV cache.
-        v: Values, in the layout of the KV cache.
+        k: Keys.
+        v: Values.
         query: Positions and segments of the queries [B,T].
         key: Positions and segments of the keys [B,S].
         window: Sliding window in tokens; None for full attention.
         scale: Factor on the scores.
     """
     B, T, N, H = q.shape
-    S = k.shape[2]
+    S = k.shape[1]
     rows = max(1, MAX_SCORE_ELEMENTS // (mesh.local_size("BN", (B, N)) * S))
     if rows >= T:
         return _block(q, k, v, query, key, window, scale)
@@ -267,8 +316,8 @@ def reference(
 
 def _block(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -276,39 +325,39 @@ def _block(
 ) -> Float[Array, "B T N H"]:
     """`reference` for one block of queries."""
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K = k.shape[2]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     f32, k, v = jnp.float32, k.astype(q.dtype), v.astype(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=f32) * scale
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=f32) * scale
     scores = jnp.where(attention_mask(query, key, window)[:, None, None], scores, MASK_VALUE)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-def _cudnn_applies(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> bool:
+def _cudnn_applies(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
     """Whether cuDNN's flash attention supports these shapes and is faster.
 
     It needs half precision, even T and S, and H a multiple of 8 up to 256 (128 before Hopper). Single queries, and
     lengths whose mask would exceed half a gigabyte, are computed by XLA.
     """
     B, T, _, H = q.shape
-    S = k.shape[2]
+    S = k.shape[1]
     device = jax.devices("gpu")[0]
     if "cuda" not in device.client.platform_version.lower():
         return False
     hopper = float(device.compute_capability) >= 9.0
     # On a mesh, query and kv heads must have the same sharding. With kv groups, or one kv head, they do not.
-    same_sharding = mesh.traced_spec("N", q.shape[2:3]) == mesh.traced_spec("K", k.shape[1:2])
+    same_sharding = mesh.traced_spec("N", q.shape[2:3]) == mesh.traced_spec("K", k.shape[2:3])
     shapes = same_sharding and T > 1 and T % 2 == 0 and S % 2 == 0 and H % 8 == 0 and (256 if hopper else 128) >= H
     return shapes and q.dtype != jnp.float32 and B * T * S <= 1 << 28
 
 
 def cudnn(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -319,7 +368,7 @@ def cudnn(
     It takes a dense mask [B,1,T,S]: positions may have gaps and padding, and a ring buffer is not in order.
     """
     mask = attention_mask(query, key, window)[:, None]
-    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
 

@@ -16,7 +16,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk"])
+class Layout(NamedTuple):
+    """The order in which the axes of keys and of values are stored, in letters."""
+
+    k: str
+    v: str
+
+
+# The slots of a head are contiguous on CPU, the heads of a slot elsewhere (docs/performance.md).
+CPU_LAYOUT, LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk", "layout"]
+)
 @dataclass(frozen=True)
 class KVCache:
     """The KV cache of all layers, a pytree. `init` creates one.
@@ -26,34 +39,55 @@ class KVCache:
     Attributes:
         positions: Position of the token in each slot, [B,S] int32, -1 if empty. One array for each number of slots that
             layers have, under the key str(S).
-        layers: {"k": [B,K,S,H], "v": [B,K,S,H]} of each layer.
+        layers: {"k", "v"} of each layer, with the axes of `layout`.
         length: Maximum number of positions, 0 to length - 1.
         chunk: Maximum number of tokens per row and call.
+        layout: The order of the axes of keys and values.
     """
 
     positions: dict[str, Any]
     layers: list[dict[str, Any]]
     length: int
     chunk: int
+    layout: Layout
+
+    def slots(self, layer: int) -> int:
+        """Number of slots of a layer."""
+        return self.layers[layer]["k"].shape[self.layout.k.index("S")]
 
 
-class LayerCache(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "index", "positions"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class LayerCache:
     """One layer's part of the KV cache during a call.
 
     Attributes:
-        k, v: Keys and values.
-        index: Slot of each token of the call.
-        positions: Positions of all slots after these tokens are written.
+        k, v: Keys and values, with the axes of `layout`.
+        index: Slot of each token of the call [B,T].
+        positions: Positions of all slots after these tokens are written [B,S].
+        layout: The order of the axes of keys and values.
     """
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
-    index: Int[Array, "B T"]
-    positions: Int[Array, "B S"]
+    k: Any
+    v: Any
+    index: Any
+    positions: Any
+    layout: Layout
+
+    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values with the same axes for every layout."""
+        return jnp.einsum(f"{self.layout.k}->BSKH", self.k), jnp.einsum(f"{self.layout.v}->BSKH", self.v)
 
 
 def init(
-    batch: int, length: int, windows: Sequence[int | None], K: int, H: int, dtype: Any, chunk: int | None
+    batch: int,
+    length: int,
+    windows: Sequence[int | None],
+    K: int,
+    H: int,
+    dtype: Any,
+    chunk: int | None,
+    layout: Layout = LAYOUT,
 ) -> KVCache:
     """Creates an empty KV cache.
 
@@ -66,18 +100,24 @@ def init(
         dtype: dtype of keys and values.
         chunk: Maximum number of tokens per row and call. None: any number, for which every layer stores all `length`
             positions.
+        layout: The order of the axes of keys and values.
     """
     chunk = min(chunk or length, length)
     slots = [length if window is None else min(length, window + chunk - 1) for window in windows]
     positions = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in slots}
-    layers = [{"k": jnp.zeros((batch, K, S, H), dtype), "v": jnp.zeros((batch, K, S, H), dtype)} for S in slots]
-    return KVCache(positions, layers, length, chunk)
+    sizes = [{"B": batch, "S": S, "K": K, "H": H} for S in slots]
+    layers = [
+        {name: jnp.zeros([size[letter] for letter in letters], dtype) for name, letters in layout._asdict().items()}
+        for size in sizes
+    ]
+    return KVCache(positions, layers, length, chunk, layout)
 
 
 def map_arrays(cache: KVCache, put: Callable[[Any, str], Any]) -> KVCache:
     """Applies `put(array, letters)` to every array of a cache, for example to constrain its sharding."""
     positions = {S: put(a, "BS") for S, a in cache.positions.items()}
-    return replace(cache, positions=positions, layers=[{n: put(a, "BKSH") for n, a in w.items()} for w in cache.layers])
+    layers = [{name: put(a, getattr(cache.layout, name)) for name, a in layer.items()} for layer in cache.layers]
+    return replace(cache, positions=positions, layers=layers)
 
 
 def slot_index(pos: Int[Array, "B T"], S: int, length: int) -> Int[Array, "B T"]:
@@ -109,64 +149,32 @@ def advance(cache: KVCache, pos: Int[Array, "B T"]) -> tuple[KVCache, list[Layer
     # after the newest token of each row.
     newest = jnp.where((pos >= 0).any(axis=1), pos.max(axis=1), cache.length)[:, None]
     cleared = {S: jnp.where(a > newest, -1, a) for S, a in cache.positions.items()}
-    positions = {S: _by_row(_put_at, a, pos, index[S]) for S, a in cleared.items()}
-    views = [LayerCache(w["k"], w["v"], index[S], positions[S]) for w in cache.layers for S in [str(w["k"].shape[2])]]
+    positions = {S: put(a, pos, index[S]) for S, a in cleared.items()}
+    sizes = [str(cache.slots(i)) for i in range(len(cache.layers))]
+    views = [LayerCache(w["k"], w["v"], index[S], positions[S], cache.layout) for w, S in zip(cache.layers, sizes)]
     return replace(cache, positions=positions), views
 
 
 def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
     """Writes keys and values to the slots of `index`, in the cache's dtype."""
-    return cache._replace(k=_by_row(_put, cache.k, k, cache.index), v=_by_row(_put, cache.v, v, cache.index))
+    k, v = (
+        put(old, jnp.einsum(f"BSKH->{letters}", new), cache.index, letters.index("S"))
+        for old, new, letters in zip((cache.k, cache.v), (k, v), cache.layout)
+    )
+    return replace(cache, k=k, v=v)
 
 
-def _put(old: Float[Array, "K S H"], new: Float[Array, "T K H"], index: Int[Array, " T"]) -> Float[Array, "K S H"]:
-    return old.at[:, index].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop", unique_indices=True)
+def put(old: Array, new: Array, index: Int[Array, "B T"], axis: int = 1) -> Array:
+    """Writes each row's items to its slots. axis: that of the slots in `old`, and of the tokens in `new`."""
 
+    def put_row(old: Array, new: Array, index: Array) -> Array:
+        where = (slice(None),) * (axis - 1) + (index,)
+        return old.at[where].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-def _put_at(old: Int[Array, " S"], new: Int[Array, " T"], index: Int[Array, " T"]) -> Int[Array, " S"]:
-    return old.at[index].set(new, mode="drop", unique_indices=True)
-
-
-# With a vmap over the sharded rows, instead of another index of the scatter, a write needs no communication.
-def _by_row(put: Callable[..., Array], *arrays: Array) -> Array:
-    return jax.vmap(put)(*arrays)
+    # With a vmap over the sharded rows, instead of another index of the scatter, a write needs no communication.
+    return jax.vmap(put_row)(old, new, index)
 
 
 def next_position(cache: KVCache) -> Int[Array, " B"]:
     """The position after the newest token of each row; 0 for an empty row."""
     return jnp.max(jnp.stack([a.max(axis=1) for a in cache.positions.values()]), axis=0) + 1
-
-
-def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
-    """Replaces rows of a cache, to add prefilled requests to the decoding batch (continuous batching).
-
-    Args:
-        cache: The target.
-        part: A cache of b rows with any number of slots. If a ring buffer of the target is smaller, it gets the newest
-            positions.
-        rows: Row of the target for each row of `part`. Rows past the end are dropped.
-    """
-    positions, layers = dict(cache.positions), []
-    for new, old in zip(cache.layers, part.layers, strict=True):
-        S = new["k"].shape[2]
-        stored = part.positions[str(old["k"].shape[2])]
-        stored = jnp.where(stored > stored.max(axis=1, keepdims=True) - S, stored, -1)
-        index = slot_index(stored, S, cache.length)
-        cleared = cache.positions[str(S)].at[rows].set(-1, mode="drop")
-        positions[str(S)] = cleared.at[rows[:, None], index].set(stored, mode="drop")
-        # Axes 0 and 2 are indexed, so the values are [b,s,K,H].
-        put = {n: new[n].at[rows[:, None], :, index].set(old[n].swapaxes(1, 2), mode="drop") for n in ("k", "v")}
-        layers.append(put)
-    return replace(cache, positions=positions, layers=layers)
-
-
-def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
-    """Copies a cache into an empty, longer one with the same number of rows. Rows stay on their devices."""
-    positions, layers = dict(cache.positions), []
-    for new, old in zip(cache.layers, part.layers, strict=True):
-        S, stored = new["k"].shape[2], part.positions[str(old["k"].shape[2])]
-        index = slot_index(stored, S, cache.length)
-        view = write(LayerCache(new["k"], new["v"], index, stored), old["k"].swapaxes(1, 2), old["v"].swapaxes(1, 2))
-        positions[str(S)] = _by_row(_put_at, cache.positions[str(S)], stored, index)
-        layers.append({"k": view.k, "v": view.v})
-    return replace(cache, positions=positions, layers=layers)

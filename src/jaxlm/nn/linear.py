@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxlm.devices import mesh
 # times as long as that of a single row with one product for both rows, and 1.8 times as long with two products. With
 # three rows, separate products are slower on jax 0.10 (docs/performance.md).
 MAX_SINGLE_ROWS = 2
+# Up to this number of rows, a product is taken for one of a decoding step, which is limited by memory bandwidth.
+MAX_DECODE_ROWS = 128
 
 
 def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None) -> Any:
@@ -71,21 +74,28 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         ValueError: The shapes do not match the letters of the spec.
     """
     summed = _summed(spec)
-    if mesh.active() or not summed:
+    if not summed:
         return _product(spec, x, w)
     x_letters, w_letters = spec.split("->")[0].split(",")
     if (x.ndim, w.ndim) != (len(x_letters), len(w_letters)) or x.shape[-summed:] != w.shape[-summed:]:
         # Checked before reshaping. Afterwards, einsum would accept a weight [D,H,N] in place of [D,N,H].
         raise ValueError(f"einsum {spec!r}: shapes {x.shape} and {w.shape} do not fit its letters")
+    decoding = 1 <= mesh.local_size(x_letters[:-summed], x.shape[:-summed]) <= MAX_DECODE_ROWS
+    if mesh.active():
+        forms = {"default": partial(_product, spec)} | ({"tpu": partial(_rows_first, spec)} if decoding else {})
+        return _for_platform(forms, x, w)
     rows, kept = x.shape[:-summed], w.shape[:-summed]
     width = math.prod(w.shape[-summed:])
     flat_x, flat_w = x.reshape(math.prod(rows), width), w.reshape(math.prod(kept), width)
-    matmul = partial(_product, "BD,FD->BF")
+    forms = {"default": partial(_product, "BD,FD->BF")} | ({"tpu": _eight_rows} if decoding else {})
     if 1 <= math.prod(rows) <= MAX_SINGLE_ROWS:
-        y = jax.lax.platform_dependent(flat_x, flat_w, cpu=_few_rows, default=matmul)
-    else:
-        y = matmul(flat_x, flat_w)
-    return y.reshape(*rows, *kept)
+        forms["cpu"] = _few_rows
+    return _for_platform(forms, flat_x, flat_w).reshape(*rows, *kept)
+
+
+def _for_platform(forms: dict[str, Callable[..., jax.Array]], x: jax.Array, w: jax.Array) -> jax.Array:
+    """A product in the form for the platform for which the program is lowered."""
+    return forms["default"](x, w) if len(forms) == 1 else jax.lax.platform_dependent(x, w, **forms)
 
 
 def _summed(spec: str) -> int:
@@ -105,6 +115,19 @@ def _summed(spec: str) -> int:
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rows_first(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """One product on TPU in a decoding step. The barrier keeps XLA from computing x again for each part of the weight,
+    as in silu(gate) * up before `down`."""
+    return _product(spec, jax.lax.optimization_barrier(x), w)
+
+
+def _eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B,D], w [F,D] -> [B,F] on TPU in a decoding step. Fewer than 8 rows are padded to 8, because XLA computes the
+    product of a few rows without the matrix unit."""
+    rows = x.shape[0]
+    return _rows_first("BD,FD->BF", jnp.pad(x, ((0, max(0, 8 - rows)), (0, 0))), w)[:rows]
 
 
 def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:

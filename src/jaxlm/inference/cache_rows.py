@@ -1,0 +1,79 @@
+"""Rows of a KV cache: inserting prefilled requests into a batch, and copying a batch into a longer cache."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxlm.devices import mesh
+from jaxlm.nn.kv_cache import KVCache, put, slot_index
+
+
+def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
+    """Replaces rows of a cache, to add prefilled requests to the decoding batch (continuous batching).
+
+    Args:
+        cache: The target.
+        part: A cache of b rows with any number of slots. If a ring buffer of the target is smaller, it gets the newest
+            positions.
+        rows: Row of the target for each row of `part`. Rows past the end are dropped.
+    """
+    positions, layers = dict(cache.positions), []
+    for i, (new, old) in enumerate(zip(cache.layers, part.layers, strict=True)):
+        S, stored = cache.slots(i), part.positions[str(part.slots(i))]
+        stored = jnp.where(stored > stored.max(axis=1, keepdims=True) - S, stored, -1)
+        index = slot_index(stored, S, cache.length)
+        cleared = cache.positions[str(S)].at[rows].set(-1, mode="drop")
+        positions[str(S)] = cleared.at[rows[:, None], index].set(stored, mode="drop")
+        # On a mesh, the row of a slice may be on another device.
+        slices = _same_slots(cache, part, i) and not mesh.active()
+        layer = {}
+        for name, letters in cache.layout._asdict().items():
+            source = jnp.einsum(f"{getattr(part.layout, name)}->{letters}", old[name]).astype(new[name].dtype)
+            layer[name] = (
+                _put_slices(new[name], source, rows)
+                if slices
+                else _put_slots(new[name], source, rows, index, letters.index("S"))
+            )
+        layers.append(layer)
+    return replace(cache, positions=positions, layers=layers)
+
+
+def _same_slots(cache: KVCache, part: KVCache, layer: int) -> bool:
+    """Whether every position of a layer of `part` has the same slot in `cache`."""
+    few, many = part.slots(layer), cache.slots(layer)
+    return part.length <= cache.length and few <= many and few in (part.length, many)
+
+
+def _put_slices(old: Array, new: Array, rows: Int[Array, " b"]) -> Array:
+    """Writes whole rows, each as one slice. XLA writes the slots of a scatter one by one."""
+    for i, row in enumerate(rows):
+        where = (row, *(0,) * (old.ndim - 1))
+        slice_ = jax.lax.dynamic_slice(old, where, (1, *new.shape[1:]))
+        old = jax.lax.dynamic_update_slice(old, jnp.where(row < old.shape[0], new[i : i + 1], slice_), where)
+    return old
+
+
+def _put_slots(old: Array, new: Array, rows: Int[Array, " b"], index: Int[Array, "b s"], axis: int) -> Array:
+    """Writes each slot of rows to the slots of `index`. axis: that of the slots."""
+    where = (rows[:, None], *(slice(None),) * (axis - 1), index)
+    return old.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")  # the indexed axes come first in the values
+
+
+def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
+    """Copies a cache into an empty, longer one with the same number of rows. Rows stay on their devices."""
+    positions, layers = dict(cache.positions), []
+    for i, (new, old) in enumerate(zip(cache.layers, part.layers, strict=True)):
+        S, stored = cache.slots(i), part.positions[str(part.slots(i))]
+        index = slot_index(stored, S, cache.length)
+        positions[str(S)] = put(cache.positions[str(S)], stored, index)
+        layer = {}
+        for name, letters in cache.layout._asdict().items():
+            layer[name] = (
+                jax.lax.dynamic_update_slice(new[name], old[name], (0,) * old[name].ndim)
+                if _same_slots(cache, part, i)
+                else put(new[name], old[name], index, letters.index("S"))
+            )
+        layers.append(layer)
+    return replace(cache, positions=positions, layers=layers)
