@@ -80,7 +80,7 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
 
 
 def decoded(rows: Any, S: int, layout: kv_cache.Layout, dtype: str = "float32") -> tuple[Any, ...]:
-    """Arguments of `decode`: the query, key and value of the newest token of each row, whose slots hold `rows`.
+    """Arguments of `decode` without a window: the newest token of each row, and a cache whose slots hold `rows`.
 
     The slot of the newest token still has other contents.
     """
@@ -94,14 +94,21 @@ def decoded(rows: Any, S: int, layout: kv_cache.Layout, dtype: str = "float32") 
     index = np.where(newest < 0, S, positions.argmax(axis=1)[:, None]).astype(np.int32)
     arrays = (jnp.einsum(f"BSKH->{letters}", x) for x, letters in zip(stored, layout))
     cache = kv_cache.LayerCache(*arrays, jnp.asarray(index), jnp.asarray(positions), layout)
-    return q, k, v, jnp.asarray(newest), cache
+    return *map(jnp.asarray, (q, k, v, newest)), cache
 
 
-def written_first(q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache, *, window: int | None) -> jax.Array:
-    """The twin of `decode`: `reference` over a cache to which the token has been written."""
+def windowed(pos: np.ndarray, cache: kv_cache.LayerCache, window: int | None) -> jax.Array:
+    """The slots that the token attends to, its own included."""
+    distance = pos - cache.positions
+    return (cache.positions >= 0) & (distance >= 0) & (distance < (window or 1000))
+
+
+def written_first(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
+    """The twin of `decode`: softmax over a cache to which the token has been written."""
     cache = kv_cache.write(cache, k[:, None], v[:, None])
-    query, key = (module.TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
-    return module.reference(q.reshape(3, 1, 6, 8), *cache.read(), query, key, window, 0.4).reshape(q.shape)
+    keys, values = cache.read()
+    scores = jnp.where(mask[:, None, None], jnp.einsum("BKGH,BSKH->BKGS", q, keys) * scale, -1e30)
+    return jnp.einsum("BKGS,BSKH->BKGH", jax.nn.softmax(scores), values), cache
 
 
 SLOTS = {
@@ -123,25 +130,26 @@ def test_decoding_equals_reference_over_the_written_cache(
 ) -> None:
     """At once, and in blocks that divide S and others, with the gradients."""
     *arrays, pos, cache = decoded(rows, S, layout)
+    mask = windowed(pos, cache, window)
     real = np.array([row for row, slots in enumerate(rows) if len(slots)])
 
     def value(backend: Any, *arrays: Any) -> Any:
-        out = backend(*arrays[:3], pos, replace(cache, k=arrays[3], v=arrays[4]))
-        return jnp.sum(jnp.sin(out[real])), out
+        out, new = backend(0.4, *arrays[:3], mask, replace(cache, k=arrays[3], v=arrays[4]))
+        return jnp.sum(jnp.sin(out[real])), (out, new)
 
     def measured(backend: Any) -> Any:
         run = jax.value_and_grad(partial(value, backend), tuple(range(5)), has_aux=True)
-        (_, out), grads = run(*arrays, cache.k, cache.v)
-        return np.asarray(out), grads
+        (_, (out, new)), grads = run(*arrays, cache.k, cache.v)
+        return np.asarray(out), new, grads
 
-    expected, grads = measured(partial(written_first, window=window))
-    backends = [(64, partial(module.decode, window, 0.4))]
-    backends += [(block, partial(module._decode_blocked, window, 0.4)) for block in (7, 8, 64)]
-    for block, backend in backends:
+    expected, written, grads = measured(written_first)
+    for block, backend in [(64, module.decode), *((block, module._decode_on_cpu) for block in (7, 8, 64))]:
         monkeypatch.setattr(module, "DECODE_BLOCK", (block, block, block))
-        out, found = measured(backend)
+        out, new, found = measured(backend)
         assert np.isfinite(out).all()
         np.testing.assert_allclose(out[real], expected[real], atol=3e-6)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(written)):
+            np.testing.assert_array_equal(a, b)
         for a, b in zip(found, grads):
             np.testing.assert_allclose(a, b, atol=3e-6)
 
@@ -152,23 +160,24 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
 ) -> None:
     """Every other block of the KV cache is NaN."""
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    *args, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
-    decode = jax.jit(partial(module._decode_blocked, window, 0.4))
-    expected = jax.jit(partial(written_first, window=window))(*args, cache)
+    *args, pos, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
+    mask = windowed(pos, cache, window)
+    decode = jax.jit(lambda cache: module._decode_on_cpu(0.4, *args, mask, cache)[0][:2])
+    expected = jax.jit(partial(written_first, 0.4))(*args, mask, cache)[0][:2]
     unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
     cache = replace(cache, k=jnp.where(unread, jnp.nan, cache.k), v=jnp.where(unread, jnp.nan, cache.v))
-    np.testing.assert_allclose(decode(*args, cache)[:2], expected[:2], atol=3e-6)
+    np.testing.assert_allclose(decode(cache), expected, atol=3e-6)
     first = (np.arange(64) == 8 * read[0])[:, None]
-    assert np.isnan(decode(*args, replace(cache, k=jnp.where(first, jnp.nan, cache.k)))[:2]).any()
+    assert np.isnan(decode(replace(cache, k=jnp.where(first, jnp.nan, cache.k)))).any()
 
 
 def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    decode = jax.jit(partial(module._decode_blocked, None, 0.4))
+    decode = jax.jit(partial(module._decode_on_cpu, 0.4))
     *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT)
-    alone = replace(cache, positions=cache.positions.at[1, 9:].set(-1))
-    other = decode(*args, jnp.array([[8], [8], [-1]], jnp.int32), alone)
-    np.testing.assert_array_equal(decode(*args, pos, cache)[0], other[0])
+    mask = windowed(pos, cache, None)
+    out, alone = (decode(*args, mask, cache)[0][0] for mask in (mask, mask.at[1, 9:].set(False)))
+    np.testing.assert_array_equal(out, alone)
 
 
 # Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype

@@ -8,13 +8,12 @@ padding, prefill and decoding:
 
 `reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_causal_blocked` on
 CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by `decode`, on
-CPU by `_decode_blocked`. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
+CPU by `_decode_on_cpu`. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
 `cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,14 +73,14 @@ def attend(
     if cache is None:
         tokens = TokenPositions(pos, segment_ids(pos))
         return _dispatch(q, k, v, tokens, tokens, window, factor, in_order=True), None
+    query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
     if q.shape[1] == 1:
         (B, _, N, H), K = q.shape, k.shape[2]
-        stored = [x[:, 0].astype(cache.k.dtype).astype(q.dtype) for x in (k, v)]  # as they will be in the cache
-        step = partial(jax.lax.platform_dependent, q.reshape(B, K, N // K, H), *stored, pos, cache)
-        out = step(cpu=partial(_decode_blocked, window, factor), default=partial(decode, window, factor))
-        return out.reshape(q.shape), kv_cache.write(cache, k, v)
+        mask = attention_mask(query, key, window)[:, 0]
+        step = partial(jax.lax.platform_dependent, q.reshape(B, K, N // K, H), k[:, 0], v[:, 0], mask, cache)
+        out, cache = step(cpu=partial(_decode_on_cpu, factor), default=partial(decode, factor))
+        return out.reshape(q.shape), cache
     cache = kv_cache.write(cache, k, v)
-    query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
     return _dispatch(q, *cache.read(), query, key, window, factor), cache
 
 
@@ -155,62 +154,61 @@ def _causal_blocked(
 
 
 def decode(
-    window: int | None,
     scale: float,
     q: Float[Array, "B K G H"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
-    pos: Int[Array, "B 1"],
+    mask: Bool[Array, "B S"],
     cache: kv_cache.LayerCache,
-) -> Float[Array, "B K G H"]:
-    """`reference` for one token per row: a decoding step.
+) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
+    """`reference` for one token per row: a decoding step, and the written cache.
 
-    The query attends to the KV cache as it was before the step, and to its own key and value. The cache is written
-    afterwards, in place. Otherwise XLA on TPU copies it.
+    The query attends to the cache as it was before the step, and to its own key and value. Then these are written. In
+    the other order, XLA on TPU copies the cache.
     """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     einsum = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    keys, values = (x.astype(q.dtype) for x in cache.read())
-    scores = einsum("BKGH,BSKH->BKGS", q, keys) * scale
-    scores = jnp.where(_earlier(pos, cache.positions, window)[:, None, None], scores, MASK_VALUE)
+    keys, values, k, v = (x.astype(cache.k.dtype).astype(q.dtype) for x in (*cache.read(), k, v))
+    mask &= jnp.arange(mask.shape[1]) != cache.index  # the slot of the token itself
+    scores = jnp.where(mask[:, None, None], einsum("BKGH,BSKH->BKGS", q, keys) * scale, MASK_VALUE)
     own = einsum("BKGH,BKH->BKG", q, k)[..., None] * scale
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     exps, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(exps, axis=-1, keepdims=True) + own
     out = einsum("BKGS,BSKH->BKGH", (exps / total).astype(q.dtype), values)
-    return (out + own / total * v.astype(jnp.float32)[:, :, None]).astype(q.dtype)
+    out = (out + own / total * v.astype(jnp.float32)[:, :, None]).astype(q.dtype)
+    return out, kv_cache.write(cache, k[:, None], v[:, None])
 
 
-def _earlier(pos: Int[Array, "B 1"], stored: Int[Array, "B S"], window: int | None) -> Bool[Array, "B S"]:
-    """Which slots hold a key that the query attends to, other than its own."""
-    distance = pos - stored
-    mask = (distance > 0) & (stored >= 0)
-    return mask if window is None else mask & (distance < window)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _decode_blocked(
-    window: int | None,
+def _decode_on_cpu(
     scale: float,
     q: Float[Array, "B K G H"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
-    pos: Int[Array, "B 1"],
+    mask: Bool[Array, "B S"],
     cache: kv_cache.LayerCache,
+) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
+    """`decode` on CPU, where the cache is written first. In the other order, XLA on CPU copies it."""
+    cache = kv_cache.write(cache, k[:, None], v[:, None])
+    return _decode_blocked(scale, cache.layout, q, cache.k, cache.v, mask), cache
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _decode_blocked(
+    scale: float, layout: kv_cache.Layout, q: Float[Array, "B K G H"], k: Array, v: Array, mask: Bool[Array, "B S"]
 ) -> Float[Array, "B K G H"]:
-    """`decode` on CPU.
+    """Attention of one query per row on CPU.
 
     The KV cache is read in blocks of slots, from the first to the last that any row attends to, so that the cost grows
     with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is in the
     CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the largest
     score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
     """
-    (B, S), dtype = cache.positions.shape, q.dtype
+    B, S = mask.shape
     least, most, of_all_rows = DECODE_BLOCK
     block, slots = min(max(of_all_rows // B, least), most, S), jnp.arange(S)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    q, k, v = q.astype(jnp.float32) * scale, k.astype(jnp.float32), v.astype(jnp.float32)
-    mask = _earlier(pos, cache.positions, window)
+    q32 = q.astype(jnp.float32) * scale
 
     def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
@@ -219,37 +217,38 @@ def _decode_blocked(
         def part(x: Array, letters: str) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, begin, block, letters.index("S"))
 
-        keys, values = (part(x, letters).astype(jnp.float32) for x, letters in zip((cache.k, cache.v), cache.layout))
-        scores = einsum(f"BKGH,{cache.layout.k}->BKGS", q, keys)
+        keys, values = (part(x, letters).astype(jnp.float32) for x, letters in zip((k, v), layout))
+        scores = einsum(f"BKGH,{layout.k}->BKGS", q32, keys)
         attended = part(mask, "BS") & (part(slots, "S") >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        weighted = einsum(f"BKGS,{cache.layout.v}->BKGH", exps, values)
+        weighted = einsum(f"BKGS,{layout.v}->BKGH", exps, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
     used = mask.any(axis=0)
     first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
-    last = jnp.where(used.any(), last, -1)
     if mesh.active():  # rows are on several devices, which would have to agree
         first, last = 0, S - 1
-    own = einsum("BKGH,BKH->BKG", q, k)
-    start = own, jnp.ones_like(own), jnp.broadcast_to(v[:, :, None], q.shape)
-    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, start)
-    return (out / total[..., None]).astype(dtype)
+    nothing = jnp.full(q.shape[:3], MASK_VALUE), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape)
+    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
+    return (out / total[..., None]).astype(q.dtype)
 
 
 @_decode_blocked.defjvp
-def _decode_blocked_jvp(window: int | None, scale: float, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The derivative is that of `decode`. A loop of a number of steps that is not known has no gradient."""
-    *inputs, pos, cache = primals
-    *moved, _, moved_cache = tangents
+def _decode_blocked_jvp(
+    scale: float, layout: kv_cache.Layout, primals: Any, tangents: Any
+) -> tuple[Float[Array, "B K G H"], Float[Array, "B K G H"]]:
+    """A loop of a number of steps that is not known has no gradient. This is the derivative without the blocks."""
+    *arrays, mask = primals
 
-    def in_float32(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array) -> Array:
-        step = replace(cache, k=cache_k, v=cache_v)
-        return decode(window, scale, q.astype(jnp.float32), k, v, pos, step).astype(q.dtype)
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        scores = jnp.where(mask[:, None, None], einsum(f"BKGH,{layout.k}->BKGS", q32, k32) * scale, MASK_VALUE)
+        return einsum(f"BKGS,{layout.v}->BKGH", jax.nn.softmax(scores), v32).astype(q.dtype)
 
-    return jax.jvp(in_float32, (*inputs, cache.k, cache.v), (*moved, moved_cache.k, moved_cache.v))
+    return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
 
 
 def segment_ids(pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
