@@ -1,6 +1,6 @@
 """Decoding, prefill and attention on one NVIDIA GPU: all figures of docs/performance.md for GPUs, in one run.
 
-    PYTHONPATH=src python benchmarks/gpu.py [--minutes 10] [--out gpu.json] [--steps decode_8b,kernels]
+    PYTHONPATH=src python benchmarks/gpu.py [--minutes 10] [--out gpu.json] [--steps decode_8b] [--cases REGEX]
     PYTHONPATH=src python benchmarks/gpu.py --dry-run        # every step with tiny shapes on CPU
 
 It needs jax with CUDA, numpy, jaxtyping and rich, but no network and no checkpoint: weights are random and made on the
@@ -8,7 +8,8 @@ GPU. Where packages can be installed, `pip install -e '.[cuda]'` brings everythi
 transformers, are used if they are installed.
 
 Each step runs in a process of its own and has a share of the time (benchmarks/steps.py). The JSON file is written after
-each measurement, so that an interrupted run keeps what it has.
+each measurement, so that an interrupted run keeps what it has. A fraction needs the copy bandwidth: a run of some steps
+or cases should include ceilings and copy.
 
     floor of a decoding step = (bytes of weights read + rows x bytes of the KV cache at the depth) / copy bandwidth
     fraction = floor / time of a step
@@ -52,8 +53,8 @@ except ModuleNotFoundError as error:
 SHARES = {  # of the time, for the functions of these names, in the order in which they run
     "correctness": 60,
     "ceilings": 15,
-    "decode_8b": 210,
-    "kernels": 30,
+    "decode_8b": 240,
+    "kernels": 45,
     "products": 50,
     "decode_attention": 40,
     "prefill": 60,
@@ -296,8 +297,9 @@ def streamed(run: Run, model: jaxlm.Model) -> dict[str, Any]:
 
 
 def kernels(run: Run) -> None:
-    """Kernels of one decoding step. Counted in the compiled text: those of a layer (four layers less two), of the rest
-    and of all layers. Profiled: those that four layers run. The texts are kept beside the JSON file."""
+    """Kernels of one decoding step, counted in the compiled text: those of a layer (four layers less two), of the rest
+    and of all layers. The texts are kept beside the JSON file. The kernels that four layers run are profiled. Steps of
+    four layers are timed with the library's sampling, with argmax in its place, and without command buffers."""
     whole = MODELS["llama-3.1-8b"]["num_hidden_layers"]
 
     def compiled(layers: int, rows: int, depth: int) -> tuple[Any, Any, decoding.State]:
@@ -323,6 +325,18 @@ def kernels(run: Run) -> None:
     for rows, depth in DECODE[run.dry][: 1 if run.dry else 2]:
         run.case(f"{rows} x {depth}", partial(count, rows, depth))
         run.case(f"{rows} x {depth}, profile", partial(profile, rows, depth))
+        four = partial(decode, run, random_model(shape(run, "llama-3.1-8b", num_hidden_layers=4)), rows, depth, 1)
+        run.case(f"{rows} x {depth}, four layers", four)
+        with replaced(decoding, "sample_token", largest_logit):
+            run.case(f"{rows} x {depth}, four layers, argmax", four)
+        with compiler_options(xla_gpu_enable_command_buffer=""):
+            run.case(f"{rows} x {depth}, four layers, no command buffers", four)
+
+
+def largest_logit(family: Any, cfg: Any, k: int | None, weights: Any, state: decoding.State, x: jax.Array) -> Any:
+    """`decoding.sample_token` without sampling parameters."""
+    token = jnp.argmax(family.logits(cfg, x[:, None], weights)[:, 0], axis=-1).astype(jnp.int32)
+    return state._replace(token=token, pos=state.pos + 1), decoding.StepOutput(token[None], None)
 
 
 def prefill(run: Run) -> None:

@@ -44,12 +44,11 @@ def products(run: Run, cfg: Any) -> None:
         "joined gate, up": (2 * cfg.F, cfg.D),
         "head": (cfg.V, cfg.D),
     }
-    no_triton = {"xla_gpu_enable_triton_gemm": False}
+    cublaslt = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
     forms: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
         "default": (matmul, {}),
         "sum": (sum_of_products, {}),
-        "no Triton": (matmul, no_triton),
-        "cuBLASLt": (matmul, {**no_triton, "xla_gpu_enable_cublaslt": True}),
+        "cuBLASLt": (matmul, cublaslt),
     }
 
     @cache

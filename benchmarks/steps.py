@@ -50,6 +50,7 @@ class Run:
     def __init__(self, script: str, out: Path, dry: bool, deadline: float):
         self.script, self.out, self.dry, self.deadline = script, out, dry, deadline
         self.data: dict[str, Any] = read(out)
+        self.pattern = re.compile(self.data.get("cases", ""))
         self.step: dict[str, Any] = {}
 
     def run_step(self, name: str, function: Callable[["Run"], None]) -> None:
@@ -67,8 +68,11 @@ class Run:
         gc.collect()  # the frames of an error hold arrays
 
     def case(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Records the figures of one measurement, or its error. Nothing is measured after the deadline."""
+        """Records the figures of one measurement, or its error. Cases after the deadline, and those that --cases leaves
+        out, are not measured."""
         start = time.time()
+        if not self.pattern.search(name):
+            return
         if start > self.deadline:
             figures: dict[str, Any] = {"skipped": "the step's time was over"}
         else:
@@ -253,6 +257,7 @@ def main(
     parser.add_argument("--minutes", type=float, default=10, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON file; an older one is replaced")
     parser.add_argument("--steps", default=",".join(steps), help="only these, separated by commas")
+    parser.add_argument("--cases", default="", help="only cases whose names match this regular expression")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # run these steps in this process
     parser.add_argument("--call", nargs="+", help=argparse.SUPPRESS)  # print the figures of one call
@@ -270,7 +275,8 @@ def main(
     chosen = args.steps.split(",")
     if unknown := set(chosen) - set(steps):
         parser.error(f"there is no step {', '.join(sorted(unknown))}: the steps are {', '.join(steps)}")
-    data = {"dry_run": args.dry_run, "minutes": args.minutes, "started": time.strftime("%Y-%m-%d %H:%M"), "steps": {}}
+    data: dict[str, Any] = {"dry_run": args.dry_run, "minutes": args.minutes, "cases": args.cases}
+    data |= {"started": time.strftime("%Y-%m-%d %H:%M"), "steps": {}}
     write(out, data)
     if args.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"

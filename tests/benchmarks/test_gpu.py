@@ -66,6 +66,7 @@ def test_every_step_of_a_dry_run_is_done(dry: Any, modules: Any) -> None:
         ("decode_8b", "1 x 96", ["ms_per_step", "tokens_per_second", "fraction", "compile_seconds"]),
         ("decode_8b", "1 x 96, no command buffers", ["fraction"]),
         ("kernels", "1 x 96", ["of_a_layer", "of_a_step"]),
+        ("kernels", "1 x 96, four layers, argmax", ["ms_per_step"]),
         ("products", "8 rows, joined q, k, v, cuBLASLt", ["gb_per_second"]),
         ("decode_attention", "2 x 64, XLA, [B,S,K,H]", ["gb_per_second", "difference"]),
         ("prefill", "32 tokens, without cuDNN", ["tokens_per_second", "fraction_of_matmul"]),
@@ -116,6 +117,13 @@ def test_an_error_outside_of_the_cases_keeps_them(run: Any) -> None:
     run.run_step("bad", step)
     found = json.loads(run.out.read_text())["steps"]["bad"]
     assert (found["status"], found["error"]["message"], found["cases"]["good"]["figure"]) == ("failed", "no memory", 1)
+
+
+def test_only_cases_that_match_are_measured(run: Any) -> None:
+    run.out.write_text('{"steps": {}, "cases": "^1 x"}')
+    again = type(run)("gpu.py", run.out, True, run.deadline)
+    again.run_step("step", lambda run: [run.case(name, dict) for name in ("1 x 128", "1 x 8192", "64 x 128")])
+    assert list(json.loads(run.out.read_text())["steps"]["step"]["cases"]) == ["1 x 128", "1 x 8192"]
 
 
 def test_nothing_is_measured_after_the_deadline(run: Any) -> None:
@@ -188,7 +196,8 @@ def test_a_target_is_met_at_its_limit(modules: Any, capsys: Any, meets: Any, mea
     data = {"machine": {"device": "", "jax": ""}, "dry_run": False, "steps": {"step": {"status": "done", "cases": {}}}}
     data["steps"]["step"]["cases"]["case"] = {"fraction": measured}
     modules.steps.report(data, [modules.steps.Target("step", "case", "fraction", meets, 0.8)])
-    assert met in capsys.readouterr().out.splitlines()[-2]
+    row = capsys.readouterr().out.splitlines()[-2]
+    assert row.strip("│ ").split("│")[-1].strip() == met
 
 
 def test_kernels_of_a_profile(modules: Any, monkeypatch: Any) -> None:
