@@ -1,8 +1,9 @@
-"""The collectives of a compiled program, read from its HLO text."""
+"""The collectives and the kernels of a compiled program, read from its HLO text."""
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -130,6 +131,32 @@ def trips(computations: dict[str, list[Instruction]], condition: str) -> int:
     """The number of iterations of a loop: scans count to a constant."""
     found = [re.match(r"(\d+)\)", step.rest) for step in computations[condition] if step.op == "constant"]
     return max((int(number[1]) for number in found if number), default=1)
+
+
+# Instructions that launch no kernel: they name values or order other instructions.
+NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency",
+             "opt-barrier", "partition-id", "replica-id"}  # fmt: skip
+
+
+def kernels(text: str) -> Counter[str]:
+    """The kernels that a run of a GPU program launches, by kind: fusions, custom calls, copies and others.
+
+    The called computation of a call (XLA puts command buffers into such) counts at each call, and the body of a loop
+    once. A conditional counts as one kernel without its branches. Kernels that a library launches within one custom
+    call count once.
+    """
+    computations, entry = parse(text)
+
+    def walk(name: str) -> Iterator[str]:
+        for step in computations[name]:
+            if step.op in ("call", "while"):
+                attribute = "to_apply" if step.op == "call" else "body"
+                yield from walk(re.findall(rf"\b{attribute}=%?([\w.\-]+)", step.rest)[0])
+            elif step.op not in NO_KERNEL and not step.op.endswith("-done"):
+                kind = re.search(r'\b(?:kind=(\w+)|custom_call_target="([^"]+)")', step.rest)
+                yield f"{step.op} {kind[1] or kind[2]}" if kind else step.op
+
+    return Counter(walk(entry))
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

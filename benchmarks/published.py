@@ -68,6 +68,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_hidden_layers": 32,
     },
+    "llama-3.2-1b": {  # meta-llama/Llama-3.2-1B
+        **LLAMA,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "rope_scaling": {**LLAMA["rope_scaling"], "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
     "llama-3.1-70b": {  # meta-llama/Llama-3.1-70B-Instruct
         **LLAMA,
         "hidden_size": 8192,

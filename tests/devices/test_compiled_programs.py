@@ -113,6 +113,7 @@ def test_collectives_of_every_kind_are_parsed(hlo: Any) -> None:
 def test_sizes_equal_the_published_configs(programs: Any) -> None:
     names = {
         "llama-3.1-8b": "meta-llama-Llama-3.1-8B",
+        "llama-3.2-1b": "meta-llama-Llama-3.2-1B",
         "llama-3.1-70b": "meta-llama-Llama-3.1-70B",
         "gemma-3-27b": "google-gemma-3-27b",
         "qwen3-14b": "Qwen-Qwen3-14B",
