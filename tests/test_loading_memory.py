@@ -1,10 +1,17 @@
-"""Loading needs the weights' memory once: measured in a fresh process, by the code of benchmarks/load.py."""
+"""Loading needs the weights' memory once: measured in a fresh process, by the code of benchmarks/load.py. Weights that
+do not fit are refused before they are read."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from helpers import checkpoint_files
+
+import jaxlm
+from jaxlm.checkpoint import hf, safetensors
+from jaxlm.devices import host_memory
 
 # Far less than a second copy of the weights or of the file; what the conversion uses is a buffer for each reader.
 FACTOR, CONSTANT = 1.1, 64e6
@@ -27,7 +34,7 @@ def test_peak_memory_is_the_weights(stored, dtype, bench, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / f"load-memory-{stored}"
     if not folder.exists():
         bench.make(folder, stored, layers=2, vocabulary=16384, shard=64 << 20)
-    found = bench.measure(folder, dtype, speed=False)
+    found = bench.fresh("memory", folder, dtype)
     assert found["weights"] == 48_240_128 * (2 if dtype == "bfloat16" else 4)
     assert found["peak"] >= found["weights"]  # the measurement sees them
     assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
@@ -41,8 +48,52 @@ def test_peak_memory_of_metas_form_is_the_weights(stored, dtype, bench, tmp_path
     folder = tmp_path_factory.getbasetemp() / f"load-memory-meta-{stored}"
     if not folder.exists():
         bench.make_meta(folder, stored, layers=2, vocabulary=16384)
-    found = bench.measure(folder, dtype, speed=False)
+    found = bench.fresh("memory", folder, dtype)
     assert found["weights"] == 58_725_376 * (2 if dtype == "bfloat16" else 4)
     assert found["peak"] >= found["weights"]
     assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
     assert found["RssFile"] < 16e6
+
+
+@pytest.fixture
+def free(tmp_path, monkeypatch):
+    """Sets the free memory of the system, and what a cgroup limit leaves of it."""
+
+    def write(system: int, cgroup: int) -> None:
+        (tmp_path / "meminfo").write_text(f"MemAvailable: {system // 1024} kB\n")
+        (tmp_path / "cgroup").write_text("0::/\n")
+        (tmp_path / "memory.max").write_text(f"{cgroup + 12345}\n")
+        (tmp_path / "memory.current").write_text("12345\n")
+
+    for name, path in (("MEMINFO", "meminfo"), ("CGROUP", "cgroup"), ("CGROUPS", "")):
+        monkeypatch.setattr(host_memory, name, tmp_path / path)
+    return write
+
+
+@pytest.mark.parametrize("limit", ["system", "cgroup"])
+@pytest.mark.parametrize("stored", ["F32", "BF16"])
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(stored, limit, free, tmp_path, monkeypatch):
+    arrays = checkpoint_files.tensors({**checkpoint_files.LLAMA, "vocab_size": 65536}, kind=stored)
+    folder = checkpoint_files.folder(tmp_path / "m", {**checkpoint_files.LLAMA, "vocab_size": 65536}, arrays)
+    needed, large = sum(array.nbytes for array in arrays.values()), 1 << 40
+    short, read = needed // 4, []
+    for module in (hf, safetensors):
+        monkeypatch.setattr(module, "read_into", lambda *args: read.append(args))
+    free(*((short, large) if limit == "system" else (large, short)))
+    with pytest.raises(MemoryError) as caught:
+        jaxlm.load(folder)
+    text = f"the weights of {folder} need {needed / 1e6:.1f} MB, but {jax.devices()[0]} has {short / 1e6:.1f} MB free"
+    assert text in str(caught.value)
+    half = f"--dtype bfloat16), which needs {needed / 2e6:.1f} MB"
+    assert (half in str(caught.value)) == (stored == "F32")
+    assert not read
+
+
+def test_weights_that_just_fit_are_loaded(free, tmp_path):
+    arrays = checkpoint_files.tensors(kind="BF16")
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, arrays)
+    needed = -(-sum(array.nbytes for array in arrays.values()) // 1024) * 1024
+    free(needed, needed)
+    jaxlm.load(folder)
+    with pytest.raises(MemoryError, match=r"the weights of .* need"):  # twice as much
+        jaxlm.load(folder, dtype="float32")

@@ -353,8 +353,9 @@ def read_weights(
     elements = [n * count if device.platform == "cpu" else n for n, count in blocks]
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
     is_float32 = pairs and loaded_dtype(file_dtypes[0]).itemsize == 4
-    smaller = ", or dtype='bfloat16' (--dtype bfloat16) halves it" if is_float32 else ""
     needed = sum(n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes))
+    half = hardware.gigabytes(needed // 2)
+    smaller = f", or dtype='bfloat16' (--dtype bfloat16), which needs {half}" if is_float32 else ""
     hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
     with loading_bar(total, progress) as advance:

@@ -148,11 +148,47 @@ def test_on_cpu_the_buffer_is_the_array(kind, dtype, tmp_path, monkeypatch):
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves} <= set(made_buffers)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc/self/status")
+def test_large_buffers_have_huge_pages_and_no_more_than_they_need():
+    """3 MB: a huge page, and small ones. A second huge page would hold 2 MB for 1."""
+
+    def resident():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    before, buffers = resident(), [safetensors.aligned(3 << 20) for _ in range(32)]
+    for buffer in buffers:
+        buffer[:] = 1
+        assert buffer.nbytes == 3 << 20
+        assert buffer.ctypes.data % safetensors.HUGE_PAGE == 0
+    assert resident() - before <= 1.1 * 32 * (3 << 20)
+    del buffer, buffers
+    gc.collect()
+    assert resident() - before <= 8 << 20  # they are returned to the system
+
+
+def test_small_tensors_share_a_task(tmp_path, monkeypatch):
+    """And large ones are divided: a task reads about SLICE bytes."""
+    tasks = []
+
+    def read_pieces(pieces):
+        tasks.append(sum(out.nbytes for _, out, *_ in pieces))
+        return original(pieces)
+
+    original = hf._read_pieces
+    monkeypatch.setattr(hf, "_read_pieces", read_pieces)
+    monkeypatch.setattr(hf, "SLICE", 512)
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors())
+    load(folder)
+    assert sum(tasks) == sum(array.nbytes for array in checkpoint_files.tensors().values())
+    assert all(512 <= nbytes < 1024 for nbytes in sorted(tasks)[1:])
+
+
 def test_the_array_outlives_the_buffers_name():
     buffer = safetensors.aligned(4 * 6000)
     value = buffer.view(np.float32).reshape(20, 30, 10)
     value[:] = np.arange(6000).reshape(20, 30, 10)
-    array = hf.place(value, CPU)
+    [array] = hf.place([value], [CPU])
     assert array.unsafe_buffer_pointer() == value.ctypes.data
     del buffer, value
     gc.collect()

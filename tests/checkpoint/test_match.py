@@ -83,17 +83,63 @@ def test_two_spellings_of_one_tensor(tmp_path):
     assert "unexpected" not in message
 
 
-def test_tied_head_of_the_same_bytes_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
+def test_tied_head_of_the_same_bytes_passes(tmp_path):
     raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
     arrays = checkpoint_files.tensors(raw)
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
     assert "head" not in jaxlm.load(checkpoint_files.folder(tmp_path / "m", raw, arrays)).weights
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The bytes of tensors that are read, by name."""
+    found: dict[str, int] = {}
+
+    def read_into(buffer, tensor, *args):
+        found[tensor.name] = found.get(tensor.name, 0) + buffer.nbytes
+        original(buffer, tensor, *args)
+
+    original = safetensors.read_into
+    monkeypatch.setattr(safetensors, "read_into", read_into)
+    monkeypatch.setattr(hf, "read_into", read_into)
+    return found
+
+
+def test_a_stored_head_that_is_tied_is_not_read_but_for_samples(tmp_path, monkeypatch, read):
+    monkeypatch.setattr(hf, "SAMPLES", 4)
+    monkeypatch.setattr(hf, "SAMPLE", 16)
+    raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
+    arrays = checkpoint_files.tensors(raw)
+    expected = {name: array.nbytes for name, array in arrays.items()}
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    jaxlm.load(checkpoint_files.folder(tmp_path / "m", raw, arrays))
+    expected["lm_head.weight"] = 4 * 16
+    expected["model.embed_tokens.weight"] += 4 * 16
+    assert read == expected
+
+
+def test_tensors_that_are_not_used_are_not_read(tmp_path, read):
+    arrays = checkpoint_files.tensors(checkpoint_files.GEMMA)
+    expected = {name: array.nbytes for name, array in arrays.items()}
+    arrays["vision_tower.a.weight"] = np.zeros((50, 60), np.float32)
+    jaxlm.load(checkpoint_files.folder(tmp_path / "m", checkpoint_files.GEMMA, arrays))
+    assert read == expected
+
+
+@pytest.mark.parametrize("row", [0, 11, 23])
+def test_samples_of_a_tied_head_span_all_of_it(row, tmp_path, monkeypatch):
+    """Three samples of a row each, of 24 rows: the first, one in the middle and the last."""
+    monkeypatch.setattr(hf, "SAMPLES", 3)
+    monkeypatch.setattr(hf, "SAMPLE", 32)
+    raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
+    arrays = checkpoint_files.tensors(raw)
+    head = arrays["model.embed_tokens.weight"].copy()
+    head.view(np.uint32)[row, 5] ^= 1
+    assert "1 (lm_head.weight)." in misfit(tmp_path, {**arrays, "lm_head.weight": head}, raw)
+
+
 @pytest.mark.parametrize("fault", ["last bit", "shape", "type"])
-def test_tied_head_that_differs(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors, "SLICE", 24)  # the difference lies in the last slice
+def test_tied_head_that_differs(fault, tmp_path):
     raw = {**checkpoint_files.LLAMA, "tie_word_embeddings": True}
     arrays = checkpoint_files.tensors(raw)
     head = arrays["model.embed_tokens.weight"].copy()

@@ -1,12 +1,13 @@
 """Hugging Face checkpoints: tensors matched with a family's PARAMS, and read straight onto their devices.
 
 On CPU the buffer that is read into becomes the array. A few threads read and convert slices concurrently: a single one
-waits for the first touch of fresh memory and for the conversion (half as fast on two cores).
+waits for the first touch of fresh memory and for the conversion (half as fast on two cores). Small tensors share a task
+and a call of device_put: a task and a call for each would take as long as reading them.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
@@ -24,8 +26,12 @@ from jaxlm.checkpoint.safetensors import read_json as read_json
 from jaxlm.nn import params
 
 READERS = 4
-AHEAD = 64 << 20  # bytes that may be read ahead of the tensor that is being put on its devices
+AHEAD = 256 << 20  # bytes that may be read ahead of the tensors that are being put on their devices
+CONVERTED = 1 << 20  # bytes converted at a time: they stay in the CPU's cache
 PIECE = 64 << 20  # bytes sent to an accelerator at a time
+# A stored head is compared with the embedding in this many blocks, evenly spaced from the first to the last bytes (the
+# rows of special tokens are often there), of this many bytes each.
+SAMPLES, SAMPLE = 64, 64 << 10
 # Buffers in some checkpoints that follow from the config.
 IGNORABLE = (".rotary_emb.inv_freq",)
 
@@ -35,7 +41,7 @@ class MatchResult(NamedTuple):
 
     Attributes:
         pairs: each row with its tensor.
-        heads: stored heads that config.json ties to the embedding, and that equal it.
+        heads: stored heads that config.json ties to the embedding, and that are like it (`alike`).
         ignored: tensors that are known and not used.
         no_weights: why there are no tensors; empty if there are (jaxlm.loading.match_tensors, headers_only).
     """
@@ -91,7 +97,7 @@ def match(
         ignored_prefixes: prefixes of tensor names that are known and not used.
         faults: misfits found before (what is wrong: names), to report with the others.
         config: name of the file that the sizes are from, for messages.
-        headers_only: do not read a stored head to compare it with the embedding that it is tied to.
+        headers_only: do not read from a stored head to compare it with the embedding that it is tied to.
     """
     left, pairs = dict(tensors), []
     missing, duplicate, misshapen, unreadable = [], [], [], []
@@ -109,7 +115,7 @@ def match(
         pairs.append((row, tensor))
     embed = next((tensor for row, tensor in pairs if row.path == "embed"), None)
     heads = [left.pop(name) for name in table.get("head", ("",))[1:] if name in left] if cfg.tied else []
-    differ = [] if headers_only or embed is None else [head.name for head in heads if not same(head, embed)]
+    differ = [] if headers_only or embed is None else [head.name for head in heads if not alike(head, embed)]
     passed = {
         name: t for name, t in left.items() if name.startswith(tuple(ignored_prefixes)) or name.endswith(IGNORABLE)
     }
@@ -134,8 +140,26 @@ def _report(faults: Mapping[str, list[str]], config: str) -> None:
         )
 
 
+def alike(head: Tensor, embed: Tensor) -> bool:
+    """Whether a stored head is the embedding that config.json ties it to, by SAMPLES of both.
+
+    Both would take as long to read as the embedding takes twice, and the head is not needed. A head that was trained
+    apart differs in almost every row, because each step of training changes all of them.
+    """
+    if (head.dtype, head.shape) != (embed.dtype, embed.shape):
+        return False
+    a, b = (aligned(min(SAMPLE, head.nbytes)) for _ in range(2))
+    for begin in sorted({(head.nbytes - a.nbytes) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+        read_into(a, head, begin)
+        read_into(b, embed, begin)
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
 def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
-    """Whether two tensors have the same bytes: a stored head may have been trained apart from the embedding."""
+    """Whether two tensors have the same bytes. All of them are compared, because nothing in Meta's files ties the head:
+    one that differs in a few rows is a head of its own. A head in the embedding's storage is not read."""
     if isinstance(a, ConcatTensor) and isinstance(b, ConcatTensor):
         return a.axis == b.axis and len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
     if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, ConcatTensor) or isinstance(b, ConcatTensor):
@@ -146,30 +170,31 @@ def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
 
 
 Index = tuple[slice, ...]  # a block of an array: one slice per axis
+Piece = tuple[Tensor, np.ndarray, int, int]  # the arguments of `read_block`
 
 
-def read_array(
-    tensor: Tensor | ConcatTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype, pool: ThreadPoolExecutor
-) -> tuple[np.ndarray, list[Future[int]]]:
-    """Reads a block of a tensor into host memory.
+def new_block(
+    tensor: Tensor | ConcatTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype
+) -> tuple[np.ndarray, Iterator[Piece]]:
+    """Allocates a block of a tensor in host memory.
 
     Args:
         tensor: the tensor in its file.
         shape: its shape in the model, of which `index` selects a block.
         index: the block.
         dtype: type of the result.
-        pool: threads that read.
 
     Returns:
-        The block, and futures of the bytes read. It is filled when they are done.
+        The block, and the pieces that fill it.
     """
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     out = aligned(math.prod(stop - start for start, stop in bounds) * dtype.itemsize).view(dtype)
     rows = _matrix(tensor.shape)[0]
     inner = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) * rows == math.prod(shape))
     (row, height), (column, width) = _run(bounds[:inner], shape[:inner]), _run(bounds[inner:], shape[inner:])
-    pieces = pieces_of(tensor, out.reshape(height, width), row, column)
-    return out.reshape([stop - start for start, stop in bounds]), [pool.submit(read_block, *piece) for piece in pieces]
+    return out.reshape([stop - start for start, stop in bounds]), pieces_of(
+        tensor, out.reshape(height, width), row, column
+    )
 
 
 def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, int]:
@@ -181,11 +206,9 @@ def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, in
     return start * each, (stop - start) * each
 
 
-def pieces_of(
-    tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: int
-) -> Iterator[tuple[Tensor, np.ndarray, int, int]]:
-    """The arguments of `read_block`, about SLICE bytes at a time, that fill `out` with the block of a tensor that
-    begins at a row and a column, the tensor seen as a matrix."""
+def pieces_of(tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: int) -> Iterator[Piece]:
+    """The pieces, of about SLICE bytes (CONVERTED if they are not only read), that fill `out` with the block of a
+    tensor that begins at a row and a column, the tensor seen as a matrix."""
     joined = (
         tensor if isinstance(tensor, ConcatTensor) else ConcatTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,))
     )
@@ -197,7 +220,9 @@ def pieces_of(
         whole = out[top - row : max(above + height - row, 0), left - column : max(beside + width - column, 0)]
         if not whole.size:
             continue
-        step = max(1, SLICE // (whole.shape[1] * DTYPES[part.dtype].itemsize))
+        direct = out.dtype == DTYPES[part.dtype] and whole.flags.c_contiguous and not joined.H
+        nbytes = SLICE if direct else min(SLICE, CONVERTED)
+        step = max(1, nbytes // (whole.shape[1] * DTYPES[part.dtype].itemsize))
         if joined.H:
             step = max(step // joined.H, 1) * joined.H
         for begin in range(0, len(whole), step):
@@ -230,11 +255,12 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def place(value: np.ndarray, device: Any) -> jax.Array:
-    """Moves an array from host memory to a device: on CPU without a copy, elsewhere in pieces, to stage no copy."""
-    if device.platform == "cpu" or value.nbytes <= 4 * PIECE:
-        return jax.device_put(value, device)
-    return _place_pieces(value, device)
+def place(values: list[np.ndarray], devices: list[Any]) -> list[jax.Array]:
+    """Moves arrays from host memory, each to its device: on CPU without a copy, elsewhere large ones in pieces, to
+    stage no copy."""
+    if devices[0].platform == "cpu" or all(value.nbytes <= 4 * PIECE for value in values):
+        return jax.device_put(values, devices)
+    return [_place_pieces(value, device) for value, device in zip(values, devices)]
 
 
 def _place_pieces(value: np.ndarray, device: Any) -> jax.Array:
@@ -270,25 +296,28 @@ def load_weights(
         The weights, layers listed.
     """
     weights: dict[str, Any] = {}
-    reading: deque[tuple[params.TensorSpec, Block]] = deque()
+    reading: deque[tuple[list[Block], list[Future[int]]]] = deque()
     placed: list[jax.Array] = []  # the blocks of the current tensor
 
     def finish() -> None:
-        row, block = reading.popleft()
-        placed.extend(_placed(block, advance))
-        if len(placed) == len(where(row).addressable_devices):
-            params.put(weights, row.path, jax.make_array_from_single_device_arrays(row.shape, where(row), placed))
-            placed.clear()
+        blocks, futures = reading.popleft()
+        for row, array in _placed(blocks, futures, advance):
+            sharding = where(row)
+            placed.append(array)
+            if len(placed) == len(sharding.addressable_devices):
+                if not isinstance(sharding, SingleDeviceSharding):
+                    array = jax.make_array_from_single_device_arrays(row.shape, sharding, placed)
+                params.put(weights, row.path, array)
+                placed.clear()
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
-        # In file order: a slow disk is read sequentially.
-        for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
-            dtype = loaded_dtype(DTYPES[tensor.dtype])
-            for index, devices in local_blocks(where(row), row.shape):
-                reading.append((row, (devices, *read_array(tensor, row.shape, index, dtype, pool))))
-                while sum(value.nbytes for _, (_, value, _) in reading) > AHEAD:
-                    finish()
+        for blocks in _grouped(_blocks(pairs, loaded_dtype, where), lambda block: block.value.nbytes, AHEAD // 2):
+            pieces = (piece for block in blocks for piece in block.pieces)
+            tasks = _grouped(pieces, lambda piece: piece[1].nbytes, SLICE)
+            reading.append((blocks, [pool.submit(_read_pieces, task) for task in tasks]))
+            if len(reading) == 2:
+                finish()
         while reading:
             finish()
     finally:
@@ -296,16 +325,53 @@ def load_weights(
     return weights
 
 
-# The devices that hold a block of an array, the block in host memory, and the reads that fill it.
-Block = tuple[list[Any], np.ndarray, list[Future[int]]]
+class Block(NamedTuple):
+    """A block of a row's array in host memory, the devices that hold it, and the pieces that fill it."""
+
+    row: params.TensorSpec
+    devices: list[Any]
+    value: np.ndarray
+    pieces: Iterator[Piece]
 
 
-def _placed(block: Block, advance: Callable[[int], None]) -> list[jax.Array]:
-    """A block on its devices. While it is copied, the next blocks are read."""
-    devices, value, futures = block
+def _blocks(
+    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]],
+    loaded_dtype: Callable[[np.dtype], np.dtype],
+    where: Callable[[params.TensorSpec], Any],
+) -> Iterator[Block]:
+    """The blocks that this process reads, in file order: a slow disk is read sequentially."""
+    for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
+        dtype = loaded_dtype(DTYPES[tensor.dtype])
+        for index, devices in local_blocks(where(row), row.shape):
+            yield Block(row, devices, *new_block(tensor, row.shape, index, dtype))
+
+
+def _grouped(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
+    """Consecutive items in groups, each of which ends with the item that brings it to `limit` bytes."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += nbytes(item)
+        if total >= limit:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+def _read_pieces(pieces: list[Piece]) -> int:
+    return sum(read_block(*piece) for piece in pieces)
+
+
+def _placed(
+    blocks: list[Block], futures: list[Future[int]], advance: Callable[[int], None]
+) -> Iterator[tuple[params.TensorSpec, jax.Array]]:
+    """Each block on each of its devices. While they are copied, the next blocks are read."""
     for future in futures:
         advance(future.result())
-    return jax.block_until_ready([place(value, device) for device in devices])
+    copies = [(block, device) for block in blocks for device in block.devices]
+    arrays = place([block.value for block, _ in copies], [device for _, device in copies])
+    return zip((block.row for block, _ in copies), jax.block_until_ready(arrays))
 
 
 def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:

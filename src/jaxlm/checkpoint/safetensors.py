@@ -6,10 +6,11 @@ count as resident memory in addition to the weights.
 
 import json
 import math
+import mmap
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxlm.checkpoint.errors import explain_errors
 
 SLICE = 8 << 20  # bytes read at a time
+HUGE_PAGE = 2 << 20  # bytes
 HEADER = 100_000_000  # bytes: the format's limit
 NAME = 100  # characters of a name in a message
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -170,7 +172,8 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
         if twice := [name for name in header if name in tensors]:
             raise ValueError(f"{folder / shard} repeats {listed(twice)} of another shard: download both again")
         tensors |= header
-    absent = [name for name, shard in where.items() if name not in tensors or tensors[name].file != folder / shard]
+    paths = {shard: folder / shard for shard in shards}
+    absent = [name for name, shard in where.items() if name not in tensors or tensors[name].file != paths[shard]]
     if absent:
         raise ValueError(
             f"{index} names tensors that are not in the shards it says: {listed(absent)}. Index and shards are of "
@@ -199,9 +202,20 @@ def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Uninitialized bytes on a 64-byte boundary: on CPU jax uses them as an array's memory without a copy."""
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    """Uninitialized bytes on a 64-byte boundary: on CPU jax uses them as an array's memory without a copy.
+
+    From HUGE_PAGE bytes on they begin at a huge page, and as many as fit are used: to touch fresh memory in small pages
+    takes longer than to read into it. The rest has small pages, because a huge one would exceed the array.
+    """
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        raw = np.empty(nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        return raw[start : start + nbytes]
+    pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw = np.frombuffer(pages, np.uint8)
+    start = -raw.ctypes.data % HUGE_PAGE
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
     return raw[start : start + nbytes]
 
 
