@@ -100,7 +100,7 @@ def chained(form: Callable[..., jax.Array], options: dict[str, Any]) -> Any:
 
 
 def decode_attention(run: Run, K: int, N: int, H: int, shapes: list[tuple[int, int]]) -> None:
-    """Attention of one query per row at shapes (rows, depth), GB/s of keys and values. difference: from `reference`."""
+    """Attention of one query per row at shapes (rows, depth), GB/s of keys and values. difference: from [B,K,S,H]."""
     forms = {
         "XLA, [B,K,S,H]": (xla_bksh, "BKSH"),
         "XLA, [B,S,K,H]": (xla_bskh, "BSKH"),
@@ -132,21 +132,21 @@ def decode_attention(run: Run, K: int, N: int, H: int, shapes: list[tuple[int, i
             run.case(f"{B} x {S}, {name}", partial(measure, form, letters, B, S))
 
 
-def xla_bksh(q: jax.Array, kv: jax.Array) -> jax.Array:
-    (B, S), H = kv.shape[1::2], q.shape[-1]
+def xla_bskh(q: jax.Array, kv: jax.Array) -> jax.Array:
+    (B, S), H = kv.shape[1:3], q.shape[-1]
     at = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     key = attention.TokenPositions(at, jnp.zeros_like(at))
     query = attention.TokenPositions(at[:, -1:], jnp.zeros_like(at[:, -1:]))
     return attention.reference(q, kv[0], kv[1], query, key, None, H**-0.5)
 
 
-def xla_bskh(q: jax.Array, kv: jax.Array) -> jax.Array:
+def xla_bksh(q: jax.Array, kv: jax.Array) -> jax.Array:
     B, _, N, H = q.shape
-    K, f32 = kv.shape[3], jnp.float32
+    K, f32 = kv.shape[2], jnp.float32
     grouped = q.reshape(B, K, N // K, H)
-    scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, kv[0], preferred_element_type=f32) * H**-0.5
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, kv[0], preferred_element_type=f32) * H**-0.5
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKGS,BSKH->BKGH", probs, kv[1], preferred_element_type=f32)
+    out = jnp.einsum("BKGS,BKSH->BKGH", probs, kv[1], preferred_element_type=f32)
     return out.reshape(B, 1, N, H).astype(q.dtype)
 
 

@@ -31,17 +31,31 @@ def run(modules: Any, tmp_path: Path) -> Any:
     return modules.steps.Run("gpu.py", tmp_path / "gpu.json", True, time.time() + 60)
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+def dry_run(out: Path, *options: str) -> tuple[Any, str]:
     """The JSON file of a dry run, and what it prints."""
-    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src")}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--out", str(out), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")), done.stdout
 
 
+def test_a_dry_run_of_one_step(tmp_path: Path) -> None:
+    """The slow tier runs all steps."""
+    found, printed = dry_run(tmp_path / "gpu.json", "--steps", "decode_small", "--cases", "qwen3-0.6b, 1 x 96, 16 steps")
+    (step,) = found["steps"].values()
+    assert step["status"] == "done"
+    assert step["cases"]
+    assert all(figures["ms_per_step"] > 0 for figures in step["cases"].values())
+    assert "dry run: the figures mean nothing" in printed
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    return dry_run(tmp_path_factory.mktemp("gpu") / "gpu.json")
+
+
+@pytest.mark.slow
 def test_every_step_of_a_dry_run_is_done(dry: Any, modules: Any) -> None:
     steps = dry[0]["steps"]
     assert list(steps) == list(modules.gpu.SHARES)
@@ -56,6 +70,7 @@ def test_every_step_of_a_dry_run_is_done(dry: Any, modules: Any) -> None:
     assert all(step["cases"] for step in steps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "case", "figures"),
     [
@@ -79,11 +94,13 @@ def test_figures_of_a_dry_run(dry: Any, step: str, case: str, figures: list[str]
     assert [name for name in figures if not isinstance(found[name], float)] == []
 
 
+@pytest.mark.slow
 def test_both_layouts_of_attention_agree(dry: Any) -> None:
     cases = dry[0]["steps"]["decode_attention"]["cases"]
     assert cases["2 x 64, XLA, [B,S,K,H]"]["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_targets_are_printed(dry: Any) -> None:
     assert "dry run: the figures mean nothing" in dry[1]
     assert "1 x 8192" in dry[1]

@@ -114,6 +114,9 @@ def test_sizes_equal_the_published_configs(programs: Any) -> None:
     names = {
         "llama-3.1-8b": "meta-llama-Llama-3.1-8B",
         "llama-3.2-1b": "meta-llama-Llama-3.2-1B",
+        "gemma-3-4b": "google-gemma-3-4b",
+        "qwen3-0.6b": "Qwen-Qwen3-0.6B",
+        "qwen3-4b": "Qwen-Qwen3-4B",
         "llama-3.1-70b": "meta-llama-Llama-3.1-70B",
         "gemma-3-27b": "google-gemma-3-27b",
         "qwen3-14b": "Qwen-Qwen3-14B",
