@@ -1,12 +1,13 @@
-"""Decode speed compared with transformers, on the same weights, in one run.
+"""Decode speed compared with transformers and llama.cpp, on the same weights, in one run.
 
     python benchmarks/decode.py [--shape Qwen3-0.6B] [--prompt 32,512,2048] [--tokens 48] [--batch 1,2,4,8] [--rounds 2]
-                                [--torch-python PYTHON] [--compile]
+                                [--torch-python PYTHON] [--llama-python PYTHON] [--compile]
 
 Tokens a second of all rows together. Rounds alternate between the contestants, batch by batch, so that a noisy machine
 is noisy for all; the best round counts. The limit is this run's memory read rate over the bytes of a step: every weight
 once (a tied embedding is the head) and the cache. transformers runs in a process of its own, where torch is installed
-(extra `oracle`): float32, bfloat16, and with --compile a compiled static cache.
+(extra `oracle`): float32, bfloat16, and with --compile a compiled static cache. llama.cpp runs where xllamacpp is
+installed (benchmarks/llama_cpp.py).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from common import checkpoint, read_rate
 
@@ -32,6 +34,7 @@ parser.add_argument("--compile", action="store_true")
 parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
 parser.add_argument("--rival-dtypes", nargs="*", default=["float32", "bfloat16"])
 parser.add_argument("--torch-python", help="an interpreter that has torch, where this one has none")
+parser.add_argument("--llama-python", help="an interpreter that has xllamacpp and gguf")
 parser.add_argument("--theirs", action="store_true", help="run transformers alone, as standard input asks")
 args = parser.parse_args()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,9 +99,8 @@ def serve() -> None:
         print(json.dumps(found[name](batch, length)), flush=True)
 
 
-def rivals(python: str) -> dict[str, Run]:
-    """transformers' contestants, each run of them a question to the process that has torch."""
-    command = [python, __file__, *sys.argv[1:], "--theirs"]
+def rivals(command: list[str]) -> dict[str, Run]:
+    """The contestants of another process, each run of them a question to it."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def asked(name: str, batch: int, length: int) -> float:
@@ -116,7 +118,12 @@ if args.theirs:
 models = {f"jaxlm {dtype}": ours(dtype) for dtype in args.dtypes}
 runs = {name: run for name, (_, run) in models.items()}
 python = args.torch_python or (sys.executable if importlib.util.find_spec("torch") else None)
-runs |= rivals(python) if python else {}
+runs |= rivals([python, __file__, *sys.argv[1:], "--theirs"]) if python else {}
+if args.llama_python:
+    script = str(Path(__file__).with_name("llama_cpp.py"))
+    context = max(length for _, length in cases) + args.tokens + 16
+    sizes = ("--tokens", args.tokens, "--batch", max(batch for batch, _ in cases), "--context", context)
+    runs |= rivals([args.llama_python, script, str(checkpoint(args.shape)), *map(str, sizes)])
 for name in models:
     for case in cases:
         runs[name](*case)  # compiles
@@ -134,11 +141,15 @@ import jax  # noqa: E402
 
 print(f"{args.shape}, {args.tokens} tokens, jax {jax.__version__}, "
       f"{jax.devices()[0].device_kind}, memory read {rate / 1e9:.0f} GB/s")  # fmt: skip
-print("| batch | prompt | | tokens/s | limit | of the limit | against the best transformers |\n" + "| --- " * 7 + "|")
+print("| batch | prompt | | tokens/s | limit | of the limit | against the best transformers | against llama.cpp |")
+print("| --- " * 8 + "|")
 for case in cases:
-    strongest = max((best[name, *case] for name in runs if name.startswith("transformers")), default=0.0)
+    strongest = {
+        kind: max((best[name, *case] for name in runs if name.startswith(kind)), default=0.0)
+        for kind in ("transformers", "llama.cpp")
+    }
     for name in runs:
         limit = case[0] * rate / models[name][0](*case) if name in models else 0.0
         share = f"{limit:.0f} | {best[name, *case] / limit:.0%}" if limit else " | "
-        ratio = f"{best[name, *case] / strongest:.2f} x" if strongest else ""
-        print(f"| {case[0]} | {case[1]} | {name} | {best[name, *case]:.1f} | {share} | {ratio} |")
+        ratios = " | ".join(f"{best[name, *case] / speed:.2f} x" if speed else "" for speed in strongest.values())
+        print(f"| {case[0]} | {case[1]} | {name} | {best[name, *case]:.1f} | {share} | {ratios} |")

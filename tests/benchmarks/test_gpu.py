@@ -42,7 +42,9 @@ def dry_run(out: Path, *options: str) -> tuple[Any, str]:
 
 def test_a_dry_run_of_one_step(tmp_path: Path) -> None:
     """The slow tier runs all steps."""
-    found, printed = dry_run(tmp_path / "gpu.json", "--steps", "decode_small", "--cases", "qwen3-0.6b, 1 x 96, 16 steps")
+    found, printed = dry_run(
+        tmp_path / "gpu.json", "--steps", "decode_small", "--cases", "qwen3-0.6b, 1 x 96, 16 steps"
+    )
     (step,) = found["steps"].values()
     assert step["status"] == "done"
     assert step["cases"]
