@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.devices import hardware
 from jaxlm.inference import engine
-from jaxlm.inference.decoding import executables
+from jaxlm.inference.decoding import CompiledSteps, executables
 from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -22,6 +22,14 @@ from jaxlm.nn import Rope
 # Compiling is nearly all the time that these tests take: they share two models, prompts whose lengths fall into few
 # buckets, and texts that fill the context: REST tokens after PROMPT.
 CONTEXT = 64
+
+
+@pytest.fixture(autouse=True)
+def one_program_after_the_other(monkeypatch):
+    """Programs are compiled when they are needed, so that a test can count them."""
+    monkeypatch.setattr(CompiledSteps, "expect", lambda steps, *calls: None)
+
+
 SIZES = {"V": 97, "D": 32, "F": 48, "N": 4, "K": 2, "H": 8, "context": CONTEXT, "tied": False}
 LLAMA = llama3.Config(**SIZES, L=1, eps=1e-5, rope=Rope())
 GEMMA = gemma3.Config(

@@ -268,12 +268,8 @@ class Conversation:
             kv, m = None, 0
         self.prefilled = len(ids) - m
         kv, last = self._fit(kv, len(ids)), engine.no_hidden_state(model, 1)
-        k, n, new = request.options.logprobs, hardware.STEPS[model.device.platform], decoding.shapes(state)
-        steps.expect(
-            partial(steps.sample_token, k, new, decoding.shapes(last)),
-            partial(steps.step, k, n, new._replace(kv=decoding.shapes(kv))),
-        )
-        kv, last = engine.extend(steps, kv, last, [ids[m:]], m)
+        then = partial(steps.sample_token, request.options.logprobs, *decoding.shapes((state, last)))
+        kv, last = engine.extend(steps, kv, last, [ids[m:]], m, then)
         self._cached_ids = ids
         self._kv = kv
         return last
@@ -285,6 +281,8 @@ class Conversation:
         steps = hardware.STEPS[model.device.platform]
         state, output = self._steps.sample_token(k, state, last)
         yield from engine.fetch_tokens([request], output, [(0, 0)])
+        if self._kv is not None:  # for the next turn
+            self._steps.expect(*engine.small_prefills(self._steps, self._kv))
         in_flight: deque[decoding.StepOutput] = deque()
         pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens left to generate
         while not request.finished:

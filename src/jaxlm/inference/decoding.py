@@ -7,7 +7,7 @@ own sampling parameters, PRNG key and position, so its text does not depend on t
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -149,6 +149,7 @@ def executables(family: Any, cfg: Any) -> dict[Any, Any]:
     return {}
 
 
+PATIENCE = 0.3  # seconds in which a program that is on disk is there; others are traced after them
 WORKERS = min(4, os.cpu_count() or 1)  # programs that are compiled at the same time
 
 
@@ -158,8 +159,8 @@ class CompiledSteps:
     A program is compiled ahead of time for each new combination of shapes, types and shardings of its arguments. The
     KV cache and the state among the arguments are donated.
 
-    Python traces a program, then XLA compiles it without the GIL. While the caller waits for a program, those that it
-    will need next are traced, and compiled beside it (`expect`).
+    Python traces a program, then XLA compiles it without the GIL. While the caller waits for a program on CPU, those
+    that it will need next are traced, and compiled beside it (`expect`).
 
     Attributes:
         model: The model.
@@ -170,6 +171,11 @@ class CompiledSteps:
         self.model: Model = model
         self.seconds: float = 0.0
         self._executables = executables(model.family, model.config)
+        # Several programs are compiled at the same time for a single CPU only. On a mesh, the shardings of a program's
+        # results are known only after it is compiled. For GPU, XLA times kernels while it compiles, which other work on
+        # the device would disturb.
+        self._beside: bool = model.mesh is None and model.device.platform == "cpu"
+        self._ahead: bool = False  # compile programs without running them
         self._expected: list[Callable[[], Any]] = []
         self._compiling: dict[Any, Future[Any]] = {}
         self._workers: ThreadPoolExecutor | None = None
@@ -181,9 +187,7 @@ class CompiledSteps:
         Args:
             calls: Calls of methods such as `step`, with `shapes` in place of the arrays.
         """
-        # On a mesh, the shardings of a program's results are known only after it is compiled. Several processes
-        # must compile the same programs in the same order.
-        self._expected = list(calls) if self.model.mesh is None else []
+        self._expected = list(calls) if self._beside else []
 
     def cancel(self) -> None:
         """Drops the programs of `expect` that are not being compiled yet. Those that are will be kept."""
@@ -212,10 +216,9 @@ class CompiledSteps:
 
     def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
         key = (name, static, self._weights if weighted else None, signature(args))
-        only_compile = isinstance(jax.tree.leaves(args)[0], jax.ShapeDtypeStruct)
         args = (self.model.weights, *args) if weighted else args
         executable = self._executables.get(key)
-        if only_compile:
+        if self._ahead:
             return None if executable else self._start(key, function, donate, args)
         return (executable or self._compile(key, function, donate, args))(*args)
 
@@ -224,9 +227,12 @@ class CompiledSteps:
         notify, start = on_compile.get(), time.perf_counter()
         notify(key[0])
         compiling = self._start(key, function, donate, args)
-        # A program that is on disk is there before this time has passed.
-        while self._expected and not wait([compiling], timeout=0.3).done:
-            self._expected.pop(0)()
+        while self._expected and not wait([compiling], timeout=PATIENCE).done:
+            self._ahead = True
+            try:
+                self._expected.pop(0)()
+            finally:
+                self._ahead = False
         executable = compiling.result()
         seconds = time.perf_counter() - start
         self.seconds += seconds
@@ -234,10 +240,11 @@ class CompiledSteps:
         return executable
 
     def _start(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> "Future[Any]":
-        """Traces a program, and compiles it in another thread."""
+        """Traces a program, and compiles it: if others may be compiled beside it, in another thread."""
 
         def compiled() -> Any:
-            executable = lowered.compile()
+            with mesh.use_mesh_of(args):
+                executable = lowered.compile()
             while len(self._executables) >= MAX_EXECUTABLES:
                 self._executables.pop(next(iter(self._executables)), None)  # another thread may have removed it
             self._executables[key] = executable
@@ -245,8 +252,13 @@ class CompiledSteps:
 
         if key not in self._compiling:
             lowered = lower_program(function, donate, args)
-            self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
-            self._compiling[key] = self._workers.submit(compiled)
+            if self._beside:
+                self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
+                self._compiling[key] = self._workers.submit(compiled)
+            else:
+                done: Future[Any] = Future()
+                done.set_result(compiled())
+                self._compiling[key] = done
         return self._compiling[key]
 
 
@@ -284,27 +296,26 @@ def _signature(leaf: Any) -> Any:
     return leaf.shape, leaf.dtype, leaf.sharding
 
 
-def chunk_sizes(platform: str, rows: int) -> tuple[int, int]:
-    """Tokens per row of a full and of a small prefill chunk. The sizes in `hardware` are those of all rows together."""
+def chunk_sizes(platform: str, rows: int) -> list[int]:
+    """Tokens per row of the prefill chunks, the largest first. The sizes in `hardware` are those of all rows."""
     full = max(16, hardware.CHUNK[platform] // rows)
-    return full, min(full, max(16, hardware.SMALL_CHUNK[platform] // rows))
+    return sorted({full, *(min(full, max(16, size // rows)) for size in hardware.SMALL_CHUNKS[platform])}, reverse=True)
 
 
-def chunks(ids: list[list[int]], start: int, full: int, small: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Splits prompts into padded chunks: full ones while that many tokens remain, then small ones.
+def chunks(ids: list[list[int]], start: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Splits prompts into padded chunks: the largest that are padded by less than the smallest size.
 
     Args:
         ids: Token ids of each row.
         start: Position of the first token.
-        full: Tokens per row of a full chunk.
-        small: Tokens per row of a small chunk.
+        sizes: Tokens per row of the chunks, the largest first.
 
     Returns:
         For each chunk, tokens and positions [B,T] int32, with position -1 for padding.
     """
     pieces, begin, width = [], 0, max(map(len, ids))
     while begin < width:
-        T = full if width - begin >= full else small
+        T = next(size for size in sizes if width - begin > size - sizes[-1])
         tokens, pos = np.zeros((len(ids), T), np.int32), np.full((len(ids), T), -1, np.int32)
         for row, prompt in enumerate(ids):
             part = prompt[begin : begin + T]

@@ -12,12 +12,13 @@ accelerators the cost of a decoding step grows with the length of the cache.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.devices import hardware, mesh
@@ -126,6 +127,10 @@ def run(
             in_flight.append((output, list(enumerate(batch))))
             while in_flight:  # yield the first token immediately, not after the next program
                 yield from fetch_tokens(requests, *in_flight.popleft())
+            decode = (
+                [partial(steps.step, k, n, decoding.shapes(state))] if any(row and row.left for row in rows) else []
+            )
+            steps.expect(*decode, *small_prefills(steps, part.kv))
             state = steps.insert(state, where, part)
             rows = _drop_finished(rows, requests)
         busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.left > 0]
@@ -269,7 +274,7 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         kv=None,
         token=jax.device_put(np.zeros(len(requests), np.int32)),
         pos=jax.device_put(np.array([len(r.ids) - 1 for r in requests], np.int32)),
-        keys=sampling.stack_keys([r.key for r in requests]),
+        keys=jnp.stack([r.key for r in requests]),
         sampling=sampling.Sampling.of([r.options for r in requests]),
         counts=counts,
         bias=bias,
@@ -310,13 +315,8 @@ def admit(
     # The KV cache is not an argument of `sample_token`, which is compiled once for all prompt lengths.
     part = new_rows(model, padded, None, Optionals(state.counts is not None, state.bias is not None))
     where = mesh.place(np.array(target, np.int32), "", model.mesh)
-    n, (all_rows, new, hidden) = hardware.STEPS[model.device.platform], decoding.shapes((state, part, last))
-    steps.expect(
-        partial(steps.sample_token, k, new, hidden),
-        partial(steps.insert, all_rows, where, new._replace(kv=decoding.shapes(kv))),
-        partial(steps.step, k, n, all_rows),
-    )
-    kv, last = extend(steps, kv, last, [r.ids for r in padded], 0)
+    then = partial(steps.sample_token, k, *decoding.shapes((part, last)))
+    kv, last = extend(steps, kv, last, [r.ids for r in padded], 0, then)
     part, output = steps.sample_token(k, part, last)
     return where, part._replace(kv=kv), output
 
@@ -326,7 +326,14 @@ def no_hidden_state(model: "Model", rows: int) -> jax.Array:
     return mesh.place(np.zeros((rows, model.config.D), model.dtype), "BD", model.mesh)
 
 
-def extend(steps: CompiledSteps, kv: Any, last: jax.Array, ids: list[list[int]], start: int) -> tuple[Any, jax.Array]:
+def extend(
+    steps: CompiledSteps,
+    kv: Any,
+    last: jax.Array,
+    ids: list[list[int]],
+    start: int,
+    then: Callable[[], Any],
+) -> tuple[Any, jax.Array]:
     """Chunked prefill.
 
     Args:
@@ -335,12 +342,31 @@ def extend(steps: CompiledSteps, kv: Any, last: jax.Array, ids: list[list[int]],
         last: Hidden states [B,D] of the tokens before, which are donated.
         ids: Token ids of each row.
         start: Position of the first token.
+        then: The program that follows, as for `CompiledSteps.expect`.
 
     Returns:
         The KV cache with these tokens, and the last hidden states [B,D].
     """
     model = steps.model
-    full, small = (min(kv.chunk, size) for size in decoding.chunk_sizes(model.device.platform, len(ids)))
-    for tokens, pos in decoding.chunks(ids, start, full, small):
+    full, *small = (min(kv.chunk, size) for size in decoding.chunk_sizes(model.device.platform, len(ids)))
+    pieces = decoding.chunks(ids, start, [full, *small])
+    steps.expect(*prefills(steps, kv, [tokens.shape[1] for tokens, _ in pieces]), then)
+    for tokens, pos in pieces:
         kv, last = steps.prefill(kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
     return kv, last
+
+
+def prefills(steps: CompiledSteps, kv: caches.KVCache, sizes: Sequence[int]) -> list[Callable[[], Any]]:
+    """The prefill programs of these chunk sizes, for `CompiledSteps.expect`."""
+    rows, where = next(iter(kv.positions.values())).shape[0], kv.layers[0]["k"].sharding
+    cache = decoding.shapes(kv)
+    hidden: Any = jax.ShapeDtypeStruct((rows, steps.model.config.D), steps.model.dtype, sharding=where)
+    tokens: list[Any] = [jax.ShapeDtypeStruct((rows, T), np.int32, sharding=where) for T in dict.fromkeys(sizes)]
+    return [partial(steps.prefill, cache, hidden, each, each) for each in tokens]
+
+
+def small_prefills(steps: CompiledSteps, kv: caches.KVCache) -> list[Callable[[], Any]]:
+    """The prefill programs that the next prompt may need, if it is not long."""
+    rows = next(iter(kv.positions.values())).shape[0]
+    _, *small = decoding.chunk_sizes(steps.model.device.platform, rows)
+    return prefills(steps, kv, [min(kv.chunk, size) for size in small])

@@ -158,9 +158,6 @@ def request_key(seed: np.uint32, number: np.uint32) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-stack_keys = jax.jit(jnp.stack)
-
-
 def step_keys(keys: Key[Array, " B"], pos: Int[Array, " B"]) -> Key[Array, " B"]:
     """PRNG keys [B] of one step, from the keys [B] of the rows and the positions `pos` [B] int32 of the new tokens."""
     return jax.vmap(jax.random.fold_in)(keys, pos)
