@@ -25,7 +25,35 @@ QWEN3_06B = {
     "vocab_size": 151936,
     "torch_dtype": "bfloat16",
 }
-SHAPES = {"Qwen3-0.6B": QWEN3_06B, "tiny": {**QWEN3_06B, "num_hidden_layers": 2, "vocab_size": 4096}}
+LLAMA_32_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+}
+SHAPES = {
+    "Qwen3-0.6B": QWEN3_06B,
+    "Llama-3.2-1B": LLAMA_32_1B,
+    "tiny": {**QWEN3_06B, "num_hidden_layers": 2, "vocab_size": 4096},
+}
 
 
 def checkpoint(shape: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh
@@ -127,10 +128,7 @@ class Model:
         dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
         sizes += (caches.CPU_LAYOUT if self.device.platform == "cpu" else caches.LAYOUT,)
-        if self.mesh is not None:
-            return _empty(self.mesh, *sizes)()
-        with jax.default_device(self.device):  # committed to it, so that a jitted loop compiles once
-            return jax.device_put(caches.init(*sizes), self.device)
+        return _empty(self.mesh or self.device, *sizes)()
 
     @property
     def ignored(self) -> list[str]:
@@ -197,8 +195,11 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
 
 @lru_cache(maxsize=32)
 def _empty(over: Any, *sizes: Any) -> Any:
-    """A function that creates an empty KV cache on a mesh. Each device allocates only its own shard."""
+    """A function that creates an empty KV cache on a mesh, of which each device allocates only its own shard, or on a
+    device, committed to it, so that a jitted loop compiles once."""
     create = partial(caches.init, *sizes)
+    if isinstance(over, jax.Device):
+        return jax.jit(create, out_shardings=SingleDeviceSharding(over))
     where = caches.map_arrays(jax.eval_shape(create), lambda a, letters: mesh.sharding(letters, a.shape, over))
     return jax.jit(create, out_shardings=where)
 

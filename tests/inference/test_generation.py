@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.devices import hardware
 from jaxlm.inference import engine
-from jaxlm.inference.decoding import executables
+from jaxlm.inference.decoding import CompiledSteps, executables
 from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -22,6 +22,14 @@ from jaxlm.nn import Rope
 # Compiling is nearly all the time that these tests take: they share two models, prompts whose lengths fall into few
 # buckets, and texts that fill the context: REST tokens after PROMPT.
 CONTEXT = 64
+
+
+@pytest.fixture(autouse=True)
+def one_program_after_the_other(monkeypatch):
+    """Programs are compiled when they are needed, so that a test can count them."""
+    monkeypatch.setattr(CompiledSteps, "expect", lambda steps, *calls: None)
+
+
 SIZES = {"V": 97, "D": 32, "F": 48, "N": 4, "K": 2, "H": 8, "context": CONTEXT, "tied": False}
 LLAMA = llama3.Config(**SIZES, L=1, eps=1e-5, rope=Rope())
 GEMMA = gemma3.Config(
@@ -108,12 +116,18 @@ def test_growing_cache_does_not_change_tokens(family, steps, monkeypatch):
         texts = []
         for room in (1, 512):
             grown.clear()
-            monkeypatch.setattr(engine, "HEADROOM", room)
+            small_cache(monkeypatch, room)
             with quick_compilation():
                 answers = jaxlm.generate(model, many, max_tokens=REST, batch_size=2, **how)
             texts.append([a.tokens for a in answers])
             assert grown == ([32, 64] if room == 1 else [])
         assert texts[0] == texts[1]
+
+
+def small_cache(monkeypatch, headroom):
+    """The KV cache starts with 16 slots, or twice as many for a prompt and this number of tokens."""
+    monkeypatch.setattr(engine, "SMALLEST_CACHE", (16, 16, 16))
+    monkeypatch.setattr(engine, "LEAST_HEADROOM", headroom)
 
 
 def growths(monkeypatch):
@@ -127,7 +141,7 @@ def growths(monkeypatch):
 
 def test_cache_grows_with_the_text_not_with_max_tokens(monkeypatch):
     monkeypatch.setitem(hardware.STEPS, "cpu", 4)
-    monkeypatch.setattr(engine, "HEADROOM", 1)
+    small_cache(monkeypatch, 1)
     model, grown, two = llama(), growths(monkeypatch), [PROMPT, PROMPT[3:]]
     with quick_compilation():
         long = jaxlm.generate(model, two, max_tokens=REST, temperature=0)
@@ -159,14 +173,14 @@ def test_every_step_uses_a_different_key():
     assert len(set(tokens)) > 30
 
 
-def test_new_length_within_a_bucket_does_not_compile():
+def test_new_length_and_sampling_parameters_do_not_compile():
     model = llama()
     jaxlm.generate(model, PROMPT[:2], max_tokens=50, temperature=0)
     count = len(executables(model.family, model.config))
-    for n in (3, 5, 7):
-        jaxlm.generate(model, PROMPT[:n], max_tokens=50, temperature=0.5, seed=n, top_k=n)
+    for n in (3, 5, 7, 28):
+        jaxlm.generate(model, (PROMPT * 4)[:n], max_tokens=60 - 2 * n, temperature=0.5, seed=n, top_k=n)
     assert len(executables(model.family, model.config)) == count
-    jaxlm.generate(model, PROMPT * 4, max_tokens=1, temperature=0)  # a bucket that no other test uses
+    jaxlm.generate(model, PROMPT, max_tokens=1, temperature=0, logprobs=11)  # a number that no other test uses
     assert len(executables(model.family, model.config)) > count
 
 

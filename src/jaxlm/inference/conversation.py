@@ -17,6 +17,7 @@ from jaxlm.devices import hardware
 from jaxlm.inference import decoding, engine, generation, memory, prompts
 from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.generation import CompletionChunk
+from jaxlm.inference.sampling import request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
@@ -190,7 +191,7 @@ class Conversation:
             left if self.tokenizer.has_template else prompts.resolve_max_tokens(model, ids, None)
         )
         stops = prompts.stop_ids(model, options)
-        key = jax.random.fold_in(jax.random.key(seed), 0)  # as in jaxlm.generate: chunk.seed reproduces the text there
+        key = request_key(np.uint32(seed), np.uint32(0))  # as in jaxlm.generate: chunk.seed reproduces the text there
         self._running = self._answer(messages, text, engine.Request(ids, options, min(limit, left), stops, key))
         return self._running
 
@@ -199,15 +200,18 @@ class Conversation:
         detokenization = generation.Detokenization(self._steps, 0, request)
         generated: list[int] = []
         answer = ""
-        last = self._prefill(request.ids)
+        # The KV cache is not an argument of `sample_token`, which is compiled once for all cache lengths.
+        state = engine.new_rows(self.model, [request], None, engine.optional([request]))
         try:
-            for token in self._decode(request, last):
+            last = self._prefill(request, state)
+            for token in self._decode(request, state, last):
                 generated.append(token.id)
                 chunk = detokenization.add(token)
                 if chunk is not None:
                     answer += chunk
                     yield chunk
         finally:
+            self._steps.cancel()
             if generated:
                 self._end_turn(messages, text, request, generated, answer)
 
@@ -253,29 +257,32 @@ class Conversation:
                     return ids
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_template)
 
-    def _prefill(self, ids: list[int]) -> jax.Array:
-        """Prefills `ids` and returns the last hidden state [1,D]. The common prefix with the KV cache is reused, except
-        for the last token, whose hidden state is needed."""
+    def _prefill(self, request: engine.Request, state: decoding.State) -> jax.Array:
+        """Prefills the prompt and returns the last hidden state [1,D]. The common prefix with the KV cache is reused,
+        except for the last token, whose hidden state is needed."""
+        model, steps, ids = self.model, self._steps, request.ids
         kv, self._kv = self._kv, None  # an interrupt leaves no cache, rather than a partly written one
         differing = (i for i, pair in enumerate(zip(ids, self._cached_ids)) if pair[0] != pair[1])
         m = next(differing, min(len(self._cached_ids), len(ids) - 1))
-        if kv is None or not m or not can_reuse(kv, self.model.config.windows, m):
+        if kv is None or not m or not can_reuse(kv, model.config.windows, m):
             kv, m = None, 0
         self.prefilled = len(ids) - m
-        kv, last = engine.extend(self._steps, self._fit(kv, len(ids)), [ids[m:]], m)
+        kv, last = self._fit(kv, len(ids)), engine.no_hidden_state(model, 1)
+        then = partial(steps.sample_token, request.options.logprobs, *decoding.shapes((state, last)))
+        kv, last = engine.extend(steps, kv, last, [ids[m:]], m, then)
         self._cached_ids = ids
         self._kv = kv
         return last
 
-    def _decode(self, request: engine.Request, last: jax.Array) -> Iterator[engine.Token]:
+    def _decode(self, request: engine.Request, state: decoding.State, last: jax.Array) -> Iterator[engine.Token]:
         """Yields the tokens of an answer. A program is dispatched before the tokens of the previous one are fetched, so
         that the device is not idle."""
         model, k = self.model, request.options.logprobs
         steps = hardware.STEPS[model.device.platform]
-        # The KV cache is not an argument, so that this program is compiled once for all cache lengths.
-        state = engine.new_rows(model, [request], None, engine.optional([request]))
         state, output = self._steps.sample_token(k, state, last)
         yield from engine.fetch_tokens([request], output, [(0, 0)])
+        if self._kv is not None:  # for the next turn
+            self._steps.expect(*engine.small_prefills(self._steps, self._kv))
         in_flight: deque[decoding.StepOutput] = deque()
         pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens left to generate
         while not request.finished:

@@ -5,8 +5,10 @@ these rows into the state of a batch. `step` generates the next token of every r
 own sampling parameters, PRNG key and position, so its text does not depend on the other rows.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,11 +149,18 @@ def executables(family: Any, cfg: Any) -> dict[Any, Any]:
     return {}
 
 
+PATIENCE = 0.3  # seconds in which a program that is on disk is there; others are traced after them
+WORKERS = min(4, os.cpu_count() or 1)  # programs that are compiled at the same time
+
+
 class CompiledSteps:
     """Prefill, sampling and decoding of one model as compiled programs.
 
     A program is compiled ahead of time for each new combination of shapes, types and shardings of its arguments. The
     KV cache and the state among the arguments are donated.
+
+    Python traces a program, then XLA compiles it without the GIL. While the caller waits for a program on CPU, those
+    that it will need next are traced, and compiled beside it (`expect`).
 
     Attributes:
         model: The model.
@@ -162,7 +171,30 @@ class CompiledSteps:
         self.model: Model = model
         self.seconds: float = 0.0
         self._executables = executables(model.family, model.config)
+        # Several programs are compiled at the same time for a single CPU only. On a mesh, the shardings of a program's
+        # results are known only after it is compiled. For GPU, XLA times kernels while it compiles, which other work on
+        # the device would disturb.
+        self._beside: bool = model.mesh is None and model.device.platform == "cpu"
+        self._ahead: bool = False  # compile programs without running them
+        self._expected: list[Callable[[], Any]] = []
+        self._compiling: dict[Any, Future[Any]] = {}
+        self._workers: ThreadPoolExecutor | None = None
         self._weights = signature(model.weights)  # computed once, because there are hundreds of arrays
+
+    def expect(self, *calls: Callable[[], Any]) -> None:
+        """Names the programs that are needed next, in this order. They are compiled if a program is waited for.
+
+        Args:
+            calls: Calls of methods such as `step`, with `shapes` in place of the arrays.
+        """
+        self._expected = list(calls) if self._beside else []
+
+    def cancel(self) -> None:
+        """Drops the programs of `expect` that are not being compiled yet. Those that are will be kept."""
+        self._expected = []
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers, self._compiling = None, {}
 
     def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
         return self._run("prefill", self._bound(prefill), (), (1, 2), True, kv, last, tokens, pos)
@@ -185,28 +217,68 @@ class CompiledSteps:
     def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
         key = (name, static, self._weights if weighted else None, signature(args))
         args = (self.model.weights, *args) if weighted else args
-        executable = self._executables.get(key) or self._compile(key, function, donate, args)
-        return executable(*args)
+        executable = self._executables.get(key)
+        if self._ahead:
+            return None if executable else self._start(key, function, donate, args)
+        return (executable or self._compile(key, function, donate, args))(*args)
 
     def _compile(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> Any:
+        """Waits for a program."""
         notify, start = on_compile.get(), time.perf_counter()
         notify(key[0])
-        executable = compile_program(function, donate, args)
-        while len(self._executables) >= MAX_EXECUTABLES:
-            self._executables.pop(next(iter(self._executables)), None)  # another thread may have removed it
-        self._executables[key] = executable
+        compiling = self._start(key, function, donate, args)
+        while self._expected and not wait([compiling], timeout=PATIENCE).done:
+            self._ahead = True
+            try:
+                self._expected.pop(0)()
+            finally:
+                self._ahead = False
+        executable = compiling.result()
         seconds = time.perf_counter() - start
         self.seconds += seconds
         notify(key[0], seconds)
         return executable
 
+    def _start(self, key: Any, function: Any, donate: tuple[int, ...], args: Any) -> "Future[Any]":
+        """Traces a program, and compiles it: if others may be compiled beside it, in another thread."""
 
-def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
-    """Compiles `function` for these arguments (arrays, or jax.ShapeDtypeStruct with shardings) without running it."""
+        def compiled() -> Any:
+            with mesh.use_mesh_of(args):
+                executable = lowered.compile()
+            while len(self._executables) >= MAX_EXECUTABLES:
+                self._executables.pop(next(iter(self._executables)), None)  # another thread may have removed it
+            self._executables[key] = executable
+            return executable
+
+        if key not in self._compiling:
+            lowered = lower_program(function, donate, args)
+            if self._beside:
+                self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
+                self._compiling[key] = self._workers.submit(compiled)
+            else:
+                done: Future[Any] = Future()
+                done.set_result(compiled())
+                self._compiling[key] = done
+        return self._compiling[key]
+
+
+def shapes(tree: Any) -> Any:
+    """Shape, dtype and sharding of each array of a tree."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def lower_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
+    """Traces `function` for these arguments (arrays, or jax.ShapeDtypeStruct with shardings)."""
     platform = next(iter(jax.tree.leaves(args)[0].sharding.device_set)).platform
     program = jax.jit(function, donate_argnums=donate, compiler_options=hardware.COMPILER_OPTIONS.get(platform))
     with mesh.use_mesh_of(args):
-        return program.lower(*args).compile()
+        return program.lower(*args)
+
+
+def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
+    """Compiles `function` for these arguments without running it."""
+    with mesh.use_mesh_of(args):
+        return lower_program(function, donate, args).compile()
 
 
 def signature(tree: Any) -> Any:
@@ -224,25 +296,31 @@ def _signature(leaf: Any) -> Any:
     return leaf.shape, leaf.dtype, leaf.sharding
 
 
-def chunks(ids: list[list[int]], start: int, width: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Splits prompts into padded chunks. Only the last chunk is shorter than `chunk`; its length is a `bucket`.
+def chunk_sizes(platform: str, rows: int) -> list[int]:
+    """Tokens per row of the prefill chunks, the largest first. The sizes in `hardware` are those of all rows."""
+    full = max(16, hardware.CHUNK[platform] // rows)
+    return sorted({full, *(min(full, max(16, size // rows)) for size in hardware.SMALL_CHUNKS[platform])}, reverse=True)
+
+
+def chunks(ids: list[list[int]], start: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Splits prompts into padded chunks: the largest that are padded by less than the smallest size.
 
     Args:
         ids: Token ids of each row.
         start: Position of the first token.
-        width: Length of the longest row.
-        chunk: Maximum number of tokens per row and chunk.
+        sizes: Tokens per row of the chunks, the largest first.
 
     Returns:
         For each chunk, tokens and positions [B,T] int32, with position -1 for padding.
     """
-    pieces = []
-    for begin in range(0, width, chunk):
-        T = min(chunk, bucket(width - begin))
+    pieces, begin, width = [], 0, max(map(len, ids))
+    while begin < width:
+        T = next(size for size in sizes if width - begin > size - sizes[-1])
         tokens, pos = np.zeros((len(ids), T), np.int32), np.full((len(ids), T), -1, np.int32)
         for row, prompt in enumerate(ids):
             part = prompt[begin : begin + T]
             tokens[row, : len(part)] = part
             pos[row, : len(part)] = start + begin + np.arange(len(part))
         pieces.append((tokens, pos))
+        begin += T
     return pieces

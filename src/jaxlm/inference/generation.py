@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-import jax
+import numpy as np
 
 from jaxlm.devices import distributed, hardware
 from jaxlm.inference import engine
 from jaxlm.inference.decoding import CompiledSteps
 from jaxlm.inference.memory import check_memory
 from jaxlm.inference.prompts import resolve_max_tokens, split_prompts, stop_ids, to_ids
-from jaxlm.inference.sampling import bias_of
+from jaxlm.inference.sampling import bias_of, request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.processing.detokenizer import TextStream
 
@@ -176,7 +176,7 @@ def requests_for(
         raise ValueError(f"stop strings need a tokenizer, and {model.source} has none: use stop_token_ids")
     bias_of([options.logit_bias], model.config.V)  # raises for ids outside the vocabulary
     stops = stop_ids(model, options)
-    seed, repeats = jax.random.key(options.seed or 0), Counter[tuple[int, ...]]()
+    repeats = Counter[tuple[int, ...]]()
     requests = []
     for number, prompt in enumerate(prompts):
         try:
@@ -184,7 +184,7 @@ def requests_for(
             max_tokens = resolve_max_tokens(model, ids, options.max_tokens)
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
-        key = jax.random.fold_in(seed, repeats[tuple(ids)])
+        key = request_key(np.uint32(options.seed or 0), np.uint32(repeats[tuple(ids)]))
         repeats[tuple(ids)] += 1
         requests.append(engine.Request(ids, options, max_tokens, stops, key))
     return requests
@@ -202,13 +202,16 @@ def _stream(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
-    check_memory(model, requests, slots)
+    lengths = check_memory(model, requests, slots)
     steps = CompiledSteps(model)
     answers = [Detokenization(steps, i, request) for i, request in enumerate(requests)]
-    for token in engine.run(steps, requests, slots):
-        chunk = answers[token.index].add(token)
-        if chunk is not None:
-            yield chunk
+    try:
+        for token in engine.run(steps, requests, slots, lengths):
+            chunk = answers[token.index].add(token)
+            if chunk is not None:
+                yield chunk
+    finally:
+        steps.cancel()
 
 
 class Detokenization:

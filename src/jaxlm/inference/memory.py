@@ -13,29 +13,43 @@ if TYPE_CHECKING:
     from jaxlm.model import Model
 
 
-def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> None:
-    """Checks that the KV caches of a batch fit in device memory.
+def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> engine.CacheLengths:
+    """Checks that the KV caches of a batch fit in device memory, and chooses their lengths.
 
     Args:
         model: The model.
         requests: All requests.
         slots: Batch size.
 
+    Returns:
+        The lengths that are shared by the most prompts, if they fit, else the shortest ones.
+
     Raises:
-        MemoryError: They do not fit; the message has a batch size that does.
+        MemoryError: The shortest lengths do not fit; the message has a batch size that does.
     """
-    longest = max(len(r.ids) + r.max_tokens for r in requests)
-    prompts = cache_bytes(model, max(len(r.ids) for r in requests), None)
-    # At the peak, two caches exist: the longest, and that of new prompts or (while the cache grows) the previous one.
-    previous = [cache_bytes(model, length, 1) for length in engine.cache_lengths(requests)[:-1]]
-    row = cache_bytes(model, longest, 1) + max([prompts, *previous])
     free = hardware.available_memory(model.device)
-    hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
     shards, _ = memories(model)  # the rows are divided over them
-    if free is not None and row <= free:
+    rows = -(-slots // shards)
+    lengths = engine.cache_lengths(requests, slots, model.config.context)
+    if free is None or rows * row_bytes(model, lengths) <= free:
+        return lengths
+    shortest = engine.shortest_cache_lengths(requests)
+    row = row_bytes(model, shortest)
+    hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
+    if row <= free:
         batch = shards * (free // row)
         hint = f"use batch_size={batch} (--batch-size {batch}), or " + hint
-    hardware.require(-(-slots // shards) * row, model.device, f"{slots} sequences of {longest:,} tokens", hint)
+    longest = max(len(r.ids) + r.max_tokens for r in requests)
+    hardware.require(rows * row, model.device, f"{slots} sequences of {longest:,} tokens", hint)
+    return shortest
+
+
+def row_bytes(model: "Model", lengths: engine.CacheLengths) -> int:
+    """Bytes of one row at the peak, when two KV caches exist: the longest, and that of new prompts or (while the cache
+    grows) the previous one."""
+    others = [cache_bytes(model, lengths.prefill[-1], None)]
+    others += [cache_bytes(model, length, 1) for length in lengths.decode[:-1]]
+    return cache_bytes(model, lengths.decode[-1], 1) + max(others)
 
 
 def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:

@@ -45,7 +45,7 @@ class Sampling(NamedTuple):
     def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
         """One row per resolved SamplingParams."""
         kinds = {name: np.int32 if name == "top_k" else np.float32 for name in cls._fields}
-        return cls(*(jnp.asarray(np.array([getattr(row, name) for row in rows], kinds[name])) for name in cls._fields))
+        return cls(*(jax.device_put(np.array([getattr(r, name) for r in rows], kinds[name])) for name in cls._fields))
 
 
 class Counts(NamedTuple):
@@ -62,6 +62,14 @@ def count(tokens: Int[Array, "B T"], pos: Int[Array, "B T"], vocab: int) -> Coun
     # Padding gets an index past the end, which is dropped. A negative index would wrap to the last token.
     seen = (generated > 0).at[row, jnp.where(pos < 0, vocab, tokens)].set(True, mode="drop")
     return Counts(seen, generated)
+
+
+def count_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> Counts:
+    """`count` on the host, where another length of the prompts compiles nothing."""
+    seen = np.zeros((len(prompts), vocab), np.bool_)
+    for row, ids in zip(seen, prompts, strict=True):
+        row[list(ids)] = True
+    return Counts(*jax.device_put((seen, np.zeros((len(prompts), vocab), np.int32))))
 
 
 def update(counts: Counts, tokens: Int[Array, " B"]) -> Counts:
@@ -142,6 +150,12 @@ def sample(
         return x + jnp.where(drawn[:, None], jax.vmap(lambda key: _gumbel(key, x.shape[1]))(keys), 0.0)
 
     return _argmax(lax.cond(jnp.any(drawn), noisy, lambda x: x, logits))
+
+
+@jax.jit
+def request_key(seed: np.uint32, number: np.uint32) -> Key[Array, ""]:
+    """The typed PRNG key of a request: that of the seed, folded with the number of equal prompts before it."""
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def step_keys(keys: Key[Array, " B"], pos: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -27,7 +27,9 @@ from jaxlm.nn import kv_cache
 # Largest block of attention scores that `reference` computes at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
 # Slots that `_decode_blocked` reads at a time: at least, at most, and of all rows together (docs/performance.md).
-DECODE_BLOCK = (32, 128, 512)
+DECODE_BLOCK = (32, 64, 512)
+# Up to this number of query heads per kv head, `_decode_blocked` multiplies them one by one (docs/performance.md).
+MAX_SINGLE_HEADS = 4
 CAUSAL_BLOCKS = 4  # blocks of queries per row in `_causal_blocked`
 MASK_VALUE = -1e30  # score of a masked key: finite, so that a fully masked row gives finite numbers instead of NaN
 
@@ -208,7 +210,12 @@ def _decode_blocked(
     least, most, of_all_rows = DECODE_BLOCK
     block, slots = min(max(of_all_rows // B, least), most, S), jnp.arange(S)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    q32 = q.astype(jnp.float32) * scale
+    q32, G = q.astype(jnp.float32) * scale, q.shape[2]
+
+    def product(spec: str, x: Array, y: Array) -> Array:
+        if G > MAX_SINGLE_HEADS:
+            return einsum(spec, x, y)
+        return jnp.stack([einsum(spec.replace("G", ""), x[:, :, g], y) for g in range(G)], axis=2)
 
     def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
@@ -218,12 +225,12 @@ def _decode_blocked(
             return jax.lax.dynamic_slice_in_dim(x, begin, block, letters.index("S"))
 
         keys, values = (part(x, letters).astype(jnp.float32) for x, letters in zip((k, v), layout))
-        scores = einsum(f"BKGH,{layout.k}->BKGS", q32, keys)
+        scores = product(f"BKGH,{layout.k}->BKGS", q32, keys)
         attended = part(mask, "BS") & (part(slots, "S") >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        weighted = einsum(f"BKGS,{layout.v}->BKGH", exps, values)
+        weighted = product(f"BKGS,{layout.v}->BKGH", exps, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
     used = mask.any(axis=0)

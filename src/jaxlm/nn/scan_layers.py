@@ -41,6 +41,7 @@ def scan_layers(
     if remat is not None:
         policy = None if remat is True else remat
         period = [jax.checkpoint(layer, policy=policy) for layer in period]
+    period = [jax.jit(layer) for layer in period]  # traced once, not once per layer
     if hidden is not None:
         hidden.append(x)
     if isinstance(layers, dict) and cache is not None:

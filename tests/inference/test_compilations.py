@@ -1,0 +1,265 @@
+"""What compiles and what does not: every program that jax compiles is counted, also those of single operations."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
+
+import jaxlm
+from jaxlm.devices import hardware
+from jaxlm.inference import decoding, engine
+from jaxlm.inference.decoding import CompiledSteps, executables
+from jaxlm.model import Model
+from jaxlm.models import llama3
+from jaxlm.nn import Rope
+
+COMPILE = "/jax/core/compile/backend_compile_duration"
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with quick_compilation():
+        yield
+
+
+def model_with(context: int) -> Model:
+    """A model for a single test: models of the same config share programs."""
+    return model_of(llama3, llama3.Config(**SIZES, L=1, rope=Rope(1e4), context=context), tokenizer_of(TEMPLATE))
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Names of the programs that are compiled in the test. Threads of earlier tests are waited for."""
+    finish_compiling()
+    names: list[str] = []
+
+    def record(event: str, duration: float, **about: Any) -> None:
+        if event == COMPILE:
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(record)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is fast with tiny models: as with others, programs that are needed next are traced meanwhile."""
+    monkeypatch.setattr(decoding, "WORKERS", 8)
+    monkeypatch.setattr(decoding, "wait", lambda *args, **kwargs: SimpleNamespace(done=set()))
+
+
+def finish_compiling() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("jaxlm-compile"):
+            thread.join()
+
+
+def ids(length: int) -> list[int]:
+    return [(7 * i) % SIZES["V"] for i in range(length)]
+
+
+def test_first_prompt_compiles_few_programs(compiled: list[str]) -> None:
+    """Each small program takes as long as the first token of a small model."""
+    model = model_with(4001)
+    compiled.clear()
+    jaxlm.generate(model, ids(32), max_tokens=4, **GREEDY)
+    assert {"jit(prefill)", "jit(sample_token)", "jit(insert)", "jit(step)"} <= {*compiled}
+    # Besides these: chunks of other prompts, the PRNG key of a request, the keys of all rows, two empty KV caches.
+    assert len(compiled) <= 9, compiled
+
+
+def test_other_lengths_compile_nothing(compiled: list[str], patient: None) -> None:
+    model = model_with(4002)
+    jaxlm.generate(model, ids(32), max_tokens=64, **GREEDY)
+    assert compiled
+    finish_compiling()
+    compiled.clear()
+    for length, max_tokens in ((50, 100), (200, 40), (7, 300), (440, 3000)):
+        jaxlm.generate(model, ids(length), max_tokens=min(max_tokens, 40), **GREEDY)
+        list(islice(jaxlm.stream(model, ids(length), max_tokens=max_tokens, temperature=1.0, top_p=0.9), 3))
+    jaxlm.generate(model, [ids(3), ids(70), ids(130)], max_tokens=9, batch_size=1, **GREEDY)
+    assert compiled == []
+
+
+def test_other_batches_compile_nothing(compiled: list[str], patient: None) -> None:
+    model = model_with(4003)
+    jaxlm.generate(model, [ids(20)] * 4, max_tokens=8, **GREEDY)
+    finish_compiling()
+    compiled.clear()
+    jaxlm.generate(model, [ids(3), ids(4), ids(15), ids(9)], max_tokens=20, **GREEDY)
+    jaxlm.generate(model, [ids(100)] * 4, max_tokens=30, temperature=0.7, repetition_penalty=1.0)
+    assert compiled == []
+
+
+def test_second_turn_compiles_nothing(compiled: list[str], patient: None) -> None:
+    model = model_with(4004)
+    talk = jaxlm.Conversation(model, max_tokens=6, temperature=0, logit_bias=bias_of(model))
+    list(talk.send("hello"))
+    finish_compiling()
+    compiled.clear()
+    list(talk.send("and now a longer message, of many more words than the one before it " * 3))
+    talk.set("max_tokens", 30)
+    list(talk.retry())
+    assert compiled == []
+
+
+def test_penalties_compile_nothing_for_another_length(compiled: list[str], patient: None) -> None:
+    model = model_with(4005)
+    how = {**GREEDY, "repetition_penalty": 1.5, "logprobs": 2}
+    jaxlm.generate(model, ids(12), max_tokens=5, **how)
+    finish_compiling()
+    compiled.clear()
+    jaxlm.generate(model, ids(90), max_tokens=9, **how)
+    assert compiled == []
+
+
+def test_decoding_copies_nothing_to_the_device() -> None:
+    chunks = jaxlm.stream(model_with(4006), ids(9), max_tokens=20, **GREEDY)
+    assert len(list(islice(chunks, 2))) == 2
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        assert sum(len(chunk.tokens) for chunk in chunks) >= 17
+
+
+@pytest.mark.parametrize(
+    ("length", "want"),
+    [(1, [32]), (32, [32]), (33, [32, 32]), (96, [32, 32, 32]), (97, [128]), (129, [128, 32]),
+     (480, [128] * 3 + [32] * 3), (512, [512]), (1100, [512, 512, 32, 32, 32])],
+)  # fmt: skip
+def test_chunks_cover_the_prompts(length: int, want: list[int]) -> None:
+    pieces = decoding.chunks([ids(length), ids(3)], 5, [512, 128, 32])
+    assert [tokens.shape[1] for tokens, _ in pieces] == want
+    tokens, pos = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+    assert tokens[0][pos[0] >= 0].tolist() == ids(length)
+    assert pos[0][pos[0] >= 0].tolist() == list(range(5, length + 5))
+    assert tokens[1][pos[1] >= 0].tolist() == ids(3)
+
+
+def test_chunk_sizes_are_of_all_rows() -> None:
+    sizes = {rows: decoding.chunk_sizes("cpu", rows) for rows in (1, 2, 8, 64)}
+    assert sizes == {1: [512, 128, 32], 2: [256, 64, 16], 8: [64, 16], 64: [16]}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 5000])
+def test_cache_lengths(rows: int) -> None:
+    """Short requests have the same lengths. Every length fits the context, and the last one all tokens."""
+
+    def lengths(prompt: int, max_tokens: int, context: int = 9000) -> engine.CacheLengths:
+        return engine.cache_lengths([engine.Request(ids(prompt), engine.DEFAULT_PARAMS, max_tokens)], rows, context)
+
+    least, most, _ = engine.SMALLEST_CACHE
+    short = lengths(3, 20)
+    assert short == lengths(30, 30)
+    assert least <= short.decode[0] <= most
+    assert short.decode[0] * rows <= max(least * rows, 2 * engine.SMALLEST_CACHE[2])
+    assert lengths(40, 8960).decode[-1] == 9000
+    assert lengths(8999, 1) == (lengths(8999, 1).prefill, [9000])
+    assert lengths(5, 40, context=50) == ([50], [50])
+    assert all(b == min(2 * a, 9000) for a, b in zip(*(lengths(3, 8000).decode[i:] for i in (0, 1)), strict=False))
+
+
+def test_scarce_memory_takes_shorter_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that fit are not refused because the smallest KV cache does not."""
+    from jaxlm.inference import memory
+
+    model = model_with(4007)
+    requests = [engine.Request(ids(20), engine.DEFAULT_PARAMS, 12)]
+    shortest = engine.shortest_cache_lengths(requests)
+    assert shortest.decode == [32]
+    monkeypatch.setattr(hardware, "available_memory", lambda device: memory.row_bytes(model, shortest))
+    assert memory.check_memory(model, requests, 1) == shortest
+    monkeypatch.setattr(hardware, "available_memory", lambda device: memory.row_bytes(model, shortest) - 1)
+    with pytest.raises(MemoryError):
+        memory.check_memory(model, requests, 1)
+    monkeypatch.undo()
+    assert memory.check_memory(model, requests, 1).decode == [1024]
+
+
+class Slow:
+    """A lowered program that is compiled after others are."""
+
+    def __init__(self, lowered: Any, after: threading.Event):
+        self.lowered, self.after = lowered, after
+
+    def compile(self) -> Any:
+        assert self.after.wait(timeout=60)
+        return self.lowered.compile()
+
+
+def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, prefill is compiled when the first token has been traced, and insert when decode has. The notices are those
+    of the programs that were waited for, in the caller's thread."""
+    monkeypatch.setattr(decoding, "WORKERS", 4)
+    model, lower, traced = model_with(4008), decoding.lower_program, []
+    reached = defaultdict(threading.Event)
+
+    def slow(function: Any, donate: Any, args: Any) -> Any:
+        lowered = lower(function, donate, args)
+        traced.append(getattr(function, "func", function).__name__)
+        slow_first = {"prefill": "sample_token", "insert": "step"}
+        if traced[-1] in slow_first and "step" not in traced:
+            return Slow(lowered, reached[slow_first[traced[-1]]])
+        reached[traced[-1]].set()
+        return lowered
+
+    monkeypatch.setattr(decoding, "lower_program", slow)
+    notices: list[tuple[str, float | None, bool]] = []
+    main = threading.current_thread()
+    token = decoding.on_compile.set(
+        lambda name, seconds=None: notices.append((name, seconds, threading.current_thread() is main))
+    )
+    try:
+        answer = jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
+    finally:
+        decoding.on_compile.reset(token)
+    assert traced[:4] == ["prefill", "sample_token", "insert", "step"]
+    assert all(in_main for *_, in_main in notices)
+    assert [name for name, seconds, _ in notices if seconds is None] == [
+        name for name, seconds, _ in notices if seconds is not None
+    ]
+    assert notices[0][:2] == ("prefill", None)
+    assert answer.compile_seconds == pytest.approx(sum(seconds or 0.0 for _, seconds, _ in notices))
+    assert {"decode", "first token", "insert", "prefill"} == {key[0] for key in executables(model.family, model.config)}
+
+
+@pytest.mark.parametrize("program", ["prefill", "step"])
+def test_error_of_the_compiler_reaches_the_caller(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lower = model_with(4009), decoding.lower_program
+
+    class Failing:
+        def compile(self) -> Any:
+            raise RuntimeError("out of registers")
+
+    def failing(function: Any, donate: Any, args: Any) -> Any:
+        name = getattr(function, "func", function).__name__
+        return Failing() if name == program else lower(function, donate, args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "lower_program", failing)
+        with pytest.raises(RuntimeError, match="out of registers"):
+            jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
+    assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4
+    executables(model.family, model.config).clear()  # for the other program
+
+
+def test_interrupt_drops_the_programs_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cancelled, cancel = model_with(4010), [], CompiledSteps.cancel
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompiledSteps, "cancel", lambda steps: cancelled.append(steps) or cancel(steps))
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
+    assert [(steps._expected, steps._workers, steps._compiling) for steps in cancelled] == [([], None, {})]
+    assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4
