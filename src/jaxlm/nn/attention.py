@@ -220,13 +220,10 @@ def _decode_blocked(
     def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
         begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
-
-        def part(x: Array, letters: str) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, begin, block, letters.index("S"))
-
-        keys, values = (part(x, letters).astype(jnp.float32) for x, letters in zip((k, v), layout))
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
+        keys, values = (part(x, axis=name.index("S")).astype(jnp.float32) for x, name in zip((k, v), layout))
         scores = product(f"BKGH,{layout.k}->BKGS", q32, keys)
-        attended = part(mask, "BS") & (part(slots, "S") >= i * block)
+        attended = part(mask, axis=1) & (part(slots, axis=0) >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)

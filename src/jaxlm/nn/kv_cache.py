@@ -105,11 +105,11 @@ def init(
     chunk = min(chunk or length, length)
     slots = [length if window is None else min(length, window + chunk - 1) for window in windows]
     positions = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in slots}
-    sizes = [{"B": batch, "S": S, "K": K, "H": H} for S in slots]
-    layers = [
-        {name: jnp.zeros([size[letter] for letter in letters], dtype) for name, letters in layout._asdict().items()}
-        for size in sizes
-    ]
+
+    def zeros(letters: str, S: int) -> Array:
+        return jnp.zeros([{"B": batch, "S": S, "K": K, "H": H}[letter] for letter in letters], dtype)
+
+    layers = [{"k": zeros(layout.k, S), "v": zeros(layout.v, S)} for S in slots]
     return KVCache(positions, layers, length, chunk, layout)
 
 
@@ -173,8 +173,3 @@ def put(old: Array, new: Array, index: Int[Array, "B T"], axis: int = 1) -> Arra
 
     # With a vmap over the sharded rows, instead of another index of the scatter, a write needs no communication.
     return jax.vmap(put_row)(old, new, index)
-
-
-def next_position(cache: KVCache) -> Int[Array, " B"]:
-    """The position after the newest token of each row; 0 for an empty row."""
-    return jnp.max(jnp.stack([a.max(axis=1) for a in cache.positions.values()]), axis=0) + 1
