@@ -350,7 +350,8 @@ def prefill(run: Run) -> None:
 
         def prompt() -> jax.Array:
             kv = model.init_kv(1, decoding.bucket(length), chunk=chunk)
-            return engine.extend(compiled, kv, [[7 * i % cfg.V for i in range(length)]], 0)[1]
+            last, ids = engine.no_hidden_state(model, 1), [[7 * i % cfg.V for i in range(length)]]
+            return engine.extend(compiled, kv, last, ids, 0, lambda: None)[1]
 
         seconds = run.seconds(prompt)
         work = length * (flops.training(table, cfg, length) / 3 - 2 * cfg.V * cfg.D)  # forward, without the logits

@@ -138,7 +138,7 @@ def state(where: Setting, context: int) -> decoding.State:
 
     def made() -> decoding.State:
         blank = engine.Request([], engine.DEFAULT_PARAMS, 1, key=jax.random.key(0))
-        model: Any = SimpleNamespace(config=where.cfg, mesh=None)
+        model: Any = SimpleNamespace(config=where.cfg, mesh=None, device=None)
         return engine.new_rows(model, [blank] * where.batch, None, engine.Optionals(False, False))
 
     return decoding.constrain_state(jax.eval_shape(made), where.put)._replace(kv=cache(where, context, 1))

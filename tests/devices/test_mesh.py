@@ -1,8 +1,10 @@
 """Tensor parallelism and data parallelism on virtual devices: the same text, logits and gradients as on one device, and
 the collectives of each program."""
 
+import importlib
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import cache_rows, sampling
 from jaxlm.inference.decoding import executables
+from jaxlm.nn import kv_cache as caches
 from jaxlm.nn import params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
@@ -69,6 +72,35 @@ def test_greedy_text_is_the_same_on_every_mesh(family: str, spec: str) -> None:
     a, b = (np.asarray(m.forward(rows, m.weights)[0]) for m in (there, model))
     assert np.abs(a - b).max() <= 2e-5 * b.std()  # another order of sums
     assert made == [row[len(p) - 1 : len(p) + 11].argmax(-1).tolist() for row, p in zip(b, PROMPTS)]
+
+
+@pytest.mark.parametrize("spec", [None, "data=2,model=4"])
+def test_the_decoding_step_of_accelerators_writes_the_same_text(
+    spec: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their layout of the KV cache, on one device and on a mesh. Gemma has ring buffers."""
+    attention = importlib.import_module("jaxlm.nn.attention")
+    model = model_of("gemma3")
+    expected = texts(model, temperature=0)
+    monkeypatch.setattr(caches, "CPU_LAYOUT", caches.LAYOUT)
+    monkeypatch.setattr(attention, "_decode_on_cpu", attention.decode)
+    executables.cache_clear()
+    there = spread(model, make(spec)) if spec else replace(model)
+    assert there.init_kv(8, 16).layout == caches.LAYOUT
+    assert texts(there, temperature=0) == expected
+    executables.cache_clear()
+
+
+def test_a_model_that_is_not_on_the_default_device_generates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it compiles, too, other programs are traced for its device."""
+    from jaxlm.inference import decoding
+
+    monkeypatch.setattr(decoding, "PATIENCE", 0.0)
+    executables.cache_clear()
+    model = model_of("llama3")
+    there = replace(model, weights=jax.device_put(model.weights, jax.devices()[3]))
+    assert there.device == jax.devices()[3]
+    assert texts(there, temperature=0) == texts(model, temperature=0)
 
 
 @pytest.mark.slow

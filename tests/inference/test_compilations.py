@@ -172,7 +172,7 @@ def test_scarce_memory_takes_shorter_caches(monkeypatch: pytest.MonkeyPatch) -> 
 
     model = model_with(4007)
     requests = [engine.Request(ids(20), engine.DEFAULT_PARAMS, 12)]
-    shortest = engine.shortest_cache_lengths(requests)
+    shortest = engine.shortest_cache_lengths(requests, model.config.context)
     assert shortest.decode == [32]
     monkeypatch.setattr(hardware, "available_memory", lambda device: memory.row_bytes(model, shortest))
     assert memory.check_memory(model, requests, 1) == shortest

@@ -386,7 +386,7 @@ def test_forward_with_a_manual_decoding_loop():
 
 def test_out_of_memory_message_suggests_a_batch_size(monkeypatch):
     model = llama()
-    rows = [cache_bytes(model, CONTEXT, 1) + cache_bytes(model, 7, None)] * 3
+    rows = [cache_bytes(model, CONTEXT, 1) + cache_bytes(model, 16, None)] * 3
     monkeypatch.setattr(hardware, "available_memory", lambda device: sum(rows) + 10)
     with pytest.raises(MemoryError, match="batch_size=3"):
         jaxlm.generate(model, [PROMPT] * 4, max_tokens=REST)

@@ -258,9 +258,10 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def place(values: list[np.ndarray], devices: list[Any]) -> list[jax.Array]:
     """Moves arrays from host memory, each to its device: on CPU without a copy, elsewhere large ones in pieces, to
     stage no copy."""
-    if devices[0].platform == "cpu" or all(value.nbytes <= 4 * PIECE for value in values):
-        return jax.device_put(values, devices)
-    return [_place_pieces(value, device) for value, device in zip(values, devices)]
+    large = [devices[0].platform != "cpu" and value.nbytes > 4 * PIECE for value in values]
+    small = [i for i, is_large in enumerate(large) if not is_large]
+    placed = dict(zip(small, jax.device_put([values[i] for i in small], [devices[i] for i in small])))
+    return [placed[i] if i in placed else _place_pieces(values[i], devices[i]) for i in range(len(values))]
 
 
 def _place_pieces(value: np.ndarray, device: Any) -> jax.Array:

@@ -137,10 +137,10 @@ def round_up_batch(rows: int, mesh: Mesh | None) -> int:
     return -(-rows // multiple) * multiple
 
 
-def place(x: Any, letters: str, mesh: Mesh | None) -> jax.Array:
-    """Shards an array (of jax or numpy, the same in every process) over a mesh."""
-    if mesh is None:
-        return jax.device_put(x)  # jnp.asarray would compile a program for each shape
+def place(x: Any, letters: str, mesh: Any) -> jax.Array:
+    """Shards an array (the same in every process) over a mesh, or puts it on a device; None: the default device."""
+    if not isinstance(mesh, Mesh):
+        return jax.device_put(x, mesh)  # jnp.asarray would compile a program for each shape
     if is_key := jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     where = sharding(letters, x.shape, mesh)

@@ -48,11 +48,14 @@ def _same_slots(cache: KVCache, part: KVCache, layer: int) -> bool:
 
 def _put_slices(old: Array, new: Array, rows: Int[Array, " b"]) -> Array:
     """Writes whole rows, each as one slice. XLA writes the slots of a scatter one by one."""
-    for i, row in enumerate(rows):
-        where = (row, *(0,) * (old.ndim - 1))
+
+    def put_row(i: Array, old: Array) -> Array:
+        where = (rows[i], *(0,) * (old.ndim - 1))
         slice_ = jax.lax.dynamic_slice(old, where, (1, *new.shape[1:]))
-        old = jax.lax.dynamic_update_slice(old, jnp.where(row < old.shape[0], new[i : i + 1], slice_), where)
-    return old
+        row = jnp.where(rows[i] < old.shape[0], jax.lax.dynamic_slice_in_dim(new, i, 1), slice_)
+        return jax.lax.dynamic_update_slice(old, row, where)
+
+    return jax.lax.fori_loop(0, len(rows), put_row, old)
 
 
 def _put_slots(old: Array, new: Array, rows: Int[Array, " b"], index: Int[Array, "b s"], axis: int) -> Array:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -230,7 +231,8 @@ class CompiledSteps:
         while self._expected and not wait([compiling], timeout=PATIENCE).done:
             self._ahead = True
             try:
-                self._expected.pop(0)()
+                with suppress(Exception):  # if the program is needed, it is traced again and raises then
+                    self._expected.pop(0)()
             finally:
                 self._ahead = False
         executable = compiling.result()
@@ -246,7 +248,8 @@ class CompiledSteps:
             with mesh.use_mesh_of(args):
                 executable = lowered.compile()
             while len(self._executables) >= MAX_EXECUTABLES:
-                self._executables.pop(next(iter(self._executables)), None)  # another thread may have removed it
+                with suppress(RuntimeError):  # another thread has changed it
+                    self._executables.pop(next(iter(self._executables)), None)
             self._executables[key] = executable
             return executable
 
@@ -292,7 +295,8 @@ def _signature(leaf: Any) -> Any:
     if isinstance(leaf, caches.KVCache):
         first = leaf.layers[0]["k"]
         # A cache that a program returns has sorted keys, a new one may not.
-        return tuple(sorted(leaf.positions)), leaf.length, leaf.chunk, first.shape, first.dtype, first.sharding
+        sizes = tuple(sorted(leaf.positions)), leaf.length, leaf.chunk, leaf.layout
+        return *sizes, first.shape, first.dtype, first.sharding
     return leaf.shape, leaf.dtype, leaf.sharding
 
 

@@ -93,7 +93,7 @@ def run(
     steps: CompiledSteps, requests: Sequence[Request], slots: int, lengths: CacheLengths | None = None
 ) -> Iterator[Token]:
     """Decodes all requests. Free rows take the next waiting request and others in its length bucket (16, 24, 32, 48, …
-    tokens: decoding.bucket), which `admit` prefills together, padded to the bucket.
+    tokens: decoding.bucket), which `admit` prefills together, padded to the same chunks.
 
     Args:
         steps: The compiled functions of the model.
@@ -207,7 +207,7 @@ def cache_lengths(requests: Sequence[Request], slots: int, context: int) -> Cach
     prompt, total = max(len(r.ids) for r in requests), max(len(r.ids) + r.max_tokens for r in requests)
     least, most, of_all_rows = SMALLEST_CACHE
     smallest = least
-    while smallest < min(most, of_all_rows // slots):
+    while 2 * smallest <= min(most, of_all_rows // slots):
         smallest *= 2
 
     def doubled(length: int, needed: int) -> list[int]:
@@ -221,10 +221,11 @@ def cache_lengths(requests: Sequence[Request], slots: int, context: int) -> Cach
     return CacheLengths(doubled(min(smallest, PREFILL_CACHE), prompt), [length for length in decode if length >= first])
 
 
-def shortest_cache_lengths(requests: Sequence[Request]) -> CacheLengths:
+def shortest_cache_lengths(requests: Sequence[Request], context: int) -> CacheLengths:
     """Lengths of KV caches that take less memory than those of `cache_lengths`, but are shared by fewer prompts and
     max_tokens. The batch starts with slots for the prompts and HEADROOM tokens; the last length is not doubled."""
-    longest = decoding.bucket(max(len(r.ids) + r.max_tokens for r in requests))
+    total = max(len(r.ids) + r.max_tokens for r in requests)
+    longest = min(decoding.bucket(total), max(context, total))
     lengths = [decoding.bucket(max(len(r.ids) for r in requests) + HEADROOM)]
     while 2 * lengths[-1] <= longest:
         lengths.append(2 * lengths[-1])
@@ -279,7 +280,9 @@ def new_rows(model: "Model", requests: Sequence[Request], kv: Any, shared: Optio
         counts=counts,
         bias=bias,
     )
-    return decoding.constrain_state(state, lambda a, letters: mesh.place(a, letters, model.mesh))._replace(kv=kv)
+    return decoding.constrain_state(
+        state, lambda a, letters: mesh.place(a, letters, model.mesh or model.device)
+    )._replace(kv=kv)
 
 
 def admit(
@@ -314,7 +317,7 @@ def admit(
     last = no_hidden_state(model, b)
     # The KV cache is not an argument of `sample_token`, which is compiled once for all prompt lengths.
     part = new_rows(model, padded, None, Optionals(state.counts is not None, state.bias is not None))
-    where = mesh.place(np.array(target, np.int32), "", model.mesh)
+    where = mesh.place(np.array(target, np.int32), "", model.mesh or model.device)
     then = partial(steps.sample_token, k, *decoding.shapes((part, last)))
     kv, last = extend(steps, kv, last, [r.ids for r in padded], 0, then)
     part, output = steps.sample_token(k, part, last)
@@ -323,7 +326,7 @@ def admit(
 
 def no_hidden_state(model: "Model", rows: int) -> jax.Array:
     """The last hidden states [B,D] of rows without tokens, for `extend`."""
-    return mesh.place(np.zeros((rows, model.config.D), model.dtype), "BD", model.mesh)
+    return mesh.place(np.zeros((rows, model.config.D), model.dtype), "BD", model.mesh or model.device)
 
 
 def extend(
@@ -352,12 +355,14 @@ def extend(
     pieces = decoding.chunks(ids, start, [full, *small])
     steps.expect(*prefills(steps, kv, [tokens.shape[1] for tokens, _ in pieces]), then)
     for tokens, pos in pieces:
-        kv, last = steps.prefill(kv, last, *(mesh.place(a, "BT", model.mesh) for a in (tokens, pos)))
+        kv, last = steps.prefill(kv, last, *(mesh.place(a, "BT", model.mesh or model.device) for a in (tokens, pos)))
     return kv, last
 
 
 def prefills(steps: CompiledSteps, kv: caches.KVCache, sizes: Sequence[int]) -> list[Callable[[], Any]]:
-    """The prefill programs of these chunk sizes, for `CompiledSteps.expect`."""
+    """The prefill programs of these chunk sizes on a single device, for `CompiledSteps.expect`."""
+    if steps.model.mesh is not None:
+        return []
     rows, where = next(iter(kv.positions.values())).shape[0], kv.layers[0]["k"].sharding
     cache = decoding.shapes(kv)
     hidden: Any = jax.ShapeDtypeStruct((rows, steps.model.config.D), steps.model.dtype, sharding=where)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import decoding, engine
+from jaxlm.inference import engine
 from jaxlm.nn import params
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> 
     lengths = engine.cache_lengths(requests, slots, model.config.context)
     if free is None or rows * row_bytes(model, lengths) <= free:
         return lengths
-    shortest = engine.shortest_cache_lengths(requests)
+    shortest = engine.shortest_cache_lengths(requests, model.config.context)
     row = row_bytes(model, shortest)
     hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
     if row <= free:
@@ -53,8 +53,8 @@ def row_bytes(model: "Model", lengths: engine.CacheLengths) -> int:
 
 
 def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
-    """Bytes per device of the KV cache of one sequence of `length` tokens, written in chunks of `chunk` tokens."""
-    make = partial(model.init_kv, 1, decoding.bucket(length), chunk=chunk or hardware.CHUNK[model.device.platform])
+    """Bytes per device of a KV cache of one row and this length, written in chunks of `chunk` tokens."""
+    make = partial(model.init_kv, 1, length, chunk=chunk or hardware.CHUNK[model.device.platform])
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
 
 

@@ -7,9 +7,9 @@ padding, prefill and decoding:
     when the key is not padding, and when both belong to the same segment.
 
 `reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_causal_blocked` on
-CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by `decode`, on
-CPU by `_decode_on_cpu`. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
-`cudnn` against `reference` (tests/nn/test_attention_backends.py).
+CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by `decode` on
+TPU and by `_decode_on_cpu` on CPU. What runs on CPU is tested against a float64 twin in numpy
+(tests/nn/test_attention.py), `cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math
@@ -80,7 +80,12 @@ def attend(
         (B, _, N, H), K = q.shape, k.shape[2]
         mask = attention_mask(query, key, window)[:, 0]
         step = partial(jax.lax.platform_dependent, q.reshape(B, K, N // K, H), k[:, 0], v[:, 0], mask, cache)
-        out, cache = step(cpu=partial(_decode_on_cpu, factor), default=partial(decode, factor))
+
+        def write_first(*inputs: Any) -> tuple[Array, kv_cache.LayerCache]:  # on GPU, XLA needs fewer kernels so
+            written = kv_cache.write(inputs[-1], k, v)
+            return reference(q, *written.read(), query, key, window, factor).reshape(B, K, N // K, H), written
+
+        out, cache = step(cpu=partial(_decode_on_cpu, factor), tpu=partial(decode, factor), default=write_first)
         return out.reshape(q.shape), cache
     cache = kv_cache.write(cache, k, v)
     return _dispatch(q, *cache.read(), query, key, window, factor), cache
@@ -163,7 +168,7 @@ def decode(
     mask: Bool[Array, "B S"],
     cache: kv_cache.LayerCache,
 ) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
-    """`reference` for one token per row: a decoding step, and the written cache.
+    """`reference` on TPU for one token per row, a decoding step, and the written cache.
 
     The query attends to the cache as it was before the step, and to its own key and value. Then these are written. In
     the other order, XLA on TPU copies the cache.
@@ -183,13 +188,8 @@ def decode(
 
 
 def _decode_on_cpu(
-    scale: float,
-    q: Float[Array, "B K G H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    mask: Bool[Array, "B S"],
-    cache: kv_cache.LayerCache,
-) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
+    scale: float, q: Array, k: Array, v: Array, mask: Array, cache: kv_cache.LayerCache
+) -> tuple[Array, kv_cache.LayerCache]:
     """`decode` on CPU, where the cache is written first. In the other order, XLA on CPU copies it."""
     cache = kv_cache.write(cache, k[:, None], v[:, None])
     return _decode_blocked(scale, cache.layout, q, cache.k, cache.v, mask), cache

@@ -15,7 +15,7 @@ from jaxlm.devices import mesh
 # times as long as that of a single row with one product for both rows, and 1.8 times as long with two products. With
 # three rows, separate products are slower on jax 0.10 (docs/performance.md).
 MAX_SINGLE_ROWS = 2
-# Up to this number of rows, a product is taken for one of a decoding step, which is limited by memory bandwidth.
+# Up to this number of rows, a product is limited by memory bandwidth, as in a decoding step.
 MAX_DECODE_ROWS = 128
 
 
@@ -118,13 +118,13 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _rows_first(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """One product on TPU in a decoding step. The barrier keeps XLA from computing x again for each part of the weight,
+    """One product of few rows on TPU. The barrier keeps XLA from computing x again for each part of the weight,
     as in silu(gate) * up before `down`."""
     return _product(spec, jax.lax.optimization_barrier(x), w)
 
 
 def _eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B,D], w [F,D] -> [B,F] on TPU in a decoding step. Fewer than 8 rows are padded to 8, because XLA computes the
+    """x [B,D], w [F,D] -> [B,F] on TPU, for few rows. Fewer than 8 are padded to 8, because XLA computes the
     product of a few rows without the matrix unit."""
     rows = x.shape[0]
     return _rows_first("BD,FD->BF", jnp.pad(x, ((0, max(0, 8 - rows)), (0, 0))), w)[:rows]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from jaxlm.devices import mesh
 from jaxlm.nn.kv_cache import KVCache, LayerCache, advance
 
 Layer = Callable[[Array, dict[str, Any], LayerCache | None], tuple[Array, LayerCache | None]]
@@ -41,7 +42,8 @@ def scan_layers(
     if remat is not None:
         policy = None if remat is True else remat
         period = [jax.checkpoint(layer, policy=policy) for layer in period]
-    period = [jax.jit(layer) for layer in period]  # traced once, not once per layer
+    if mesh.traced(x):  # within a program, each layer function is traced once, not once per layer
+        period = [jax.jit(layer) for layer in period]
     if hidden is not None:
         hidden.append(x)
     if isinstance(layers, dict) and cache is not None:
