@@ -213,7 +213,7 @@ def _decode_blocked(
     q32, G = q.astype(jnp.float32) * scale, q.shape[2]
 
     def product(spec: str, x: Array, y: Array) -> Array:
-        if G > MAX_SINGLE_HEADS:
+        if G > MAX_SINGLE_HEADS or mesh.active():  # on a mesh, these heads may be on several devices
             return einsum(spec, x, y)
         return jnp.stack([einsum(spec.replace("G", ""), x[:, :, g], y) for g in range(G)], axis=2)
 
