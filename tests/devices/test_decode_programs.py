@@ -16,7 +16,6 @@ import pytest
 from jaxlm.nn import kv_cache
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-attention = importlib.import_module("jaxlm.nn.attention")
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +99,14 @@ def test_the_layout_of_the_cpu_costs_copies(tpu: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_writing_before_attention_costs_time(tpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_the_whole_cache_costs_time(tpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault."""
 
-    def written_first(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
-        cache = kv_cache.write(cache, k[:, None], v[:, None])
-        keys, values = cache.read()
-        scores = jnp.einsum("BKGH,BSKH->BKGS", q, keys, preferred_element_type=jnp.float32) * scale
-        probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30)).astype(q.dtype)
-        return jnp.einsum("BKGS,BSKH->BKGH", probs, values), cache
+    def put(old: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+        written = jnp.arange(old.shape[axis]) == index  # [B,S]
+        written = jnp.expand_dims(written, [i for i in range(1, old.ndim) if i != axis])
+        return jnp.where(written, new.astype(old.dtype), old)
 
-    monkeypatch.setattr(attention, "decode", written_first)
+    monkeypatch.setattr(kv_cache, "put", put)
     found = tpu.measure(tpu.Case("llama-3.1-8b", 8, 2048))
-    assert found["fraction"] < 0.85
+    assert found["fraction"] < 0.8

@@ -170,8 +170,7 @@ def decode(
 ) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
     """`reference` on TPU for one token per row, a decoding step, and the written cache.
 
-    The query attends to the cache as it was before the step, and to its own key and value. Then these are written. In
-    the other order, XLA on TPU copies the cache.
+    The query attends to the cache as it was before the step, and to its own key and value. Then these are written.
     """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     einsum = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
