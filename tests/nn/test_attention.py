@@ -80,10 +80,8 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
 
 
 def decoded(rows: Any, S: int, layout: kv_cache.Layout, dtype: str = "float32") -> tuple[Any, ...]:
-    """Arguments of `decode` without a window: the newest token of each row, and a cache whose slots hold `rows`.
-
-    The slot of the newest token still has other contents.
-    """
+    """The newest token of each row, its position, and a cache whose slots hold `rows`, in which its own slot still has
+    other contents."""
     random, B = np.random.RandomState(S), len(rows)
     q, k, v, *stored = (random.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in (
         (B, 2, 3, 8), (B, 2, 8), (B, 2, 8), (B, S, 2, 8), (B, S, 2, 8)))  # fmt: skip
@@ -103,12 +101,16 @@ def windowed(pos: np.ndarray, cache: kv_cache.LayerCache, window: int | None) ->
     return (cache.positions >= 0) & (distance >= 0) & (distance < (window or 1000))
 
 
-def written_first(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
-    """The twin of `decode`: softmax over a cache to which the token has been written."""
-    cache = kv_cache.write(cache, k[:, None], v[:, None])
-    keys, values = cache.read()
+def plain(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
+    """The twin: softmax over the whole written cache."""
+    keys, values = kv_cache.write(cache, k[:, None], v[:, None]).read()
     scores = jnp.where(mask[:, None, None], jnp.einsum("BKGH,BSKH->BKGS", q, keys) * scale, -1e30)
-    return jnp.einsum("BKGS,BSKH->BKGH", jax.nn.softmax(scores), values), cache
+    return jnp.einsum("BKGS,BSKH->BKGH", jax.nn.softmax(scores), values)
+
+
+def blocked(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
+    cache = kv_cache.write(cache, k[:, None], v[:, None])
+    return module._decode_blocked(scale, cache.layout, q, cache.k, cache.v, mask)
 
 
 SLOTS = {
@@ -128,28 +130,26 @@ SLOTS = {name: (rows + [[]] * 3)[:3] for name, rows in SLOTS.items()}  # of one 
 def test_decoding_equals_reference_over_the_written_cache(
     rows: Any, window: int | None, S: int, layout: kv_cache.Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, and in blocks that divide S and others, with the gradients."""
+    """In blocks that divide S and others, with the gradients."""
     *arrays, pos, cache = decoded(rows, S, layout)
     mask = windowed(pos, cache, window)
     real = np.array([row for row, slots in enumerate(rows) if len(slots)])
 
     def value(backend: Any, *arrays: Any) -> Any:
-        out, new = backend(0.4, *arrays[:3], mask, replace(cache, k=arrays[3], v=arrays[4]))
-        return jnp.sum(jnp.sin(out[real])), (out, new)
+        out = backend(0.4, *arrays[:3], mask, replace(cache, k=arrays[3], v=arrays[4]))
+        return jnp.sum(jnp.sin(out[real])), out
 
     def measured(backend: Any) -> Any:
         run = jax.value_and_grad(partial(value, backend), tuple(range(5)), has_aux=True)
-        (_, (out, new)), grads = run(*arrays, cache.k, cache.v)
-        return np.asarray(out), new, grads
+        (_, out), grads = run(*arrays, cache.k, cache.v)
+        return np.asarray(out), grads
 
-    expected, written, grads = measured(written_first)
-    for block, backend in [(64, module.decode), *((block, module._decode_on_cpu) for block in (7, 8, 64))]:
+    expected, grads = measured(plain)
+    for block in (7, 8, 64):
         monkeypatch.setattr(module, "DECODE_BLOCK", (block, block, block))
-        out, new, found = measured(backend)
+        out, found = measured(blocked)
         assert np.isfinite(out).all()
         np.testing.assert_allclose(out[real], expected[real], atol=3e-6)
-        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(written)):
-            np.testing.assert_array_equal(a, b)
         for a, b in zip(found, grads):
             np.testing.assert_allclose(a, b, atol=3e-6)
 
@@ -162,8 +162,8 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
     *args, pos, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
     mask = windowed(pos, cache, window)
-    decode = jax.jit(lambda cache: module._decode_on_cpu(0.4, *args, mask, cache)[0][:2])
-    expected = jax.jit(partial(written_first, 0.4))(*args, mask, cache)[0][:2]
+    decode = jax.jit(lambda cache: blocked(0.4, *args, mask, cache)[:2])
+    expected = jax.jit(partial(plain, 0.4))(*args, mask, cache)[:2]
     unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
     cache = replace(cache, k=jnp.where(unread, jnp.nan, cache.k), v=jnp.where(unread, jnp.nan, cache.v))
     np.testing.assert_allclose(decode(cache), expected, atol=3e-6)
@@ -173,10 +173,10 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
 
 def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    decode = jax.jit(partial(module._decode_on_cpu, 0.4))
+    decode = jax.jit(partial(blocked, 0.4))
     *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT)
     mask = windowed(pos, cache, None)
-    out, alone = (decode(*args, mask, cache)[0][0] for mask in (mask, mask.at[1, 9:].set(False)))
+    out, alone = (decode(*args, mask, cache)[0] for mask in (mask, mask.at[1, 9:].set(False)))
     np.testing.assert_array_equal(out, alone)
 
 

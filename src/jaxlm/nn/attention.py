@@ -7,9 +7,9 @@ padding, prefill and decoding:
     when the key is not padding, and when both belong to the same segment.
 
 `reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_causal_blocked` on
-CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by `decode` on
-TPU and by `_decode_on_cpu` on CPU. What runs on CPU is tested against a float64 twin in numpy
-(tests/nn/test_attention.py), `cudnn` against `reference` (tests/nn/test_attention_backends.py).
+CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by
+`_decode_on_cpu` on CPU. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
+`cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math
@@ -76,19 +76,12 @@ def attend(
         tokens = TokenPositions(pos, segment_ids(pos))
         return _dispatch(q, k, v, tokens, tokens, window, factor, in_order=True), None
     query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
-    if q.shape[1] == 1:
-        (B, _, N, H), K = q.shape, k.shape[2]
-        mask = attention_mask(query, key, window)[:, 0]
-        step = partial(jax.lax.platform_dependent, q.reshape(B, K, N // K, H), k[:, 0], v[:, 0], mask, cache)
-
-        def write_first(*inputs: Any) -> tuple[Array, kv_cache.LayerCache]:  # on GPU, XLA needs fewer kernels so
-            written = kv_cache.write(inputs[-1], k, v)
-            return reference(q, *written.read(), query, key, window, factor).reshape(B, K, N // K, H), written
-
-        out, cache = step(cpu=partial(_decode_on_cpu, factor), tpu=partial(decode, factor), default=write_first)
-        return out.reshape(q.shape), cache
     cache = kv_cache.write(cache, k, v)
-    return _dispatch(q, *cache.read(), query, key, window, factor), cache
+    if q.shape[1] > 1:
+        return _dispatch(q, *cache.read(), query, key, window, factor), cache
+    on_cpu = partial(_decode_on_cpu, window=window, scale=factor)
+    elsewhere = partial(_decode, window=window, scale=factor)
+    return jax.lax.platform_dependent(q, cache, query, key, cpu=on_cpu, default=elsewhere), cache
 
 
 def _dispatch(
@@ -160,38 +153,31 @@ def _causal_blocked(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def decode(
-    scale: float,
-    q: Float[Array, "B K G H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    mask: Bool[Array, "B S"],
+def _decode(
+    q: Float[Array, "B 1 N H"],
     cache: kv_cache.LayerCache,
-) -> tuple[Float[Array, "B K G H"], kv_cache.LayerCache]:
-    """`reference` on TPU for one token per row, a decoding step, and the written cache.
-
-    The query attends to the cache as it was before the step, and to its own key and value. Then these are written.
-    """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    einsum = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    keys, values, k, v = (x.astype(cache.k.dtype).astype(q.dtype) for x in (*cache.read(), k, v))
-    mask &= jnp.arange(mask.shape[1]) != cache.index  # the slot of the token itself
-    scores = jnp.where(mask[:, None, None], einsum("BKGH,BSKH->BKGS", q, keys) * scale, MASK_VALUE)
-    own = einsum("BKGH,BKH->BKG", q, k)[..., None] * scale
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
-    exps, own = jnp.exp(scores - top), jnp.exp(own - top)
-    total = jnp.sum(exps, axis=-1, keepdims=True) + own
-    out = einsum("BKGS,BSKH->BKGH", (exps / total).astype(q.dtype), values)
-    out = (out + own / total * v.astype(jnp.float32)[:, :, None]).astype(q.dtype)
-    return out, kv_cache.write(cache, k[:, None], v[:, None])
+    query: TokenPositions,
+    key: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B 1 N H"]:
+    """A decoding step: one token per row, which is in the KV cache already."""
+    return reference(q, *cache.read(), query, key, window, scale)
 
 
 def _decode_on_cpu(
-    scale: float, q: Array, k: Array, v: Array, mask: Array, cache: kv_cache.LayerCache
-) -> tuple[Array, kv_cache.LayerCache]:
-    """`decode` on CPU, where the cache is written first. In the other order, XLA on CPU copies it."""
-    cache = kv_cache.write(cache, k[:, None], v[:, None])
-    return _decode_blocked(scale, cache.layout, q, cache.k, cache.v, mask), cache
+    q: Float[Array, "B 1 N H"],
+    cache: kv_cache.LayerCache,
+    query: TokenPositions,
+    key: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B 1 N H"]:
+    """`_decode` on CPU."""
+    B, _, N, H = q.shape
+    K = cache.k.shape[cache.layout.k.index("K")]
+    mask = attention_mask(query, key, window)[:, 0]
+    return _decode_blocked(scale, cache.layout, q.reshape(B, K, N // K, H), cache.k, cache.v, mask).reshape(q.shape)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
