@@ -7,6 +7,7 @@ and `other` and the files of a training run.
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def main(port: str, index: str, folder: str, mesh: str, train_mesh: str) -> None
     with quick_runs():
         loop.train(run_for(files, files / "both", train_mesh))
     (files / f"{index}.json").write_text(json.dumps(result))
-    # The last one, for an error ends the process.
+    # The last one, for an error ends the process. The coordinator ends first: the other one still prints its error.
+    time.sleep(2 * here)
     command(["generate", "Once", "-m", str(files / "model"), "--mesh", "model=4", *joint])
 
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -60,14 +61,17 @@ def entry() -> NoReturn:
 
 
 def end(command: Any, text: str, status: int) -> int:
-    """Prints a message and returns the exit status. A process of a distributed run exits immediately, because a normal
-    exit waits for the other processes, which wait for this one."""
+    """Prints a message and returns the exit status. A process of a distributed run skips the normal exit, which waits
+    for the other processes, because they may wait for this one. The others are aborted when the coordinator exits:
+    after an error it leaves them time to print their own."""
     single = command is None or command.is_single_process
     if text:
-        from jaxlm.devices.distributed import process_index
+        from jaxlm.devices.distributed import ERROR_GRACE, process_index
 
         prefix = "" if single or process_index() is None else f"process {process_index()}: "
         print(f"{prefix}{text.strip() if prefix else text}", file=sys.stderr if single else sys.__stderr__, flush=True)
+        if status == 1 and prefix and process_index() == 0:
+            time.sleep(ERROR_GRACE)
     if not single:
         os._exit(status)
     return status

@@ -14,6 +14,7 @@ from typing import Any
 # jax is imported where it is used: commands call `num_launched` before they know whether they need jax.
 CONNECT = 120  # timeout in seconds for all processes to connect
 HEARTBEAT = 20  # timeout in seconds after which a silent process counts as dead and the others end
+ERROR_GRACE = 5  # seconds that the coordinator stays after an error, so that the other processes can print theirs
 # Environment variables in which launchers give the number of processes.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
