@@ -14,7 +14,7 @@ RENAMED = [
     ("nn/attention.py", ["Places"], ["TokenPositions", "segment_ids"]),
     ("nn/attention.py", ["visible", "seen"], ["attention_mask"]),
     ("nn/attention.py", ["NOTHING", "SCORES"], ["MASK_VALUE", "MAX_SCORE_ELEMENTS"]),
-    ("nn/attention.py", ["_in_parts", "_one_query", "_best"], ["_causal_blocked", "_decode_blocked", "_dispatch"]),
+    ("nn/attention.py", ["_in_parts", "_one_query", "_best"], ["_causal_blocked", "_cache_blocked", "_dispatch"]),
     ("devices/mesh.py", ["held"], ["local_size"]),
     ("inference/decoding.py", ["held"], ["constrain_state"]),
     ("nn/kv_cache.py", ["held", "at", "Slots", "grow"], ["map_arrays", "positions", "LayerCache", "slot_index"]),

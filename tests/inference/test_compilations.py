@@ -2,8 +2,8 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,11 +131,11 @@ def test_decoding_copies_nothing_to_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("length", "want"),
-    [(1, [32]), (32, [32]), (33, [32, 32]), (96, [32, 32, 32]), (97, [128]), (129, [128, 32]),
-     (480, [128] * 3 + [32] * 3), (512, [512]), (1100, [512, 512, 32, 32, 32])],
+    [(1, [64]), (64, [64]), (65, [128]), (128, [128]), (129, [128, 64]), (200, [128, 128]), (384, [128] * 3),
+     (440, [128] * 3 + [64]), (449, [512]), (513, [512, 64]), (1100, [512, 512, 128]), (5100, [512] * 10)],
 )  # fmt: skip
 def test_chunks_cover_the_prompts(length: int, want: list[int]) -> None:
-    pieces = decoding.chunks([ids(length), ids(3)], 5, [512, 128, 32])
+    pieces = decoding.chunks([ids(length), ids(3)], 5, [512, 128, 64])
     assert [tokens.shape[1] for tokens, _ in pieces] == want
     tokens, pos = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     assert tokens[0][pos[0] >= 0].tolist() == ids(length)
@@ -143,9 +143,25 @@ def test_chunks_cover_the_prompts(length: int, want: list[int]) -> None:
     assert tokens[1][pos[1] >= 0].tolist() == ids(3)
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [((512, 128, 64), 1), ((64, 16), 8), ((2048, 256), 1), ((8,), 3)])
+def test_no_other_small_chunks_cost_less(sizes: tuple[int, ...], rows: int) -> None:
+    """Plans of up to four chunks, and of one size."""
+
+    def cost(plan: Sequence[int]) -> int:
+        return sum(size * rows + hardware.CHUNK_COST for size in plan)
+
+    small = sizes[1:] or sizes
+    plans = [plan for n in range(1, 5) for plan in combinations_with_replacement(small, n)]
+    for width in range(1, sizes[0] - small[-1] + 1):
+        found = decoding.chunk_widths(width, sizes, rows)
+        assert sum(found) >= width
+        uniform = [(size,) * -(-width // size) for size in small]
+        assert cost(found) <= min(cost(plan) for plan in [*plans, *uniform] if sum(plan) >= width)
+
+
 def test_chunk_sizes_are_of_all_rows() -> None:
     sizes = {rows: decoding.chunk_sizes("cpu", rows) for rows in (1, 2, 8, 64)}
-    assert sizes == {1: [512, 128, 32], 2: [256, 64, 16], 8: [64, 16], 64: [16]}
+    assert sizes == {1: [512, 128, 64], 2: [256, 64, 32], 8: [64, 16], 64: [16]}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 64, 5000])

@@ -79,38 +79,42 @@ def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch
         np.testing.assert_allclose(out[pos >= 0], expected[pos >= 0], atol=3e-6)
 
 
-def decoded(rows: Any, S: int, layout: kv_cache.Layout, dtype: str = "float32") -> tuple[Any, ...]:
-    """The newest token of each row, its position, and a cache whose slots hold `rows`, in which its own slot still has
-    other contents."""
+def cached(rows: Any, S: int, layout: kv_cache.Layout, T: int = 1) -> tuple[Any, ...]:
+    """The newest T tokens of each row, their positions, and a cache whose slots hold `rows`, in which their own slots
+    still have other contents."""
     random, B = np.random.RandomState(S), len(rows)
-    q, k, v, *stored = (random.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in (
-        (B, 2, 3, 8), (B, 2, 8), (B, 2, 8), (B, S, 2, 8), (B, S, 2, 8)))  # fmt: skip
+    q, k, v, *stored = (random.standard_normal(shape).astype(np.float32) for shape in (
+        (B, T, 6, 8), (B, T, 2, 8), (B, T, 2, 8), (B, S, 2, 8), (B, S, 2, 8)))  # fmt: skip
     positions = np.full((B, S), -1, np.int32)
     for row, pos in enumerate(rows):
         positions[row, : len(pos)] = pos
-    newest = positions.max(axis=1)[:, None]
-    index = np.where(newest < 0, S, positions.argmax(axis=1)[:, None]).astype(np.int32)
+    index = np.argsort(positions, axis=1)[:, -T:].astype(np.int32)  # of the newest tokens, in order
+    newest = np.take_along_axis(positions, index, axis=1)
+    index = np.where(newest < 0, S + np.arange(T, dtype=np.int32), index)
     arrays = (jnp.einsum(f"BSKH->{letters}", x) for x, letters in zip(stored, layout))
     cache = kv_cache.LayerCache(*arrays, jnp.asarray(index), jnp.asarray(positions), layout)
     return *map(jnp.asarray, (q, k, v, newest)), cache
 
 
 def windowed(pos: np.ndarray, cache: kv_cache.LayerCache, window: int | None) -> jax.Array:
-    """The slots that the token attends to, its own included."""
-    distance = pos - cache.positions
-    return (cache.positions >= 0) & (distance >= 0) & (distance < (window or 1000))
+    """The slots that each token attends to, its own included."""
+    distance = pos[:, :, None] - cache.positions[:, None]
+    return (cache.positions >= 0)[:, None] & (distance >= 0) & (distance < (window or 1000))
 
 
-def plain(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
+def plain(window: int | None, q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache) -> Any:
     """The twin: softmax over the whole written cache."""
-    keys, values = kv_cache.write(cache, k[:, None], v[:, None]).read()
-    scores = jnp.where(mask[:, None, None], jnp.einsum("BKGH,BSKH->BKGS", q, keys) * scale, -1e30)
-    return jnp.einsum("BKGS,BSKH->BKGH", jax.nn.softmax(scores), values)
+    keys, values = kv_cache.write(cache, k, v).read()
+    grouped = q.reshape(*q.shape[:2], keys.shape[2], -1, q.shape[3])
+    mask = windowed(pos, cache, window)[:, None, None]
+    scores = jnp.where(mask, jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys) * 0.4, -1e30)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), values).reshape(q.shape)
 
 
-def blocked(scale: float, q: Any, k: Any, v: Any, mask: Any, cache: kv_cache.LayerCache) -> Any:
-    cache = kv_cache.write(cache, k[:, None], v[:, None])
-    return module._decode_blocked(scale, cache.layout, q, cache.k, cache.v, mask)
+def blocked(window: int | None, q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache) -> Any:
+    cache = kv_cache.write(cache, k, v)
+    query, key = (module.TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
+    return module._cache_blocked(q, cache.k, cache.v, query, key, window, 0.4, cache.layout)
 
 
 SLOTS = {
@@ -124,60 +128,68 @@ SLOTS = {
 SLOTS = {name: (rows + [[]] * 3)[:3] for name, rows in SLOTS.items()}  # of one shape, for fewer compilations
 
 
-@pytest.mark.parametrize(("S", "layout"), [(53, kv_cache.CPU_LAYOUT), (56, kv_cache.CPU_LAYOUT), (53, kv_cache.LAYOUT)])
+@cache
+def with_gradients(backend: Any, window: int | None, block: int) -> Any:
+    """The output and its gradients by q, k, v and the stored keys and values. block: see the caller."""
+
+    def value(arrays: Any, pos: Any, cache: kv_cache.LayerCache) -> Any:
+        q, k, v, keys, values = arrays
+        out = backend(window, q, k, v, pos, replace(cache, k=keys, v=values))
+        return jnp.sum(jnp.where((pos >= 0)[..., None, None], jnp.sin(out), 0)), out
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+CACHES = [(53, kv_cache.CPU_LAYOUT, 7), (53, kv_cache.CPU_LAYOUT, 64), (56, kv_cache.CPU_LAYOUT, 8),
+          (53, kv_cache.LAYOUT, 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize(("S", "layout", "block"), CACHES)
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("rows", SLOTS.values(), ids=SLOTS)
-def test_decoding_equals_reference_over_the_written_cache(
-    rows: Any, window: int | None, S: int, layout: kv_cache.Layout, monkeypatch: pytest.MonkeyPatch
+def test_attention_over_a_cache_equals_the_slow_twin(
+    rows: Any, window: int | None, S: int, layout: kv_cache.Layout, block: int, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks that divide S and others, with the gradients."""
-    *arrays, pos, cache = decoded(rows, S, layout)
-    mask = windowed(pos, cache, window)
-    real = np.array([row for row, slots in enumerate(rows) if len(slots)])
-
-    def value(backend: Any, *arrays: Any) -> Any:
-        out = backend(0.4, *arrays[:3], mask, replace(cache, k=arrays[3], v=arrays[4]))
-        return jnp.sum(jnp.sin(out[real])), out
-
-    def measured(backend: Any) -> Any:
-        run = jax.value_and_grad(partial(value, backend), tuple(range(5)), has_aux=True)
-        (_, out), grads = run(*arrays, cache.k, cache.v)
-        return np.asarray(out), grads
-
-    expected, grads = measured(plain)
-    for block in (7, 8, 64):
-        monkeypatch.setattr(module, "DECODE_BLOCK", (block, block, block))
-        out, found = measured(blocked)
-        assert np.isfinite(out).all()
-        np.testing.assert_allclose(out[real], expected[real], atol=3e-6)
-        for a, b in zip(found, grads):
-            np.testing.assert_allclose(a, b, atol=3e-6)
+    """Prefill and decoding, in blocks that divide S and others, with the gradients."""
+    monkeypatch.setattr(module, "PREFILL_BLOCK", block)
+    monkeypatch.setattr(module, "DECODE_BLOCK", (8 * block,) * 3)
+    q, k, v, pos, cache = cached(rows, S, layout, T)
+    args, real = ((q, k, v, cache.k, cache.v), pos, cache), np.asarray(pos >= 0)
+    (_, out), grads = with_gradients(blocked, window, block)(*args)
+    (_, expected), exact = with_gradients(plain, window, 0)(*args)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=3e-6)
+    for a, b in zip(grads, exact):
+        np.testing.assert_allclose(a, b, atol=3e-6)
 
 
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(("window", "read"), [(None, range(3)), (4, range(2, 3))])
-def test_decoding_reads_the_blocks_that_are_attended_to_alone(
-    window: int | None, read: range, monkeypatch: pytest.MonkeyPatch
+def test_only_the_blocks_that_are_attended_to_are_read(
+    window: int | None, read: range, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every other block of the KV cache is NaN."""
-    monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    *args, pos, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
-    mask = windowed(pos, cache, window)
-    decode = jax.jit(lambda cache: blocked(0.4, *args, mask, cache)[:2])
-    expected = jax.jit(partial(plain, 0.4))(*args, mask, cache)[:2]
+    monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
+    monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
+    *args, cache = cached([range(22), range(22 if T > 1 else 20), []], 64, kv_cache.CPU_LAYOUT, T)
+    run = jax.jit(lambda cache: blocked(window, *args, cache)[:2])
+    expected = jax.jit(partial(plain, window))(*args, cache)[:2]
     unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
     cache = replace(cache, k=jnp.where(unread, jnp.nan, cache.k), v=jnp.where(unread, jnp.nan, cache.v))
-    np.testing.assert_allclose(decode(cache), expected, atol=3e-6)
+    np.testing.assert_allclose(run(cache), expected, atol=3e-6)
     first = (np.arange(64) == 8 * read[0])[:, None]
-    assert np.isnan(decode(replace(cache, k=jnp.where(first, jnp.nan, cache.k)))).any()
+    assert np.isnan(run(replace(cache, k=jnp.where(first, jnp.nan, cache.k)))).any()
 
 
-def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    decode = jax.jit(partial(blocked, 0.4))
-    *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT)
-    mask = windowed(pos, cache, None)
-    out, alone = (decode(*args, mask, cache)[0] for mask in (mask, mask.at[1, 9:].set(False)))
-    np.testing.assert_array_equal(out, alone)
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_row_does_not_depend_on_the_length_of_others(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
+    monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
+    run = jax.jit(partial(blocked, None))
+    q, k, v, pos, cache = cached([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT, T)
+    alone = run(q, k, v, pos.at[1].set(-1), replace(cache, positions=cache.positions.at[1].set(-1)))
+    np.testing.assert_array_equal(run(q, k, v, pos, cache)[0], alone[0])
 
 
 # Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype

@@ -18,10 +18,12 @@ from jaxlm.devices import host_memory
 STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
 # Prefill chunk: prompt tokens per forward pass. Bounds the memory of activations, and the delay of a Ctrl-C.
 CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-# Sizes of the chunks of what is left of a prompt after its full chunks. All prompts share these programs. On CPU a
-# token costs as much in a chunk of 128 as in one of 512, and a third more in one of 32, but short prompts are padded
-# less (docs/performance.md). Not measured on accelerators.
-SMALL_CHUNKS = {"cpu": (128, 32), "gpu": (256,), "tpu": (256,)}
+# Sizes of the chunks of what is left of a prompt after its full chunks. All prompts share these programs. Not measured
+# on accelerators.
+SMALL_CHUNKS = {"cpu": (128, 64), "gpu": (256,), "tpu": (256,)}
+# What a chunk costs beyond its tokens, in tokens: it reads all weights. On CPU about 20 for a model of 135M parameters
+# and 80 for one of 1B (docs/performance.md).
+CHUNK_COST = 40
 # Batch size: sequences decoded together; further prompts wait for a free slot.
 BATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
 # Tokens per forward pass when scoring texts. Not measured on accelerators.

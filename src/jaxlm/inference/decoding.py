@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -306,8 +306,25 @@ def chunk_sizes(platform: str, rows: int) -> list[int]:
     return sorted({full, *(min(full, max(16, size // rows)) for size in hardware.SMALL_CHUNKS[platform])}, reverse=True)
 
 
+def chunk_widths(width: int, sizes: Sequence[int], rows: int) -> list[int]:
+    """Sizes of the chunks, the largest first, that compute `width` tokens of each row: full ones that are padded by
+    less than the smallest size, and the cheapest combination of the others. A chunk costs its tokens, padding included,
+    and hardware.CHUNK_COST."""
+    full, small = sizes[0], sizes[1:] or sizes
+
+    @cache
+    def cheapest(width: int) -> tuple[int, list[int]]:
+        if width <= 0:
+            return 0, []
+        rests = [(size, *cheapest(width - size)) for size in small]
+        return min((size * rows + hardware.CHUNK_COST + cost, [size, *rest]) for size, cost, rest in rests)
+
+    count = (width + small[-1] - 1) // full
+    return [full] * count + sorted(cheapest(width - count * full)[1], reverse=True)
+
+
 def chunks(ids: list[list[int]], start: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Splits prompts into padded chunks: the largest that are padded by less than the smallest size.
+    """Splits prompts into padded chunks (`chunk_widths`).
 
     Args:
         ids: Token ids of each row.
@@ -317,9 +334,8 @@ def chunks(ids: list[list[int]], start: int, sizes: Sequence[int]) -> list[tuple
     Returns:
         For each chunk, tokens and positions [B,T] int32, with position -1 for padding.
     """
-    pieces, begin, width = [], 0, max(map(len, ids))
-    while begin < width:
-        T = next(size for size in sizes if width - begin > size - sizes[-1])
+    pieces, begin = [], 0
+    for T in chunk_widths(max(map(len, ids)), sizes, len(ids)):
         tokens, pos = np.zeros((len(ids), T), np.int32), np.full((len(ids), T), -1, np.int32)
         for row, prompt in enumerate(ids):
             part = prompt[begin : begin + T]

@@ -6,10 +6,9 @@ padding, prefill and decoding:
     a query attends to a key when 0 <= query position - key position, and < window in a sliding-window layer,
     when the key is not padding, and when both belong to the same segment.
 
-`reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: `_causal_blocked` on
-CPU, `cudnn` on NVIDIA GPUs. A decoding step, which is one token per row behind a KV cache, is computed by
-`_decode_on_cpu` on CPU. What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py),
-`cudnn` against `reference` (tests/nn/test_attention_backends.py).
+`reference` is plain XLA and runs everywhere. The other backends compute the same for one platform: on CPU
+`_causal_blocked` and, over a KV cache, `_cache_blocked`; on NVIDIA GPUs `cudnn`. What runs on CPU is tested against a
+float64 twin in numpy (tests/nn/test_attention.py), `cudnn` against `reference` (tests/nn/test_attention_backends.py).
 """
 
 import math
@@ -26,9 +25,10 @@ from jaxlm.nn import kv_cache
 
 # Largest block of attention scores that `reference` computes at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
-# Slots that `_decode_blocked` reads at a time: at least, at most, and of all rows together (docs/performance.md).
-DECODE_BLOCK = (32, 64, 512)
-# Up to this number of query heads per kv head, `_decode_blocked` multiplies them one by one (docs/performance.md).
+# Slots that `_cache_blocked` reads at a time in prefill, and elements of a kv head that it reads at a time in decoding:
+# at least, at most, and of all rows together (docs/performance.md).
+PREFILL_BLOCK, DECODE_BLOCK = 128, (1 << 12, 1 << 13, 1 << 16)
+# Up to this number of query heads per kv head, decoding on CPU multiplies them one by one (docs/performance.md).
 MAX_SINGLE_HEADS = 4
 CAUSAL_BLOCKS = 4  # blocks of queries per row in `_causal_blocked`
 MASK_VALUE = -1e30  # score of a masked key: finite, so that a fully masked row gives finite numbers instead of NaN
@@ -73,18 +73,20 @@ def attend(
     """
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if cache is None:
-        tokens = TokenPositions(pos, segment_ids(pos))
-        return _dispatch(q, k, v, tokens, tokens, window, factor, in_order=True), None
+        tokens, scores = TokenPositions(pos, segment_ids(pos)), math.prod(q.shape[:3]) * k.shape[1]
+        blocks = q.shape[1] % CAUSAL_BLOCKS == 0 and scores <= MAX_SCORE_ELEMENTS
+        return _dispatch(_causal_blocked if blocks else _in_float32, q, k, v, tokens, tokens, window, factor), None
     query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
     cache = kv_cache.write(cache, k, v)
-    if q.shape[1] > 1:
-        return _dispatch(q, *cache.read(), query, key, window, factor), cache
-    on_cpu = partial(_decode_on_cpu, window=window, scale=factor)
-    elsewhere = partial(_decode, window=window, scale=factor)
-    return jax.lax.platform_dependent(q, cache, query, key, cpu=on_cpu, default=elsewhere), cache
+
+    def on_cpu(q: Array, k: Array, v: Array, *rest: Any) -> Array:
+        return _cache_blocked(q, cache.k, cache.v, *rest, cache.layout)
+
+    return _dispatch(on_cpu, q, *cache.read(), query, key, window, factor), cache
 
 
 def _dispatch(
+    on_cpu: Backend,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -92,26 +94,16 @@ def _dispatch(
     key: TokenPositions,
     window: int | None,
     scale: float,
-    in_order: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Runs the first backend that applies, chosen for the platform for which the program is lowered.
-
-    in_order: keys and queries are the same tokens, so no query attends to a later one.
-    """
+    """Runs `on_cpu`, or the first backend that applies elsewhere, for the platform for which the program is lowered."""
 
     def bind(backend: Backend) -> Callable[..., Array]:
         return lambda q, k, v, query, key: backend(q, k, v, query, key, window, scale)
 
-    backends = {"default": bind(reference)}
-    if in_order and q.shape[1] % CAUSAL_BLOCKS == 0 and math.prod(q.shape[:3]) * k.shape[1] <= MAX_SCORE_ELEMENTS:
-        backends["cpu"] = bind(_causal_blocked)
-    elif q.dtype != jnp.float32:
-        backends["cpu"] = bind(_in_float32)
+    backends = {"default": bind(reference), "cpu": bind(on_cpu)}
     if q.shape[1] > 1 and q.dtype != jnp.float32 and jax.default_backend() == "gpu":
         applicable = [bind(backend) for applies, backend in GPU_BACKENDS if applies(q, k)]
         backends |= {"cuda": applicable[0]} if applicable else {}
-    if len(backends) == 1:
-        return backends["default"](q, k, v, query, key)
     return jax.lax.platform_dependent(q, k, v, query, key, **backends)
 
 
@@ -153,52 +145,35 @@ def _causal_blocked(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def _decode(
-    q: Float[Array, "B 1 N H"],
-    cache: kv_cache.LayerCache,
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _cache_blocked(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
     scale: float,
-) -> Float[Array, "B 1 N H"]:
-    """A decoding step: one token per row, which is in the KV cache already."""
-    return reference(q, *cache.read(), query, key, window, scale)
+    layout: kv_cache.Layout,
+) -> Float[Array, "B T N H"]:
+    """`reference` on CPU over a KV cache of this layout, for prefill and decoding.
 
-
-def _decode_on_cpu(
-    q: Float[Array, "B 1 N H"],
-    cache: kv_cache.LayerCache,
-    query: TokenPositions,
-    key: TokenPositions,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B 1 N H"]:
-    """`_decode` on CPU."""
-    B, _, N, H = q.shape
-    K = cache.k.shape[cache.layout.k.index("K")]
-    mask = attention_mask(query, key, window)[:, 0]
-    return _decode_blocked(scale, cache.layout, q.reshape(B, K, N // K, H), cache.k, cache.v, mask).reshape(q.shape)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _decode_blocked(
-    scale: float, layout: kv_cache.Layout, q: Float[Array, "B K G H"], k: Array, v: Array, mask: Bool[Array, "B S"]
-) -> Float[Array, "B K G H"]:
-    """Attention of one query per row on CPU.
-
-    The KV cache is read in blocks of slots, from the first to the last that any row attends to, so that the cost grows
-    with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is in the
-    CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the largest
-    score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
+    The KV cache is read in blocks of slots, from the first to the last that any query attends to, so that the cost
+    grows with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is
+    in the CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the
+    largest score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
     """
-    B, S = mask.shape
-    least, most, of_all_rows = DECODE_BLOCK
-    block, slots = min(max(of_all_rows // B, least), most, S), jnp.arange(S)
+    (B, T, N, H), K, S = q.shape, k.shape[layout.k.index("K")], key.pos.shape[1]
+    G, (least, most, of_all_rows) = N // K, DECODE_BLOCK
+    decode_block = max(1, min(max(of_all_rows // B, least), most) // H)
+    block, slots = min(PREFILL_BLOCK if T > 1 else decode_block, S), jnp.arange(S)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    q32, G = q.astype(jnp.float32) * scale, q.shape[2]
+    q32 = q.astype(jnp.float32).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4) * scale
+    mask = attention_mask(query, key, window)
 
     def product(spec: str, x: Array, y: Array) -> Array:
-        if G > MAX_SINGLE_HEADS or mesh.active():  # on a mesh, these heads may be on several devices
+        # On a mesh, the heads that are multiplied one by one may be on several devices.
+        if T > 1 or G > MAX_SINGLE_HEADS or mesh.active():
             return einsum(spec, x, y)
         return jnp.stack([einsum(spec.replace("G", ""), x[:, :, g], y) for g in range(G)], axis=2)
 
@@ -207,35 +182,33 @@ def _decode_blocked(
         begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
         keys, values = (part(x, axis=name.index("S")).astype(jnp.float32) for x, name in zip((k, v), layout))
-        scores = product(f"BKGH,{layout.k}->BKGS", q32, keys)
-        attended = part(mask, axis=1) & (part(slots, axis=0) >= i * block)
+        scores = product(f"BKGTH,{layout.k}->BKGTS", q32, keys)
+        attended = part(mask, axis=2) & (part(slots, axis=0) >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        weighted = product(f"BKGS,{layout.v}->BKGH", exps, values)
+        weighted = product(f"BKGTS,{layout.v}->BKGTH", exps, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
-    used = mask.any(axis=0)
+    used = mask.any(axis=(0, 1))
     first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
     if mesh.active():  # rows are on several devices, which would have to agree
         first, last = 0, S - 1
-    nothing = jnp.full(q.shape[:3], MASK_VALUE), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape)
+    nothing = jnp.full(q32.shape[:4], MASK_VALUE), jnp.zeros(q32.shape[:4]), jnp.zeros(q32.shape)
     _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
-    return (out / total[..., None]).astype(q.dtype)
+    return (out / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
-@_decode_blocked.defjvp
-def _decode_blocked_jvp(
-    scale: float, layout: kv_cache.Layout, primals: Any, tangents: Any
-) -> tuple[Float[Array, "B K G H"], Float[Array, "B K G H"]]:
-    """A loop of a number of steps that is not known has no gradient. This is the derivative without the blocks."""
-    *arrays, mask = primals
+@_cache_blocked.defjvp
+def _cache_blocked_jvp(
+    window: int | None, scale: float, layout: kv_cache.Layout, primals: Any, tangents: Any
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
+    *arrays, query, key = primals
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        scores = jnp.where(mask[:, None, None], einsum(f"BKGH,{layout.k}->BKGS", q32, k32) * scale, MASK_VALUE)
-        return einsum(f"BKGS,{layout.v}->BKGH", jax.nn.softmax(scores), v32).astype(q.dtype)
+        k, v = (jnp.einsum(f"{letters}->BSKH", x) for letters, x in zip(layout, (k, v)))
+        return _in_float32(q, k, v, query, key, window, scale)
 
     return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
 
