@@ -257,8 +257,8 @@ def test_blocks_and_their_gradient_equal_unblocked_attention(
         module, "MAX_SCORE_ELEMENTS", 2 * 4 * T * 8
     )  # 8 queries per block: 5 blocks, the last one padded
     text = jax.jit(loss).lower(q, k, v).as_text()
-    assert f"2x2x2x8x{T}" in text
-    assert f"2x2x2x{T}x{T}" not in text
+    assert f"2x2x8x2x{T}" in text
+    assert f"2x2x{T}x2x{T}" not in text
     blocked = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocked)):
         np.testing.assert_allclose(a, b, atol=3e-5)
