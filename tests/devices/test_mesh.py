@@ -75,18 +75,19 @@ def test_greedy_text_is_the_same_on_every_mesh(family: str, spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, "data=2,model=4"])
+@pytest.mark.parametrize("layout", [caches.LAYOUT, caches.TPU_LAYOUT])
 def test_the_decoding_step_of_accelerators_writes_the_same_text(
-    spec: str | None, monkeypatch: pytest.MonkeyPatch
+    layout: caches.Layout, spec: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With their layout of the KV cache, on one device and on a mesh. Gemma has ring buffers."""
+    """With their layouts of the KV cache, on one device and on a mesh. Gemma has ring buffers."""
     attention = importlib.import_module("jaxlm.nn.attention")
     model = model_of("gemma3")
     expected = texts(model, temperature=0)
-    monkeypatch.setattr(caches, "CPU_LAYOUT", caches.LAYOUT)
+    monkeypatch.setattr(caches, "LAYOUT", layout)
     monkeypatch.setattr(attention, "_decode_on_cpu", attention._decode)
     executables.cache_clear()
     there = spread(model, make(spec)) if spec else replace(model)
-    assert there.init_kv(8, 16).layout == caches.LAYOUT
+    assert there.init_kv(8, 16).layout == layout
     assert texts(there, temperature=0) == expected
     executables.cache_clear()
 

@@ -124,7 +124,7 @@ SLOTS = {
 SLOTS = {name: (rows + [[]] * 3)[:3] for name, rows in SLOTS.items()}  # of one shape, for fewer compilations
 
 
-@pytest.mark.parametrize(("S", "layout"), [(53, kv_cache.CPU_LAYOUT), (56, kv_cache.CPU_LAYOUT), (53, kv_cache.LAYOUT)])
+@pytest.mark.parametrize(("S", "layout"), [(53, kv_cache.LAYOUT), (56, kv_cache.LAYOUT), (53, kv_cache.TPU_LAYOUT)])
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("rows", SLOTS.values(), ids=SLOTS)
 def test_decoding_equals_reference_over_the_written_cache(
@@ -160,7 +160,7 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
 ) -> None:
     """Every other block of the KV cache is NaN."""
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
-    *args, pos, cache = decoded([range(22), range(20), []], 64, kv_cache.CPU_LAYOUT)
+    *args, pos, cache = decoded([range(22), range(20), []], 64, kv_cache.LAYOUT)
     mask = windowed(pos, cache, window)
     decode = jax.jit(lambda cache: blocked(0.4, *args, mask, cache)[:2])
     expected = jax.jit(partial(plain, 0.4))(*args, mask, cache)[:2]
@@ -174,7 +174,7 @@ def test_decoding_reads_the_blocks_that_are_attended_to_alone(
 def test_a_row_does_not_depend_on_the_length_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DECODE_BLOCK", (8, 8, 8))
     decode = jax.jit(partial(blocked, 0.4))
-    *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT)
+    *args, pos, cache = decoded([range(9), range(60), []], 64, kv_cache.LAYOUT)
     mask = windowed(pos, cache, None)
     out, alone = (decode(*args, mask, cache)[0] for mask in (mask, mask.at[1, 9:].set(False)))
     np.testing.assert_array_equal(out, alone)

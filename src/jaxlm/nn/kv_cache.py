@@ -23,8 +23,8 @@ class Layout(NamedTuple):
     v: str
 
 
-# The slots of a head are contiguous on CPU, the heads of a slot elsewhere (docs/performance.md).
-CPU_LAYOUT, LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
+# The slots of a head are contiguous, except on TPU, where the heads of a slot are (docs/decisions.md).
+LAYOUT, TPU_LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
 
 
 @partial(
