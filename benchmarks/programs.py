@@ -129,8 +129,8 @@ def weights(where: Setting) -> Any:
 
 def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
     cfg = where.cfg
-    made = partial(caches.init, where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk)
-    return caches.map_arrays(jax.eval_shape(made), where.put)
+    sizes = where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk, caches.TPU_LAYOUT
+    return caches.map_arrays(jax.eval_shape(partial(caches.init, *sizes)), where.put)
 
 
 def state(where: Setting, context: int) -> decoding.State:

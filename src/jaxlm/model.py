@@ -127,7 +127,7 @@ class Model:
             raise ValueError(f"a KV cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
-        sizes += (caches.CPU_LAYOUT if self.device.platform == "cpu" else caches.LAYOUT,)
+        sizes += (caches.TPU_LAYOUT if self.device.platform == "tpu" else caches.LAYOUT,)
         return _empty(self.mesh or self.device, *sizes)()
 
     @property

@@ -140,8 +140,8 @@ def with_gradients(backend: Any, window: int | None, block: int) -> Any:
     return jax.jit(jax.value_and_grad(value, has_aux=True))
 
 
-CACHES = [(53, kv_cache.CPU_LAYOUT, 7), (53, kv_cache.CPU_LAYOUT, 64), (56, kv_cache.CPU_LAYOUT, 8),
-          (53, kv_cache.LAYOUT, 8)]  # fmt: skip
+CACHES = [(53, kv_cache.LAYOUT, 7), (53, kv_cache.LAYOUT, 64), (56, kv_cache.LAYOUT, 8),
+          (53, kv_cache.TPU_LAYOUT, 8)]  # fmt: skip
 
 
 @pytest.mark.parametrize("T", [1, 6])
@@ -172,7 +172,7 @@ def test_only_the_blocks_that_are_attended_to_are_read(
     """Every other block of the KV cache is NaN."""
     monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
     monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
-    *args, cache = cached([range(22), range(22 if T > 1 else 20), []], 64, kv_cache.CPU_LAYOUT, T)
+    *args, cache = cached([range(22), range(22 if T > 1 else 20), []], 64, kv_cache.LAYOUT, T)
     run = jax.jit(lambda cache: blocked(window, *args, cache)[:2])
     expected = jax.jit(partial(plain, window))(*args, cache)[:2]
     unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
@@ -187,7 +187,7 @@ def test_a_row_does_not_depend_on_the_length_of_others(T: int, monkeypatch: pyte
     monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
     monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
     run = jax.jit(partial(blocked, None))
-    q, k, v, pos, cache = cached([range(9), range(60), []], 64, kv_cache.CPU_LAYOUT, T)
+    q, k, v, pos, cache = cached([range(9), range(60), []], 64, kv_cache.LAYOUT, T)
     alone = run(q, k, v, pos.at[1].set(-1), replace(cache, positions=cache.positions.at[1].set(-1)))
     np.testing.assert_array_equal(run(q, k, v, pos, cache)[0], alone[0])
 
@@ -269,8 +269,8 @@ def test_blocks_and_their_gradient_equal_unblocked_attention(
         module, "MAX_SCORE_ELEMENTS", 2 * 4 * T * 8
     )  # 8 queries per block: 5 blocks, the last one padded
     text = jax.jit(loss).lower(q, k, v).as_text()
-    assert f"2x2x2x8x{T}" in text
-    assert f"2x2x2x{T}x{T}" not in text
+    assert f"2x2x8x2x{T}" in text
+    assert f"2x2x{T}x2x{T}" not in text
     blocked = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocked)):
         np.testing.assert_allclose(a, b, atol=3e-5)

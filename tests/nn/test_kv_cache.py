@@ -27,7 +27,7 @@ def written(cache: kv_cache.KVCache, *calls: list[list[int]]) -> kv_cache.KVCach
     return cache
 
 
-@pytest.mark.parametrize("layout", [kv_cache.CPU_LAYOUT, kv_cache.LAYOUT])
+@pytest.mark.parametrize("layout", [kv_cache.LAYOUT, kv_cache.TPU_LAYOUT])
 def test_sliding_window_layers_keep_window_plus_chunk_less_one_slots(layout: kv_cache.Layout) -> None:
     cache = kv_cache.init(2, 64, [8, None, 8, 100], K=1, H=2, dtype=jnp.float32, chunk=5, layout=layout)
     assert [cache.slots(i) for i in range(4)] == [12, 64, 12, 64]

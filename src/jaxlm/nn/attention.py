@@ -290,10 +290,11 @@ def _block(
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     f32, k, v = jnp.float32, k.astype(q.dtype), v.astype(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=f32) * scale
-    scores = jnp.where(attention_mask(query, key, window)[:, None, None], scores, MASK_VALUE)
+    # In this order of the axes, the softmax of a decoding step is one kernel on GPU.
+    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, precision=precision, preferred_element_type=f32) * scale
+    scores = jnp.where(attention_mask(query, key, window)[:, None, :, None], scores, MASK_VALUE)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
+    out = jnp.einsum("BKTGS,BSKH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 

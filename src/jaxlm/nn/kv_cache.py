@@ -23,8 +23,8 @@ class Layout(NamedTuple):
     v: str
 
 
-# The slots of a head are contiguous on CPU, the heads of a slot elsewhere (docs/performance.md).
-CPU_LAYOUT, LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
+# The slots of a head are contiguous, except on TPU, where the heads of a slot are (docs/decisions.md).
+LAYOUT, TPU_LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
 
 
 @partial(
@@ -167,9 +167,12 @@ def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K 
 def put(old: Array, new: Array, index: Int[Array, "B T"], axis: int = 1) -> Array:
     """Writes each row's items to its slots. axis: that of the slots in `old`, and of the tokens in `new`."""
 
-    def put_row(old: Array, new: Array, index: Array) -> Array:
-        where = (slice(None),) * (axis - 1) + (index,)
-        return old.at[where].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+    def put_tokens(old: Array, new: Array, index: Array) -> Array:
+        return old.at[index].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-    # With a vmap over the sharded rows, instead of another index of the scatter, a write needs no communication.
-    return jax.vmap(put_row)(old, new, index)
+    # With a vmap over rows and heads, instead of more indices of the scatter, a write of sharded ones needs no
+    # communication. With one over heads, XLA on GPU writes a single row in one kernel (with the RoPE of k), not two.
+    for _ in range(axis):
+        put_tokens = jax.vmap(put_tokens)
+    index = jnp.broadcast_to(jnp.expand_dims(index, range(1, axis)), (*old.shape[:axis], index.shape[1]))
+    return put_tokens(old, new, index)
