@@ -143,7 +143,7 @@ def test_chunks_cover_the_prompts(length: int, want: list[int]) -> None:
     assert tokens[1][pos[1] >= 0].tolist() == ids(3)
 
 
-@pytest.mark.parametrize(("sizes", "rows"), [((512, 128, 64), 1), ((64, 16), 8), ((2048, 256), 1), ((8,), 3)])
+@pytest.mark.parametrize(("sizes", "rows"), [((512, 128, 64, 32), 1), ((64, 16), 8), ((2048, 256), 1), ((8,), 3)])
 def test_no_other_small_chunks_cost_less(sizes: tuple[int, ...], rows: int) -> None:
     """Plans of up to four chunks, and of one size."""
 
@@ -161,7 +161,7 @@ def test_no_other_small_chunks_cost_less(sizes: tuple[int, ...], rows: int) -> N
 
 def test_chunk_sizes_are_of_all_rows() -> None:
     sizes = {rows: decoding.chunk_sizes("cpu", rows) for rows in (1, 2, 8, 64)}
-    assert sizes == {1: [512, 128, 64], 2: [256, 64, 32], 8: [64, 16], 64: [16]}
+    assert sizes == {1: [512, 128, 64, 32], 2: [256, 64, 32, 16], 8: [64, 16], 64: [16]}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 64, 5000])

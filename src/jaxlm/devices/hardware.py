@@ -20,9 +20,9 @@ STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
 CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 # Sizes of the chunks of what is left of a prompt after its full chunks. All prompts share these programs. Not measured
 # on accelerators.
-SMALL_CHUNKS = {"cpu": (128, 64), "gpu": (256,), "tpu": (256,)}
-# What a chunk costs beyond its tokens, in tokens: it reads all weights. On CPU about 20 for a model of 135M parameters
-# and 80 for one of 1B (docs/performance.md).
+SMALL_CHUNKS = {"cpu": (128, 64, 32), "gpu": (256,), "tpu": (256,)}
+# What a chunk costs beyond its tokens, in tokens: it reads all weights. On CPU 20 to 80, more for larger models
+# (docs/performance.md).
 CHUNK_COST = 40
 # Batch size: sequences decoded together; further prompts wait for a free slot.
 BATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
