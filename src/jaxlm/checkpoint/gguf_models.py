@@ -193,7 +193,8 @@ def hf_config(file: Gguf) -> dict[str, Any]:
         config |= _gemma3(config, left.pop("attention.sliding_window_pattern", None))
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
         config["bos_token_id"] = bos
-    config["eos_token_id"] = eos_ids(metadata)
+    ends = eos_ids(metadata)
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     return config | {f"{name}.{key}": value for key, value in left.items() if key not in HARMLESS}
 
 

@@ -6,7 +6,6 @@ Source: convert_hf_to_gguf.py and src/llama-vocab.cpp in ggml-org/llama.cpp; con
 import math
 import re
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,11 +215,11 @@ def _merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, 
     score = {token: value + kinds[kind] for token, value, kind in entries if kind in kinds}
     found = []
     for token, value in score.items():
-        for at in range(1, len(token)):
+        length = len(token)
+        for at in range(1, length):
             if token[:at] in score and token[at:] in score:
-                found.append((value, at, len(token) - at, token))
-    found.sort(key=itemgetter(0, 1, 2), reverse=True)
-    return [(token[:at], token[at:]) for _, at, _, token in found]
+                found.append((-value, -at, at - length, token))
+    return [(token[:-at], token[-at:]) for _, at, _, token in sorted(found)]
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> Any:
