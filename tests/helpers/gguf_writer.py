@@ -170,3 +170,21 @@ def write_split(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, R
         name = path.with_name(f"{path.stem}-{i + 1:05}-of-{count:05}.gguf")
         paths.append(write(name, {**metadata, **own} if i == 0 else own, part))
     return paths
+
+
+def large_file(path: Path, kind: int = Q4_0, D: int = 1024, F: int = 4096, V: int = 16384, L: int = 2) -> Path:
+    """A Llama whose blocks are all equal, made without its weights in float: for measurements of memory."""
+    N = D // 64
+    sizes = {
+        "max_position_embeddings": 2048, "hidden_size": D, "num_hidden_layers": L, "intermediate_size": F,
+        "num_attention_heads": N, "num_key_value_heads": N, "vocab_size": V,
+    }  # fmt: skip
+    shapes = {"attn_norm": (D,), "ffn_norm": (D,), "attn_q": (D, D), "attn_k": (D, D), "attn_v": (D, D),
+              "attn_output": (D, D), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F)}  # fmt: skip
+    named = {f"blk.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
+    rng, tensors = np.random.RandomState(0), {}
+    for name, shape in {"token_embd": (V, D), **named, "output_norm": (D,)}.items():
+        own = F32 if len(shape) == 1 else kind
+        block = encode(np.ones(256, np.float32), own, rng).data
+        tensors[f"{name}.weight"] = Raw(own, shape, block * (int(np.prod(shape)) // 256))
+    return write(path, metadata_of(sizes, "llama"), tensors)
