@@ -154,7 +154,7 @@ def _same_model(one: str, other: str) -> bool:
 
 def _as_adapter(source: ModelSource) -> Path | None:
     """The folder of the adapter `source.name`; None if it is not an adapter."""
-    if source.format == "meta":
+    if source.format == "meta" or str(source.name).endswith(gguf_files.SUFFIX):
         return None
     with suppress(OSError, ValueError):
         return hub.resolve_adapter(source)

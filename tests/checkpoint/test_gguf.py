@@ -24,6 +24,7 @@ from helpers.gguf_writer import (
     write,
     write_split,
 )
+from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.tiny_models import CONFIGS, tiny
 
 import jaxlm
@@ -170,6 +171,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "values of another width": ({"llama.attention.value_length": 8}, "values of width 8"),
     "half of a head rotated": ({"llama.rope.dimension_count": 6}, "partial_rotary_factor"),
     "a rope type": ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "'longrope'"),
+    "another factor of attention": ({"llama.rope.scaling.attn_factor": 2.0}, r"attn_factor = 2\.0"),
     "no causal mask": ({"llama.attention.causal": False}, "causal"),
     "a width that is no number": ({"llama.embedding_length": "48"}, "hidden_size is '48'"),
     "heads that differ by layer": ({"llama.attention.head_count": [4, 2]}, r"num_attention_heads is \[4, 2\]"),
@@ -190,7 +192,12 @@ def test_what_is_not_supported_is_named(case, tmp_path):
 
 def test_an_unknown_key_can_be_allowed_and_equal_values_of_all_layers_are_one(tmp_path):
     metadata, tensors = tiny_file("llama3")
-    metadata |= {"llama.something": 8, "llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [2, 2]}
+    metadata |= {
+        "llama.something": 8,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.attention.head_count": [4, 4],
+        "llama.attention.head_count_kv": [2, 2],
+    }
     path = write(tmp_path / "model.gguf", metadata, tensors)
     assert jaxlm.load(path, allow_fields=["llama.something"]).config.K == 2
 
@@ -263,6 +270,18 @@ def test_arguments_of_other_formats_are_refused(tmp_path):
             jaxlm.load(path, **fields)
     with pytest.raises(FileNotFoundError, match=r"no file .*absent\.gguf"):
         jaxlm.load(tmp_path / "absent.gguf")
+
+
+def test_another_tokenizer_replaces_one_that_is_not_supported(tmp_path):
+    metadata, tensors = tiny_file("llama3")
+    metadata |= {"tokenizer.ggml.model": "t5", "tokenizer.ggml.eos_token_id": 3}
+    path = write(tmp_path / "model.gguf", metadata, tensors)
+    with pytest.raises(ValueError, match=r"'t5', is not supported .*--tokenizer FOLDER"):
+        jaxlm.load(path)
+    tokenizer_of(TEMPLATE).hf.save_pretrained(tmp_path / "tokenizer")
+    model = jaxlm.load(path, tokenizer=tmp_path / "tokenizer")
+    assert model.tokenizer is not None
+    assert model.generation_config["eos_token_id"] == [3]
 
 
 def test_info_reads_no_weights(tmp_path, capsys, monkeypatch):

@@ -79,10 +79,12 @@ FIELDS = {
 }
 REQUIRED = ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
             "attention.layer_norm_rms_epsilon")  # fmt: skip
+SCALING = "rope.scaling."
 # Keys that do not change what the forward pass computes. The number of rows of the embedding is the vocabulary.
 HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
+# Keys at the value that changes nothing.
+NEUTRAL = {SCALING + "attn_factor": 1.0, SCALING + "yarn_attn_factor": 1.0, SCALING + "yarn_ext_factor": 1.0}
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-SCALING = "rope.scaling."
 MOST = 10_000  # items of an array that describes an architecture
 GEMMA3_27B = 62  # layers of the one size of Gemma 3 whose query scale is not that of the head width
 # Context lengths before the extension that rope factors are compared with. Llama 3.1 to 3.3 have 8,192.
@@ -195,7 +197,8 @@ def hf_config(file: Gguf) -> dict[str, Any]:
         config["bos_token_id"] = bos
     ends = eos_ids(metadata)
     config["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    return config | {f"{name}.{key}": value for key, value in left.items() if key not in HARMLESS}
+    unknown = {key: value for key, value in left.items() if key not in HARMLESS and NEUTRAL.get(key) != value}
+    return config | {f"{name}.{key}": value for key, value in unknown.items()}
 
 
 def _plain(key: str, value: Any) -> Any:

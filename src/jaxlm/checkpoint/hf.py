@@ -136,9 +136,8 @@ def match(
 def _report(faults: Mapping[str, list[str]], config: str) -> None:
     report = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
     if report:
-        raise ValueError(
-            f"the weights do not match {config}. {'; '.join(report)}. Are both files of the same model and revision?"
-        )
+        hint = ". Are both files of the same model and revision?" if config.endswith(".json") else ""
+        raise ValueError(f"the weights do not match {config}. {'; '.join(report)}{hint}")
 
 
 def alike(head: Tensor, embed: Tensor) -> bool:
