@@ -112,7 +112,22 @@ def test_runs_of_spaces_are_written_with_spaces_or_with_marks(tmp_path):
     )
     assert one is not None
     assert other is not None
-    assert one.encode("a  b") == other.encode("a  b")
+    assert one.encode("a  b ▁▁") == other.encode("a  b ▁▁")
+    assert one.hf.get_vocab() == other.hf.get_vocab()
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", ["<s>", "abc"]), ("dbrx", ["ab", "c"])])
+def test_llama_3_takes_words_that_are_tokens_and_adds_bos(pre, expected, tmp_path):
+    """No merge makes abc."""
+    tokens = ["<s>", "a", "b", "c", "ab", "abc"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL, *[NORMAL] * 5], "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 0,
+    }  # fmt: skip
+    tokenizer = Tokenizer.load(write(tmp_path / "model.gguf", metadata, {}))
+    assert tokenizer is not None
+    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.encode("abc")) == expected
 
 
 def test_chat_templates(tmp_path):
