@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import checkpoint_files
+from helpers import checkpoint_files, gguf_writer
 
 import jaxlm
 from jaxlm.checkpoint import hf, safetensors
@@ -50,6 +50,20 @@ def test_peak_memory_of_metas_form_is_the_weights(stored, dtype, bench, tmp_path
         bench.make_meta(folder, stored, layers=2, vocabulary=16384)
     found = bench.fresh("memory", folder, dtype)
     assert found["weights"] == 58_725_376 * (2 if dtype == "bfloat16" else 4)
+    assert found["peak"] >= found["weights"]
+    assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
+    assert found["RssFile"] < 16e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_memory_of_a_quantized_file_is_the_weights(dtype, bench, tmp_path_factory):
+    """Blocks become floats in pieces, and the file is not mapped while they are read."""
+    path = tmp_path_factory.getbasetemp() / "load-memory.gguf"
+    if not path.exists():
+        gguf_writer.large_file(path)
+    found = bench.fresh("memory", path, dtype)
+    assert found["weights"] == 50_336_768 * (2 if dtype == "bfloat16" else 4)
     assert found["peak"] >= found["weights"]
     assert found["peak"] <= FACTOR * found["weights"] + CONSTANT, found
     assert found["RssFile"] < 16e6

@@ -108,7 +108,8 @@ PUBLIC = set("""
     jaxtyping pyarrow pyarrow.ipc pyarrow.parquet
     optax.tree optax.tree_utils orbax.checkpoint rich.console rich.markup rich.progress
     rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders
-    tokenizers.models tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch torch.distributed tqdm
+    tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch
+    torch.distributed tqdm
     transformers transformers.utils transformers.utils.logging tyro tyro.conf tyro.extras wandb yaml
 """.split())  # fmt: skip  # noqa: SIM905
 # Private by its looks alone.

@@ -198,7 +198,7 @@ def _file_dtype(tensor: Any, leaf: Any) -> np.dtype:
 def _config_dtype(model: Model, wanted: np.dtype | None) -> str | None:
     """The dtype to set in config.json; None if the checkpoint's config.json already has it."""
     checkpoint = model.checkpoint
-    if wanted is None and (checkpoint is None or checkpoint.format == "meta"):
+    if wanted is None and (checkpoint is None or checkpoint.format != "hf"):
         wanted = _file_dtype(checkpoint.tensors.pairs[0][1] if checkpoint else None, model.weights["embed"])
     return None if wanted is None else wanted.name
 
@@ -233,7 +233,7 @@ def sidecar_files(model: Model) -> SidecarFiles:
     if checkpoint is not None:
         folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be in another folder
         paths = {name: (checkpoint.folder if name in MODEL_FILES else folder) / name for name in OPTIONAL}
-        if folder.is_file():
+        if folder.is_file() and folder.suffix != ".gguf":
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
     if model.tokenizer is not None and model.tokenizer.has_new_tokens:
@@ -243,7 +243,7 @@ def sidecar_files(model: Model) -> SidecarFiles:
         sidecars.pop("chat_template.json", None)
         sidecars[TEMPLATE] = template
     generation_config = {k: v for k, v in model.generation_config.items() if v not in (None, [])}
-    if checkpoint is None or checkpoint.format == "meta":  # params.json has no EOS ids
+    if checkpoint is None or checkpoint.format != "hf":  # there is no such file
         sidecars |= {GENERATION: generation_config} if generation_config and GENERATION not in sidecars else {}
     elif model.generation_config != loaded_generation_config(checkpoint):
         sidecars[GENERATION] = generation_config
@@ -274,7 +274,7 @@ def lacks_tokenizer(model: Model, sidecars: SidecarFiles) -> bool:
     checkpoint = model.checkpoint
     if model.tokenizer is None or checkpoint is None or model.tokenizer.has_new_tokens:
         return model.tokenizer is not None
-    return (checkpoint.format == "meta" or checkpoint.tokenizer is not None) and "tokenizer.json" not in sidecars
+    return (checkpoint.format != "hf" or checkpoint.tokenizer is not None) and "tokenizer.json" not in sidecars
 
 
 def config_json(model: Model, config: dict[str, Any] | None, dtype: str | None) -> SidecarFiles:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters, models
-from jaxlm.checkpoint import headers, hf, hub, meta, peft
+from jaxlm.checkpoint import gguf_files, gguf_models, headers, hf, hub, meta, peft
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import read_settings
@@ -45,12 +45,14 @@ def load(
     device: Any = None,
     progress: bool | None = None,
 ) -> Model:
-    """Loads a model from a Hugging Face hub id or a folder.
+    """Loads a model from a Hugging Face hub id, a folder or a GGUF file.
 
     Args:
-        name: Hub id, folder or ModelSource. If it is a LoRA adapter, its base model is loaded too.
+        name: Hub id, folder, .gguf file (on the hub: `org/name:file.gguf`) or ModelSource. If it is a LoRA adapter, its
+            base model is loaded too.
         adapter, format, tokenizer, rope_factor, revision, token, offline, allow_fields: See ModelSource.
-        dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file.
+        dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file, and is bfloat16 for a quantized
+            GGUF file.
         family: Module of jaxlm.models that the checkpoint must belong to. Default: any.
         mesh: Devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
             axes. Default with several devices: all of them, with `model` as large as heads and MLP width permit.
@@ -152,7 +154,7 @@ def _same_model(one: str, other: str) -> bool:
 
 def _as_adapter(source: ModelSource) -> Path | None:
     """The folder of the adapter `source.name`; None if it is not an adapter."""
-    if source.format == "meta":
+    if source.format == "meta" or str(source.name).endswith(gguf_files.SUFFIX):
         return None
     with suppress(OSError, ValueError):
         return hub.resolve_adapter(source)
@@ -182,6 +184,11 @@ def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: b
 
 def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resolved:
     """Reads and checks the config and tensors of a checkpoint."""
+    if (gguf := gguf_files.find(source, headers_only)) is not None:
+        known, config, checkpoint = gguf_models.open_gguf(gguf, source.allow_fields)
+        if family is not None and known is not family:
+            raise ValueError(f"{gguf} does not belong to {family.__name__}: omit family=")
+        return Resolved(known, config, checkpoint, None, {})
     if headers_only:
         folder, read_index = headers.find(source)
     else:
@@ -245,7 +252,7 @@ def with_tokenizer(resolved: Resolved, path: str | Path | None) -> Resolved:
     ends = loaded_generation_config(checkpoint)["eos_token_id"]
     is_meta = checkpoint.format == "meta"
     folders = [folder, folder.parent] if is_meta and folder.name == hub.ORIGINAL else [folder]
-    folders = [path for path in folders if path.is_dir()]  # headers_only: it may be a config file
+    folders = [path for path in folders if path.suffix != ".json"]  # headers_only: it may be a config file
     # Meta's files have no EOS ids, so those in the folder of the tokenizer are used.
     eos_of = (None, None) if is_meta and not ends else ({"eos_token_id": ends}, {})
     tokenizer = None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from helpers import checkpoint_files
+from helpers import checkpoint_files, gguf_writer
 from helpers.hostile_templates import templates
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.tiny_models import CONFIGS, FULL, SLIDING
@@ -27,7 +27,7 @@ from jaxlm.inference.prompts import stop_ids
 from jaxlm.inference.sampling_params import unsupported
 from jaxlm.loading import load
 from jaxlm.nn import params
-from jaxlm.processing.detokenizer import TextStream
+from jaxlm.processing.detokenizer import TextStream, byte_alphabet
 from jaxlm.processing.tokenizer import Tokenizer
 
 ERRORS = (ValueError, OSError, MemoryError)
@@ -64,6 +64,19 @@ def write_tiktoken(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
 
 
+def write_gguf(folder: Path) -> None:
+    tokens = [*byte_alphabet(), "<s>", "</s>", "ab"]
+    metadata, tensors = gguf_writer.tiny_file("llama3", hidden_size=32, intermediate_size=32, vocab_size=len(tokens))
+    metadata |= {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1], "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.eos_token_id": 257, "tokenizer.chat_template": TEMPLATE,
+    }  # fmt: skip
+    tensors["rope_freqs.weight"] = gguf_writer.Raw(0, (4,), gguf_writer.rope_factors(1e4, 8, 8, 1, 4, 8192).tobytes())
+    gguf_writer.write(folder / "model.gguf", metadata, tensors)
+    read_gguf(folder)  # the memory of imports is not the file's
+
+
 def write_config(folder: Path) -> None:
     """Nothing beside it, and every field that any family reads."""
     local = {"rope_type": "default", "rope_theta": 3e4}
@@ -97,6 +110,10 @@ def read_model(folder: Path) -> None:
     model = load(folder, progress=False)
     stop_ids(model, resolve(model, {}))
     unsupported(model.generation_config)
+
+
+def read_gguf(folder: Path) -> None:
+    load(folder / "model.gguf", progress=False)
 
 
 def read_config(folder: Path) -> None:
@@ -138,6 +155,7 @@ READERS = {
         Reader("config.json", write_model, read_model, ("model_type",)),
         Reader("config.json", write_config, read_config, ("model_type",)),
         Reader("generation_config.json", write_model, read_model),
+        Reader("model.gguf", write_gguf, read_gguf),
         Reader("tokenizer.json", write_model, read_tokenizer, _TOKENIZER),
         Reader("tokenizer_config.json", write_model, read_tokenizer, _TOKENIZER),
         Reader("chat_template.jinja", write_model, read_tokenizer, _TOKENIZER),

@@ -88,7 +88,7 @@ class StubHub:
 
 
 JSON = {"Content-Type": "application/json"}
-WEIGHTS = (".safetensors", ".pth")  # what lies in large-file storage
+WEIGHTS = (".safetensors", ".pth", ".gguf")  # what lies in large-file storage
 
 
 def entry(name: str, body: bytes) -> dict[str, object]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxlm.checkpoint import gguf
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
@@ -135,9 +136,8 @@ def match(
 def _report(faults: Mapping[str, list[str]], config: str) -> None:
     report = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
     if report:
-        raise ValueError(
-            f"the weights do not match {config}. {'; '.join(report)}. Are both files of the same model and revision?"
-        )
+        hint = ". Are both files of the same model and revision?" if config.endswith(".json") else ""
+        raise ValueError(f"the weights do not match {config}. {'; '.join(report)}{hint}")
 
 
 def alike(head: Tensor, embed: Tensor) -> bool:
@@ -220,7 +220,8 @@ def pieces_of(tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: 
         whole = out[top - row : max(above + height - row, 0), left - column : max(beside + width - column, 0)]
         if not whole.size:
             continue
-        direct = out.dtype == DTYPES[part.dtype] and whole.flags.c_contiguous and not joined.H
+        plain = not joined.H and not part.encoding
+        direct = plain and out.dtype == DTYPES[part.dtype] and whole.flags.c_contiguous
         nbytes = SLICE if direct else min(SLICE, CONVERTED)
         step = max(1, nbytes // (whole.shape[1] * DTYPES[part.dtype].itemsize))
         if joined.H:
@@ -235,19 +236,23 @@ def read_block(tensor: Tensor, out: np.ndarray, row: int = 0, column: int = 0) -
     """Fills `out` with the block of a tensor that begins at a row and a column, the tensor seen as a matrix.
 
     out has any type and strides. Its last axis is the block's columns, the others together are its rows. Returns the
-    number of bytes read.
+    number of bytes of the elements in `tensor.dtype`.
     """
     source, width, columns = DTYPES[tensor.dtype], _matrix(tensor.shape)[1], out.shape[-1]
-    direct = source == out.dtype and out.flags.c_contiguous
-    raw = out.reshape(-1).view(np.uint8) if direct else aligned(out.size * source.itemsize)
-    runs = 1 if columns == width else out.size // columns
-    read_into(raw.reshape(runs, -1), tensor, (row * width + column) * source.itemsize, width * source.itemsize)
+    direct = source == out.dtype and out.flags.c_contiguous and not tensor.encoding
+    if tensor.encoding:
+        values = gguf.read_values(tensor, (row, out.size // columns), (column, columns), width)
+    else:
+        raw = out.reshape(-1).view(np.uint8) if direct else aligned(out.size * source.itemsize)
+        runs = 1 if columns == width else out.size // columns
+        read_into(raw.reshape(runs, -1), tensor, (row * width + column) * source.itemsize, width * source.itemsize)
+        values = raw.view(source)
     if not direct:
         with np.errstate(all="ignore"):
-            out[...] = raw.view(source).reshape(out.shape)
-    if out.dtype == np.float16 != source and np.isinf(out).any():
+            out[...] = values.reshape(out.shape)
+    if out.dtype == np.float16 and values.dtype != np.float16 and np.isinf(out).any():
         raise ValueError(f"{tensor.file}: {tensor.name} has values beyond float16's 65,504: use another dtype")
-    return raw.nbytes
+    return out.size * source.itemsize
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

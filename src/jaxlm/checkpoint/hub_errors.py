@@ -78,14 +78,17 @@ def _refused(error: Any, repo: str, revision: str | None) -> OSError:
 
 
 def remote_files(repo: str, revision: str | None, token: str | None) -> str:
-    """The weight files of a repository, for an error message."""
+    """The weight files of a repository, and how to load one of GGUF, for an error message."""
     from huggingface_hub import HfApi
 
     try:
         names = HfApi().list_repo_files(repo, revision=revision, token=token)
     except http_error():
         return ""  # the list is only a hint
-    return f" (it holds {listing(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))})"
+    hint = f"; a GGUF file is passed as -m {repo}:FILE.gguf" if any(name.endswith(".gguf") for name in names) else ""
+    return (
+        f" (it holds {listing(n for n in names if not n.endswith(('.json', '.md', '.txt', '.gitattributes')))}){hint}"
+    )
 
 
 def listing(names: Iterable[str]) -> str:

@@ -35,7 +35,11 @@ BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32":
 
 
 class Tensor(NamedTuple):
-    """Location of a tensor: name, file, type as the file names it, shape, first byte and length."""
+    """Location of a tensor: name, file, type as the file names it, shape, first byte and length.
+
+    Of a tensor in a GGUF file that is not stored as numbers of a type in DTYPES, `dtype` is the type that it is loaded
+    in, and `encoding` the type in the file (gguf_types.py). `shift` is added to its elements.
+    """
 
     name: str
     file: Path
@@ -43,6 +47,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    encoding: str = ""
+    shift: float = 0.0
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ class ModelSource:
     """Which checkpoint to read, and how.
 
     Attributes:
-        name: Hugging Face hub id (`org/name`) or local folder. A LoRA adapter is loaded together with the base model in
-            its adapter_config.json.
+        name: Hugging Face hub id (`org/name`), local folder or GGUF file (`org/name:file.gguf` on the hub). A LoRA
+            adapter is loaded together with the base model in its adapter_config.json.
         adapter: hub id or folder of a LoRA adapter in PEFT's format, applied to `name`.
         format: "hf", or "meta" for Meta's original Llama 3 files (params.json, consolidated.*.pth; `original/` in a hub
             repository). None: the format of the folder; Hugging Face's if it has both.

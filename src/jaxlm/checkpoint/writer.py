@@ -47,8 +47,8 @@ class LazyTensor:
     def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
         self.tensor: Tensor | ConcatTensor = tensor
         self.shape: tuple[int, ...] = shape
-        self.nbytes: int = tensor.nbytes
         self.dtype: np.dtype[Any] = DTYPES[tensor.dtype]
+        self.nbytes: int = math.prod(shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -28,7 +28,8 @@ class _ModelFlags:
     """Which model, and how to load it."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
-    """Hugging Face hub id or local folder. A LoRA adapter is loaded together with its base model."""
+    """Hugging Face hub id, local folder or GGUF file (org/name:FILE.gguf on the hub). A LoRA adapter is loaded together
+    with its base model."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
     """LoRA adapter (PEFT format) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

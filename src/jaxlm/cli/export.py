@@ -19,7 +19,7 @@ class Export(ModelFlags):
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
-    """Hub id or folder; same as -m."""
+    """Hub id, folder or .gguf file; same as -m."""
     out: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="OUT")]] = None
     """Folder to write."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from jaxlm import loading
 from jaxlm.checkpoint.hf import Checkpoint
+from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft import Adapter
 from jaxlm.checkpoint.safetensors import DTYPES
 from jaxlm.checkpoint.source import ModelSource
@@ -33,7 +34,7 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
     resolved = loading.match_tensors(source, headers_only=True)
     try:
         resolved = loading.with_tokenizer(resolved, source.tokenizer)
-        tokenizer = resolved.tokenizer and _tokenizer(resolved.tokenizer)
+        tokenizer = resolved.tokenizer and _tokenizer(resolved.tokenizer, resolved.checkpoint.format)
     except ValueError as error:
         tokenizer = {"error": str(error)}
     family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
@@ -81,17 +82,23 @@ def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any
         dtype = jnp.dtype(dtype_name if dtype_name != "auto" else named or "bfloat16")
         size = {"dtype": dtype.name, "bytes": count * dtype.itemsize}
         return {"present": False, "reason": tensors.no_weights, **size, "config_dtype": named}, dtype
-    stored = Counter[str]()
-    for _, tensor in tensors.pairs:
-        stored[tensor.dtype] += tensor.nbytes
-    dtype = DTYPES[stored.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
+    stored, counts, loaded = Counter[str](), Counter[str](), Counter[str]()
+    for row, tensor in tensors.pairs:
+        part = tensor.parts[0] if isinstance(tensor, ConcatTensor) else tensor
+        kind = part.encoding or DTYPES[tensor.dtype].name
+        stored[kind] += tensor.nbytes
+        counts[kind] += 1
+        loaded[tensor.dtype] += math.prod(row.shape) * DTYPES[tensor.dtype].itemsize
+    dtype = DTYPES[loaded.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
     all_tensors = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
     return {
         "present": True,
         "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
-        "bytes": stored.total() if dtype_name == "auto" else count * dtype.itemsize,
-        "stored": {DTYPES[kind].name: nbytes for kind, nbytes in stored.items()},
+        "bytes": loaded.total() if dtype_name == "auto" else count * dtype.itemsize,
+        "format": checkpoint.format,
+        "stored": dict(stored),
+        "counts": dict(counts),
         "ignored": dict(Counter(_pattern(tensor.name, family.IGNORED_PREFIXES) for tensor in tensors.ignored)),
         "ignored_bytes": sum(tensor.nbytes for tensor in tensors.ignored),
     }, dtype
@@ -139,8 +146,11 @@ def _ropes(cfg: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
+def _tokenizer(tokenizer: Tokenizer, format: str) -> dict[str, Any]:
+    kind = {}
+    if format == "gguf":
+        kind = {"kind": "SentencePiece" if tokenizer.hf.backend_tokenizer.model.byte_fallback else "byte-level BPE"}
+    return kind | {
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.hf.bos_token,
         "stop": {str(tokenizer.hf.convert_ids_to_tokens(i)): i for i in tokenizer.stop_ids},

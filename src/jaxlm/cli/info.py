@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 class Info(ModelFlags):
     """Show a model's architecture: shapes, parameters, memory, context, tokenizer. Weights are not loaded.
 
-    A folder or a config.json without weights is sufficient. From the hub, only small files are downloaded. --dtype
-    shows the sizes for another data type than that of the files.
+    A folder or a config.json without weights is sufficient. From the hub, only small files are downloaded. Of a GGUF
+    file, only the header is read. --dtype shows the sizes for another data type than that of the files.
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
-    """Hub id, folder or config.json; same as -m."""
+    """Hub id, folder, config.json or .gguf file; same as -m."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
         if (self.name is not None and self.model is not None) or (self.name, self.model, self.adapter) == (None,) * 3:
-            usage("pass one model: a hub id, a folder or a config.json (jaxlm info --help)")
+            usage("pass one model: a hub id, a folder or a config.json or .gguf file (jaxlm info --help)")
         from jaxlm.cli.facts import describe
 
         facts = describe(self.source(self.name), self.dtype, self.mesh)
@@ -89,7 +89,10 @@ def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
         return f"not found; {size}{assumed}", [weights["reason"]] if weights["reason"] else []
     lines = []
     if list(weights["stored"]) != [weights["dtype"]]:
-        stored = ", ".join(f"{_gigabytes(nbytes)} in {dtype}" for dtype, nbytes in weights["stored"].items())
+        stored = ", ".join(
+            f"{_gigabytes(nbytes)} in {kind} ({weights['counts'][kind]:,} tensor{'s' * (weights['counts'][kind] > 1)})"
+            for kind, nbytes in weights["stored"].items()
+        )
         lines.append(f"stored: {stored}")
     if weights["ignored"]:
         names = ", ".join(f"{count:,} {pattern}" for pattern, count in weights["ignored"].items())
@@ -184,6 +187,7 @@ def _tokenizer(tokenizer: dict[str, Any] | None) -> tuple[str, list[str]]:
     stops = ", ".join(f"{name} {number}" for name, number in tokenizer["stop"].items())
     parts = [
         f"{tokenizer['vocab_size']:,} tokens",
+        *([tokenizer["kind"]] if "kind" in tokenizer else []),
         f"BOS {tokenizer['bos']}" if tokenizer["bos"] else "no BOS token",
         "chat template" if tokenizer["chat_template"] else "no chat template",
     ]

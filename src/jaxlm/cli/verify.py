@@ -35,7 +35,7 @@ class Verify(ModelFlags):
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
-    """Hub id or folder."""
+    """Hub id, folder or .gguf file."""
     against: str | None = None
     """References, separated by commas: transformers, meta, self, or a file written by --record. Default: transformers
     if torch is installed, else self."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.processing.chat_template import THINKING, template_errors
+from jaxlm.processing.gguf_tokenizer import from_gguf
 from jaxlm.processing.messages import ASSISTANT, json_arguments, near_role, normalize
 from jaxlm.processing.tokenizer_files import (
     eos_ids,
@@ -51,7 +52,7 @@ class Tokenizer:
         generation_config: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
     ) -> "Tokenizer | None":
-        """Loads the tokenizer of a checkpoint folder, or of a single tokenizer.model.
+        """Loads the tokenizer of a checkpoint folder, of a single tokenizer.model or of a GGUF file.
 
         The first of these files that exists is used: tokenizer.json, unchanged; tokenizer.model in the format of Meta's
         Llama 3; tokenizer.model (SentencePiece) or vocab.json, by transformers' AutoTokenizer. Code in the folder is
@@ -60,7 +61,7 @@ class Tokenizer:
         Args:
             folder: A local folder. Its chat template is read from chat_template.jinja, tokenizer_config.json or
                 chat_template.json. The path of a tokenizer.json selects its folder. The path of a tokenizer.model
-                selects that file only.
+                or of a GGUF file selects that file only.
             generation_config, config: Contents of generation_config.json and config.json, for their `eos_token_id`.
                 None reads the files in the folder.
 
@@ -73,6 +74,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         if folder.is_file():
+            if folder.suffix == ".gguf":
+                found = from_gguf(folder)
+                return found and cls(found[0], {*found[1], *eos_ids(generation_config or {}, config or {})})
             if folder.name != "tokenizer.json":
                 return cls(from_tokenizer_model(folder), eos_ids(generation_config or {}, config or {}))
             folder = folder.parent

@@ -130,7 +130,7 @@ class Run(Checked):
     out: Path = Path("run")
     """Output folder: configuration, metrics, checkpoints, and at the end the model."""
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = None
-    """Checkpoint to start from: hub id or folder."""
+    """Checkpoint to start from: hub id, folder or .gguf file."""
     shape: Path | None = None
     """config.json of a new model with random weights."""
     tokenizer: Path | None = None

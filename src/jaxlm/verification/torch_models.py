@@ -31,6 +31,8 @@ class Transformers:
                 "transformers' models need PyTorch: pip install torch, or compare with a recording made where it is "
                 "installed (jaxlm verify MODEL --record FILE there, --against FILE here)"
             )
+        if subject.checkpoint.format == "gguf" and importlib.util.find_spec("gguf") is None:
+            raise ValueError("transformers needs the package gguf to read GGUF files: pip install gguf")
 
     def __call__(self, subject: Resolved, probes: Probes, dtype: str) -> list[Trace]:
         import torch
@@ -49,8 +51,11 @@ class Transformers:
     def load(self, subject: Resolved, dtype: Any) -> Any:
         transformers = import_transformers()
         options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
-        if getattr(subject.checkpoint, "format", "hf") == "hf":
-            return transformers.AutoModelForCausalLM.from_pretrained(subject.checkpoint.folder, **options)
+        format, folder = getattr(subject.checkpoint, "format", "hf"), subject.checkpoint.folder
+        if format == "hf":
+            return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        if format == "gguf":
+            return transformers.AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, **options)
         config = transformers.LlamaConfig(**subject.checkpoint.config)
         model = transformers.AutoModelForCausalLM.from_config(config, **options)
         model.load_state_dict({name: w.to(dtype) for name, w in to_transformers(subject)}, strict=True)
