@@ -21,11 +21,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from common import checkpoint, read_rate
+from common import SHAPES, checkpoint, read_rate
 
 Run = Callable[[int, int], float]  # batch, prompt length -> tokens a second
 parser = argparse.ArgumentParser()
-parser.add_argument("--shape", default="Qwen3-0.6B")
+parser.add_argument("--shape", choices=SHAPES, default="Qwen3-0.6B", help="the architecture, with random weights")
 parser.add_argument("--prompt", default="32", help="one length of the prompts, or several: 32,512,2048")
 parser.add_argument("--tokens", type=int, default=48)
 parser.add_argument("--batch", default="1", help="one number of rows, or several: 1,2,4,8")

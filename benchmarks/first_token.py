@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from common import checkpoint
+from common import SHAPES, checkpoint
 
 # Tokens of the prompt, max_tokens.
 CASES = ((32, 64), (50, 100), (200, 400), (32, 64))
@@ -31,7 +31,7 @@ TRACE = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_m
 COMPILE = ("/jax/core/compile/backend_compile_duration",)
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--shape", default="Llama-3.2-1B")
+parser.add_argument("--shape", choices=SHAPES, default="Llama-3.2-1B")
 parser.add_argument("--rounds", type=int, default=1)
 parser.add_argument("--python", default=sys.executable, help="the interpreter that is measured")
 parser.add_argument("--quick", action="store_true", help="the first prompt only")

@@ -10,10 +10,10 @@ k and v).
 import argparse
 import time
 
-from common import checkpoint, matmul_rate
+from common import SHAPES, checkpoint, matmul_rate
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--shape", default="Qwen3-0.6B")
+parser.add_argument("--shape", choices=SHAPES, default="Qwen3-0.6B")
 parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512])
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])

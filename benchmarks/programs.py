@@ -129,7 +129,8 @@ def weights(where: Setting) -> Any:
 
 def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
     cfg = where.cfg
-    sizes = where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk, caches.TPU_LAYOUT
+    layout = caches.layout_of("tpu")
+    sizes = where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk, layout
     return caches.map_arrays(jax.eval_shape(partial(caches.init, *sizes)), where.put)
 
 

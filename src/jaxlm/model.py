@@ -121,13 +121,19 @@ class Model:
 
         Raises:
             ValueError: `batch` or `length` is less than 1.
+            MemoryError: It does not fit in the memory of the model's device.
         """
         cfg = self.config
         if batch < 1 or length < 1:
             raise ValueError(f"a KV cache needs at least one row and one position, not {batch} and {length}")
         dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
-        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
-        sizes += (caches.TPU_LAYOUT if self.device.platform == "tpu" else caches.LAYOUT,)
+        if self.mesh is None:
+            slots = sum(caches.slot_counts(length, cfg.windows, min(chunk or length, length)))
+            nbytes = 2 * batch * slots * cfg.K * cfg.H * jnp.dtype(dtype).itemsize
+            what = f"the keys and values of a KV cache of {batch:,} rows and {length:,} tokens"
+            hardware.require(nbytes, self.device, what, "use fewer rows or a shorter length")
+        layout = caches.layout_of(self.device.platform)
+        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk, layout)
         return _empty(self.mesh or self.device, *sizes)()
 
     @property

@@ -88,15 +88,6 @@ def test_the_kv_cache_is_not_copied_and_the_step_is_near_its_limit(
 
 
 @pytest.mark.slow
-def test_the_layout_of_other_platforms_costs_copies(tpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted fault."""
-    monkeypatch.setattr(kv_cache, "TPU_LAYOUT", kv_cache.LAYOUT)
-    found = tpu.measure(tpu.Case("llama-3.1-8b", 8, 2048))
-    assert found["copies"] > 1e9
-    assert found["fraction"] < 0.8
-
-
-@pytest.mark.slow
 def test_writing_the_whole_cache_costs_time(tpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault."""
 

@@ -159,6 +159,13 @@ def test_no_other_small_chunks_cost_less(sizes: tuple[int, ...], rows: int) -> N
         assert cost(found) <= min(cost(plan) for plan in [*plans, *uniform] if sum(plan) >= width)
 
 
+def test_chunks_cost_the_tokens_of_all_rows() -> None:
+    """The padding of eight rows costs more than one more chunk."""
+    for rows, want in ((1, [64]), (8, [16, 16])):
+        found = [tokens.shape for tokens, _ in decoding.chunks([ids(20)] * rows, 0, [512, 64, 16])]
+        assert found == [(rows, T) for T in want]
+
+
 def test_chunk_sizes_are_of_all_rows() -> None:
     sizes = {rows: decoding.chunk_sizes("cpu", rows) for rows in (1, 2, 8, 64)}
     assert sizes == {1: [512, 128, 64, 32], 2: [256, 64, 32, 16], 8: [64, 16], 64: [16]}

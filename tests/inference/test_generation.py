@@ -366,6 +366,14 @@ def test_memory_check_includes_cache_growth(monkeypatch):
         jaxlm.generate(model, PROMPT, max_tokens=130)
 
 
+def test_a_kv_cache_that_does_not_fit_is_an_error_before_it_is_allocated():
+    model = llama()
+    with pytest.raises(
+        MemoryError, match=r"a KV cache of 1,000,000 rows and 1,000,000 tokens need .* GB free: use fewer rows"
+    ):
+        model.init_kv(1_000_000, 1_000_000)
+
+
 def test_forward_with_a_manual_decoding_loop():
     """Past the cache: an error where it can be seen, else NaN; rewinding without saying so forgets what came after."""
     model = llama()

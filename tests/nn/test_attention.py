@@ -111,10 +111,8 @@ def plain(window: int | None, q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.
     return jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), values).reshape(q.shape)
 
 
-def blocked(window: int | None, q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache) -> Any:
-    cache = kv_cache.write(cache, k, v)
-    query, key = (module.TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
-    return module._cache_blocked(q, cache.k, cache.v, query, key, window, 0.4, cache.layout)
+def attended(window: int | None, q: Any, k: Any, v: Any, pos: Any, cache: kv_cache.LayerCache) -> Any:
+    return attend(q, k, v, pos, cache, window=window, scale=0.4)[0]
 
 
 SLOTS = {
@@ -140,6 +138,11 @@ def with_gradients(backend: Any, window: int | None, block: int) -> Any:
     return jax.jit(jax.value_and_grad(value, has_aux=True))
 
 
+@cache
+def output(window: int | None, block: int) -> Any:
+    return jax.jit(partial(attended, window))
+
+
 CACHES = [(53, kv_cache.LAYOUT, 7), (53, kv_cache.LAYOUT, 64), (56, kv_cache.LAYOUT, 8),
           (53, kv_cache.TPU_LAYOUT, 8)]  # fmt: skip
 
@@ -156,7 +159,8 @@ def test_attention_over_a_cache_equals_the_slow_twin(
     monkeypatch.setattr(module, "DECODE_BLOCK", (8 * block,) * 3)
     q, k, v, pos, cache = cached(rows, S, layout, T)
     args, real = ((q, k, v, cache.k, cache.v), pos, cache), np.asarray(pos >= 0)
-    (_, out), grads = with_gradients(blocked, window, block)(*args)
+    out = output(window, block)(q, k, v, pos, cache)  # under differentiation, the output is that of `reference`
+    _, grads = with_gradients(attended, window, block)(*args)
     (_, expected), exact = with_gradients(plain, window, 0)(*args)
     assert np.isfinite(out).all()
     np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=3e-6)
@@ -164,29 +168,32 @@ def test_attention_over_a_cache_equals_the_slow_twin(
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize(("window", "read"), [(None, range(3)), (4, range(2, 3))])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
+@pytest.mark.parametrize(
+    ("T", "window", "read"), [(1, None, range(3)), (1, 4, range(2, 3)), (3, None, range(4)), (3, 4, range(2, 4))]
+)
 def test_only_the_blocks_that_are_attended_to_are_read(
-    window: int | None, read: range, T: int, monkeypatch: pytest.MonkeyPatch
+    T: int, window: int | None, read: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other block of the KV cache is NaN."""
+    """Every other block of the KV cache is NaN. Of three queries of a row, the last two are in another block."""
     monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
     monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
-    *args, cache = cached([range(22), range(22 if T > 1 else 20), []], 64, kv_cache.LAYOUT, T)
-    run = jax.jit(lambda cache: blocked(window, *args, cache)[:2])
+    *args, cache = cached([range(26 if T > 1 else 22), range(22), []], 64, kv_cache.LAYOUT, T)
+    run = jax.jit(lambda cache: attended(window, *args, cache)[:2])
     expected = jax.jit(partial(plain, window))(*args, cache)[:2]
-    unread = np.array([slot // 8 not in read for slot in range(64)])[:, None]
+    block = np.arange(64)[:, None] // 8
+    unread = ~np.isin(block, read)
     cache = replace(cache, k=jnp.where(unread, jnp.nan, cache.k), v=jnp.where(unread, jnp.nan, cache.v))
     np.testing.assert_allclose(run(cache), expected, atol=3e-6)
-    first = (np.arange(64) == 8 * read[0])[:, None]
-    assert np.isnan(run(replace(cache, k=jnp.where(first, jnp.nan, cache.k)))).any()
+    for end in (read[0], read[-1]):
+        assert np.isnan(run(replace(cache, v=jnp.where(block == end, jnp.nan, cache.v)))).any()
 
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_row_does_not_depend_on_the_length_of_others(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
     monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
-    run = jax.jit(partial(blocked, None))
+    run = jax.jit(partial(attended, None))
     q, k, v, pos, cache = cached([range(9), range(60), []], 64, kv_cache.LAYOUT, T)
     alone = run(q, k, v, pos.at[1].set(-1), replace(cache, positions=cache.positions.at[1].set(-1)))
     np.testing.assert_array_equal(run(q, k, v, pos, cache)[0], alone[0])
@@ -276,7 +283,7 @@ def test_blocks_and_their_gradient_equal_unblocked_attention(
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
-@pytest.mark.parametrize("what", ["forward", "gradient"])
+@pytest.mark.parametrize("what", ["forward", "gradient", "cache"])
 def test_memory_on_long_sequences_is_not_quadratic(what: str) -> None:
     """At T = 16,384 the scores of 4 heads would be 4.3 GB; a block is 0.13 GB."""
     T, N = 16_384, 4
@@ -286,6 +293,25 @@ def test_memory_on_long_sequences_is_not_quadratic(what: str) -> None:
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array) -> jax.Array:
         return attend(q, k, v, pos)[0].sum()
 
-    function = loss if what == "forward" else jax.grad(loss, argnums=(0, 1, 2))
+    def over_cache(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array) -> jax.Array:
+        _, [view] = kv_cache.advance(kv_cache.init(1, T, [None], K=2, H=16, dtype=q.dtype, chunk=T), pos)
+        return attend(q, k, v, pos, view)[0].sum()
+
+    function = {"forward": loss, "gradient": jax.grad(loss, argnums=(0, 1, 2)), "cache": over_cache}[what]
     memory = jax.jit(function).lower(q, k, k, pos).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 5 * module.MAX_SCORE_ELEMENTS * 4 < N * T * T * 4 / 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
+def test_prefill_of_a_short_chunk_needs_little_memory() -> None:
+    """512 tokens over 4,096 slots: the scores of all slots would be 134 MB."""
+    T, S, N = 512, 4096, 16
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 64), jnp.bfloat16) for heads in (N, 8))
+    cache = kv_cache.init(1, S, [None], K=8, H=64, dtype=jnp.bfloat16, chunk=T)
+
+    def prefill(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, cache: Any) -> jax.Array:
+        return attend(q, k, v, pos, kv_cache.advance(cache, pos)[1][0])[0]
+
+    pos = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    memory = jax.jit(prefill).lower(q, k, k, pos, cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 6 * T * N * module.PREFILL_BLOCK * 4 < T * N * S * 4 / 4

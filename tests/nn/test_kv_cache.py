@@ -141,3 +141,9 @@ def test_ring_buffer_of_window_slots_is_too_small(gemma: Model) -> None:
     expected = np.asarray(gemma.forward(TEXT[:, :12], gemma.weights, gemma.init_kv(3, 24, chunk=12), POS)[0])[:2, 8:]
     np.testing.assert_allclose(last_logits(gemma.init_kv(3, 24, chunk=4)), expected, atol=1e-5)
     assert np.abs(last_logits(replace(gemma.init_kv(3, 24, chunk=1), chunk=4)) - expected).max() > 0.1
+
+
+def test_the_heads_of_a_slot_are_contiguous_on_tpu_alone() -> None:
+    assert {name: kv_cache.layout_of(name).k for name in ("cpu", "gpu", "tpu")} == {
+        "cpu": "BKSH", "gpu": "BKSH", "tpu": "BSKH"
+    }  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -308,11 +308,11 @@ def chunk_sizes(platform: str, rows: int) -> list[int]:
 
 def chunk_widths(width: int, sizes: Sequence[int], rows: int) -> list[int]:
     """Sizes of the chunks, the largest first, that compute `width` tokens of each row: full ones that are padded by
-    less than the smallest size, and the cheapest combination of the others. A chunk costs its tokens, padding included,
-    and hardware.CHUNK_COST."""
+    less than the smallest size, and the cheapest combination of the others. A full chunk is not among these: a short
+    prompt does not wait for its program. A chunk costs its tokens, padding included, and hardware.CHUNK_COST."""
     full, small = sizes[0], sizes[1:] or sizes
 
-    @cache
+    @lru_cache(None)
     def cheapest(width: int) -> tuple[int, list[int]]:
         if width <= 0:
             return 0, []

@@ -37,7 +37,7 @@ LEAST_HEADROOM = 64
 # Slots of the smallest KV cache: per row at least, at most, and of all rows together. More slots are shared by more
 # prompts and max_tokens. Fewer are less work on accelerators, where a decoding step reads all slots.
 SMALLEST_CACHE = (64, 1024, 4096)
-PREFILL_CACHE = 512  # slots of the smallest KV cache of a prompt, of which prefill reads all
+PREFILL_CACHE = 512  # slots of the smallest KV cache of a prompt, of which prefill on accelerators reads all
 
 
 class CacheLengths(NamedTuple):

@@ -25,9 +25,10 @@ from jaxlm.nn import kv_cache
 
 # Largest block of attention scores that `reference` computes at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
-# Slots that `_cache_blocked` reads at a time in prefill, and elements of a kv head that it reads at a time in decoding:
-# at least, at most, and of all rows together (docs/performance.md).
-PREFILL_BLOCK, DECODE_BLOCK = 128, (1 << 12, 1 << 13, 1 << 16)
+# Slots that `_cache_blocked` reads at a time in prefill (docs/performance.md).
+PREFILL_BLOCK = 128
+# Elements of a kv head that it reads at a time in decoding: at least, at most, and of all rows together.
+DECODE_BLOCK = (1 << 12, 1 << 13, 1 << 16)
 # Up to this number of query heads per kv head, decoding on CPU multiplies them one by one (docs/performance.md).
 MAX_SINGLE_HEADS = 4
 CAUSAL_BLOCKS = 4  # blocks of queries per row in `_causal_blocked`
@@ -79,10 +80,11 @@ def attend(
     query, key = (TokenPositions(x, jnp.zeros_like(x)) for x in (pos, cache.positions))
     cache = kv_cache.write(cache, k, v)
 
-    def on_cpu(q: Array, k: Array, v: Array, *rest: Any) -> Array:
-        return _cache_blocked(q, cache.k, cache.v, *rest, cache.layout)
+    def over_cache(q: Array, k: Array, v: Array, *rest: Any) -> Array:
+        return _cache_blocked(q, cache.k, cache.v, *rest, cache.layout)  # the other backends take what is read
 
-    return _dispatch(on_cpu, q, *cache.read(), query, key, window, factor), cache
+    blocks = math.prod(q.shape[:3]) * PREFILL_BLOCK <= MAX_SCORE_ELEMENTS
+    return _dispatch(over_cache if blocks else _in_float32, q, *cache.read(), query, key, window, factor), cache
 
 
 def _dispatch(
@@ -165,15 +167,14 @@ def _cache_blocked(
     """
     (B, T, N, H), K, S = q.shape, k.shape[layout.k.index("K")], key.pos.shape[1]
     G, (least, most, of_all_rows) = N // K, DECODE_BLOCK
-    decode_block = max(1, min(max(of_all_rows // B, least), most) // H)
-    block, slots = min(PREFILL_BLOCK if T > 1 else decode_block, S), jnp.arange(S)
+    decoding, slots = T == 1, jnp.arange(S)
+    block = min(max(1, min(max(of_all_rows // B, least), most) // H) if decoding else PREFILL_BLOCK, S)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     q32 = q.astype(jnp.float32).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4) * scale
-    mask = attention_mask(query, key, window)
 
     def product(spec: str, x: Array, y: Array) -> Array:
         # On a mesh, the heads that are multiplied one by one may be on several devices.
-        if T > 1 or G > MAX_SINGLE_HEADS or mesh.active():
+        if not decoding or G > MAX_SINGLE_HEADS or mesh.active():
             return einsum(spec, x, y)
         return jnp.stack([einsum(spec.replace("G", ""), x[:, :, g], y) for g in range(G)], axis=2)
 
@@ -183,14 +184,17 @@ def _cache_blocked(
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
         keys, values = (part(x, axis=name.index("S")).astype(jnp.float32) for x, name in zip((k, v), layout))
         scores = product(f"BKGTH,{layout.k}->BKGTS", q32, keys)
-        attended = part(mask, axis=2) & (part(slots, axis=0) >= i * block)
+        mask = attention_mask(query, TokenPositions(*(part(x, axis=1) for x in key)), window)
+        attended = mask & (part(slots, axis=0) >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
         weighted = product(f"BKGTS,{layout.v}->BKGTH", exps, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
-    used = mask.any(axis=(0, 1))
+    oldest = jnp.min(query.pos, axis=1, keepdims=True, where=query.pos >= 0, initial=jnp.iinfo(query.pos.dtype).max)
+    used = (key.pos >= 0) & (key.pos <= query.pos.max(axis=1, keepdims=True))
+    used = (used if window is None else used & (key.pos > oldest - window)).any(axis=0)
     first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
     if mesh.active():  # rows are on several devices, which would have to agree
         first, last = 0, S - 1

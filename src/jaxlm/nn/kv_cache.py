@@ -27,6 +27,11 @@ class Layout(NamedTuple):
 LAYOUT, TPU_LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
 
 
+def layout_of(platform: str) -> Layout:
+    """The layout of KV caches on a platform."""
+    return TPU_LAYOUT if platform == "tpu" else LAYOUT
+
+
 @partial(
     jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk", "layout"]
 )
@@ -103,7 +108,7 @@ def init(
         layout: The order of the axes of keys and values.
     """
     chunk = min(chunk or length, length)
-    slots = [length if window is None else min(length, window + chunk - 1) for window in windows]
+    slots = slot_counts(length, windows, chunk)
     positions = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in slots}
 
     def zeros(letters: str, S: int) -> Array:
@@ -111,6 +116,11 @@ def init(
 
     layers = [{"k": zeros(layout.k, S), "v": zeros(layout.v, S)} for S in slots]
     return KVCache(positions, layers, length, chunk, layout)
+
+
+def slot_counts(length: int, windows: Sequence[int | None], chunk: int) -> list[int]:
+    """The number of slots of each layer."""
+    return [length if window is None else min(length, window + chunk - 1) for window in windows]
 
 
 def map_arrays(cache: KVCache, put: Callable[[Any, str], Any]) -> KVCache:
