@@ -7,7 +7,7 @@ import jax
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import engine
-from jaxlm.nn import params
+from jaxlm.nn import kv_cache, params
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -54,7 +54,9 @@ def row_bytes(model: "Model", lengths: engine.CacheLengths) -> int:
 
 def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
     """Bytes per device of a KV cache of one row and this length, written in chunks of `chunk` tokens."""
-    make = partial(model.init_kv, 1, length, chunk=chunk or hardware.CHUNK[model.device.platform])
+    cfg, platform = model.config, model.device.platform
+    dtype = hardware.cache_dtype(model.dtype, platform)
+    make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, dtype, chunk or hardware.CHUNK[platform])
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
 
 
