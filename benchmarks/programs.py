@@ -129,9 +129,8 @@ def weights(where: Setting) -> Any:
 
 def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
     cfg = where.cfg
-    layout = caches.layout_of("tpu")
-    sizes = where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk, layout
-    return caches.map_arrays(jax.eval_shape(partial(caches.init, *sizes)), where.put)
+    made = partial(caches.init, where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk)
+    return caches.map_arrays(jax.eval_shape(made), where.put)
 
 
 def state(where: Setting, context: int) -> decoding.State:

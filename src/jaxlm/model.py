@@ -132,8 +132,7 @@ class Model:
             nbytes = 2 * batch * slots * cfg.K * cfg.H * jnp.dtype(dtype).itemsize
             what = f"the keys and values of a KV cache of {batch:,} rows and {length:,} tokens"
             hardware.require(nbytes, self.device, what, "use fewer rows or a shorter length")
-        layout = caches.layout_of(self.device.platform)
-        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk, layout)
+        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
         return _empty(self.mesh or self.device, *sizes)()
 
     @property

@@ -27,13 +27,11 @@ def written(cache: kv_cache.KVCache, *calls: list[list[int]]) -> kv_cache.KVCach
     return cache
 
 
-@pytest.mark.parametrize("layout", [kv_cache.LAYOUT, kv_cache.TPU_LAYOUT])
-def test_sliding_window_layers_keep_window_plus_chunk_less_one_slots(layout: kv_cache.Layout) -> None:
-    cache = kv_cache.init(2, 64, [8, None, 8, 100], K=1, H=2, dtype=jnp.float32, chunk=5, layout=layout)
+def test_sliding_window_layers_keep_window_plus_chunk_less_one_slots() -> None:
+    cache = kv_cache.init(2, 64, [8, None, 8, 100], K=1, H=2, dtype=jnp.float32, chunk=5)
     assert [cache.slots(i) for i in range(4)] == [12, 64, 12, 64]
-    for name, letters in layout._asdict().items():
-        shapes = [tuple({"B": 2, "S": S, "K": 1, "H": 2}[letter] for letter in letters) for S in (12, 64, 12, 64)]
-        assert [layer[name].shape for layer in cache.layers] == shapes
+    for name in ("k", "v"):
+        assert [layer[name].shape for layer in cache.layers] == [(2, 1, S, 2) for S in (12, 64, 12, 64)]
     assert {S: a.shape for S, a in cache.positions.items()} == {"12": (2, 12), "64": (2, 64)}  # one array per size
     assert all((np.asarray(a) == -1).all() for a in cache.positions.values())
     full = kv_cache.init(1, 64, [8, None], K=1, H=2, dtype=jnp.float32, chunk=None)
@@ -141,9 +139,3 @@ def test_ring_buffer_of_window_slots_is_too_small(gemma: Model) -> None:
     expected = np.asarray(gemma.forward(TEXT[:, :12], gemma.weights, gemma.init_kv(3, 24, chunk=12), POS)[0])[:2, 8:]
     np.testing.assert_allclose(last_logits(gemma.init_kv(3, 24, chunk=4)), expected, atol=1e-5)
     assert np.abs(last_logits(replace(gemma.init_kv(3, 24, chunk=1), chunk=4)) - expected).max() > 0.1
-
-
-def test_the_heads_of_a_slot_are_contiguous_on_tpu_alone() -> None:
-    assert {name: kv_cache.layout_of(name).k for name in ("cpu", "gpu", "tpu")} == {
-        "cpu": "BKSH", "gpu": "BKSH", "tpu": "BSKH"
-    }  # fmt: skip

@@ -1,6 +1,7 @@
 """Rows of a KV cache: inserting prefilled requests into a batch, and copying a batch into a longer cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,8 @@ def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
         positions[str(S)] = cleared.at[rows[:, None], index].set(stored, mode="drop")
         # On a mesh, the row of a slice may be on another device.
         slices = _same_slots(cache, part, i) and not mesh.active()
-        layer = {}
-        for name, letters in cache.layout._asdict().items():
-            source = jnp.einsum(f"{getattr(part.layout, name)}->{letters}", old[name]).astype(new[name].dtype)
-            layer[name] = (
-                _put_slices(new[name], source, rows)
-                if slices
-                else _put_slots(new[name], source, rows, index, letters.index("S"))
-            )
-        layers.append(layer)
+        put_rows = partial(_put_slices, rows=rows) if slices else partial(_put_slots, rows=rows, index=index)
+        layers.append({name: put_rows(new[name], old[name].astype(new[name].dtype)) for name in ("k", "v")})
     return replace(cache, positions=positions, layers=layers)
 
 
@@ -58,10 +52,10 @@ def _put_slices(old: Array, new: Array, rows: Int[Array, " b"]) -> Array:
     return jax.lax.fori_loop(0, len(rows), put_row, old)
 
 
-def _put_slots(old: Array, new: Array, rows: Int[Array, " b"], index: Int[Array, "b s"], axis: int) -> Array:
-    """Writes each slot of rows to the slots of `index`. axis: that of the slots."""
-    where = (rows[:, None], *(slice(None),) * (axis - 1), index)
-    return old.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")  # the indexed axes come first in the values
+def _put_slots(old: Array, new: Array, rows: Int[Array, " b"], index: Int[Array, "b s"]) -> Array:
+    """Writes each slot of rows to the slots of `index`."""
+    new = new.swapaxes(1, 2)  # the indexed axes come first in the values
+    return old.at[rows[:, None], :, index].set(new, mode="drop")
 
 
 def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
@@ -71,12 +65,10 @@ def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
         S, stored = cache.slots(i), part.positions[str(part.slots(i))]
         index = slot_index(stored, S, cache.length)
         positions[str(S)] = put(cache.positions[str(S)], stored, index)
-        layer = {}
-        for name, letters in cache.layout._asdict().items():
-            layer[name] = (
-                jax.lax.dynamic_update_slice(new[name], old[name], (0,) * old[name].ndim)
-                if _same_slots(cache, part, i)
-                else put(new[name], old[name], index, letters.index("S"))
-            )
-        layers.append(layer)
+        copy = _put_first if _same_slots(cache, part, i) else partial(put, index=index, axis=2)
+        layers.append({name: copy(new[name], old[name]) for name in ("k", "v")})
     return replace(cache, positions=positions, layers=layers)
+
+
+def _put_first(old: Array, new: Array) -> Array:
+    return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)

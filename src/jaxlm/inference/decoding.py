@@ -295,7 +295,7 @@ def _signature(leaf: Any) -> Any:
     if isinstance(leaf, caches.KVCache):
         first = leaf.layers[0]["k"]
         # A cache that a program returns has sorted keys, a new one may not.
-        sizes = tuple(sorted(leaf.positions)), leaf.length, leaf.chunk, leaf.layout
+        sizes = tuple(sorted(leaf.positions)), leaf.length, leaf.chunk
         return *sizes, first.shape, first.dtype, first.sharding
     return leaf.shape, leaf.dtype, leaf.sharding
 

@@ -81,10 +81,19 @@ def attend(
     cache = kv_cache.write(cache, k, v)
 
     def over_cache(q: Array, k: Array, v: Array, *rest: Any) -> Array:
-        return _cache_blocked(q, cache.k, cache.v, *rest, cache.layout)  # the other backends take what is read
+        return _cache_blocked(q, cache.k, cache.v, *rest)  # the other backends take [B,S,K,H]
 
     blocks = math.prod(q.shape[:3]) * PREFILL_BLOCK <= MAX_SCORE_ELEMENTS
-    return _dispatch(over_cache if blocks else _in_float32, q, *cache.read(), query, key, window, factor), cache
+    return _dispatch(
+        over_cache if blocks else _in_float32,
+        q,
+        cache.k.swapaxes(1, 2),
+        cache.v.swapaxes(1, 2),
+        query,
+        key,
+        window,
+        factor,
+    ), cache
 
 
 def _dispatch(
@@ -147,25 +156,24 @@ def _causal_blocked(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _cache_blocked(
     q: Float[Array, "B T N H"],
-    k: Array,
-    v: Array,
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
     scale: float,
-    layout: kv_cache.Layout,
 ) -> Float[Array, "B T N H"]:
-    """`reference` on CPU over a KV cache of this layout, for prefill and decoding.
+    """`reference` on CPU over a KV cache, for prefill and decoding.
 
     The KV cache is read in blocks of slots, from the first to the last that any query attends to, so that the cost
     grows with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is
     in the CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the
     largest score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
     """
-    (B, T, N, H), K, S = q.shape, k.shape[layout.k.index("K")], key.pos.shape[1]
+    (B, T, N, H), (_, K, S, _) = q.shape, k.shape
     G, (least, most, of_all_rows) = N // K, DECODE_BLOCK
     decoding, slots = T == 1, jnp.arange(S)
     block = min(max(1, min(max(of_all_rows // B, least), most) // H) if decoding else PREFILL_BLOCK, S)
@@ -182,14 +190,14 @@ def _cache_blocked(
         top, total, out = sums
         begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
-        keys, values = (part(x, axis=name.index("S")).astype(jnp.float32) for x, name in zip((k, v), layout))
-        scores = product(f"BKGTH,{layout.k}->BKGTS", q32, keys)
+        keys, values = (part(x, axis=2).astype(jnp.float32) for x in (k, v))
+        scores = product("BKGTH,BKSH->BKGTS", q32, keys)
         mask = attention_mask(query, TokenPositions(*(part(x, axis=1) for x in key)), window)
         attended = mask & (part(slots, axis=0) >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        weighted = product(f"BKGTS,{layout.v}->BKGTH", exps, values)
+        weighted = product("BKGTS,BKSH->BKGTH", exps, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
     oldest = jnp.min(query.pos, axis=1, keepdims=True, where=query.pos >= 0, initial=jnp.iinfo(query.pos.dtype).max)
@@ -205,14 +213,13 @@ def _cache_blocked(
 
 @_cache_blocked.defjvp
 def _cache_blocked_jvp(
-    window: int | None, scale: float, layout: kv_cache.Layout, primals: Any, tangents: Any
+    window: int | None, scale: float, primals: Any, tangents: Any
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
     """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
     *arrays, query, key = primals
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        k, v = (jnp.einsum(f"{letters}->BSKH", x) for letters, x in zip(layout, (k, v)))
-        return _in_float32(q, k, v, query, key, window, scale)
+        return _in_float32(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, window, scale)
 
     return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
 

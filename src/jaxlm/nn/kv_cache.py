@@ -3,38 +3,21 @@
 A full-attention layer stores position p in slot p. A sliding-window layer stores it in slot p % S of a ring buffer with
 S = window + chunk - 1 slots, at most the length. Writing `chunk` tokens then does not overwrite positions that the
 first of them attends to. The attention mask is computed from the stored positions. Layers with the same number of slots
-share one array of positions.
+share one array of positions. The slots of one head are contiguous, [B,K,S,H], as the batched products of attention need
+them (docs/decisions.md).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class Layout(NamedTuple):
-    """The order in which the axes of keys and of values are stored, in letters."""
-
-    k: str
-    v: str
-
-
-# The slots of a head are contiguous, except on TPU, where the heads of a slot are (docs/decisions.md).
-LAYOUT, TPU_LAYOUT = Layout("BKSH", "BKSH"), Layout("BSKH", "BSKH")
-
-
-def layout_of(platform: str) -> Layout:
-    """The layout of KV caches on a platform."""
-    return TPU_LAYOUT if platform == "tpu" else LAYOUT
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk", "layout"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk"])
 @dataclass(frozen=True)
 class KVCache:
     """The KV cache of all layers, a pytree. `init` creates one.
@@ -44,44 +27,36 @@ class KVCache:
     Attributes:
         positions: Position of the token in each slot, [B,S] int32, -1 if empty. One array for each number of slots that
             layers have, under the key str(S).
-        layers: {"k", "v"} of each layer, with the axes of `layout`.
+        layers: {"k", "v"} of each layer, [B,K,S,H].
         length: Maximum number of positions, 0 to length - 1.
         chunk: Maximum number of tokens per row and call.
-        layout: The order of the axes of keys and values.
     """
 
     positions: dict[str, Any]
     layers: list[dict[str, Any]]
     length: int
     chunk: int
-    layout: Layout
 
     def slots(self, layer: int) -> int:
         """Number of slots of a layer."""
-        return self.layers[layer]["k"].shape[self.layout.k.index("S")]
+        return self.layers[layer]["k"].shape[2]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "index", "positions"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "index", "positions"], meta_fields=[])
 @dataclass(frozen=True)
 class LayerCache:
     """One layer's part of the KV cache during a call.
 
     Attributes:
-        k, v: Keys and values, with the axes of `layout`.
+        k, v: Keys and values [B,K,S,H].
         index: Slot of each token of the call [B,T].
         positions: Positions of all slots after these tokens are written [B,S].
-        layout: The order of the axes of keys and values.
     """
 
     k: Any
     v: Any
     index: Any
     positions: Any
-    layout: Layout
-
-    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values with the same axes for every layout."""
-        return jnp.einsum(f"{self.layout.k}->BSKH", self.k), jnp.einsum(f"{self.layout.v}->BSKH", self.v)
 
 
 def init(
@@ -92,7 +67,6 @@ def init(
     H: int,
     dtype: Any,
     chunk: int | None,
-    layout: Layout = LAYOUT,
 ) -> KVCache:
     """Creates an empty KV cache.
 
@@ -105,17 +79,12 @@ def init(
         dtype: dtype of keys and values.
         chunk: Maximum number of tokens per row and call. None: any number, for which every layer stores all `length`
             positions.
-        layout: The order of the axes of keys and values.
     """
     chunk = min(chunk or length, length)
     slots = slot_counts(length, windows, chunk)
     positions = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in slots}
-
-    def zeros(letters: str, S: int) -> Array:
-        return jnp.zeros([{"B": batch, "S": S, "K": K, "H": H}[letter] for letter in letters], dtype)
-
-    layers = [{"k": zeros(layout.k, S), "v": zeros(layout.v, S)} for S in slots]
-    return KVCache(positions, layers, length, chunk, layout)
+    layers = [{name: jnp.zeros((batch, K, S, H), dtype) for name in ("k", "v")} for S in slots]
+    return KVCache(positions, layers, length, chunk)
 
 
 def slot_counts(length: int, windows: Sequence[int | None], chunk: int) -> list[int]:
@@ -126,7 +95,7 @@ def slot_counts(length: int, windows: Sequence[int | None], chunk: int) -> list[
 def map_arrays(cache: KVCache, put: Callable[[Any, str], Any]) -> KVCache:
     """Applies `put(array, letters)` to every array of a cache, for example to constrain its sharding."""
     positions = {S: put(a, "BS") for S, a in cache.positions.items()}
-    layers = [{name: put(a, getattr(cache.layout, name)) for name, a in layer.items()} for layer in cache.layers]
+    layers = [{name: put(a, "BKSH") for name, a in layer.items()} for layer in cache.layers]
     return replace(cache, positions=positions, layers=layers)
 
 
@@ -161,16 +130,13 @@ def advance(cache: KVCache, pos: Int[Array, "B T"]) -> tuple[KVCache, list[Layer
     cleared = {S: jnp.where(a > newest, -1, a) for S, a in cache.positions.items()}
     positions = {S: put(a, pos, index[S]) for S, a in cleared.items()}
     sizes = [str(cache.slots(i)) for i in range(len(cache.layers))]
-    views = [LayerCache(w["k"], w["v"], index[S], positions[S], cache.layout) for w, S in zip(cache.layers, sizes)]
+    views = [LayerCache(w["k"], w["v"], index[S], positions[S]) for w, S in zip(cache.layers, sizes)]
     return replace(cache, positions=positions), views
 
 
 def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
     """Writes keys and values to the slots of `index`, in the cache's dtype."""
-    k, v = (
-        put(old, jnp.einsum(f"BSKH->{letters}", new), cache.index, letters.index("S"))
-        for old, new, letters in zip((cache.k, cache.v), (k, v), cache.layout)
-    )
+    k, v = (put(old, new.swapaxes(1, 2), cache.index, 2) for old, new in ((cache.k, k), (cache.v, v)))
     return replace(cache, k=k, v=v)
 
 
