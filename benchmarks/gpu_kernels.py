@@ -1,0 +1,67 @@
+"""The kernels that a decode step launches on an NVIDIA GPU, compiled without one.
+
+    pip install "jax[cuda13]"
+    JAX_PLATFORMS=cpu python benchmarks/gpu_kernels.py --target h200.txtpb [--model llama-3.1-8b] [--rows 1,8,64]
+                      [--context 2048] [--options '{"xla_gpu_dot_merger_threshold_mb": 1000}'] [--text FOLDER]
+
+--target is XLA's description of a GPU in protobuf's text format (GpuTargetConfigProto in openxla/xla, which has some in
+xla/backends/gpu/target_config/specs). The kernels of a layer are half of the difference between programs of four and of
+two layers, so an edge effect shows as half a kernel. Nothing is autotuned without a GPU: on a card, XLA may choose other
+products. Kernels that a library launches within one call count once.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+from hlo import kernels
+from jax.experimental import topologies
+from programs import Setting, state, weights
+from published import MODELS
+
+from jaxlm import models
+from jaxlm.inference import decoding
+
+LAYERS = (2, 4)
+
+
+def compiled(model: str, layers: int, rows: int, context: int, device: jax.Device, options: dict[str, object]) -> str:
+    """The text of the program of one decode step."""
+    family = models.family_of(MODELS[model]["model_type"])
+    where = Setting(family, family.Config.from_hf({**MODELS[model], "num_hidden_layers": layers}), None, rows, device)
+    step = partial(decoding.step, family, where.cfg, None, 1)
+    program = jax.jit(step, donate_argnums=1, compiler_options=options)
+    return program.lower(weights(where), state(where, context)).compile().as_text() or ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True, help="XLA's description of the GPU")
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--rows", default="1,8,64")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--options", type=json.loads, default={}, help="compiler options, as JSON")
+    parser.add_argument("--text", type=Path, help="a folder for the compiled programs")
+    args = parser.parse_args()
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name="GPU", topology="1x1x1", target_config=args.target.read_text()
+    )
+    device = described.devices[0]
+    print(f"{args.model}, {device.device_kind}, {args.context} tokens, jax {jax.__version__}")
+    print("| rows | kernels a layer | the rest |\n| --- | --- | --- |")
+    for rows in map(int, args.rows.split(",")):
+        counts = []
+        for layers in LAYERS:
+            text = compiled(args.model, layers, rows, args.context, device, args.options)
+            counts.append(kernels(text).total())
+            if args.text:
+                args.text.mkdir(parents=True, exist_ok=True)
+                (args.text / f"{args.model}-{layers}-layers-{rows}-rows.txt").write_text(text)
+        layer = (counts[1] - counts[0]) / (LAYERS[1] - LAYERS[0])
+        print(f"| {rows} | {layer:g} | {counts[0] - LAYERS[0] * layer:g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
