@@ -6,7 +6,7 @@
 
 --target is XLA's description of a GPU in protobuf's text format (GpuTargetConfigProto in openxla/xla, which has some in
 xla/backends/gpu/target_config/specs). The kernels of a layer are half of the difference between programs of four and of
-two layers, so an edge effect shows as half a kernel. Nothing is autotuned without a GPU: on a card, XLA may choose other
+two layers, so an edge effect shows as half a kernel. Nothing is autotuned without a GPU: a card may choose other
 products. Kernels that a library launches within one call count once.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from hlo import kernels
@@ -27,7 +28,7 @@ from jaxlm.inference import decoding
 LAYERS = (2, 4)
 
 
-def compiled(model: str, layers: int, rows: int, context: int, device: jax.Device, options: dict[str, object]) -> str:
+def compiled(model: str, layers: int, rows: int, context: int, device: Any, options: dict[str, object]) -> str:
     """The text of the program of one decode step."""
     family = models.family_of(MODELS[model]["model_type"])
     where = Setting(family, family.Config.from_hf({**MODELS[model], "num_hidden_layers": layers}), None, rows, device)
