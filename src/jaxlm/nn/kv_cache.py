@@ -147,7 +147,8 @@ def put(old: Array, new: Array, index: Int[Array, "B T"], axis: int = 1) -> Arra
         return old.at[index].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
     # With a vmap over rows and heads, instead of more indices of the scatter, a write of sharded ones needs no
-    # communication. With one over heads, XLA on GPU writes a single row in one kernel (with the RoPE of k), not two.
+    # communication. Without one over heads, XLA on TPU turns the whole cache, and XLA on GPU writes a single row in two
+    # kernels instead of one (with the RoPE of k).
     for _ in range(axis):
         put_tokens = jax.vmap(put_tokens)
     index = jnp.broadcast_to(jnp.expand_dims(index, range(1, axis)), (*old.shape[:axis], index.shape[1]))
