@@ -1,8 +1,11 @@
 """Shared by the benchmarks: checkpoints with random weights of known shapes, and the limits of this machine."""
 
 import json
+import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +120,16 @@ def matmul_rate(dtype: str = "float32") -> float:
         f(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def rivals(command: list[str]) -> dict[str, Callable[..., float]]:
+    """Starts a process that writes the names of its contestants on one line, then answers each line [name, ...] with a
+    speed. Returns a function for each contestant, which asks it."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def asked(name: str, *case: int) -> float:
+        process.stdin.write(json.dumps([name, *case]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    return {name: partial(asked, name) for name in json.loads(process.stdout.readline())}

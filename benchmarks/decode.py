@@ -14,14 +14,12 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from common import SHAPES, checkpoint, read_rate
+from common import SHAPES, checkpoint, read_rate, rivals
 
 Run = Callable[[int, int], float]  # batch, prompt length -> tokens a second
 parser = argparse.ArgumentParser()
@@ -97,18 +95,6 @@ def serve() -> None:
     for line in sys.stdin:
         name, batch, length = json.loads(line)
         print(json.dumps(found[name](batch, length)), flush=True)
-
-
-def rivals(command: list[str]) -> dict[str, Run]:
-    """The contestants of another process, each run of them a question to it."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def asked(name: str, batch: int, length: int) -> float:
-        process.stdin.write(json.dumps([name, batch, length]) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    return {name: partial(asked, name) for name in json.loads(process.stdout.readline())}
 
 
 cases = [(int(n), int(length)) for length in args.prompt.split(",") for n in args.batch.split(",")]

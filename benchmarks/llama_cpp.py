@@ -1,11 +1,11 @@
-"""llama.cpp's side of benchmarks/decode.py: the same weights as a GGUF file, run by the package xllamacpp.
+"""llama.cpp's side of benchmarks/decode.py and prefill.py: the same weights as a GGUF file, run by xllamacpp.
 
     pip install xllamacpp gguf numpy      # in an environment of its own
     python benchmarks/decode.py --llama-python PYTHON
 
 It writes the names of its contestants on one line, then answers each line [name, batch, prompt length] with tokens a
-second of all rows together. Requests are made within the process. The server of xllamacpp listens on the loopback
-address only.
+second of all rows together: the new tokens, or with --prefill those of the prompt. Requests are made within the
+process. The server of xllamacpp listens on the loopback address only.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="the largest")
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--prefill", action="store_true", help="measure the prompt instead of the new tokens")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     file = args.folder / "bfloat16.gguf"
@@ -110,7 +111,7 @@ def main() -> None:
         })  # fmt: skip
         if isinstance(answer, str):
             answer = json.loads(answer)
-        return answer["timings"]["predicted_per_second"]
+        return answer["timings"]["prompt_per_second" if args.prefill else "predicted_per_second"]
 
     print(json.dumps(["llama.cpp bfloat16"]), flush=True)
     for line in sys.stdin:
