@@ -42,7 +42,7 @@ TORCH_IN = ("verification", "bench/rivals.py")
 UPWARD = {"jaxlm.models.config": {"jaxlm.loading"}}
 ROOT_FILES = 7  # besides __init__ and __main__
 # Lines. Of a documented function only what follows the docstring counts: a public docstring lists shapes and errors.
-FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 1700
+FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 2100
 # Longer than FUNCTION, with the reason.
 LONG_FUNCTIONS: dict[str, str] = {}
 

@@ -37,10 +37,19 @@ CODE, NODE = "jinja2.compiler.CodeGenerator", ("node", "frame")
 METER, SCORES = "chat templates run without a bound", "figures of lm-eval's tasks are not those of its own classes"
 PARALLEL = "fairscale.nn.model_parallel.initialize"
 META = "verify cannot compare with Meta's code"
+MESHES = Use("jax", "jax.experimental.mesh_utils.create_device_mesh", "devices/topology.py",
+    "meshes do not follow the topology of TPUs, where jax.make_mesh refuses a slice that `model` takes a part of",
+    ("mesh_shape", "devices", "allow_split_physical_axes"))  # fmt: skip
+SPLASH, KERNEL = "jax.experimental.pallas.ops.tpu.splash_attention", "attention on TPU is that of plain XLA"
 USES = [
-    Use("jax", "jax.experimental.mesh_utils.create_device_mesh", "devices/topology.py",
-        "meshes do not follow the topology of TPUs, where jax.make_mesh refuses a slice that `model` takes a part of",
-        ("mesh_shape", "devices", "allow_split_physical_axes")),
+    Use("jax", f"{SPLASH}.BlockSizes", "nn/attention_tpu.py", KERNEL, ("block_q", "block_kv", "block_q_dkv",
+        "block_kv_dkv", "block_q_dq", "block_kv_dq", "use_fused_bwd_kernel")),
+    Use("jax", f"{SPLASH}.CausalMask", "nn/attention_tpu.py", KERNEL, ("shape",)),
+    Use("jax", f"{SPLASH}.LocalMask", "nn/attention_tpu.py", KERNEL, ("shape", "window_size", "offset")),
+    Use("jax", f"{SPLASH}.MultiHeadMask", "nn/attention_tpu.py", KERNEL, ("masks",)),
+    Use("jax", f"{SPLASH}.SegmentIds", "nn/attention_tpu.py", KERNEL, ("q", "kv")),
+    Use("jax", f"{SPLASH}.make_splash_mha_single_device", "nn/attention_tpu.py", KERNEL),
+    MESHES,
     Use("jax", "jax.config.jax_enable_preemption_service", "cli/common.py",
         "one of several processes outlives SIGTERM"),
     Use("jax", "jax.config.jax_enable_preemption_service", "devices/distributed.py",
@@ -159,10 +168,10 @@ def test_what_is_used_is_there(use: Use):
 
 
 def test_a_name_or_a_parameter_that_goes_is_noticed():
-    assert gone(USES[0]) == ""
-    assert "is gone" in gone(USES[0]._replace(name="jax.experimental.mesh_utils.create_mesh"))
-    assert "is gone" in gone(USES[0]._replace(name="jax.no_such_module.name"))
-    assert "takes no other any more" in gone(USES[0]._replace(takes=("devices", "other")))
+    assert gone(MESHES) == ""
+    assert "is gone" in gone(MESHES._replace(name="jax.experimental.mesh_utils.create_mesh"))
+    assert "is gone" in gone(MESHES._replace(name="jax.no_such_module.name"))
+    assert "takes no other any more" in gone(MESHES._replace(takes=("devices", "other")))
 
 
 @pytest.mark.parametrize("package", sorted({use.package for use in USES}))

@@ -11,10 +11,10 @@ SRC = ROOT / "src" / "jaxlm"
 # (file, private names that are gone from it, the field's names that are there now)
 RENAMED = [
     ("nn/scan_layers.py", ["fold", "unstacked"], ["scan_layers"]),
-    ("nn/attention.py", ["Places"], ["TokenPositions", "segment_ids"]),
-    ("nn/attention.py", ["visible", "seen"], ["attention_mask"]),
-    ("nn/attention.py", ["NOTHING", "SCORES"], ["MASK_VALUE", "MAX_SCORE_ELEMENTS"]),
-    ("nn/attention.py", ["_in_parts", "_one_query", "_best"], ["_causal_blocked", "_cache_blocked", "_dispatch"]),
+    ("nn/attention_reference.py", ["Places"], ["TokenPositions", "segment_ids"]),
+    ("nn/attention_reference.py", ["visible", "seen"], ["attention_mask"]),
+    ("nn/attention_reference.py", ["NOTHING", "SCORES"], ["MASK_VALUE", "MAX_SCORE_ELEMENTS"]),
+    ("nn/attention_cpu.py", ["_in_parts", "_one_query", "_best"], ["causal_blocked", "cache_blocked"]),
     ("devices/mesh.py", ["held"], ["local_size"]),
     ("inference/decoding.py", ["held"], ["constrain_state"]),
     ("nn/kv_cache.py", ["held", "at", "Slots", "grow"], ["map_arrays", "positions", "LayerCache", "slot_index"]),

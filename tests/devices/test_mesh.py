@@ -1,7 +1,6 @@
 """Tensor parallelism and data parallelism on virtual devices: the same text, logits and gradients as on one device, and
 the collectives of each program."""
 
-import importlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +18,7 @@ from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import cache_rows, sampling
 from jaxlm.inference.decoding import executables
-from jaxlm.nn import params
+from jaxlm.nn import attention_cpu, attention_reference, params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
 FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
@@ -78,15 +77,10 @@ def test_the_decoding_step_of_accelerators_writes_the_same_text(
     spec: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one device and on a mesh. Gemma has ring buffers."""
-    attention = importlib.import_module("jaxlm.nn.attention")
-
-    def over_cache(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        return attention.reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), *rest)
-
     model = model_of("gemma3")
     executables.cache_clear()  # a case that failed has left its programs
     expected = texts(model, temperature=0)
-    monkeypatch.setattr(attention, "_cache_blocked", over_cache)
+    monkeypatch.setattr(attention_cpu, "over_cache", attention_reference.over_cache)
     executables.cache_clear()
     there = spread(model, make(spec)) if spec else replace(model)
     assert texts(there, temperature=0) == expected

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import jax
@@ -10,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import attend, kv_cache
+from jaxlm.nn import attend, attention_cpu, attention_reference, kv_cache
 
 pytestmark = pytest.mark.smoke
-
-module = import_module("jaxlm.nn.attention")
 
 
 def slow(q: np.ndarray, k: np.ndarray, v: np.ndarray, pos: np.ndarray, window: int | None, scale: float) -> np.ndarray:
@@ -63,15 +60,15 @@ def compiled(window: int | None, scores: int) -> Any:
     return jax.jit(partial(attend, window=window, scale=0.4))
 
 
-@pytest.mark.parametrize("T", [11, 8])  # 8 takes _causal_blocked on CPU
+@pytest.mark.parametrize("T", [11, 8])  # 8 takes causal_blocked on CPU
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_equals_the_slow_twin(rows: Any, window: int | None, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pos = np.array([list(row)[:T] for row in rows], np.int32)
     q, k, v = drawn(T, 6, 2)
     expected = slow(q, k, v, pos, window, 0.4)
-    for scores in (module.MAX_SCORE_ELEMENTS, 200):  # unblocked, and in blocks of one or two queries
-        monkeypatch.setattr(module, "MAX_SCORE_ELEMENTS", scores)
+    for scores in (attention_reference.MAX_SCORE_ELEMENTS, 200):  # unblocked, and in blocks of one or two queries
+        monkeypatch.setattr(attention_reference, "MAX_SCORE_ELEMENTS", scores)
         out, kv = compiled(window, scores)(q, k, v, pos)
         out = np.asarray(out)
         assert kv is None
@@ -150,8 +147,8 @@ def test_attention_over_a_cache_equals_the_slow_twin(
     rows: Any, window: int | None, S: int, block: int, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill and decoding, in blocks that divide S and others, with the gradients."""
-    monkeypatch.setattr(module, "PREFILL_BLOCK", block)
-    monkeypatch.setattr(module, "DECODE_BLOCK", (8 * block,) * 3)
+    monkeypatch.setattr(attention_cpu, "PREFILL_BLOCK", block)
+    monkeypatch.setattr(attention_cpu, "DECODE_BLOCK", (8 * block,) * 3)
     q, k, v, pos, cache = cached(rows, S, T)
     args, real = ((q, k, v, cache.k, cache.v), pos, cache), np.asarray(pos >= 0)
     out = output(window, block)(q, k, v, pos, cache)  # under differentiation, the output is that of `reference`
@@ -171,8 +168,8 @@ def test_only_the_blocks_that_are_attended_to_are_read(
     T: int, window: int | None, read: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every other block of the KV cache is NaN. Of three queries of a row, the last two are in another block."""
-    monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
-    monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
+    monkeypatch.setattr(attention_cpu, "PREFILL_BLOCK", 8)
+    monkeypatch.setattr(attention_cpu, "DECODE_BLOCK", (64, 64, 64))
     *args, cache = cached([range(26 if T > 1 else 22), range(22), []], 64, T)
     run = jax.jit(lambda cache: attended(window, *args, cache)[:2])
     expected = jax.jit(partial(plain, window))(*args, cache)[:2]
@@ -186,8 +183,8 @@ def test_only_the_blocks_that_are_attended_to_are_read(
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_row_does_not_depend_on_the_length_of_others(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PREFILL_BLOCK", 8)
-    monkeypatch.setattr(module, "DECODE_BLOCK", (64, 64, 64))
+    monkeypatch.setattr(attention_cpu, "PREFILL_BLOCK", 8)
+    monkeypatch.setattr(attention_cpu, "DECODE_BLOCK", (64, 64, 64))
     run = jax.jit(partial(attended, None))
     q, k, v, pos, cache = cached([range(9), range(60), []], 64, T)
     alone = run(q, k, v, pos.at[1].set(-1), replace(cache, positions=cache.positions.at[1].set(-1)))
@@ -196,7 +193,7 @@ def test_a_row_does_not_depend_on_the_length_of_others(T: int, monkeypatch: pyte
 
 # Half precision. Scores, softmax and sums are float32, so the only errors are one rounding of the output to the dtype
 # (relative: half an ulp, eps / 2) and those of the float32 twin test. The twin gets the rounded inputs.
-HALF = {"blocked": 8, "unblocked": 11}  # tokens per row: _causal_blocked, _in_float32
+HALF = {"blocked": 8, "unblocked": 11}  # tokens per row: causal_blocked, _in_float32
 
 
 def assert_rounded_once(out: jax.Array, expected: np.ndarray, real: np.ndarray, dtype: str) -> None:
@@ -213,7 +210,7 @@ def test_half_precision_on_cpu_equals_the_slow_twin(path: str, window: int | Non
     T = HALF[path]
     pos = np.array([list(row)[:T] for row in (ROWS["packed"][0], ROWS["gaps"][1])], np.int32)
     q, k, v = (x.astype(jnp.dtype(dtype)) for x in drawn(T, 6, 2))
-    out, _ = compiled(window, module.MAX_SCORE_ELEMENTS)(q, k, v, pos)
+    out, _ = compiled(window, attention_reference.MAX_SCORE_ELEMENTS)(q, k, v, pos)
     expected = slow(*(x.astype(np.float64) for x in (q, k, v)), pos, window, 0.4)
     assert_rounded_once(out, expected, pos >= 0, dtype)
 
@@ -253,7 +250,7 @@ def test_default_scale_is_that_of_the_head_width() -> None:
 LENGTHS = [(None, 36), (7, 37), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(None, 37), (7, 36)])]
 
 
-@pytest.mark.parametrize(("window", "T"), LENGTHS)  # 36 takes _causal_blocked on CPU
+@pytest.mark.parametrize(("window", "T"), LENGTHS)  # 36 takes causal_blocked on CPU
 def test_blocks_and_their_gradient_equal_unblocked_attention(
     window: int | None, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +265,7 @@ def test_blocks_and_their_gradient_equal_unblocked_attention(
 
     whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     monkeypatch.setattr(
-        module, "MAX_SCORE_ELEMENTS", 2 * 4 * T * 8
+        attention_reference, "MAX_SCORE_ELEMENTS", 2 * 4 * T * 8
     )  # 8 queries per block: 5 blocks, the last one padded
     text = jax.jit(loss).lower(q, k, v).as_text()
     assert f"2x2x8x2x{T}" in text
@@ -294,7 +291,7 @@ def test_memory_on_long_sequences_is_not_quadratic(what: str) -> None:
 
     function = {"forward": loss, "gradient": jax.grad(loss, argnums=(0, 1, 2)), "cache": over_cache}[what]
     memory = jax.jit(function).lower(q, k, k, pos).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 5 * module.MAX_SCORE_ELEMENTS * 4 < N * T * T * 4 / 4
+    assert memory.temp_size_in_bytes < 5 * attention_reference.MAX_SCORE_ELEMENTS * 4 < N * T * T * 4 / 4
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
@@ -310,5 +307,7 @@ def test_prefill_of_a_short_chunk_needs_little_memory() -> None:
     pos = jax.ShapeDtypeStruct((1, T), jnp.int32)
     memory = jax.jit(prefill).lower(q, k, k, pos, cache).compile().memory_analysis()
     assert (
-        memory.temp_size_in_bytes < 2 * (4 * T * N * module.PREFILL_BLOCK * 4) + 2 * 8 * S * 64 * 2 < T * N * S * 4 / 3
+        memory.temp_size_in_bytes
+        < 2 * (4 * T * N * attention_cpu.PREFILL_BLOCK * 4) + 2 * 8 * S * 64 * 2
+        < T * N * S * 4 / 3
     )

@@ -16,6 +16,7 @@ from oracle import reference
 from oracle.reference import FAMILIES, FAULT, LIMIT, V
 
 import jaxlm
+from jaxlm.nn import attention_cpu
 from jaxlm.nn import kv_cache as caches
 
 attends = import_module("jaxlm.nn.attention")
@@ -91,14 +92,14 @@ def test_chunks_of_every_size_equal_the_whole(models: tuple[Any, jaxlm.Model], m
     if sliding:  # a ring of exactly `window` slots: writing 4 at once destroys what the first needs
         ring = replace(model.init_kv(1, len(tokens), chunk=1), chunk=4)
         assert reference.distance(chunked(call, ring, 4, tokens), expected) >= FAULT
-    exact = attends.attention_mask
+    exact = attention_cpu.attention_mask
 
     def newest_query_for_all(query: Any, key: Any, window: int | None) -> Any:
         return exact(
             query._replace(pos=jnp.broadcast_to(query.pos.max(1, keepdims=True), query.pos.shape)), key, window
         )
 
-    monkeypatch.setattr(attends, "attention_mask", newest_query_for_all)
+    monkeypatch.setattr(attention_cpu, "attention_mask", newest_query_for_all)
     faulty = chunked(reference.fresh(model), model.init_kv(1, len(tokens)), 4, tokens)
     assert reference.distance(faulty, expected) >= FAULT
 

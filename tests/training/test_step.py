@@ -16,7 +16,7 @@ from helpers.tiny_models import tiny
 
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh, topology
-from jaxlm.nn import attention, lora, params
+from jaxlm.nn import attention_reference, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss, token_logprobs
@@ -210,7 +210,7 @@ def test_chunks_of_logits_are_local(small) -> None:
 def test_attention_masks_are_computed_per_block(model, stacked, monkeypatch) -> None:
     """Scanned layers share the positions, so jax could compute the masks of all blocks and heads before the scan."""
     N = model.config.N
-    monkeypatch.setattr(attention, "MAX_SCORE_ELEMENTS", B * N * T * 4)
+    monkeypatch.setattr(attention_reference, "MAX_SCORE_ELEMENTS", B * N * T * 4)
     rows = jax.tree.map(jnp.asarray, batch())
     text = str(jax.make_jaxpr(jax.grad(lambda w: loss(model.family, model.config, w, rows).loss))(stacked))
     shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"bool\[([\d,]+)\]", text)]

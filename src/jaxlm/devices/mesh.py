@@ -20,7 +20,7 @@ blocks of the weights that its devices hold (checkpoint/hf.py). docs/architectur
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -100,6 +100,30 @@ def local_size(letters: str, shape: Sequence[int]) -> int:
     """Elements of an array per device in the program that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(shape) // (1 if mesh.empty else num_shards(letters, shape, mesh))
+
+
+def heads_are_aligned(N: int, K: int) -> bool:
+    """Whether each device has the kv heads of its query heads, in their order: it has one kv head, or both are sharded
+    alike."""
+    local = local_size("N", (N,)), local_size("K", (K,))
+    return local[1] == 1 or N // local[0] == K // local[1]
+
+
+def per_device(run: Callable[..., jax.Array], arrays: Sequence[Any], letters: Sequence[str], out: str) -> jax.Array:
+    """`run(*arrays)` on each device's part of the arrays, without communication; directly on a single device.
+
+    For kernels, which the compiler cannot partition.
+
+    Args:
+        run: A function of the parts.
+        arrays: Trees of arrays, each with one set of letters.
+        letters: Letters of each.
+        out: Letters of the result, which has the shape of the first array.
+    """
+    if not active():
+        return run(*arrays)
+    specs = tuple(traced_spec(name, jax.tree.leaves(tree)[0].shape) for name, tree in zip(letters, arrays, strict=True))
+    return jax.shard_map(run, in_specs=specs, out_specs=traced_spec(out, arrays[0].shape), check_vma=False)(*arrays)
 
 
 def active() -> bool:

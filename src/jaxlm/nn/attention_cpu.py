@@ -1,0 +1,156 @@
+"""Attention on CPU: in causal blocks without a KV cache, in blocks of slots over one. The same as `reference`."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.devices import mesh
+from jaxlm.nn import attention_reference
+from jaxlm.nn.attention_reference import MASK_VALUE, TokenPositions, attention_mask
+
+# Slots that `cache_blocked` reads at a time in prefill (docs/performance.md).
+PREFILL_BLOCK = 128
+# Elements of a kv head that it reads at a time in decoding: at least, at most, and of all rows together.
+DECODE_BLOCK = (1 << 12, 1 << 13, 1 << 16)
+# Up to this number of query heads per kv head, decoding multiplies them one by one (docs/performance.md).
+MAX_SINGLE_HEADS = 4
+CAUSAL_BLOCKS = 4  # blocks of queries per row in `causal_blocked`
+
+
+def causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    tokens: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attention without a KV cache."""
+    scores = math.prod(q.shape[:3]) * q.shape[1]
+    if q.shape[1] % CAUSAL_BLOCKS == 0 and scores <= attention_reference.MAX_SCORE_ELEMENTS:
+        return causal_blocked(q, k, v, tokens, window, scale)
+    return _in_float32(q, k, v, tokens, tokens, window, scale)
+
+
+def over_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    query: TokenPositions,
+    key: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attention over a KV cache, to which k and v are already written."""
+    if math.prod(q.shape[:3]) * PREFILL_BLOCK <= attention_reference.MAX_SCORE_ELEMENTS:
+        return cache_blocked(q, keys, values, query, key, window, scale)
+    return _in_float32(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), query, key, window, scale)
+
+
+def _in_float32(q: Array, k: Array, v: Array, *rest: Any) -> Array:
+    """`reference` in float32: XLA compiles batched bfloat16 matmuls on CPU that it cannot run (jax 0.10 and 0.12)."""
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    return attention_reference.reference(q32, k32, v32, *rest).astype(q.dtype)
+
+
+def causal_blocked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    tokens: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attention where queries and keys are the same tokens, as in training and prefill without a cache.
+
+    Each block of queries is multiplied with the keys up to its end. Query heads that share a kv head share a matmul.
+    The softmax is normalized after the matmul with the values. It is 3 times as fast as `reference`, including the
+    gradient.
+    """
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q, k, v = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    mask, out = attention_mask(tokens, tokens, window), []
+    for end in range(T // CAUSAL_BLOCKS, T + 1, T // CAUSAL_BLOCKS):
+        block = slice(end - T // CAUSAL_BLOCKS, end)
+        grouped = q32[:, :, :, block].reshape(B, K, -1, H)  # [B,K,G*t,H]
+        scores = jnp.einsum("BKTH,BKSH->BKTS", grouped, k32[:, :, :end], precision=jax.lax.Precision.HIGHEST) * scale
+        scores = jnp.where(jnp.tile(mask[:, block, :end], (1, N // K, 1))[:, None], scores, MASK_VALUE)
+        exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        sums = jnp.einsum("BKTS,BKSH->BKTH", exps, v32[:, :, :end], precision=jax.lax.Precision.HIGHEST)
+        out.append((sums / jnp.sum(exps, axis=-1, keepdims=True)).reshape(B, K, N // K, -1, H))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def cache_blocked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    query: TokenPositions,
+    key: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attention over a KV cache, for prefill and decoding.
+
+    The KV cache is read in blocks of slots, from the first to the last that any query attends to, so that the cost
+    grows with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is
+    in the CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the
+    largest score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
+    """
+    (B, T, N, H), (_, K, S, _) = q.shape, k.shape
+    G, (least, most, of_all_rows) = N // K, DECODE_BLOCK
+    decoding, slots = T == 1, jnp.arange(S)
+    block = min(max(1, min(max(of_all_rows // B, least), most) // H) if decoding else PREFILL_BLOCK, S)
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    q32 = q.astype(jnp.float32).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4) * scale
+
+    def product(spec: str, x: Array, y: Array) -> Array:
+        # On a mesh, the heads that are multiplied one by one may be on several devices.
+        if not decoding or G > MAX_SINGLE_HEADS or mesh.active():
+            return einsum(spec, x, y)
+        return jnp.stack([einsum(spec.replace("G", ""), x[:, :, g], y) for g in range(G)], axis=2)
+
+    def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = sums
+        begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
+        keys, values = (part(x, axis=2).astype(jnp.float32) for x in (k, v))
+        scores = product("BKGTH,BKSH->BKGTS", q32, keys)
+        mask = attention_mask(query, TokenPositions(*(part(x, axis=1) for x in key)), window)
+        attended = mask & (part(slots, axis=0) >= i * block)
+        scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
+        highest = jnp.maximum(top, jnp.max(scores, axis=-1))
+        exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
+        weighted = product("BKGTS,BKSH->BKGTH", exps, values)
+        return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
+
+    oldest = jnp.min(query.pos, axis=1, keepdims=True, where=query.pos >= 0, initial=jnp.iinfo(query.pos.dtype).max)
+    used = (key.pos >= 0) & (key.pos <= query.pos.max(axis=1, keepdims=True))
+    used = (used if window is None else used & (key.pos > oldest - window)).any(axis=0)
+    first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
+    if mesh.active():  # rows are on several devices, which would have to agree
+        first, last = 0, S - 1
+    nothing = jnp.full(q32.shape[:4], MASK_VALUE), jnp.zeros(q32.shape[:4]), jnp.zeros(q32.shape)
+    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
+    return (out / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+@cache_blocked.defjvp
+def _cache_blocked_jvp(
+    window: int | None, scale: float, primals: Any, tangents: Any
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
+    *arrays, query, key = primals
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        return _in_float32(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, window, scale)
+
+    return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
