@@ -7,6 +7,7 @@ benchmarks/gpu_kernels.py). On a machine with a GPU, cuDNN is compared with the 
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.devices import mesh, topology
 from jaxlm.nn import attend, attention_gpu, attention_reference, attention_tpu, kv_cache
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpret mode, on CPU")
@@ -255,3 +257,25 @@ def test_a_fallback_is_reported_once(
             jax.eval_shape(partial(backend.causal, window=window, scale=0.1), *shapes, tokens)
     assert len(caplog.records) == 1
     assert reason in caplog.text
+
+
+@on_cpu
+@pytest.mark.parametrize(("spec", "N", "K"), [
+    ("data=2,model=4", 8, 4),
+    pytest.param("model=8", 8, 2, marks=pytest.mark.slow),
+    pytest.param("model=8", 8, 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_splash_attention_on_a_mesh(spec: str, N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device computes its own rows and heads. Only gradients of kv heads that devices share are summed."""
+    monkeypatch.setattr(attention_tpu, "splash", partial(attention_tpu.splash, interpret=True))
+    case = Case(128, N, K, 64, rows="packed", window=70)
+    given = arrays(case)
+    expected = with_gradients(attention_reference, case, exact=True)(*given)
+    over = topology.make(spec, K, jax.devices()[:8])
+    with mesh.use_mesh(over):
+        spread = [mesh.place(x, letters, over) for x, letters in zip(given, ("BTNH", "BTKH", "BTKH", "BTNH", "BT"))]
+        run = with_gradients(attention_tpu, case)
+        text = run.lower(*spread, None).compile().as_text()
+        assert_close(case, run(*spread, None), expected, positions(case) >= 0)
+    found = set(re.findall(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)", text))
+    assert found == (set() if spec.startswith("data") else {"all-reduce"})
