@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -70,7 +71,7 @@ class ProcessFlags:
     distributed: bool = False
     """Let jax.distributed detect the cluster. Not needed with srun, mpirun or on a TPU pod."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and log messages for debugging."""
 
     @property
     def stops_at_sigterm(self) -> bool:
@@ -82,6 +83,8 @@ class ProcessFlags:
         from jaxlm.devices.distributed import CONNECT, gather, is_coordinator, num_launched, process_index, start
 
         set_up_process()
+        if self.debug:
+            log_debug_messages()
         if not self.is_single_process and process_index() is None:
             where = f" at {self.coordinator}" if self.coordinator else ""
             if self.coordinator is None or None not in (self.num_processes, self.process_id):
@@ -101,6 +104,14 @@ class ProcessFlags:
 
         explicit = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
         return not (explicit or self.distributed or num_launched() > 1)
+
+
+def log_debug_messages() -> None:
+    """Writes all messages of jaxlm's loggers to stderr."""
+    logger, handler = logging.getLogger("jaxlm"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
 
 
 @dataclass(frozen=True)
