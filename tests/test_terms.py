@@ -32,7 +32,7 @@ RENAMED = [
     (
         "inference/sampling.py",
         ["_floor", "_floor_of_share", "_cut"],
-        ["_kth_threshold", "_top_p_threshold", "_mask_below"],
+        ["_top_k_threshold", "_top_p_threshold", "_mask_below"],
     ),
     ("inference/conversation.py", ["Seen", "holds"], ["CachedPrefix", "can_reuse"]),
     ("devices/mesh.py", ["ON", "ON_TRAINED", "WIDE"], ["RULES", "FSDP_RULES", "TENSOR_AXES"]),

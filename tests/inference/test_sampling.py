@@ -109,6 +109,31 @@ def test_top_p_over_a_large_vocabulary(spread, top_p):
     assert share - p[inside].min() < top_p + 3e-6  # without the least of them it would not do
 
 
+@pytest.mark.parametrize("kind", ["distinct", "tied", "peaked", "few finite"])
+def test_the_largest_logits_give_the_thresholds_of_bisection(kind, monkeypatch):
+    """In rows whose threshold is among the 64 largest logits, and in batches with one where it is not."""
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=(6, 9_001)) * 3).astype(np.float32)
+    if kind == "tied":
+        x = np.round(x)
+    if kind == "peaked":
+        x[np.arange(6), rng.integers(9_001, size=6)] += 15
+    if kind == "few finite":
+        x[:, 40:] = -np.inf
+    near = [{"top_k": k, "top_p": p} for k, p in ((1, 1), (5, 0.3), (64, 0.95), (40, 0), (0, 0.01), (63, 1))]
+    far = [{"top_k": 65}, {"top_k": 300, "top_p": 0.9}, {"top_p": 0.9999}]
+    batches = [near, *([row, *near[1:]] for row in far)]
+    found = [run(x, *({"temperature": 1.3, **row} for row in rows)) for rows in batches]
+    if kind == "distinct":
+        assert [np.isfinite(row).sum() for row in (found[0][0], found[0][5], found[1][0])] == [1, 63, 65]
+    for rows in found[1:]:
+        np.testing.assert_array_equal(rows[1:], found[0][1:])
+    monkeypatch.setattr(sampling, "_largest", lambda x: None)
+    bisected = jax.jit(sampling.process)
+    for rows, out in zip(batches, found):
+        np.testing.assert_array_equal(bisected(x, of(*({"temperature": 1.3, **row} for row in rows))), out)
+
+
 def test_equal_logits_are_kept_or_dropped_together():
     assert kept([1, 3, 2, 2, 2, 0], top_k=2) == [1, 2, 3, 4]
     assert kept([0, 0, 0, 0], top_p=0.3) == [0, 1, 2, 3]
@@ -278,12 +303,14 @@ def test_unused_filters_are_not_computed():
         return found
 
     loops, draws = {"while", "scan", "exp"}, {"log", "log1p", "random_bits"}
-    always, when_drawn, when_filtered = (names(closed.jaxpr, conds) for conds in range(3))
+    always, when_drawn, when_filtered, when_far = (names(closed.jaxpr, conds) for conds in range(4))
     assert not always & (loops | draws)
     assert when_drawn >= draws
     assert not when_drawn & loops
-    assert when_filtered & {"while", "scan"}
-    assert not when_filtered & {"sort", "top_k", "approx_top_k"}
+    assert "top_k" in when_filtered - when_drawn
+    assert not when_filtered & {"while", "scan"}  # bisection, for thresholds below the largest logits
+    assert when_far & {"while", "scan"}
+    assert not when_far & {"sort", "approx_top_k"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
