@@ -49,15 +49,15 @@ MATHEMATICS: dict[str, Field] = {
     # Granite, FalconH1, Cohere, MiniCPM3, MiMoV2, MiniMax
     **_fields(
         "factors on embeddings, residuals, attention or logits",
-        "embedding_multiplier residual_multiplier logits_scaling logit_scale attention_multiplier key_multiplier "
+        "embedding_multiplier residual_multiplier logits_scaling logit_scale key_multiplier "
         "lm_head_multiplier attention_in_multiplier attention_out_multiplier mlp_multipliers ssm_multipliers "
         "ssm_in_multiplier ssm_out_multiplier attention_value_scale full_attn_alpha_factor full_attn_beta_factor "
         "linear_attn_alpha_factor linear_attn_beta_factor mlp_alpha_factor mlp_beta_factor embedding_scale",
         neutral=(1,),
     ),
     **_fields("factors on embeddings or residuals", "scale_emb scale_depth dim_model_base scale_embedding mup_enabled"),
-    # Gemma2 and Llama4: the scale of attention scores. SCALES has the neutral value.
-    **_fields("another scale of attention scores", "query_pre_attn_scalar", neutral=()),
+    # Gemma2, Granite, Llama4: the scale of attention scores. SCALES has the neutral values.
+    **_fields("another scale of attention scores", "query_pre_attn_scalar attention_multiplier", neutral=()),
     **_fields("a scale of attention scores that depends on the position", "attn_temperature_tuning"),
     # GPT2
     **_fields(
@@ -66,7 +66,7 @@ MATHEMATICS: dict[str, Field] = {
     **_fields("another scale of attention scores", "scale_attn_weights", neutral=(True,)),
     # Olmo, Cohere, Phi, StableLm, Persimmon, Llama4
     **_fields("clipped queries, keys and values", "clip_qkv"),
-    **_fields("norms of queries and keys", "use_qk_norm qk_layernorm"),
+    **_fields("norms of queries and keys", "use_qk_norm qk_layernorm qk_layer_norms qk_norm"),
     # HyperCLOVAX, StableLm, GPTNeoX, Falcon, Bloom, OPT, DiffLlama
     **_fields(
         "norms in other places, or attention and MLP in parallel",
@@ -178,7 +178,7 @@ BOOKKEEPING = frozenset(
     pretraining_tp tp_plan base_model_tp_plan chunk_size_feed_forward gradient_checkpointing torchscript use_bfloat16
     tf_legacy_loss initializer_range initializer_factor embedding_initializer_range init_std attention_dropout dropout
     hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop residual_dropout
-    embedding_dropout classifier_dropout classifier_bias
+    embedding_dropout classifier_dropout classifier_bias neftune_noise_alpha
     id2label label2id num_labels problem_type task_specific_params finetuning_task is_decoder tie_encoder_decoder
     cross_attention_hidden_size prefix return_dict output_hidden_states output_attentions output_scores output_logits
     tie_last_hidden_states num_logits_to_keep num_mtp_layers num_nextn_predict_layers mm_tokens_per_image
