@@ -10,8 +10,8 @@ _OLMO2 = "OLMo 2 models load (model_type olmo2)"
 _GEMMA3 = "Gemma 3 models load (model_type gemma3 or gemma3_text)"
 _EXPERTS = "its MLPs are experts (mixture of experts). Dense models load, such as Qwen3-8B"
 _WINDOWS = (
-    "it may have sliding windows. If sliding_window is null in its config.json, its layers are Llama's: set model_type "
-    "to llama in a copy of the file"
+    "it may have sliding windows. If sliding_window is null in its config.json, its layers are Llama's, and a copy "
+    "loads whose config.json has model_type llama"
 )
 
 REASONS = {
