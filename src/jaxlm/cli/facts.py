@@ -45,6 +45,7 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
         "family": family.__name__.rpartition(".")[2],
         "model_type": checkpoint.config["model_type"],
+        "architectures": _architectures(checkpoint.config),
         "parameters": {
             "total": params.count(family.PARAMS, cfg),
             "embedding": sum(math.prod(row.shape) for row in rows if row.path in ("embed", "head")),
@@ -69,6 +70,11 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         "generation": _generation(checkpoint),
     }
     return facts | ({"adapter": _adapter(adapter)} if adapter else {})
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name[:80] for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
