@@ -256,7 +256,7 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
     absent = [name for name, file in files.items() if file is None]
     if absent == [SINGLE]:
         holds = remote_files(repo, commit, token)
-        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{holds}. {CONVERT}")
+        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm downloads no other{holds}. {CONVERT}")
     if absent:
         raise FileNotFoundError(f"the index of {repo} names {listing(absent)}, which the repository does not have")
     download(repo, folder, files, token)
