@@ -128,7 +128,6 @@ def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool
     try:
         resolved = _match_folder(source, family, headers_only)
     except FileNotFoundError:
-        hub.refuse_mlx_adapter(Path(source.name).expanduser())
         if (adapter := _as_adapter(source)) is None:
             raise
         return _match_base(source, adapter, family, headers_only)

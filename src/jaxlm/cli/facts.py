@@ -181,11 +181,11 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     """Parameters and bytes of a LoRA adapter, and for each kind of weight the number of layers, ranks and scales."""
     kinds: dict[str, dict[str, Any]] = {}
-    for row, a, _, scale in adapter.pairs:
-        kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
+    for pair in adapter.pairs:
+        kind = kinds.setdefault(pair.row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
         kind["count"] += 1
-        kind["ranks"] = sorted({*kind["ranks"], a.shape[0]})
-        kind["scales"] = sorted({*kind["scales"], scale})
+        kind["ranks"] = sorted({*kind["ranks"], pair.rank})
+        kind["scales"] = sorted({*kind["scales"], pair.scale})
     halves = [tensor for pair in adapter.pairs for tensor in (pair.a, pair.b)]
     return {
         "folder": str(adapter.folder),
