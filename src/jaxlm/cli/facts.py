@@ -168,6 +168,7 @@ def _tokenizer(tokenizer: Tokenizer, format: str) -> dict[str, Any]:
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """The default sampling parameters, from generation_config.json."""
     raw, has_file = checkpoint.generation_config, (checkpoint.folder / "generation_config.json").exists()
+    has_file |= checkpoint.format == "gguf" and bool(raw)  # general.sampling.* in the metadata
     try:
         resolved = SamplingParams().resolve(raw)
     except ValueError as error:

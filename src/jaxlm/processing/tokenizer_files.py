@@ -138,7 +138,7 @@ def from_tiktoken(path: Path) -> Any:
     bos, eos = META_SPECIAL_TOKENS[:2]
     tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = import_transformers().PreTrainedTokenizerFast
-    return fast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=META_CHAT_TEMPLATE)
+    return fast(tokenizer_object=Uncopied(tokenizer), bos_token=bos, eos_token=eos, chat_template=META_CHAT_TEMPLATE)
 
 
 def import_transformers() -> ModuleType:
@@ -152,6 +152,19 @@ def import_transformers() -> ModuleType:
     finally:
         logger.removeFilter(is_wanted)
     return transformers
+
+
+class Uncopied:
+    """Stands for a tokenizer that transformers copies (copy.deepcopy): its copy is the tokenizer itself.
+
+    A real copy is written as JSON and parsed. For 262,144 tokens that took half of the time and 300 MB.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.tokenizer
 
 
 def leading_id(hf: Any) -> int | None:
