@@ -9,14 +9,21 @@ from helpers.tiny_models import CONFIGS
 from jaxlm import models
 from jaxlm.models.config_fields import BOOKKEEPING, COMPANIONS, MATHEMATICS, SCALES, is_bookkeeping
 
-# Decoder-only classes of transformers with Hugging Face's usual names for fields. A field that they have, and Llama too
-# or not, may stand in the config.json of a model derived from one of them.
+# Classes of transformers 5.24 for decoder-only language models, except old ones with names of their own for sizes
+# (GPT-2, BLOOM, OPT). A field of theirs may stand in the config.json of a model derived from one of them.
 CLASSES = """
-llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text gemma3 vaultgemma gemma3n_text
-gemma4_text olmo olmo2 olmo3 olmoe granite granitemoe granitemoeshared cohere cohere2 phi phi3 phimoe stablelm glm glm4
-glm4_moe smollm3 nemotron starcoder2 exaone4 gpt_oss deepseek_v2 deepseek_v3 helium arcee apertus ernie4_5 ernie4_5_moe
-hunyuan_v1_dense hunyuan_v1_moe seed_oss diffllama doge persimmon falcon gpt_neox llama4_text dots1 bitnet falcon_h1
-minimax lfm2
+afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba beam bitnet cohere cohere2 cohere2_moe
+cohere_compass_text cwm deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 diffllama doge dory dots1 dots3_note
+dots3_note_text exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3
+gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant
+gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt_oss granite granite_swa granitemoe
+granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
+hyperclovax inkling2_loop_text inkling2_text inkling_text internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1
+laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4 llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax
+minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama modernbert-decoder
+moss_transcribe_diarize nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3
+phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+qwen4_exp qwen4_exp_text sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu zaya
 """.split()  # noqa: SIM905
 # What `Config.from_hf` of the families reads.
 READ = set(

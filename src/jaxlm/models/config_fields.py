@@ -136,6 +136,24 @@ MATHEMATICS: dict[str, Field] = {
         "ssm_state_size lru_width block_types layers_block_type linear_num_key_heads linear_num_value_heads "
         "linear_conv_kernel_dim index_topk",
     ),
+    # Parts that one or two recent architectures have: DeepseekV4, NemotronH, LongcatFlash, Zaya, Kimi and others
+    **_fields(
+        "a part of another architecture",
+        "H_cycles L_cycles attn_layer_indices backbone_hidden_size cca_time0 cca_time1 compress_rates conv_kernel "
+        "conv_kernel_size d_rel gated_norm_rank hc_count hc_lowrank hc_magnitude heads_per_ngram index_head_dim "
+        "index_n_heads index_block_size index_topk_blocks indexer_budget indexer_types indexer_n_heads kda_lower_bound "
+        "kda_safe_gate layer_group_size learnable_sink_init linear_head_dim linear_num_heads linear_key_head_dim "
+        "linear_value_head_dim local_layer_ids log_scaling_n_floor log_scaling_alpha loop_num_passes mamba_num_heads "
+        "mlp_gate_softcap mlp_up_softcap ngram_size n_layers_per_attn_res_block n_recurrent_loops num_centroids "
+        "o_groups output_gate_type ple_embed_dim ple_layer_ids pooling qk_l2_clip_threshold rel_extent "
+        "rel_l2_clip_threshold swa_head_dim swa_num_attention_heads swa_num_key_value_heads router_hidden_size "
+        "use_ordered_embeddings short_conv_kernel_size num_layers_per_stack",
+    ),
+    **_fields("a factor on logits", "logits_mup_width_multiplier", neutral=(1,)),
+    **_fields("biases", "decoder_bias projector_bias"),
+    **_fields("another vocabulary for the output", "output_vocab_size unpadded_vocab_size", neutral=()),
+    **_fields("experts (mixture of experts)", "zero_expert_num shared_experts_intermediate_size shared_expert_sink "
+              "moe_latent_size moe_shared_expert_intermediate_size expert_ffn_hidden_size use_expert_bias"),
     # Gemma3, Llava, T5: an outer configuration
     **_fields(
         "images, sound, or an encoder",
@@ -164,6 +182,18 @@ COMPANIONS = frozenset(
     mamba_chunk_size mamba_conv_bias mamba_d_head mamba_n_groups mamba_norm_before_gate mamba_proj_bias mamba_rms_norm
     time_step_limit conv_bias block_ffn_dim_multiplier block_multiple_of
     altup_active_idx altup_coef_clip altup_correct_scale vocab_size_per_layer_input
+    L_bp_cycles audio_chunk_size audio_merge_size audio_soft_tokens_per_image vision_soft_tokens_per_image
+    image_seq_length centroid_intermediate_top_k chain_hidden_post_norm chunk_size classifier_activation
+    dense_intermediate_size enable_moe_fp32_combine expand expert_selection_fn hc_eps hc_sinkhorn_iters
+    index_local_blocks indexer_compress_ratio indexer_head_dim indexer_kv_heads kv_channels linear_a_log_max
+    linear_a_log_min linear_allow_neg_eigval linear_dt_init_floor linear_dt_max linear_dt_min loop_gate_rank
+    loop_layer_index_end loop_layer_index_start make_ngram_vocab_size_divisible_by mamba_head_dim mamba_hidden_act
+    mamba_ssm_cache_dtype mixer_rms_eps moe_shared_expert_overlap n_groups n_input_layers n_output_layers
+    n_recurrent_layers ngpt_alpha_init ngram_vocab_size_base ple_conv_kernel_size prefix_dense_intermediate_size
+    prefix_dense_sliding_window_pattern projector_hidden_act qk_head_dim recurrent_kv_cache_mode
+    rescale_prenorm_residual residual_in_fp32 rms_norm_eps_moe_gate router_scaling_factor
+    shared_expert_combination_strategy split_ngram_parts time_step_floor time_step_init_scheme time_step_max
+    time_step_min time_step_rank time_step_scale use_associative_scan use_conv_bias use_mamba_kernels use_mambapy
     """.split()  # noqa: SIM905 (a list takes ninety lines)
 )
 
@@ -181,7 +211,9 @@ BOOKKEEPING = frozenset(
     embedding_dropout classifier_dropout classifier_bias neftune_noise_alpha
     id2label label2id num_labels problem_type task_specific_params finetuning_task is_decoder tie_encoder_decoder
     cross_attention_hidden_size prefix return_dict output_hidden_states output_attentions output_scores output_logits
-    tie_last_hidden_states num_logits_to_keep num_mtp_layers num_nextn_predict_layers mm_tokens_per_image
+    tie_last_hidden_states num_logits_to_keep num_layers seed aux_loss_coef z_loss_coefficient mlp_dropout
+    initializer_cutoff_factor mtp_hidden_states_first mtp_layer_types mtp_layers_block_type mtp_local_layer_ids
+    mtp_loss_scaling_factor mtp_mlp_layer_types num_mtp_layers num_nextn_predict_layers mm_tokens_per_image
     return_dict_in_generate max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams
     num_beam_groups diversity_penalty temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff
     repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
