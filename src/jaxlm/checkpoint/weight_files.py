@@ -6,7 +6,6 @@ pytorch_model.bin is a pickle. It is read as a description of tensors (torch_pic
 from pathlib import Path
 
 from jaxlm.checkpoint import safetensors
-from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.pth import read_pth
 from jaxlm.checkpoint.safetensors import Tensor, read_shards
 
@@ -38,5 +37,7 @@ def read_index(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
-    with explain_errors(str(path.parent), CONVERT.format(path.parent)):
+    try:
         return read_pth(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {CONVERT.format(path.parent)}") from None
