@@ -89,7 +89,7 @@ QUANTIZED = [
 ]
 
 
-@pytest.mark.parametrize("field", ["quantization_config", "quantization"])
+@pytest.mark.parametrize("field", ["quantization_config", "quantization", "compression_config"])
 @pytest.mark.parametrize(("quantization", "kind"), QUANTIZED, ids=[kind for _, kind in QUANTIZED])
 def test_a_quantized_checkpoint_says_so(quantization: dict[str, Any], kind: str, field: str) -> None:
     """Allowing the field would change the result, so it is not proposed, and does not help."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LARGEST = 2**31 - 1  # ids and positions are int32
 LAYERS = 2_000  # maximum number of layers, since configs may be malicious
 REQUIRED: Any = object()
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")  # the last ones: MLX, compressed-tensors
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Fields:
 
     Args:
         hf: The fields of config.json.
-        allow: Names of fields to accept and ignore (`--allow-field`).
+        allow: Names of fields to ignore that would be refused (`--allow-field`).
     """
 
     def __init__(self, hf: Mapping[str, Any], allow: Collection[str] = ()):
@@ -140,7 +141,7 @@ class Fields:
         Raises:
             ValueError: The checkpoint is quantized, or has fields that change the output and are not computed.
         """
-        if quantization := self.left.get("quantization_config") or self.left.get("quantization"):
+        if quantization := next(filter(None, map(self.left.get, QUANTIZATION)), None):
             raise ValueError(_quantized(quantization))
         self._drop_unused_windows()
         unknown = []

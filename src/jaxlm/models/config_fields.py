@@ -204,7 +204,7 @@ BOOKKEEPING = frozenset(
     architectures model_type transformers_version torch_dtype dtype name_or_path use_cache cache_implementation auto_map
     is_llama_config tokenizer_class tokenizer_file transformers.js_config attn_implementation use_flash_attention
     use_flash_attention_2 use_flash_attn flash_attn base_model_name_or_path model_max_length max_sequence_length
-    max_seq_len max_seq_length seq_length n_positions n_ctx quantization quantization_config
+    max_seq_len max_seq_length seq_length n_positions n_ctx quantization quantization_config compression_config
     pretraining_tp tp_plan base_model_tp_plan chunk_size_feed_forward gradient_checkpointing torchscript use_bfloat16
     tf_legacy_loss initializer_range initializer_factor embedding_initializer_range init_std attention_dropout dropout
     hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop residual_dropout
