@@ -60,9 +60,7 @@ MATHEMATICS: dict[str, Field] = {
     **_fields("another scale of attention scores", "query_pre_attn_scalar attention_multiplier", neutral=()),
     **_fields("a scale of attention scores that depends on the position", "attn_temperature_tuning"),
     # GPT2
-    **_fields(
-        "another scale of attention scores", "scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
-    ),
+    **_fields("another scale of attention scores", "scale_attn_by_inverse_layer_idx"),
     **_fields("another scale of attention scores", "scale_attn_weights", neutral=(True,)),
     # Olmo, Cohere, Phi, StableLm, Persimmon, Llama4
     **_fields("clipped queries, keys and values", "clip_qkv"),
@@ -90,7 +88,7 @@ MATHEMATICS: dict[str, Field] = {
     **_fields("another activation", "swiglu_limit swiglu_alpha activation_sparsity_pattern"),
     # Phi, GPTNeoX, GPTJ, DeepseekV3, Falcon, MPT, SmolLM3, GraniteSWA, and Gemma3's second RoPE
     **_fields("RoPE on a part of each head", "partial_rotary_factor rotary_pct rotary_percent", neutral=(1,)),
-    **_fields("RoPE on a part of each head", "rotary_dim rotary_emb_base rotary_ndims", neutral=()),
+    **_fields("RoPE on a part of each head", "rotary_dim rotary_ndims", neutral=()),
     **_fields("RoPE on neighboring pairs", "rope_interleave rope_interleaved rope_traditional use_rope_interleave"),
     **_fields("several RoPEs", "rope_local_base_freq layer_rope_theta compress_rope_theta local_rope_theta", ()),
     **_fields("positions without RoPE", "alibi use_alibi no_rope_layer_interval"),
@@ -115,7 +113,11 @@ MATHEMATICS: dict[str, Field] = {
         "block_configs per_layer_config num_attention_heads_per_layer use_double_wide_mlp block_auto_adjust_ff_dim "
         "pruned_heads",
     ),  # block_configs: nemotron-nas
-    **_fields("sizes that another architecture has", "num_kv_heads ffn_hidden_size intermediate_size_mlp", neutral=()),
+    **_fields(
+        "numbers that this architecture has under another name",
+        "num_kv_heads ffn_hidden_size intermediate_size_mlp rotary_emb_base",
+        neutral=(),
+    ),
     **_fields(
         "embeddings of each layer, or residuals of several streams",
         "hidden_size_per_layer_input altup_num_inputs laurel_rank hc_mult",
@@ -191,7 +193,7 @@ COMPANIONS = frozenset(
     mamba_ssm_cache_dtype mixer_rms_eps moe_shared_expert_overlap n_groups n_input_layers n_output_layers
     n_recurrent_layers ngpt_alpha_init ngram_vocab_size_base ple_conv_kernel_size prefix_dense_intermediate_size
     prefix_dense_sliding_window_pattern projector_hidden_act qk_head_dim recurrent_kv_cache_mode
-    rescale_prenorm_residual residual_in_fp32 rms_norm_eps_moe_gate router_scaling_factor
+    rescale_prenorm_residual reorder_and_upcast_attn residual_in_fp32 rms_norm_eps_moe_gate router_scaling_factor
     shared_expert_combination_strategy split_ngram_parts time_step_floor time_step_init_scheme time_step_max
     time_step_min time_step_rank time_step_scale use_associative_scan use_conv_bias use_mamba_kernels use_mambapy
     """.split()  # noqa: SIM905 (a list takes ninety lines)
