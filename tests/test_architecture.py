@@ -43,6 +43,8 @@ UPWARD = {"jaxlm.models.config": {"jaxlm.loading"}}
 ROOT_FILES = 7  # besides __init__ and __main__
 # Lines. Of a documented function only what follows the docstring counts: a public docstring lists shapes and errors.
 FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 2100
+# Not counted in REACHED: a table of names, which no code path runs through.
+TABLES = {"jaxlm.models.config_fields"}
 # Longer than FUNCTION, with the reason.
 LONG_FUNCTIONS: dict[str, str] = {}
 
@@ -138,7 +140,8 @@ def reached(edges: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-FAMILIES = [path for path in files(SRC / "models") if path.stem not in ("__init__", "config", "family")]
+NO_FAMILIES = ("__init__", "config", "config_fields", "family", "unsupported")
+FAMILIES = [path for path in files(SRC / "models") if path.stem not in NO_FAMILIES]
 
 
 def test_import_directions() -> None:
@@ -195,7 +198,7 @@ def test_what_forward_reaches_stays_short(family: Path) -> None:
     lengths = {module_of(path, SRC): len(path.read_text().splitlines()) for path in files(SRC)}
     assert lengths[module_of(family, SRC)] < FAMILY
     edges = {module: targets - UPWARD.get(module, set()) for module, targets in graph(SRC).items()}
-    modules = reached(edges, module_of(family, SRC))
+    modules = reached(edges, module_of(family, SRC)) - TABLES
     assert sum(lengths[module] for module in modules) <= REACHED, sorted((lengths[m], m) for m in modules)
 
 

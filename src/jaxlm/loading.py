@@ -22,6 +22,7 @@ from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
+from jaxlm.inference.sampling_params import log_unsupported
 from jaxlm.model import Model, Weights
 from jaxlm.nn import params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -127,7 +128,6 @@ def match_tensors(source: ModelSource, family: Any = None, *, headers_only: bool
     try:
         resolved = _match_folder(source, family, headers_only)
     except FileNotFoundError:
-        hub.refuse_mlx_adapter(Path(source.name).expanduser())
         if (adapter := _as_adapter(source)) is None:
             raise
         return _match_base(source, adapter, family, headers_only)
@@ -212,6 +212,8 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     if (path := folder / "generation_config.json").exists():
         checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
+        if not headers_only:  # `jaxlm info` shows the names itself
+            log_unsupported(checkpoint.generation_config)
     return Resolved(known, config, checkpoint, None, {})
 
 

@@ -103,17 +103,6 @@ def test_a_tokenizer_with_more_tokens_than_the_base(adapter: Path) -> None:
         jaxlm.load(adapter)
 
 
-def test_an_adapter_of_mlx_lm_is_refused_with_the_way_out(adapter: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mlx"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}')
-    (folder / "adapters.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"mlx-lm.*mlx_lm.fuse --model BASE --adapter-path"):
-        jaxlm.load(tmp_path / "base", adapter=folder)
-    with pytest.raises(ValueError, match=r"mlx-lm.*mlx_lm.fuse"):
-        jaxlm.load(folder)
-
-
 def test_another_base_than_the_named_one_is_told(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     tiny_files.write(tmp_path / "other")

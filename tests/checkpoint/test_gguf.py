@@ -29,7 +29,7 @@ from helpers.tiny_models import CONFIGS, tiny
 
 import jaxlm
 from jaxlm import models
-from jaxlm.checkpoint import gguf, gguf_models, safetensors
+from jaxlm.checkpoint import gguf, gguf_models, gguf_sampling, safetensors
 from jaxlm.checkpoint.safetensors import Tensor
 from jaxlm.cli import main
 
@@ -388,3 +388,42 @@ def test_the_header_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "HEADER", 1000)
     with pytest.raises(ValueError, match="exceeds 1,000 bytes"):
         gguf.read(path)
+
+
+# Sampling parameters
+
+
+def test_sampling_parameters_are_defaults_of_generation(tmp_path, caplog, capsys):
+    metadata, tensors = tiny_file("llama3")
+    recommended = {"temp": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "penalty_repeat": 1.1, "penalty_last_n": 64,
+                   "mirostat": 0, "mirostat_tau": 5.0, "xtc_probability": 0.0, "xtc_threshold": 0.1}  # fmt: skip
+    metadata |= {f"general.sampling.{key}": value for key, value in recommended.items()}
+    path = write(tmp_path / "model.gguf", metadata, tensors)
+    model = jaxlm.load(path)
+    options = jaxlm.SamplingParams().resolve(model.generation_config)
+    assert options.temperature == 0.7
+    assert (options.top_k, options.top_p, options.min_p, options.repetition_penalty) == (20, 0.9, 0.05, 1.1)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["general.sampling.penalty_last_n"]
+    assert main(["info", str(path)]) == 0
+    assert "temperature 0.7, top_k 20" in capsys.readouterr().out
+    jaxlm.export(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {"do_sample": True, "temperature": 0.7, "top_k": 20}.items() <= written.items()
+
+
+@pytest.mark.parametrize(
+    ("recommended", "expected", "named"),
+    [
+        ({}, {}, []),
+        ({"temp": 0.0}, {"do_sample": False, "temperature": 0.0}, []),
+        ({"top_k": -1, "top_p": 1.0}, {"do_sample": True, "top_k": 0, "top_p": 1.0}, []),
+        ({"penalty_repeat": 1.0, "penalty_last_n": 64}, {"do_sample": True, "repetition_penalty": 1.0}, []),
+        ({"mirostat": 2, "mirostat_tau": 5.0}, {}, ["mirostat"]),
+        ({"xtc_probability": 0.5, "sequence": "kpt", "new": 1}, {}, ["xtc_probability", "sequence", "new"]),
+    ],
+)
+def test_what_sampling_parameters_stand_for(recommended, expected, named, caplog):
+    metadata = {f"general.sampling.{key}": value for key, value in recommended.items()}
+    assert gguf_sampling.generation_config({"general.name": "x", **metadata}) == expected
+    text = ", ".join(f"general.sampling.{key}" for key in named)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ([text] if named else [])

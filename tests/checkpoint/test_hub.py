@@ -518,7 +518,7 @@ def test_a_malformed_token(token: str, hub: StubHub) -> None:
 def test_no_safetensors(hub: StubHub) -> None:
     files = {**small_files(), "pytorch_model.bin": b"pickle", "model.gguf": b"x"}
     hub.repos["org/single"].files = files
-    message = r"no model\.safetensors, and jaxlm reads safetensors only \(it holds model.gguf, .*pytorch_model\.bin\)"
+    message = r"no model\.safetensors, and jaxlm downloads no other \(it holds model.gguf, .*pytorch_model\.bin\)"
     with pytest.raises(FileNotFoundError, match=message):
         resolve("org/single")
     assert "pytorch_model.bin" not in hub.names()

@@ -605,6 +605,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     repos = {
         "org/base": Repo({path.name: path.read_bytes() for path in place.iterdir()}),
         "org/adapter": Repo({**{path.name: path.read_bytes() for path in folder.iterdir()}, "code.py": b"raise"}),
+        "org/mlx": Repo(
+            {"adapter_config.json": b'{"lora_parameters": {}}', "adapters.safetensors": b"x", "a.npz": b""}
+        ),
         "org/pickle": Repo({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, commit="b" * 40),
     }
     with StubHub(repos) as stub:
@@ -622,6 +625,14 @@ def test_an_adapter_from_the_hub(hub: StubHub, tmp_path: Path) -> None:
     same(read(folder), read(tmp_path / "a"))
     hub.requests.clear()
     assert resolve_adapter("org/adapter", offline=True) == folder == resolve_adapter("org/adapter")
+    assert not hub.requests
+
+
+def test_an_adapter_of_mlx_lm_from_the_hub(hub: StubHub) -> None:
+    folder = resolve_adapter("org/mlx")
+    assert hub.names("GET") == {"adapter_config.json", "adapters.safetensors"}
+    hub.requests.clear()
+    assert resolve_adapter("org/mlx", offline=True) == folder == resolve_adapter("org/mlx")
     assert not hub.requests
 
 

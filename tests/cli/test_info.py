@@ -68,7 +68,8 @@ def test_the_tree(folder, capsys):
     text = [line.strip("│├└─ ") for line in lines]
     assert text[0].startswith(f"{folder}"[:40])
     for line in (
-        "parameters  102,848", "embedding and head 16,512", "per layer 43,136", "weights  0.4 MB in float32, 1 file",
+        "architecture  family llama3, model_type llama, LlamaForCausalLM", "parameters  102,848",
+        "embedding and head 16,512", "per layer 43,136", "weights  0.4 MB in float32, 1 file",
         "sizes  V 258, D 64, F 160, L 2, N 4, K 2, H 16", "context  2,048 tokens", "rope: default, theta 10,000",
         "KV cache  512 bytes per token (256 per layer)", "2,048 tokens  1.0 MB", "layers × 2",
         "head: tied to the embedding",

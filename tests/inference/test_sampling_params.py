@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import jaxlm
-from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs, unsupported
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs, log_unsupported, unsupported
 
 # Files of published models, whole but for the token ids.
 QWEN25 = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -15,6 +15,19 @@ QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "tra
 LLAMA31 = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "_from_model_config": True, "max_length": 131072}
 GEMMA3 = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid", "pad_token_id": 0}
 MODELS = [QWEN25, QWEN3, LLAMA31, GEMMA3]
+# What tools and other models write besides, with its source.
+VARIANTS = [
+    {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0},  # transformers
+    {"max_length": 131072, "pad_token_id": 128004, "max_new_tokens": 2048},  # unsloth
+    {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0, "output_scores": False, "use_cache": True},
+    {"num_assistant_tokens": 20, "assistant_lookbehind": 10, "prompt_lookup_num_tokens": None, "use_mtp": None},
+    {"chat_format": "chatml", "max_window_size": 24000, "trust_remote_code": True},  # Qwen 1
+    {"user_token_id": 195, "assistant_token_id": 196, "do_sample": True, "repetition_penalty": 1.05},  # Baichuan
+    {"cache_implementation": "static", "cache_config": {"batch_size": 1}, "disable_compile": True},  # Gemma, GPTQ
+    {"temperature": 0.0, "top_k": 1, "typical_p": 1.0, "renormalize_logits": True, "min_new_tokens": 0},  # vLLM's users
+    {"_commit_hash": "0" * 40, "_attn_implementation": "sdpa", "transformers_version": "4.31.0"},
+    {"decoder_start_token_id": 2, "forced_bos_token_id": None, "suppress_tokens": [], "guidance_scale": 1},
+]
 
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -147,9 +160,25 @@ def test_invalid_value_in_generation_config_raises_unless_overridden():
     assert SamplingParams(temperature=0.5).resolve(file).temperature == 0.5
 
 
-@pytest.mark.parametrize("file", MODELS)
-def test_published_files_have_no_unsupported_fields(file):
+@pytest.mark.parametrize("file", [*MODELS, *VARIANTS], ids=lambda file: " ".join(file)[:40])
+def test_published_files_and_variants_have_no_unsupported_fields(file, caplog):
     assert unsupported(file) == []
+    log_unsupported(file)
+    assert not caplog.records
+
+
+def test_unsupported_fields_are_logged_in_one_line(caplog):
+    log_unsupported({"num_beams": 4, "top_k": 3, "_private": 1, "token_healing": True})
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.endswith("does not compute: num_beams, token_healing")
+
+
+def test_every_field_of_transformers_is_known():
+    """A field that is neither read nor listed as harmless is reported: so is none that transformers sets by default."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(**GenerationConfig._get_default_generation_params())
+    assert unsupported(config.to_dict()) == []
 
 
 def test_unsupported_fields_are_listed():

@@ -1,5 +1,6 @@
 """config.json: supported fields in the formats of transformers 4 and 5; unsupported fields are errors by name."""
 
+import logging
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from helpers.tiny_models import CONFIGS, FULL, SLIDING
 
 from jaxlm import models
+from jaxlm.models.unsupported import REASONS
 from jaxlm.nn import Rope
 
 FAMILIES = tuple(CONFIGS)
@@ -48,7 +50,6 @@ def test_fields_that_do_not_change_the_result_are_accepted(family: str) -> None:
     [
         ("attention_bias", True),
         ("mlp_bias", True),
-        ("made_up", 3),
         ("num_experts", 8),
         ("clip_qkv", 8.0),
         ("final_logit_softcapping", 30.0),
@@ -57,33 +58,57 @@ def test_fields_that_do_not_change_the_result_are_accepted(family: str) -> None:
         ("use_sliding_window", True),
     ],
 )
-def test_unknown_fields_are_rejected_by_name(family: str, field: str, value: Any) -> None:
+def test_unsupported_fields_are_rejected_by_name(family: str, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field} = "):
         config(family, **{field: value})
     assert config(family, allow=(field,), **{field: value}) == config(family)
-    with pytest.raises(ValueError, match="another = 1"):  # not the allowed one
-        config(family, allow=(field,), **{field: value, "another": 1})
+    with pytest.raises(ValueError, match="residual_multiplier = 2"):  # not the allowed one
+        config(family, allow=(field,), **{field: value, "residual_multiplier": 2})
 
 
-@pytest.mark.parametrize(
-    ("quantization", "kind"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
-        ({"group_size": 64, "bits": 4}, "MLX"),
-    ],
-)
-def test_a_quantized_checkpoint_says_so(quantization: dict[str, Any], kind: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unknown_fields_are_named_in_one_line(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    unknown = {"made_up": 3, "made_up_too": ["x"], "made_up_null": None, "made_up_off": False, "_private": 1}
+    with caplog.at_level(logging.WARNING):
+        assert config(family, **unknown) == config(family)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["made_up, made_up_too"]
+    caplog.clear()
+    assert config(family, ("made_up", "made_up_too"), **unknown) == config(family)
+    assert not caplog.records
+
+
+QUANTIZED = [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "'gptq', 4 bits"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, "'awq', 4 bits"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "'bitsandbytes', 4 bits"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "'bitsandbytes', 8 bits"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, "'fp8'"),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "'compressed-tensors'"),
+    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "'mxfp4'"),
+    ({"group_size": 64, "bits": 4, "mode": "affine"}, "'MLX', 4 bits"),  # as `quantization`, and a copy in the other
+]
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "quantization", "compression_config"])
+@pytest.mark.parametrize(("quantization", "kind"), QUANTIZED, ids=[kind for _, kind in QUANTIZED])
+def test_a_quantized_checkpoint_says_so(quantization: dict[str, Any], kind: str, field: str) -> None:
     """Allowing the field would change the result, so it is not proposed, and does not help."""
-    for field in ("quantization_config", "quantization"):
-        with pytest.raises(ValueError, match=f"quantized .*{kind}.*base_model") as refused:
-            config("llama3", allow=(field,), **{field: quantization})
-        assert "allow" not in str(refused.value)
+    with pytest.raises(ValueError, match=rf"quantized \({kind}\).*What loads: .*base_model.*GGUF") as refused:
+        config("llama3", allow=(field,), **{field: quantization})
+    assert "allow" not in str(refused.value)
+
+
+def test_a_vision_language_model_may_be_quantized_too() -> None:
+    text = {"num_hidden_layers": 34, "hidden_size": 2560}
+    for fields in ({"quantization": {"bits": 4, "group_size": 64}}, {"quantization_config": {"quant_method": "gptq"}}):
+        for hf in ({"text_config": text, **fields}, {"text_config": {**text, **fields}}):
+            with pytest.raises(ValueError, match="quantized"):
+                models.gemma3.Config.from_hf({"model_type": "gemma3", **hf})
 
 
 def test_several_faults_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"hidden_act = 'gelu' .*; attention_bias = True; x = 1"):
-        config("llama3", hidden_act="gelu", attention_bias=True, x=1)
+    with pytest.raises(ValueError, match=r"hidden_act = 'gelu' .*; attention_bias = True .*; num_experts = 8"):
+        config("llama3", hidden_act="gelu", attention_bias=True, num_experts=8)
 
 
 def test_unsupported_activations_are_rejected() -> None:
@@ -213,6 +238,15 @@ def test_unknown_model_types_are_rejected_with_the_supported_ones() -> None:
         models.family_of("mamba")
     with pytest.raises(ValueError, match="model_type"):
         models.family_of(None)
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+def test_what_looks_like_a_supported_model_is_refused_by_name_with_a_reason(model_type: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"model_type '{model_type}' is not supported: .*\. .*load.*Supported: gemma3"
+    ):
+        models.family_of(model_type)
+    assert model_type not in models.FAMILIES
 
 
 def test_gemma_rope_sections_with_missing_fields() -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers.gguf_writer import write
 from helpers.varied_text import texts
 
 from jaxlm.checkpoint import gguf
 from jaxlm.processing.gguf_tokenizer import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from jaxlm.processing.tokenizer import Tokenizer
-from jaxlm.processing.tokenizer_files import import_transformers
+from jaxlm.processing.tokenizer_files import Uncopied, import_transformers
 
 BYTE = 6
 ENDS = {"llama3": ["<|end_of_text|>", "<|eot_id|>"], "qwen3": ["<|im_end|>"], "olmo2": ["<|endoftext|>"]}
@@ -140,6 +141,15 @@ def test_chat_templates(tmp_path):
     named = Tokenizer.load(write(tmp_path / "two.gguf", {**metadata, "tokenizer.chat_template.tool_use": "x"}, {}))
     assert named is not None
     assert named.hf.chat_template == {"default": template, "tool_use": "x"}
+
+
+def test_a_tokenizer_is_not_copied():
+    """transformers would copy it through JSON, which takes seconds and hundreds of megabytes for Gemma's."""
+    from tokenizers import models
+
+    rust = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    hf = import_transformers().PreTrainedTokenizerFast(tokenizer_object=Uncopied(rust))
+    assert hf.backend_tokenizer is rust
 
 
 def test_a_file_without_a_tokenizer(tmp_path):

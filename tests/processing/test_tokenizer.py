@@ -63,6 +63,45 @@ def test_the_file_is_read_verbatim_whatever_class_the_config_names(tmp_path):
     assert load(tmp_path).encode(TEXT) == plain.encode(TEXT).ids
 
 
+# tokenizer_config.json as tools write it: tool -> fields.
+TOKENIZER_CONFIGS = {
+    "transformers 4": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30), "legacy": True,
+                       "clean_up_tokenization_spaces": True, "added_tokens_decoder": {}, "sp_model_kwargs": {}},
+    "transformers 5": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True},
+    "Llama": {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False, "unk_token": None,
+              "use_default_system_prompt": False, "spaces_between_special_tokens": False, "padding_side": "left"},
+    "Qwen": {"tokenizer_class": "Qwen2Tokenizer", "errors": "replace", "split_special_tokens": False,
+             "add_prefix_space": False, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+    "Gemma": {"tokenizer_class": "GemmaTokenizer", "boi_token": "<|im_start|>", "processor_class": "Gemma3Processor",
+              "extra_special_tokens": {"image_token": "<|im_end|>"}},
+    "unsloth": {"padding_side": "right", "pad_token": "<|end|>", "model_input_names": ["input_ids", "attention_mask"]},
+    "MLX": {"tool_parser_type": "json_tools", "tokenizer_file": None, "init_inputs": []},
+    "remote code": {"tokenizer_class": "XTokenizer", "auto_map": {"AutoTokenizer": ["code.XTokenizer", None]}},
+    "transformers.js": {"transformers.js_config": {}, "max_length": 512, "truncation_side": "right", "stride": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOKENIZER_CONFIGS)
+def test_fields_of_tools_in_tokenizer_config_json_change_no_ids(tool, tmp_path, caplog):
+    import tokenizers
+
+    byte_level(tmp_path, bos=True, **{"bos_token": "<|begin|>", "eos_token": "<|end|>", **TOKENIZER_CONFIGS[tool]})
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).encode(TEXT) == plain.encode(TEXT).ids
+    assert not [record for record in caplog.records if record.name.startswith("jaxlm")]
+
+
+@pytest.mark.parametrize(
+    ("bos", "field", "value"),
+    [(True, "add_bos_token", False), (False, "add_bos_token", True), (True, "add_eos_token", True)],
+)
+def test_a_field_that_asks_for_other_ids_is_named(bos, field, value, tmp_path, caplog):
+    byte_level(tmp_path, bos=bos, bos_token="<|begin|>", eos_token="<|end|>", **{field: value})
+    load(tmp_path)
+    [line] = [record.getMessage() for record in caplog.records if record.name.startswith("jaxlm")]
+    assert f"{field} is {str(value).lower()}" in line
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     for name in ("config.json", "model.safetensors", "other.model", "other.vocab"):
         (tmp_path / name).write_text("{}")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm import models
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.gguf import Gguf, eos_ids, integer, read, read_values
+from jaxlm.checkpoint.gguf_sampling import generation_config
 from jaxlm.checkpoint.gguf_types import BY_NAME, READABLE
 from jaxlm.checkpoint.hf import Checkpoint, MatchResult, match
 from jaxlm.checkpoint.meta import ConcatTensor
@@ -111,6 +112,7 @@ def open_gguf(path: Path, allow: Collection[str] = ()) -> tuple[Any, Any, Checkp
         raw = hf_config(file)
         family = models.family_of(raw["model_type"])
         with explain_errors("its metadata, read as a config.json"):
+            _refuse_unknown(raw, allow)
             config = family.Config.from_hf(raw, allow)
         table = {
             path: (letters, {**NAMES, **architecture.names}[path]) for path, (letters, *_) in family.PARAMS.items()
@@ -122,7 +124,22 @@ def open_gguf(path: Path, allow: Collection[str] = ()) -> tuple[Any, Any, Checkp
         matched = match(table, config, tensors, (ROPE_FACTORS,), config="its metadata")
     found = {row.path: tensor for row, tensor in matched.pairs}
     pairs = [(row, found[row.path]) for row in params.tensors(family.PARAMS, config)]
-    return family, config, Checkpoint(file.path, raw, {}, MatchResult(pairs, [], []), "gguf")
+    return (
+        family,
+        config,
+        Checkpoint(file.path, raw, generation_config(file.metadata), MatchResult(pairs, [], []), "gguf"),
+    )
+
+
+def _refuse_unknown(raw: Mapping[str, Any], allow: Collection[str]) -> None:
+    """Raises ValueError for unknown keys of the architecture, which are sizes or numbers of its forward pass."""
+    unknown = [key for key, value in raw.items() if "." in key and key not in allow and value not in (None, False, [])]
+    if unknown:
+        named = "; ".join(f"{key[:80]} = {brief(raw[key])}" for key in unknown[:20])
+        raise ValueError(
+            f"keys that jaxlm does not know: {named}. If a key does not change the result, allow it with --allow-field "
+            "NAME (allow_fields=[NAME])"
+        )
 
 
 def loadable(tensors: Mapping[str, Tensor], shift: float) -> dict[str, Any]:

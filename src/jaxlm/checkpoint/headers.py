@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jaxlm.checkpoint import hub
 from jaxlm.checkpoint.hub_errors import explain_hub_errors
-from jaxlm.checkpoint.safetensors import Tensor, read_index
+from jaxlm.checkpoint.safetensors import Tensor
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.checkpoint.weight_files import read_index
 
 ReadIndex = Callable[[], dict[str, Tensor]]  # raises FileNotFoundError if there are no weights
 

@@ -22,8 +22,8 @@ from jaxlm.checkpoint import gguf
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
-from jaxlm.checkpoint.safetensors import read_index as read_index
 from jaxlm.checkpoint.safetensors import read_json as read_json
+from jaxlm.checkpoint.weight_files import read_index as read_index
 from jaxlm.nn import params
 
 READERS = 4

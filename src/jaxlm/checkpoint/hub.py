@@ -21,7 +21,7 @@ from typing import Any
 from jaxlm.checkpoint.download import download, each
 from jaxlm.checkpoint.hub_errors import CONVERT, explain_hub_errors, listing, remote_files
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
-from jaxlm.checkpoint.peft_config import WEIGHTS as ADAPTER_WEIGHTS
+from jaxlm.checkpoint.peft_config import LAYOUTS
 from jaxlm.checkpoint.safetensors import quoted
 from jaxlm.checkpoint.source import ModelSource
 
@@ -42,7 +42,7 @@ OPTIONAL = (
     "preprocessor_config.json",  # this and the next one: images of a multimodal model
     "processor_config.json",
 )
-MLX_ADAPTER = "adapters.safetensors"
+ADAPTER_WEIGHTS = tuple(layout.weights for layout in LAYOUTS)  # of PEFT, of mlx-lm
 TOKENIZER_FILES = OPTIONAL[1:-2]
 _log = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
     absent = [name for name, file in files.items() if file is None]
     if absent == [SINGLE]:
         holds = remote_files(repo, commit, token)
-        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm reads safetensors only{holds}. {CONVERT}")
+        raise FileNotFoundError(f"{repo} has no model.safetensors, and jaxlm downloads no other{holds}. {CONVERT}")
     if absent:
         raise FileNotFoundError(f"the index of {repo} names {listing(absent)}, which the repository does not have")
     download(repo, folder, files, token)
@@ -326,11 +326,12 @@ def resolve_adapter(source: ModelSource) -> Path:
     repo, revision = repo_id(source.name), source.revision
     from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 
-    cached = [try_to_load_from_cache(repo, file, revision=revision) for file in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
-    complete = all(isinstance(found, str) for found in cached)
+    cached = try_to_load_from_cache(repo, ADAPTER_CONFIG, revision=revision)
+    weights = (try_to_load_from_cache(repo, file, revision=revision) for file in ADAPTER_WEIGHTS)
+    complete = isinstance(cached, str) and any(isinstance(found, str) for found in weights)
     known = [try_to_load_from_cache(repo, file, revision=revision) is not None for file in TOKENIZER_FILES]
     if complete and (all(known) or source.offline or is_offline_mode()):  # an earlier version did not fetch these
-        return Path(str(cached[0])).parent.resolve()
+        return Path(str(cached)).parent.resolve()
     if source.offline or is_offline_mode():
         raise FileNotFoundError(
             f"offline, and the adapter {repo} is not in the cache ({constants.HF_HUB_CACHE}): run once without "
@@ -341,25 +342,17 @@ def resolve_adapter(source: ModelSource) -> Path:
         return _fetch_adapter(repo, revision, token)
 
 
-def refuse_mlx_adapter(path: Path) -> None:
-    """Raises ValueError for the folder of an adapter of mlx-lm, whose tensors have another form."""
-    if (path / MLX_ADAPTER).is_file():
-        raise ValueError(
-            f"{path} is an adapter of mlx-lm, which jaxlm does not read: merge it with `mlx_lm.fuse --model BASE "
-            f"--adapter-path {path} --save-path FOLDER` (--dequantize for a quantized base), and load FOLDER"
-        )
-
-
 def _local_adapter(path: Path) -> Path:
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
-    refuse_mlx_adapter(path)
+        raise NotADirectoryError(
+            f"{path} is a file: pass the folder that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
+        )
     holds = f"(it holds {listing(p.name for p in path.iterdir())})"
     if not (path / ADAPTER_CONFIG).is_file():
         hint = ": it is a checkpoint, pass it with -m" if (path / CONFIG).is_file() else f" {holds}{_of_run(path)}"
         raise FileNotFoundError(f"{path} is not an adapter, it has no {ADAPTER_CONFIG}{hint}")
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS} {holds}: {SAFETENSORS}")
+    if not any((path / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise FileNotFoundError(f"{path} has no {ADAPTER_WEIGHTS[0]} {holds}: {SAFETENSORS}")
     return path
 
 
@@ -370,12 +363,11 @@ def _fetch_adapter(repo: str, revision: str | None, token: str | None) -> Path:
         holds = remote_files(repo, revision, token)
         raise FileNotFoundError(f"{repo} has no {ADAPTER_CONFIG}, so it is not an adapter{holds}")
     folder = Path(hf_hub_download(repo, ADAPTER_CONFIG, revision=revision, token=token)).parent
-    file = metadata(repo, ADAPTER_WEIGHTS, folder.name, token)
+    files = ((name, metadata(repo, name, folder.name, token)) for name in ADAPTER_WEIGHTS)
+    weights, file = next((found for found in files if found[1] is not None), (ADAPTER_WEIGHTS[0], None))
     if file is None:
-        raise FileNotFoundError(
-            f"{repo} has no {ADAPTER_WEIGHTS}{remote_files(repo, folder.name, token)}: {SAFETENSORS}"
-        )
+        raise FileNotFoundError(f"{repo} has no {weights}{remote_files(repo, folder.name, token)}: {SAFETENSORS}")
     commit = folder.name  # an adapter of a base model may have its own tokenizer and chat template
     each(lambda name: _small(repo, name, commit, token), TOKENIZER_FILES)
-    download(repo, folder, {ADAPTER_WEIGHTS: file}, token)
+    download(repo, folder, {weights: file}, token)
     return folder

@@ -12,8 +12,9 @@ from jaxlm.checkpoint.download import AGAIN, ROOM, count_bytes, http_error
 
 _LOGIN = "`hf auth login`, the environment variable HF_TOKEN, or --token"
 CONVERT = (
-    "transformers writes such a folder: `from_pretrained`, then `save_pretrained`. Meta's files in original/ are read "
-    "with --format meta (format='meta')"
+    "transformers writes such a folder: `from_pretrained`, then `save_pretrained`. A local folder loads with "
+    "pytorch_model.bin too: `hf download REPOSITORY --local-dir FOLDER`. Meta's files in original/ are read with "
+    "--format meta (format='meta')"
 )
 
 

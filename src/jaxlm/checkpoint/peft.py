@@ -1,7 +1,8 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, matched with a family's PARAMS.
+"""LoRA adapters in the formats of PEFT and of mlx-lm, matched with a family's PARAMS.
 
-A module has tensors `base_model.model.<module>.lora_A.weight` [r, inputs] and `….lora_B.weight` [outputs, r], heads
-joined as in a checkpoint. They become a and b of a `lora.Lora`.
+In PEFT's adapter_model.safetensors, a module has tensors `base_model.model.<module>.lora_A.weight` [r, inputs] and
+`….lora_B.weight` [outputs, r], heads joined as in a checkpoint. They become a and b of a `lora.Lora`. mlx-lm stores
+both transposed, under other names (`peft_config.Layout`). Adapters are written in PEFT's format.
 """
 
 import math
@@ -20,21 +21,22 @@ from jaxlm.checkpoint import hf
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged
 from jaxlm.checkpoint.meta import ConcatTensor
-from jaxlm.checkpoint.peft_config import CONFIG, WEIGHTS, Settings, read_settings
+from jaxlm.checkpoint.peft_config import CONFIG, MLX, PEFT, WEIGHTS, Layout, Settings, read_settings
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, listed, read_header
 from jaxlm.nn import lora, params
 
-PREFIX = "base_model.model."
-A, B = ".lora_A.weight", ".lora_B.weight"
+PREFIX, A, B = PEFT.prefix, PEFT.a, PEFT.b
 
 
 class Pair(NamedTuple):
-    """The two tensors that adapt a weight, and the scale of their product."""
+    """The two tensors that adapt a weight, and the rank and scale of their product. transposed: as in Layout."""
 
     row: params.TensorSpec
     a: Tensor
     b: Tensor
+    rank: int
     scale: float
+    transposed: bool = False
 
 
 class Adapter(NamedTuple):
@@ -68,22 +70,28 @@ def find(
         ValueError: all misfits, together.
     """
     settings = read_settings(folder, allow)
-    left, pairs = read_header(folder / WEIGHTS), []
+    layout = settings.layout
+    left, pairs = read_header(folder / layout.weights), []
     faults: dict[str, list[str]] = {}
     for row in lora.products(table, cfg):
-        found = _modules(row, left)
+        found = _modules(row, left, layout)
         if found:
             pairs += _matched(row, found, settings, left, faults)
         elif any(settings.targets(_module(name)) for name in row.names):
             faults.setdefault("missing, though target_modules names them", []).append(_module(row.names[0]))
-    passed = [tensor for name, tensor in left.items() if name.removeprefix(PREFIX).startswith(tuple(ignored_prefixes))]
+    passed = [
+        tensor for name, tensor in left.items() if name.removeprefix(layout.prefix).startswith(tuple(ignored_prefixes))
+    ]
     others = [tensor for tensor in left.values() if tensor not in passed]
     if unexpected := [tensor.name for tensor in others if not _copied(tensor, table, cfg, base)]:
         faults["unexpected, or different from the base's"] = unexpected
     if cfg.tied and any(".lm_head." in name for name in unexpected):
         faults["for an untied head, but the base's head is tied to the embedding"] = []
     if not pairs and not faults:
-        faults["missing"] = [f"{PREFIX}…{A}"]
+        faults["missing"] = [f"{layout.prefix}…{layout.a}"]
+    in_layers = [pair.row.path for pair in pairs if pair.row.path.startswith("layers.")]
+    if layout == MLX and in_layers and not any(path.startswith(f"layers.{cfg.L - 1}.") for path in in_layers):
+        faults[f"for the last of {cfg.L} layers, which mlx-lm always adapts, none"] = []
     if faults:
         report = "; ".join(f"{what}: {listed(names, 2)}" if names else what for what, names in faults.items())
         base_name = f" It names the base {settings.base}." if settings.base else ""
@@ -109,10 +117,10 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _modules(row: params.TensorSpec, tensors: Collection[str]) -> list[str]:
+def _modules(row: params.TensorSpec, tensors: Collection[str], layout: Layout) -> list[str]:
     """The names of a row's module that have a tensor."""
     modules = [_module(name) for name in row.names]
-    return [m for m in modules if PREFIX + m + A in tensors or PREFIX + m + B in tensors]
+    return [m for m in modules if any(layout.prefix + m + end in tensors for end in (layout.a, layout.b))]
 
 
 def _matched(
@@ -123,20 +131,23 @@ def _matched(
     def fault(what: str, name: str) -> None:
         faults.setdefault(what, []).append(name)
 
-    halves = [[left.pop(PREFIX + module + end, None) for end in (A, B)] for module in found]
+    layout = settings.layout
+    names = [[layout.prefix + module + end for end in (layout.a, layout.b)] for module in found]
+    halves = [[left.pop(name, None) for name in pair] for pair in names]
     a, b = halves[0]
     if len(found) > 1:
         return fault("stored under two names", " and ".join(found))
     if a is None or b is None:
-        return fault("missing the other of the two", PREFIX + found[0] + (B if a is None else A))
+        return fault("missing the other of the two", names[0][a is None])
     rank, alpha = settings.of(found[0])
     out, inputs = row.stored_shape
     for tensor, shape in ((a, (rank, inputs)), (b, (out, rank))):
-        if tensor.shape != shape:
-            fault("misshapen", f"{tensor.name} {list(tensor.shape)} instead of {list(shape)}")
+        stored = shape[::-1] if layout.transposed else shape
+        if tensor.shape != stored:
+            fault("misshapen", f"{tensor.name} {list(tensor.shape)} instead of {list(stored)}")
         if tensor.dtype not in DTYPES:
             fault(f"of an unsupported type (supported: {', '.join(DTYPES)})", f"{tensor.name} {tensor.dtype}")
-    yield Pair(row, a, b, lora.scale(alpha, rank, settings.rslora))
+    yield Pair(row, a, b, rank, lora.scale(alpha, rank, settings.rslora), layout.transposed)
 
 
 def read(
@@ -152,17 +163,19 @@ def read(
     """
     tree: dict[str, Any] = {"layers": [{} for _ in range(L)]}
     for pair in adapter.pairs:
-        halves = zip((pair.a, pair.b), lora.halves(pair.row, pair.a.shape[0]))
-        a, b = (_placed(tensor, half.shape, loaded_dtype(DTYPES[tensor.dtype]), where(half)) for tensor, half in halves)
+        a, b = (
+            _placed(tensor, pair.transposed, half.shape, loaded_dtype(DTYPES[tensor.dtype]), where(half))
+            for tensor, half in zip((pair.a, pair.b), lora.halves(pair.row, pair.rank))
+        )
         params.put(tree, pair.row.path, lora.Lora(None, a, b, None, pair.scale))
     return tree
 
 
-def _placed(tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype, where: Any) -> jax.Array:
+def _placed(tensor: Tensor, transposed: bool, shape: tuple[int, ...], dtype: np.dtype, where: Any) -> jax.Array:
     """Reads a whole tensor into host memory (adapters are small) and puts its shards on their devices."""
     host = np.empty(tensor.shape, dtype)
     hf.read_block(tensor, host)
-    host = host.reshape(shape)
+    host = (host.T if transposed else host).reshape(shape)
     return jax.make_array_from_callback(shape, where, lambda index: host[index])
 
 

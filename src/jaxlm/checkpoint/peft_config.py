@@ -1,21 +1,23 @@
-"""PEFT's adapter_config.json: how an adapter's tensors are used.
+"""adapter_config.json of PEFT, and of mlx-lm: how an adapter's tensors are used.
 
 Fields that need other arithmetic than w + scale * b a, or a base with modified weights, are refused by name.
 """
 
 import json
+import logging
 import math
 import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.safetensors import quoted, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_log = logging.getLogger(__name__)
 WHOLE = "PEFT's merge_and_unload and then save_pretrained write a merged checkpoint, which jaxlm loads"
 # Fields that do not change what the tensors compute: how they were trained, and by which program.
 HARMLESS = {
@@ -36,6 +38,27 @@ INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 CONVERTED = "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) converts it to an ordinary adapter"
 
 
+class Layout(NamedTuple):
+    """How a tool stores the factors of a module.
+
+    Attributes:
+        weights: the file.
+        prefix, a, b: a factor's name is `<prefix><module><a or b>`.
+        transposed: a is [inputs, r] and b [r, outputs] in the file, instead of [r, inputs] and [outputs, r].
+    """
+
+    weights: str
+    prefix: str
+    a: str
+    b: str
+    transposed: bool
+
+
+PEFT = Layout(WEIGHTS, "base_model.model.", ".lora_A.weight", ".lora_B.weight", False)
+MLX = Layout("adapters.safetensors", "", ".lora_a", ".lora_b", True)
+LAYOUTS = (PEFT, MLX)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Contents of an adapter's config.
@@ -46,6 +69,7 @@ class Settings:
         rank, alpha, rslora: of all modules without a pattern of their own.
         ranks, alphas: patterns of module names with another rank or alpha.
         names: the adapted modules; empty if the config selects them in another way.
+        layout: how the tensors are stored.
     """
 
     base: str | None
@@ -56,6 +80,7 @@ class Settings:
     ranks: list[tuple[re.Pattern[str], int]]
     alphas: list[tuple[re.Pattern[str], float]]
     names: tuple[str, ...]
+    layout: Layout = PEFT
 
     def of(self, module: str) -> tuple[int, float]:
         """A module's rank and alpha: those of the first pattern that matches, as in PEFT."""
@@ -72,8 +97,28 @@ def read_settings(folder: Path, allow: Collection[str] = ()) -> Settings:
     path = folder / CONFIG
     raw = read_json(path)
     with explain_errors(str(path)):
+        if "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw):
+            return _mlx_settings(raw, folder)
         _check(raw, allow)
         return _settings(raw)
+
+
+def _mlx_settings(raw: dict[str, Any], folder: Path) -> Settings:
+    """The settings of an adapter of mlx-lm, whose config holds all arguments of `mlx_lm.lora`. Its `scale` is the
+    factor on b a, not divided by the rank."""
+    kind, found = raw.get("fine_tune_type") or "lora", raw.get("lora_parameters")
+    if kind != "lora":
+        raise ValueError(
+            f"its fine_tune_type is {_shown(kind)}; jaxlm loads adapters of type lora. Merge it and load OUT: "
+            f"mlx_lm.fuse --model BASE --adapter-path {folder} --save-path OUT"
+        )
+    if not isinstance(found, dict) or "scale" not in found:
+        raise ValueError(f"lora_parameters is {_shown(found)}, and needs rank and scale")
+    if "alpha" in found:
+        _log.warning("%s: lora_parameters has alpha, which mlx-lm does not use: scale is used", folder / CONFIG)
+    rank = _rank("lora_parameters.rank", found.get("rank"))
+    scale = _alpha("lora_parameters.scale", found["scale"])
+    return Settings(_text(raw, "model"), None, rank, scale * rank, False, [], [], (), MLX)
 
 
 def _check(raw: dict[str, Any], allow: Collection[str]) -> None:

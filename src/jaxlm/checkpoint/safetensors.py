@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlm.checkpoint.errors import explain_errors
 
+FILES = ("model.safetensors", "model.safetensors.index.json")
 SLICE = 8 << 20  # bytes read at a time
 HUGE_PAGE = 2 << 20  # bytes
 HEADER = 100_000_000  # bytes: the format's limit
@@ -146,11 +147,11 @@ def _entry(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int] | Non
 def read_index(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder: model.safetensors, or else the shards that its index names (the order of
     transformers)."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    single, index = (folder / name for name in FILES)
     if single.exists():
         return read_header(single)
     if index.exists():
-        return _read_shards(folder, index)
+        return read_shards(folder, index, ".safetensors", read_header)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
     holds = f" It has {', '.join(others[:5])}{', …' if others[5:] else ''}." if others else ""
     if any(name.endswith(".safetensors") for name in others):
@@ -160,21 +161,22 @@ def read_index(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{holds} {hint}.")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def read_shards(folder: Path, index: Path, suffix: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every tensor of the shards that an index names. Their names must have the suffix; `read` reads one."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
         raise ValueError(f"{index} has no valid weight_map: download it again")
     shards = sorted(set(where.values()))
     for shard in shards:
         path = PurePosixPath(shard)
-        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\\" in shard:
-            raise ValueError(f"{index} names {quoted(shard)}, which is not a safetensors file in the folder: refused")
+        if path.suffix != suffix or path.is_absolute() or ".." in path.parts or "\\" in shard:
+            raise ValueError(f"{index} names {quoted(shard)}, which is not a {suffix[1:]} file in the folder: refused")
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {listed(missing)} of its {len(shards)} shards: download them again")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        header = read_header(folder / shard)
+        header = read(folder / shard)
         if twice := [name for name in header if name in tensors]:
             raise ValueError(f"{folder / shard} repeats {listed(twice)} of another shard: download both again")
         tensors |= header

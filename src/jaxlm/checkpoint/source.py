@@ -22,7 +22,7 @@ class ModelSource:
         revision: branch, tag or commit of a hub id. None: `main`.
         token: hub access token. None: HF_TOKEN, or the token saved by `hf auth login`.
         offline: use the local cache only.
-        allow_fields: names of unknown config fields to accept and ignore.
+        allow_fields: names of config fields that are refused, to ignore because they do not change the result.
     """
 
     name: str | Path

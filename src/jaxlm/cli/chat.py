@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli.answer import print_answer, statistics
 from jaxlm.cli.common import ModelFlags, note
 from jaxlm.cli.errors import explain
-from jaxlm.cli.generate import SamplingFlags, template_args, warn_ignored
+from jaxlm.cli.generate import SamplingFlags, template_args
 from jaxlm.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class Chat(SamplingFlags, ModelFlags):
             raise ValueError("chat runs in a single process; jaxlm generate --prompts FILE.jsonl runs in several")
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
-        warn_ignored(model)
         from jaxlm.inference.conversation import Conversation
 
         session = ChatSession(Conversation(model, template_args=args, **self.sampling()), self.debug)

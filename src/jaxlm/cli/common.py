@@ -49,7 +49,7 @@ class _ModelFlags:
     offline: bool = False
     """Use local files and the cache only, without network access."""
     allow_field: tuple[str, ...] = ()
-    """Unknown fields of config.json to accept and ignore."""
+    """Fields of config.json that jaxlm refuses, to ignore because they do not change the result."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
     """Device mesh: sizes of data and tensor parallelism. Default: tensor parallelism over all devices, as far as the
     number of attention heads and the MLP width are divisible; the rest is data parallelism."""

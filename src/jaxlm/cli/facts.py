@@ -45,6 +45,7 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
         "family": family.__name__.rpartition(".")[2],
         "model_type": checkpoint.config["model_type"],
+        "architectures": _architectures(checkpoint.config),
         "parameters": {
             "total": params.count(family.PARAMS, cfg),
             "embedding": sum(math.prod(row.shape) for row in rows if row.path in ("embed", "head")),
@@ -69,6 +70,11 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         "generation": _generation(checkpoint),
     }
     return facts | ({"adapter": _adapter(adapter)} if adapter else {})
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name[:80] for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
@@ -162,6 +168,7 @@ def _tokenizer(tokenizer: Tokenizer, format: str) -> dict[str, Any]:
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """The default sampling parameters, from generation_config.json."""
     raw, has_file = checkpoint.generation_config, (checkpoint.folder / "generation_config.json").exists()
+    has_file |= checkpoint.format == "gguf" and bool(raw)  # general.sampling.* in the metadata
     try:
         resolved = SamplingParams().resolve(raw)
     except ValueError as error:
@@ -175,11 +182,11 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     """Parameters and bytes of a LoRA adapter, and for each kind of weight the number of layers, ranks and scales."""
     kinds: dict[str, dict[str, Any]] = {}
-    for row, a, _, scale in adapter.pairs:
-        kind = kinds.setdefault(row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
+    for pair in adapter.pairs:
+        kind = kinds.setdefault(pair.row.path.split(".")[-1], {"count": 0, "ranks": [], "scales": []})
         kind["count"] += 1
-        kind["ranks"] = sorted({*kind["ranks"], a.shape[0]})
-        kind["scales"] = sorted({*kind["scales"], scale})
+        kind["ranks"] = sorted({*kind["ranks"], pair.rank})
+        kind["scales"] = sorted({*kind["scales"], pair.scale})
     halves = [tensor for pair in adapter.pairs for tensor in (pair.a, pair.b)]
     return {
         "folder": str(adapter.folder),

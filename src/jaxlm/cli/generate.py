@@ -17,7 +17,7 @@ from jaxlm.cli.common import ModelFlags, note, print_json
 from jaxlm.cli.errors import usage
 from jaxlm.cli.prompt_lines import PromptLine, has_messages, read_prompts
 from jaxlm.data.formats import is_system
-from jaxlm.inference.sampling_params import SamplingParams, unsupported
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ class Generate(SamplingFlags, ModelFlags):
         lines = self._lines()
         model = self.load()
         args = template_args(model, self.template_arg, self.no_think)
-        warn_ignored(model)
         from jaxlm.inference.generation import stream
 
         prompts = [self._ids(model, line, args) for line in lines]
@@ -172,12 +171,6 @@ def note_continued(lines: list[PromptLine], args: dict[str, Any]) -> None:
             f"{count} {end} with an assistant message, which is continued (continue_final_message): remove the message "
             "for a new answer"
         )
-
-
-def warn_ignored(model: "Model") -> None:
-    """Prints the fields of generation_config.json that would change the text but are not supported."""
-    if ignored := unsupported(model.generation_config):
-        note(f"not supported and ignored, from generation_config.json: {', '.join(ignored)}")
 
 
 def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:

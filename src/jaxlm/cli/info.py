@@ -69,6 +69,7 @@ def sections(facts: dict[str, Any], columns: int) -> list[tuple[str, str, list[A
     sizes = ", ".join(f"{letter} {size:,}" for letter, size in facts["sizes"].items())
     parts = [f"embedding and head {counts['embedding']:,}", f"per layer {counts['layer']:,}"]
     return [
+        ("architecture", _architecture(facts), []),
         ("parameters", f"{counts['total']:,}", parts),
         ("weights", *_weights(facts["weights"])),
         ("sizes", sizes, []),
@@ -80,6 +81,11 @@ def sections(facts: dict[str, Any], columns: int) -> list[tuple[str, str, list[A
         ("tokenizer", *_tokenizer(facts["tokenizer"])),
         ("generation", _generation(facts["generation"]), []),
     ]
+
+
+def _architecture(facts: dict[str, Any]) -> str:
+    """The family (a file of jaxlm/models) that computes the model, and what config.json calls it."""
+    return ", ".join([f"family {facts['family']}", f"model_type {facts['model_type']}", *facts["architectures"]])
 
 
 def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:

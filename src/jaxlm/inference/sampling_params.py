@@ -6,6 +6,7 @@ Imports neither JAX nor transformers, so that `--help` is quick.
 from __future__ import annotations
 
 import difflib
+import logging
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,7 @@ from typing import Any, TypedDict
 
 from jaxlm.checkpoint.errors import explain_errors
 
+_log = logging.getLogger(__name__)
 # Used where neither the user nor generation_config.json sets a value. transformers would add top_k=50 when it samples.
 DEFAULTS = {
     "top_k": 0,
@@ -153,15 +155,28 @@ def unsupported(generation_config: Mapping[str, Any]) -> list[str]:
     """Names of the fields of a generation_config.json that are set and not supported.
 
     Unknown fields are included unless they are null, false or empty, because a later version of transformers may have
-    added them.
+    added them. Private fields (`_from_model_config`) and ids of tokens that are not forced are not.
     """
     read = {"do_sample", "temperature", "max_new_tokens", "stop_strings", *DEFAULTS}
+
+    def is_harmless(name: str) -> bool:
+        is_id = name.endswith(("_token_id", "_token_ids")) and not name.startswith("forced_")
+        return name in read or name in _HARMLESS or name.startswith("_") or is_id
+
     return [
         name
         for name, value in generation_config.items()
         # `is False`, because 0 == False, and 0 is a valid token id.
-        if not (name in read or name in _HARMLESS or value is False or value in (None, "", [], {}, _OFF.get(name)))
+        if not (is_harmless(name) or value is False or value in (None, "", [], {}, _OFF.get(name)))
     ]
+
+
+def log_unsupported(generation_config: Mapping[str, Any]) -> None:
+    """Logs the names of `unsupported` fields in one line."""
+    if names := unsupported(generation_config):
+        more = f" and {len(names) - 20} more" * (len(names) > 20)
+        text = ", ".join(name[:80] for name in names[:20]) + more
+        _log.warning("generation_config.json sets fields that jaxlm does not compute: %s", text)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -248,16 +263,16 @@ _OFF = {
     "min_new_tokens": 0,
 }
 
-# Fields that do not change the sampled tokens: ids that are read elsewhere, caches, output formats, options of beam
-# search, and max_length (the context length limits prompt and answer).
+# Fields that do not change the sampled tokens: caches, output formats, options of beam search and of speculative
+# decoding, what tools for chats and servers add, and max_length (the context length limits prompt and answer).
 _HARMLESS = frozenset(
     """
-    bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config _commit_hash
-    use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size compile_config
-    disable_compile continuous_batching_config output_attentions output_hidden_states output_scores output_logits
-    return_dict_in_generate max_length early_stopping length_penalty renormalize_logits remove_invalid_values
-    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
-    assistant_early_exit assistant_lookbehind target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size
-    use_mtp speculation_type
+    transformers_version use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size
+    compile_config disable_compile continuous_batching_config output_attentions output_hidden_states output_scores
+    output_logits return_dict_in_generate max_length early_stopping length_penalty renormalize_logits
+    remove_invalid_values is_assistant num_assistant_tokens num_assistant_tokens_schedule
+    assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size use_mtp speculation_type
+    trust_remote_code chat_format max_window_size max_context_size max_position_embeddings
     """.split()  # noqa: SIM905 (a list takes forty lines)
 )

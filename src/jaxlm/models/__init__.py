@@ -21,6 +21,7 @@ from typing import Any
 from jaxlm.models import gemma3, llama3, olmo2, qwen3
 from jaxlm.models.config import brief
 from jaxlm.models.family import Family
+from jaxlm.models.unsupported import REASONS
 
 FAMILIES: dict[str, Family] = {
     "llama": llama3,
@@ -45,13 +46,15 @@ def family_of(model_type: Any) -> Family:
     """The family of a model_type.
 
     Raises:
-        ValueError: model_type is None or unknown; the message lists the supported ones.
+        ValueError: model_type is None or not supported. The message says why (unsupported.py) and lists the supported
+            ones.
     """
     if model_type is None:
         raise ValueError("config.json has no field 'model_type': it is not the config of a model, or is incomplete")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        reason = REASONS.get(model_type) if isinstance(model_type, str) else None
         raise ValueError(
-            f"model_type {brief(model_type)} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
-            "Add a family with jaxlm.models.register(model_type, module)."
+            f"model_type {brief(model_type)} is not supported{f': {reason}' if reason else ''}. Supported: "
+            f"{', '.join(sorted(FAMILIES))}. Add a family with jaxlm.models.register(model_type, module)."
         )
     return FAMILIES[model_type]

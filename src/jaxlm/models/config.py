@@ -1,34 +1,29 @@
 """Reads a Hugging Face config.json. `Fields` is used by `Config.from_hf` of the model files.
 
-An unknown field that may change the output of the model is an error. The message has the name of the field.
+A field that changes the output of the model and that the model file does not read is an error (config_fields.py lists
+these fields). An unknown field is logged by name.
 """
 
 import importlib
+import logging
 import math
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.models.config_fields import MATHEMATICS, is_bookkeeping, is_neutral
 from jaxlm.nn.rope import TYPES, Rope
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-# Fields that do not change the output of the forward pass.
-HARMLESS = set(
-    """
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _model_name_or_path
-    use_cache initializer_range bos_token_id eos_token_id pad_token_id attention_dropout pretraining_tp
-    cache_implementation max_window_layers unsloth_version unsloth_fixed _attn_implementation_autoset
-    return_dict id2label label2id chunk_size_feed_forward task_specific_params problem_type is_encoder_decoder
-    tokenizer_class auto_map
-    """.split()  # noqa: SIM905
-)
 LARGEST = 2**31 - 1  # ids and positions are int32
 LAYERS = 2_000  # maximum number of layers, since configs may be malicious
 REQUIRED: Any = object()
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")  # the last ones: MLX, compressed-tensors
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_log = logging.getLogger(__name__)
 
 
 def family_load(name: str) -> Callable[..., "Model"]:
@@ -45,17 +40,19 @@ def family_load(name: str) -> Callable[..., "Model"]:
 
 
 class Fields:
-    """The fields of a config.json. Each is read once; `done` raises an error for unread fields that are not harmless.
+    """The fields of a config.json. Each is read once; `done` raises an error for unread fields that change the output.
 
     Args:
         hf: The fields of config.json.
-        allow: Names of unknown fields to accept and ignore (`--allow-field`).
+        allow: Names of fields to ignore that would be refused (`--allow-field`).
     """
 
     def __init__(self, hf: Mapping[str, Any], allow: Collection[str] = ()):
         self.left = dict(hf)
         self.allow = frozenset(allow)
         self.faults: list[str] = []
+        self.layers = hf.get("num_hidden_layers")
+        self.H: int | None = None
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
         """The value of a field; the default if it is absent or null."""
@@ -105,6 +102,7 @@ class Fields:
             raise ValueError(f"config.json: num_attention_heads {N} is not a multiple of num_key_value_heads {K}")
         if H % 2:
             raise ValueError(f"config.json: head_dim {H} is odd, but rotary position embedding needs an even width")
+        self.H = H
         return N, K, H
 
     def context(self, default: Any = REQUIRED) -> int:
@@ -123,6 +121,8 @@ class Fields:
     def rope(self, context: int) -> Rope:
         """The rope section, in transformers 4's format (rope_theta, rope_scaling) or 5's (rope_parameters)."""
         sections = self.section("rope_scaling") | self.section("rope_parameters")
+        if (original := self("original_max_position_embeddings", None)) is not None:
+            sections["original_max_position_embeddings"] = original  # it has priority in transformers too
         return read_rope({"rope_theta": self("rope_theta", None), **sections}, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
@@ -136,16 +136,22 @@ class Fields:
         return {kind: {k: v for k, v in fields.items() if v is not None} for kind, fields in sections.items()}
 
     def done(self, config: Any) -> Any:
-        """Returns the config. Raises ValueError for unsupported values and for unread fields that are not harmless."""
-        if quantization := self.left.get("quantization_config") or self.left.get("quantization"):
+        """Returns the config, and logs the names of unknown fields.
+
+        Raises:
+            ValueError: The checkpoint is quantized, or has fields that change the output and are not computed.
+        """
+        if quantization := next(filter(None, map(self.left.get, QUANTIZATION)), None):
             raise ValueError(_quantized(quantization))
-        if not self.left.get("use_sliding_window", True):
-            self.left.pop("sliding_window", None)  # transformers ignores it then
+        self._drop_unused_windows()
+        unknown = []
         for name, value in self.left.items():
-            if name == "layer_types" and isinstance(value, list) and all(kind == _FULL for kind in value):
+            if name in self.allow or is_bookkeeping(name):
                 continue
-            if name not in HARMLESS and name not in self.allow and value not in (None, False, [], {}):
-                self.faults.append(f"{name[:80]} = {brief(value)}")
+            if name not in MATHEMATICS:
+                unknown += [name] if value not in (None, False, "", [], {}) else []
+            elif not is_neutral(name, value, self.H):
+                self.faults.append(f"{name} = {brief(value)} (jaxlm does not compute {MATHEMATICS[name].needs} here)")
         if self.faults:
             more = len(self.faults) - 20
             raise ValueError(
@@ -154,16 +160,37 @@ class Fields:
                 + f"; and {more} more fields" * (more > 0)
                 + ". If a field does not change the result, allow it with --allow-field NAME (allow_fields=[NAME])."
             )
+        if unknown:
+            more = f" and {len(unknown) - 20} more" * (len(unknown) > 20)
+            names = ", ".join(name[:80] for name in unknown[:20])
+            _log.warning("config.json has fields that jaxlm does not know and does not use: %s%s", names, more)
         return config
+
+    def _drop_unused_windows(self) -> None:
+        """Drops the fields of a sliding window that no layer has, as in transformers' Qwen3Config. There the default of
+        use_sliding_window is false; only configs of its kind have max_window_layers."""
+        left, kinds = self.left, self.left.get("layer_types")
+        first, layers = left.get("max_window_layers"), self.layers  # the first layer with a window
+        if (
+            (isinstance(kinds, list) and kinds and all(kind == _FULL for kind in kinds))
+            or not left.get("use_sliding_window", first is None)
+            or not left.get("sliding_window", True)
+            or (type(first) is int and type(layers) is int and first >= layers)
+        ):
+            left.pop("use_sliding_window", None)
+            left.pop("sliding_window", None)
 
 
 def _quantized(quantization: Any) -> str:
     """The error message for a quantized checkpoint. MLX names no method."""
     fields = quantization if isinstance(quantization, dict) else {}
     method = fields.get("quant_method") or ("MLX" if "group_size" in fields else "unknown method")
+    bits = next((f", {bits} bits" for bits in map(fields.get, ("bits", "w_bit")) if type(bits) is int), "")
+    bits = bits or next((f", {n} bits" for n in (4, 8) if fields.get(f"load_in_{n}bit") is True), "")
     return (
-        f"the checkpoint is quantized ({brief(method)}), which is not supported yet: use the original, whose name is "
-        "base_model in the model card (for an adapter of it: -m ORIGINAL --adapter ADAPTER)"
+        f"the checkpoint is quantized ({brief(method)}{bits}), which is not supported yet. What loads: the original in "
+        "bfloat16, float16 or float32, whose name is base_model in the model card (for an adapter of it: -m ORIGINAL "
+        "--adapter ADAPTER), or a GGUF file of the model"
     )
 
 
@@ -191,6 +218,8 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
     left = {name: value for name, value in section.items() if value is not None}
     kind = left.pop("rope_type", left.pop("type", "default"))
     left.pop("type", None)
+    if kind == "default" and left.get("factor") == 1:
+        left.pop("factor")
     if kind == "dynamic":
         raise ValueError(
             "config.json: rope_type 'dynamic' is not supported: its frequencies depend on the sequence length, "
@@ -209,6 +238,7 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
     if kind == "yarn":
         scales = [value and _positive(name, value) for name in _SCALES for value in [left.pop(name, 0)]]
         read.setdefault("amplitude", _yarn_amplitude(read["factor"], *scales))
+        _ignore_attn_factor(left, read["amplitude"])
     unknown = [name[:80] for name in left if name not in allow and name not in _ROPE_HARMLESS]
     if unknown:
         raise ValueError(
@@ -220,6 +250,20 @@ def read_rope(section: Mapping[str, Any], context: int, allow: Collection[str] =
     if kind == "yarn" and rope.theta == 1:
         raise ValueError("config.json: rope_theta 1 gives every pair the same frequency, which yarn cannot scale")
     return rope
+
+
+def _ignore_attn_factor(left: dict[str, Any], amplitude: float) -> None:
+    """Drops a field of the first YaRN code, a factor on the amplitude. transformers does not read it.
+
+    DeepSeek-R1-0528-Qwen3-8B has it in its config.json.
+    """
+    if (factor := left.pop("attn_factor", None)) is not None:
+        product = amplitude * _positive("attn_factor", factor)
+        _log.warning(
+            "config.json: attn_factor in the RoPE section is not used, as in transformers; vLLM multiplies the yarn "
+            'attention factor by it. To do the same, replace it by "attention_factor": %.10g',
+            product,
+        )
 
 
 def _rope_field(name: str, value: Any) -> Any:
@@ -264,4 +308,5 @@ _ROPE_NEEDS = {
 }
 _SCALES = ("mscale", "mscale_all_dim")  # yarn, DeepSeek's fields; 0 means absent
 # transformers writes these fields for every type; types that do not use them ignore them.
-_ROPE_HARMLESS = frozenset({"original_max_position_embeddings", "rope_theta"})
+# `finetuned` is of the first YaRN code, and acts beside a rope_type of it that is refused.
+_ROPE_HARMLESS = frozenset({"original_max_position_embeddings", "rope_theta", "finetuned"})

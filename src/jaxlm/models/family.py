@@ -90,7 +90,7 @@ class Config(Protocol):
 
         Args:
             hf: The fields of config.json.
-            allow: Names of unknown fields to accept and ignore (`--allow-field`).
+            allow: Names of fields to ignore that would be refused (`--allow-field`).
 
         Raises:
             ValueError: A field is missing, invalid, or not supported by the family.

@@ -40,7 +40,7 @@ class Config:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], allow: Collection[str] = ()) -> "Config":
         text = hf
-        if "text_config" in hf:  # a vision-language model: read its language model
+        if hf.get("text_config") is not None:  # a vision-language model: read its language model
             outer = Fields(hf, allow)
             text = {"tie_word_embeddings": hf.get("tie_word_embeddings"), **outer.section("text_config")}
             for name in VISION_FIELDS:
@@ -48,6 +48,7 @@ class Config:
             outer.done(None)
         f = Fields(text, allow)
         f.must("hidden_activation", "gelu_pytorch_tanh")
+        f.must("hidden_act", "gelu_pytorch_tanh")
         V, D = f.number("vocab_size", 262208), f.number("hidden_size", 2304)
         F, L = f.number("intermediate_size", 9216), f.number("num_hidden_layers", 26)
         N, K, H = f.heads(D, 256, default_N=8, default_K=4)

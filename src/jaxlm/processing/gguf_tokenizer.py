@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoint import gguf
-from jaxlm.processing.tokenizer_files import MAX_SPECIAL_TOKENS, META_WORDS, import_transformers, naming_errors
+from jaxlm.processing.tokenizer_files import (
+    MAX_SPECIAL_TOKENS,
+    META_WORDS,
+    Uncopied,
+    import_transformers,
+    naming_errors,
+)
 
 # Values of tokenizer.ggml.token_type. 6 is a byte, <0x0A>.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
@@ -73,7 +79,7 @@ def from_gguf(path: Path) -> tuple[Any, list[int]] | None:
         names = ("bos", "eos", "unk", "pad")
         special = {f"{name}_token": token for name in names if (token := vocabulary.special(name)) is not None}
         hf = import_transformers().PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
+            tokenizer_object=Uncopied(tokenizer),
             name_or_path=str(file.path),
             chat_template=_chat_template(file.metadata),
             clean_up_tokenization_spaces=False,

@@ -238,7 +238,7 @@ def _check_adapter(run: Run, family: Any, cfg: Any) -> None:
     adapter = peft.find(run.adapter, family.PARAMS, cfg, family.IGNORED_PREFIXES)
     if adapter.ignored:
         raise ValueError(f"{run.adapter} also adapts the vision tower, which is not supported: train another adapter")
-    pairs = {pair.row.path: (pair.a.shape[0], pair.scale) for pair in adapter.pairs}
+    pairs = {pair.row.path: (pair.rank, pair.scale) for pair in adapter.pairs}
     if pairs != dict.fromkeys((row.path for row in rows), (run.lora.rank, _scale(run))):
         theirs = adapter.settings
         if theirs.ranks or theirs.alphas:
