@@ -146,7 +146,8 @@ def output(window: int | None, block: int) -> Any:
 def test_attention_over_a_cache_equals_the_slow_twin(
     rows: Any, window: int | None, S: int, block: int, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill and decoding, in blocks that divide S and others, with the gradients."""
+    """Prefill (two blocks of queries) and decoding, in blocks that divide S and others, with the gradients."""
+    monkeypatch.setattr(attention_cpu, "QUERY_BLOCK", 3)
     monkeypatch.setattr(attention_cpu, "PREFILL_BLOCK", block)
     monkeypatch.setattr(attention_cpu, "DECODE_BLOCK", (8 * block,) * 3)
     q, k, v, pos, cache = cached(rows, S, T)
@@ -179,6 +180,24 @@ def test_only_the_blocks_that_are_attended_to_are_read(
     np.testing.assert_allclose(run(cache), expected, atol=3e-6)
     for end in (read[0], read[-1]):
         assert np.isnan(run(replace(cache, v=jnp.where(block == end, jnp.nan, cache.v)))).any()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the paths of the CPU backend")
+def test_a_block_of_queries_reads_the_slots_up_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of two queries over blocks of eight slots. Slots from 24 on, which hold the last two tokens, are
+    NaN, then all slots, while the last four queries are padding."""
+    monkeypatch.setattr(attention_cpu, "PREFILL_BLOCK", 8)
+    monkeypatch.setattr(attention_cpu, "QUERY_BLOCK", 2)
+    q, k, v, pos, cache = cached([range(26)], 64, 6)
+    run = jax.jit(lambda pos, cache, v: attended(None, q, k, v, pos, cache))
+    last = jnp.arange(6)[:, None, None] >= 4
+    out = np.asarray(run(pos, replace(cache, v=cache.v.at[:, :, 24:].set(jnp.nan)), jnp.where(last, jnp.nan, v)))
+    assert np.isfinite(out[:, :4]).all()
+    assert np.isnan(out[:, 4:]).all()
+    padded = jnp.where(jnp.arange(6) < 2, pos, -1)
+    nothing = replace(cache, v=jnp.full_like(cache.v, jnp.nan), index=jnp.where(padded < 0, 64, cache.index))
+    nothing = replace(nothing, positions=jnp.where(nothing.positions > 21, -1, nothing.positions))
+    assert np.isfinite(np.asarray(run(padded, nothing, v))[:, 2:]).all()
 
 
 @pytest.mark.parametrize("T", [1, 3])

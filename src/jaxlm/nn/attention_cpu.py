@@ -12,8 +12,9 @@ from jaxlm.devices import mesh
 from jaxlm.nn import attention_reference
 from jaxlm.nn.attention_reference import MASK_VALUE, TokenPositions, attention_mask
 
-# Slots that `cache_blocked` reads at a time in prefill (docs/performance.md).
+# Slots of the KV cache that `cache_blocked` reads at a time in prefill (docs/performance.md).
 PREFILL_BLOCK = 128
+QUERY_BLOCK = 128  # queries of a row that read them together, if they divide the number of tokens
 # Elements of a kv head that it reads at a time in decoding: at least, at most, and of all rows together.
 DECODE_BLOCK = (1 << 12, 1 << 13, 1 << 16)
 # Up to this number of query heads per kv head, decoding multiplies them one by one (docs/performance.md).
@@ -100,10 +101,51 @@ def cache_blocked(
 ) -> Float[Array, "B T N H"]:
     """Attention over a KV cache, for prefill and decoding.
 
-    The KV cache is read in blocks of slots, from the first to the last that any query attends to, so that the cost
-    grows with the number of tokens and not with the size of the cache. Each block is converted to float32 while it is
-    in the CPU's cache. The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867): `top` is the
-    largest score so far, `total` the sum of the exponentials, `out` the sum of the values that they weight.
+    Each block of queries reads the KV cache in blocks of slots, from the first to the last that any of them attends to.
+    The cost grows with the number of tokens and not with the size of the cache, and later slots are skipped.
+    """
+    B, T, N, H = q.shape
+    blocks = T // QUERY_BLOCK if T % QUERY_BLOCK == 0 else 1
+
+    def split(x: Array) -> Array:
+        return x.reshape(B, blocks, T // blocks, *x.shape[2:]).swapaxes(0, 1)
+
+    def attend_block(block: tuple[Array, TokenPositions]) -> Array:
+        return _online_softmax(block[0], k, v, block[1], key, window, scale)
+
+    if blocks == 1:
+        return attend_block((q, query))
+    out = jax.lax.map(attend_block, (split(q), TokenPositions(*map(split, query))))
+    return out.swapaxes(0, 1).reshape(B, T, N, H)
+
+
+@cache_blocked.defjvp
+def _cache_blocked_jvp(
+    window: int | None, scale: float, primals: Any, tangents: Any
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
+    *arrays, query, key = primals
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        return _in_float32(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, window, scale)
+
+    return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
+
+
+def _online_softmax(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    query: TokenPositions,
+    key: TokenPositions,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`cache_blocked` for one block of queries.
+
+    Each block of slots is converted to float32 while it is in the CPU's cache. The softmax is computed online (Milakov
+    and Gimelshein 2018, arXiv:1805.02867): `top` is the largest score so far, `total` the sum of the exponentials,
+    `out` the sum of the values that they weight.
     """
     (B, T, N, H), (_, K, S, _) = q.shape, k.shape
     G, (least, most, of_all_rows) = N // K, DECODE_BLOCK
@@ -135,22 +177,10 @@ def cache_blocked(
     oldest = jnp.min(query.pos, axis=1, keepdims=True, where=query.pos >= 0, initial=jnp.iinfo(query.pos.dtype).max)
     used = (key.pos >= 0) & (key.pos <= query.pos.max(axis=1, keepdims=True))
     used = (used if window is None else used & (key.pos > oldest - window)).any(axis=0)
-    first, last = jnp.argmax(used), S - 1 - jnp.argmax(used[::-1])
+    first, last = jnp.argmax(used), jnp.where(used.any(), S - 1 - jnp.argmax(used[::-1]), -1)
     if mesh.active():  # rows are on several devices, which would have to agree
         first, last = 0, S - 1
     nothing = jnp.full(q32.shape[:4], MASK_VALUE), jnp.zeros(q32.shape[:4]), jnp.zeros(q32.shape)
-    _, total, out = jax.lax.fori_loop(first // block, last // block + 1, add, nothing)
-    return (out / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-
-
-@cache_blocked.defjvp
-def _cache_blocked_jvp(
-    window: int | None, scale: float, primals: Any, tangents: Any
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
-    """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
-    *arrays, query, key = primals
-
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        return _in_float32(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, window, scale)
-
-    return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
+    _, total, out = jax.lax.fori_loop(first // block, (last + block) // block, add, nothing)
+    total = jnp.maximum(total, 1)[..., None]  # 0 if nothing was read, else at least 1
+    return (out / total).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
