@@ -150,9 +150,9 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns uint32 random bits, of which the upper 16 are good: the same on every mesh.
 
-    Each row has a random number from `key`, which a multiplicative hash (Knuth, The Art of Computer Programming 3,
-    section 6.4) combines with the index in the row. On TPU, jax.random.bits for every element would take longer than
-    the rest of an update (docs/performance.md).
+    Each row has a random number from `key`, to which a hash adds the index in the row: steps of the golden ratio
+    (Knuth, The Art of Computer Programming 3, section 6.4), then one round of MurmurHash3's finalizer. On TPU,
+    jax.random.bits for every element would add half to the time of an update (docs/performance.md).
     """
     rows = jax.lax.optimization_barrier(jax.random.bits(key, (*shape[:-1], 1), jnp.uint32))
     h = rows + jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) * jnp.uint32(0x9E3779B9)
