@@ -61,8 +61,11 @@ def test_a_step_keeps_the_types_of_the_state(model, batch, name) -> None:
 
 
 def test_two_steps_are_those_of_float32(model, batch) -> None:
-    """The change of all weights is within 5 % (the test finds 2 %). eps is large, so that an update is proportional to
-    its gradient: Adam's first updates would have the sign alone, which rounding turns where the gradient is small."""
+    """The change of all weights is within 2 %: bfloat16 rounds by up to 0.4 %, at two steps of three arrays.
+
+    eps is large, so that an update is proportional to its gradient. Adam's first updates would have the sign alone,
+    which rounding turns where the gradient is small.
+    """
 
     def run(weights: Any, moments: Any, gradients: Any) -> tuple[Any, Any]:
         tx, state = start(model, "adamw", weights, moments, lr=10.0, eps=1.0)
@@ -76,7 +79,7 @@ def test_two_steps_are_those_of_float32(model, batch) -> None:
     half, metrics = run(HALF, HALF, HALF)
     assert float(metrics.loss) == pytest.approx(float(plain.loss), rel=1e-2)
     error = np.linalg.norm(exact - half) / np.linalg.norm(exact)
-    assert error < 0.05, error
+    assert error < 0.02, error
 
 
 @pytest.mark.parametrize("dtype", [HALF, WIDE])
@@ -211,7 +214,7 @@ def test_the_dry_run_counts_types(files, tmp_path) -> None:
         found = dry_run.plan_memory(setup, loop.jit_step(setup))
         return found, "\n".join(dry_run.describe(setup, found))
 
-    (wide, _), (half, text) = plan(), plan(**ALL)
-    assert half.weights * 2 == wide.weights == wide.gradients == half.gradients * 2
+    (wide, _), (half, text) = plan(), plan(**{**ALL, "grad_dtype": "float32"})
+    assert half.weights * 2 == wide.weights == wide.gradients == half.gradients
     assert half.optimizer < 0.51 * wide.optimizer
-    assert "weights bfloat16, gradients bfloat16, moments bfloat16" in text
+    assert "weights bfloat16, gradients float32, moments bfloat16" in text
