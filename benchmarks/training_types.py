@@ -93,7 +93,7 @@ def main() -> None:
     for name, values in found.items():
         apart = statistics.mean(a - b for a, b in zip(values, found["float32"], strict=True))
         print(f"| {name} | {', '.join(f'{value:.4f}' for value in values)} | {apart:+.4f} |")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="What is stored in bfloat16", ylim=(None, 5))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="What is stored in bfloat16")
     axes.legend()
     figure.savefig(args.out / "curves.png", dpi=120)
 
