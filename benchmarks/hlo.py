@@ -133,6 +133,24 @@ def trips(computations: dict[str, list[Instruction]], condition: str) -> int:
     return max((int(number[1]) for number in found if number), default=1)
 
 
+def estimated_cycles(text: str) -> int:
+    """The compiler's estimate for a run of a TPU program: the sum over its instructions, loops included. Kernels and
+    scatters have none."""
+    computations, entry = parse(text)
+
+    def walk(name: str) -> int:
+        total = 0
+        for step in computations[name]:
+            if step.op == "while":
+                body, condition = (re.findall(rf"{part}=%?([\w.\-]+)", step.rest)[0] for part in ("body", "condition"))
+                total += trips(computations, condition) * walk(body)
+            elif found := re.search(r'"estimated_cycles":"(\d+)"', step.rest):
+                total += int(found[1])
+        return total
+
+    return walk(entry)
+
+
 # Instructions that launch no kernel: they name values or order other instructions.
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency",
              "opt-barrier", "partition-id", "replica-id"}  # fmt: skip

@@ -1,12 +1,22 @@
-"""The training step compiled for TPU slices, without a TPU: its memory and its collectives.
+"""The training step compiled for TPU chips and slices, without a TPU: memory, predicted time and MFU, collectives.
 
     pip install "jax[tpu]" optax
     python benchmarks/train_programs.py                                           # the table of docs/scaling.md
     python benchmarks/train_programs.py --chip v6e --slice 2x4 --mesh data=8 [--model llama-3.1-8b] [--rows 1]
-                                        [--length 8192] [--accumulate 1] [--remat full] [--json]
+                                        [--length 8192] [--accumulate 1] [--remat full] [--optimizer adamw]
+                                        [--weight-dtype bfloat16] [--grad-dtype bfloat16] [--moment-dtype bfloat16]
+                                        [--json]
+    python benchmarks/train_programs.py --chip v6e --slice 1 --model qwen3-4b --rows 8 --length 512
+                                        --optimizer adafactor --weight-dtype bfloat16 --grad-dtype bfloat16
 
-The state (float32 weights, AdamW's moments) and a batch are shapes with shardings on the slice's devices; nothing is
-allocated. The program is that of `jaxlm train --dtype bfloat16`, with all layers. Expected: each matrix of a layer is
+The state and a batch are shapes with shardings on the slice's devices; nothing is allocated. The program is that of
+`jaxlm train --dtype bfloat16` with the same options, with all layers. `--slice 1` is one chip, without a mesh.
+
+The predicted time is the sum of the compiler's `estimated_cycles` at the chip's clock, without the time of collectives
+that nothing hides. It is within 10 % for programs of the matrix unit and too long for fusions on the vector unit: a
+comparison of two versions of one program. MFU is jaxlm.nn.flops.training over the chip's specified bfloat16 peak.
+
+On a mesh this is expected: each matrix of a layer is
 all-gathered over `data` in bfloat16 once forward and once backward, embedding and head once, and each gradient is
 reduce-scattered once per gradient accumulation step. Exit status 1 if a program does not fit or does anything else. A
 case takes some minutes.
@@ -19,18 +29,20 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from hlo import Met, met
+from decode_programs import CHIPS as CLOCKS
+from hlo import Met, estimated_cycles, met
 from programs import chips, share
 from published import CHIPS, MODELS
 
 from jaxlm import models
 from jaxlm.data.packing import Batch
 from jaxlm.devices import hardware, mesh, topology
-from jaxlm.nn import params
+from jaxlm.nn import flops, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 
@@ -53,9 +65,17 @@ class Case:
     accumulate: int = 1
     remat: str = "full"
     layers: int | None = None
+    optimizer: str = "adamw"
+    weight_dtype: str = "float32"
+    grad_dtype: str = "float32"
+    moment_dtype: str = "float32"
 
+
+PEAKS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # names in hardware.PEAKS
+ONE_CHIP = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}  # the smallest slice, of which --slice 1 is the first chip
 
 TABLE = [
+    Case("qwen3-4b", "v6e", "1", "", 512, 8, optimizer="adafactor", weight_dtype="bfloat16", grad_dtype="bfloat16"),
     Case("llama-3.1-8b", "v6e", "2x4", "data=8"),
     Case("llama-3.1-8b", "v6e", "2x4", "data=8", accumulate=4),
     Case("llama-3.1-8b", "v6e", "2x4", "data=8", rows=2),
@@ -70,7 +90,7 @@ class Setting(NamedTuple):
 
     family: Any
     cfg: Any
-    over: jax.sharding.Mesh
+    over: jax.sharding.Mesh | None
     tx: Any
     state: step.State
     batch: Batch
@@ -80,15 +100,17 @@ def setting(case: Case) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
-    over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
-    shapes, period = params.shapes(family.PARAMS, cfg, jnp.float32), len(params.period(cfg.windows))
-    weights = jax.eval_shape(lambda w: params.stack(w, period), shapes)
-    tx = optimizers.make_optimizer(Optimizer(), 1000, params.letters(family.PARAMS, weights))
-    state = jax.eval_shape(lambda w: step.init_state(tx, w), weights)
-    places = step.state_shardings(tx, state, over, family.PARAMS)
+    over, one = None, jax.sharding.SingleDeviceSharding(chips(f"{case.chip}:{ONE_CHIP[case.chip]}")[0])
+    if case.slice != "1":
+        over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
+    weights = params.shapes(family.PARAMS, cfg, jnp.dtype(case.weight_dtype))
+    weights = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
+    tx = optimizers.make_optimizer(Optimizer(name=case.optimizer), 1000, params.letters(family.PARAMS, weights))
+    state = jax.eval_shape(partial(step.init_state, tx, moment_dtype=jnp.dtype(case.moment_dtype)), weights)
+    places = step.state_shardings(tx, state, over, family.PARAMS) if over else jax.tree.map(lambda a: one, state)
     state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
-    shape = (case.rows * over.shape[mesh.DATA] * case.accumulate, case.length)
-    to = mesh.sharding("BT", shape, over)
+    shape = (case.rows * (over.shape[mesh.DATA] if over else 1) * case.accumulate, case.length)
+    to = mesh.sharding("BT", shape, over) if over else one
     row, loss_mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
     return Setting(family, cfg, over, tx, state, Batch(row, row, row, loss_mask))  # type: ignore[arg-type]
 
@@ -96,8 +118,9 @@ def setting(case: Case) -> Setting:
 def compiled(case: Case, where: Setting) -> Any:
     """The program, as `training.loop` compiles it."""
     how = {"accumulate": case.accumulate, "dtype": jnp.bfloat16, "remat": case.remat}
+    how |= {"grad_dtype": jnp.dtype(case.grad_dtype)}
     run = step.make_step(where.family, where.cfg, where.tx, **how)
-    with jax.set_mesh(where.over):
+    with mesh.use_mesh(where.over):
         return jax.jit(run, donate_argnums=0).lower(where.state, where.batch, None).compile()
 
 
@@ -134,9 +157,12 @@ class Exchanged(NamedTuple):
 
 def exchanged(where: Setting, found: list[Met]) -> Exchanged:
     """Sorts a program's collectives. Tensors smaller than every matrix are ignored."""
+    out = Exchanged({}, {}, Counter(), Counter(), Counter(), Counter())
+    if where.over is None:
+        out.sent.update({one.kind: one.nbytes for one, _, _ in found})
+        return out
     wide = where.over.size // where.over.shape[mesh.DATA]
     least = min(matrices(where, True))
-    out = Exchanged({}, {}, Counter(), Counter(), Counter(), Counter())
     for one, loops, times in found:
         size = len(one.groups[0]) if one.groups else where.over.size
         ways = 2 if one.kind == "all-reduce" else 1
@@ -156,6 +182,8 @@ def exchanged(where: Setting, found: list[Met]) -> Exchanged:
 
 def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
     """The unexpected collectives of a program, in words."""
+    if where.over is None:
+        return [f"a collective on one device: {found.sent}"] if found.sent else []
     layer, apart, wrong = matrices(where, True), matrices(where, False), []
     period = len(params.period(where.cfg.windows))
     turns = case.accumulate * (where.cfg.L // period)
@@ -183,7 +211,8 @@ def faults(case: Case, where: Setting, found: Exchanged) -> list[str]:
 def measure(case: Case) -> dict[str, Any]:
     """Compiles a case. Returns the figures of docs/scaling.md, and more. Bytes are of one device."""
     where, start = setting(case), time.perf_counter()
-    row = {**asdict(case), "chips": where.over.size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
+    size = where.over.size if where.over else 1
+    row = {**asdict(case), "chips": size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
     held = share(where.state.weights) + share(where.state.opt_state)
     try:
         program = compiled(case, where)
@@ -195,8 +224,11 @@ def measure(case: Case) -> dict[str, Any]:
     used, seconds = program.memory_analysis(), round(time.perf_counter() - start, 1)
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
     peak += used.output_size_in_bytes - used.alias_size_in_bytes
-    found = exchanged(where, met(program.as_text()))
+    text = program.as_text()
+    found = exchanged(where, met(text))
     wrong = faults(case, where, found)
+    work = flops.training(where.family.PARAMS, where.cfg, case.length) * math.prod(where.batch.tokens.shape) / size
+    predicted = estimated_cycles(text) / CLOCKS[case.chip].clock if case.chip in CLOCKS else None
     if peak > CHIPS[case.chip].hbm:
         wrong.insert(0, f"{hardware.gigabytes(peak)} do not fit")
     return {
@@ -204,6 +236,8 @@ def measure(case: Case) -> dict[str, Any]:
         "state": held,
         "temporaries": used.temp_size_in_bytes,
         "peak": peak,
+        "predicted_seconds": predicted,
+        "mfu": work / predicted / hardware.PEAKS[PEAKS[case.chip]] if predicted else None,
         "gathered": [[found.runs[name], sum(sizes.values())] for name, sizes in found.gathered.items()],
         "scattered": found.scattered.total(),
         "summed": found.summed.total(),
@@ -213,7 +247,8 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-HEADS = ("model", "slice", "mesh", "rows x length per device", "remat", "state", "temporaries", "peak", "of memory",
+HEADS = ("model", "slice", "mesh", "rows x length per device", "remat", "optimizer", "bfloat16", "state", "temporaries",
+         "peak", "of memory", "predicted step, ms", "predicted MFU",
          "all-gathers (times x matrices)", "reduce-scatters", "all-reduces of gradients", "GB sent", "compile time, s",
          "check")  # fmt: skip
 
@@ -228,9 +263,13 @@ def line(row: dict[str, Any]) -> list[str]:
         row["mesh"],
         f"{parts}{row['rows']} x {row['length']:,}",
         row["remat"],
+        row["optimizer"],
+        ", ".join(kind + "s" for kind in ("weight", "grad", "moment") if row[f"{kind}_dtype"] == "bfloat16"),
         f"{row['state'] / 1e9:.2f}",
         *(f"{row[name] / 1e9:.2f}" if known else "" for name in ("temporaries", "peak")),
         f"{row['peak'] / row['hbm']:.0%} of {row['hbm'] / 1e9:.0f}" if known else "",
+        f"{row['predicted_seconds'] * 1e3:.0f}" if row.get("predicted_seconds") else "",
+        f"{row['mfu']:.1%}" if row.get("mfu") else "",
         " + ".join(f"{times} x {count}" for times, count in row.get("gathered", ())),
         str(row.get("scattered", "")),
         str(row.get("summed", "")),
@@ -244,16 +283,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--chip", choices=("v5e", "v6e", "v5p"))
-    parser.add_argument("--slice", help="chips along each side: 2x4, 16x16; v5p 4x8x8")
-    parser.add_argument("--mesh", help="data=…,model=…")
+    parser.add_argument("--slice", help="chips along each side: 2x4, 16x16; v5p 4x8x8; 1: one chip, without --mesh")
+    parser.add_argument("--mesh", default="", help="data=…,model=…")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=1, help="rows per part of data and gradient accumulation step")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--remat", choices=tuple(step.REMAT), default="full")
+    parser.add_argument("--optimizer", choices=("adamw", "muon", "adafactor", "lion"), default="adamw")
+    for name in ("weight", "grad", "moment"):
+        parser.add_argument(f"--{name}-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="results as JSON lines on stdout")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # do not look for a TPU
-    if len({bool(args.chip), bool(args.slice), bool(args.mesh)}) > 1:
+    if len({bool(args.chip), bool(args.slice), bool(args.mesh) or args.slice == "1"}) > 1:
         parser.error("--chip, --slice and --mesh go together; without them the whole table is compiled")
     given = {name: value for name, value in vars(args).items() if name in Case.__dataclass_fields__}
     rows = []

@@ -6,6 +6,7 @@ The compilations need libtpu (`pip install "jax[tpu]"`, any Linux machine) and m
 import importlib
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,21 @@ def test_collectives_count_once_a_turn_of_their_loop(programs: Any) -> None:
         ("reduce-scatter", (("f32", (60, 64)), ("f32", (64, 64))), ("layer",), 32),
         ("reduce-scatter", (("f32", (8, 4)),), (), 1),
     ]
+
+
+def test_estimated_cycles_count_each_turn_of_a_loop(programs: Any) -> None:
+    """32 layers with 16 blocks in each."""
+    text = TEXT.replace("calls=%beside", 'calls=%beside, backend_config={"estimated_cycles":"5"}')
+    text = text.replace("dimensions={1}", 'dimensions={1}, backend_config={"estimated_cycles":"100"}')
+    assert programs.estimated_cycles(text) == 32 * (16 * 5 + 100)
+
+
+def test_a_collective_on_one_device_is_a_fault(programs: Any) -> None:
+    alone = toy(programs)._replace(over=None)
+    found = programs.met(TEXT)
+    assert programs.faults(programs.Case("", "", "", ""), alone, programs.exchanged(alone, [])) == []
+    [fault] = programs.faults(programs.Case("", "", "", ""), alone, programs.exchanged(alone, found))
+    assert "all-gather" in fault
 
 
 def toy(programs: Any) -> Any:
@@ -183,3 +199,14 @@ def test_kept_weights_and_sums_in_a_loop_are_found(tpu: Any, monkeypatch: Any) -
     wrong = faults(tpu, "v5e", "2x4", "data=8", remat="none")
     assert any("forward and backward" in text for text in wrong)
     assert any(f"{128256 * 4096}: 3" in text for text in wrong), wrong  # of the head one a chunk, of the embedding one
+
+
+@pytest.mark.slow
+def test_qwen3_4b_fits_one_v6e(tpu: Any) -> None:
+    """All layers, 8 rows of 512 tokens, Adafactor: with bfloat16 weights, not with float32. The compiler refuses
+    a program that is larger than the chip."""
+    case = tpu.Case("qwen3-4b", "v6e", "1", "", 512, 8, optimizer="adafactor")
+    half = tpu.measure(replace(case, weight_dtype="bfloat16", grad_dtype="bfloat16"))
+    assert half["faults"] == []
+    assert half["peak"] < 26e9
+    assert tpu.measure(case)["faults"] != []

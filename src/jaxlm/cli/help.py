@@ -58,7 +58,8 @@ RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
     "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter"],
     "data": [],  # a nested dataclass: --data.*
-    "Training": ["steps", "epochs", "batch", "length", "accumulate", "dtype", "remat", "z_loss", "mesh", "seed"],
+    "Training": ["steps", "epochs", "batch", "length", "accumulate", "dtype", "weight_dtype", "grad_dtype", "remat",
+                 "z_loss", "mesh", "seed"],
     "optimizer": [],
     "lora": [],
     "Evaluation": ["eval_every", "eval_batches", "samples", "sample_tokens"],

@@ -90,6 +90,10 @@ FLAGS = {
     "max-length block-size sequence-len seq-len context-length",
     "--accumulate": "grad-accumulation-steps gradient-accumulation accumulate-grad-batches grad-accum-steps "
     "grad-accum accumulation-steps gradient-accumulation-steps",
+    "--weight-dtype": "param-dtype master-dtype master-weights-dtype training.dtype weights-dtype",
+    "--grad-dtype": "gradient-dtype reduce-dtype mixed-precision-reduce grad-reduce-dtype accumulate-dtype",
+    "--optimizer.moment-dtype": "mu-dtype nu-dtype optimizer.mu-dtype optimizer-dtype moment-dtype "
+    "optimizer-state-dtype optim-state-dtype optimizer.dtype",
     "--remat full": "gradient-checkpointing grad-checkpoint activation-checkpointing enable-activation-checkpointing "
     "checkpoint-activations",
     "--remat": "remat-policy rematerialization recompute",

@@ -29,7 +29,9 @@ class Train(ProcessFlags, Run):
     from the last checkpoint.
     """
 
-    memory_hint: ClassVar[str] = "a smaller --batch, more --accumulate, --remat full or --dtype bfloat16"
+    memory_hint: ClassVar[str] = (
+        "a smaller --batch, more --accumulate, --remat full, --dtype bfloat16 or --weight-dtype bfloat16"
+    )
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"], metavar="FILE.yaml")] = None
     """YAML file of flags; dotted names are nested (optimizer: {lr: 0.001})."""

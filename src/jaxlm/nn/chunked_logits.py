@@ -10,7 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.devices import mesh
 
-CHUNK = 1024  # maximum number of tokens per device whose logits are in memory at once
+# Logits per device that are in memory at once: at most this many tokens, and bytes in float32. Each chunk of the
+# backward pass reads and writes the head's gradient, [V,D] in float32. So chunks are large: 2,048 tokens of 151,936
+# logits.
+CHUNK, CHUNK_BYTES = 4096, 5 << 28
 
 
 def map_chunked_logits(
@@ -20,7 +23,7 @@ def map_chunked_logits(
     x: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     fn: Callable[..., Any],
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Any:
     """Maps a function over the logits of all tokens, `chunk` tokens at a time.
 
@@ -34,15 +37,17 @@ def map_chunked_logits(
         x: Hidden states.
         targets: Target token of each hidden state.
         fn: Called with logits [B,t,V] float32 and targets [B,t]; returns a tree of arrays [B,t].
-        chunk: Tokens per chunk and shard.
+        chunk: Tokens per chunk and shard. Default: as many as CHUNK and CHUNK_BYTES allow.
 
     Returns:
         The tree that `fn` returns, of arrays [B,T].
     """
 
+    limit = chunk or min(CHUNK, CHUNK_BYTES // (4 * cfg.V))
+
     def map_rows(rows: tuple[Array, Array], weights: Any) -> Any:
         B, T, _ = rows[0].shape
-        size = min(T, max(1, chunk // B))
+        size = min(T, max(1, limit // B))
         count = -(-T // size)
 
         def split(a: Array) -> Array:

@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.devices import mesh
+
+PRODUCT = "product"  # the name of every product's result for policies of jax.checkpoint
 
 # On CPU, up to this number of rows are multiplied one by one. With jax 0.12, a decoding step of two rows takes 2.4
 # times as long as that of a single row with one product for both rows, and 1.8 times as long with two products. With
@@ -36,7 +39,8 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
     """
     if isinstance(spec, tuple):
         return tuple(einsum(s, x, v, dtype) for s, v in zip(spec, w, strict=True))
-    return mesh.constrain(product(spec, x, w).astype(dtype or x.dtype), spec.split("->")[1])
+    y = mesh.constrain(product(spec, x, w).astype(dtype or x.dtype), spec.split("->")[1])
+    return checkpoint_name(y, PRODUCT)
 
 
 class WeightForm(ABC):

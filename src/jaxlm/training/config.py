@@ -103,6 +103,8 @@ class Optimizer(Checked):
     """Decay rate of the second moment."""
     eps: float = 1e-8
     """Adam epsilon."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the moments are stored. bfloat16 halves their memory; they are rounded stochastically."""
     clip: float = 1.0
     """Gradient clipping: maximum global norm of the gradient. 0 turns it off."""
 
@@ -156,8 +158,11 @@ class Run(Checked):
     accumulate: int = 1
     """Gradient accumulation: number of parts of a batch, computed one after the other to save memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations, matrix products and frozen weights; trained weights are float32. auto: bfloat16 on
-    accelerators, float32 on CPU."""
+    """Type of activations, matrix products and frozen weights. auto: bfloat16 on accelerators, float32 on CPU."""
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained weights are stored. bfloat16 halves their memory; they are rounded stochastically."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the gradients, and of their sum with --accumulate. bfloat16 halves their memory."""
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     """Activation checkpointing: none, full, or dots (keep matmul outputs). auto: dots on CPU, where it is faster, else
     none."""

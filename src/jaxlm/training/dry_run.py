@@ -20,7 +20,7 @@ class MemoryPlan(NamedTuple):
     """Memory of a run on one device, in bytes.
 
     Attributes:
-        weights: Trained weights, in float32.
+        weights: Trained weights.
         frozen: Frozen base weights of an adapter.
         optimizer: Optimizer state.
         gradients: Gradients.
@@ -53,12 +53,13 @@ def plan_memory(setup: Setup, jitted_step: Any) -> MemoryPlan:
     batch = kind(row, row, row, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
     with mesh.use_mesh(setup.mesh):
         compiled = jitted_step.lower(state, batch, frozen).compile().memory_analysis()
-    weights = gradients = _bytes_per_device(state.weights)
+    weights = _bytes_per_device(state.weights)
+    gradients = weights * jnp.dtype(run.grad_dtype).itemsize // jnp.dtype(run.weight_dtype).itemsize
     optimizer, base = _bytes_per_device(state.opt_state), _bytes_per_device(frozen)
     peak = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     peak += compiled.output_size_in_bytes - compiled.alias_size_in_bytes
     if run.samples:  # generated with a copy of the weights in the compute dtype
-        cast = weights * np.dtype(jnp.dtype(run.dtype)).itemsize // 4
+        cast = weights * jnp.dtype(run.dtype).itemsize // jnp.dtype(run.weight_dtype).itemsize
         peak = max(peak, weights + optimizer + base + cast + base)
     rest = max(peak - weights - base - optimizer - gradients, 0)
     free = hardware.available_memory(jax.local_devices()[0])
@@ -94,6 +95,8 @@ def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
     if run.method == "lora":
         what = f"{params.num_elements(setup.state.weights):,} parameters of an adapter, {total:,} of its base"
     yield f"trained     {what} ({setup.family.__name__.rpartition('.')[2]}), {run.optimizer.name}, {run.dtype} compute"
+    types = {"weights": run.weight_dtype, "gradients": run.grad_dtype, "moments": run.optimizer.moment_dtype}
+    yield f"types       {', '.join(f'{name} {dtype}' for name, dtype in types.items())}"
     for note in setup.notes:
         yield f"            {note}"
     for i, line in enumerate(loaders.describe(run, data)):
@@ -116,7 +119,8 @@ def describe(setup: Setup, plan: MemoryPlan) -> Iterator[str]:
         fits = (
             "the run fits"
             if plan.peak <= plan.free
-            else "THE RUN DOES NOT FIT: use a smaller batch, more accumulate, remat full"
+            else "THE RUN DOES NOT FIT: use a smaller batch, more accumulate, remat full, or bfloat16 as weight_dtype, "
+            "grad_dtype and optimizer.moment_dtype"
         )
         yield f"            {hardware.gigabytes(plan.free)} available: {fits}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxlm import loading
 from jaxlm.checkpoint import peft
@@ -24,7 +24,8 @@ def init_state(setup: Setup) -> step.State:
         weights = init_weights(setup)
     else:
         weights = _read_checkpoint(setup)
-    init = jax.jit(partial(step.init_state, setup.tx), out_shardings=_shardings(setup.state), donate_argnums=0)
+    init = partial(step.init_state, setup.tx, moment_dtype=run.optimizer.moment_dtype)
+    init = jax.jit(init, out_shardings=_shardings(setup.state), donate_argnums=0)
     return init(weights)
 
 
@@ -49,15 +50,15 @@ def _shardings(shapes: Any) -> Any:
 
 
 def _read_checkpoint(setup: Setup) -> Any:
-    """Returns the weights of the checkpoint, with stacked layers and rows for new tokens: float32 if they are trained,
-    else in the compute dtype."""
+    """Returns the weights of the checkpoint, with stacked layers and rows for new tokens: in weight_dtype if they are
+    trained, else in the compute dtype."""
     run, checkpoint = setup.run, setup.checkpoint
     assert checkpoint is not None
 
     def sharding(row: params.TensorSpec) -> Any:
         return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
-    dtype = "float32" if run.method == "full" else run.dtype
+    dtype = run.weight_dtype if run.method == "full" else run.dtype
     pairs = checkpoint.tensors.pairs
     growing = [pair for pair in pairs if setup.new_rows is not None and pair[0].letters.startswith("V")]
     rest = [pair for pair in pairs if pair not in growing]
@@ -65,7 +66,7 @@ def _read_checkpoint(setup: Setup) -> Any:
     for row, tensor in growing:
         assert setup.new_rows is not None
         row = row._replace(shape=(setup.config.V, *row.shape[1:]))
-        grown[row.path] = read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row))
+        grown[row.path] = read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row)).astype(dtype)
     weights = loading.read_weights(str(run.model), rest, dtype, sharding, None)
     for path, value in grown.items():
         params.put(weights, path, value)
@@ -96,11 +97,11 @@ def _stack_in_place(weights: Any, setup: Setup) -> Any:
 
 def _read_adapter(setup: Setup) -> Any:
     """Returns the adapter that training starts from, with stacked layers."""
-    table = setup.family.PARAMS
+    table, dtype = setup.family.PARAMS, jnp.dtype(setup.run.weight_dtype)
     adapter = peft.find(Path(str(setup.run.adapter)), table, setup.config, setup.family.IGNORED_PREFIXES)
 
     def sharding(row: params.TensorSpec) -> Any:
         return step.weight_sharding(row.letters, row.shape, setup.mesh)
 
-    tree = peft.read(adapter, setup.config.L, lambda stored: np.dtype(np.float32), sharding)
+    tree = peft.read(adapter, setup.config.L, lambda stored: dtype, sharding)
     return params.stack(tree, period(setup.config))

@@ -134,6 +134,7 @@ def jit_step(setup: Setup) -> Any:
     """Returns the jitted step of a run. Its argument `state` is donated."""
     run = setup.run
     options = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "z_loss": run.z_loss, "accumulate": run.accumulate}
+    options |= {"grad_dtype": jnp.dtype(run.grad_dtype)}
     options |= {"dropout": run.lora.dropout if run.method == "lora" else 0.0, "seed": run.seed}
     return jax.jit(step.make_step(setup.family, setup.config, setup.tx, **options), donate_argnums=0)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.chunked_logits import CHUNK, head_name, map_chunked_logits, target_logits
+from jaxlm.nn.chunked_logits import head_name, map_chunked_logits, target_logits
 
 
 class Sums(NamedTuple):
@@ -23,7 +23,7 @@ class Sums(NamedTuple):
 
 
 def token_logprobs(
-    family: Any, cfg: Any, weights: Any, x: jax.Array, targets: jax.Array, chunk: int = CHUNK
+    family: Any, cfg: Any, weights: Any, x: jax.Array, targets: jax.Array, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each target, and the log of the softmax denominator.
 
@@ -53,7 +53,7 @@ def _float32(a: jax.Array) -> jax.Array:
 
 
 def loss(
-    family: Any, cfg: Any, weights: Any, batch: Any, *, z_loss: float = 0.0, chunk: int = CHUNK, **options: Any
+    family: Any, cfg: Any, weights: Any, batch: Any, *, z_loss: float = 0.0, chunk: int | None = None, **options: Any
 ) -> Sums:
     """Returns the sums over the loss mask of a batch. `step.make_step` divides by the number of tokens.
 
@@ -64,7 +64,7 @@ def loss(
         batch: tokens, targets, pos [B,T] int32 and loss_mask [B,T] bool (data.packing.Batch).
         z_loss: Coefficient of the squared log of the softmax denominator, which keeps logits from drifting (PaLM,
             arXiv:2204.02311, section 5).
-        chunk: Tokens per chunk of logits.
+        chunk: Tokens per chunk of logits (see map_chunked_logits).
         options: Options of scan_layers (remat).
     """
     x, _ = family.forward(cfg, batch.tokens, weights, None, batch.pos, **options)

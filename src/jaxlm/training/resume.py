@@ -28,6 +28,8 @@ MUTABLE_FIELDS = (
     "remat", "out", "report", "shape", "tokenizer", "data.train", "data.valid", "data.on_bad", "data.revision",
     "optimizer.lr", FILES,
 )  # fmt: skip
+# Fields of this version whose values in runs of earlier versions are known.
+EARLIER_VALUES = dict.fromkeys(("weight_dtype", "grad_dtype", "optimizer.moment_dtype"), "float32")
 
 
 class EarlierState(NamedTuple):
@@ -192,7 +194,7 @@ def check_resume(setup: Setup, latest: int | None) -> list[str]:
 
 def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
     """Returns the previous values of fields and digests that differ from the folder's run.json and contents.json.
-    Fields that are missing in these files are new in this version and are not compared."""
+    A field that is missing in these files is new in this version. It is compared with EARLIER_VALUES, or not at all."""
     changes = {}
     for name, values in (("run.json", fields), ("contents.json", contents)):
         path = folder / name
@@ -201,6 +203,8 @@ def _changes(folder: Path, fields: dict[str, Any], contents: dict[str, str]) -> 
             hint = "delete it to resume without this check"
             with explain_errors(f"{path} is damaged", hint, (ValueError, AttributeError)):
                 before = {current_name(key): value for key, value in flatten(json.loads(path.read_text())).items()}
+            if name == "run.json":
+                before = EARLIER_VALUES | before
             changes |= {key: before[key] for key, value in values.items() if key in before and before[key] != value}
     return changes
 

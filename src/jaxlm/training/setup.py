@@ -112,7 +112,7 @@ def set_up(run: Run, progress: Progress | None = None) -> Setup:
         distributed.assert_equal("the run", to_dict(run), json.dumps(to_dict(run)))
     weights = jax.eval_shape(partial(new_weights, run, model.family, model.config), jax.random.key(0))
     tx = optimizers.make_optimizer(run.optimizer, run.steps, params.letters(model.family.PARAMS, weights))
-    state = _abstract_state(tx, weights, device_mesh, model.family.PARAMS)
+    state = _abstract_state(run, tx, weights, device_mesh, model.family.PARAMS)
     setup = Setup(run, **model._asdict(), mesh=device_mesh, data=data, valid=valid, tx=tx, state=state)
     samples.check(setup)
     return setup
@@ -125,7 +125,7 @@ def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
         weights = lora.init(rows, cfg.L, run.lora.rank, _scale(run), key)
     else:
         weights = params.init(family.PARAMS, cfg, key, family.NORM_IDENTITY)
-    return params.stack(weights, period(cfg))
+    return step.cast(params.stack(weights, period(cfg)), run.weight_dtype)
 
 
 def period(cfg: Any) -> int:
@@ -133,9 +133,9 @@ def period(cfg: Any) -> int:
     return len(params.period(cfg.windows))
 
 
-def _abstract_state(tx: optax.GradientTransformation, weights: Any, over: Any, table: Any) -> step.State:
+def _abstract_state(run: Run, tx: optax.GradientTransformation, weights: Any, over: Any, table: Any) -> step.State:
     """Returns the training state as jax.ShapeDtypeStruct, each with its sharding. weights: their shapes."""
-    shapes = jax.eval_shape(partial(step.init_state, tx), weights)
+    shapes = jax.eval_shape(partial(step.init_state, tx, moment_dtype=run.optimizer.moment_dtype), weights)
     if over is None:
         shardings = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     else:
