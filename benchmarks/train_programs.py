@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class Case:
     accumulate: int = 1
     remat: str = "full"
     layers: int | None = None
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
     weight_dtype: str = "float32"
     grad_dtype: str = "float32"
     moment_dtype: str = "float32"

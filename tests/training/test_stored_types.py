@@ -111,6 +111,7 @@ def test_rounding_is_right_on_average_over_a_matrix() -> None:
     assert np.abs(up.mean(1) - 0.25).max() < 5 * 0.433 / np.sqrt(up.shape[1])
     both = (up[:, 1:] & up[:, :-1]).mean()
     assert abs(both - 0.25**2) < 5 * 0.242 / np.sqrt(up.size)
+    assert step.stochastic_round(jnp.float32(2.0), jax.random.key(1)) == 2.0
 
 
 def test_small_updates_are_not_lost() -> None:

@@ -143,7 +143,8 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     (0.2 to 0.4 % of a weight).
     """
     # bfloat16 is the upper half of float32. A random lower half carries into it with the right probability.
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_random_bits(key, x.shape) >> 16)
+    random = _random_bits(key, x.shape or (1,)).reshape(x.shape)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (random >> 16)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
