@@ -104,7 +104,7 @@ def test_a_base_in_half_precision_is_rounded_once(base, adapter, tmp_path) -> No
 @pytest.mark.parametrize("argv", [[], ["-m", "base"], ["-m", "base", "--adapter", "a"], ["--out", "x"]])
 def test_usage(argv, capsys) -> None:
     assert main(["fuse", *argv]) == 2
-    assert "jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER" in capsys.readouterr().err
+    assert "jaxlm fuse -m BASE --adapter ADAPTER --out OUT" in capsys.readouterr().err
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
