@@ -167,10 +167,10 @@ def entries(name: str, family: Any, cfg: Any, leaves: Mapping[str, Any], types: 
         found.append(Entry(ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)]))
     for row in params.tensors(table, cfg):
         dtype = _type(row.path, types, cfg.tied) if isinstance(types, str) else types[row.path]
-        dtype = dtype if len(row.stored_shape) > 1 else "F32"
-        if row.stored_shape[-1] % BY_NAME[dtype].elements:
+        dtype, width = dtype if len(row.stored_shape) > 1 else "F32", math.prod(row.stored_shape[-1:])
+        if width % BY_NAME[dtype].elements:
             raise ValueError(
-                f"{row.path} has rows of {row.stored_shape[-1]} elements, which are not whole blocks of "
+                f"{row.path} has rows of {width} elements, which are not whole blocks of "
                 f"{BY_NAME[dtype].elements}: choose a type without blocks, such as f16"
             )
         leaf = leaves[row.path]
@@ -181,8 +181,8 @@ def entries(name: str, family: Any, cfg: Any, leaves: Mapping[str, Any], types: 
 
 
 def _type(path: str, choice: str, tied: bool) -> str:
-    """The type in GGUF of a weight for one of CHOICES. Logits suffer most from rounding, so what gives them is Q8_0 in a
-    file of Q4_0 (llama.cpp's own quantization takes Q6_K there)."""
+    """The type in GGUF of a weight for one of CHOICES. Logits suffer most from rounding, so what gives them is Q8_0 in
+    a file of Q4_0 (llama.cpp's own quantization takes Q6_K there)."""
     is_head = path == ("embed" if tied else "head")
     return "Q8_0" if choice == "q4_0" and is_head else CHOICES[choice]
 

@@ -231,7 +231,7 @@ def _chat_template(template: Any) -> dict[str, Any]:
 
 
 def _check(hf: Any, metadata: Mapping[str, Any], rows: int) -> None:
-    """ValueError unless the metadata, read back, give the same ids for a text with what tokenizers treat differently."""
+    """ValueError unless the metadata, read back, give the same ids for a text that tokenizers treat differently."""
     added = [token for token, i in hf.get_added_vocab().items() if i < rows]
     text = PROBE + "a ".join([*added[:PROBE_TOKENS], *added[-PROBE_TOKENS:], ""])
     if (theirs := from_metadata(metadata, "GGUF").encode(text)) != (ours := hf.encode(text)):
