@@ -162,8 +162,8 @@ def check_format(out: str | Path, format: str, dtype: Any, type: str | None) -> 
         )
     to_gguf, types = Path(out).suffix == SUFFIX, ", ".join(gguf_writer.CHOICES)
     if type is not None and not to_gguf:
-        raise ValueError(f"--type {type} (type=) applies to a GGUF file, and {out} is a folder: choose a name that ends "
-                         "in .gguf, or --dtype (dtype=), which applies to a folder")  # fmt: skip
+        raise ValueError(f"--type {type} (type=) applies to a GGUF file, and {out} is a folder: choose a name that "
+                         "ends in .gguf, or --dtype (dtype=), which applies to a folder")  # fmt: skip
     if to_gguf and dtype is not None and str(dtype) != "auto":
         raise ValueError(f"--dtype {dtype} (dtype=) applies to a folder, and {out} is a GGUF file: choose a --type "
                          f"(type=) of {types}")  # fmt: skip

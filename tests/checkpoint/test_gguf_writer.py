@@ -204,7 +204,7 @@ def test_values_that_no_block_holds_are_refused(bad, tmp_path):
 
 
 def test_rows_of_part_of_a_block(tmp_path):
-    with pytest.raises(ValueError, match="embed has rows of 48 elements.* whole blocks of 32.* such as f16"):
+    with pytest.raises(ValueError, match=r"embed has rows of 48 elements.* whole blocks of 32.* such as f16"):
         jaxlm.export(tiny("llama3"), tmp_path / "model.gguf", type="q8_0")
 
 
