@@ -11,16 +11,16 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class LlamaCpp:
     """The process. A file is loaded in the place of the one before."""
 
-    def __init__(self, python: str = sys.executable):
-        self.errors = tempfile.TemporaryFile("w+")
+    def __init__(self, errors: IO[str]):
+        self.errors = errors
         self.process = subprocess.Popen(
-            [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
 
     def ask(self, **request: Any) -> Any:
@@ -60,14 +60,14 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(python: str = sys.executable) -> Iterator[LlamaCpp]:
-    running = LlamaCpp(python)
-    try:
-        yield running
-    finally:
-        running.process.kill()
-        running.process.communicate()
-        running.errors.close()
+def llama_cpp() -> Iterator[LlamaCpp]:
+    with tempfile.TemporaryFile("w+") as errors:
+        running = LlamaCpp(errors)
+        try:
+            yield running
+        finally:
+            running.process.kill()
+            running.process.communicate()
 
 
 def post(server: Any, path: str, body: Any) -> Any:

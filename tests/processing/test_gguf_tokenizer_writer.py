@@ -143,7 +143,7 @@ def test_other_kinds_are_refused(tmp_path):
             tokenizer_metadata(tokenizer.hf, [1], 400)
     flagged = load_tiny(write_tiny("byte_level", tmp_path))
     flagged.hf.add_tokens([AddedToken("<strip>", lstrip=True)])
-    with pytest.raises(ValueError, match="'<strip>'.*take the spaces around them"):
+    with pytest.raises(ValueError, match=r"'<strip>'.*take the spaces around them"):
         tokenizer_metadata(flagged.hf, [1], 400)
 
 
@@ -171,5 +171,5 @@ def test_metadata_that_give_other_ids_are_refused(tokenizer, monkeypatch):
     """What is written is read back and compared."""
     byte_level = writer._byte_level
     monkeypatch.setattr(writer, "_byte_level", lambda content: byte_level(content) | {"merges": []})
-    with pytest.raises(ValueError, match="llama.cpp's rules give other ids for"):
+    with pytest.raises(ValueError, match=r"llama\.cpp's rules give other ids for"):
         tokenizer_metadata(tokenizer.hf, tokenizer.stop_ids, 512)
