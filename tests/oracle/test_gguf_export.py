@@ -158,7 +158,8 @@ def test_blocks_equal_those_of_gguf_bit_for_bit(name):
 
     values = np.random.default_rng(0).standard_normal((512, 256)).astype(np.float32)
     values *= np.exp(np.linspace(-12, 9, 512, dtype=np.float32))[:, None]
-    values[:9] = np.round(values[:9] * 127e6) / 2
+    values[:9] = np.random.default_rng(1).integers(-126, 126, (9, 256)) + 0.5  # halves of a step of 1 in Q8_0
+    values[:9, ::32] = 127
     values[9] = 0
     values[10, ::2] = -values[10, 1::2]
     values[11] = 1e-30

@@ -49,28 +49,27 @@ def tokenizer_metadata(hf: Any, ends: Collection[int], rows: int) -> dict[str, A
     Raises:
         ValueError: GGUF cannot express the tokenizer; the message says why.
     """
-    content = json.loads(hf.backend_tokenizer.to_str())
     try:
-        tokens, types = _tokens(content, hf, rows)
-        is_bpe = content["model"]["type"] == "BPE"
-        if is_bpe and content["model"].get("byte_fallback"):
-            own = _sentencepiece(content, tokens, types)
-        elif is_bpe and content["decoder"] and content["decoder"]["type"] == "ByteLevel":
-            own = _byte_level(content)
-        else:
-            raise ValueError(f"its kind, {content['model']['type']}, is not byte-level BPE or SentencePiece's BPE")
-        metadata = {
-            PREFIX + "model": own.pop("model"),
-            PREFIX + "pre": own.pop("pre"),
-            PREFIX + "tokens": tokens,
-            PREFIX + "token_type": types,
-            **{PREFIX + key: value for key, value in {**own, **_special(hf, ends, rows)}.items()},
-            **_chat_template(hf.chat_template),
-        }
+        own = {**_vocabulary(hf, rows), **_special(hf, ends, rows)}
+        metadata = {PREFIX + key: value for key, value in own.items()} | _chat_template(hf.chat_template)
         _check(hf, metadata, rows)
     except ValueError as error:
         raise ValueError(f"the tokenizer cannot be written as GGUF ({error}): {WAY_OUT}") from None
     return metadata
+
+
+def _vocabulary(hf: Any, rows: int) -> dict[str, Any]:
+    """The kind of tokenizer, its rules, and its tokens."""
+    content = json.loads(hf.backend_tokenizer.to_str())
+    tokens, types = _tokens(content, hf, rows)
+    is_bpe = content["model"]["type"] == "BPE"
+    if is_bpe and content["model"].get("byte_fallback"):
+        own = _sentencepiece(content, tokens, types)
+    elif is_bpe and content["decoder"] and content["decoder"]["type"] == "ByteLevel":
+        own = _byte_level(content)
+    else:
+        raise ValueError(f"its kind, {content['model']['type']}, is not byte-level BPE or SentencePiece's BPE")
+    return {**own, "tokens": tokens, "token_type": types}
 
 
 def without_row(hf: Any, rows: int) -> list[str]:
