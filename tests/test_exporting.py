@@ -92,7 +92,7 @@ def test_every_tensor_comes_out_as_it_went_in(family, kind, shards, read, tmp_pa
     assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
     assert (tmp_path / "out/config.json").read_bytes() == (folder / "config.json").read_bytes()
     tensors = safetensors.read_index(folder).values()
-    assert done == (tmp_path / "out", len(tensors), sum(tensor.nbytes for tensor in tensors))
+    assert done == (tmp_path / "out", len(tensors), sum(tensor.nbytes for tensor in tensors), ())
 
 
 def test_the_file_is_the_one_that_the_formats_library_writes(tmp_path):

@@ -1,9 +1,9 @@
-"""`export`: writes a model as a Hugging Face checkpoint."""
+"""`export`: writes a model as a Hugging Face checkpoint or as a GGUF file."""
 
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import adapters
+from jaxlm.checkpoint import gguf_writer
 from jaxlm.checkpoint import writer as files
-from jaxlm.checkpoint.atomic import staged
+from jaxlm.checkpoint.atomic import staged, staged_file
+from jaxlm.checkpoint.gguf_files import SUFFIX
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.hub import CONFIG, OPTIONAL, TOKENIZER_FILES
 from jaxlm.checkpoint.safetensors import DTYPES, listed
@@ -22,6 +24,8 @@ from jaxlm.devices import distributed
 from jaxlm.loading import loaded_generation_config, loading_bar, resolve, wanted_dtype
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
+from jaxlm.processing.gguf_tokenizer_writer import tokenizer_metadata, without_row
+from jaxlm.processing.tokenizer_files import eos_ids
 
 SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -30,11 +34,12 @@ SidecarFiles = dict[str, Any]  # file name -> JSON contents, text, or path of th
 
 
 class Exported(NamedTuple):
-    """The result of `export`: the folder, the number of tensors, and their size in bytes."""
+    """The result of `export`: the folder or file, the number of tensors, their size in bytes, and what it lacks."""
 
     folder: Path
     tensors: int
     nbytes: int
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -43,37 +48,50 @@ def export(
     *,
     format: str = "hf",
     dtype: Any = None,
+    type: str | None = None,
     force: bool = False,
     config: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Exported:
-    """Writes a model as a Hugging Face checkpoint. The folder appears at `out` only when it is complete.
+    """Writes a model as a Hugging Face checkpoint, or as one GGUF file for llama.cpp if `out` ends in .gguf. The folder
+    or file appears at `out` only when it is complete.
 
     Tensors keep the dtypes of the model's checkpoint, even if it was loaded in another dtype, and in Hugging Face's
     format their names. Tensors that are not loaded (vision) and tokenizer files are copied. If the weights are sharded
     over several processes, all of them must call this function; the coordinator writes.
 
+    A GGUF file has the weights of the language model, the config, the tokenizer and the chat template. Norms are
+    float32. Sampling parameters of generation_config.json are not in it.
+
     Args:
         model: The model.
-        out: Folder to write.
-        format: "hf" (Hugging Face).
-        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the dtype in the file.
-        force: Replace an existing checkpoint folder at `out`.
-        config: Contents of config.json, for a model without a checkpoint (`Model.init`).
+        out: Folder or .gguf file to write.
+        format: "hf" (Hugging Face). A name that ends in .gguf selects GGUF.
+        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the dtype in the file. For a
+            folder only.
+        type: "f32", "f16", "bf16", "q8_0" or "q4_0" for the matrices of a GGUF file. None: as in the checkpoint. The
+            output head, and an embedding that is tied to it, are q8_0 in a q4_0 file.
+        force: Replace an existing checkpoint folder or GGUF file at `out`.
+        config: Contents of config.json, for a model without a checkpoint (`Model.init`). For a folder only.
         progress: Show a progress bar on stderr. Default: only on a terminal.
 
     Returns:
-        The folder, the number of tensors and their size in bytes.
+        The folder or file, the number of tensors, their size in bytes, and notes on what is not in a GGUF file.
 
     Raises:
-        ValueError: The model has an adapter, an argument is invalid, or the config does not describe the model.
+        ValueError: The model has an adapter, an argument is invalid, the config does not describe the model, or GGUF
+            cannot express the config or the tokenizer.
         FileExistsError: `out` exists and is not a checkpoint, or `force` is False.
         OSError: The disk is full, or a file cannot be written. Nothing is left at `out`.
     """
-    check_format(format)
+    check_format(out, format, dtype, type)
     if lora.count(model.weights):
         raise ValueError(f"{model.source} has an adapter: merge it first, with jaxlm.fuse(model) or `jaxlm fuse`")
     out = Path(os.path.realpath(os.path.expanduser(out)))
+    if out.suffix == SUFFIX:
+        if config is not None:
+            raise ValueError("config= applies to a folder: a GGUF file is written from model.config; omit it")
+        return _export_gguf(model, out, type, force, progress)
     check = partial(files.check_target, out, sources(model.checkpoint), force)
     _check_everywhere(check, model.is_multiprocess)
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
@@ -86,20 +104,71 @@ def export(
             write_sidecars(folder, sidecars, model)
             files.write_weights(folder, entries, advance)
     else:
-        _gather_for_coordinator(entries)
+        _gather_for_coordinator(itertools.chain(*files.in_files(entries)))
     if model.is_multiprocess:
         distributed.gather("written")
     return Exported(out, len(entries), nbytes)
 
 
-def check_format(format: str) -> None:
-    """Raises ValueError for a format that cannot be written."""
+def _export_gguf(model: Model, out: Path, type: str | None, force: bool, progress: bool | None) -> Exported:
+    """Writes a model as a GGUF file. The arguments are those of `export`."""
+    check = partial(gguf_writer.check_target, out, sources(model.checkpoint), force)
+    _check_everywhere(check, model.is_multiprocess)
+    family, cfg = model.family, model.config
+    name, leaves = gguf_writer.architecture_of(family), _leaves(model)
+    metadata = gguf_writer.model_metadata(name, family, cfg)
+    metadata |= {"general.type": "model", "general.name": Path(model.source).name.removesuffix(SUFFIX)}
+    if model.tokenizer is None:
+        metadata["tokenizer.ggml.model"] = "none"
+    else:
+        ends = {*eos_ids(model.generation_config), *model.tokenizer.stop_ids}
+        metadata |= tokenizer_metadata(model.tokenizer.hf, ends, cfg.V)
+    tensors = _tensors(model)
+    own = {path: files.KINDS[_file_dtype(tensors.get(path), leaf)] for path, leaf in leaves.items()}
+    entries = gguf_writer.entries(name, family, cfg, leaves, own if type is None else type)
+    metadata |= gguf_writer.type_metadata(entries)
+    nbytes = sum(entry.nbytes for entry in entries)
+    if not model.is_multiprocess or distributed.is_coordinator():
+        with staged_file(out, nbytes + SMALL, check) as file, loading_bar(nbytes, progress, "writing") as advance:
+            gguf_writer.write(file, metadata, entries, advance)
+    else:
+        _gather_for_coordinator(entries)
+    if model.is_multiprocess:
+        distributed.gather("written")
+    return Exported(out, len(entries), nbytes, _left_out(model))
+
+
+def _left_out(model: Model) -> tuple[str, ...]:
+    """What a GGUF file does not have."""
+    notes = []
+    if model.ignored:
+        notes.append(f"{len(model.ignored)} tensors of the vision tower are not in the file: text only")
+    if model.tokenizer is None:
+        notes.append("the model has no tokenizer: llama.cpp takes token ids only")
+    elif lost := without_row(model.tokenizer.hf, model.config.V):
+        notes.append(f"the embedding has no rows for tokens of the tokenizer, which are left out: {listed(lost)}")
+    return tuple(notes)
+
+
+def check_format(out: str | Path, format: str, dtype: Any, type: str | None) -> None:
+    """Raises ValueError for a format that cannot be written, and for a type that does not apply to it."""
     if format == "meta":
         raise ValueError(
             "export cannot write Meta's format, only Hugging Face's, which other tools read: omit format= (--format)"
         )
     if format != "hf":
-        raise ValueError(f"unknown format {format!r}: the only format that export writes is hf")
+        raise ValueError(
+            f"unknown format {format!r}: a folder has the format hf, and a file name that ends in .gguf selects GGUF"
+        )
+    to_gguf, types = Path(out).suffix == SUFFIX, ", ".join(gguf_writer.CHOICES)
+    if type is not None and not to_gguf:
+        raise ValueError(f"--type {type} (type=) applies to a GGUF file, and {out} is a folder: choose a name that "
+                         "ends in .gguf, or --dtype (dtype=), which applies to a folder")  # fmt: skip
+    if to_gguf and dtype is not None and str(dtype) != "auto":
+        raise ValueError(f"--dtype {dtype} (dtype=) applies to a folder, and {out} is a GGUF file: choose a --type "
+                         f"(type=) of {types}")  # fmt: skip
+    if type is not None and type not in gguf_writer.CHOICES:
+        raise ValueError(f"unknown type {type!r}: choose one of {types}")
 
 
 def _check_everywhere(check: Callable[[], None], is_multiprocess: bool) -> None:
@@ -117,9 +186,9 @@ def _check_everywhere(check: Callable[[], None], is_multiprocess: bool) -> None:
             raise OSError(f"process {number}: {text}")
 
 
-def _gather_for_coordinator(entries: list[Entry]) -> None:
+def _gather_for_coordinator(entries: Iterable[Entry | gguf_writer.Entry]) -> None:
     """Takes part in the collectives that gather sharded tensors, in the order of the coordinator."""
-    for entry in itertools.chain(*files.in_files(entries)):
+    for entry in entries:
         if entry.spread:
             for _ in entry.chunks():
                 pass
@@ -138,7 +207,7 @@ def open_model(source: ModelSource, *, fuse: bool = False) -> Model:
     resolved = resolve(source)
     checkpoint, name = resolved.checkpoint, source.name
     if fuse and checkpoint.adapter is None:
-        raise ValueError(f"{name} is not an adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out FOLDER)")
+        raise ValueError(f"{name} is not an adapter: pass one (jaxlm fuse -m {name} --adapter ADAPTER --out OUT)")
     if checkpoint.adapter is not None and not fuse:
         raise ValueError(f"{source} has an adapter: use jaxlm fuse, which merges it and writes one checkpoint")
     weights: dict[str, Any] = {}
@@ -171,9 +240,7 @@ def sources(checkpoint: Checkpoint | None) -> set[Path]:
 
 def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
     """The tensors to write, with the names and dtypes of the checkpoint unless `wanted` is given."""
-    leaves, checkpoint = _leaves(model), model.checkpoint
-    tensors = {row.path: tensor for row, tensor in checkpoint.tensors.pairs} if checkpoint else {}
-    entries = []
+    leaves, checkpoint, tensors, entries = _leaves(model), model.checkpoint, _tensors(model), []
     for row in params.tensors(model.family.PARAMS, model.config):
         tensor, leaf = tensors.get(row.path), leaves[row.path]
         name = tensor.name if tensor and tensor.name in row.names else row.names[0]
@@ -184,6 +251,11 @@ def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
             entries.append(files.array_entry(head.name, leaves["embed"], leaves["embed"].shape, dtype))
         entries += map(files.copied_entry, checkpoint.tensors.ignored)
     return entries
+
+
+def _tensors(model: Model) -> dict[str, Any]:
+    """The tensor of the checkpoint of each weight, by path."""
+    return {row.path: tensor for row, tensor in model.checkpoint.tensors.pairs} if model.checkpoint else {}
 
 
 def _file_dtype(tensor: Any, leaf: Any) -> np.dtype:
@@ -233,7 +305,7 @@ def sidecar_files(model: Model) -> SidecarFiles:
     if checkpoint is not None:
         folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be in another folder
         paths = {name: (checkpoint.folder if name in MODEL_FILES else folder) / name for name in OPTIONAL}
-        if folder.is_file() and folder.suffix != ".gguf":
+        if folder.is_file() and folder.suffix != SUFFIX:
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
     if model.tokenizer is not None and model.tokenizer.has_new_tokens:

@@ -101,10 +101,22 @@ def test_a_base_in_half_precision_is_rounded_once(base, adapter, tmp_path) -> No
         assert (a != b).mean() < 1e-3  # sums of another order, on the border of two values
 
 
+def test_a_gguf_file_has_the_weights_of_the_folder(base, adapter, tmp_path, capsys) -> None:
+    arguments = ["-m", str(base), "--adapter", str(adapter)]
+    assert main(["export", *arguments, str(tmp_path / "model.gguf")]) == 1
+    assert "use jaxlm fuse" in capsys.readouterr().err
+    for name in ("model.gguf", "folder"):
+        assert main(["fuse", *arguments, "--out", str(tmp_path / name)]) == 0
+    file, folder = (jaxlm.load(tmp_path / name) for name in ("model.gguf", "folder"))
+    assert file.config == folder.config
+    for a, b in zip(jax.tree.leaves(file.weights), jax.tree.leaves(folder.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("argv", [[], ["-m", "base"], ["-m", "base", "--adapter", "a"], ["--out", "x"]])
 def test_usage(argv, capsys) -> None:
     assert main(["fuse", *argv]) == 2
-    assert "jaxlm fuse -m BASE --adapter ADAPTER --out FOLDER" in capsys.readouterr().err
+    assert "jaxlm fuse -m BASE --adapter ADAPTER --out OUT" in capsys.readouterr().err
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

@@ -2,10 +2,8 @@
 gemma-3-270m.Q4_K_M.gguf, and gemma-3-tokenizer/ (tokenizer.json)."""
 
 import json
-import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +21,6 @@ SMOLLM2, GEMMA3 = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m.Q4_K_M.gguf"
 LINES = 20_000
 MARKS = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<unused12>", "<table>", "<0x0A>", "▁", "▁▁", "Ġ", "<mask>",
          "<|im_end|>", "<repo_name>", "<|endoftext|>"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def real() -> Path:
-    folder = Path(os.environ.get("JAXLM_REAL_MODELS", ""))
-    if not os.environ.get("JAXLM_REAL_MODELS") or not folder.is_dir():
-        pytest.skip("real models are absent: set JAXLM_REAL_MODELS to their folder")
-    return folder
 
 
 def lines() -> Iterator[str]:

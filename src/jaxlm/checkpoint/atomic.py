@@ -66,15 +66,35 @@ def staged(out: Path, needed: int, replace: bool, check: Callable[[], None] = la
     out.parent.mkdir(parents=True, exist_ok=True)
     _require_space(out, needed)
     partial = _hidden(out, "partial")
-    try:
-        partial.mkdir()
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
+    with _explained(out):
+        try:
+            partial.mkdir()
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                _sync(path)
+            check()
+            _rename(partial, out, replace)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def staged_file(out: Path, needed: int, check: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
+    """A binary file that replaces the one at `out` when the block ends. The arguments are those of `staged`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _require_space(out, needed)
+    with _explained(out), atomic_file(out) as file:
+        yield file
         check()
-        _rename(partial, out, replace)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """An error for a full disk says what was left on it."""
+    try:
+        yield
+    except OSError as error:
         if is_disk_full(error):
             raise OSError(f"the disk of {out.parent} is full, and nothing was left on it: {_FREE_SPACE}") from error
         raise

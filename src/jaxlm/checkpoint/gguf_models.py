@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm import models
 from jaxlm.checkpoint.errors import explain_errors
-from jaxlm.checkpoint.gguf import Gguf, eos_ids, integer, read, read_values
+from jaxlm.checkpoint.gguf import eos_ids, integer, read, read_values
 from jaxlm.checkpoint.gguf_sampling import generation_config
 from jaxlm.checkpoint.gguf_types import BY_NAME, READABLE
 from jaxlm.checkpoint.hf import Checkpoint, MatchResult, match
@@ -43,6 +43,7 @@ NAMES = {
 }
 # OLMo 2 has only norms after attention and MLP.
 OLMO2 = {"layers.attn_norm": NAMES["layers.attn_out_norm"], "layers.mlp_norm": NAMES["layers.mlp_out_norm"]}
+HEADS_IN_PAIRS = ("q", "k")  # weights whose rows may be ordered by rotated pairs
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -54,6 +55,13 @@ class Architecture(NamedTuple):
     transformers: str
     names: Mapping[str, str] = {}
     in_pairs: bool = False
+
+    def table(self, table: params.Table) -> dict[str, tuple[str, str]]:
+        """The PARAMS of a family with the names of GGUF."""
+        names = {**NAMES, **self.names}
+        if unknown := [path for path in table if path not in names]:
+            raise ValueError(f"weights without a name in GGUF: {listed(unknown)}")
+        return {path: (letters, names[path]) for path, (letters, *_) in table.items()}
 
 
 ARCHITECTURES = {
@@ -78,6 +86,11 @@ FIELDS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+# Field of config.json: field of a Config.
+SIZES = {
+    "max_position_embeddings": "context", "hidden_size": "D", "intermediate_size": "F", "num_hidden_layers": "L",
+    "num_attention_heads": "N", "num_key_value_heads": "K", "head_dim": "H", "rms_norm_eps": "eps",
+}  # fmt: skip
 REQUIRED = ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
             "attention.layer_norm_rms_epsilon")  # fmt: skip
 SCALING = "rope.scaling."
@@ -109,19 +122,17 @@ def open_gguf(path: Path, allow: Collection[str] = ()) -> tuple[Any, Any, Checkp
     file = read(path)
     with explain_errors(str(file.path)):
         architecture = _architecture(file.metadata)
-        raw = hf_config(file)
+        raw = hf_config(file.metadata, *_from_tensors(file.tensors))
         family = models.family_of(raw["model_type"])
         with explain_errors("its metadata, read as a config.json"):
             _refuse_unknown(raw, allow)
             config = family.Config.from_hf(raw, allow)
-        table = {
-            path: (letters, {**NAMES, **architecture.names}[path]) for path, (letters, *_) in family.PARAMS.items()
-        }
         tensors = loadable(file.tensors, family.NORM_IDENTITY - 1.0)
         if architecture.in_pairs:
-            heads = {name: t for name, t in tensors.items() if name.endswith((".attn_q.weight", ".attn_k.weight"))}
+            ends = tuple(NAMES[f"layers.{path}"].removeprefix("blk.{}") for path in HEADS_IN_PAIRS)
+            heads = {name: t for name, t in tensors.items() if name.endswith(ends)}
             tensors |= {name: ConcatTensor(name, t.dtype, t.shape, (t,), H=config.H) for name, t in heads.items()}
-        matched = match(table, config, tensors, (ROPE_FACTORS,), config="its metadata")
+        matched = match(architecture.table(family.PARAMS), config, tensors, (ROPE_FACTORS,), config="its metadata")
     found = {row.path: tensor for row, tensor in matched.pairs}
     pairs = [(row, found[row.path]) for row in params.tensors(family.PARAMS, config)]
     return (
@@ -181,18 +192,40 @@ def _architecture(metadata: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def hf_config(file: Gguf) -> dict[str, Any]:
-    """The config.json that the metadata of a file stand for. Unknown keys of the architecture are fields of it."""
-    name, metadata = file.metadata["general.architecture"], file.metadata
+def _from_tensors(tensors: Mapping[str, Tensor]) -> tuple[int | None, bool, np.ndarray | None]:
+    """What tensors say about the config: the last three arguments of `hf_config`."""
+    embed, factors = tensors.get(NAMES["embed"]), tensors.get(ROPE_FACTORS)
+    values = None
+    if factors is not None:
+        if factors.dtype not in READABLE or len(factors.shape) != 1 or not 0 < factors.shape[0] <= MOST:
+            raise ValueError(f"{ROPE_FACTORS} has type {factors.dtype} and shape {list(factors.shape)}: one axis of "
+                             "numbers is supported")  # fmt: skip
+        count = factors.shape[0]
+        values = read_values(factors._replace(encoding=factors.dtype), (0, 1), (0, count), count)[0]
+    return embed.shape[0] if embed and embed.shape else None, NAMES["head"] not in tensors, values
+
+
+def hf_config(
+    metadata: Mapping[str, Any], vocabulary: int | None, tied: bool, factors: np.ndarray | None
+) -> dict[str, Any]:
+    """The config.json that the metadata of a file stand for. Unknown keys of the architecture are fields of it.
+
+    Args:
+        metadata: the metadata.
+        vocabulary: number of rows of the embedding. None: the key vocab_size.
+        tied: whether the file has no head.
+        factors: numbers by which rotary frequencies are divided [H/2], if the file has them.
+    """
+    name = metadata["general.architecture"]
     left = {key.removeprefix(name + "."): _plain(key, v) for key, v in metadata.items() if key.startswith(name + ".")}
     if missing := [f"{name}.{key}" for key in REQUIRED if key not in left]:
         raise ValueError(f"its metadata lack {listed(missing)}: download the file again, or convert the model again")
-    architecture, embed = ARCHITECTURES[name], file.tensors.get(NAMES["embed"])
+    architecture = ARCHITECTURES[name]
     config: dict[str, Any] = {
         "architectures": [architecture.transformers],
         "model_type": architecture.model_type,
-        "vocab_size": embed.shape[0] if embed and embed.shape else integer(left, "vocab_size", 0),
-        "tie_word_embeddings": NAMES["head"] not in file.tensors,
+        "vocab_size": integer(left, "vocab_size", 0) if vocabulary is None else vocabulary,
+        "tie_word_embeddings": tied,
     }
     config |= {field: left.pop(key) for key, field in FIELDS.items() if key in left}
     D, N = config["hidden_size"], config["num_attention_heads"]
@@ -207,7 +240,7 @@ def hf_config(file: Gguf) -> dict[str, Any]:
         )
     if left.pop("attention.causal", True) is not True:
         raise ValueError(f"{name}.attention.causal is not true: models without a causal mask are not supported")
-    config["rope_scaling"] = _rope_scaling(file, left, config, left.pop("rope.dimension_count", H))
+    config["rope_scaling"] = _rope_scaling(factors, left, config, left.pop("rope.dimension_count", H))
     if name == "gemma3":
         config |= _gemma3(config, left.pop("attention.sliding_window_pattern", None))
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
@@ -245,8 +278,10 @@ def _gemma3(config: Mapping[str, Any], pattern: Any) -> dict[str, Any]:
     return fields
 
 
-def _rope_scaling(file: Gguf, left: dict[str, Any], config: Mapping[str, Any], rotated: Any) -> dict[str, Any] | None:
-    """The field rope_scaling, from keys in `left`, which are taken out, or from the tensor of rope factors."""
+def _rope_scaling(
+    factors: np.ndarray | None, left: dict[str, Any], config: Mapping[str, Any], rotated: Any
+) -> dict[str, Any] | None:
+    """The field rope_scaling, from keys in `left`, which are taken out, or from the rope factors."""
     kind = left.pop(SCALING + "type", "linear" if left.get(SCALING + "factor") else "none")
     factor = left.pop(SCALING + "factor", None) or None
     original = left.pop(SCALING + "original_context_length", None)
@@ -258,20 +293,20 @@ def _rope_scaling(file: Gguf, left: dict[str, Any], config: Mapping[str, Any], r
         section = {"factor": factor}
     if section:
         section = {"rope_type": kind, **section}
-    if ROPE_FACTORS in file.tensors:
+    if factors is not None:
         if section:
             raise ValueError(f"it has both {ROPE_FACTORS} and {SCALING}type {brief(kind)}: only one is supported")
-        section = llama3_scaling(file.tensors[ROPE_FACTORS], config["rope_theta"], H, original)
+        section = llama3_scaling(factors, config["rope_theta"], H, original)
     if rotated != H and type(rotated) is type(H) is int:
         section["partial_rotary_factor"] = rotated / H
     return section or None
 
 
-def llama3_scaling(tensor: Tensor, theta: Any, H: Any, original: Any) -> dict[str, Any]:
-    """The section of rope_type llama3 that gives the factors of a tensor, by which frequencies are divided.
+def llama3_scaling(factors: np.ndarray, theta: Any, H: Any, original: Any) -> dict[str, Any]:
+    """The section of rope_type llama3 that gives these factors, by which frequencies are divided.
 
     Args:
-        tensor: the factors [H/2].
+        factors: the factors [H/2] float32.
         theta: base of the frequencies.
         H: head width.
         original: context length before the extension; None if the metadata do not state it.
@@ -279,9 +314,7 @@ def llama3_scaling(tensor: Tensor, theta: Any, H: Any, original: Any) -> dict[st
     Raises:
         ValueError: no section gives these factors.
     """
-    readable = tensor.dtype in READABLE and tensor.shape == (H // 2 if type(H) is int else None,)
-    if readable and isinstance(theta, float) and theta > 1:
-        factors = read_values(tensor._replace(encoding=tensor.dtype), (0, 1), (0, H // 2), H // 2)[0]
+    if type(H) is int and factors.shape == (H // 2,) and isinstance(theta, float) and theta > 1:
         factor = round(float(factors.max()), 4) if np.isfinite(factors).all() else 0.0
         base = Rope(theta).frequencies(H).radians
         if factor > 1:

@@ -1,7 +1,8 @@
-"""The tensor types of GGUF: their sizes, and the float32 values of their blocks.
+"""The tensor types of GGUF: their sizes, the float32 values of their blocks, and blocks from float32 values.
 
 A row of a tensor is divided into blocks of a fixed number of elements. A block holds small integers and their scales.
-Source: the structs block_* and functions dequantize_row_* of ggml (ggml-common.h, ggml-quants.c).
+Source: the structs block_* and functions dequantize_row_* and quantize_row_*_ref of ggml (ggml-common.h,
+ggml-quants.c).
 """
 
 from collections.abc import Callable
@@ -182,3 +183,52 @@ _DEQUANTIZE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "MXFP4": _mxfp4,
 }
 READABLE = tuple(_DEQUANTIZE)
+
+
+def quantize(name: str, values: np.ndarray) -> np.ndarray:
+    """The blocks of float32 values: the inverse of `dequantize`, up to rounding.
+
+    Args:
+        name: Name of a type in QUANTIZABLE.
+        values: [...,n * elements of a block] float32.
+
+    Returns:
+        Bytes of the blocks [...,n * bytes of a block] uint8.
+
+    Raises:
+        ValueError: A value is not finite, or a scale exceeds float16.
+    """
+    block = BY_NAME[name]
+    with np.errstate(all="ignore"):
+        scale, numbers = _QUANTIZE[name](values.reshape(-1, block.elements))
+        half = scale.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(f"values that are not finite, or too large for {name}")
+    raw = np.concatenate([half.view(np.uint8), numbers], axis=1)
+    return raw.reshape(*values.shape[:-1], values.shape[-1] // block.elements * block.nbytes)
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    """1 / scale; 0 for a block of zeros."""
+    return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+
+
+def _to_q8_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [n,1] float32 and bytes [n,32]. Halves are rounded away from 0, as C's roundf does."""
+    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = values * _inverse(scale)
+    whole = np.floor(np.abs(scaled))
+    rounded = np.sign(scaled) * (whole + np.floor(2 * (np.abs(scaled) - whole)))
+    return scale, rounded.astype(np.int8).view(np.uint8)
+
+
+def _to_q4_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [n,1] float32 and bytes [n,16]. The value of largest magnitude becomes -8, the lowest of 4 bits."""
+    largest = np.abs(values).argmax(axis=1, keepdims=True)
+    scale = np.take_along_axis(values, largest, axis=1) / np.float32(-8)
+    numbers = (values * _inverse(scale) + np.float32(8.5)).astype(np.int8).clip(0, 15).astype(np.uint8)
+    return scale, numbers[:, :16] | numbers[:, 16:] << np.uint8(4)
+
+
+_QUANTIZE = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}
+QUANTIZABLE = tuple(_QUANTIZE)

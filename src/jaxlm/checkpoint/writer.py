@@ -47,7 +47,9 @@ class LazyTensor:
     def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
         self.tensor: Tensor | ConcatTensor = tensor
         self.shape: tuple[int, ...] = shape
-        self.dtype: np.dtype[Any] = DTYPES[tensor.dtype]
+        # What a GGUF file stores in another type than it is loaded in is rounded once, when it is written.
+        parts = tensor.parts if isinstance(tensor, ConcatTensor) else (tensor,)
+        self.dtype: np.dtype[Any] = DTYPES["F32" if any(part.encoding for part in parts) else tensor.dtype]
         self.nbytes: int = math.prod(shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -81,12 +83,16 @@ def copied_entry(tensor: Tensor) -> Entry:
 
 def array_bytes(name: str, value: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The bytes of an array in a type, about SLICE at a time, in whole rows of the leading axis."""
+    for part in row_slices(value):
+        yield np.ascontiguousarray(converted(name, part, dtype)).reshape(-1).view(np.uint8)
+
+
+def row_slices(value: Any) -> Iterator[np.ndarray]:
+    """An array in slices of about SLICE bytes, in whole rows of the leading axis."""
     size = SPREAD if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1 else SLICE
     rows = max(1, size * len(value) // value.nbytes)
     for begin in range(0, len(value), rows):
-        part = _read_rows(value, begin, min(rows, len(value) - begin))
-        part = _converted(name, part, dtype)
-        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        yield _read_rows(value, begin, min(rows, len(value) - begin))
 
 
 def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
@@ -104,13 +110,16 @@ def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
 _cut = jax.jit(lambda value, begin, count: jax.lax.dynamic_slice_in_dim(value, begin, count), static_argnums=2)
 
 
-def _converted(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def converted(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Values in another type. ValueError if float16 cannot hold them."""
     if part.dtype == dtype:
         return part
     with np.errstate(all="ignore"):
         out = part.astype(dtype)
     if dtype == np.float16 and (np.isinf(out) & np.isfinite(part)).any():
-        raise ValueError(f"{name} has values beyond float16's 65,504: choose another type (--dtype bfloat16)")
+        raise ValueError(
+            f"{name} has values beyond float16's 65,504: choose another type (--dtype bfloat16, or --type bf16 in GGUF)"
+        )
     return out
 
 
@@ -194,7 +203,7 @@ def check_target(
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose a folder")
+        raise FileExistsError(f"{out} is a file: choose a folder, or a name that ends in .gguf")
     names = sorted(path.name for path in out.iterdir())
     if not names:
         return

@@ -1,4 +1,4 @@
-"""`jaxlm export`: writes a model as a Hugging Face checkpoint, optionally in another data type."""
+"""`jaxlm export`: writes a model as a Hugging Face checkpoint or as a GGUF file, optionally in another data type."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,38 +11,55 @@ from jaxlm.cli.errors import usage
 
 
 @dataclass(frozen=True)
-class Export(ModelFlags):
-    """Write a model as a Hugging Face checkpoint: weights, configuration, tokenizer.
+class WriteFlags(ModelFlags):
+    """Flags for what is written."""
 
-    Tensors are streamed from file to file, so the model may be larger than memory. The folder appears only when it is
-    complete.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights in a folder; auto keeps the type of each tensor. Tensors that are not loaded (vision)
+    keep their type."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """Type of the weights in a .gguf file; q8_0 and q4_0 are quantized to 8 and 4 bits. Default: that of the model.
+    Norms are float32."""
+    format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Format of a folder: hf (Hugging Face)."""
+    force: bool = False
+    """Replace an existing checkpoint folder or .gguf file at OUT."""
+
+    def write(self, name: str | None, out: Path, fuse: bool) -> int:
+        """Writes the model, or the model with its adapter merged."""
+        self.begin()
+        from jaxlm.devices.hardware import gigabytes
+        from jaxlm.exporting import check_format, export, open_model
+
+        check_format(out, self.format, self.dtype, self.type)  # the format to write; that of the model is detected
+        model = open_model(replace(self.source(name), format=None), fuse=fuse)
+        for text in model.checkpoint.notes if model.checkpoint else ():
+            note(f"{text}.")
+        done = export(model, out, dtype=self.dtype, type=self.type, force=self.force)
+        for text in done.notes:
+            note(f"{text}.")
+        note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Export(WriteFlags):
+    """Write a model as a Hugging Face checkpoint, or as a GGUF file for llama.cpp if OUT ends in .gguf.
+
+    Both hold weights, configuration, tokenizer and chat template. Tensors are streamed from file to file, so the model
+    may be larger than memory. The folder or file appears only when it is complete.
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
     """Hub id, folder or .gguf file; same as -m."""
     out: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="OUT")]] = None
-    """Folder to write."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the written weights; auto keeps the type of each tensor. Tensors that are not loaded (vision) keep
-    their type."""
-    format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Format to write: hf (Hugging Face)."""
-    force: bool = False
-    """Replace an existing checkpoint folder at OUT."""
+    """Folder, or file that ends in .gguf, to write."""
 
     def run(self) -> int:
         paths = [value for value in (self.model, self.name, self.out) if value is not None]
         if len(paths) != 2:
-            usage("pass a model and a folder to write: jaxlm export MODEL OUT (--help)")
+            usage("pass a model and a folder or .gguf file to write: jaxlm export MODEL OUT (--help)")
         if not self.is_single_process:
             raise ValueError("export runs in a single process: start it without --num-processes or a launcher")
-        self.begin()
-        from jaxlm.devices.hardware import gigabytes
-        from jaxlm.exporting import check_format, export, open_model
-
         name, out = paths
-        check_format(self.format)  # the format to write; that of the model is detected
-        model = open_model(replace(self.source(str(name)), format=None))
-        done = export(model, out, dtype=self.dtype, force=self.force)
-        note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")
-        return 0
+        return self.write(str(name), Path(out), fuse=False)

@@ -66,7 +66,7 @@ RUN = {
     "Logging and checkpoints": ["log_every", "report", "save_every", "keep"],
     "Distributed": DISTRIBUTED,
 }  # fmt: skip
-WRITTEN = {"Output": ["out", "dtype", "format", "force"], "Model": MODEL, "Distributed": DISTRIBUTED}
+WRITTEN = {"Output": ["out", "dtype", "type", "format", "force"], "Model": MODEL, "Distributed": DISTRIBUTED}
 
 # Fields of each command by group, in the order of the help. A field belongs to the first group that lists it. Fields
 # without a group are under "Arguments" if they are positional, else under "Options".
@@ -137,6 +137,7 @@ EXAMPLES: dict[str, list[str]] = {
     "export": [
         "jaxlm export Qwen/Qwen3-0.6B ./qwen3 --dtype bfloat16",
         "jaxlm export ./run/model ./copy --force",
+        "jaxlm export ./run/model ./model.gguf --type q8_0",
         "jaxlm export ./Llama-3.2-1B/original ./llama",
     ],
     "train": [
@@ -154,6 +155,7 @@ EXAMPLES: dict[str, list[str]] = {
     "fuse": [
         "jaxlm fuse --adapter run/adapter --out fused",
         "jaxlm fuse -m Qwen/Qwen3-0.6B --adapter run/adapter --out fused --dtype bfloat16",
+        "jaxlm fuse --adapter run/adapter --out model.gguf --type q8_0",
         'jaxlm generate -m fused "Hello"',
     ],
     "eval": [

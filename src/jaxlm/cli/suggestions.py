@@ -39,6 +39,7 @@ FLAGS = {
     "--dtype float16": "fp16 half float16",
     "--dtype float32": "fp32 float32",
     "--dtype": "fp16 weight-dtype compute-dtype model-dtype data-type tf32 precision torch-dtype",
+    "--type": "outtype out-type ftype quant quantize quantization qtype",
     "--chat-template": "template chat-template-path chat-template-jinja chat-format conversation-template",
     "--format": "load-format checkpoint-format output-format",
     "--tokenizer": "tokenizer-path tokenizer-name-or-path tokenizer-dir tokenizer-model tokenizer-name",

@@ -18,8 +18,8 @@ from jaxlm.processing.tokenizer_files import (
     naming_errors,
 )
 
-# Values of tokenizer.ggml.token_type. 6 is a byte, <0x0A>.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
+# Values of tokenizer.ggml.token_type. A byte is <0x0A>.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PREFIX = "tokenizer.ggml."
 MAX_LENGTH = 1_000  # characters of a token: the time to find its merges is quadratic in this
 SPACE = "▁"  # in SentencePiece's tokens
@@ -67,26 +67,31 @@ def from_gguf(path: Path) -> tuple[Any, list[int]] | None:
     kind = file.metadata.get(PREFIX + "model", "none")
     if kind in ("none", "no_vocab"):
         return None
-    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind) if isinstance(kind, str) else None
-    if build is None:
+    if kind not in ("gpt2", "llama"):
         raise ValueError(f"{file.path}: its kind of tokenizer, {str(kind)[:80]!r}, is not supported (supported: gpt2, "
                          "llama): pass the tokenizer of the original model (--tokenizer FOLDER)")  # fmt: skip
     with naming_errors(f"the tokenizer in {file.path} cannot be read"):
-        vocabulary = Vocabulary.of(file.metadata)
-        tokenizer = build(vocabulary, file.metadata)
-        tokenizer.add_tokens(vocabulary.added())
-        tokenizer.post_processor = vocabulary.around(kind == "llama" or _pre_tokenizer(file.metadata).is_llama3)
-        names = ("bos", "eos", "unk", "pad")
-        special = {f"{name}_token": token for name in names if (token := vocabulary.special(name)) is not None}
-        hf = import_transformers().PreTrainedTokenizerFast(
-            tokenizer_object=Uncopied(tokenizer),
-            name_or_path=str(file.path),
-            chat_template=_chat_template(file.metadata),
-            clean_up_tokenization_spaces=False,
-            **special,
-        )
+        hf = from_metadata(file.metadata, str(file.path))
         hf.encode("a")  # some errors occur only when a text is encoded
     return hf, gguf.eos_ids(file.metadata)
+
+
+def from_metadata(metadata: Mapping[str, Any], name: str) -> Any:
+    """The transformers tokenizer of metadata whose tokenizer.ggml.model is gpt2 or llama."""
+    vocabulary = Vocabulary.of(metadata)
+    is_sentencepiece = metadata[PREFIX + "model"] == "llama"
+    tokenizer = (_sentencepiece if is_sentencepiece else _byte_level)(vocabulary, metadata)
+    tokenizer.add_tokens(vocabulary.added())
+    tokenizer.post_processor = vocabulary.around(is_sentencepiece or _pre_tokenizer(metadata).is_llama3)
+    names = ("bos", "eos", "unk", "pad")
+    special = {f"{name}_token": token for name in names if (token := vocabulary.special(name)) is not None}
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=Uncopied(tokenizer),
+        name_or_path=name,
+        chat_template=_chat_template(metadata),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
 
 
 class Vocabulary(NamedTuple):
