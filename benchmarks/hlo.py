@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -133,22 +133,38 @@ def trips(computations: dict[str, list[Instruction]], condition: str) -> int:
     return max((int(number[1]) for number in found if number), default=1)
 
 
-def estimated_cycles(text: str) -> int:
-    """The compiler's estimate for a run of a TPU program: the sum over its instructions, loops included. Kernels and
-    scatters have none."""
+def total(text: str, cost: Callable[[Instruction], int]) -> int:
+    """The sum of a cost over the instructions of a run. Loops count each turn, a conditional its most expensive
+    branch."""
     computations, entry = parse(text)
 
     def walk(name: str) -> int:
-        total = 0
+        found = 0
         for step in computations[name]:
             if step.op == "while":
                 body, condition = (re.findall(rf"{part}=%?([\w.\-]+)", step.rest)[0] for part in ("body", "condition"))
-                total += trips(computations, condition) * walk(body)
-            elif found := re.search(r'"estimated_cycles":"(\d+)"', step.rest):
-                total += int(found[1])
-        return total
+                found += trips(computations, condition) * walk(body)
+            elif step.op == "conditional":
+                found += max(walk(branch) for branch in _called(step.rest))
+            else:
+                found += cost(step)
+        return found
 
     return walk(entry)
+
+
+def estimated_cycles(step: Instruction) -> int:
+    """The TPU compiler's estimate of an instruction. Kernels and scatters have none."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', step.rest)
+    return int(found[1]) if found else 0
+
+
+def splash_products(step: Instruction) -> int:
+    """The number of products of [T,H] and [T,T] in a kernel of splash attention: 2 forward; backward 3 for the gradient
+    of queries, 4 for those of keys and values, 5 for all three together. 0 for other instructions."""
+    if "tpu_custom_call" not in step.rest or "q_segment_ids_ref" not in step.rest:
+        return 0
+    return 2 + len(list(arrays(step.shape))) if "logsumexp_ref" in step.rest else 2
 
 
 # Instructions that launch no kernel: they name values or order other instructions.

@@ -99,7 +99,7 @@ def test_estimated_cycles_count_each_turn_of_a_loop(programs: Any) -> None:
     """32 layers with 16 blocks in each."""
     text = TEXT.replace("calls=%beside", 'calls=%beside, backend_config={"estimated_cycles":"5"}')
     text = text.replace("dimensions={1}", 'dimensions={1}, backend_config={"estimated_cycles":"100"}')
-    assert programs.estimated_cycles(text) == 32 * (16 * 5 + 100)
+    assert programs.total(text, programs.estimated_cycles) == 32 * (16 * 5 + 100)
 
 
 def test_a_collective_on_one_device_is_a_fault(programs: Any) -> None:
@@ -108,6 +108,45 @@ def test_a_collective_on_one_device_is_a_fault(programs: Any) -> None:
     assert programs.faults(programs.Case("", "", "", ""), alone, programs.exchanged(alone, [])) == []
     [fault] = programs.faults(programs.Case("", "", "", ""), alone, programs.exchanged(alone, found))
     assert "all-gather" in fault
+
+
+# A scan of 4 layers with the forward kernel of splash attention; then its gradients apart, and in one kernel; another
+# kernel; and a conditional.
+KERNELS = """HloModule jit_step, is_scheduled=true
+
+%layer (p: (s32[])) -> (s32[]) {
+  %o = (bf16[8,64,128]{2,1,0}, f32[8,64,128]{2,1,0}) custom-call(%q.q_ref, %s.q_segment_ids_ref), custom_call_target="tpu_custom_call"
+  %f = bf16[64,64]{1,0} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"100"}
+}
+
+%layers (p: (s32[])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
+}
+
+%short (p: f32[]) -> f32[] {
+  %g = f32[]{:T(128)} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"7"}
+}
+
+%long (p: f32[]) -> f32[] {
+  %h = f32[]{:T(128)} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (p: s32[]) -> (s32[]) {
+  %scan = (s32[]) while(%p), condition=%layers, body=%layer
+  %dq = bf16[8,64,128]{2,1,0} custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
+  %dkv = (bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
+  %all = (bf16[1,8,64,128]{3,2,1,0}, bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
+  %other = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+  ROOT %c = f32[]{:T(128)} conditional(%b, %p, %p), true_computation=%short, false_computation=%long
+}
+"""  # noqa: E501
+
+
+def test_costs_count_loops_kernels_and_the_most_expensive_branch(programs: Any) -> None:
+    hlo = sys.modules["hlo"]
+    assert hlo.total(KERNELS, hlo.estimated_cycles) == 4 * 100 + 30
+    assert hlo.total(KERNELS, hlo.splash_products) == 4 * 2 + 3 + 4 + 5
 
 
 def toy(programs: Any) -> Any:
