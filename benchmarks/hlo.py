@@ -47,6 +47,7 @@ class Collective(NamedTuple):
 
 
 class Instruction(NamedTuple):
+    name: str
     shape: str
     op: str
     rest: str  # operands and attributes
@@ -162,9 +163,9 @@ def estimated_cycles(step: Instruction) -> int:
 def splash_products(step: Instruction) -> int:
     """The number of products of [T,H] and [T,T] in a kernel of splash attention: 2 forward; backward 3 for the gradient
     of queries, 4 for those of keys and values, 5 for all three together. 0 for other instructions."""
-    if "tpu_custom_call" not in step.rest or "q_segment_ids_ref" not in step.rest:
+    if not step.name.startswith("splash_"):
         return 0
-    return 2 + len(list(arrays(step.shape))) if "logsumexp_ref" in step.rest else 2
+    return 2 if "_fwd_" in step.name else 2 + len(list(arrays(step.shape)))
 
 
 # Instructions that launch no kernel: they name values or order other instructions.
@@ -202,7 +203,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             name = header[2]
             entry = name if header[1] else entry
             computations[name] = []
-        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)", line):
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
             computations[name].append(Instruction(*found.groups()))  # no shape has a name between space and bracket
     if not entry:
         raise ValueError("not the text of a compiled program: it has no ENTRY")

@@ -115,7 +115,7 @@ def test_a_collective_on_one_device_is_a_fault(programs: Any) -> None:
 KERNELS = """HloModule jit_step, is_scheduled=true
 
 %layer (p: (s32[])) -> (s32[]) {
-  %o = (bf16[8,64,128]{2,1,0}, f32[8,64,128]{2,1,0}) custom-call(%q.q_ref, %s.q_segment_ids_ref), custom_call_target="tpu_custom_call"
+  %splash_mha_fwd_segmented_residuals.1 = (bf16[8,64,128]{2,1,0}, f32[8,64,128]{2,1,0}) custom-call(%q.q_ref), custom_call_target="tpu_custom_call"
   %f = bf16[64,64]{1,0} fusion(%p), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"100"}
 }
 
@@ -134,9 +134,9 @@ KERNELS = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (p: s32[]) -> (s32[]) {
   %scan = (s32[]) while(%p), condition=%layers, body=%layer
-  %dq = bf16[8,64,128]{2,1,0} custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
-  %dkv = (bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
-  %all = (bf16[1,8,64,128]{3,2,1,0}, bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%s.q_segment_ids_ref, %l.logsumexp_ref), custom_call_target="tpu_custom_call"
+  %splash_mha_dq_segmented.3 = bf16[8,64,128]{2,1,0} custom-call(%q.q_ref), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented.4 = (bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%q.q_ref), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented.5 = (bf16[1,8,64,128]{3,2,1,0}, bf16[8,64,128]{2,1,0}, bf16[8,64,128]{2,1,0}) custom-call(%q.q_ref), custom_call_target="tpu_custom_call"
   %other = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"
   ROOT %c = f32[]{:T(128)} conditional(%b, %p, %p), true_computation=%short, false_computation=%long
 }
