@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ from oracle.reference import FAMILIES, QUICK, V, build, masks, share_frequencies
 import jaxlm
 from jaxlm.checkpoint import peft
 from jaxlm.data.packing import Batch
-from jaxlm.nn import lora, params
+from jaxlm.nn import attention_cpu, attention_reference, attention_tpu, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss
@@ -90,8 +91,24 @@ def by_name(model: jaxlm.Model, tree: Any) -> dict[str, np.ndarray]:
     return {row.names[0]: np.asarray(params.get(tree, row.path)).reshape(row.stored_shape) for row in rows}
 
 
+def splash_in_blocks(q: Any, k: Any, v: Any, tokens: Any, window: int | None, scale: float) -> Any:
+    """Splash attention in interpret mode, in float32, with rows padded to whole blocks."""
+    T, more = q.shape[1], -q.shape[1] % attention_tpu.BLOCKS[-1]
+    pos = jnp.pad(tokens.pos, ((0, 0), (0, more)), constant_values=-1)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
+    tokens = attention_reference.TokenPositions(pos, attention_reference.segment_ids(pos))
+    return attention_tpu.splash(q, k, v, tokens, window, scale, interpret=True)[:, :T]
+
+
+BACKENDS = {"cpu": attention_cpu.causal, "reference": attention_reference.causal, "splash": splash_in_blocks}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_steps(family: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("backend", [
+    name if name == "cpu" else pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS
+])  # fmt: skip
+def test_ten_steps(family: str, backend: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "causal", BACKENDS[backend])
     # With a padding id, torch's embedding gives that row no gradient.
     oracle = build(family, tie_word_embeddings=family == "gemma3", pad_token_id=None)
     oracle.save_pretrained(tmp_path)
