@@ -333,7 +333,7 @@ def test_what_is_never_replaced(tmp_path):
     for name, message in {
         "in": "holds the files that this model was loaded from: choose another",
         ".": "holds the files that this model was loaded from",
-        "work": r"work is in use and not a checkpoint, it holds 1 \(config.json\)",
+        "work": r"work exists and is not a checkpoint, it holds 1 \(config.json\)",
         "file": "file is a file: choose a folder",
     }.items():
         with pytest.raises(FileExistsError, match=message):
@@ -473,7 +473,7 @@ def test_what_came_to_stand_there_meanwhile_is_kept(tmp_path, monkeypatch):
         (old / "notes.txt").write_text("mine")
 
     monkeypatch.setattr(files, "write_weights", meanwhile)
-    with pytest.raises(FileExistsError, match="old is in use and not a checkpoint"):
+    with pytest.raises(FileExistsError, match="old exists and is not a checkpoint"):
         jaxlm.export(model, old, force=True)
     assert (old / "notes.txt").read_text() == "mine"
     assert names(tmp_path) == ["in", "old"]

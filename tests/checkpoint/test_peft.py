@@ -527,9 +527,9 @@ def refusals(tmp_path: Path) -> list[Any]:
         ),
         ((place, tmp_path / "x"), FileNotFoundError, "there is no folder"),
         ((empty, None), FileNotFoundError, f"{empty} is not a checkpoint: it has no config.json"),
-        ((run, None), FileNotFoundError, f"It is the folder of a training run: pass {run / 'adapter'}"),
-        ((place, run), FileNotFoundError, f"It is the folder of a training run: pass {run / 'adapter'}"),
-        ((started, None), FileNotFoundError, "it has no model until the run has ended"),
+        ((run, None), FileNotFoundError, f"is the folder of a training run: pass {run / 'adapter'}"),
+        ((place, run), FileNotFoundError, f"is the folder of a training run: pass {run / 'adapter'}"),
+        ((started, None), FileNotFoundError, "its model is written when the run has ended"),
     ]
 
 
@@ -563,9 +563,9 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     place = base(tmp_path / "base")
     for used in (place, tmp_path):
-        with pytest.raises(FileExistsError, match="is in use and not an adapter, it holds"):
+        with pytest.raises(FileExistsError, match="exists and is not an adapter, it holds"):
             peft.write(used, *args, force=True)
-    with pytest.raises(FileExistsError, match="is in use and not a checkpoint, it holds"):
+    with pytest.raises(FileExistsError, match="exists and is not a checkpoint, it holds"):
         jaxlm.export(jaxlm.load(place), out, force=True)
 
 

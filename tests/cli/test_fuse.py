@@ -136,7 +136,7 @@ def test_fuse_errors(base, adapter, tmp_path, capsys) -> None:
     told = failure(capsys, "fuse", "-m", adapter, "--out", base, "--force")
     assert f"jaxlm: {base} holds the files that this model was loaded from" in told
     told = failure(capsys, "fuse", "-m", adapter, "--out", adapter, "--force")
-    assert f"jaxlm: {adapter} is in use and not a checkpoint" in told
+    assert f"jaxlm: {adapter} exists and is not a checkpoint" in told
 
 
 def test_commands_that_do_not_accept_adapters(base, adapter, tmp_path, capsys) -> None:

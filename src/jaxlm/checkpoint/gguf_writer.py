@@ -229,7 +229,7 @@ def check_target(out: Path, sources: Iterable[Path], force: bool) -> None:
         raise FileExistsError(f"{out} is not a file: choose another name")
     with open(out, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise FileExistsError(f"{out} is in use and not a GGUF file: choose another name")
+            raise FileExistsError(f"{out} exists and is not a GGUF file: choose another name")
     if not force:
         raise FileExistsError(f"{out} exists already: --force (force=True) replaces it")
 

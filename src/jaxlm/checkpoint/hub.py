@@ -67,6 +67,8 @@ def resolve(source: ModelSource) -> Path:
     path = Path(os.path.expanduser(source.name))
     if str(source.name) and path.exists():
         return _local(path, source.revision, source.format)
+    if made := _of_run(path.parent):
+        raise FileNotFoundError(f"there is no {path}{made}")
     repo, meta = repo_id(source.name), source.format == "meta"
     from huggingface_hub import is_offline_mode
 
@@ -106,8 +108,8 @@ def _of_run(path: Path) -> str:
     made = [
         path / name for name, file in (("model", CONFIG), ("adapter", ADAPTER_CONFIG)) if (path / name / file).is_file()
     ]
-    way = f"pass {made[0]}" if made else "it has no model until the run has ended"
-    return f". It is the folder of a training run: {way}"
+    way = f"pass {made[0]}" if made else "its model is written when the run has ended: run the same command again"
+    return f". {path} is the folder of a training run: {way}"
 
 
 def repo_id(name: str | Path) -> str:

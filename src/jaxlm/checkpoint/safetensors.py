@@ -157,7 +157,9 @@ def read_index(folder: Path) -> dict[str, Tensor]:
     if any(name.endswith(".safetensors") for name in others):
         hint = "Download the index too, or rename a single file"
     else:
-        hint = "jaxlm reads safetensors, which transformers writes: from_pretrained, then save_pretrained"
+        hint = (
+            "jaxlm reads safetensors (from_pretrained, then save_pretrained), pytorch_model.bin, GGUF and Meta's files"
+        )
     raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}.{holds} {hint}.")
 
 

@@ -209,7 +209,7 @@ def check_target(
         return
     weights = any(name.endswith((".safetensors", ".pth")) for name in names)
     if not (weights and set(configs) & set(names)):
-        raise FileExistsError(f"{out} is in use and not {what}, it holds {listed(names)}: choose another folder")
+        raise FileExistsError(f"{out} exists and is not {what}, it holds {listed(names)}: choose another folder")
     if not force:
         raise FileExistsError(f"{out} is {what} already: --force (force=True) replaces the whole folder")
 

@@ -32,7 +32,7 @@ class _ModelFlags:
     """Hugging Face hub id, local folder or GGUF file (org/name:FILE.gguf on the hub). A LoRA adapter is loaded together
     with its base model."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
-    """LoRA adapter (PEFT format) to apply to the model."""
+    """LoRA adapter (of PEFT or mlx-lm) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto keeps the type in the checkpoint."""
     format: Literal["hf", "meta"] | None = None

@@ -18,8 +18,8 @@ class WriteFlags(ModelFlags):
     """Data type of the weights in a folder; auto keeps the type of each tensor. Tensors that are not loaded (vision)
     keep their type."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """Type of the weights in a .gguf file; q8_0 and q4_0 are quantized to 8 and 4 bits. Default: that of the model.
-    Norms are float32."""
+    """Type of the weights in a .gguf file; q8_0 and q4_0 are quantized to 8 and 4 bits. Default: that of the model,
+    bf16 if it is quantized. Norms are float32."""
     format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Format of a folder: hf (Hugging Face)."""
     force: bool = False

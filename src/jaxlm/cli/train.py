@@ -116,7 +116,7 @@ class Display:
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal,
                             redirect_stdout=sys.stdout.isatty())  # fmt: skip
         self.task = self.bar.add_task("preparing", total=None, status="")
-        self.steps = 0
+        self.steps, self.compiling = 0, True
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -137,6 +137,9 @@ class Display:
                 self.task, total=self.steps, completed=line["step"], description="step", status="compiling …"
             )
         elif line.keys() == {"step"}:
+            if self.compiling:
+                self.bar.update(self.task, status="")
+            self.compiling = False
             self.bar.update(self.task, completed=line["step"])
         elif "note" not in line:
             if "grad_norm" in line:

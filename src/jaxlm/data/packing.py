@@ -313,8 +313,10 @@ def held_out(documents: int, fraction: float, seed: int) -> np.ndarray:
     """
     chosen = random_numbers(seed, 0, HELD_OUT, documents) < np.uint64(fraction * 2.0**64)
     if not chosen.any() or chosen.all():
-        raise ValueError(f"a fraction of {fraction} holds out {chosen.sum():,} of {documents:,} documents: choose "
-                         "another one, or another seed, or name validation data")  # fmt: skip
+        way = "choose another one, or another seed, or name validation data (--data.valid)"
+        if documents == 1:
+            way = "a text file is one document. Cut it into several files, or name validation data (--data.valid)"
+        raise ValueError(f"a fraction of {fraction} holds out {chosen.sum():,} of {documents:,} documents: {way}")
     return chosen
 
 

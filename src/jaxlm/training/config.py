@@ -193,10 +193,10 @@ class Run(Checked):
 
     def check(self) -> "Run":
         """Returns the run. Raises ValueError for values that are out of range or contradict each other."""
-        if (self.model is None) == (self.shape is None):
-            raise ValueError("give either --model (a checkpoint) or --shape (the config.json of a new model)")
         if self.method == "lora" and self.model is None:
             raise ValueError("--method lora needs a checkpoint: give --model")
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("give either --model (a checkpoint) or --shape (the config.json of a new model)")
         if self.adapter is not None and self.method != "lora":
             raise ValueError("--adapter needs --method lora; to train all weights, merge it first (jaxlm fuse)")
         if not self.data.train and not self.data.dataset:
