@@ -140,6 +140,18 @@ def test_rounding_is_the_same_on_a_mesh() -> None:
     assert np.array_equal(np.asarray(one.astype(WIDE)), np.asarray(many.astype(WIDE)))
 
 
+def test_rounding_differs_between_arrays_and_steps(model, batch) -> None:
+    tx, state = start(model, weights=HALF)
+    take = jax.jit(step.make_step(model.family, model.config, tx))
+    first, again, later = (take(state._replace(step=jnp.int32(n)), batch)[0].weights["embed"] for n in (0, 0, 7))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, later)
+    pair = {name: jnp.ones((8, 64), WIDE) for name in "ab"}
+    same = step.init_state(optax.sgd(2**-9), step.cast(pair, HALF))
+    new = step._update(optax.sgd(2**-9), same, pair, jax.random.key(0)).weights
+    assert not np.array_equal(new["a"], new["b"])
+
+
 def test_a_step_with_a_loss_of_nan_changes_nothing(model, batch) -> None:
     tx, state = start(model, "adamw", HALF, HALF)
     broken = state._replace(weights={**state.weights, "norm": jnp.full_like(state.weights["norm"], jnp.nan)})
