@@ -252,6 +252,19 @@ def test_what_is_replaced(tmp_path):
             jaxlm.export(model, tmp_path / name, force=True)
 
 
+def test_what_appears_while_a_file_is_written_stays(tmp_path, monkeypatch):
+    out, write = tmp_path / "model.gguf", gguf_writer.write
+
+    def slow(*args):
+        write(*args)
+        out.write_text("my notes")
+
+    monkeypatch.setattr(gguf_writer, "write", slow)
+    with pytest.raises(FileExistsError, match="in use and not a GGUF file"):
+        jaxlm.export(wide("llama3"), out)
+    assert out.read_text() == "my notes"
+
+
 @pytest.mark.parametrize(("error", "message"), [
     (KeyboardInterrupt("stop"), "stop"), (OSError(errno.ENOSPC, "No space left on device"), "is full, and nothing"),
 ])  # fmt: skip

@@ -50,6 +50,15 @@ def texts(model: Model, **options: Any) -> list[list[int]]:
     return [text.tokens for text in jaxlm.generate(model, PROMPTS, **TEXT, **options)]
 
 
+@pytest.mark.parametrize(("spec", "N", "K", "aligned"), [
+    ("model=4", 8, 4, True), ("model=8", 8, 2, True), ("model=8", 8, 1, True), ("model=4", 12, 6, False),
+])  # fmt: skip
+def test_which_heads_are_aligned(spec: str, N: int, K: int, aligned: bool) -> None:
+    """The last: 2 x 2 devices, each with 3 query heads, which read 2 of its 3 kv heads."""
+    with mesh.use_mesh(make(spec, K)):
+        assert mesh.heads_are_aligned(N, K) is aligned
+
+
 # All rows take minutes: Gemma on one mesh is in the light tier, the others in the slow tier.
 QUICK = ("gemma3", "data=2,model=4")
 TABLE = [(family, spec) for family in FAMILIES for spec in MESHES]

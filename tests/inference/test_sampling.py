@@ -134,6 +134,14 @@ def test_the_largest_logits_give_the_thresholds_of_bisection(kind, monkeypatch):
         np.testing.assert_array_equal(bisected(x, of(*({"temperature": 1.3, **row} for row in rows))), out)
 
 
+def test_few_finite_logits_need_no_bisection(monkeypatch):
+    """The last block is filled up, and its filling is among the 64 largest if fewer are finite."""
+    x = np.full((1, 9_001), -np.inf, np.float32)
+    x[0, -3:] = 1.0, 3.0, 2.0
+    monkeypatch.setattr(sampling, "_bisection", lambda x, weight, target: jnp.full(x.shape[:1], jnp.nan))
+    assert sampling._top_p_threshold(x, jnp.full(1, 0.9, jnp.float32)) == 2.0
+
+
 def test_equal_logits_are_kept_or_dropped_together():
     assert kept([1, 3, 2, 2, 2, 0], top_k=2) == [1, 2, 3, 4]
     assert kept([0, 0, 0, 0], top_p=0.3) == [0, 1, 2, 3]

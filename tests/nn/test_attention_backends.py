@@ -54,6 +54,7 @@ CASES = {
     "packed rows": Case(256, 6, 1, 128, rows="packed"),
     "packed rows, window": Case(384, 8, 2, 80, window=100, rows="packed"),
     "a window of one token": Case(256, 2, 2, 96, window=1),
+    "gaps": Case(256, 4, 2, 64, rows="gaps"),
     "gaps, window": Case(256, 4, 2, 64, window=70, rows="gaps", kernel=False),
     "wide heads": Case(256, 4, 1, 256, window=130),
     "long rows": Case(2048, 4, 1, 128, B=1),
@@ -143,6 +144,7 @@ def in_float32(run: Attend, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any
 
 
 INTERPRETED = (
+    "gaps",
     "packed rows, window",
     "padded rows",
     "gaps, window",
@@ -183,6 +185,19 @@ def test_cudnn(name: str) -> None:
     got = with_gradients(attention_gpu, case)(*given)
     exact = with_gradients(attention_reference, case, exact=True)(*given)
     assert_close(case, got, exact, positions(case) >= 0)
+
+
+@pytest.mark.parametrize(("pos", "only", "plain"), [
+    ([0, 1, 2, -1], True, True), ([-1, 0, 1, 2], True, False), ([2, 3, 0, 1], False, False),
+])  # fmt: skip
+def test_what_positions_decide(pos: list[int], only: bool, plain: bool) -> None:
+    """Whether prefill may read its own keys in the order of the tokens, and with cuDNN, without a mask."""
+    query = jnp.array([pos], jnp.int32)
+    key = jnp.where(jnp.arange(8) < (query >= 0).sum(), jnp.arange(8), -1)[None]
+    tokens, slots = (attention_reference.TokenPositions(x, jnp.zeros_like(x)) for x in (query, key))
+    assert bool(attention_reference.holds_only(slots, tokens)) is only
+    segments = attention_reference.TokenPositions(query, attention_reference.segment_ids(query))
+    assert bool(attention_gpu._plain(segments, None)) is plain
 
 
 # Compiled without the hardware

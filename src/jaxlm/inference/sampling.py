@@ -299,7 +299,9 @@ def _top_p_threshold(x: Float[Array, "B V"], share: Float[Array, " B"]) -> Float
     if candidates is None:
         return _bisection(x, mass, target)
     values, ids = candidates
-    reached = jnp.cumsum(jnp.take_along_axis(mass, ids, 1), -1, dtype=jnp.int32) >= target[:, None]
+    # Where fewer logits are finite, indices may be those of the last block's padding, past V.
+    masses = jnp.take_along_axis(mass, ids, 1, mode="fill", fill_value=0)
+    reached = jnp.cumsum(masses, -1, dtype=jnp.int32) >= target[:, None]
     found = jnp.max(jnp.where(reached, values, -jnp.inf), -1)
     return lax.cond(jnp.all(reached[:, -1]), lambda x: found, lambda x: _bisection(x, mass, target), x)
 

@@ -62,9 +62,11 @@ def init_state(tx: optax.GradientTransformation, weights: Any, moment_dtype: Any
     Args:
         tx: The optimizer.
         weights: The weights to train.
-        moment_dtype: dtype in which the optimizer's moments are stored.
+        moment_dtype: dtype in which the optimizer's moments are stored. Its constants (Muon has coefficients) stay.
     """
-    return State(weights, cast(tx.init(cast(weights, jnp.float32)), moment_dtype), jnp.zeros((), jnp.int32))
+    opt_state = tx.init(cast(weights, jnp.float32))
+    opt_state = optax.tree_utils.tree_map_params(tx, partial(cast, dtype=moment_dtype), opt_state)
+    return State(weights, opt_state, jnp.zeros((), jnp.int32))
 
 
 def make_step(
