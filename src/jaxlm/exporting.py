@@ -14,7 +14,7 @@ from jaxlm import adapters
 from jaxlm.checkpoint import gguf_writer
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged, staged_file
-from jaxlm.checkpoint.gguf_files import SUFFIX
+from jaxlm.checkpoint.gguf_files import SUFFIX, is_gguf
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.hub import CONFIG, OPTIONAL, TOKENIZER_FILES
 from jaxlm.checkpoint.safetensors import DTYPES, listed
@@ -88,7 +88,7 @@ def export(
     if lora.count(model.weights):
         raise ValueError(f"{model.source} has an adapter: merge it first, with jaxlm.fuse(model) or `jaxlm fuse`")
     out = Path(os.path.realpath(os.path.expanduser(out)))
-    if out.suffix == SUFFIX:
+    if is_gguf(out):
         if config is not None:
             raise ValueError("config= applies to a folder: a GGUF file is written from model.config; omit it")
         return _export_gguf(model, out, type, force, progress)
@@ -160,7 +160,7 @@ def check_format(out: str | Path, format: str, dtype: Any, type: str | None) -> 
         raise ValueError(
             f"unknown format {format!r}: a folder has the format hf, and a file name that ends in .gguf selects GGUF"
         )
-    to_gguf, types = Path(out).suffix == SUFFIX, ", ".join(gguf_writer.CHOICES)
+    to_gguf, types = is_gguf(Path(out)), ", ".join(gguf_writer.CHOICES)
     if type is not None and not to_gguf:
         raise ValueError(f"--type {type} (type=) applies to a GGUF file, and {out} is a folder: choose a name that "
                          "ends in .gguf, or --dtype (dtype=), which applies to a folder")  # fmt: skip
@@ -305,7 +305,7 @@ def sidecar_files(model: Model) -> SidecarFiles:
     if checkpoint is not None:
         folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be in another folder
         paths = {name: (checkpoint.folder if name in MODEL_FILES else folder) / name for name in OPTIONAL}
-        if folder.is_file() and folder.suffix != SUFFIX:
+        if folder.is_file() and not is_gguf(folder):
             paths["tokenizer.model"] = folder
         sidecars = {name: path for name, path in paths.items() if path.is_file()}
     if model.tokenizer is not None and model.tokenizer.has_new_tokens:

@@ -247,7 +247,7 @@ def test_what_is_replaced(tmp_path):
         jaxlm.export(jaxlm.load(out), out, force=True)
     (tmp_path / "text.gguf").write_text("my notes")
     (tmp_path / "folder.gguf").mkdir()
-    for name, message in (("text.gguf", "in use and not a GGUF file"), ("folder.gguf", "is not a file")):
+    for name, message in (("text.gguf", "exists and is not a GGUF file"), ("folder.gguf", "is not a file")):
         with pytest.raises(FileExistsError, match=message):
             jaxlm.export(model, tmp_path / name, force=True)
 
@@ -260,7 +260,7 @@ def test_what_appears_while_a_file_is_written_stays(tmp_path, monkeypatch):
         out.write_text("my notes")
 
     monkeypatch.setattr(gguf_writer, "write", slow)
-    with pytest.raises(FileExistsError, match="in use and not a GGUF file"):
+    with pytest.raises(FileExistsError, match="exists and is not a GGUF file"):
         jaxlm.export(wide("llama3"), out)
     assert out.read_text() == "my notes"
 

@@ -24,6 +24,7 @@ from jaxlm.evaluation import perplexity, scoring
 from jaxlm.evaluation.perplexity import SpecialTokens, evaluate
 from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
 from jaxlm.nn import lora, params
+from jaxlm.nn.chunked_logits import CHUNK
 
 PLAIN, CHATTING = tokenizer_of(None), tokenizer_of(TEMPLATE)
 TEXTS = [
@@ -142,11 +143,11 @@ def test_the_most_likely_token(model, uniform) -> None:
 
 
 def test_the_logits_of_all_positions_never_exist(model) -> None:
-    shapes = [jax.ShapeDtypeStruct((4, n), np.int32) for n in (16, 16, 1024, 1024)]
+    shapes = [jax.ShapeDtypeStruct((8, n), np.int32) for n in (16, 16, 1024, 1024)]
     compiled = jax.jit(partial(scoring.score, model.family, model.config)).lower(model.weights, *shapes).compile()
     found = {part.split("]")[0] for part in compiled.as_text().split("f32[")[1:]}
     largest = max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found)
-    assert 1024 * model.config.V <= largest < 4 * 1024 * model.config.V
+    assert CHUNK * model.config.V <= largest < 8 * 1024 * model.config.V
 
 
 def test_bits_per_byte_by_hand(uniform, tmp_path) -> None:

@@ -14,6 +14,11 @@ SUFFIX = ".gguf"
 VISION = "mmproj"  # in the name of a file with a vision tower
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether the name is that of a GGUF file."""
+    return path.suffix.lower() == SUFFIX
+
+
 def find(source: ModelSource, headers_only: bool = False) -> Path | None:
     """The GGUF file that a source names, downloaded if needed; None if it names something else.
 

@@ -11,8 +11,8 @@ from jaxlm.checkpoint.safetensors import Tensor, read_shards
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONVERT = (
-    'transformers converts the folder, if you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('{}').save_pretrained('out')\""
+    'If the file is whole and you trust it, transformers converts its FOLDER: python -c "from transformers import '
+    "AutoModelForCausalLM as M; M.from_pretrained('FOLDER').save_pretrained('out')\""
 )
 
 
@@ -40,4 +40,4 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
         return read_pth(path)
     except ValueError as error:
-        raise ValueError(f"{error}. {CONVERT.format(path.parent)}") from None
+        raise ValueError(f"{error}. {CONVERT}") from None

@@ -43,8 +43,8 @@ MATHEMATICS: dict[str, Field] = {
     # Gemma2, Gemma3n, RecurrentGemma, xLSTM, Laguna
     **_fields(
         "soft capping",
-        "attn_logit_softcapping final_logit_softcapping logits_soft_cap output_logit_soft_cap "
-        "moe_router_logit_softcapping",
+        "attn_logit_softcapping final_logit_softcapping attn_softcap final_logit_softcap logits_soft_cap "
+        "output_logit_soft_cap moe_router_logit_softcapping",
     ),
     # Granite, FalconH1, Cohere, MiniCPM3, MiMoV2, MiniMax
     **_fields(
@@ -57,7 +57,11 @@ MATHEMATICS: dict[str, Field] = {
     ),
     **_fields("factors on embeddings or residuals", "scale_emb scale_depth dim_model_base scale_embedding mup_enabled"),
     # Gemma2, Granite, Llama4: the scale of attention scores. SCALES has the neutral values.
-    **_fields("another scale of attention scores", "query_pre_attn_scalar attention_multiplier", neutral=()),
+    **_fields(
+        "another scale of attention scores",
+        "query_pre_attn_scalar attention_multiplier attention_scale softmax_scale",
+        neutral=(),
+    ),
     **_fields("a scale of attention scores that depends on the position", "attn_temperature_tuning"),
     # GPT2
     **_fields("another scale of attention scores", "scale_attn_by_inverse_layer_idx"),
@@ -167,6 +171,8 @@ MATHEMATICS: dict[str, Field] = {
 SCALES: dict[str, Callable[[int], float]] = {
     "query_pre_attn_scalar": lambda H: H,
     "attention_multiplier": lambda H: H**-0.5,
+    "attention_scale": lambda H: H**-0.5,
+    "softmax_scale": lambda H: H**-0.5,
     "v_head_dim": lambda H: H,
     "rotary_dim": lambda H: H,
     "rotary_ndims": lambda H: H,
