@@ -294,3 +294,13 @@ def test_splash_attention_on_a_mesh(spec: str, N: int, K: int, monkeypatch: pyte
         assert_close(case, run(*spread, None), expected, positions(case) >= 0)
     found = set(re.findall(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)", text))
     assert found == (set() if spec.startswith("data") else {"all-reduce"})
+
+
+@on_cpu
+@pytest.mark.skipif(attention_gpu.installed(), reason="cuDNN is here")
+def test_a_plugin_without_cudnn_is_no_gpu_backend(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    attention_reference.report_fallback.cache_clear()
+    monkeypatch.setattr(attention_gpu.importlib.util, "find_spec", lambda name: name)
+    with caplog.at_level(logging.DEBUG, "jaxlm"):
+        assert not attention_gpu.installed.__wrapped__()
+    assert "cuDNN is not detected" in caplog.text

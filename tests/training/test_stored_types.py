@@ -95,6 +95,16 @@ def test_gradients_are_summed_in_their_type(model, batch, dtype) -> None:
     assert [aval.dtype for aval in carried] == [jnp.dtype(dtype)] * 2  # embedding and head
 
 
+def test_gradients_of_a_whole_batch_have_their_type(model, batch) -> None:
+    """Nothing else in a float32 step is bfloat16."""
+    tx, state = start(model)
+    for dtype in (HALF, WIDE):
+        run = step.make_step(model.family, model.config, tx, grad_dtype=dtype)
+        casts = [e.outvars[0].aval for e in jax.make_jaxpr(run)(state, batch).eqns if "convert" in e.primitive.name]
+        halves = [aval.shape for aval in casts if aval.dtype == HALF]
+        assert sorted(halves) == sorted(a.shape for a in jax.tree.leaves(state.weights)) * (dtype == HALF)
+
+
 def test_rounding_is_to_a_neighbor_and_right_on_average() -> None:
     """The mean of n values that round up with probability p is exact to 4 sqrt(p (1 - p) / n) of their distance."""
     x = jnp.array([1.0, 1 + 2**-10, -3.3, 0.0, 1e-20, jnp.inf], WIDE)

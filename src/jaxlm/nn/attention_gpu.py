@@ -7,6 +7,7 @@ the positions, so each device decides when the program runs.
 
 import functools
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,16 @@ MAX_MASK_ELEMENTS = 1 << 28  # of a dense mask per device: half a gigabyte in ha
 
 @functools.cache
 def installed() -> bool:
-    """Whether programs can be compiled for NVIDIA GPUs here, with or without one."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    """Whether programs with cuDNN can be compiled for NVIDIA GPUs here, with or without one."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    one = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(partial(jax.nn.dot_product_attention, implementation="cudnn"), one, one, one)
+    except RuntimeError as error:  # jax's plugin is there without cuDNN
+        report_fallback("cuDNN", str(error))
+        return False
+    return True
 
 
 def unsupported(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> str | None:
