@@ -46,7 +46,7 @@ try:
     from jaxlm.inference import decoding, engine
     from jaxlm.inference.memory import kv_bytes
     from jaxlm.inference.sampling_params import SamplingParams
-    from jaxlm.nn import attention, flops
+    from jaxlm.nn import attention_gpu, flops
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. This benchmark needs jax, numpy, jaxtyping, rich, and jaxlm itself: set PYTHONPATH=src")
 
@@ -122,15 +122,14 @@ def compiler_options(**options: Any) -> Any:
 
 
 def correctness(run: Run) -> None:
-    """float32 logits and greedy tokens on GPU compared with CPU. bfloat16 logits of each attention backend, compared
-    with float32: their error as a multiple of the error of `attention.reference`."""
+    """float32 logits and greedy tokens on GPU compared with CPU. bfloat16 logits with cuDNN's attention, compared
+    with float32: their error as a multiple of the error of plain XLA."""
     run.case(ATTENTION_TESTS, partial(run_tests, ATTENTION_TESTS))
     for name in FAMILIES[2:] if run.dry else FAMILIES:
         small = (TINY if run.dry else SMALL) | (GEMMA if name.startswith("gemma") else {})
         model = random_model({**MODELS[name], **small}, "float32")
         run.case(f"{name}, float32", partial(compare_with_cpu, model))
-        for row in attention.GPU_BACKENDS:
-            run.case(f"{name}, bfloat16, {row[1].__name__}", partial(compare_backend, model, row))
+        run.case(f"{name}, bfloat16, cudnn", partial(compare_backend, model))
 
 
 def compare_with_cpu(model: jaxlm.Model) -> dict[str, Any]:
@@ -146,14 +145,13 @@ def compare_with_cpu(model: jaxlm.Model) -> dict[str, Any]:
     }
 
 
-def compare_backend(model: jaxlm.Model, backend: Any) -> dict[str, Any]:
+def compare_backend(model: jaxlm.Model) -> dict[str, Any]:
     tokens = random_tokens(model)
     half = dataclasses.replace(model, weights=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.weights))
     same = dataclasses.replace(model, weights=jax.tree.map(lambda w: w.astype(jnp.float32), half.weights))
     exact = prefill_logits(same, tokens)
-    with replaced(attention, "GPU_BACKENDS", (backend,)):
-        with_backend = prefill_logits(half, tokens)
-    with replaced(attention, "GPU_BACKENDS", ()):
+    with_backend = prefill_logits(half, tokens)
+    with replaced(attention_gpu, "installed", lambda: False):
         reference = prefill_logits(half, tokens)
     errors = [float(np.sqrt(np.mean((x - exact) ** 2)) / exact.std()) for x in (with_backend, reference)]
     return {
@@ -366,8 +364,8 @@ def prefill(run: Run) -> None:
         }
 
     for length in PREFILL[run.dry]:
-        for name, backends in {"default": attention.GPU_BACKENDS, "without cuDNN": ()}.items():
-            with replaced(attention, "GPU_BACKENDS", backends):
+        for name, installed in {"default": attention_gpu.installed, "without cuDNN": lambda: False}.items():
+            with replaced(attention_gpu, "installed", installed):
                 run.case(f"{length} tokens, {name}", partial(measure, length))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from steps import Run
 
-from jaxlm.nn import attention, linear
+from jaxlm.nn import attention_reference, linear
 
 
 def number_of_copies(run: Run, nbytes: int) -> int:
@@ -135,9 +135,9 @@ def decode_attention(run: Run, K: int, N: int, H: int, shapes: list[tuple[int, i
 def xla_bskh(q: jax.Array, kv: jax.Array) -> jax.Array:
     (B, S), H = kv.shape[1:3], q.shape[-1]
     at = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    key = attention.TokenPositions(at, jnp.zeros_like(at))
-    query = attention.TokenPositions(at[:, -1:], jnp.zeros_like(at[:, -1:]))
-    return attention.reference(q, kv[0], kv[1], query, key, None, H**-0.5)
+    key = attention_reference.TokenPositions(at, jnp.zeros_like(at))
+    query = attention_reference.TokenPositions(at[:, -1:], jnp.zeros_like(at[:, -1:]))
+    return attention_reference.reference(q, kv[0], kv[1], query, key, None, H**-0.5)
 
 
 def xla_bksh(q: jax.Array, kv: jax.Array) -> jax.Array:
