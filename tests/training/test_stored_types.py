@@ -194,6 +194,7 @@ def test_the_chunk_of_logits_has_a_bound_in_tokens_and_bytes(model, monkeypatch)
     assert f"f32[2,2048,{V}]" in chunks(2, 4096)
     monkeypatch.setattr(chunked_logits, "CHUNK_BYTES", 512 * 4 * V)
     assert f"f32[2,256,{V}]" in chunks(2, 4096)
+    assert f"f32[2,200,{V}]" in chunks(2, 600)  # three equal chunks, not of 256, 256 and 88
 
 
 ALL: dict[str, Any] = {

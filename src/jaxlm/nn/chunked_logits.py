@@ -47,8 +47,8 @@ def map_chunked_logits(
 
     def map_rows(rows: tuple[Array, Array], weights: Any) -> Any:
         B, T, _ = rows[0].shape
-        size = min(T, max(1, limit // B))
-        count = -(-T // size)
+        count = -(-T // min(T, max(1, limit // B)))
+        size = -(-T // count)  # of equal size, or else the last chunk would be mostly padding
 
         def split(a: Array) -> Array:
             a = jnp.pad(a, [(0, 0), (0, count * size - T)] + [(0, 0)] * (a.ndim - 2))
