@@ -617,3 +617,13 @@ def test_files_that_huggingface_hub_downloads_itself(hub: StubHub, monkeypatch: 
     hub.requests.clear()
     resolve("org/sharded")
     assert not hub.requests
+
+
+def test_what_a_run_has_not_written_yet_is_not_searched_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    for name in ("model", "adapter"):
+        with pytest.raises(FileNotFoundError, match="written when the run has ended"):
+            hub_module.resolve(ModelSource(str(tmp_path / name)))
+    monkeypatch.chdir(tmp_path)  # in the folder of a run, hub ids are as elsewhere
+    with pytest.raises(FileNotFoundError, match="offline"):
+        hub_module.resolve(ModelSource("gpt2", offline=True))

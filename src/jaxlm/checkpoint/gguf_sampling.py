@@ -1,4 +1,4 @@
-"""The sampling parameters that a GGUF file recommends, `general.sampling.*`, as a generation_config.json.
+"""The default sampling parameters of a GGUF file (`general.sampling.*`), as fields of generation_config.json.
 
 Source: gguf-py/gguf/constants.py and common/common.cpp in ggml-org/llama.cpp, which uses them where no flag is given.
 """
@@ -34,5 +34,5 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     others = [key for key, value in found.items() if key not in COMPANIONS and NEUTRAL.get(key, "") != value]
     if others:
         names = ", ".join(f"{PREFIX}{key[:80]}" for key in others[:20])
-        _log.warning("the GGUF file recommends sampling that jaxlm does not compute: %s", names)
+        _log.warning("the GGUF file has sampling parameters that jaxlm does not support and ignores: %s", names)
     return {"do_sample": config.get("temperature") != 0, **config} if config else {}

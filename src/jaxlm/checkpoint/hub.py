@@ -67,7 +67,7 @@ def resolve(source: ModelSource) -> Path:
     path = Path(os.path.expanduser(source.name))
     if str(source.name) and path.exists():
         return _local(path, source.revision, source.format)
-    if made := _of_run(path.parent):
+    if path.name in ("model", "adapter") and (made := _of_run(path.parent)):
         raise FileNotFoundError(f"there is no {path}{made}")
     repo, meta = repo_id(source.name), source.format == "meta"
     from huggingface_hub import is_offline_mode

@@ -109,21 +109,20 @@ def heads_are_aligned(N: int, K: int) -> bool:
     return local[1] == 1 or N // local[0] == K // local[1]
 
 
-def per_device(run: Callable[..., jax.Array], arrays: Sequence[Any], letters: Sequence[str], out: str) -> jax.Array:
+def per_device(run: Callable[..., jax.Array], arrays: Sequence[Any], letters: Sequence[str]) -> jax.Array:
     """`run(*arrays)` on each device's part of the arrays, without communication; directly on a single device.
 
     For kernels, which the compiler cannot partition.
 
     Args:
         run: A function of the parts.
-        arrays: Trees of arrays, each with one set of letters.
+        arrays: Trees of arrays, each with one set of letters. The result has the shape and sharding of the first.
         letters: Letters of each.
-        out: Letters of the result, which has the shape of the first array.
     """
     if not active():
         return run(*arrays)
     specs = tuple(traced_spec(name, jax.tree.leaves(tree)[0].shape) for name, tree in zip(letters, arrays, strict=True))
-    return jax.shard_map(run, in_specs=specs, out_specs=traced_spec(out, arrays[0].shape), check_vma=False)(*arrays)
+    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def active() -> bool:

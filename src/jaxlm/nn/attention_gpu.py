@@ -81,7 +81,7 @@ def causal(
             *(q, k, v),
         )
 
-    return mesh.per_device(run, (q, k, v, tokens), ("BTNH", "BTKH", "BTKH", "BT"), "BTNH")
+    return mesh.per_device(run, (q, k, v, tokens), ("BTNH", "BTKH", "BTKH", "BT"))
 
 
 def over_cache(
@@ -117,7 +117,7 @@ def over_cache(
         return jax.lax.cond(holds_only(key, query) & _plain(query, window), first, jax.checkpoint(later), keys, values)
 
     letters = ("BTNH", "BTKH", "BTKH", "BKSH", "BKSH", "BT", "BS")
-    return mesh.per_device(run, (q, k, v, keys, values, query, key), letters, "BTNH")
+    return mesh.per_device(run, (q, k, v, keys, values, query, key), letters)
 
 
 def _plain(tokens: TokenPositions, window: int | None) -> Bool[Array, ""]:

@@ -67,7 +67,7 @@ def causal(
             *(q, k, v),
         )
 
-    return mesh.per_device(run, (q, k, v, tokens), ("BTNH", "BTKH", "BTKH", "BT"), "BTNH")
+    return mesh.per_device(run, (q, k, v, tokens), ("BTNH", "BTKH", "BTKH", "BT"))
 
 
 def over_cache(
@@ -103,7 +103,7 @@ def over_cache(
         return jax.lax.cond(plain, first, jax.checkpoint(later), keys, values)
 
     letters = ("BTNH", "BTKH", "BTKH", "BKSH", "BKSH", "BT", "BS")
-    return mesh.per_device(run, (q, k, v, keys, values, query, key), letters, "BTNH")
+    return mesh.per_device(run, (q, k, v, keys, values, query, key), letters)
 
 
 def splash(
