@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.published_configs import CONFIGS, LLAMA3_ROPE
+from helpers.published_configs import CONFIGS
 
 from jaxlm import models
 from jaxlm.nn import Rope
