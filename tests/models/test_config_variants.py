@@ -9,6 +9,7 @@ import pytest
 from helpers.published_configs import CONFIGS
 
 from jaxlm import models
+from jaxlm.bench.published import LLAMA3_ROPE
 from jaxlm.nn import Rope
 
 BASES = {
