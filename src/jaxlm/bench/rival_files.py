@@ -1,0 +1,89 @@
+"""The files that rivals read: the model's weights as a Hugging Face folder for transformers, as GGUF for llama.cpp.
+
+They are written once, to the user's cache folder, and have the dtype that the weights have here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.devices import hardware
+from jaxlm.devices.compilation_cache import cache_folder
+from jaxlm.exporting import export, sources
+from jaxlm.nn import params
+from jaxlm.processing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+Note = Callable[[str], None]
+
+
+def folder_for_transformers(model: "Model", raw: dict[str, Any] | None, note: Note) -> Path:
+    """A checkpoint folder in Hugging Face's format: that of the model, or one that is written now.
+
+    Args:
+        model: The model.
+        raw: Contents of config.json, for a model with random weights.
+        note: Called with a line for the user.
+    """
+    checkpoint = model.checkpoint
+    if checkpoint is not None and checkpoint.format == "hf" and checkpoint.adapter is None:
+        return checkpoint.folder
+    out = _place(model, raw)
+    if not out.exists():
+        _announce(model, out, "transformers", note)
+        config = raw if checkpoint is None else None
+        export(replace(model, tokenizer=None), out, dtype=model.dtype.name, config=config)
+    return out
+
+
+def gguf_for_llama_cpp(model: "Model", raw: dict[str, Any] | None, note: Note) -> Path:
+    """A GGUF file of the model with a placeholder tokenizer, because prompts are token ids and llama.cpp does not start
+    without one. The arguments are those of `folder_for_transformers`.
+
+    Raises:
+        ValueError: GGUF cannot express the config, or the vocabulary has less than 257 tokens.
+    """
+    out = _place(model, raw, ".gguf")
+    if not out.exists():
+        _announce(model, out, "llama.cpp", note)
+        export(replace(model, tokenizer=placeholder_tokenizer(model.config.V)), out, type=GGUF_TYPES[model.dtype.name])
+    return out
+
+
+def placeholder_tokenizer(vocabulary: int) -> Tokenizer:
+    """A tokenizer whose tokens are the 256 bytes and an EOS token."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocabulary < 257:
+        raise ValueError(
+            f"--against llama.cpp needs a vocabulary of at least 257 tokens, and this model has {vocabulary}"
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Fast(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|end|>"])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>"), [256])
+
+
+def _place(model: "Model", raw: dict[str, Any] | None, suffix: str = "") -> Path:
+    """The path in the cache: a readable name, and a digest of what determines the weights."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources(model.checkpoint))]
+    identity = json.dumps([stats, raw, repr(model.config), model.dtype.name], default=str)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.-]+", "-", Path(model.source).name.removesuffix(".gguf"))
+    return cache_folder() / "bench" / f"{name}-{model.dtype.name}-{digest}{suffix}"
+
+
+def _announce(model: "Model", out: Path, rival: str, note: Note) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    note(f"writing the weights for {rival}, once: {out} ({hardware.gigabytes(params.nbytes(model.weights))}) …")
