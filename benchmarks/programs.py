@@ -31,9 +31,10 @@ from published import MODELS
 
 from jaxlm import models
 from jaxlm.bench.hlo import Collective, collectives
-from jaxlm.bench.programs import Setting, decode, prefill, prefill_tokens, share, state, tpu_slice, weights
+from jaxlm.bench.programs import Setting, decode, prefill, share, state, tpu_slice, weights
 from jaxlm.devices import hardware, mesh, topology
 from jaxlm.devices.specs import BY_NAME
+from jaxlm.inference import roofline
 
 PROGRAMS = ("decode", "prefill")
 EVERY = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b")
@@ -84,7 +85,7 @@ def setting(case: Case) -> Setting:
 
 def tokens(case: Case, where: Setting) -> int:
     """Tokens per row of one call, as the engine passes them."""
-    return 1 if case.program == "decode" else prefill_tokens(where.batch, "tpu")
+    return 1 if case.program == "decode" else roofline.prefill_tokens(where.batch, "tpu")
 
 
 def compiled(case: Case, where: Setting) -> Any:

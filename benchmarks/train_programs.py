@@ -37,7 +37,8 @@ from published import MODELS
 from jaxlm import models
 from jaxlm.bench import programs
 from jaxlm.bench.hlo import Met, estimated_cycles, met, splash_products, total
-from jaxlm.bench.programs import Setting, Training, share, tpu_slice
+from jaxlm.bench.plan_training import Training
+from jaxlm.bench.programs import Setting, share, tpu_slice
 from jaxlm.devices import hardware, mesh, topology
 from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import flops, params

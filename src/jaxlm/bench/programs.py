@@ -9,19 +9,21 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.bench import gpu_targets
+from jaxlm.bench.plan_training import Training
 from jaxlm.data.packing import Batch
 from jaxlm.devices import hardware, mesh, topology
 from jaxlm.devices.specs import Spec
-from jaxlm.inference import decoding, engine
+from jaxlm.inference import decoding, engine, roofline
 from jaxlm.nn import kv_cache, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
@@ -153,11 +155,6 @@ def state(where: Setting, context: int) -> decoding.State:
     return decoding.constrain_state(jax.eval_shape(made), put)._replace(kv=cache(where, context, 1))
 
 
-def prefill_tokens(batch: int, platform: str) -> int:
-    """Tokens per row of one chunk of prefill, if all rows are prefilled together, as the engine passes them."""
-    return max(16, hardware.CHUNK[platform] // batch)
-
-
 def decode(where: Setting, context: int, platform: str, logprobs: int | None = None) -> Any:
     """The compiled decode program. logprobs: number of top log-probabilities."""
     run = partial(decoding.step, where.family, where.cfg, logprobs, hardware.STEPS[platform])
@@ -166,29 +163,11 @@ def decode(where: Setting, context: int, platform: str, logprobs: int | None = N
 
 def prefill(where: Setting, context: int, platform: str) -> Any:
     """The compiled program of one chunk of prefill for all rows."""
-    chunk = prefill_tokens(where.batch, platform)
+    chunk = roofline.prefill_tokens(where.batch, platform)
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), where.dtype), "BD")
     args = (weights(where), cache(where, context, chunk), last, ids, ids)
     return decoding.compile_program(partial(decoding.prefill, where.family, where.cfg), (1, 2), args)
-
-
-class Training(NamedTuple):
-    """What a training step depends on besides the model and the mesh.
-
-    Attributes:
-        length: Tokens per row.
-        rows: Rows per part of `data` and gradient accumulation step.
-    """
-
-    length: int
-    rows: int = 1
-    accumulate: int = 1
-    remat: str = "full"
-    optimizer: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
-    weight_dtype: str = "float32"
-    grad_dtype: str = "float32"
-    moment_dtype: str = "float32"
 
 
 class TrainingShapes(NamedTuple):
@@ -260,6 +239,30 @@ def account(program: Any) -> Account:
         found.alias_size_in_bytes,
         found.generated_code_size_in_bytes,
     )
+
+
+def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
+    """The account of a program of all layers, from programs with one and with two periods of layers.
+
+    Layers are unrolled, so that arguments and code grow by the same number of bytes with each period. Compiling the
+    whole program takes up to 20 times as long.
+
+    Args:
+        compile: Compiles the program for a setting.
+        where: The model with all its layers.
+    """
+    period = max(2, len(params.period(where.cfg.windows)))
+    if 2 * period >= where.cfg.L:
+        return account(compile(where))
+    one, two = (account(compile(with_layers(where, n * period))) for n in (1, 2))
+    rest = where.cfg.L - period
+    return Account(*(a + (b - a) * rest // period for a, b in zip(one, two)))
+
+
+def with_layers(where: Setting, L: int) -> Setting:
+    """The same setting for the first L layers of the model."""
+    own = any(field.name == "windows" for field in fields(where.cfg))  # of each layer, where families have windows
+    return where._replace(cfg=replace(where.cfg, L=L, **({"windows": where.cfg.windows[:L]} if own else {})))
 
 
 def compiled_or_refused(compile: Callable[[], Any]) -> tuple[Any, str]:

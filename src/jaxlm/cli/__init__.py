@@ -85,12 +85,17 @@ def commands() -> dict[str, type]:
     from jaxlm.cli.fuse import Fuse
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
+    from jaxlm.cli.plan import Plan
     from jaxlm.cli.tokenizer import Tokenizer
     from jaxlm.cli.train import Finetune, Train
     from jaxlm.cli.verify import Verify
 
     known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    return known | {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
+    return (
+        known
+        | {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
+        | {"plan": Plan}
+    )
 
 
 def parse(argv: list[str]) -> Any:

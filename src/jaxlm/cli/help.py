@@ -33,6 +33,7 @@ COMMANDS = {
     "Training": "train finetune fuse tokenizer",
     "Checkpoints": "info export verify",
     "Evaluation": "eval",
+    "Hardware": "plan",
 }
 
 OPTIONS = [

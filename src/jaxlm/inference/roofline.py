@@ -128,6 +128,11 @@ def prefill(of: Layout, spec: specs.Spec, rows: int, tokens: int) -> Roof:
     return Roof((read_bytes(of) + cache_bytes(of, rows, tokens)) / spec.bandwidth, flops / spec.flops, links)
 
 
+def prefill_tokens(rows: int, platform: str) -> int:
+    """Tokens per row of one chunk of prefill, if all rows are prefilled together, as the engine passes them."""
+    return max(16, hardware.CHUNK[platform] // rows)
+
+
 def head_flops(of: Layout) -> float:
     """FLOPs of the logits of one token on one device."""
     return 2 * of.cfg.D * of.cfg.V / mesh.num_shards("V", (of.cfg.V,), of.over)
