@@ -2,7 +2,6 @@
 
 import jax
 
-from jaxlm.bench import limits
 from jaxlm.devices import hardware, host_memory, specs
 
 
@@ -30,6 +29,8 @@ def devices(count: int | None = None) -> tuple[specs.Spec, int]:
         raise ValueError(
             f"{device.device_kind} does not report its memory: name a device with --device ({specs.names()})"
         )
+    from jaxlm.bench import limits
+
     rates = limits.Rates()
     rates.measure(device, "float32" if device.platform == "cpu" else "bfloat16")
     kind, platform = device.device_kind, device.platform

@@ -7,8 +7,10 @@ from jaxlm.bench import plan, plan_training
 from jaxlm.bench.sources import Shape
 from jaxlm.devices import specs
 from jaxlm.devices.hardware import gigabytes
+from jaxlm.inference import roofline
 from jaxlm.inference.roofline import Roof
 
+GPU_DEFAULT = 0.75  # the part of a GPU's memory that jax takes by default
 LABELS = {
     "weights": "weights",
     "cache": "KV cache",
@@ -72,7 +74,9 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
     """The text of a plan."""
     spec, memory = found.spec, found.memory
     devices = f"{found.count} x {spec.name}" if found.count > 1 else spec.name
-    kind = facts.get("dtype") or f"{found.how.optimizer}, weights {found.how.weight_dtype}"  # type: ignore[union-attr]
+    kind = (
+        facts["dtype"] if isinstance(found, plan.Plan) else f"{found.how.optimizer}, weights {found.how.weight_dtype}"
+    )
     yield f"{name} on {devices}, {kind}, mesh {plan.text(found.mesh)}"
     yield ""
     yield f"memory of one device ({gigabytes(int(spec.memory))}, of which {gigabytes(found.usable)} can be used)"
@@ -80,40 +84,56 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
         if nbytes:
             yield f"  {LABELS[field]:34}{gigabytes(nbytes):>10}"
     yield f"  {'total':34}{gigabytes(memory.total):>10}  {memory.total / spec.memory:.0%} of the memory"
+    if spec.platform == "gpu" and GPU_DEFAULT * spec.memory < memory.total <= found.usable:
+        setting = f"XLA_CLIENT_MEM_FRACTION={roofline.USABLE}"
+        yield f"  jax takes {GPU_DEFAULT:.0%} of a GPU's memory by default: set {setting}"
     yield ""
-    yield from generation_lines(found) if isinstance(found, plan.Plan) else training_lines(found)
-    yield f"  {'':14}Times are lower bounds, from {gigabytes(int(spec.bandwidth))}/s and {spec.flops / 1e12:,.4g} TFLOP/s ({spec.source})"
-    yield from compiled_lines(facts.get("compiled"))
+    for label, text in generation_lines(found) if isinstance(found, plan.Plan) else training_lines(found):
+        yield f"  {label:14}{text}"
+    rates = f"{spec.bandwidth / 1e9:,.4g} GB/s and {spec.flops / 1e12:,.4g} TFLOP/s"
+    yield f"  {'':14}(lower bounds, from {rates}: {spec.source})"
+    for label, text in compiled_lines(facts.get("compiled")):
+        yield f"  {label:14}{text}"
     if not found.fits:
         yield ""
-        yield f"DOES NOT FIT. {advice(found)}"
+        yield f"Does not fit. {advice(found)}"
 
 
-def generation_lines(found: plan.Plan) -> Iterator[str]:
-    step, prompt = found.decode, found.prefill
-    yield f"  {'decode':14}{_time(step.seconds)} a step of {_rows(found.batch)} with {found.context:,} tokens, at least ({step.bound})"
-    yield f"  {'':14}{1 / step.seconds:,.0f} tokens/s of one sequence, {found.tokens_per_second:,.0f} of all, at most"
-    yield f"  {'prefill':14}{_time(prompt.seconds)} for {_rows(found.batch)} of {found.context:,} tokens, at least ({prompt.bound})"
-    yield f"  {'largest':14}batch {found.max_batch:,} with {found.context:,} tokens; {found.max_context:,} tokens with batch {found.batch:,}"
+def generation_lines(found: plan.Plan) -> Iterator[tuple[str, str]]:
+    step, rows = found.decode, _rows(found.batch)
+    yield "decode", f"{_time(step.seconds)} a step of {rows} with {found.context:,} tokens, limited by {step.bound}"
+    yield "", f"{1 / step.seconds:,.0f} tokens/s of one sequence, {found.tokens_per_second:,.0f} of all"
+    prompt = found.prefill
+    yield "prefill", f"{_time(prompt.seconds)} for {rows} of {found.context:,} tokens, limited by {prompt.bound}"
+    if found.fits:
+        yield "largest", f"batch {found.max_batch:,} with {found.context:,} tokens each"
+        yield "", f"{found.max_context:,} tokens each with batch {found.batch:,}"
 
 
-def training_lines(found: plan_training.Plan) -> Iterator[str]:
+def training_lines(found: plan_training.Plan) -> Iterator[tuple[str, str]]:
     how = found.how
     parts = f"{how.accumulate} x " if how.accumulate > 1 else ""
-    yield f"  {'step':14}{_time(found.step.seconds)} for {found.tokens:,} tokens ({parts}{how.rows} x {how.length:,} per part of data), at least ({found.step.bound})"
-    yield f"  {'':14}{found.tokens / found.step.seconds:,.0f} tokens/s and MFU {found.mfu:.0%}, at most"
-    yield f"  {'largest':14}{_rows(found.max_rows)} of {how.length:,} tokens per part of data; {found.max_length:,} tokens with {_rows(how.rows)}"
+    each = f"{parts}{_rows(how.rows)} of {how.length:,} tokens per part of data"
+    yield "step", f"{_time(found.step.seconds)} for {found.tokens:,} tokens ({each}), limited by {found.step.bound}"
+    yield "", f"{found.tokens / found.step.seconds:,.0f} tokens/s, MFU {found.mfu:.0%}"
+    if found.fits:
+        yield "largest", f"{_rows(found.max_rows)} of {how.length:,} tokens per part of data"
+        yield "", f"{found.max_length:,} tokens each with {_rows(how.rows)} per part of data"
 
 
-def compiled_lines(compiled: dict[str, Any] | None) -> Iterator[str]:
+def compiled_lines(compiled: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     for name, program in (compiled or {}).items():
+        label = "compiled"
         if "refused" in program:
-            yield f"  {name:14}the compiler refuses it: {program['refused']}"
+            yield label, f"{name}: the compiler refuses it: {program['refused']}"
             continue
-        ratio = program["predicted"] / program["total"] - 1
-        yield f"  {name + ' compiled':20}{gigabytes(program['total'])} of one device; arithmetic {gigabytes(program['predicted'])} ({ratio:+.1%})"
+        ratio, total = program["predicted"] / program["total"] - 1, gigabytes(program["total"])
+        yield (
+            label,
+            f"{name}: {total} of one device; the arithmetic says {gigabytes(program['predicted'])} ({ratio:+.1%})",
+        )
         if program.get("seconds"):
-            yield f"  {'':20}{_time(program['seconds'])} by the compiler's estimate"
+            yield "", f"{_time(program['seconds'])} a step by the compiler's estimate"
 
 
 def advice(found: plan.Plan | plan_training.Plan) -> str:

@@ -1,7 +1,7 @@
 """`jaxlm plan --train`: memory of a training step on one device, and the time that the devices need at least.
 
-Bytes of weights, optimizer state and gradients are exact. Activations are an estimate, calibrated on programs of the TPU
-compiler (docs/scaling.md has the comparison).
+Bytes of weights, optimizer state and gradients are exact. Activations are an estimate, calibrated on programs of the
+TPU compiler (docs/scaling.md has the comparison).
 """
 
 import math

@@ -58,8 +58,12 @@ class Plan(ModelFlags):
         from jaxlm.bench import local, sources
         from jaxlm.devices import specs, topology
 
-        if self.device is None and not self.compile:
+        if self.device is None:
             set_up_process()
+        else:  # the devices of this machine are not used
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
         spec, count = specs.parse(self.device, self.chips) if self.device else local.devices(self.chips)
         shape = sources.find(self.source(self.name))
         sizes = topology.parse(self.mesh) if self.mesh else None
@@ -101,7 +105,7 @@ class Plan(ModelFlags):
         names = ("accumulate", "remat", "optimizer", "weight_dtype", "grad_dtype", "moment_dtype")
         how = plan_training.Training(self.context, **{name: getattr(self, name) for name in names})
         if sizes:
-            sizes = plan.check_mesh(shape.config, count, sizes, {"data": count, "model": 1})
+            sizes = plan.check_mesh(count, sizes, {"data": count, "model": 1})
         batch = self.batch if self.batch is not None else (sizes or {"data": count})["data"] * self.accumulate
         found = plan_training.plan(shape.family, shape.config, spec, count, batch, how, sizes)
         facts = plan_text.training_facts(shape, found)
