@@ -106,7 +106,7 @@ def _fill(path: Path, out: np.ndarray, at: int) -> None:
     """Reads a part of a file."""
     with open(path, "rb", buffering=0) as file:
         file.seek(at)
-        view = memoryview(out)
+        view = memoryview(out.data)
         while view and (got := file.readinto(view)):
             view = view[got:]
     if view:

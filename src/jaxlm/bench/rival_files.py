@@ -6,12 +6,15 @@ They are written once, to the user's cache folder, and have the dtype that the w
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.devices import hardware
+from jaxlm.bench import rivals
+from jaxlm.bench.cases import Case
+from jaxlm.devices import hardware, host_memory
 from jaxlm.devices.compilation_cache import cache_folder
 from jaxlm.exporting import export, sources
 from jaxlm.nn import params
@@ -87,3 +90,54 @@ def _place(model: "Model", raw: dict[str, Any] | None, suffix: str = "") -> Path
 def _announce(model: "Model", out: Path, rival: str, note: Note) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     note(f"writing the weights for {rival}, once: {out} ({hardware.gigabytes(params.nbytes(model.weights))}) …")
+
+
+def start_rivals(
+    names: Sequence[str], model: "Model", raw: dict[str, Any] | None, cases: Sequence[Case], note: Note
+) -> list[rivals.Rival]:
+    """Starts the contestants of these rivals. Those whose weights do not fit in memory are left out, with a note.
+
+    Args:
+        names: Keys of rivals.PACKAGES.
+        model: The model.
+        raw: Contents of config.json, for a model with random weights.
+        cases: What they will run.
+        note: Called with a line for the user.
+
+    Raises:
+        ValueError: A rival cannot run the model.
+    """
+    started: list[rivals.Rival] = []
+    count, platform = params.count(model.family.PARAMS, model.config), model.device.platform
+    starts: list[tuple[str, int, Callable[[], rivals.Rival]]] = []
+    if "transformers" in names:
+        folder = folder_for_transformers(model, raw, note)
+        for name, (dtype, _) in rivals.TRANSFORMERS.items():
+            start = partial(rivals.start_transformers, name, folder, platform)
+            starts.append((name, count * (4 if dtype == "float32" else 2), start))
+    if "llama.cpp" in names:
+        file = gguf_for_llama_cpp(model, raw, note)
+        slots = max(case.batch for case in cases)
+        context = max(case.prompt_tokens + case.max_tokens for case in cases) + 16
+        start = partial(rivals.start_llama_cpp, file, model.dtype.name, slots, context)
+        starts.append(("llama.cpp", params.nbytes(model.weights), start))
+        if platform != "cpu":
+            note("llama.cpp: the package xllamacpp may compute on the CPU, while jaxlm uses the accelerator")
+    try:
+        for name, nbytes, start in starts:
+            free = host_memory.available()
+            if free is not None and nbytes > free:
+                note(f"{name} is left out: it needs {hardware.gigabytes(nbytes)}, {hardware.gigabytes(free)} are free")
+                continue
+            note(f"starting {name} …")
+            started.append(start())
+    except BaseException:
+        close_all(started)
+        raise
+    return started
+
+
+def close_all(started: Sequence[rivals.Rival]) -> None:
+    """Ends the processes of rivals."""
+    for rival in started:
+        rival.close()

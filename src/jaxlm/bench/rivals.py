@@ -5,6 +5,7 @@ The process loads the model and writes one JSON line. Then it answers each line 
 standard input does.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -60,7 +61,7 @@ class Rival:
             ValueError: The process ends; the message has the last line of its stderr.
         """
         self.name = name
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  `close` closes it
         command = [sys.executable, "-m", "jaxlm.bench.rivals", *arguments]
         # In a session of its own, so that Ctrl-C does not reach it.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
@@ -120,7 +121,7 @@ def serve_transformers(folder: str, dtype: str, is_compiled: str, platform: str)
     model = model.to(device).eval()
     static: dict[str, Any] = {}
     if is_compiled == "1":
-        how = transformers.CompileConfig()
+        how: Any = transformers.CompileConfig()
         how._compile_all_devices = True  # otherwise `generate` compiles on GPU only
         static = {"cache_implementation": "static", "compile_config": how}
 
@@ -155,8 +156,7 @@ def serve_transformers(folder: str, dtype: str, is_compiled: str, platform: str)
 def serve_llama_cpp(file: str, slots: str, context: str) -> Run:
     """Requests are made within the process. The server listens on the loopback address only. Tokens that are in the KV
     cache before a case begins come from an earlier request with the same beginning."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel, params.warmup = int(context) * int(slots), int(slots), True

@@ -1,9 +1,10 @@
-"""Training steps, timed: the step of `jaxlm train` on rows of random tokens. Speed does not depend on their contents."""
+"""Training steps, timed: the step of `jaxlm train` on rows of random tokens. Their contents do not change the speed."""
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -64,11 +65,12 @@ class TrainSession:
     """The measurements of training a model. `rows` and `rates` hold what was measured so far.
 
     Attributes:
-        model: The model. Its weights are copied, not changed.
+        model: The model. `run` frees its weights, which the state of the training step replaces.
         cases: Pairs of batch size and row length.
         steps: Timed steps of each case.
         method: "full" trains all weights in float32, "lora" an adapter on all matrices of the layers.
         rank: Rank of the adapter.
+        dtype: The dtype of activations and products. Default: what `jaxlm train --dtype auto` chooses.
     """
 
     model: "Model"
@@ -76,13 +78,9 @@ class TrainSession:
     steps: int
     method: str = "full"
     rank: int = LoraOptions.rank
+    dtype: str = ""
     rows: list[TrainRow] = field(default_factory=list)
     rates: limits.Rates = field(default_factory=limits.Rates)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of activations and products: what `jaxlm train --dtype auto` chooses."""
-        return "float32" if self.model.device.platform == "cpu" else "bfloat16"
 
     def run(self, progress: Callable[[str, float | None], None]) -> None:
         """Measures all cases.
@@ -95,13 +93,14 @@ class TrainSession:
             if length > model.config.context:
                 raise ValueError(f"rows of {length:,} tokens exceed the context length of {model.source}, "
                                  f"{model.config.context:,}: choose a smaller -p")  # fmt: skip
-        self.rates.devices = limits.devices_of(model)
+        self.rates.devices, device, where = limits.devices_of(model), model.device, model.mesh or model.device
         state, frozen, take, size = self._prepare()
+        self.model = model = replace(model, weights={})
         for batch, length in self.cases:
             progress(f"batch {batch}, {length} tokens: compiling", None)
             operations = flops.training(model.family.PARAMS, model.config, length, size) * batch * length
             row = TrainRow(batch, length, operations)
-            rows = self._batch(batch, length)
+            rows = self._batch(batch, length, where)
             memory_use.reset_peak()
             begin = time.perf_counter()
             with mesh.use_mesh_of(state.weights):
@@ -116,12 +115,13 @@ class TrainSession:
                 jax.block_until_ready((state, metrics))
                 if number:
                     row.seconds.append(time.perf_counter() - begin)
-                    row.peak_memory = memory_use.peak(model.device)
-            self.rates.measure(model.device, self.dtype)
+                    row.peak_memory = memory_use.peak(device)
+            self.rates.measure(device, self.dtype)
 
     def _prepare(self) -> tuple[step.State, Any, Any, int | None]:
         """The first state, the frozen weights of an adapter, the jitted step, and the size of the adapter."""
         model, of = self.model, Optimizer()
+        self.dtype = self.dtype or ("float32" if model.device.platform == "cpu" else "bfloat16")
         family, cfg = model.family, model.config
         period = len(params.period(cfg.windows))
         base, frozen, size = params.stack(model.weights, period), None, None
@@ -139,11 +139,15 @@ class TrainSession:
         tx = optimizers.make_optimizer(of, self.steps + 1, params.letters(family.PARAMS, weights))
         remat = "dots" if model.device.platform == "cpu" else "none"  # what --remat auto chooses
         take = jax.jit(step.make_step(family, cfg, tx, dtype=jnp.dtype(self.dtype), remat=remat), donate_argnums=0)
-        return jax.jit(lambda w: step.init_state(tx, w))(weights), frozen, take, size
+        init = partial(step.init_state, tx)
+        shapes = jax.eval_shape(init, weights)
+        one = jax.sharding.SingleDeviceSharding(model.device)
+        over = model.mesh and step.state_shardings(tx, shapes, model.mesh, family.PARAMS)
+        return jax.jit(init, out_shardings=over or one)(weights), frozen, take, size
 
-    def _batch(self, batch: int, length: int) -> Batch:
+    def _batch(self, batch: int, length: int, where: Any) -> Batch:
         tokens = np.random.default_rng(0).integers(0, self.model.config.V, (batch, length + 1)).astype(np.int32)
         pos = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
         arrays = Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((batch, length), bool))
-        where = self.model.mesh or self.model.device
-        return Batch(*(mesh.place(a, "BT", where) for a in arrays))
+        placed: Any = [mesh.place(a, "BT", where) for a in arrays]
+        return Batch(*placed)

@@ -79,6 +79,7 @@ def end(command: Any, text: str, status: int) -> int:
 
 def commands() -> dict[str, type]:
     """The commands by name."""
+    from jaxlm.cli.bench import Bench
     from jaxlm.cli.chat import Chat
     from jaxlm.cli.eval import Eval
     from jaxlm.cli.export import Export
@@ -91,11 +92,8 @@ def commands() -> dict[str, type]:
     from jaxlm.cli.verify import Verify
 
     known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    return (
-        known
-        | {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
-        | {"plan": Plan}
-    )
+    known |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
+    return known | {"bench": Bench, "plan": Plan}
 
 
 def parse(argv: list[str]) -> Any:

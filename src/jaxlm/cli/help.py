@@ -33,7 +33,7 @@ COMMANDS = {
     "Training": "train finetune fuse tokenizer",
     "Checkpoints": "info export verify",
     "Evaluation": "eval",
-    "Hardware": "plan",
+    "Hardware": "plan bench",
 }
 
 OPTIONS = [
@@ -100,6 +100,12 @@ GROUPS: dict[str, dict[str, list[str]]] = {
                   "completion_field", "on_bad", "split"],
         "Tasks": ["tasks", "tasks_folder", "shots", "limit", "chat"],
         "Model": MODEL, "Output": ["json"], "Distributed": DISTRIBUTED,
+    },
+    "bench": {
+        "Cases": ["prompt", "gen", "depth", "batch", "repetitions", "random_weights"],
+        "Comparison": ["against"],
+        "Training": ["method", "rank"],
+        "Output": ["json", "plot"], "Model": MODEL, "Distributed": DISTRIBUTED,
     },
     "tokenizer": {
         "Data": ["text_field", "split", "config", "offline"],
@@ -176,6 +182,13 @@ EXAMPLES: dict[str, list[str]] = {
         "jaxlm eval -m Qwen/Qwen3-0.6B wikitext --length 2048 --stride 512 --json",
         "jaxlm eval -m Qwen/Qwen3-0.6B --adapter run/adapter chats.jsonl",
         "jaxlm eval -m Qwen/Qwen3-0.6B --tasks hellaswag,gsm8k --shots 5 --limit 100",
+    ],
+    "bench": [
+        "jaxlm bench Qwen/Qwen3-0.6B -p 512 -n 128 -d 0,4096 -b 1,8",
+        "jaxlm bench --random-weights qwen3-4b --plot speed.png",
+        "jaxlm bench Qwen/Qwen3-0.6B --against transformers,llama.cpp",
+        "jaxlm bench train Qwen/Qwen3-0.6B -p 512 -b 8 --method lora",
+        "jaxlm bench load Qwen/Qwen3-0.6B",
     ],
     "tokenizer": [
         "jaxlm tokenizer train 'texts/*.txt' --out tok --vocab-size 8192",

@@ -1,0 +1,258 @@
+"""`jaxlm bench`: the speed of prefill and decoding, of training steps and of loading, beside the limits of the device
+and beside other implementations."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from jaxlm.checkpoint.errors import explain_missing_package
+from jaxlm.cli.common import ModelFlags, compiling, note, print_json
+from jaxlm.cli.errors import usage
+
+if TYPE_CHECKING:
+    from jaxlm.bench.measure import Session
+    from jaxlm.model import Model
+
+RIVALS = ("transformers", "llama.cpp")
+# Flags that not every mode has, with the modes that have them.
+MODES = {"gen": ("generation",), "depth": ("generation",), "against": ("generation",), "plot": ("generation",),
+         "method": ("train",), "rank": ("train",), "prompt": ("generation", "train"),
+         "batch": ("generation", "train"), "random_weights": ("generation", "train")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench(ModelFlags):
+    """Measure the speed of a model: prefill and decoding, training steps (train) or loading (load).
+
+    Each line states the limit, which follows from bytes or FLOPs and from the rates of the device measured in the same
+    run, and the fraction of it that is reached. Lists are separated by commas.
+    """
+
+    action: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[train|load]")]] = None
+    """Measure training steps or loading, instead of prefill and decoding."""
+    name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
+    """Hub id, folder or .gguf file; same as -m."""
+    random_weights: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    """Measure random weights, without a download: the name of a published model (qwen3-0.6b) or a config.json."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="N,N")] = None
+    """Prompt lengths in tokens; with train, row lengths. Default: 512."""
+    gen: Annotated[str | None, tyro.conf.arg(aliases=["-n"], metavar="N,N")] = None
+    """Numbers of tokens to generate. Default: 128."""
+    depth: Annotated[str | None, tyro.conf.arg(aliases=["-d"], metavar="N,N")] = None
+    """Numbers of tokens that are in the KV cache before. Default: 0."""
+    batch: Annotated[str | None, tyro.conf.arg(aliases=["-b"], metavar="N,N")] = None
+    """Batch sizes. Default: 1; with train, 8."""
+    repetitions: Annotated[int, tyro.conf.arg(aliases=["-r"])] = 5
+    """How often to measure each case; with train, the number of steps."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
+    """Rivals to measure in the same run: transformers, llama.cpp. They need the extra jaxlm[bench]."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """File for a plot of the decoding speed by context and batch size."""
+    method: Literal["full", "lora"] = "full"
+    """With train: train all weights (full) or a LoRA adapter (lora)."""
+    rank: int = 16
+    """With train: rank of the LoRA adapter."""
+    json: bool = False
+    """Print one JSON object."""
+
+    memory_hint = "a smaller -b, shorter -p, -n and -d, --dtype bfloat16 or a smaller model"
+
+    def run(self) -> int:
+        mode, name = self._mode()
+        self._check(mode, name)
+        if not self.is_single_process:
+            raise ValueError("bench runs in a single process: start it without --num-processes or a launcher")
+        if "transformers" in self._rivals() and "JAX_PLATFORMS" not in os.environ:
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need the memory of a GPU
+        return {"generation": self._run_generation, "train": self._run_train, "load": self._run_load}[mode](name)
+
+    def _mode(self) -> tuple[str, str | None]:
+        """What to measure, and the name of the model."""
+        if self.action in ("train", "load"):
+            return self.action, self.name or self.model
+        if self.name is not None:
+            usage(f"unexpected argument {self.name!r}. Usage: jaxlm bench [train|load] MODEL [flags]")
+        return "generation", self.action or self.model
+
+    def _check(self, mode: str, name: str | None) -> None:
+        """Exits with status 2 for wrong flags."""
+        if (name is None) == (self.random_weights is None) or (name is not None and self.model not in (None, name)):
+            usage("pass one model: a hub id, a folder, a .gguf file or --random-weights NAME (jaxlm bench --help)")
+        for field, modes in MODES.items():
+            if mode not in modes and getattr(self, field) != getattr(Bench, field):
+                usage(f"--{field.replace('_', '-')} does not apply to {mode} (jaxlm bench --help)")
+        if self.repetitions < 1 or self.rank < 1:
+            flag, value = ("-r", self.repetitions) if self.repetitions < 1 else ("--rank", self.rank)
+            usage(f"{flag} is {value}, but must be at least 1 (jaxlm bench --help)")
+        for flag, text in (("-p", self.prompt), ("-n", self.gen), ("-b", self.batch), ("-d", self.depth)):
+            integers(flag, text or "1")
+        for rival in self._rivals():
+            if rival not in RIVALS:
+                usage(f"--against must be some of {', '.join(RIVALS)}, not {rival!r} (jaxlm bench --help)")
+        if self.plot is not None and (self.plot.suffix != ".png" or not self.plot.absolute().parent.is_dir()):
+            usage(f"--plot {self.plot} must be a name that ends in .png, in a folder that exists")
+
+    def _rivals(self) -> list[str]:
+        return list(dict.fromkeys(rival.strip() for rival in (self.against or "").split(",") if rival.strip()))
+
+    def _load(self, name: str | None) -> tuple["Model", dict[str, Any] | None]:
+        """The model, and the config.json of one with random weights."""
+        if name is not None:
+            return replace(self, model=name).load(), None
+        self.begin()
+        from jaxlm.bench.random_model import random_model
+        from jaxlm.inference.decoding import on_compile
+
+        note("making random weights …")
+        on_compile.set(compiling)
+        return random_model(str(self.random_weights), self.dtype, self.mesh)
+
+    def _run_generation(self, name: str | None) -> int:
+        self.begin()
+        from jaxlm.bench import plots, rivals
+        from jaxlm.bench.cases import Case
+        from jaxlm.bench.measure import Jaxlm, Session
+        from jaxlm.bench.rival_files import close_all, start_rivals
+
+        rivals.require(self._rivals())
+        if self.plot is not None:
+            plots.require_plots()
+        lists = {flag: integers(flag, text) for flag, text in
+                 (("-p", self.prompt or "512"), ("-n", self.gen or "128"), ("-d", self.depth or "0"),
+                  ("-b", self.batch or "1"))}  # fmt: skip
+        cases = [
+            Case(kind, tokens, depth, batch)
+            for depth in lists["-d"]
+            for batch in lists["-b"]
+            for kind, flag in (("prefill", "-p"), ("decode", "-n"))
+            for tokens in lists[flag]
+        ]
+        model, raw = self._load(name)
+        session = Session(model, cases, self.repetitions)
+        with own_flags():
+            for case in cases:
+                Jaxlm(model).check(case)
+        session.rivals = started = start_rivals(self._rivals(), model, raw, cases, note)
+        try:
+            with progress_line() as progress:
+                session.run(progress)
+        finally:  # after an interrupt too: what was measured
+            close_all(started)
+            self._show_generation(session)
+        return 0
+
+    def _show_generation(self, session: "Session") -> None:
+        from jaxlm.bench import plots, tables
+
+        names = self._rivals()
+        found = tables.records(session, names)
+        if not found:
+            return
+        environment = tables.environment(names)
+        lines = [tables.model_line(session.model), *tables.environment_lines(environment, session.rates)]
+        self._show(
+            lines, tables.generation_table(found, names), session.model.source, environment, session.rates, found
+        )
+        if self.plot is not None and any(r["kind"] == "decode" for r in found):
+            title = f"Decoding, {Path(session.model.source).name}, {session.model.dtype.name}"
+            plots.plot_decoding(found, names, self.plot, f"{title}\n{environment['device']}")
+            note(f"plot: {self.plot}")
+
+    def _run_train(self, name: str | None) -> int:
+        with explain_missing_package("bench train", "jaxlm[train]"):
+            import optax  # noqa: F401  (fails before the model is loaded)
+        self.begin()
+        import jax
+
+        mesh = self.mesh or (f"data={jax.device_count()}" if jax.device_count() > 1 else None)
+        from jaxlm.bench import tables
+        from jaxlm.bench.train_step import TrainSession
+
+        lengths, batches = integers("-p", self.prompt or "512"), integers("-b", self.batch or "8")
+        cases = [(batch, length) for length in lengths for batch in batches]
+        model, _ = replace(self, mesh=mesh)._load(name)
+        source, line = model.source, tables.model_line(model)
+        session = TrainSession(model, cases, self.repetitions, self.method, self.rank)
+        del model  # the session frees its weights
+        try:
+            with progress_line() as progress:
+                session.run(progress)
+        finally:
+            if found := tables.train_records(session):
+                environment = tables.environment()
+                trained = "all weights" if self.method == "full" else f"a LoRA adapter of rank {self.rank}"
+                lines = [f"{line}; {trained}, computed in {session.dtype}"]
+                lines += tables.environment_lines(environment, session.rates)
+                self._show(lines, tables.train_table(found), source, environment, session.rates, found)
+        return 0
+
+    def _run_load(self, name: str | None) -> int:
+        self.begin()
+        from jaxlm.bench import tables
+        from jaxlm.bench.load_time import LoadSession
+
+        session = LoadSession(self.source(name), {"dtype": self.dtype, "mesh": self.mesh}, self.repetitions)
+        try:
+            with progress_line() as progress:
+                session.run(progress)
+        finally:
+            if found := tables.load_records(session):
+                environment = tables.environment()
+                lines = [f"- {name}", *tables.environment_lines(environment)]
+                self._show(lines, tables.load_table(found), str(name), environment, None, found)
+        return 0
+
+    def _show(self, lines: list[str], table: str, model: str, environment: Any, rates: Any, found: Any) -> None:
+        """Prints the result on stdout."""
+        if self.json:
+            measured = rates and {"read_bytes_per_second": rates.read, "matmul_flops_per_second": rates.matmul,
+                                  "matmul_dtype": rates.matmul_dtype, "devices": rates.devices}  # fmt: skip
+            print_json({"model": model, "environment": environment, "rates": measured, "results": found}, indent=2)
+        else:
+            print("\n".join([*lines, "", table]), flush=True)
+
+
+def integers(flag: str, text: str) -> list[int]:
+    """The numbers of a list such as 1,8,32. Exits with status 2 if it is none, or has one below 1 (below 0 for -d)."""
+    least = 0 if flag == "-d" else 1
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        usage(f"{flag} takes whole numbers separated by commas, not {text!r} (jaxlm bench --help)")
+    if min(found) < least:
+        usage(f"{flag} is {text}, but must be at least {least} (jaxlm bench --help)")
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def own_flags() -> Iterator[None]:
+    """Names the flags of this command in messages that name those of `jaxlm generate`."""
+    try:
+        yield
+    except (ValueError, MemoryError) as error:
+        text = str(error).replace("--batch-size", "-b").replace("--max-tokens", "-n")
+        raise type(error)(text) from error
+
+
+@contextmanager
+def progress_line() -> Iterator[Any]:
+    """Yields a function that shows on stderr what runs now and how long all may take: one line of a terminal, else a
+    line each."""
+    on_terminal = sys.stderr.isatty()
+
+    def show(text: str, seconds: float | None) -> None:
+        left = "" if seconds is None else f", about {seconds:.0f} s left"
+        line = f"\r\033[K\033[2m{text}{left}\033[0m" if on_terminal else f"{text}{left}\n"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
