@@ -1,12 +1,15 @@
 """Loading a checkpoint, timed, and compared with a plain reader of the same files with as many threads."""
 
+import json
 import os
+import pickle
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +32,45 @@ class LoadSession:
         source: What `jaxlm.load` takes.
         options: Options of `jaxlm.load`: dtype, mesh.
         rounds: How often to load.
-        files: The weight files.
+        files: Number of weight files.
         file_bytes: Their size.
         weight_bytes: Bytes of the loaded weights.
-        load_seconds, read_seconds: Time of `jaxlm.load`, and of the plain reader.
+        load_seconds, read_seconds: Time of `jaxlm.load` without imports, and of the plain reader.
         peak_memory: The most bytes in use during a load, above what was in use before; None where it is not known.
+        took: Time of the last process.
     """
 
     source: Any
     options: dict[str, Any]
     rounds: int
-    files: list[Path] = field(default_factory=list)
+    files: int = 0
     file_bytes: int = 0
     weight_bytes: int = 0
     load_seconds: list[float] = field(default_factory=list)
     read_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
+    took: float = 0.0
 
     def run(self, progress: Callable[[str, float | None], None]) -> None:
-        """Loads and reads in turn. The first load, which imports and compiles, is not counted."""
-        for number in range(self.rounds + 1):
-            took = sum(self.load_seconds[-1:] + self.read_seconds[-1:])
-            left = (self.rounds - number + 1) * took or None
-            progress(f"round {number} of {self.rounds}: reading and loading" if number else "first load", left)
-            read = self._read() if number else 0.0
-            memory_use.reset_peak()
-            before, begin = memory_use.resident(), time.perf_counter()
-            model = loading.load(self.source, progress=False, **self.options)
-            jax.block_until_ready(model.weights)
-            seconds = time.perf_counter() - begin
-            peak = memory_use.peak(model.device)
-            if number:
-                self.load_seconds.append(seconds)
-                self.read_seconds.append(read)
-                if peak is not None and before is not None and model.device.platform == "cpu":
-                    self.peak_memory = max(self.peak_memory or 0, peak - before)
-            elif model.checkpoint is not None:
-                tensors = [tensor for _, tensor in model.checkpoint.tensors.pairs]
-                parts = [part for tensor in tensors for part in getattr(tensor, "parts", (tensor,))]
-                self.files = sorted({part.file for part in parts})
-                self.file_bytes = sum(path.stat().st_size for path in self.files)
-                self.weight_bytes = params.nbytes(model.weights)
-            del model
+        """Reads and loads, each round in a fresh process. Round 0 brings the files into the page cache and does not
+        count.
 
-    def _read(self) -> float:
-        """Seconds of reading all files into fresh memory: the least that a load does."""
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(READERS) as pool:
-            jobs = []
-            for path in self.files:
-                size = path.stat().st_size
-                buffer = np.empty(size, np.uint8)
-                jobs += [pool.submit(partial(_fill, path, buffer[at : at + BLOCK], at)) for at in range(0, size, BLOCK)]
-            for job in jobs:
-                job.result()
-        return time.perf_counter() - begin
+        Raises:
+            ValueError: A load fails; the message has the reason.
+            OSError: The model does not exist, or cannot be downloaded.
+        """
+        loading.resolve(self.source)  # downloads it
+        for number in range(self.rounds + 1):
+            left = (self.rounds - number + 1) * self.took or None
+            progress(f"round {number} of {self.rounds}: a fresh process reads and loads", left)
+            begin = time.perf_counter()
+            found = in_fresh_process(self.source, self.options)
+            self.took = time.perf_counter() - begin
+            self.files, self.file_bytes, self.weight_bytes = found["files"], found["file_bytes"], found["weight_bytes"]
+            if number:
+                self.load_seconds.append(found["load"])
+                self.read_seconds.append(found["read"])
+                self.peak_memory = max(self.peak_memory or 0, found["memory"] or 0) or None
 
     @property
     def speed(self) -> float:
@@ -102,6 +89,57 @@ class LoadSession:
         return self.file_bytes / min(self.read_seconds)
 
 
+def in_fresh_process(source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What `load_once` returns in a process that has loaded nothing. Raises ValueError with its last line of stderr."""
+    # In a session of its own, so that Ctrl-C reaches this process alone.
+    with subprocess.Popen([sys.executable, "-m", "jaxlm.bench.load_time"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:  # fmt: skip
+        try:
+            out, errors = child.communicate(pickle.dumps((source, options)))
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        lines = errors.decode(errors="replace").strip().splitlines()
+        raise ValueError(lines[-1] if lines else f"loading ended with status {child.returncode}")
+    return json.loads(out.splitlines()[-1])
+
+
+def load_once(source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Reads and loads once: seconds, bytes and memory."""
+    resolved = loading.resolve(source)  # imports what a load imports
+    tensors = [tensor for _, tensor in resolved.checkpoint.tensors.pairs]
+    files = sorted({part.file for tensor in tensors for part in getattr(tensor, "parts", (tensor,))})
+    device = jax.local_devices()[0]
+    jax.block_until_ready(jax.device_put(np.zeros(1), device))
+    read = read_files(files)
+    memory_use.reset_peak()
+    before, begin = memory_use.resident(), time.perf_counter()
+    model = loading.load(source, progress=False, **options)
+    jax.block_until_ready(model.weights)
+    seconds = time.perf_counter() - begin
+    peak = memory_use.peak(device) if device.platform == "cpu" else None
+    return {
+        "load": seconds, "read": read, "files": len(files), "weight_bytes": params.nbytes(model.weights),
+        "file_bytes": sum(path.stat().st_size for path in files),
+        "memory": None if peak is None or before is None else peak - before,
+    }  # fmt: skip
+
+
+def read_files(files: list[Path]) -> float:
+    """Seconds of reading all files into fresh memory: the least that a load does."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        jobs = []
+        for path in files:
+            buffer = np.empty(path.stat().st_size, np.uint8)
+            for at in range(0, buffer.size, BLOCK):
+                jobs.append(pool.submit(_fill, path, buffer[at : at + BLOCK], at))
+        for job in jobs:
+            job.result()
+    return time.perf_counter() - begin
+
+
 def _fill(path: Path, out: np.ndarray, at: int) -> None:
     """Reads a part of a file."""
     with open(path, "rb", buffering=0) as file:
@@ -111,3 +149,7 @@ def _fill(path: Path, out: np.ndarray, at: int) -> None:
             view = view[got:]
     if view:
         raise OSError(f"{path} became shorter while it was read (at {at} of {os.path.getsize(path)} bytes)")
+
+
+if __name__ == "__main__":
+    print(json.dumps(load_once(*pickle.load(sys.stdin.buffer))))

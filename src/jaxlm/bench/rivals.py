@@ -66,7 +66,11 @@ class Rival:
         # In a session of its own, so that Ctrl-C does not reach it.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                                         text=True, start_new_session=True)  # fmt: skip
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, case: Case, prompts: list[list[int]]) -> Sample | None:
         assert self.process.stdin is not None

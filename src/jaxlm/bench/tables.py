@@ -138,22 +138,22 @@ def records(session: Session, rivals: Sequence[str]) -> list[dict[str, Any]]:
 
 def generation_table(found: Sequence[dict[str, Any]], rivals: Sequence[str]) -> str:
     """The records as a Markdown table."""
-    columns = ["test", "batch", "tokens/s", "±", "first token, ms", "inter-token p50, ms", "p99, ms", "limit, tokens/s",
-               "bound", "of limit", "compile, s", "memory"]  # fmt: skip
-    columns += [text for name in rivals for text in (f"{name}, tokens/s", f"vs. {name}")]
+    columns = ["test", "batch", "tokens/s", "first token, ms", "inter-token p50, ms", "p99, ms", "limit, tokens/s",
+               "of limit", "compile, s", "memory"]  # fmt: skip
+    columns += [f"{name}, ratio" for name in rivals]
     rows = []
     for r in found:
         memory = r["peak_memory_bytes"]
         cells = [
-            r["test"], str(r["batch"]), number(r["tokens_per_second"]), number(r["deviation"]),
+            r["test"], str(r["batch"]), with_deviation(r["tokens_per_second"], r["deviation"]),
             number(r["first_token_ms"]), number(r["inter_token_p50_ms"]), number(r["inter_token_p99_ms"]),
-            number(r["limit_tokens_per_second"]), r["bound"], f"{r['fraction_of_limit']:.0%}",
+            f"{number(r['limit_tokens_per_second'])} ({r['bound']})", f"{r['fraction_of_limit']:.0%}",
             f"{r['compile_seconds']:.1f}", "" if memory is None else gigabytes(memory),
         ]  # fmt: skip
         for name in rivals:
             best = r[name]
             kind = best["contestant"].removeprefix(name).strip() if best else ""
-            cells += [f"{number(best['tokens_per_second'])} ({kind})", f"{best['ratio']:.2f} x"] if best else ["", ""]
+            cells.append(f"{number(best['tokens_per_second'])} ({kind}), {best['ratio']:.2f} x" if best else "")
         rows.append(cells)
     return markdown(columns, rows)
 
@@ -163,6 +163,12 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def with_deviation(mean: float, deviation: float) -> str:
+    """A mean and its standard deviation, with the same number of decimals."""
+    decimals = 0 if mean >= 100 else 1 if mean >= 10 else 2
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
 
 
 # Training and loading
@@ -186,11 +192,11 @@ def train_records(session: TrainSession) -> list[dict[str, Any]]:
 
 def train_table(found: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
-    columns = ["test", "batch", "tokens/s", "±", "s per step", "GFLOP per step", "limit, tokens/s", "MFU", "compile, s",
+    columns = ["test", "batch", "tokens/s", "s per step", "GFLOP per step", "limit, tokens/s", "MFU", "compile, s",
                "memory"]  # fmt: skip
     rows = [
         [
-            r["test"], str(r["batch"]), number(r["tokens_per_second"]), number(r["deviation"]),
+            r["test"], str(r["batch"]), with_deviation(r["tokens_per_second"], r["deviation"]),
             number(r["seconds_per_step"]), number(r["flops_per_step"] / 1e9), number(r["limit_tokens_per_second"]),
             f"{r['mfu']:.0%}", f"{r['compile_seconds']:.1f}",
             "" if r["peak_memory_bytes"] is None else gigabytes(r["peak_memory_bytes"]),
@@ -206,7 +212,7 @@ def load_records(session: LoadSession) -> list[dict[str, Any]]:
         return []
     mean = session.file_bytes / session.speed
     return [{
-        "test": "load", "rounds": len(session.load_seconds), "files": len(session.files),
+        "test": "load", "rounds": len(session.load_seconds), "files": session.files,
         "file_bytes": session.file_bytes, "weight_bytes": session.weight_bytes, "seconds": mean,
         "bytes_per_second": session.speed, "deviation": session.deviation,
         "limit_bytes_per_second": session.read_speed, "fraction_of_limit": session.speed / session.read_speed,
@@ -216,11 +222,11 @@ def load_records(session: LoadSession) -> list[dict[str, Any]]:
 
 def load_table(found: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table. The limit is a plain reader of the same files."""
-    columns = ["test", "files", "weights", "s", "GB/s", "±", "limit, GB/s", "of limit", "memory", "of weights"]
+    columns = ["test", "files", "weights", "s", "GB/s", "limit, GB/s", "of limit", "memory", "of weights"]
     rows = [
         [
             r["test"], gigabytes(r["file_bytes"]), gigabytes(r["weight_bytes"]), number(r["seconds"]),
-            number(r["bytes_per_second"] / 1e9), number(r["deviation"] / 1e9),
+            with_deviation(r["bytes_per_second"] / 1e9, r["deviation"] / 1e9),
             number(r["limit_bytes_per_second"] / 1e9), f"{r['fraction_of_limit']:.0%}",
             *(["", ""] if r["peak_memory_bytes"] is None else
               [gigabytes(r["peak_memory_bytes"]), f"{r['peak_memory_bytes'] / r['weight_bytes']:.2f} x"]),
