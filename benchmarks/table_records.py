@@ -174,11 +174,18 @@ def versions(kind: str) -> dict[str, str]:
 
 
 def measure_all(text: str) -> None:
-    """Appends the records of the cases whose name contains a text, where there is none of these versions."""
+    """Appends the records of the cases whose name contains a text, where there is none of these versions.
+
+    Raises:
+        ValueError: No name contains it, or a program does not fit.
+    """
     jax.config.update("jax_platforms", "cpu")  # do not look for a TPU
+    cases = [case for case in CASES if text in case.name]
+    if not cases:
+        raise ValueError(f"no case has {text!r} in its name; there are {', '.join(case.name for case in CASES)}")
     known = {(one["command"].split()[-1], str(one["versions"])) for one in records() if "command" in one}
-    for case in CASES:
-        if text not in case.name or (case.name, str(versions(case.kind))) in known:
+    for case in cases:
+        if (case.name, str(versions(case.kind))) in known:
             continue
         print(case.name, file=sys.stderr, flush=True)
         record = measure(case)

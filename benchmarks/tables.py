@@ -123,8 +123,8 @@ def check(record: Record, where: str) -> None:
     if Group(record["table"], record["chip"], record["model"]) not in GROUPS:
         raise ValueError(f"{where}: no rows for {record['model']} on {record['chip']}: add them to GROUPS")
     for figure in record["values"]:
-        if figure["unit"] not in UNITS.get(figure["name"], ()):
-            raise ValueError(f"{where}: {figure['name']} in {figure['unit']!r} is unknown: see UNITS")
+        if figure.get("unit") not in UNITS.get(figure.get("name"), ()) or "value" not in figure:
+            raise ValueError(f"{where}: {figure} needs a name, a value and a unit as in UNITS")
 
 
 def value(record: Record, name: str) -> float | None:
@@ -307,18 +307,26 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare only; exit status 1 on a difference")
     parser.add_argument("--measure", nargs="?", const="", metavar="NAME", help="make records whose name contains NAME")
     args = parser.parse_args()
-    if args.measure is not None:
-        import table_records  # needs the TPU compiler
+    try:
+        if args.measure is not None:
+            import table_records  # needs the TPU compiler
 
-        table_records.measure_all(args.measure)
+            table_records.measure_all(args.measure)
+        return 1 if update(args.check) and args.check else 0
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def update(check_only: bool) -> bool:
+    """Whether the docs differed from the records. Writes them, unless they are only to be checked."""
     text = DOCS.read_text()
     new = replaced(text, section(records()))
-    if args.check and new != text:
+    if check_only and new != text:
         print("docs/performance.md differs from the records: run python benchmarks/tables.py", file=sys.stderr)
-        return 1
-    if new != text:
+    elif new != text:
         DOCS.write_text(new)
-    return 0
+    return new != text
 
 
 if __name__ == "__main__":

@@ -80,6 +80,19 @@ def test_check_fails_where_the_docs_differ(
     assert tables.main() == 0
 
 
+def test_a_bad_record_is_one_line_on_the_command_line(
+    tables: Any,
+    record: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tables.records, "__defaults__", (written(tmp_path, {**record, "kind": "guessed"}),))
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert tables.main() == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_every_required_row_is_there(tables: Any) -> None:
     fields = ("table", "chip", "chips", "model", "batch", "sequence", "library")
     there = {tuple(record[field] for field in fields) for record in tables.records()}
@@ -107,6 +120,8 @@ def test_every_record_has_a_row(tables: Any) -> None:
         ({"values": []}, "values"),
         ({"values": [{"name": "interactivity", "value": 1, "unit": "ms"}]}, "interactivity"),
         ({"values": [{"name": "speed", "value": 1, "unit": "tokens/s"}]}, "speed"),
+        ({"values": [{"name": "interactivity", "value": 1}]}, "unit"),
+        ({"values": [{"name": "interactivity", "unit": "tokens/s"}]}, "value"),
         ({"chip": "v7e"}, "v7e"),
         ({"library": "jaxlm"}, "command, date, versions"),
     ],
