@@ -8,7 +8,8 @@ run.
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from jaxlm.data.packing import Batch
 from jaxlm.devices import hardware, mesh, topology
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, engine, roofline
-from jaxlm.nn import kv_cache, params
+from jaxlm.nn import attention_tpu, kv_cache, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 
@@ -35,8 +36,6 @@ NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# The kernel of splash attention does not compile for these (docs/decisions.md).
-NO_COMPILER = ("v2", "v3")
 
 
 class Setting(NamedTuple):
@@ -86,24 +85,22 @@ def tpu_slice(name: str) -> list[Any]:
 
 
 def slice_shape(spec: Spec, count: int) -> str:
-    """The shape of a slice of `count` devices, as the TPU compiler takes it: 2x4, or 2x2x1 for v4 and v5p.
+    """The shape of a slice of `count` devices in chips, as the TPU compiler takes it: 2x4, or 2x2x1 for v4 and later
+    TPUs with a torus of three axes.
 
     Raises:
         ValueError: There is no slice of this size.
     """
     if spec.name in ("v4", "v5p", "tpu7x"):
-        sides = {1: (1, 1, 1), 4: (2, 2, 1)} if spec.name == "v5p" else {4: (2, 2, 1)}
-        chips = count if spec.name == "v5p" else count // 2
-        power = round(math.log2(chips)) if chips > 0 else -1
-        if chips == 2**power and chips >= 8:
-            sides[chips] = (2 ** (power // 3), 2 ** ((power + 1) // 3), 2 ** ((power + 2) // 3))
-        shape = sides.get(chips)
+        powers = ((power // 3, (power + 1) // 3, (power + 2) // 3) for power in range(3, 13))
+        known = [(1, 1, 1), (2, 2, 1), *((1 << a, 1 << b, 1 << c) for a, b, c in powers)]
     else:
-        sides = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-        shape = sides.get(count)
-    if shape is None:
-        raise ValueError(f"{spec.name} has no slice of {count} devices; there are {', '.join(map(str, sides))}")
-    return "x".join(map(str, shape))
+        known = [(1, 1), *((1 << power // 2, 1 << (power + 1) // 2) for power in range(2, 9))]
+    on_chip = 2 if spec.name in ("v2", "v3", "tpu7x") else 1  # devices of jax
+    shapes = {math.prod(shape) * on_chip: shape for shape in known}
+    if count not in shapes:
+        raise ValueError(f"{spec.name} has no slice of {count} devices; there are {', '.join(map(str, shapes))}")
+    return "x".join(map(str, shapes[count]))
 
 
 def devices(spec: Spec, count: int) -> list[Any]:
@@ -116,9 +113,10 @@ def devices(spec: Spec, count: int) -> list[Any]:
         return gpu_targets.devices(spec, count)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"the TPU compiler is not installed: pip install 'jax[tpu]' to compile for {spec.name}")
-    if spec.name in NO_COMPILER:
-        raise ValueError(f"programs for {spec.name} do not compile without one: use the arithmetic (without --compile)")
-    return tpu_slice(f"{spec.name}:{slice_shape(spec, count)}")[:count]
+    found = tpu_slice(f"{spec.name}:{slice_shape(spec, count)}")
+    if len(found) != count:  # of v4 it describes cores, which are no devices of jax
+        raise ValueError(f"the TPU compiler cannot compile for {spec.name} without one: leave out --compile")
+    return found
 
 
 def setting(family: Any, cfg: Any, on: list[Any], sizes: dict[str, int], batch: int, dtype: Any) -> Setting:
@@ -155,10 +153,22 @@ def state(where: Setting, context: int) -> decoding.State:
     return decoding.constrain_state(jax.eval_shape(made), put)._replace(kv=cache(where, context, 1))
 
 
+@contextmanager
+def compiling_for(where: Setting) -> Iterator[None]:
+    """Tells the attention of TPUs, within this context, for which devices it is compiled."""
+    device = where.device if where.over is None else where.over.devices.flat[0]
+    token = attention_tpu.compiling_for.set(device.device_kind)
+    try:
+        yield
+    finally:
+        attention_tpu.compiling_for.reset(token)
+
+
 def decode(where: Setting, context: int, platform: str, logprobs: int | None = None) -> Any:
     """The compiled decode program. logprobs: number of top log-probabilities."""
     run = partial(decoding.step, where.family, where.cfg, logprobs, hardware.STEPS[platform])
-    return decoding.compile_program(run, (1,), (weights(where), state(where, context)))
+    with compiling_for(where):
+        return decoding.compile_program(run, (1,), (weights(where), state(where, context)))
 
 
 def prefill(where: Setting, context: int, platform: str) -> Any:
@@ -167,7 +177,8 @@ def prefill(where: Setting, context: int, platform: str) -> Any:
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), where.dtype), "BD")
     args = (weights(where), cache(where, context, chunk), last, ids, ids)
-    return decoding.compile_program(partial(decoding.prefill, where.family, where.cfg), (1, 2), args)
+    with compiling_for(where):
+        return decoding.compile_program(partial(decoding.prefill, where.family, where.cfg), (1, 2), args)
 
 
 class TrainingShapes(NamedTuple):
@@ -198,7 +209,7 @@ def train(where: Setting, how: Training) -> Any:
     shapes = training_shapes(where, how)
     options: dict[str, Any] = {"accumulate": how.accumulate, "dtype": jnp.bfloat16, "remat": how.remat}
     run = step.make_step(where.family, where.cfg, shapes.tx, **options, grad_dtype=jnp.dtype(how.grad_dtype))
-    with mesh.use_mesh(where.over):
+    with compiling_for(where), mesh.use_mesh(where.over):
         return jax.jit(run, donate_argnums=0).lower(shapes.state, shapes.batch, None).compile()
 
 
