@@ -15,9 +15,8 @@ from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Layout, Roof
 
 LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
-# Temporaries of a decode step as a part of the weights: what is copied to another layout.
-TEMPORARY = {"cpu": 0.01, "gpu": 0.01, "tpu": 0.015}
-CODE = {"decode": 2_000_000, "prefill": 9_000_000}  # bytes of a TPU program's code per layer
+COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
+CODE = {"decode": 1_700_000, "prefill": 8_000_000}  # bytes of a TPU program's code per layer
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of devices that `needs` tries
 
 
@@ -202,19 +201,29 @@ def weights_of_prefill(of: Layout) -> int:
 def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) -> int:
     """Bytes of a program's temporary arrays on one device, an estimate.
 
-    Prefill has activations of one chunk. On TPU, arrays whose last axis is narrower than LANES are padded: programs
-    for such heads (H 64) work on padded copies, in decoding of the whole KV cache.
+    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the compilers copy to another layout: on a
+    mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a single kv head. On TPU, arrays whose last
+    axis is narrower than LANES are padded: heads of width 64 are computed in padded copies of the KV cache.
     """
     cfg, here = of.cfg, -(-rows // of.data)
-    logits = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
-    padded = spec.platform == "tpu" and cfg.H < LANES
-    layer = roofline.cache_bytes(of, rows, length) // cfg.L
-    if program == "decode":
-        copies = LANES // cfg.H * layer * cfg.L if padded else 0
-        return logits + copies + int(TEMPORARY[spec.platform] * roofline.weight_bytes(of))
-    chunk = roofline.prefill_tokens(rows, spec.platform)
-    width = (2 * cfg.F + 2 * cfg.N * cfg.H) // of.tensor + 4 * cfg.D
-    return here * chunk * width * of.itemsize + (3 * LANES // cfg.H * layer if padded else 0)
+    kept = roofline.cache_bytes(of, rows, length)
+    padded = LANES / cfg.H if spec.platform == "tpu" and cfg.H < LANES else 0
+    if program == "prefill":
+        chunk = roofline.prefill_tokens(rows, spec.platform)
+        width = 2 * (cfg.F + cfg.N * cfg.H) // of.tensor + 4 * cfg.D
+        total = here * chunk * width * of.itemsize + int(2.5 * padded * kept / cfg.L)
+        if spec.platform == "gpu":  # keys and values of a layer, and scores where cuDNN does not apply
+            heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
+            total += 2 * here * length * heads * cfg.H * of.itemsize
+            total += 4 * here * chunk * length * cfg.N // of.tensor if cfg.H > LANES else 0
+        return total
+    total = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
+    total += int(padded * kept + COPIED[spec.platform] * roofline.weight_bytes(of))
+    if of.tensor > 1 and spec.platform == "tpu":
+        total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
+    if of.tensor > 1 and spec.platform == "gpu" and mesh.num_shards("K", (cfg.K,), of.over) == cfg.K:
+        total += kept
+    return total
 
 
 def code(of: Layout, spec: Spec, program: str) -> int:
