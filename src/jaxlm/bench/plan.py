@@ -201,9 +201,10 @@ def weights_of_prefill(of: Layout) -> int:
 def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) -> int:
     """Bytes of a program's temporary arrays on one device, an estimate.
 
-    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the compilers copy to another layout: on a
-    mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a single kv head. On TPU, arrays whose last
-    axis is narrower than LANES are padded: heads of width 64 are computed in padded copies of the KV cache.
+    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the
+    compilers copy to another layout: on a mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a
+    single kv head. On TPU, arrays whose last axis is narrower than LANES are padded: heads of width 64 are computed in
+    padded copies of the KV cache.
     """
     cfg, here = of.cfg, -(-rows // of.data)
     kept = roofline.cache_bytes(of, rows, length)
