@@ -30,8 +30,9 @@ LEGEND = [
     ("◦ 41 tok/s", "Ran with random weights of the same shapes, for the speed alone. Decoding speed of one row."),
     (
         "compiles",
-        "The decode and prefill programs, all layers, were compiled for the device, which was not there. They fit by "
-        "the compiler's account of their memory.",
+        "The decode and prefill programs were compiled for the device, which was not there. They fit by the compiler's "
+        "account of their memory. All layers are compiled; of prefill for TPUs only few, from which the account of all "
+        "layers follows.",
     ),
     ("fits", "Fits by arithmetic. There is no compiler for this device, or it was not installed."),
     (

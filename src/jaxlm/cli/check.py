@@ -84,7 +84,8 @@ class Check:
         from jaxlm.bench import matrix
         from jaxlm.cli.common import set_up_process
 
-        set_up_process()
+        if self.device is None:
+            set_up_process()  # the cache on disk does not take programs for devices that are not here
         settings = matrix.Settings(self.batch, self.context, self.dtype)
         device = matrix.named(self.device) if self.device is not None else matrix.at_hand(self.name)
         if self.models:
