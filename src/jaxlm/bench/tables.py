@@ -181,8 +181,8 @@ def train_records(session: TrainSession) -> list[dict[str, Any]]:
             "test": f"train{row.length}", "batch": row.batch, "length": row.length, "method": session.method,
             "dtype": session.dtype, "steps": len(row.seconds), "tokens_per_second": row.speed,
             "deviation": row.deviation, "seconds_per_step": row.batch * row.length / row.speed,
-            "flops_per_step": row.operations, "limit_tokens_per_second": row.speed / row.mfu(session.rates),
-            "mfu": row.mfu(session.rates), "compile_seconds": row.compile_seconds,
+            "flops_per_step": row.operations, "limit_tokens_per_second": row.limit(session.rates),
+            "mfu": row.speed / row.limit(session.rates), "compile_seconds": row.compile_seconds,
             "peak_memory_bytes": row.peak_memory,
         }
         for row in session.rows
