@@ -1,11 +1,7 @@
-"""Shared by the benchmarks: checkpoints with random weights of known shapes, and the limits of this machine."""
+"""Shared by the benchmarks: checkpoints with random weights of known shapes."""
 
 import json
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,49 +83,3 @@ def checkpoint(shape: str) -> Path:
     (folder / "config.json").write_text(json.dumps(hf))
     (folder / "done").touch()
     return folder
-
-
-def read_rate(seconds: float = 1.0) -> float:
-    """Bytes per second at which all cores together read memory: the limit of decoding, measured in this run."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones((1 << 28,), jnp.float32)  # 1 GiB
-    parts = jax.jit(lambda x: jnp.max(x.reshape(64, -1), axis=1))
-    parts(x).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        parts(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
-
-
-def matmul_rate(dtype: str = "float32") -> float:
-    """FLOP/s of a large square matrix product: the limit of prefill, measured in this run."""
-    import jax
-    import jax.numpy as jnp
-
-    n = 2048
-    a = jnp.ones((n, n), dtype)
-    f = jax.jit(lambda a: a @ a)
-    f(a).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        f(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def rivals(command: list[str]) -> dict[str, Callable[..., float]]:
-    """Starts a process that writes the names of its contestants on one line, then answers each line [name, ...] with a
-    speed. Returns a function for each contestant, which asks it."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def asked(name: str, *case: int) -> float:
-        process.stdin.write(json.dumps([name, *case]) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    return {name: partial(asked, name) for name in json.loads(process.stdout.readline())}

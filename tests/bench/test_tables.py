@@ -1,6 +1,8 @@
 """Markdown tables, records for JSON, and what ran where."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,10 @@ def test_no_commit_outside_a_checkout(monkeypatch, tmp_path) -> None:
 
 def test_numbers() -> None:
     assert [tables.number(x) for x in (None, 1.234, 12.34, 1234.5)] == ["", "1.23", "12.3", "1,234"]
+
+
+def test_prefill_and_decoding_need_no_optax() -> None:
+    """The extra jaxlm[bench] does not have it."""
+    code = "import sys; from jaxlm.bench import measure, plots, rival_files, tables; sys.exit('optax' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

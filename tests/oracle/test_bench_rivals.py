@@ -46,12 +46,12 @@ def test_a_longer_case_takes_longer(rival, folder) -> None:
         process = rivals.start_transformers(rival, folder, "cpu")
     try:
         for kind, short, long in (("prefill", 16, 1024), ("decode", 4, 64)):
-            seconds = []
-            for tokens in (short, short, long):
+            best = {short: float("inf"), long: float("inf")}
+            for tokens in [short, long] * 5:
                 case = Case(kind, tokens, 0, 1)
                 sample = process.run(case, case.prompts(258))
                 assert sample is not None
-                seconds.append(sample.seconds)
-            assert seconds[2] > 3 * seconds[1], kind
+                best[tokens] = min(best[tokens], sample.seconds)
+            assert best[long] > 2 * best[short], kind
     finally:
         process.close()

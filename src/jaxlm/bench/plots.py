@@ -20,7 +20,8 @@ def plot_decoding(records: Sequence[dict[str, Any]], rivals: Sequence[str], path
     size if there is one depth. Limits are dotted, rivals dashed.
 
     Args:
-        records: Of tables.records. Those of prefill are not shown.
+        records: Of tables.records. Those of prefill, and of all but the first number of generated tokens, are not
+            shown.
         rivals: Names of the rivals in the records.
         path: The file to write.
         title: Title of the plot.
@@ -29,6 +30,7 @@ def plot_decoding(records: Sequence[dict[str, Any]], rivals: Sequence[str], path
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     rows = [r for r in records if r["kind"] == "decode"]
+    rows = [r for r in rows if r["tokens"] == rows[0]["tokens"]]
     by_depth = len({r["depth"] for r in rows}) > 1
     x, group = ("depth", "batch") if by_depth else ("batch", "depth")
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -14,14 +14,14 @@ import jax
 from jaxlm.bench import limits
 from jaxlm.bench.cases import Row
 from jaxlm.bench.limits import Rates
-from jaxlm.bench.load_time import LoadSession
-from jaxlm.bench.measure import Session
-from jaxlm.bench.train_step import TrainSession
 from jaxlm.devices.hardware import gigabytes
 from jaxlm.nn import params
 from jaxlm.version import __version__
 
 if TYPE_CHECKING:
+    from jaxlm.bench.load_time import LoadSession
+    from jaxlm.bench.measure import Session
+    from jaxlm.bench.train_step import TrainSession  # it imports optax, which not everyone has
     from jaxlm.model import Model
 
 PACKAGES_OF = {"transformers": ("transformers", "torch"), "llama.cpp": ("xllamacpp",)}
@@ -104,7 +104,7 @@ def model_line(model: "Model") -> str:
 # Prefill and decoding
 
 
-def limit_of(session: Session, row: Row) -> limits.Limit:
+def limit_of(session: "Session", row: Row) -> limits.Limit:
     """The limit of a case, at the rates of the run."""
     case = row.case
     if case.kind == "prefill":
@@ -112,7 +112,7 @@ def limit_of(session: Session, row: Row) -> limits.Limit:
     return limits.decode_limit(session.model, session.rates, case.batch, case.tokens, case.prompt_tokens)
 
 
-def records(session: Session, rivals: Sequence[str]) -> list[dict[str, Any]]:
+def records(session: "Session", rivals: Sequence[str]) -> list[dict[str, Any]]:
     """The rows that were measured, for JSON. Times are in milliseconds where the name says ms."""
     found = []
     for row in session.rows.values():
@@ -174,15 +174,15 @@ def with_deviation(mean: float, deviation: float) -> str:
 # Training and loading
 
 
-def train_records(session: TrainSession) -> list[dict[str, Any]]:
+def train_records(session: "TrainSession") -> list[dict[str, Any]]:
     """The rows that were measured, for JSON. The limit is the matrix rate."""
     return [
         {
             "test": f"train{row.length}", "batch": row.batch, "length": row.length, "method": session.method,
             "dtype": session.dtype, "steps": len(row.seconds), "tokens_per_second": row.speed,
             "deviation": row.deviation, "seconds_per_step": row.batch * row.length / row.speed,
-            "flops_per_step": row.operations, "limit_tokens_per_second": row.speed / row.mfu(session.rates),
-            "mfu": row.mfu(session.rates), "compile_seconds": row.compile_seconds,
+            "flops_per_step": row.operations, "limit_tokens_per_second": row.limit(session.rates),
+            "mfu": row.speed / row.limit(session.rates), "compile_seconds": row.compile_seconds,
             "peak_memory_bytes": row.peak_memory,
         }
         for row in session.rows
@@ -206,7 +206,7 @@ def train_table(found: Sequence[dict[str, Any]]) -> str:
     return markdown(columns, rows)
 
 
-def load_records(session: LoadSession) -> list[dict[str, Any]]:
+def load_records(session: "LoadSession") -> list[dict[str, Any]]:
     """The measurement for JSON, in a list; empty before the first round is complete."""
     if not session.load_seconds:
         return []

@@ -55,9 +55,9 @@ class TrainRow:
     def deviation(self) -> float:
         return statistics.stdev(self.speeds) if len(self.speeds) > 1 else 0.0
 
-    def mfu(self, rates: limits.Rates) -> float:
-        """Model FLOPs utilization: the fraction of the matrix rate."""
-        return self.operations / statistics.fmean(self.seconds) / (rates.matmul * rates.devices)
+    def limit(self, rates: limits.Rates) -> float:
+        """Tokens per second at the matrix rate. `speed` over it is the MFU (model FLOPs utilization)."""
+        return rates.matmul * rates.devices * self.batch * self.length / self.operations
 
 
 @dataclass

@@ -115,7 +115,7 @@ class Bench(ModelFlags):
 
     def _run_generation(self, name: str | None) -> int:
         self.begin()
-        from jaxlm.bench import plots, rivals
+        from jaxlm.bench import plots, rivals, tables  # noqa: F401  (what is missing fails before anything is measured)
         from jaxlm.bench.cases import Case
         from jaxlm.bench.measure import Jaxlm, Session
         from jaxlm.bench.rival_files import close_all, start_rivals
