@@ -19,28 +19,18 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from hlo import WIDTH, Instruction, arrays, parse, trips
-from programs import Setting, chips, state, weights
 from published import MODELS
 
 from jaxlm import models
+from jaxlm.bench import programs
+from jaxlm.bench.hlo import WIDTH, Instruction, arrays, parse, trips
+from jaxlm.bench.programs import Setting, state, tpu_slice, weights
 from jaxlm.devices import hardware
-from jaxlm.inference import decoding
+from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import params
-
-
-class Chip(NamedTuple):
-    """bandwidth: published, bytes/s. clock: Hz, from the published FLOP/s and the number and size of matrix units."""
-
-    bandwidth: float
-    clock: float
-
-
-CHIPS = {"v5e": Chip(819e9, 1.5e9), "v6e": Chip(1640e9, 1.75e9)}
 
 
 @dataclass(frozen=True)
@@ -82,13 +72,12 @@ class Account(NamedTuple):
 def setting(case: Case, layers: int) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
-    device = chips(f"{case.chip}:2x2")[0]
+    device = tpu_slice(f"{case.chip}:2x2")[0]
     return Setting(family, family.Config.from_hf({**hf, "num_hidden_layers": layers}), None, case.rows, device)
 
 
 def compiled(case: Case, where: Setting) -> Any:
-    step = partial(decoding.step, where.family, where.cfg, None, hardware.STEPS["tpu"])
-    return decoding.compile_program(step, (1,), (weights(where), state(where, case.context)))
+    return programs.decode(where, case.context, "tpu")
 
 
 def account(program: Any, nbytes: int, steps: int) -> Account:
@@ -151,7 +140,7 @@ def measure(case: Case) -> dict[str, Any]:
     total = Account(*(one + (L - period) * each for one, each in zip(accounts[0], layer)))
     held = weights(whole)
     read = held if whole.cfg.tied else {**held, "embed": []}
-    chip = CHIPS[case.chip]
+    chip = BY_NAME[case.chip]
     floor = params.nbytes([read, state(whole, case.context).kv.layers]) / chip.bandwidth
     predicted = total.cycles / chip.clock
     return {
@@ -167,7 +156,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    parser.add_argument("--chip", choices=("v5e", "v6e"), default="v6e")
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)

@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable
 
 import jax
-from programs import Setting, cache, share, weights
-from published import CHIPS, MODELS
+from published import MODELS
 
 from jaxlm import models
+from jaxlm.bench.programs import Setting, cache, share, weights
 from jaxlm.devices import mesh, topology
+from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import params
 
 ORDER = ("llama-3.1-8b", "qwen3-14b", "gemma-3-27b", "qwen3-32b", "llama-3.1-70b")
@@ -43,7 +44,7 @@ def cell(name: str, chip: str, count: int, wide: int | None = None) -> str:
     """GB of weights per device, and the number of rows of CONTEXT tokens that fit on all devices."""
     where = setting(name, count, wide)
     held, row = share(weights(where)), share(cache(where, CONTEXT, 1))
-    rows = math.floor((LEFT * CHIPS[chip].hbm - held) / (2 * row)) * where.batch
+    rows = math.floor((LEFT * BY_NAME[chip].memory - held) / (2 * row)) * where.batch
     return f"{held / 1e9:.1f} / {rows:,}" if rows > 0 else f"{held / 1e9:.1f} / none"
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     table("", heads, ((name, sizes(name)) for name in ORDER))
     for chip, counts in COUNTS.items():
         rows = ((name, [cell(name, chip, count) for count in counts]) for name in ORDER)
-        table(f"{chip}, {CHIPS[chip].hbm / 1e9:.0f} GB", counts, rows)
+        table(f"{chip}, {BY_NAME[chip].memory / 1e9:.0f} GB", counts, rows)
     rows = ((name, [cell(name, "v6e", 64), cell(name, "v6e", 64, 8)]) for name in ORDER)
     table("64 of v6e", ("default", "data=8,model=8"), rows)
 

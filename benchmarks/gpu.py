@@ -36,12 +36,12 @@ try:
     import jax.numpy as jnp
     import numpy as np
     from common import QWEN3_06B
-    from hlo import kernels as kernels_of
     from published import MODELS
     from steps import Run, Target, main, run_tests
 
     import jaxlm
     from jaxlm import models
+    from jaxlm.bench.hlo import kernels as kernels_of
     from jaxlm.devices import hardware
     from jaxlm.inference import decoding, engine
     from jaxlm.inference.memory import kv_bytes

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from hlo import kernels
 from jax.experimental import topologies
-from programs import Setting, state, weights
 from published import MODELS
 
 from jaxlm import models
+from jaxlm.bench.hlo import kernels
+from jaxlm.bench.programs import Setting, state, weights
 from jaxlm.inference import decoding
 
 LAYERS = (2, 4)

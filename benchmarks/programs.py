@@ -19,36 +19,22 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from hlo import Collective, collectives
-from jax.experimental import topologies
-from published import CHIPS, MODELS
+from published import MODELS
 
 from jaxlm import models
+from jaxlm.bench.hlo import Collective, collectives
+from jaxlm.bench.programs import Setting, decode, prefill, share, state, tpu_slice, weights
 from jaxlm.devices import hardware, mesh, topology
-from jaxlm.inference import decoding, engine
-from jaxlm.nn import kv_cache as caches
-from jaxlm.nn import params
-
-# libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
+from jaxlm.devices.specs import BY_NAME
+from jaxlm.inference import roofline
 
 PROGRAMS = ("decode", "prefill")
 EVERY = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b")
@@ -88,84 +74,25 @@ class Case:
     layers: int | None = None
 
 
-class Setting(NamedTuple):
-    """The model, mesh and batch size of a case. Without a mesh, all arrays are on `device`."""
-
-    family: Any
-    cfg: Any
-    over: Any  # Mesh | None
-    batch: int
-    device: Any = None
-
-    def put(self, a: Any, letters: str) -> jax.ShapeDtypeStruct:
-        """An array's shape and dtype, with the sharding that `mesh.place` would give it."""
-        if self.over is None:
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(self.device))
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=mesh.sharding(letters, a.shape, self.over))
-
-
-def chips(topology: str) -> list[Any]:
-    """The devices of a slice such as v6e:2x4, for compilation only."""
-    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-
-
 def setting(case: Case) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
-    slice_ = chips(f"{case.chip}:{case.slice}")
+    slice_ = tpu_slice(f"{case.chip}:{case.slice}")
     over = topology.make(case.mesh or topology.default({"N": cfg.N, "F": cfg.F}, len(slice_)), cfg.K, slice_)
     return Setting(family, cfg, over, case.batch or 8 * over.shape[mesh.DATA])
 
 
-def weights(where: Setting) -> Any:
-    """bfloat16 weights, sharded as `load` shards them."""
-    found: dict[str, Any] = {}
-    for row in params.tensors(where.family.PARAMS, where.cfg):
-        params.put(found, row.path, where.put(jax.ShapeDtypeStruct(row.shape, jnp.bfloat16), row.letters))
-    return found
-
-
-def cache(where: Setting, context: int, chunk: int) -> caches.KVCache:
-    cfg = where.cfg
-    made = partial(caches.init, where.batch, decoding.bucket(context), cfg.windows, cfg.K, cfg.H, jnp.bfloat16, chunk)
-    return caches.map_arrays(jax.eval_shape(made), where.put)
-
-
-def state(where: Setting, context: int) -> decoding.State:
-    """The state of a full batch, without penalties and logit biases."""
-
-    def made() -> decoding.State:
-        blank = engine.Request([], engine.DEFAULT_PARAMS, 1, key=jax.random.key(0))
-        model: Any = SimpleNamespace(config=where.cfg, mesh=None, device=None)
-        return engine.new_rows(model, [blank] * where.batch, None, engine.Optionals(False, False))
-
-    return decoding.constrain_state(jax.eval_shape(made), where.put)._replace(kv=cache(where, context, 1))
-
-
 def tokens(case: Case, where: Setting) -> int:
     """Tokens per row of one call, as the engine passes them."""
-    return 1 if case.program == "decode" else max(16, hardware.CHUNK["tpu"] // where.batch)
+    return 1 if case.program == "decode" else roofline.prefill_tokens(where.batch, "tpu")
 
 
 def compiled(case: Case, where: Setting) -> Any:
     """The program, compiled by the code that generation uses."""
-    family, cfg, held = where.family, where.cfg, weights(where)
     if case.program == "decode":
-        step = partial(decoding.step, family, cfg, case.logprobs, hardware.STEPS["tpu"])
-        return decoding.compile_program(step, (1,), (held, state(where, case.context)))
-    chunk = tokens(case, where)
-    ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
-    last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), jnp.bfloat16), "BD")
-    args = (held, cache(where, case.context, chunk), last, ids, ids)
-    return decoding.compile_program(partial(decoding.prefill, family, cfg), (1, 2), args)
-
-
-def share(tree: Any) -> int:
-    """Bytes of a tree on one device, PRNG keys excluded."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    return params.nbytes([jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype) for a in leaves])
+        return decode(where, case.context, "tpu", case.logprobs)
+    return prefill(where, case.context, "tpu")
 
 
 def memory(case: Case, where: Setting, program: Any) -> dict[str, int]:
@@ -232,7 +159,7 @@ def measure(case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     used = memory(case, where, program)
     kinds = Counter((str(one), one.nbytes, one.conditional) for one in found)
-    hbm = CHIPS[case.chip].hbm
+    hbm = BY_NAME[case.chip].memory
     if used["total"] > hbm:
         wrong.insert(0, f"{hardware.gigabytes(used['total'])} do not fit {hardware.gigabytes(int(hbm))}")
     return {

@@ -29,22 +29,20 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from decode_programs import CHIPS as CLOCKS
-from hlo import Met, estimated_cycles, met, splash_products, total
-from programs import chips, share
-from published import CHIPS, MODELS
+from published import MODELS
 
 from jaxlm import models
-from jaxlm.data.packing import Batch
+from jaxlm.bench import programs
+from jaxlm.bench.hlo import Met, estimated_cycles, met, splash_products, total
+from jaxlm.bench.plan_training import Training
+from jaxlm.bench.programs import Setting, share, tpu_slice
 from jaxlm.devices import hardware, mesh, topology
+from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import flops, params
-from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimizer
+from jaxlm.training import step
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class Case:
 # model on TPU 7x, most of whose work is attention, reaches as a whole with its own variant of the kernel
 # (github.com/AI-Hypercomputer/maxdiffusion, pull request 487).
 SPLASH_RATE = 0.4
-PEAKS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # names in hardware.PEAKS
 ONE_CHIP = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}  # the smallest slice, of which --slice 1 is the first chip
 
 TABLE = [
@@ -89,43 +86,23 @@ TABLE = [
 ]
 
 
-class Setting(NamedTuple):
-    """The model, mesh and optimizer of a case, with the state and a batch as shapes with shardings."""
-
-    family: Any
-    cfg: Any
-    over: jax.sharding.Mesh | None
-    tx: Any
-    state: step.State
-    batch: Batch
-
-
 def setting(case: Case) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     cfg = family.Config.from_hf({**hf, "num_hidden_layers": case.layers or hf["num_hidden_layers"]})
-    over, one = None, jax.sharding.SingleDeviceSharding(chips(f"{case.chip}:{ONE_CHIP[case.chip]}")[0])
-    if case.slice != "1":
-        over = topology.make(case.mesh, cfg.K, chips(f"{case.chip}:{case.slice}"))
-    weights = params.shapes(family.PARAMS, cfg, jnp.dtype(case.weight_dtype))
-    weights = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
-    tx = optimizers.make_optimizer(Optimizer(name=case.optimizer), 1000, params.letters(family.PARAMS, weights))
-    state = jax.eval_shape(partial(step.init_state, tx, moment_dtype=jnp.dtype(case.moment_dtype)), weights)
-    places = step.state_shardings(tx, state, over, family.PARAMS) if over else jax.tree.map(lambda a: one, state)
-    state = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), state, places)
-    shape = (case.rows * (over.shape[mesh.DATA] if over else 1) * case.accumulate, case.length)
-    to = mesh.sharding("BT", shape, over) if over else one
-    row, loss_mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=to) for dtype in (jnp.int32, jnp.bool_))
-    return Setting(family, cfg, over, tx, state, Batch(row, row, row, loss_mask))  # type: ignore[arg-type]
+    if case.slice == "1":
+        return Setting(family, cfg, None, case.rows, tpu_slice(f"{case.chip}:{ONE_CHIP[case.chip]}")[0])
+    over = topology.make(case.mesh, cfg.K, tpu_slice(f"{case.chip}:{case.slice}"))
+    return Setting(family, cfg, over, case.rows * over.shape[mesh.DATA])
+
+
+def training(case: Case) -> Training:
+    return Training(**{name: getattr(case, name) for name in Training._fields})
 
 
 def compiled(case: Case, where: Setting) -> Any:
     """The program, as `training.loop` compiles it."""
-    how = {"accumulate": case.accumulate, "dtype": jnp.bfloat16, "remat": case.remat}
-    how |= {"grad_dtype": jnp.dtype(case.grad_dtype)}
-    run = step.make_step(where.family, where.cfg, where.tx, **how)
-    with mesh.use_mesh(where.over):
-        return jax.jit(run, donate_argnums=0).lower(where.state, where.batch, None).compile()
+    return programs.train(where, training(case))
 
 
 def matrices(where: Setting, layers: bool) -> Counter[int]:
@@ -216,8 +193,9 @@ def measure(case: Case) -> dict[str, Any]:
     """Compiles a case. Returns the figures of docs/scaling.md, and more. Bytes are of one device."""
     where, start = setting(case), time.perf_counter()
     size = where.over.size if where.over else 1
-    row = {**asdict(case), "chips": size, "hbm": CHIPS[case.chip].hbm, "jax": jax.__version__}
-    held = share(where.state.weights) + share(where.state.opt_state)
+    row = {**asdict(case), "chips": size, "hbm": BY_NAME[case.chip].memory, "jax": jax.__version__}
+    shapes = programs.training_shapes(where, training(case))
+    held = share(shapes.state.weights) + share(shapes.state.opt_state)
     try:
         program = compiled(case, where)
     except jax.errors.JaxRuntimeError as error:  # newer compilers refuse programs that do not fit
@@ -231,16 +209,16 @@ def measure(case: Case) -> dict[str, Any]:
     text = program.as_text()
     found = exchanged(where, met(text))
     wrong = faults(case, where, found)
-    work = flops.training(where.family.PARAMS, where.cfg, case.length) * math.prod(where.batch.tokens.shape) / size
+    work = flops.training(where.family.PARAMS, where.cfg, case.length) * math.prod(shapes.batch.tokens.shape) / size
     products = total(text, splash_products)
     predicted = None
-    if case.chip in CLOCKS:
+    if case.chip in ("v5e", "v6e"):
         # Of this device, and causal: half of the scores.
         heads = where.cfg.N // (where.over.shape[mesh.MODEL] if where.over else 1)
         attention = products * case.rows * heads * where.cfg.H * case.length**2
-        predicted = total(text, estimated_cycles) / CLOCKS[case.chip].clock
-        predicted += attention / (SPLASH_RATE * hardware.PEAKS[PEAKS[case.chip]])
-    if peak > CHIPS[case.chip].hbm:
+        predicted = total(text, estimated_cycles) / BY_NAME[case.chip].clock
+        predicted += attention / (SPLASH_RATE * BY_NAME[case.chip].flops)
+    if peak > BY_NAME[case.chip].memory:
         wrong.insert(0, f"{hardware.gigabytes(peak)} do not fit")
     return {
         **row,
@@ -249,7 +227,7 @@ def measure(case: Case) -> dict[str, Any]:
         "peak": peak,
         "splash_products": products,
         "predicted_seconds": predicted,
-        "mfu": work / predicted / hardware.PEAKS[PEAKS[case.chip]] if predicted else None,
+        "mfu": work / predicted / BY_NAME[case.chip].flops if predicted else None,
         "gathered": [[found.runs[name], sum(sizes.values())] for name, sizes in found.gathered.items()],
         "scattered": found.scattered.total(),
         "summed": found.summed.total(),

@@ -22,6 +22,7 @@ from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
+from jaxlm.inference import roofline
 from jaxlm.inference.sampling_params import log_unsupported
 from jaxlm.model import Model, Weights
 from jaxlm.nn import params
@@ -56,7 +57,8 @@ def load(
             GGUF file.
         family: Module of jaxlm.models that the checkpoint must belong to. Default: any.
         mesh: Devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
-            axes. Default with several devices: all of them, with `model` as large as heads and MLP width permit.
+            axes. Default with several devices: all of them, with the sizes that decode a full batch fastest by
+            arithmetic (`jaxlm plan`).
         device: A single device instead of a mesh. Default: jax_default_device, if set.
         progress: Show a progress bar on stderr. Default: only on a terminal.
 
@@ -80,7 +82,7 @@ def load(
         allow_fields=allow_fields,
     )
     resolved = resolve(source, family)
-    checkpoint, where = resolved.checkpoint, placement(resolved.config, mesh, device)
+    checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device)
     _assert_same_model(str(source), resolved, dtype, where)
     weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress)
     weights = adapters.adapted(weights, checkpoint, partial(wanted_dtype, dtype), where)
@@ -296,11 +298,11 @@ def _with_eos_ids(tokenizer: Tokenizer, checkpoint: hf.Checkpoint) -> tuple[Toke
     return Tokenizer(tokenizer.hf, ends), replace(checkpoint, config=config, generation_config=generation_config)
 
 
-def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
+def placement(table: params.Table, cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
     """A function from a TensorSpec to the sharding of its array, for the arguments `mesh` and `device` of `load`."""
     one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
-        mesh = topology.default({"N": cfg.N, "F": cfg.F}, jax.device_count())
+        mesh = roofline.default_mesh(table, cfg)
     if mesh is None:
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
@@ -314,7 +316,7 @@ def placement(cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec],
 
 def spread(model: Model, mesh: Any) -> Model:
     """Shards a model over a mesh; `mesh` as in `load`."""
-    where, weights = placement(model.config, mesh, None), {}
+    where, weights = placement(model.family.PARAMS, model.config, mesh, None), {}
     for row in params.tensors(model.family.PARAMS, model.config):
         params.put(weights, row.path, adapters.placed(params.get(model.weights, row.path), row, where))
     return replace(model, weights=weights)

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.published_configs import CONFIGS
 
-from jaxlm import models
+from jaxlm.bench import hlo
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
 
@@ -27,15 +26,10 @@ BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
 @pytest.fixture(scope="module")
-def hlo() -> Any:
+def programs() -> Any:
     sys.path.insert(0, BENCHMARKS)
-    yield importlib.import_module("hlo")
+    yield importlib.import_module("programs")
     sys.path.remove(BENCHMARKS)
-
-
-@pytest.fixture(scope="module")
-def programs(hlo: Any) -> Any:
-    return importlib.import_module("programs")
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ ENTRY %main (p: s32[]) -> (s32[]) {
 """
 
 
-def test_collectives_of_every_kind_are_parsed(hlo: Any) -> None:
+def test_collectives_of_every_kind_are_parsed() -> None:
     halves, pairs = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7))
     assert hlo.collectives(TEXT) == [
         ("all-reduce", (("bf16", (8, 64)),), halves, False),
@@ -108,24 +102,6 @@ def test_collectives_of_every_kind_are_parsed(hlo: Any) -> None:
         assert hlo.collectives(TEXT.replace("[2,4]<=[8]", notation))[0].groups == groups
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.collectives("all-reduce")
-
-
-def test_sizes_equal_the_published_configs(programs: Any) -> None:
-    names = {
-        "llama-3.1-8b": "meta-llama-Llama-3.1-8B",
-        "llama-3.2-1b": "meta-llama-Llama-3.2-1B",
-        "gemma-3-4b": "google-gemma-3-4b",
-        "qwen3-0.6b": "Qwen-Qwen3-0.6B",
-        "qwen3-4b": "Qwen-Qwen3-4B",
-        "llama-3.1-70b": "meta-llama-Llama-3.1-70B",
-        "gemma-3-27b": "google-gemma-3-27b",
-        "qwen3-14b": "Qwen-Qwen3-14B",
-        "qwen3-32b": "Qwen-Qwen3-32B",
-    }
-    assert set(names) == set(programs.MODELS) > set(programs.EVERY)
-    for ours, name in names.items():
-        family = models.family_of(CONFIGS[name]["model_type"])
-        assert family.Config.from_hf(CONFIGS[name]) == family.Config.from_hf(programs.MODELS[ours]), name
 
 
 # One layer of width 64, 16 rows on data=2,model=4: three all-reduces of 8 x 64, and what else is and is not expected.
@@ -155,7 +131,7 @@ GATHER = ("all-gather", (("bf16", (8, 64)),), SUM[2], False)
     ],
 )
 def test_unexpected_collectives_are_named(
-    programs: Any, hlo: Any, monkeypatch: Any, program: str, found: list[Any], fault: str | None
+    programs: Any, monkeypatch: Any, program: str, found: list[Any], fault: str | None
 ) -> None:
     over = SimpleNamespace(size=8, shape={"data": 2, "model": 4})
     where = programs.Setting(None, SimpleNamespace(L=1, D=64), over, 16)
@@ -225,7 +201,7 @@ def test_tensor_parallel_groups_are_neighbors(hosts: tuple[int, ...], data: int,
 def test_every_default_mesh_can_be_made(tpu: Any) -> None:
     """On slices of every shape, also where `model` takes a part of a side. Each tensor-parallel group is contiguous."""
     for slice_ in ("v5e:8x8", "v6e:8x16", "v6e:16x16", "v5p:4x4x4", "v5p:4x8x8"):
-        chips = tpu.chips(slice_)
+        chips = tpu.tpu_slice(slice_)
         for N, K, F in ((32, 8, 14336), (64, 8, 28672), (32, 16, 21504)):
             over = topology.make(topology.default({"N": N, "F": F}, len(chips)), K, chips)
             assert over.size == len(chips)
@@ -234,7 +210,7 @@ def test_every_default_mesh_can_be_made(tpu: Any) -> None:
             assert all(math.prod(span) == groups.shape[1] for span in spans)
 
 
-def compile_case(tpu: Any, hlo: Any, *args: Any, **more: Any) -> tuple[Any, Any, Any, list[Any]]:
+def compile_case(tpu: Any, *args: Any, **more: Any) -> tuple[Any, Any, Any, list[Any]]:
     case = tpu.Case(*args, **more)
     where = tpu.setting(case)
     program = tpu.compiled(case, where)
@@ -259,9 +235,9 @@ def sizes(found: list[Any], conditional: bool) -> Counter[tuple[str, int]]:
     ],
 )
 def test_decoding_has_two_all_reduces_per_layer(
-    tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str | None, layers: int
+    tpu: Any, model: str, chip: str, slice_: str, spec: str | None, layers: int
 ) -> None:
-    case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, layers=layers)
+    case, where, _, found = compile_case(tpu, model, chip, slice_, spec, layers=layers)
     assert tpu.faults(case, where, found) == []
     data, rows = where.over.shape["data"], 8
     expected = Counter({("all-reduce", rows * where.cfg.D): 2 * layers + 1, ("all-reduce", rows): 3})
@@ -278,9 +254,9 @@ def test_decoding_has_two_all_reduces_per_layer(
     [("llama-3.1-8b", "v5e", "4x4", "data=1,model=16", 2), ("gemma-3-27b", "v6e", "4x4", "data=2,model=8", 6)],
 )
 def test_prefill_has_two_all_reduces_per_layer_alone(
-    tpu: Any, hlo: Any, model: str, chip: str, slice_: str, spec: str, layers: int
+    tpu: Any, model: str, chip: str, slice_: str, spec: str, layers: int
 ) -> None:
-    case, where, _, found = compile_case(tpu, hlo, model, chip, slice_, spec, "prefill", layers=layers)
+    case, where, _, found = compile_case(tpu, model, chip, slice_, spec, "prefill", layers=layers)
     assert tpu.faults(case, where, found) == []
     activation = 8 * tpu.tokens(case, where) * where.cfg.D
     assert sizes(found, False) == Counter({("all-reduce", activation): 2 * layers + 1})
@@ -288,7 +264,7 @@ def test_prefill_has_two_all_reduces_per_layer_alone(
 
 
 @pytest.mark.slow
-def test_logprobs_gather_candidates_and_not_logits(tpu: Any, hlo: Any) -> None:
+def test_logprobs_gather_candidates_and_not_logits(tpu: Any) -> None:
     """With 5 logprobs, each of the 16 devices of `model` gives 5 ids and values, which `data` then gathers."""
     case, where, _, found = compile_case(
         tpu, hlo, "llama-3.1-8b", "v6e", "4x8", "data=2,model=16", logprobs=5, layers=2
@@ -300,9 +276,9 @@ def test_logprobs_gather_candidates_and_not_logits(tpu: Any, hlo: Any) -> None:
 
 
 @pytest.mark.slow
-def test_memory_with_kv_groups(tpu: Any, hlo: Any) -> None:
+def test_memory_with_kv_groups(tpu: Any) -> None:
     """8 kv heads on 16 devices: each device has one head of the weights and the KV cache, and 1/16 of the rest."""
-    case, where, program, _ = compile_case(tpu, hlo, "llama-3.1-8b", "v5e", "4x4", layers=2)
+    case, where, program, _ = compile_case(tpu, "llama-3.1-8b", "v5e", "4x4", layers=2)
     used, cfg = tpu.memory(case, where, program), where.cfg
     one_head = 2 * cfg.H * 8192 * 8 * 2 * 2  # k and v, slots, rows, layers, bytes
     assert one_head <= used["cache"] <= one_head + 8192 * 8 * 4  # and the slots' positions
@@ -362,9 +338,9 @@ def batch_not_divided(tpu: Any, monkeypatch: Any) -> None:
         (batch_not_divided, "across data"),
     ],
 )
-def test_planted_collectives_are_found(tpu: Any, hlo: Any, monkeypatch: Any, plant: Any, fault: str) -> None:
+def test_planted_collectives_are_found(tpu: Any, monkeypatch: Any, plant: Any, fault: str) -> None:
     plant(tpu, monkeypatch)
     spec = "data=2,model=4"
-    case, where, _, found = compile_case(tpu, hlo, "llama-3.1-8b", "v6e", "2x4", spec, layers=2)
+    case, where, _, found = compile_case(tpu, "llama-3.1-8b", "v6e", "2x4", spec, layers=2)
     wrong = tpu.faults(case, where, found)
     assert any(re.search(fault, text) for text in wrong), wrong

@@ -304,3 +304,17 @@ def test_a_plugin_without_cudnn_is_no_gpu_backend(monkeypatch: pytest.MonkeyPatc
     with caplog.at_level(logging.DEBUG, "jaxlm"):
         assert not attention_gpu.installed.__wrapped__()
     assert "cuDNN is not detected" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("TPU v2", False), ("TPU v3", False), ("TPU v4", True), ("", True)])
+def test_the_first_generations_of_tpu_have_no_kernel(kind: str, expected: bool, caplog: Any) -> None:
+    """Splash attention multiplies by a transposed matrix, which their matrix unit cannot."""
+    attention_reference.report_fallback.cache_clear()
+    shapes = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    tokens = attention_reference.TokenPositions(*[jax.ShapeDtypeStruct((2, 256), jnp.int32)] * 2)
+    token = attention_tpu.compiling_for.set(kind)
+    try:
+        traced = jax.make_jaxpr(partial(attention_tpu.causal, window=None, scale=0.1))(*shapes, tokens)
+    finally:
+        attention_tpu.compiling_for.reset(token)
+    assert ("pallas_call" in str(traced)) is expected

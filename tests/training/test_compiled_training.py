@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jaxlm.bench import hlo
 from jaxlm.models import llama3
 from jaxlm.nn import chunked_logits, linear
 
@@ -143,8 +144,7 @@ ENTRY %main (p: s32[]) -> (s32[]) {
 """  # noqa: E501
 
 
-def test_costs_count_loops_kernels_and_the_most_expensive_branch(programs: Any) -> None:
-    hlo = sys.modules["hlo"]
+def test_costs_count_loops_kernels_and_the_most_expensive_branch() -> None:
     assert hlo.total(KERNELS, hlo.estimated_cycles) == 4 * 100 + 30
     assert hlo.total(KERNELS, hlo.splash_products) == 4 * 2 + 3 + 4 + 5
 
@@ -184,7 +184,7 @@ def test_what_is_not_meant_is_named(
 
 def test_exchanges_are_sorted(programs: Any) -> None:
     """By kind and loop; what is smaller than a matrix is left out, float32 that is gathered is noted."""
-    hlo, every = sys.modules["hlo"], (tuple(range(8)),)
+    every = (tuple(range(8)),)
 
     def one(kind: str, dtype: str, shape: tuple[int, ...], *loops: str) -> Any:
         return hlo.Met(hlo.Collective(kind, ((dtype, shape),), every, False), loops, 2 if loops else 1)

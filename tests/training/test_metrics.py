@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_the_longest_matching_device_name_counts() -> None:
              "NVIDIA H200 NVL": 835, "NVIDIA A100-SXM4-80GB": 312, "TPU v5 lite": 197, "TPU v5": 459}  # fmt: skip
     for kind, figure in kinds.items():
         source = f"{kind}, {figure} TFLOP/s bfloat16 (specified)"
-        assert hardware.peak(SimpleNamespace(device_kind=kind)) == (figure * 1e12, source)
+        assert hardware.peak(SimpleNamespace(device_kind=kind, platform="gpu")) == (figure * 1e12, source)
 
 
 def test_flops_of_sliding_window_attention() -> None:
@@ -142,3 +143,16 @@ def test_flops_of_sliding_window_attention() -> None:
     table = tiny("gemma3").family.PARAMS
     attention = flops.training(table, cfg, 100) - 6 * flops.multiplied(table, cfg)
     np.testing.assert_allclose(attention, 12 * cfg.N * cfg.H * (seen + 50), rtol=1e-3)
+
+
+def test_the_peak_of_an_unknown_accelerator_is_that_of_bfloat16(monkeypatch) -> None:
+    """A float32 peak would give an MFU above 100 %."""
+    seen = []
+    monkeypatch.setattr(hardware.specs, "of_device", lambda device: None)
+    monkeypatch.setattr(hardware.jax, "jit", lambda f: lambda a, b: seen.append(a.dtype.name) or a)
+    monkeypatch.setattr(hardware.jax, "default_device", lambda device: nullcontext())
+    for platform, kind in (("gpu", "bfloat16"), ("cpu", "float32")):
+        device = SimpleNamespace(device_kind="NVIDIA X1", platform=platform)
+        assert kind in hardware.peak(device, sizes=(2,))[1]
+        assert set(seen) == {kind}
+        seen.clear()

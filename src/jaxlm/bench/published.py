@@ -66,10 +66,11 @@ def _gemma(D: int, F: int, L: int, N: int, K: int, V: int = 262144, **fields: An
     return _config("gemma3_text", D, F, L, N, K, V, **{**common, **fields})
 
 
-def _vision(*sizes: int, **fields: Any) -> dict[str, Any]:
+def _vision(D: int, F: int, L: int, N: int, K: int, **fields: Any) -> dict[str, Any]:
     """A vision-language model, whose text model has rope scaling and a longer context."""
     linear = {"rope_type": "linear", "factor": 8.0}
-    text = _gemma(*sizes, 262208, rope_scaling=linear, sliding_window=1024, max_position_embeddings=131072, **fields)
+    fields |= {"rope_scaling": linear, "sliding_window": 1024, "max_position_embeddings": 131072}
+    text = _gemma(D, F, L, N, K, 262208, **fields)
     return {"model_type": "gemma3", "text_config": text, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1}}
 
 

@@ -86,19 +86,14 @@ def commands() -> dict[str, type]:
     from jaxlm.cli.fuse import Fuse
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
+    from jaxlm.cli.plan import Plan
     from jaxlm.cli.tokenizer import Tokenizer
     from jaxlm.cli.train import Finetune, Train
     from jaxlm.cli.verify import Verify
 
     known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
-    return known | {
-        "train": Train,
-        "finetune": Finetune,
-        "fuse": Fuse,
-        "eval": Eval,
-        "bench": Bench,
-        "tokenizer": Tokenizer,
-    }
+    known |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
+    return known | {"bench": Bench, "plan": Plan}
 
 
 def parse(argv: list[str]) -> Any:

@@ -51,8 +51,8 @@ class _ModelFlags:
     allow_field: tuple[str, ...] = ()
     """Fields of config.json that jaxlm refuses, to ignore because they do not change the result."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=2,model=4")] = None
-    """Device mesh: sizes of data and tensor parallelism. Default: tensor parallelism over all devices, as far as the
-    number of attention heads and the MLP width are divisible; the rest is data parallelism."""
+    """Device mesh: sizes of data and tensor parallelism. Default: all devices, with the sizes that decode a full batch
+    fastest by arithmetic (jaxlm plan)."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ COMMANDS = {
     "Inference": "generate chat",
     "Training": "train finetune fuse tokenizer",
     "Checkpoints": "info export verify",
-    "Evaluation": "eval bench",
+    "Evaluation": "eval",
+    "Hardware": "plan bench",
 }
 
 OPTIONS = [
@@ -78,6 +79,12 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "chat": {
         "Conversation": ["system", "no_think", "template_arg"],
         "Model": MODEL, "Sampling": SAMPLING, "Distributed": DISTRIBUTED,
+    },
+    "plan": {
+        "Devices": ["device", "chips", "mesh"],
+        "Generation": ["batch", "context", "dtype"],
+        "Training": ["train", "accumulate", "optimizer", "remat", "weight_dtype", "grad_dtype", "moment_dtype"],
+        "Output": ["compile", "json"], "Model": MODEL, "Distributed": DISTRIBUTED,
     },
     "info": {"Model": MODEL, "Output": ["json"], "Distributed": DISTRIBUTED},
     "verify": {
@@ -133,6 +140,12 @@ EXAMPLES: dict[str, list[str]] = {
         "jaxlm info Qwen/Qwen3-0.6B",
         "jaxlm info meta-llama/Llama-3.1-70B-Instruct --mesh data=1,model=8",
         "jaxlm info ./checkpoint --dtype bfloat16 --json",
+    ],
+    "plan": [
+        "jaxlm plan qwen3-32b --device v6e-8 --batch 16 --context 8192",
+        "jaxlm plan ./checkpoint",
+        "jaxlm plan llama-3.1-8b --device H100 --chips 8 --train --context 8192",
+        "jaxlm plan qwen3-4b --device v5e-1 --compile",
     ],
     "verify": [
         "jaxlm verify Qwen/Qwen3-0.6B",

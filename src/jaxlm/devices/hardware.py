@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.devices import host_memory
+from jaxlm.devices import host_memory, specs
 
 # Decode steps per dispatch. On CPU a loop makes XLA convert every weight again at each step (docs/performance.md). On
 # accelerators a dispatch per step would wait for the host.
@@ -102,42 +102,26 @@ def unseen_accelerator() -> str | None:
     return None
 
 
-# Specified dense bfloat16 FLOP/s per device, by prefix of jax's device_kind. The first match counts.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
 def peak(device: Any, dtype: Any = "float32", sizes: tuple[int, ...] = (1024, 1536, 2048)) -> tuple[float, str]:
     """Peak FLOP/s of a device, and its source: the specification, or the best of several matmuls timed now.
 
     Args:
         device: The device.
-        dtype: The type of the matmuls.
+        dtype: The type of the matmuls on a CPU. On a GPU or TPU that devices/specs.py does not list it is bfloat16,
+            which has the highest rate that training can use.
         sizes: The matmuls are of [size,size].
     """
-    for kind, flops in PEAKS.items():
-        if device.device_kind.startswith(kind):
-            return flops, f"{device.device_kind}, {flops / 1e12:.0f} TFLOP/s bfloat16 (specified)"
-    best = 0.0
+    spec = specs.of_device(device)
+    if spec is not None:
+        return spec.flops, f"{device.device_kind}, {spec.flops / 1e12:.0f} TFLOP/s bfloat16 (specified)"
+    dtype, best = jnp.dtype(dtype if device.platform == "cpu" else jnp.bfloat16), 0.0
     with jax.default_device(device):
         matmul = jax.jit(jnp.dot)
-        for size in sizes:
+        for size in sizes if device.platform == "cpu" else [4 * size for size in sizes]:
             a = jnp.ones((size, size), dtype) / size
             matmul(a, a).block_until_ready()
             for _ in range(3):
                 begin = time.perf_counter()
                 matmul(a, a).block_until_ready()
                 best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-    return best, f"{device.device_kind}, {best / 1e9:.0f} GFLOP/s {jnp.dtype(dtype).name} (the best matmul, measured)"
+    return best, f"{device.device_kind}, {best / 1e9:.0f} GFLOP/s {dtype.name} (the best matmul, measured)"

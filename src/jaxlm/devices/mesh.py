@@ -14,9 +14,10 @@ in generation a prompt's KV cache when its row joins the batch, and the sampled 
 shards before its use (all-gather), and gradients (reduce-scatter or all-reduce). Log-probabilities and scores of an
 evaluation add small gathers.
 
-By default, `load` uses all devices, along `model` as far as query heads and MLP width divide (topology.default), and
-training puts all on `data` (training/setup.py). Several processes run the same program (distributed.py). Each reads the
-blocks of the weights that its devices hold (checkpoint/hf.py). docs/architecture.md, "On a mesh", has the details.
+By default, `load` uses all devices, with the sizes that decode a full batch fastest by arithmetic
+(inference/roofline.py). Training puts all devices on `data` (training/setup.py). Several processes run the same program
+(distributed.py). Each reads the blocks of the weights that its devices hold (checkpoint/hf.py). docs/architecture.md,
+"On a mesh", has the details.
 """
 
 import math

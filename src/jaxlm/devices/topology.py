@@ -26,7 +26,7 @@ def parse(text: str) -> dict[str, int]:
 
 
 def default(letters: Mapping[str, int], count: int) -> dict[str, int]:
-    """Default axis sizes for inference: tensor parallelism as far as N and F divide, the other devices on `data`.
+    """Axis sizes without knowledge of the device: tensor parallelism as far as N and F divide, the rest on `data`.
 
     Args:
         letters: Sizes of N and F.

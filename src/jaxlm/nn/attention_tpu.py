@@ -8,6 +8,7 @@ on the positions, so each device decides when the program runs.
 
 import functools
 import importlib.util
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jaxlm.nn.attention_reference import TokenPositions, consecutive, holds_only
 
 SCORE_BLOCK = 1 << 23  # scores that XLA computes at once, in float32 elements (docs/performance.md)
 BLOCKS = (1024, 512, 256, 128)  # tokens per block of the kernel: the largest that divides the length
+# The device_kind that a program is compiled for ahead of time. Default: that of jax's own devices.
+compiling_for: ContextVar[str] = ContextVar("compiling_for", default="")
 
 
 @functools.cache
@@ -28,9 +31,17 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def has_kernel() -> bool:
+    """Whether splash attention compiles for the devices: not for the matrix unit of TPU v2 and v3."""
+    kind = compiling_for.get() or (jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "")
+    return kind not in ("TPU v2", "TPU v3")
+
+
 def unsupported(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> str | None:
     """Why splash attention does not apply; None if it does. It needs bfloat16 and lengths in whole blocks."""
     (_, T, N, _), K = q.shape, k.shape[2]
+    if not has_kernel():
+        return "TPU v2 and v3 have no kernel"
     if q.dtype != jnp.bfloat16:
         return f"its products are bfloat16, not {q.dtype}"
     if T % BLOCKS[-1]:

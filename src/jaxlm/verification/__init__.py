@@ -90,7 +90,7 @@ def verify(
 def _require_several_devices(mesh: Any, cfg: Any) -> None:
     """Raises ValueError for a mesh that is invalid or has a single device, before the long computation."""
     row = params.TensorSpec("embed", "VD", (cfg.V, cfg.D), (), ())
-    if len(placement(cfg, mesh, None)(row).device_set) == 1:
+    if len(placement({}, cfg, mesh, None)(row).device_set) == 1:
         raise ValueError(f"mesh {mesh} has a single device: there is nothing to compare")
 
 

@@ -1,0 +1,231 @@
+"""`jaxlm plan`: what a model needs on devices that may not be here, and how fast they can be. Arithmetic alone.
+
+Memory of weights and KV caches is exact. Temporaries and the size of programs are estimates, calibrated on programs of
+the TPU and CUDA compilers (docs/scaling.md has the comparison). Times are the roofline's: no program is faster.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.devices import mesh, topology
+from jaxlm.devices.specs import Spec
+from jaxlm.inference import decoding, roofline
+from jaxlm.inference.roofline import Layout, Roof
+
+LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
+COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
+CODE = {"decode": 1_700_000, "prefill": 8_000_000}  # bytes of a TPU program's code per layer
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of devices that `needs` tries
+
+
+class Memory(NamedTuple):
+    """Memory of generation on one device at its peak, in bytes.
+
+    Attributes:
+        weights: Weights.
+        cache: KV cache of the rows that are decoded.
+        new_cache: KV cache of new prompts, which exists beside it.
+        temporaries: Of the program that needs more.
+        programs: Machine code of both programs.
+    """
+
+    weights: int
+    cache: int
+    new_cache: int
+    temporaries: int
+    programs: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Plan(NamedTuple):
+    """What generation needs and can reach.
+
+    Attributes:
+        spec: The device.
+        count: Number of devices.
+        mesh: Axis sizes.
+        batch: Rows that are decoded together.
+        context: Tokens per row.
+        memory: Of one device.
+        usable: Bytes of a device that a model may take.
+        decode: A decode step of all rows with full KV caches.
+        prefill: Prefill of all rows.
+        max_batch: The most rows of this context that fit; 0 if none.
+        max_context: The longest context of this batch that fits, at most that of the model; 0 if none.
+        needs: The least number of such devices that this batch and context fit on; None if more than 512.
+    """
+
+    spec: Spec
+    count: int
+    mesh: dict[str, int]
+    batch: int
+    context: int
+    memory: Memory
+    usable: int
+    decode: Roof
+    prefill: Roof
+    max_batch: int
+    max_context: int
+    needs: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.usable
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.batch / self.decode.seconds
+
+
+def plan(
+    family: Any,
+    cfg: Any,
+    spec: Spec,
+    count: int = 1,
+    *,
+    batch: int = 8,
+    context: int = 4096,
+    dtype: Any = "bfloat16",
+    sizes: Mapping[str, int] | None = None,
+) -> Plan:
+    """Plans generation.
+
+    Args:
+        family: The module of the architecture.
+        cfg: The model's Config.
+        spec: The device.
+        count: Number of devices.
+        batch: Rows that are decoded together.
+        context: Tokens per row.
+        dtype: Of weights, activations and KV cache.
+        sizes: Mesh axis sizes. Default: those with the shortest decode step.
+
+    Raises:
+        ValueError: A mesh that does not match the devices or the model, or a batch or context below 1.
+    """
+    if batch < 1 or context < 1:
+        raise ValueError(f"batch {batch} and context {context}: both are at least 1")
+    table, itemsize = family.PARAMS, np.dtype(dtype).itemsize
+    best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize)
+    sizes = check_mesh(count, sizes, best) if sizes else best
+    of = roofline.layout(table, cfg, sizes, itemsize)
+    usable = int(roofline.USABLE * spec.memory)
+
+    def fit(rows: int, length: int, on: Layout = of) -> bool:
+        return memory(on, spec, rows, length).total <= usable
+
+    def fits_on(n: int) -> bool:
+        return fit(batch, context, roofline.layout(table, cfg, least_memory(cfg, n), itemsize))
+
+    return Plan(
+        spec,
+        count,
+        dict(sizes),
+        batch,
+        context,
+        memory(of, spec, batch, context),
+        usable,
+        roofline.decode(of, spec, batch, context),
+        roofline.prefill(of, spec, batch, context),
+        of.data * most(lambda rows: fit(rows * of.data, context), 1 << 20),
+        most(lambda length: fit(batch, length), cfg.context),
+        next((n for n in COUNTS if fits_on(n)), None),
+    )
+
+
+def check_mesh(count: int, sizes: Mapping[str, int], best: Mapping[str, int]) -> dict[str, int]:
+    """The axis sizes, if they match the number of devices; otherwise ValueError, with the best mesh."""
+    found = {mesh.DATA: sizes.get(mesh.DATA, 1), mesh.MODEL: sizes.get(mesh.MODEL, 1)}
+    proposal = text(best)
+    if found[mesh.DATA] * found[mesh.MODEL] != count:
+        raise ValueError(
+            f"mesh {text(found)} needs {found['data'] * found['model']} devices, not {count}: try {proposal}"
+        )
+    return found
+
+
+def text(sizes: Mapping[str, int]) -> str:
+    """data=2,model=4"""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def least_memory(cfg: Any, count: int) -> dict[str, int]:
+    """The mesh that needs the least memory per device for few rows: as much tensor parallelism as divides."""
+    return topology.default({"N": cfg.N, "F": cfg.F}, count)
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to a limit that fits, by bisection; 0 if none does."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def memory(of: Layout, spec: Spec, rows: int, context: int) -> Memory:
+    """Memory at the peak: while new prompts for all rows are prefilled."""
+    length = decoding.bucket(context)
+    chunk = roofline.prefill_tokens(rows, spec.platform)
+    return Memory(
+        roofline.weight_bytes(of),
+        roofline.cache_bytes(of, rows, length),
+        roofline.cache_bytes(of, rows, length, chunk),
+        max(temporaries(of, spec, rows, length, program) for program in ("decode", "prefill")),
+        sum(code(of, spec, program) for program in ("decode", "prefill")),
+    )
+
+
+def program_memory(of: Layout, spec: Spec, rows: int, context: int, program: str) -> int:
+    """Bytes of one program on one device, as a compiler counts them: arguments, temporaries and machine code."""
+    length = decoding.bucket(context)
+    chunk = 1 if program == "decode" else roofline.prefill_tokens(rows, spec.platform)
+    held = roofline.weight_bytes(of) if program == "decode" else weights_of_prefill(of)
+    kept = roofline.cache_bytes(of, rows, length, chunk)
+    return held + kept + temporaries(of, spec, rows, length, program) + code(of, spec, program)
+
+
+def weights_of_prefill(of: Layout) -> int:
+    """Bytes of the weights that prefill takes: all but an untied head."""
+    rows = 0 if of.cfg.tied else of.cfg.V * of.cfg.D * of.itemsize
+    shards = mesh.num_shards("VD", (of.cfg.V, of.cfg.D), of.over)
+    return roofline.weight_bytes(of) - rows // shards
+
+
+def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) -> int:
+    """Bytes of a program's temporary arrays on one device, an estimate.
+
+    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the compilers copy to another layout: on a
+    mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a single kv head. On TPU, arrays whose last
+    axis is narrower than LANES are padded: heads of width 64 are computed in padded copies of the KV cache.
+    """
+    cfg, here = of.cfg, -(-rows // of.data)
+    kept = roofline.cache_bytes(of, rows, length)
+    padded = LANES / cfg.H if spec.platform == "tpu" and cfg.H < LANES else 0
+    if program == "prefill":
+        chunk = roofline.prefill_tokens(rows, spec.platform)
+        width = 2 * (cfg.F + cfg.N * cfg.H) // of.tensor + 4 * cfg.D
+        total = here * chunk * width * of.itemsize + int(2.5 * padded * kept / cfg.L)
+        if spec.platform == "gpu":  # keys and values of a layer, and scores where cuDNN does not apply
+            heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
+            total += 2 * here * length * heads * cfg.H * of.itemsize
+            total += 4 * here * chunk * length * cfg.N // of.tensor if cfg.H > LANES else 0
+        return total
+    total = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
+    total += int(padded * kept + COPIED[spec.platform] * roofline.weight_bytes(of))
+    if of.tensor > 1 and spec.platform == "tpu":
+        total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
+    if of.tensor > 1 and spec.platform == "gpu" and mesh.num_shards("K", (cfg.K,), of.over) == cfg.K:
+        total += kept
+    return total
+
+
+def code(of: Layout, spec: Spec, program: str) -> int:
+    """Bytes of a program's machine code on one device, an estimate: layers are unrolled. Small on GPUs."""
+    return of.cfg.L * CODE[program] if spec.platform == "tpu" else 0

@@ -1,0 +1,50 @@
+"""The model of `bench`, `plan` and `check`: a checkpoint, a config.json or the name of a published model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm import loading, models
+from jaxlm.bench import published
+from jaxlm.checkpoint.source import ModelSource
+
+
+class Shape(NamedTuple):
+    """What is known of a model without its weights.
+
+    Attributes:
+        name: For messages and records.
+        family: The module of the architecture.
+        config: The model's Config.
+        dtype: The type of the weights in the checkpoint, as config.json states it; bfloat16 if it does not.
+    """
+
+    name: str
+    family: Any
+    config: Any
+    dtype: str
+
+
+def find(source: ModelSource) -> Shape:
+    """Reads the config of a model. No weight is read.
+
+    A local path comes first, then the table of published models, which needs no network, then the hub.
+
+    Raises:
+        ValueError: The architecture is not supported.
+        OSError: There is no such model; the message names published models that resemble it.
+    """
+    name = str(source.name)
+    model = None if Path(name).expanduser().exists() else published.find(name)
+    if model is not None:
+        family = models.family_of(model.config["model_type"])
+        return Shape(model.id, family, family.Config.from_hf(model.config), model.config["torch_dtype"])
+    try:
+        resolved = loading.match_tensors(source, headers_only=True)
+    except OSError as error:
+        if similar := published.suggestions(name):
+            error.add_note(f"Published models of a similar name: {', '.join(similar)}")
+        raise
+    config = resolved.checkpoint.config
+    named = [one.get(key) for one in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
+    known = ("float32", "bfloat16", "float16")
+    return Shape(name, resolved.family, resolved.config, next((kind for kind in named if kind in known), "bfloat16"))

@@ -1,0 +1,223 @@
+"""The roofline of generation: bytes and FLOPs of a decode step on a mesh, and the time that a device needs for them.
+
+Everything follows from PARAMS, a Config and published figures (devices/specs.py). Nothing is allocated or compiled. A
+predicted time is a lower bound: no program is faster.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jaxlm.devices import hardware, mesh, specs, topology
+from jaxlm.nn import kv_cache, params
+
+# Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed:
+# they decide between meshes, where many small all-reduces stand against fewer bytes.
+HOP, GPU_ALL_REDUCE = 1e-6, 10e-6
+# Of the memory: what the runtime and other programs leave.
+USABLE = 0.95
+# Tokens per row of the default mesh, if the model has as many. The batch size is that of the platform.
+CONTEXT = 4096
+
+
+class Layout(NamedTuple):
+    """A model on a mesh.
+
+    Attributes:
+        table: PARAMS of the family.
+        cfg: The model's Config.
+        over: The mesh, of which only the sizes matter.
+        itemsize: Bytes of a weight and of an activation.
+    """
+
+    table: Any
+    cfg: Any
+    over: AbstractMesh
+    itemsize: int
+
+    @property
+    def data(self) -> int:
+        """Number of parts that rows are divided into."""
+        return self.over.shape[mesh.DATA]
+
+    @property
+    def tensor(self) -> int:
+        """Number of devices of a tensor-parallel group."""
+        return self.over.size // self.data
+
+
+def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2) -> Layout:
+    """The layout for axis sizes such as {"data": 2, "model": 4}."""
+    axes = topology.factor_kv_heads(sizes, cfg.K)
+    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize)
+
+
+def weight_bytes(of: Layout) -> int:
+    """Bytes of the weights on one device."""
+    return of.itemsize * sum(_elements(of, row) for row in params.tensors(of.table, of.cfg))
+
+
+def _elements(of: Layout, row: params.TensorSpec) -> int:
+    return math.prod(row.shape) // mesh.num_shards(row.letters, row.shape, of.over)
+
+
+def read_bytes(of: Layout) -> int:
+    """Bytes of the weights that a decode step reads on one device: all but an untied embedding, of which it reads rows
+    of tokens."""
+    rows = params.tensors(of.table, of.cfg)
+    return of.itemsize * sum(_elements(of, row) for row in rows if of.cfg.tied or row.path != "embed")
+
+
+def cache_bytes(of: Layout, rows: int, length: int, chunk: int = 1) -> int:
+    """Bytes on one device of a KV cache of `rows` rows (of all devices) and `length` positions.
+
+    Args:
+        of: The model and the mesh.
+        rows: Rows B.
+        length: Positions per row.
+        chunk: Tokens of the longest write, for which a sliding window has more slots.
+    """
+    slots = kv_cache.slot_counts(length, of.cfg.windows, min(chunk, length))
+    heads = of.cfg.K // mesh.num_shards("K", (of.cfg.K,), of.over)
+    values = 2 * sum(slots) * heads * of.cfg.H * of.itemsize
+    return -(-rows // of.data) * (values + 4 * sum(set(slots)))  # positions are int32
+
+
+class Roof(NamedTuple):
+    """Times that a program needs at least on one device, in seconds.
+
+    Attributes:
+        memory: To read weights and KV cache.
+        compute: For the products.
+        links: For the all-reduces.
+    """
+
+    memory: float
+    compute: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step: memory and arithmetic overlap, all-reduces do not."""
+        return max(self.memory, self.compute) + self.links
+
+    @property
+    def bound(self) -> str:
+        """What takes the most time."""
+        names = {"memory": "memory bandwidth", "compute": "compute", "links": "interconnect"}
+        return names[max(names, key=lambda name: getattr(self, name))]
+
+
+def decode(of: Layout, spec: specs.Spec, rows: int, context: int) -> Roof:
+    """A decode step of `rows` rows (of all devices) whose KV caches hold `context` tokens."""
+    here = -(-rows // of.data)
+    nbytes = read_bytes(of) + cache_bytes(of, rows, context)
+    flops = here * forward_flops(of, 1, context)
+    links = all_reduces(of) * all_reduce(spec, of.tensor, here * of.cfg.D * of.itemsize)
+    return Roof(nbytes / spec.bandwidth, flops / spec.flops, links)
+
+
+def prefill(of: Layout, spec: specs.Spec, rows: int, tokens: int) -> Roof:
+    """Prefill of `rows` prompts (of all devices) of `tokens` tokens."""
+    here = -(-rows // of.data)
+    flops = here * (forward_flops(of, tokens, 0, head=False) + head_flops(of))
+    links = all_reduces(of) * all_reduce(spec, of.tensor, here * tokens * of.cfg.D * of.itemsize)
+    return Roof((read_bytes(of) + cache_bytes(of, rows, tokens)) / spec.bandwidth, flops / spec.flops, links)
+
+
+def prefill_tokens(rows: int, platform: str) -> int:
+    """Tokens per row of one chunk of prefill, if all rows are prefilled together, as the engine passes them."""
+    return max(16, hardware.CHUNK[platform] // rows)
+
+
+def head_flops(of: Layout) -> float:
+    """FLOPs of the logits of one token on one device."""
+    return 2 * of.cfg.D * of.cfg.V / mesh.num_shards("V", (of.cfg.V,), of.over)
+
+
+def forward_flops(of: Layout, T: int, depth: int, head: bool = True) -> float:
+    """FLOPs of `T` tokens of one row on one device, after `depth` tokens in the KV cache.
+
+    Two per multiplied weight and token, and 4 N H per token and key: products with keys and with values.
+    """
+    cfg = of.cfg
+    layers = sum(_elements(of, row) for row in params.tensors(of.table, cfg) if row.path.startswith("layers."))
+    keys = sum(_keys(T, depth, window) for window in cfg.windows)
+    heads = cfg.N / mesh.num_shards("N", (cfg.N,), of.over)
+    return T * (2 * layers + head * head_flops(of)) + 4 * heads * cfg.H * keys
+
+
+def _keys(T: int, depth: int, window: int | None) -> float:
+    """Number of keys that T tokens attend to together, causally."""
+    if window is None or window >= depth + T:
+        return T * depth + T * (T + 1) / 2
+    free = max(0, min(T, window - depth))  # tokens whose window is not full
+    return free * depth + free * (free + 1) / 2 + (T - free) * window
+
+
+def all_reduces(of: Layout) -> int:
+    """Number of all-reduces of activations in a forward pass: two per layer, and one for the embedding."""
+    return 2 * of.cfg.L + 1
+
+
+def all_reduce(spec: specs.Spec, n: int, nbytes: int) -> float:
+    """Seconds of an all-reduce over n devices: that of a ring in both directions."""
+    if n == 1:
+        return 0.0
+    latency = GPU_ALL_REDUCE if spec.platform == "gpu" else n * HOP
+    return latency + 2 * (n - 1) / n * nbytes / spec.link
+
+
+def meshes(cfg: Any, count: int) -> list[dict[str, int]]:
+    """Axis sizes for `count` devices: `model` divides the number of query heads and the MLP width."""
+    sizes = [n for n in range(1, count + 1) if not count % n and not cfg.N % n and not cfg.F % n]
+    return [{mesh.DATA: count // n, mesh.MODEL: n} for n in sizes]
+
+
+def best_mesh(
+    table: Any, cfg: Any, spec: specs.Spec, count: int, rows: int, context: int, itemsize: int = 2, host: int = 0
+) -> dict[str, int]:
+    """The mesh with the shortest predicted decode step, of those that fit.
+
+    Weights and two KV caches of all rows must fit: new prompts have one of their own. If nothing fits, the mesh that
+    needs the least memory per device.
+
+    Args:
+        table: PARAMS of the family.
+        cfg: The model's Config.
+        spec: The device.
+        count: Number of devices.
+        rows: Rows that are decoded together.
+        context: Tokens per row.
+        itemsize: Bytes of a weight.
+        host: Number of GPUs of a host. A tensor-parallel group leaves a host only if the model does not fit otherwise.
+            0: all devices have fast links.
+
+    Returns:
+        {"data": ..., "model": ...}.
+    """
+    found = [(sizes, layout(table, cfg, sizes, itemsize)) for sizes in meshes(cfg, count)]
+    needed = [weight_bytes(of) + 2 * cache_bytes(of, rows, context) for _, of in found]
+    fits = [i for i, nbytes in enumerate(needed) if nbytes <= USABLE * spec.memory]
+    near = [i for i in fits if not host or found[i][1].tensor <= host]
+    if not fits:
+        return found[min(range(len(found)), key=needed.__getitem__)][0]
+    return found[min(near or fits, key=lambda i: decode(found[i][1], spec, rows, context).seconds)][0]
+
+
+def default_mesh(table: Any, cfg: Any) -> dict[str, int]:
+    """The default mesh of `load` for all devices of jax.
+
+    On accelerators that devices/specs.py lists, the best for a full batch of the platform's default size. Elsewhere
+    tensor parallelism, as far as heads and MLP width divide.
+    """
+    device, count = jax.devices()[0], jax.device_count()
+    spec = specs.of_device(device)
+    if spec is None:
+        return topology.default({"N": cfg.N, "F": cfg.F}, count)
+    host = jax.local_device_count() if spec.platform == "gpu" else 0
+    rows = hardware.BATCH[device.platform]
+    return best_mesh(table, cfg, spec, count, rows, min(cfg.context, CONTEXT), host=host)
