@@ -101,7 +101,7 @@ class Bench(ModelFlags):
     def _rivals(self) -> list[str]:
         return list(dict.fromkeys(rival.strip() for rival in (self.against or "").split(",") if rival.strip()))
 
-    def _load(self, name: str | None) -> tuple["Model", dict[str, Any] | None]:
+    def load_model(self, name: str | None) -> tuple["Model", dict[str, Any] | None]:
         """The model, and the config.json of one with random weights."""
         if name is not None:
             return replace(self, model=name).load(), None
@@ -133,7 +133,7 @@ class Bench(ModelFlags):
             for kind, flag in (("prefill", "-p"), ("decode", "-n"))
             for tokens in lists[flag]
         ]
-        model, raw = self._load(name)
+        model, raw = self.load_model(name)
         session = Session(model, cases, self.repetitions)
         with own_flags():
             for case in cases:
@@ -176,7 +176,7 @@ class Bench(ModelFlags):
 
         lengths, batches = integers("-p", self.prompt or "512"), integers("-b", self.batch or "8")
         cases = [(batch, length) for length in lengths for batch in batches]
-        model, _ = replace(self, mesh=mesh)._load(name)
+        model, _ = replace(self, mesh=mesh).load_model(name)
         source, line = model.source, tables.model_line(model)
         session = TrainSession(model, cases, self.repetitions, self.method, self.rank)
         del model  # the session frees its weights
