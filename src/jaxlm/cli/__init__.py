@@ -81,6 +81,7 @@ def commands() -> dict[str, type]:
     """The commands by name."""
     from jaxlm.cli.bench import Bench
     from jaxlm.cli.chat import Chat
+    from jaxlm.cli.check import Check
     from jaxlm.cli.eval import Eval
     from jaxlm.cli.export import Export
     from jaxlm.cli.fuse import Fuse
@@ -93,7 +94,7 @@ def commands() -> dict[str, type]:
 
     known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
     known |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
-    return known | {"bench": Bench, "plan": Plan}
+    return known | {"bench": Bench, "plan": Plan, "check": Check}
 
 
 def parse(argv: list[str]) -> Any:

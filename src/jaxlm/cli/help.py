@@ -33,7 +33,7 @@ COMMANDS = {
     "Training": "train finetune fuse tokenizer",
     "Checkpoints": "info export verify",
     "Evaluation": "eval",
-    "Hardware": "plan bench",
+    "Hardware": "plan bench check",
 }
 
 OPTIONS = [
@@ -112,10 +112,22 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "Tokenizer": ["kind", "vocab_size", "special"],
         "Output": ["out", "force"],
     },
+    "check": {
+        "Device": ["device", "name"],
+        "Models": ["batch", "context", "dtype", "random_weights", "listed_as", "tokenizer"],
+        "Output": ["out", "page", "again"],
+    },
 }  # fmt: skip
 TITLES = {"data": "Data", "optimizer": "Optimizer", "lora": "LoRA"}
 
 EXAMPLES: dict[str, list[str]] = {
+    "check": [
+        "jaxlm check",
+        "jaxlm check Qwen/Qwen3-0.6B --random-weights",
+        "jaxlm check model.gguf --as Qwen/Qwen3-0.6B",
+        "jaxlm check --device v6e-8",
+        "jaxlm check --page docs/hardware.md",
+    ],
     "": [
         'jaxlm generate "Once upon a time"',
         'jaxlm generate -m Qwen/Qwen3-0.6B "Why is the sky blue?"',

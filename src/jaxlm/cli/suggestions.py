@@ -21,6 +21,7 @@ COMMANDS = {
     "fuse": "merge merge-and-unload merge-adapter",
     "eval": "evaluate evaluation perplexity ppl lm-eval",
     "tokenizer": "tokenize train-tokenizer tokenizers",
+    "check": "compat compatibility matrix hardware devices",
     "--help": "help commands",
     "--version": "version",
 }
