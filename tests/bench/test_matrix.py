@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_files
 
 from jaxlm import models
-from jaxlm.bench import checking, hardware_page, matrix, programs, records
+from jaxlm.bench import checking, hardware_page, matrix, programs, random_model, records
 from jaxlm.bench.matrix import Device, Settings, Subject
 from jaxlm.nn import params
 
@@ -146,7 +146,8 @@ def test_shapes_are_equal_where_programs_take_the_same_memory() -> None:
     assert shapes["meta-llama/Meta-Llama-3-8B"] == shapes["meta-llama/Llama-3.1-8B-Instruct"]  # another RoPE
     assert tiny().shapes != tiny(num_attention_heads=8, head_dim=8).shapes  # equal shapes of weights, but for q
     assert tiny().shapes != tiny(model_type="olmo2").shapes
-    windows = [tiny(model_type="gemma3_text", head_dim=16, sliding_window=n).shapes for n in (16, 32)]
+    gemma = {"model_type": "gemma3_text", "head_dim": 16, "hidden_act": None}
+    windows = [tiny(**gemma, sliding_window=n).shapes for n in (16, 32)]
     assert windows[0] != windows[1]
 
 
@@ -155,7 +156,7 @@ def test_a_folder_is_listed_as_a_published_model_of_its_shapes(tmp_path: Path, m
     folder.mkdir()
     tiny_files.write(folder)
     subject = matrix.subject_of(str(folder))
-    assert (subject.name, subject.page, subject.parameters) == ("tiny", None, 86336)
+    assert (subject.name, subject.page, subject.parameters) == ("tiny", None, 102848)
     assert matrix.subject_of(str(folder), "https://example.org/a/b")[0] == "a/b"
     assert matrix.subject_of(str(folder), "a/b").page == "https://huggingface.co/a/b"
     with pytest.raises(ValueError, match=r"Qwen/Qwen3-0\.6B"):
@@ -184,9 +185,10 @@ def test_devices_by_name() -> None:
 def test_the_memory_by_arithmetic() -> None:
     found = checking.estimate(tiny(), cpu(), SETTINGS)
     assert found.fits
-    assert found.memory["weights"] == 4 * tiny().parameters
-    assert found.memory["total"] == sum(size for part, size in found.memory.items() if part != "total")
-    assert not checking.estimate(tiny(), cpu(found.memory["total"]), SETTINGS).fits  # a tenth stays free
+    assert found.memory.weights == 4 * tiny().parameters
+    assert found.context == 64
+    assert checking.estimate(tiny(max_position_embeddings=32), cpu(), SETTINGS).context == 32
+    assert not checking.estimate(tiny(), cpu(found.memory.total), SETTINGS).fits  # a part stays free
 
 
 def test_the_fewest_devices_that_a_model_fits_on() -> None:
@@ -204,7 +206,7 @@ def test_programs_are_compiled_whole() -> None:
     assert (len(on), reason) == (1, "")
     result = checking.without_running(tiny(), device, SETTINGS, on, reason)
     assert (result["status"], result["method"]) == ("compiles", "compile")
-    weights, cache = 4 * tiny().parameters, result["memory"]["kv_cache"]
+    weights, cache = 4 * tiny().parameters, result["memory"]["cache"]
     for name, beside in (("decode", 0), ("prefill", cache)):
         account = result["compiled"][name]
         # An untied head or an unused weight may be missing, but not a layer.
@@ -274,7 +276,7 @@ def test_the_compilers_account_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_random_weights_are_those_of_the_shapes() -> None:
     subject = tiny(head_dim=16)
-    model = checking.random_model(subject, "bfloat16")
+    model = random_model.draw(subject.family, subject.cfg, "bfloat16")
     expected = params.shapes(subject.family.PARAMS, subject.cfg, jnp.bfloat16)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), model.weights) == jax.tree.map(
         lambda a: (a.shape, a.dtype), expected
@@ -288,7 +290,7 @@ def test_random_weights_are_those_of_the_shapes() -> None:
 def test_cases_fit_the_context() -> None:
     assert [case.name for case in checking.cases(4096, 8)] == ["pp512", "tg64", "tg64"]
     assert len(checking.cases(4096, 1)) == 2
-    for context in (2, 100, 256):
+    for context in (4, 100, 256):
         assert all(case.prompt_tokens + case.max_tokens <= context for case in checking.cases(context, 8))
 
 
@@ -327,7 +329,7 @@ def test_rows_and_columns() -> None:
         record("org/z", tuned=False, parameters=1),
         record("org/y", tuned=True, parameters=1, page="https://example.org/y", config_page="https://example.org/c"),
         record("org/x", tuned=False, parameters=2, device="v6e-8"),
-        record("org/x", tuned=False, parameters=2, device="Mac"),
+        record("org/x", tuned=False, parameters=2) | {"device": "Mac"},
     ]
     page = hardware_page.render(found)
     table = [line for line in page.splitlines() if line.startswith(("| org", "| [org", "| model | config"))]
@@ -384,12 +386,11 @@ def test_the_matrix_is_large_and_nearly_full(stored: list[records.Record]) -> No
 
 def test_records_name_no_path(stored: list[records.Record]) -> None:
     for one in stored:
-        assert one["date"] and one["versions"]["jax"]
+        assert one["date"]
+        assert one["versions"]["jax"]
         assert one["command"].startswith("jaxlm check ")
         assert not [word for word in one["command"].split() if word.startswith(("/", "~", "."))], one["command"]
         assert not [word for word in one.get("error", "").split() if word.startswith(("/", "~"))], one["error"]
         if one["model"] in matrix.MODELS:
-            assert (one["page"], one["config_page"]) == matrix.MODELS[one["model"]][:0] + (
-                matrix.MODELS[one["model"]].page,
-                matrix.MODELS[one["model"]].config_page,
-            )
+            known = matrix.MODELS[one["model"]]
+            assert (one["page"], one["config_page"], one["tuned"]) == (known.page, known.config_page, known.tuned)

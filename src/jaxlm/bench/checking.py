@@ -9,71 +9,41 @@ its outputs.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import loading
-from jaxlm.bench import programs
+from jaxlm.bench import measure, plan, programs
+from jaxlm.bench.cases import Case
 from jaxlm.bench.matrix import Device, Settings, Subject
+from jaxlm.bench.plan import Plan
+from jaxlm.bench.random_model import draw
 from jaxlm.bench.records import Record
 from jaxlm.checkpoint.source import ModelSource
-from jaxlm.devices import hardware, topology
+from jaxlm.devices import hardware
+from jaxlm.inference import roofline
 from jaxlm.model import Model
 from jaxlm.nn import params
-
-if TYPE_CHECKING:
-    from jaxlm.bench.cases import Case
 
 ERROR_LENGTH = 300  # characters of an error that a record keeps
 ROUNDS = 3  # how often each case is timed
 PROMPT, GENERATED = 512, 64  # tokens of the cases
-# The fraction of the memory that weights, KV caches and temporaries may take. The rest is for the runtime.
-USABLE = 0.9
-COUNTS = tuple(2**n for n in range(11))  # numbers of devices that `needs` tries
 
 
-class Estimate(NamedTuple):
-    """What a model needs on a device, by arithmetic.
-
-    Attributes:
-        memory: Bytes per device by part, and `total`.
-        fits: Whether that fits.
-        mesh: Axis sizes.
-        needs: The fewest devices of this kind that the model fits on; None if there is no such number in COUNTS.
-    """
-
-    memory: dict[str, int]
-    fits: bool
-    mesh: dict[str, int]
-    needs: int | None
+def estimate(subject: Subject, device: Device, settings: Settings) -> Plan:
+    """The plan of the model on the device (bench/plan.py): memory by arithmetic, mesh, needed devices."""
+    context = min(settings.context, subject.cfg.context)
+    fields: dict[str, Any] = {"batch": settings.batch, "context": context, "dtype": settings.dtype}
+    return plan.plan(subject.family, subject.cfg, device.spec, device.count, **fields)
 
 
-def estimate(subject: Subject, device: Device, settings: Settings) -> Estimate:
-    """The memory of weights and KV caches on one device. While rows decode, as many may be prefilled."""
-    memory, sizes = _memory(subject, device, settings, device.count)
-    limit = USABLE * device.spec.memory
-    fits = memory["total"] <= limit
-    counts = (device.count,) if device.spec.platform == "cpu" else COUNTS
-    needs = next((n for n in counts if _memory(subject, device, settings, n)[0]["total"] <= limit), None)
-    return Estimate(memory, fits, sizes, needs)
-
-
-def _memory(subject: Subject, device: Device, settings: Settings, count: int) -> tuple[dict[str, int], dict[str, int]]:
-    cfg, platform = subject.cfg, device.spec.platform
-    sizes = topology.default({"N": cfg.N, "F": cfg.F}, count)
-    axes = topology.factor_kv_heads(sizes, cfg.K)
-    over = None if count == 1 else jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
-    where = programs.Setting(subject.family, cfg, over, settings.batch, None, jnp.dtype(settings.dtype))
-    context = min(settings.context, cfg.context)
-    chunk = programs.prefill_tokens(settings.batch, platform)
-    memory = {
-        "weights": programs.share(programs.weights(where)),
-        "kv_cache": programs.share(programs.cache(where, context, 1)),
-        "prefill_kv_cache": programs.share(programs.cache(where, context, chunk)),
-    }
-    return memory | {"total": sum(memory.values())}, sizes
+def _arithmetic(found: Plan, device: Device) -> Record:
+    """The fields of a record that a plan determines."""
+    memory = found.memory._asdict() | {"total": found.memory.total, "usable": found.usable}
+    needs = None if device.spec.platform == "cpu" else found.needs  # CPUs do not add up
+    return {"memory": memory, "mesh": found.mesh, "needs": needs, "method": "arithmetic"}
 
 
 def compiler_devices(device: Device) -> tuple[list[Any], str]:
@@ -97,27 +67,29 @@ def without_running(subject: Subject, device: Device, settings: Settings, on: li
         The fields of the record that hold the result. An error of the compiler is a result with status "fails".
     """
     found = estimate(subject, device, settings)
-    result: Record = {"memory": found.memory, "mesh": found.mesh, "needs": found.needs, "method": "arithmetic"}
+    result = _arithmetic(found, device)
     if not found.fits:
         return {**result, "status": "does not fit"}
     if not on:
         return {**result, "status": "fits", "error": reason}
     try:
-        return {**result, "method": "compile", **_compiled(subject, device, settings, on, found)}
+        return {**result, "method": "compile", **_compiled(subject, settings, on, found)}
     except Exception as error:  # whatever the compiler raises
         return {**result, "method": "compile", "status": "fails", "error": short(error)}
 
 
-def _compiled(subject: Subject, device: Device, settings: Settings, on: list[Any], found: Estimate) -> Record:
+def _compiled(subject: Subject, settings: Settings, on: list[Any], found: Plan) -> Record:
     """Compiles decode and prefill, and compares the compiler's account with the memory of the device."""
     dtype = jnp.dtype(settings.dtype)
     where = programs.setting(subject.family, subject.cfg, on, found.mesh, settings.batch, dtype)
-    context, compiled = min(settings.context, subject.cfg.context), {}
-    # While new rows are prefilled, the KV cache of those that decode exists too.
-    beside = {"decode": 0, "prefill": programs.share(programs.cache(where, context, 1))}
+    platform, compiled = found.spec.platform, {}
+    of = roofline.layout(subject.family.PARAMS, subject.cfg, found.mesh, dtype.itemsize)
+    # What exists while new rows are prefilled: the KV cache of those that decode, and an untied head.
+    head = roofline.weight_bytes(of) - plan.weights_of_prefill(of)
+    beside = {"decode": 0, "prefill": head + programs.share(programs.cache(where, found.context, 1))}
     for name, build in (("decode", programs.decode), ("prefill", programs.prefill)):
         begin = time.perf_counter()
-        program, refused = programs.compiled_or_refused(partial(build, where, context, device.spec.platform))
+        program, refused = programs.compiled_or_refused(partial(build, where, found.context, platform))
         if program is None:
             return {"status": "does not fit", "compiled": compiled, "error": f"{name}: {refused}"[:ERROR_LENGTH]}
         account = programs.account(program)
@@ -128,8 +100,8 @@ def _compiled(subject: Subject, device: Device, settings: Settings, on: list[Any
             "seconds": round(time.perf_counter() - begin, 1),
         }
     peak = max(program["total"] for program in compiled.values())
-    if peak > device.spec.memory:
-        error = f"the compiler counts {hardware.gigabytes(peak)}, of {hardware.gigabytes(int(device.spec.memory))}"
+    if peak > found.usable:
+        error = f"the compiler counts {hardware.gigabytes(peak)}, of {hardware.gigabytes(found.usable)} that are usable"
         return {"status": "does not fit", "compiled": compiled, "error": error}
     return {"status": "compiles", "compiled": compiled}
 
@@ -161,13 +133,17 @@ def running(
         ValueError, OSError: The weights cannot be loaded, as in `loading.load`.
     """
     found = estimate(subject, device, settings._replace(batch=1, context=PROMPT + GENERATED))
-    result: Record = {"memory": found.memory, "mesh": found.mesh, "needs": found.needs, "method": "arithmetic"}
+    result = _arithmetic(found, device)
     if not found.fits:
         return {**result, "status": "does not fit"}
     result["method"] = "run with random weights" if source is None else "run"
     try:
         progress("loading")
-        model = random_model(subject, settings.dtype) if source is None else loading.load(source, dtype=settings.dtype)
+        model = (
+            draw(subject.family, subject.cfg, settings.dtype, source=subject.name)
+            if source is None
+            else loading.load(source, dtype=settings.dtype)
+        )
     except MemoryError as error:
         return {**result, "status": "does not fit", "error": short(error)}
     if model.mesh is not None:
@@ -180,31 +156,9 @@ def running(
         return {**result, "status": status, "error": short(error)}
 
 
-def random_model(subject: Subject, dtype: str) -> Model:
-    """The model with random weights on all devices, sharded as `load` shards them. They are drawn on their devices."""
-    family, cfg = subject.family, subject.cfg
-    where, root, weights = loading.placement(cfg, None, None), jax.random.key(0), {}
-    draws: dict[Any, Any] = {}  # one program for each shape
-    for i, row in enumerate(params.tensors(family.PARAMS, cfg)):
-        scale = None if row.path.endswith("norm") else row.stored_shape[-1] ** -0.5
-        if (row.letters, row.shape, scale) not in draws:
-            draw = partial(_draw, row.shape, scale, family.NORM_IDENTITY, jnp.dtype(dtype))
-            draws[row.letters, row.shape, scale] = jax.jit(draw, out_shardings=where(row))
-        params.put(weights, row.path, draws[row.letters, row.shape, scale](jax.random.fold_in(root, i)))
-    return Model(family, cfg, weights, source=f"{subject.name}, random weights")
-
-
-def _draw(shape: tuple[int, ...], scale: float | None, identity: float, dtype: Any, key: jax.Array) -> jax.Array:
-    if scale is None:
-        return jnp.full(shape, identity, dtype)
-    return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
-
-
-def cases(context: int, batch: int) -> "list[Case]":
+def cases(context: int, batch: int) -> list[Case]:
     """What is timed: prefill and decoding of one row, and decoding of a batch. Models with a short context have shorter
     cases."""
-    from jaxlm.bench.cases import Case
-
     prompt, generated = min(PROMPT, context // 2), min(GENERATED, context // 2)
     decode = [Case("decode", generated, 0, rows) for rows in dict.fromkeys((1, batch))]
     return [Case("prefill", prompt, 0, 1), *decode]
@@ -212,8 +166,6 @@ def cases(context: int, batch: int) -> "list[Case]":
 
 def _timed(model: Model, settings: Settings, progress: Callable[[str], None]) -> Record:
     """Tokens per second of each case, and the rates of the device in the same run."""
-    from jaxlm.bench import measure
-
     session = measure.Session(model, cases(model.config.context, settings.batch), ROUNDS)
     session.run(lambda what, left: progress(what))
     figures = [

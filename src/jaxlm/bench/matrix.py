@@ -158,13 +158,18 @@ def at_hand(name: str | None = None) -> Device:
     spec = specs.of_device(first)
     if spec is None:
         limit = (first.memory_stats() or {}).get("bytes_limit", 0)
-        spec = Spec(first.device_kind, first.device_kind, first.platform, limit, 0, 0, 0, 0, 1, "")
+        spec = _unknown(first.device_kind, first.platform, limit)
     return Device(name or specs.slice_name(spec, count), spec, count, machine)
 
 
 def _this_cpu(name: str) -> Device:
     machine = _machine()
-    return Device(name, Spec("cpu", "cpu", "cpu", machine["memory"], 0, 0, 0, 0, 1, ""), 1, machine)
+    return Device(name, _unknown("cpu", "cpu", machine["memory"]), 1, machine)
+
+
+def _unknown(kind: str, platform: str, memory: int) -> Spec:
+    """The specification of a device whose rates are unknown: they are 1, and not used."""
+    return Spec(kind, kind, platform, memory, 1, 1, 1, 0, 1, "")
 
 
 def _machine() -> dict[str, Any]:

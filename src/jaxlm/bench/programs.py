@@ -173,7 +173,7 @@ def decode(where: Setting, context: int, platform: str, logprobs: int | None = N
 
 def prefill(where: Setting, context: int, platform: str) -> Any:
     """The compiled program of one chunk of prefill for all rows."""
-    chunk = roofline.prefill_tokens(where.batch, platform)
+    chunk = min(roofline.prefill_tokens(where.batch, platform), decoding.bucket(context))
     ids = where.put(jax.ShapeDtypeStruct((where.batch, chunk), jnp.int32), "BT")
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), where.dtype), "BD")
     args = (weights(where), cache(where, context, chunk), last, ids, ids)

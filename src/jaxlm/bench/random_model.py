@@ -1,5 +1,6 @@
 """A model with random weights, of a config.json or of a published model's config: a speed does not need a download."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +66,32 @@ def random_model(name: str, dtype: str = "auto", mesh: Any = None) -> tuple[Mode
     )
     known = published.find(name)
     source = known.id if known is not None and not Path(name).exists() else name
-    model = Model.init(family, cfg, jax.random.key(0), jnp.dtype(dtype), source=f"{source} (random weights)")
-    return loading.spread(model, mesh), raw
+    return draw(family, cfg, dtype, mesh, source=f"{source} (random weights)"), raw
+
+
+def draw(family: Any, cfg: Any, dtype: Any, mesh: Any = None, **more: Any) -> Model:
+    """A model with random weights, sharded as `load` shards them. Each device draws its part, so that a model may be
+    larger than the memory of one device.
+
+    Args:
+        family: The module of the architecture.
+        cfg: The family's Config.
+        dtype: dtype of the weights.
+        mesh: As in `jaxlm.load`.
+        more: Other attributes of Model, such as `source`.
+    """
+    where, root = loading.placement(family.PARAMS, cfg, mesh, None), jax.random.key(0)
+    weights: dict[str, Any] = {}
+    programs: dict[Any, Any] = {}  # one for each shape
+    for i, row in enumerate(params.tensors(family.PARAMS, cfg)):
+        scale = None if row.path.endswith("norm") else row.stored_shape[-1] ** -0.5
+        if (row.letters, row.shape, scale) not in programs:
+            one = partial(_draw, row.shape, scale, family.NORM_IDENTITY, jnp.dtype(dtype))
+            programs[row.letters, row.shape, scale] = jax.jit(one, out_shardings=where(row))
+        params.put(weights, row.path, programs[row.letters, row.shape, scale](jax.random.fold_in(root, i)))
+    return Model(family, cfg, weights, **more)
+
+
+def _draw(shape: tuple[int, ...], scale: float | None, identity: float, dtype: Any, key: jax.Array) -> jax.Array:
+    """Normally distributed values with this standard deviation; None: all are `identity`."""
+    return jnp.full(shape, identity, dtype) if scale is None else jax.random.normal(key, shape, dtype) * scale
