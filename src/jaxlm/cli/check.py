@@ -156,7 +156,8 @@ class Checks:
         from jaxlm.bench import checking, records
 
         begin = time.perf_counter()
-        old = None if self.flags.again or self.method == "run" else records.twin(known, record)
+        shares = self.method in ("compile", "run with random weights") and not self.flags.again
+        old = records.twin(known, record) if shares else None
         if old is not None:
             return checking.result_of(old) | {"same_as": old["model"]}
         note(title)
