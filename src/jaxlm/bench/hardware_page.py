@@ -26,7 +26,7 @@ record. The tables of [records](#records) give its date, its versions and the co
 
 LEGEND = [
     ("cell", "meaning"),
-    ("✓ 41 tok/s", "Ran with the published weights, and passed `jaxlm verify`. Decoding speed of one row."),
+    ("✓ 41 tok/s", "Ran with the weights of the model, and passed `jaxlm verify`. Decoding speed of one row."),
     ("◦ 41 tok/s", "Ran with random weights of the same shapes, for the speed alone. Decoding speed of one row."),
     (
         "compiles",

@@ -99,6 +99,7 @@ class Check:
             words = [subject.name]
         else:
             words = [Path(subject.source.name).name, *(["--as", str(self.listed_as)] if self.listed_as else [])]
+        words += ["--tokenizer", self.tokenizer.name] if self.tokenizer is not None else []
         words += ["--device", self.device] if self.device is not None else []
         words += ["--name", self.name] if self.name is not None else []
         words += ["--random-weights"] if self.random_weights else []
