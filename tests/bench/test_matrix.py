@@ -110,6 +110,8 @@ def test_names_of_devices_are_names_of_files(tmp_path: Path) -> None:
         ({}, {"command": "jaxlm check org/tiny --batch 1"}, False),
         ({}, {"machine": {"processor": "another"}}, False),
         ({"method": "arithmetic", "status": "does not fit"}, {}, True),  # the arithmetic comes before the compiler
+        ({"method": "arithmetic", "status": "fits"}, {}, False),
+        ({"method": "arithmetic", "status": "fits"}, {"method": "arithmetic"}, True),
         ({"method": "run"}, {"versions": {"jax": "99"}}, True),  # a run says more than a compilation
         ({"method": "run with random weights"}, {"method": "run", "command": "jaxlm check"}, False),
         ({"method": "run"}, {"method": "run with random weights", "command": "jaxlm check"}, True),
@@ -218,7 +220,7 @@ def test_programs_are_compiled_whole() -> None:
 
 
 def test_a_device_without_a_compiler_is_arithmetic() -> None:
-    device = matrix.named("v2-8")
+    device = matrix.named("L4")  # no description for the CUDA compiler
     on, reason = checking.compiler_devices(device)
     assert on == []
     assert reason

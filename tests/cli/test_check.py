@@ -183,7 +183,7 @@ def test_weights_that_are_not_at_hand(monkeypatch: Any, capsys: Any) -> None:
 def test_the_page_alone_checks_nothing(folder: Path, capsys: Any) -> None:
     assert main(["check", "--page", "page.md"]) == 1
     assert "no records" in capsys.readouterr().err
-    assert main(["check", str(folder), "--device", "v2-8", "--page", "page.md", *FLAGS]) == 0
+    assert main(["check", str(folder), "--device", "L4", "--page", "page.md", *FLAGS]) == 0
     text = Path("page.md").read_text()
     assert "| tiny | D 64, L 2 |" in text
     Path("page.md").unlink()

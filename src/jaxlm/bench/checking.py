@@ -50,8 +50,6 @@ def compiler_devices(device: Device) -> tuple[list[Any], str]:
     """The devices to compile for; an empty list and the reason if there is no compiler for them."""
     if device.spec.platform == "cpu":
         return jax.devices("cpu")[:1], ""
-    if device.spec.name in programs.NO_COMPILER:
-        return [], f"programs for TPU {device.spec.name} do not compile without a TPU"
     try:
         return programs.devices(device.spec, device.count), ""
     except ValueError as error:

@@ -129,7 +129,7 @@ def write(folder: Path, record: Record) -> Path:
 
 def keeps(old: Record, new: Record) -> bool:
     """Whether an old record of a model makes a new check unnecessary: it has stronger evidence, or the same command had
-    the same versions on the same machine.
+    the same versions on the same machine. What fits by arithmetic is compiled once there is a compiler for it.
 
     Args:
         old: A record.
@@ -137,6 +137,8 @@ def keeps(old: Record, new: Record) -> bool:
     """
     if METHODS.index(old["method"]) > METHODS.index(new["method"]):
         return True
+    if old["status"] == "fits" and new["method"] == "compile":
+        return False
     return all(old[name] == new[name] for name in ("command", "versions", "machine"))
 
 
