@@ -167,7 +167,7 @@ def test_random_weights_need_no_checkpoint_and_a_run_is_kept(monkeypatch: Any, c
     assert "verify" not in found["org/a"]
     assert found["org/b"]["figures"] == found["org/a"]["figures"]
     assert found["org/b"]["same_as"] == "org/a"
-    assert "◦" in capsys.readouterr().out
+    assert "○" in capsys.readouterr().out
     assert main(["check", "--device", "cpu", *FLAGS]) == 0  # says less than a run
     assert read() == found
 
