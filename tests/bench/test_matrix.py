@@ -306,7 +306,7 @@ def test_cases_fit_the_context() -> None:
         (ran(41.23), "✓ 41.2 tok/s"),
         (ran(1234.5), "✓ 1,234 tok/s"),
         (ran(0.123), "✓ 0.12 tok/s"),
-        (ran(41.23, "run with random weights"), "◦ 41.2 tok/s"),
+        (ran(41.23, "run with random weights"), "○ 41.2 tok/s"),
         (record(), "compiles"),
         (record(status="fits"), "fits"),
         (record(status="fails"), "**fails**"),
@@ -314,16 +314,24 @@ def test_cases_fit_the_context() -> None:
         (record(device="H100", status="does not fit", needs=2), "needs 2"),
         (record(device="H100", status="does not fit", needs=None), "too large"),
         (record(device="H100", status="does not fit", needs=1), "too large"),  # by the compiler, against the arithmetic
-        (record(status="does not fit", memory={"total": 64.4e9}, needs=None), "needs 64 GB"),
+        (
+            record(status="does not fit", memory={"total": 57e9, "usable": 9e9}, device_memory=10**10, needs=None),
+            "needs 64 GB",
+        ),
     ],
 )
 def test_cells(one: Any, text: str) -> None:
     assert hardware_page.cell(one) == text
 
 
+def test_numbers_have_three_digits() -> None:
+    counts = (260032, 134515008, 999885952, 8030261248, 405853388800, 999)
+    assert [hardware_page.parameters(n) for n in counts] == ["260 k", "135 M", "1 B", "8.03 B", "406 B", "999"]
+
+
 def test_every_cell_that_the_legend_shows_exists() -> None:
     marks = {text.partition(" ")[0].strip("*") for text, _ in hardware_page.LEGEND[1:]}
-    assert marks == {"✓", "◦", "compiles", "fits", "needs", "too", "fails", "not"}
+    assert marks == {"✓", "○", "compiles", "fits", "needs", "too", "fails", "not"}
 
 
 def test_rows_and_columns() -> None:
@@ -334,11 +342,11 @@ def test_rows_and_columns() -> None:
         record("org/x", tuned=False, parameters=2) | {"device": "Mac"},
     ]
     page = hardware_page.render(found)
-    table = [line for line in page.splitlines() if line.startswith(("| org", "| [org", "| model | config"))]
+    table = [line for line in page.splitlines() if line.startswith(("| org", "| [y", "| model | config"))]
     assert table[0] == "| model | config | parameters | kind | CPU | TPU v6e-8 | Mac |"
     rows = [line for line in table if "| pretrained |" in line or "| instruct |" in line]
-    assert [line.split(" |")[0] for line in rows] == ["| org/z", "| org/x", "| [org/y](https://example.org/y)"]
-    assert rows[1].endswith("| pretrained | not checked | compiles | compiles |")
+    assert [line.split(" |")[0] for line in rows] == ["| org/z", "| org/x", "| [y](https://example.org/y)"]
+    assert rows[1].endswith("| pretrained | not\u00a0checked | compiles | compiles |")
     assert "[config](https://example.org/c)" in rows[2]
 
 

@@ -167,9 +167,25 @@ def test_random_weights_need_no_checkpoint_and_a_run_is_kept(monkeypatch: Any, c
     assert "verify" not in found["org/a"]
     assert found["org/b"]["figures"] == found["org/a"]["figures"]
     assert found["org/b"]["same_as"] == "org/a"
-    assert "◦" in capsys.readouterr().out
+    assert "○" in capsys.readouterr().out
     assert main(["check", "--device", "cpu", *FLAGS]) == 0  # says less than a run
     assert read() == found
+
+
+def test_only_models_that_are_named_are_downloaded(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(matrix, "published", lambda: published("org/a"))
+    sources = []
+
+    def running(subject: Any, device: Any, settings: Any, source: Any, progress: Any) -> Any:
+        sources.append(source)
+        raise OSError("no weights")
+
+    monkeypatch.setattr(checking, "running", running)
+    assert main(["check", *FLAGS]) == 0
+    assert main(["check", "qwen3-0.6b", *FLAGS]) == 1
+    assert main(["check", str(folder), *FLAGS]) == 1
+    assert [(source.name, source.offline) for source in sources[:2]] == [("org/a", True), ("Qwen/Qwen3-0.6B", False)]
+    assert sources[2].name == str(folder)
 
 
 def test_weights_that_are_not_at_hand(monkeypatch: Any, capsys: Any) -> None:

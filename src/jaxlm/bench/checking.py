@@ -93,12 +93,10 @@ def _compiled(subject: Subject, settings: Settings, on: list[Any], found: Plan) 
     beside = {"decode": 0, "prefill": head + programs.share(programs.cache(where, found.context, 1))}
     for name, build in (("decode", programs.decode), ("prefill", programs.prefill)):
         begin = time.perf_counter()
-        build = partial(build, context=found.context, platform=platform)
         few = platform == "tpu" and name == "prefill"
-        run = (
-            partial(programs.of_all_layers, build) if few else lambda where, build=build: programs.account(build(where))
-        )
-        account, refused = programs.compiled_or_refused(partial(run, where))
+        count = programs.of_all_layers if few else programs.whole
+        run = partial(count, partial(build, context=found.context, platform=platform), where)
+        account, refused = programs.compiled_or_refused(run)
         if account is None:
             return {"status": "does not fit", "compiled": compiled, "error": f"{name}: {refused}"[:ERROR_LENGTH]}
         compiled[name] = {

@@ -1,5 +1,6 @@
 """docs/hardware.md from the records of `jaxlm check`: tables of models and devices, and what each cell rests on."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ FAMILIES = {"llama3": "Llama 3 and other models of `model_type` llama", "qwen3":
 # The columns that come first, in this order. Other devices follow in the order of their names.
 COLUMNS = ("cpu", "A100", "A100-8", "H100", "H100-8", "H200", "v2-8", "v5e-1", "v5e-8", "v6e-1", "v6e-8", "v5p-8")
 NOT_CHECKED = "not checked"
+NBSP = "\u00a0"  # cells are not broken into lines
 KINDS = {False: "pretrained", True: "instruct", None: "other"}
 SUMMARY = {"ran": "ran", "compiles": "compile", "fits": "fit by arithmetic", "does not fit": "do not fit",
            "fails": "fail"}  # fmt: skip
@@ -27,7 +29,7 @@ record. The tables of [records](#records) give its date, its versions and the co
 LEGEND = [
     ("cell", "meaning"),
     ("✓ 41 tok/s", "Ran with the weights of the model, and passed `jaxlm verify`. Decoding speed of one row."),
-    ("◦ 41 tok/s", "Ran with random weights of the same shapes, for the speed alone. Decoding speed of one row."),
+    ("○ 41 tok/s", "Ran with random weights of the same shapes, for the speed alone. Decoding speed of one row."),
     (
         "compiles",
         "The decode and prefill programs were compiled for the device, which was not there. They fit by the compiler's "
@@ -106,7 +108,7 @@ def cell(record: Record | None) -> str:
         return NOT_CHECKED
     status = record["status"]
     if status == "ran":
-        mark = "✓" if record["method"] == "run" else "◦"
+        mark = "✓" if record["method"] == "run" else "○"
         return f"{mark} {rate(decode_figure(record)['tokens_per_second'])} tok/s"
     if status == "does not fit":
         return _need(record)
@@ -115,7 +117,8 @@ def cell(record: Record | None) -> str:
 
 def _need(record: Record) -> str:
     if record["platform"] == "cpu":
-        return f"needs {record['memory']['total'] / 1e9:.0f} GB"
+        total, usable = record["memory"]["total"], record["memory"]["usable"]
+        return f"needs {math.ceil(total * record['device_memory'] / usable / 1e9):,} GB"
     needs = record["needs"]
     return f"needs {needs * record['cores']}" if needs is not None and needs > record["devices"] else "too large"
 
@@ -164,7 +167,8 @@ def title(record: Record) -> str:
 
 def _model(record: Record) -> list[str]:
     """The name and the config with their links, and the number of parameters."""
-    name = f"[{record['model']}]({record['page']})" if record["page"] else record["model"]
+    text = record["model"].rpartition("/")[2]  # the page has the organization
+    name = f"[{text}]({record['page']})" if record["page"] else record["model"]
     sizes = record["sizes"]
     config = f"[config]({record['config_page']})" if record["config_page"] else f"D {sizes['D']}, L {sizes['L']}"
     return [name, config, parameters(record["parameters"])]
@@ -173,7 +177,7 @@ def _model(record: Record) -> list[str]:
 def parameters(count: int) -> str:
     """A number of parameters: 8.03 B, 135 M, 260 k."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # 999.9 M is 1 B with three digits
             return f"{count / size:.3g} {unit}"
     return str(count)
 
@@ -183,7 +187,7 @@ def _table(rows: list[dict[str, Record]], heads: dict[str, str]) -> str:
     lines = [["model", "config", "parameters", "kind", *heads.values()]]
     for row in rows:
         one = next(iter(row.values()))
-        lines.append([*_model(one), KINDS[one["tuned"]], *(cell(row.get(name)) for name in heads)])
+        lines.append([*_model(one), KINDS[one["tuned"]], *(cell(row.get(name)).replace(" ", NBSP) for name in heads)])
     return markdown(lines)
 
 
@@ -194,10 +198,8 @@ def markdown(lines: Iterable[Sequence[str]]) -> str:
 
 
 def _summary(records: Sequence[Record]) -> str:
-    count = Counter(record["status"] for record in records)
-    counted = ", ".join(f"{count[status]:,} {text}" for status, text in SUMMARY.items() if count[status])
     models = len({record["model"] for record in records})
-    text = f"{len(records):,} records of {models} models, {_dates(records)}: {counted}.\n"
+    text = f"{len(records):,} records of {models} models, {_dates(records)}: {_counts(records)}.\n"
     computed = [record for record in records if record["status"] != "ran"]
     if not computed:
         return text
@@ -206,6 +208,12 @@ def _summary(records: Sequence[Record]) -> str:
         f"{text}A cell without a speed is about {batch} rows of {context:,} tokens in {dtype}, unless the command of "
         "its record\nsays otherwise. Models with a shorter context have a shorter KV cache.\n"
     )
+
+
+def _counts(records: Sequence[Record]) -> str:
+    """How many records have each status."""
+    count = Counter(record["status"] for record in records)
+    return ", ".join(f"{count[status]:,} {text}" for status, text in SUMMARY.items() if count[status])
 
 
 def _most_common(records: Sequence[Record], name: str) -> Any:
@@ -218,14 +226,14 @@ def _dates(records: Iterable[Record]) -> str:
 
 
 def _devices(records: Sequence[Record], heads: dict[str, str]) -> str:
-    lines = [["device", "memory of one", "machine", "records", "dates", "file"]]
+    lines = [["device", "memory of one", "machine", "models", "dates", "file"]]
     for name, head in heads.items():
         mine = [record for record in records if record["device"] == name]
         machines = "; ".join(sorted({_machine(record) for record in mine} - {""}))
         file = file_of(Path(), name).name
         memory = gigabytes(mine[0]["device_memory"])
         lines.append(
-            [head, memory, machines or "not at hand", f"{len(mine)}", _dates(mine), f"[{file}](../compat/{file})"]
+            [head, memory, machines or "not at hand", _counts(mine), _dates(mine), f"[{file}](../compat/{file})"]
         )
     return markdown(lines)
 

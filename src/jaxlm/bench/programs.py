@@ -252,6 +252,11 @@ def account(program: Any) -> Account:
     )
 
 
+def whole(compile: Callable[[Setting], Any], where: Setting) -> Account:
+    """The account of a program, compiled with all layers."""
+    return account(compile(where))
+
+
 def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
     """The account of a program of all layers, from programs with one and with two periods of layers.
 
@@ -264,7 +269,7 @@ def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
     """
     period = max(2, len(params.period(where.cfg.windows)))
     if 2 * period >= where.cfg.L:
-        return account(compile(where))
+        return whole(compile, where)
     one, two = (account(compile(with_layers(where, n * period))) for n in (1, 2))
     rest = where.cfg.L - period
     return Account(*(a + (b - a) * rest // period for a, b in zip(one, two)))
