@@ -39,11 +39,11 @@ class Row(NamedTuple):
 
 
 def rows(folder: Path = ROOT / "compat") -> Iterator[Row]:
-    """The compiled programs of the records, each once: models of the same shapes share their programs."""
+    """The compiled programs of published models, each once: models of the same shapes share their programs."""
     for record in records.read(folder):
-        if record["method"] != "compile" or "same_as" in record or record["platform"] == "cpu":
+        model = published.MODELS.get(record["model"])
+        if record["method"] != "compile" or "same_as" in record or record["platform"] == "cpu" or model is None:
             continue
-        model = published.MODELS[record["model"]]
         family = models.family_of(model.config["model_type"])
         cfg = family.Config.from_hf(model.config)
         spec, _ = specs.parse(record["device"])

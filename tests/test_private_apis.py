@@ -50,6 +50,9 @@ USES = [
     Use("jax", f"{SPLASH}.SegmentIds", "nn/attention_tpu.py", KERNEL, ("q", "kv")),
     Use("jax", f"{SPLASH}.make_splash_mha_single_device", "nn/attention_tpu.py", KERNEL),
     MESHES,
+    *(Use("jax", "jax.experimental.topologies.get_topology_desc", f"bench/{name}.py",
+          "programs cannot be compiled for devices that are not here", ("platform", "topology_name"))
+      for name in ("gpu_targets", "programs")),
     Use("jax", "jax.config.jax_enable_preemption_service", "cli/common.py",
         "one of several processes outlives SIGTERM"),
     Use("jax", "jax.config.jax_enable_preemption_service", "devices/distributed.py",

@@ -65,14 +65,6 @@ def test_bytes_are_those_of_the_arrays(name: str, sizes: dict[str, int]) -> None
         assert roofline.cache_bytes(of, rows, length, chunk) == sum(jax.tree.leaves(nbytes))
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 9, 100])
-@pytest.mark.parametrize(("T", "depth"), [(1, 0), (1, 30), (7, 0), (7, 3), (7, 30), (40, 0)])
-def test_keys_are_counted(T: int, depth: int, window: int | None) -> None:
-    pos = np.arange(depth, depth + T)
-    seen = [min(p + 1, window or p + 1) for p in pos]
-    assert roofline._keys(T, depth, window) == sum(seen)
-
-
 def test_small_models_are_replicated_and_large_ones_are_split() -> None:
     H100 = specs.BY_NAME["H100"]
 

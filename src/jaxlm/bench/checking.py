@@ -95,8 +95,11 @@ def _compiled(subject: Subject, settings: Settings, on: list[Any], found: Plan) 
         begin = time.perf_counter()
         few = platform == "tpu" and name == "prefill"
         count = programs.of_all_layers if few else programs.whole
-        run = partial(count, partial(build, context=found.context, platform=platform), where)
-        account, refused = programs.compiled_or_refused(run)
+
+        def compile(part: programs.Setting, build: Any = build) -> Any:
+            return build(part, found.context, platform)
+
+        account, refused = programs.compiled_or_refused(partial(count, compile, where))
         if account is None:
             return {"status": "does not fit", "compiled": compiled, "error": f"{name}: {refused}"[:ERROR_LENGTH]}
         compiled[name] = {

@@ -16,7 +16,6 @@ from jaxlm.inference.roofline import Layout, Roof
 
 LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
 COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
-CODE = {"decode": 1_700_000, "prefill": 8_000_000}  # bytes of a TPU program's code per layer
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of devices that `needs` tries
 
 
@@ -178,7 +177,7 @@ def memory(of: Layout, spec: Spec, rows: int, context: int) -> Memory:
         roofline.cache_bytes(of, rows, length),
         roofline.cache_bytes(of, rows, length, chunk),
         max(temporaries(of, spec, rows, length, program) for program in ("decode", "prefill")),
-        sum(code(of, spec, program) for program in ("decode", "prefill")),
+        sum(code(of, spec, rows, program) for program in ("decode", "prefill")),
     )
 
 
@@ -188,7 +187,7 @@ def program_memory(of: Layout, spec: Spec, rows: int, context: int, program: str
     chunk = 1 if program == "decode" else roofline.prefill_tokens(rows, spec.platform)
     held = roofline.weight_bytes(of) if program == "decode" else weights_of_prefill(of)
     kept = roofline.cache_bytes(of, rows, length, chunk)
-    return held + kept + temporaries(of, spec, rows, length, program) + code(of, spec, program)
+    return held + kept + temporaries(of, spec, rows, length, program) + code(of, spec, rows, program)
 
 
 def weights_of_prefill(of: Layout) -> int:
@@ -207,26 +206,38 @@ def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) ->
     padded copies of the KV cache.
     """
     cfg, here = of.cfg, -(-rows // of.data)
+    tpu, gpu = spec.platform == "tpu", spec.platform == "gpu"
     kept = roofline.cache_bytes(of, rows, length)
-    padded = LANES / cfg.H if spec.platform == "tpu" and cfg.H < LANES else 0
+    padded = LANES / cfg.H if tpu and cfg.H < LANES else 0
     if program == "prefill":
         chunk = roofline.prefill_tokens(rows, spec.platform)
         width = 2 * (cfg.F + cfg.N * cfg.H) // of.tensor + 4 * cfg.D
-        total = here * chunk * width * of.itemsize + int(2.5 * padded * kept / cfg.L)
-        if spec.platform == "gpu":  # keys and values of a layer, and scores where cuDNN does not apply
+        total = here * chunk * width * of.itemsize
+        if tpu and of.tensor == 1:
+            total += int(2.5 * padded * kept / cfg.L)
+            total += of.itemsize * cfg.V * -(-cfg.D // LANES) * LANES if cfg.D % LANES else 0
+        if gpu:  # keys and values of a layer, and scores where cuDNN does not apply
             heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
             total += 2 * here * length * heads * cfg.H * of.itemsize
             total += 4 * here * chunk * length * cfg.N // of.tensor if cfg.H > LANES else 0
         return total
     total = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
-    total += int(padded * kept + COPIED[spec.platform] * roofline.weight_bytes(of))
-    if of.tensor > 1 and spec.platform == "tpu":
+    total += int(COPIED[spec.platform] * roofline.weight_bytes(of) + 0.97 * padded * kept)
+    if of.tensor > 1 and tpu and not padded:
         total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
-    if of.tensor > 1 and spec.platform == "gpu" and mesh.num_shards("K", (cfg.K,), of.over) == cfg.K:
+    if of.tensor > 1 and gpu and mesh.num_shards("K", (cfg.K,), of.over) == cfg.K:
         total += kept
     return total
 
 
-def code(of: Layout, spec: Spec, program: str) -> int:
-    """Bytes of a program's machine code on one device, an estimate: layers are unrolled. Small on GPUs."""
-    return of.cfg.L * CODE[program] if spec.platform == "tpu" else 0
+def code(of: Layout, spec: Spec, rows: int, program: str) -> int:
+    """Bytes of a program's machine code on one device, an estimate. Small on GPUs.
+
+    Layers are unrolled. On TPU, the code of a layer of prefill grows with the rows of a device, and that of decoding
+    with the weights.
+    """
+    if spec.platform != "tpu":
+        return 0
+    if program == "prefill":
+        return of.cfg.L * (800_000 + 900_000 * -(-rows // of.data))
+    return of.cfg.L * min(2_000_000, 550_000 + roofline.weight_bytes(of) // of.cfg.L // 40)

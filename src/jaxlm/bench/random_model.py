@@ -1,72 +1,34 @@
 """A model with random weights, of a config.json or of a published model's config: a speed does not need a download."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm import loading, models
-from jaxlm.bench import published
-from jaxlm.checkpoint.hf import read_json
+from jaxlm import loading
+from jaxlm.bench.sources import Shape
 from jaxlm.devices import hardware
 from jaxlm.model import Model
 from jaxlm.nn import params
 
 
-def find_config(name: str) -> dict[str, Any]:
-    """The contents of config.json, of a file, a folder or a published model. Of a vision-language model, only those of
-    its text model.
-
-    Args:
-        name: A path, or the hub id of a published model, with or without the organization, in any case.
-
-    Raises:
-        ValueError: There is no such file and no such model.
-    """
-    path = Path(name).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        raw = read_json(path)
-    elif (model := published.find(name)) is not None:
-        raw = model.config
-    else:
-        near = published.suggestions(name)
-        hint = f"; similar names: {', '.join(near)}" if near else ""
-        raise ValueError(
-            f"--random-weights {name} is neither a config.json nor a published model that jaxlm knows{hint}"
-        )
-    return raw.get("text_config") or raw
-
-
-def random_model(name: str, dtype: str = "auto", mesh: Any = None) -> tuple[Model, dict[str, Any]]:
+def random_model(shape: Shape, dtype: str = "auto", mesh: Any = None) -> Model:
     """Makes a model with random weights.
 
     Args:
-        name: As in `find_config`.
-        dtype: dtype of the weights; "auto" is that of the config, or bfloat16.
+        shape: What is known of the model (bench/sources.py).
+        dtype: dtype of the weights; "auto" is that of the config.
         mesh: As in `jaxlm.load`.
 
-    Returns:
-        The model, and its config.json.
-
     Raises:
-        ValueError: The config is not found or not supported.
         MemoryError: The weights do not fit in memory.
     """
-    raw = find_config(name)
-    family = models.family_of(raw.get("model_type"))
-    cfg = family.Config.from_hf(raw)
-    if dtype == "auto":
-        dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16")
-    nbytes = params.count(family.PARAMS, cfg) * jnp.dtype(dtype).itemsize
-    hardware.require(
-        nbytes, jax.local_devices()[0], f"the weights of {name}", "use a smaller model or --dtype bfloat16"
-    )
-    known = published.find(name)
-    source = known.id if known is not None and not Path(name).exists() else name
-    return draw(family, cfg, dtype, mesh, source=f"{source} (random weights)"), raw
+    dtype = shape.dtype if dtype == "auto" else dtype
+    nbytes = params.count(shape.family.PARAMS, shape.config) * jnp.dtype(dtype).itemsize
+    what = f"the weights of {shape.name}"
+    hardware.require(nbytes, jax.local_devices()[0], what, "use a smaller model or --dtype bfloat16")
+    return draw(shape.family, shape.config, dtype, mesh, source=f"{shape.name} (random weights)")
 
 
 def draw(family: Any, cfg: Any, dtype: Any, mesh: Any = None, **more: Any) -> Model:

@@ -16,12 +16,14 @@ class Shape(NamedTuple):
         family: The module of the architecture.
         config: The model's Config.
         dtype: The type of the weights in the checkpoint, as config.json states it; bfloat16 if it does not.
+        raw: The contents of config.json; of a vision-language model those of its text model.
     """
 
     name: str
     family: Any
     config: Any
     dtype: str
+    raw: dict[str, Any]
 
 
 def find(source: ModelSource) -> Shape:
@@ -37,7 +39,8 @@ def find(source: ModelSource) -> Shape:
     model = None if Path(name).expanduser().exists() else published.find(name)
     if model is not None:
         family = models.family_of(model.config["model_type"])
-        return Shape(model.id, family, family.Config.from_hf(model.config), model.config["torch_dtype"])
+        raw = model.config.get("text_config") or model.config
+        return Shape(model.id, family, family.Config.from_hf(model.config), model.config["torch_dtype"], raw)
     try:
         resolved = loading.match_tensors(source, headers_only=True)
     except OSError as error:
@@ -46,5 +49,5 @@ def find(source: ModelSource) -> Shape:
         raise
     config = resolved.checkpoint.config
     named = [one.get(key) for one in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
-    known = ("float32", "bfloat16", "float16")
-    return Shape(name, resolved.family, resolved.config, next((kind for kind in named if kind in known), "bfloat16"))
+    dtype = next((kind for kind in named if kind in ("float32", "bfloat16", "float16")), "bfloat16")
+    return Shape(name, resolved.family, resolved.config, dtype, config.get("text_config") or config)

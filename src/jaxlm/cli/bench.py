@@ -106,12 +106,14 @@ class Bench(ModelFlags):
         if name is not None:
             return replace(self, model=name).load(), None
         self.begin()
+        from jaxlm.bench import sources
         from jaxlm.bench.random_model import random_model
         from jaxlm.inference.decoding import on_compile
 
         note("making random weights …")
         on_compile.set(compiling)
-        return random_model(str(self.random_weights), self.dtype, self.mesh)
+        shape = sources.find(self.source(str(self.random_weights)))
+        return random_model(shape, self.dtype, self.mesh), shape.raw
 
     def _run_generation(self, name: str | None) -> int:
         self.begin()

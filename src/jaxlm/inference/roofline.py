@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from jaxlm.devices import hardware, mesh, specs, topology
-from jaxlm.nn import kv_cache, params
+from jaxlm.nn import flops, kv_cache, params
 
 # Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed:
 # they decide between meshes, where many small all-reduces stand against fewer bytes.
@@ -145,17 +145,9 @@ def forward_flops(of: Layout, T: int, depth: int, head: bool = True) -> float:
     """
     cfg = of.cfg
     layers = sum(_elements(of, row) for row in params.tensors(of.table, cfg) if row.path.startswith("layers."))
-    keys = sum(_keys(T, depth, window) for window in cfg.windows)
+    pairs = sum(flops.attended_pairs(T, depth, window) for window in cfg.windows)
     heads = cfg.N / mesh.num_shards("N", (cfg.N,), of.over)
-    return T * (2 * layers + head * head_flops(of)) + 4 * heads * cfg.H * keys
-
-
-def _keys(T: int, depth: int, window: int | None) -> float:
-    """Number of keys that T tokens attend to together, causally."""
-    if window is None or window >= depth + T:
-        return T * depth + T * (T + 1) / 2
-    free = max(0, min(T, window - depth))  # tokens whose window is not full
-    return free * depth + free * (free + 1) / 2 + (T - free) * window
+    return T * (2 * layers + head * head_flops(of)) + 4 * heads * cfg.H * pairs
 
 
 def all_reduces(of: Layout) -> int:
