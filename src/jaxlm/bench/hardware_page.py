@@ -36,7 +36,7 @@ LEGEND = [
         "account of their memory. All layers are compiled; of prefill for TPUs only few, from which the account of all "
         "layers follows.",
     ),
-    ("fits", "Fits by arithmetic. There is no compiler for this device, or it was not installed."),
+    ("fits", "Fits by arithmetic. Nothing was compiled: there is no compiler for this device, or it has not run yet."),
     (
         "needs 16",
         "Does not fit. 16 is the least number of such devices that the model fits on, counted as in the name of the "

@@ -215,7 +215,8 @@ def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) ->
         total = here * chunk * width * of.itemsize
         if tpu and of.tensor == 1:
             total += int(2.5 * padded * kept / cfg.L)
-            total += of.itemsize * cfg.V * -(-cfg.D // LANES) * LANES if cfg.D % LANES else 0
+            weights = cfg.V * -(-cfg.D // LANES) * LANES + 2 * cfg.L * cfg.N * cfg.H * cfg.D
+            total += of.itemsize * weights if cfg.D % LANES else 0  # embedding, `q` and `o` are padded too
         if gpu:  # keys and values of a layer, and scores where cuDNN does not apply
             heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
             total += 2 * here * length * heads * cfg.H * of.itemsize
