@@ -1,13 +1,12 @@
 """The kernels that a decode step launches on an NVIDIA GPU, compiled without one.
 
     pip install "jax[cuda13]"
-    JAX_PLATFORMS=cpu python benchmarks/gpu_kernels.py --target h200.txtpb [--model llama-3.1-8b] [--rows 1,8,64]
+    JAX_PLATFORMS=cpu python benchmarks/gpu_kernels.py [--device H200] [--model llama-3.1-8b] [--rows 1,8,64]
                       [--context 2048] [--options '{"xla_gpu_dot_merger_threshold_mb": 1000}'] [--text FOLDER]
 
---target is XLA's description of a GPU in protobuf's text format (GpuTargetConfigProto in openxla/xla, which has some in
-xla/backends/gpu/target_config/specs). The kernels of a layer are half of the difference between programs of four and of
-two layers, so an edge effect shows as half a kernel. Nothing is autotuned without a GPU: a card may choose other
-products. Kernels that a library launches within one call count once.
+The kernels of a layer are half of the difference between programs of four and of two layers, so an edge effect shows as
+half a kernel. Nothing is autotuned without a GPU: a card may choose other products. Kernels that a library launches
+within one call count once.
 """
 
 import argparse
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from published import MODELS
 
 from jaxlm import models
+from jaxlm.bench import gpu_targets
 from jaxlm.bench.hlo import kernels
 from jaxlm.bench.programs import Setting, state, weights
+from jaxlm.devices import specs
 from jaxlm.inference import decoding
 
 LAYERS = (2, 4)
@@ -39,17 +39,14 @@ def compiled(model: str, layers: int, rows: int, context: int, device: Any, opti
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True, help="XLA's description of the GPU")
+    parser.add_argument("--device", choices=gpu_targets.TARGETS, default="H200")
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--rows", default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--options", type=json.loads, default={}, help="compiler options, as JSON")
     parser.add_argument("--text", type=Path, help="a folder for the compiled programs")
     args = parser.parse_args()
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name="GPU", topology="1x1x1", target_config=args.target.read_text()
-    )
-    device = described.devices[0]
+    device = gpu_targets.devices(specs.BY_NAME[args.device], 1)[0]
     print(f"{args.model}, {device.device_kind}, {args.context} tokens, jax {jax.__version__}")
     print("| rows | kernels a layer | the rest |\n| --- | --- | --- |")
     for rows in map(int, args.rows.split(",")):

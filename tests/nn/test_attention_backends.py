@@ -1,8 +1,7 @@
 """The kernels of accelerators against the reference, over one table of cases.
 
 On CPU splash attention runs in interpret mode. With the compilers installed, all cases are compiled for a TPU and a GPU
-without the hardware (slow: `pytest -n 0 -m slow`; for a GPU, JAXLM_GPU_TARGET names XLA's description of one, see
-benchmarks/gpu_kernels.py). On a machine with a GPU, cuDNN is compared with the reference.
+without the hardware (slow: `pytest -n 0 -m slow`). On a machine with a GPU, cuDNN is compared with the reference.
 """
 
 import logging
@@ -11,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.devices import mesh, topology
+from jaxlm.bench import gpu_targets
+from jaxlm.devices import mesh, specs, topology
 from jaxlm.nn import attend, attention_gpu, attention_reference, attention_tpu, kv_cache
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpret mode, on CPU")
@@ -232,14 +231,9 @@ def test_compiles_for_tpu(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_gpu(name: str) -> None:
-    if "JAXLM_GPU_TARGET" not in os.environ or not attention_gpu.installed():
-        pytest.skip("needs jax[cuda13], and JAXLM_GPU_TARGET: a file that describes a GPU for XLA")
-    from jax.experimental import topologies
-
-    described = Path(os.environ["JAXLM_GPU_TARGET"]).read_text()
-    device = topologies.get_topology_desc(
-        platform="cuda", topology_name="GPU", topology="1x1x1", target_config=described
-    ).devices[0]
+    if not attention_gpu.installed():
+        pytest.skip("the CUDA compiler is absent: pip install 'jax[cuda13]'")
+    device = gpu_targets.devices(specs.BY_NAME["H200"], 1)[0]
     case = CASES[name]
     text = compiled(case, device)
     # Without a GPU at hand, jax takes it for one before Hopper.
