@@ -57,9 +57,10 @@ def rows(folder: Path = ROOT / "compat") -> Iterator[Row]:
 def render(found: list[Row]) -> str:
     """The table, and a summary."""
     worst = max(found, key=lambda row: abs(row.difference))
+    close = sum(abs(row.difference) <= 0.05 for row in found)
     mean = sum(abs(row.difference) for row in found) / len(found)
     lines = [
-        f"{len(found)} programs. Mean difference {mean:.1%}, largest {worst.difference:+.1%} "
+        f"{len(found)} programs, {close} of them within 5 %. Mean difference {mean:.1%}, largest {worst.difference:+.1%} "
         f"({worst.model} on {worst.device}, {worst.program}).",
         "",
         "<details><summary>All programs</summary>",

@@ -4,8 +4,10 @@ import jax
 import pytest
 from helpers.tiny_models import tiny
 
+from jaxlm import loading
 from jaxlm.bench import limits
 from jaxlm.bench.limits import Rates
+from jaxlm.devices import topology
 from jaxlm.nn import flops, params
 
 
@@ -64,3 +66,17 @@ def test_prefill_is_bound_by_arithmetic_or_by_reading_the_weights_once(model) ->
     assert compute == (pytest.approx(2 * flops.forward(table, cfg, 10, 6)), "compute")
     memory = limits.prefill_limit(model, Rates(read=1.0, matmul=1e30), 2, 10, 0)
     assert memory == (params.nbytes(model.weights), "memory")
+
+
+def test_limits_of_a_mesh_are_those_of_one_device(model, monkeypatch) -> None:
+    """On data=8 each device reads all weights, for its rows. On model=2 it reads a half."""
+    monkeypatch.setattr(limits, "devices_of", lambda model: model.mesh.size)
+    rates = Rates(read=1.0, matmul=1e30)
+    for sizes, rows, part in (({"data": 8, "model": 1}, 8, 1), ({"data": 1, "model": 2}, 8, 2)):
+        spread = loading.spread(model, topology.make(sizes, model.config.K, jax.devices()[: 8 if part == 1 else 2]))
+        of = limits.layout_of(spread)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(spread.weights))
+        assert limits.prefill_limit(spread, rates, rows, 1, 0).seconds == held
+        kept = limits.decode_limit(spread, rates, rows, 1, 10).seconds - held
+        per_slot = 2 * 2 * 20 * 4 * (11 + 5)
+        assert kept == per_slot * rows // of.data // part

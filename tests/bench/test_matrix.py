@@ -44,7 +44,8 @@ def record(name: str = "org/tiny", device: str = "cpu", **fields: Any) -> record
 def ran(speed: float, method: str = "run") -> records.Record:
     figure = {"kind": "decode", "name": "tg64", "tokens": 64, "depth": 0, "tokens_per_second": speed}
     figures = [figure | {"batch": 8, "tokens_per_second": 7 * speed}, figure | {"batch": 1}]
-    return record(status="ran", method=method, figures=figures)
+    verify = {"verify": {"against": ["transformers 5", "itself"]}} if method == "run" else {}
+    return record(status="ran", method=method, figures=figures, **verify)
 
 
 # Records and their files
@@ -307,6 +308,7 @@ def test_cases_fit_the_context() -> None:
         (ran(1234.5), "✓ 1,234 tok/s"),
         (ran(0.123), "✓ 0.12 tok/s"),
         (ran(41.23, "run with random weights"), "○ 41.2 tok/s"),
+        (ran(41.23, "run") | {"verify": {"against": ["itself"]}}, "◐ 41.2 tok/s"),
         (record(), "compiles"),
         (record(status="fits"), "fits"),
         (record(status="fails"), "**fails**"),
@@ -331,7 +333,7 @@ def test_numbers_have_three_digits() -> None:
 
 def test_every_cell_that_the_legend_shows_exists() -> None:
     marks = {text.partition(" ")[0].strip("*") for text, _ in hardware_page.LEGEND[1:]}
-    assert marks == {"✓", "○", "compiles", "fits", "needs", "too", "fails", "not"}
+    assert marks == {"✓", "◐", "○", "compiles", "fits", "needs", "too", "fails", "not"}
 
 
 def test_rows_and_columns() -> None:
@@ -348,6 +350,21 @@ def test_rows_and_columns() -> None:
     assert [line.split(" |")[0] for line in rows] == ["| org/z", "| org/x", "| [y](https://example.org/y)"]
     assert rows[1].endswith("| pretrained | not\u00a0checked | compiles | compiles |")
     assert "[config](https://example.org/c)" in rows[2]
+
+
+@pytest.mark.parametrize("field", ["shapes", "method", "versions", "machine", "batch", "context", "dtype", "device"])
+def test_results_are_shared_for_equal_programs_alone(field: str) -> None:
+    old = record("org/a")
+    new = record("org/b") | {"shapes": old["shapes"]}
+    assert records.twin([old], new) == old
+    assert records.twin([old | {field: "other"}], new) is None
+
+
+def test_arithmetic_does_not_take_the_place_of_a_compilation() -> None:
+    weak = {"method": "arithmetic"}
+    assert records.is_stronger(record(method="compile"), weak)
+    assert not records.is_stronger(record(method="arithmetic"), weak)
+    assert not records.is_stronger(record(method="compile"), {"method": "run"})
 
 
 def test_the_page_depends_on_the_records_alone() -> None:

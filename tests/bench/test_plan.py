@@ -62,6 +62,44 @@ def test_the_memory_of_generation(name: str, sizes: dict[str, int]) -> None:
     assert decoding.bucket(context) == 48
 
 
+def test_new_prompts_have_the_rows_of_the_engine() -> None:
+    """48 prompts are prefilled as 64 rows."""
+    family, cfg = named("Qwen/Qwen3-8B")
+    of, H100 = roofline.layout(family.PARAMS, cfg, {"data": 1, "model": 1}), specs.BY_NAME["H100"]
+    memory = plan.memory(of, H100, 48, 4096)
+    assert memory.new_cache == pytest.approx(64 / 48 * memory.cache, rel=1e-3)
+    found = plan.plan(family, cfg, H100, batch=8, context=4096)
+    assert found.max_batch < 48
+
+
+def test_gradient_accumulation_by_hand() -> None:
+    """Four times the tokens and the work of a part, the state of one, and a sum of gradients beside those of a part."""
+    family, cfg = named("meta-llama/Llama-3.1-8B")
+    v6e = specs.BY_NAME["v6e"]
+    one, four = (
+        plan_training.plan(family, cfg, v6e, 8, 8 * n, Training(1024, accumulate=n)) for n in (1, 4)
+    )  # fmt: skip
+    assert four.tokens == 4 * one.tokens
+    assert four.step.compute == pytest.approx(4 * one.step.compute)
+    assert four.memory.gradients == 2 * one.memory.gradients
+    assert (four.memory.weights, four.memory.optimizer) == (one.memory.weights, one.memory.optimizer)
+
+
+def test_a_step_that_waits_for_collectives_says_so() -> None:
+    family, cfg = named("Qwen/Qwen3-4B")
+    found = plan_training.plan(family, cfg, specs.BY_NAME["v5e"], 16, 16, Training(512))
+    assert found.step.links > found.step.compute
+    assert found.step.seconds == found.step.links
+    assert found.step.bound == "interconnect"
+
+
+def test_needs_names_slices_that_exist() -> None:
+    family, cfg = named("Qwen/Qwen3-8B")
+    assert plan.plan(family, cfg, specs.BY_NAME["v5e"], 1).needs == 4  # two chips would do, but there is no such slice
+    assert plan.counts(specs.BY_NAME["v5p"])[:3] == [1, 4, 8]
+    assert plan.counts(specs.BY_NAME["H100"])[:3] == [1, 2, 4]
+
+
 def test_the_largest_sizes_are_found_by_bisection() -> None:
     for limit in (0, 1, 5, 100):
         for best in range(limit + 1):
@@ -105,12 +143,12 @@ def test_settings_of_fewer_layers(layers: int) -> None:
      ("v5p", 64, "4x4x4"), ("v4", 4, "2x2x1"), ("v5e", 256, "16x16")],
 )  # fmt: skip
 def test_shapes_of_slices(name: str, count: int, shape: str) -> None:
-    assert programs.slice_shape(specs.BY_NAME[name], count) == shape
+    assert specs.slice_shape(specs.BY_NAME[name], count) == shape
 
 
 def test_slices_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="no slice of 3 devices; there are 1, 4"):
-        programs.slice_shape(specs.BY_NAME["v6e"], 3)
+        specs.slice_shape(specs.BY_NAME["v6e"], 3)
 
 
 def test_meshes_that_do_not_match() -> None:

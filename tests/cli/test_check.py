@@ -129,7 +129,7 @@ def test_runs_and_verifies_at_hand(folder: Path, monkeypatch: Any, capsys: Any) 
     verify = verification.verify
     monkeypatch.setattr(verification, "verify", lambda model, against=None, **more: verify(model, "self", **more))
     assert main(["check", str(folder), "--as", "org/tiny", "--name", "My CPU", *FLAGS]) == 0
-    assert capsys.readouterr().out.startswith("org/tiny  My CPU  ✓ ")
+    assert capsys.readouterr().out.startswith("org/tiny  My CPU  ◐ ")
     record = read("compat/My-CPU.jsonl")["org/tiny"]
     assert (record["status"], record["method"]) == ("ran", "run")
     assert [(one["name"], one["batch"]) for one in record["figures"]] == [("pp16", 1), ("tg4", 1), ("tg4", 2)]
@@ -191,7 +191,7 @@ def test_only_models_that_are_named_are_downloaded(folder: Path, monkeypatch: An
 def test_weights_that_are_not_at_hand(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(matrix, "published", lambda: published("org/a"))
     assert main(["check", *FLAGS]) == 0
-    assert "not checked" in capsys.readouterr().err
+    assert "1 of 1 models are not in the Hugging Face cache" in capsys.readouterr().err
     assert not Path("compat").exists()
     assert main(["check", "no/such-model", *FLAGS]) == 1
 
@@ -229,3 +229,15 @@ def test_an_unknown_device_names_a_known_one(capsys: Any) -> None:
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "v6e" in err
+
+
+def test_records_of_another_machine_are_kept_apart(folder: Path, capsys: Any) -> None:
+    """The column CPU is of one machine."""
+    assert main(["check", "--device", "cpu", str(folder), "--as", "org/tiny", *FLAGS]) == 0
+    path = Path("compat/cpu.jsonl")
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line | {"machine": line["machine"] | {"processor": "Other"}}) + "\n")
+    before = path.read_text()
+    assert main(["check", str(folder), "--as", "org/tiny", *FLAGS]) == 1
+    assert "of another machine (Other): name yours with --name" in capsys.readouterr().err
+    assert path.read_text() == before

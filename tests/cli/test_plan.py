@@ -42,11 +42,11 @@ def test_the_largest_batch_and_context_fit_and_more_does_not(capsys: pytest.Capt
 def test_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "llama-3.1-70b", "--device", "H100")
     assert status == 1
-    assert "Does not fit. What fits: H100-4" in out
+    assert "Does not fit. Any one of these fits: H100-4" in out
     assert facts(capsys, "llama-3.1-70b", "--device", "H100-4")["fits"]
     assert not facts(capsys, "llama-3.1-70b", "--device", "H100-2")["fits"]
     _, out, _ = run(capsys, "qwen3-8b", "--device", "v5p-2", "--batch", "500")
-    assert "What fits: batch " in out
+    assert "Any one of these fits: batch " in out
 
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:

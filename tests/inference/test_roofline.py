@@ -32,7 +32,7 @@ def test_llama_by_hand() -> None:
     assert roofline.cache_bytes(of, 8, 1000) == cache
     step = roofline.decode(of, H100, 8, 1000)
     assert step.memory == pytest.approx((2 * (8_030_261_248 - table) + cache) / 3350e9)
-    layers = 8_030_261_248 - 2 * table - 4096
+    layers = 8_030_261_248 - 2 * table
     flops = 8 * (2 * (layers + table) + 4 * 32 * 128 * 32 * 1001)
     assert step.compute == pytest.approx(flops / 989e12)
     assert step.links == 0
@@ -42,6 +42,26 @@ def test_llama_by_hand() -> None:
         (2000 * 2 * layers + 2 * table + 4 * 32 * 128 * 32 * 2000 * 2001 / 2) / 989e12
     )
     assert prompt.bound == "compute"
+
+
+def test_a_tied_embedding_is_read() -> None:
+    """It is the head too. Llama 3.2 1B has 1,235,814,400 parameters."""
+    of = layout("meta-llama/Llama-3.2-1B")
+    assert roofline.read_bytes(of) == roofline.weight_bytes(of) == 2 * 1_235_814_400
+
+
+def test_tensor_parallelism_by_hand() -> None:
+    """Llama 3.1 8B on model=8, 16 rows of 1,000 tokens on v6e: an eighth of everything, and 65 all-reduces."""
+    of, v6e = layout("meta-llama/Llama-3.1-8B", model=8), specs.BY_NAME["v6e"]
+    table, norms = 128256 * 4096, 65 * 4096
+    step = roofline.decode(of, v6e, 16, 1000)
+    weights = 2 * ((8_030_261_248 - table - norms) // 8 + norms)
+    cache = 16 * (2 * 32 * 1 * 128 * 1000 * 2 + 4 * 1000)
+    assert step.memory == pytest.approx((weights + cache) / 1640e9)
+    layers = (8_030_261_248 - 2 * table - norms) // 8 + norms
+    assert step.compute == pytest.approx(16 * (2 * (layers + table / 8) + 4 * 4 * 128 * 32 * 1001) / 918e12)
+    assert step.links == pytest.approx(65 * 2 * 7 / 8 * 16 * 4096 * 2 / 400e9)
+    assert roofline.latency(of, v6e) == pytest.approx(65 * 8e-6)
 
 
 @pytest.mark.parametrize("name", ["llama3", "olmo2", "gemma3", "qwen3"])
@@ -84,7 +104,6 @@ def test_small_models_are_replicated_and_large_ones_are_split() -> None:
 def test_the_default_mesh_comes_from_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     of = layout("Qwen/Qwen3-0.6B")
     monkeypatch.setattr(roofline.jax, "device_count", lambda: 8)
-    monkeypatch.setattr(roofline.jax, "local_device_count", lambda: 8)
     for kind, platform, expected in (
         ("NVIDIA H100 80GB HBM3", "gpu", {"data": 8, "model": 1}),
         ("TPU v5 lite", "tpu", {"data": 2, "model": 4}),
@@ -92,5 +111,21 @@ def test_the_default_mesh_comes_from_the_devices(monkeypatch: pytest.MonkeyPatch
         ("cpu", "cpu", {"data": 1, "model": 8}),
     ):
         device = SimpleNamespace(device_kind=kind, platform=platform)
-        monkeypatch.setattr(roofline.jax, "devices", lambda device=device: [device])
+        monkeypatch.setattr(roofline.jax, "devices", lambda device=device: [device] * 8)
         assert roofline.default_mesh(of.table, of.cfg) == expected, kind
+
+
+def test_groups_stay_within_a_host_whatever_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 GPUs on two hosts, which jax numbers as slices, with one process per GPU."""
+    of = layout("meta-llama/Llama-3.1-8B")
+    kind = {"device_kind": "NVIDIA H100 80GB HBM3", "platform": "gpu"}
+    devices = [SimpleNamespace(slice_index=i // 8, **kind) for i in range(16)]
+    monkeypatch.setattr(roofline.jax, "device_count", lambda: 16)
+    monkeypatch.setattr(roofline.jax, "devices", lambda: devices)
+    monkeypatch.setattr(roofline.jax, "local_device_count", lambda: 1)
+    assert roofline.default_mesh(of.table, of.cfg) == {"data": 2, "model": 8}
+
+
+def test_the_rows_of_prefill_are_those_of_the_engine() -> None:
+    assert [roofline.prefill_rows(rows, 1) for rows in (1, 2, 3, 8, 9, 48)] == [1, 2, 4, 8, 16, 64]
+    assert roofline.prefill_rows(3, 6) == 6

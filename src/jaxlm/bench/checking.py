@@ -143,7 +143,7 @@ def running(
         ValueError, OSError: The weights cannot be loaded, as in `loading.load`.
     """
     found = estimate(subject, device, settings._replace(batch=1, context=PROMPT + GENERATED))
-    result = _arithmetic(found, device)
+    result = _arithmetic(found, device) | {"memory_of": {"batch": found.batch, "context": found.context}}
     if not found.fits:
         return {**result, "status": "does not fit"}
     result["method"] = "run with random weights" if source is None else "run"
@@ -162,7 +162,8 @@ def running(
         result |= _timed(model, settings, progress)
         return result if source is None else {**result, **_verified(model, source, progress)}
     except Exception as error:  # whatever jax raises
-        status = "does not fit" if "RESOURCE_EXHAUSTED" in str(error) else "fails"
+        too_large = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        status = "does not fit" if too_large else "fails"
         return {**result, "status": status, "error": short(error)}
 
 

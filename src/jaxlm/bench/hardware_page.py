@@ -28,7 +28,12 @@ record. The tables of [records](#records) give its date, its versions and the co
 
 LEGEND = [
     ("cell", "meaning"),
-    ("✓ 41 tok/s", "Ran with the weights of the model, and passed `jaxlm verify`. Decoding speed of one row."),
+    (
+        "✓ 41 tok/s",
+        "Ran with the weights of the model, and passed `jaxlm verify` against transformers or Meta's code. "
+        "Decoding speed of one row.",
+    ),
+    ("◐ 41 tok/s", "The same, but compared with itself only: PyTorch was not installed."),
     ("○ 41 tok/s", "Ran with random weights of the same shapes, for the speed alone. Decoding speed of one row."),
     (
         "compiles",
@@ -51,6 +56,7 @@ LEGEND = [
 CONTRIBUTE = """## Add your hardware
 
     pip install -e .                       # '.[cuda]' on an NVIDIA GPU, '.[tpu]' on a TPU
+    pip install torch==2.13.0              # the CPU build of PyTorch, to compare with transformers
     jaxlm check                            # each published model in the Hugging Face cache: runs, times, verifies
     jaxlm check Qwen/Qwen3-0.6B            # a model by its name; it is downloaded
     jaxlm check --random-weights           # the speed of each model that fits, without checkpoints
@@ -58,7 +64,7 @@ CONTRIBUTE = """## Add your hardware
 
 The records of a device are one file in `compat`. Open a pull request with that file and this page.
 
-- `jaxlm check --name "Apple M4"` names the device, for example a CPU other than that of the column CPU.
+- The column CPU is of one machine. Name another one: `jaxlm check --name "Apple M4"`.
 - `jaxlm check --device v6e-8` compiles for a device that is not there, with `pip install 'jax[tpu]'` or
   `pip install 'jax[cuda13]'`, on any Linux machine.
 - The results are written after each model. The same command continues where it was interrupted.
@@ -108,7 +114,8 @@ def cell(record: Record | None) -> str:
         return NOT_CHECKED
     status = record["status"]
     if status == "ran":
-        mark = "✓" if record["method"] == "run" else "○"
+        against = record["verify"]["against"] if record["method"] == "run" else []
+        mark = "✓" if set(against) - {"itself"} else "◐" if against else "○"
         return f"{mark} {rate(decode_figure(record)['tokens_per_second'])} tok/s"
     if status == "does not fit":
         return _need(record)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 
-from jaxlm.devices import hardware
-from jaxlm.nn import flops
+from jaxlm.devices import hardware, mesh
+from jaxlm.inference import memory, roofline
+from jaxlm.inference.roofline import Layout
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -57,8 +59,12 @@ class Rates:
         self.timed += 1
 
     def limit(self, nbytes: float, operations: float) -> Limit:
-        """The least time for reading these bytes and computing these FLOPs, which overlap."""
-        memory, compute = nbytes / self.read / self.devices, operations / self.matmul / self.devices
+        """The least time for reading these bytes and computing these FLOPs, divided over all devices."""
+        return self.limit_of_one(nbytes / self.devices, operations / self.devices)
+
+    def limit_of_one(self, nbytes: float, operations: float) -> Limit:
+        """The least time of one device for reading these bytes and computing these FLOPs, which overlap."""
+        memory, compute = nbytes / self.read, operations / self.matmul
         return Limit(max(memory, compute), "memory" if memory >= compute else "compute")
 
 
@@ -97,25 +103,34 @@ def devices_of(model: "Model") -> int:
     return 1 if model.mesh is None or model.device.platform == "cpu" else model.mesh.size
 
 
+def layout_of(model: "Model") -> Layout:
+    """The model on the devices whose memory and arithmetic count (`devices_of`), for bytes and FLOPs of one device."""
+    sizes = dict(model.mesh.shape) if model.mesh is not None and devices_of(model) > 1 else {mesh.DATA: 1}
+    over = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize)
+
+
+def _read(model: "Model", of: Layout, batch: int, length: int) -> float:
+    """Bytes that one device reads for a step of `batch` rows, each with `length` tokens."""
+    heads = model.config.K // mesh.num_shards("K", (model.config.K,), of.over)
+    kept = memory.kv_bytes(model, length) * heads // model.config.K
+    return roofline.read_bytes(of) + -(-batch // of.data) * kept
+
+
 def prefill_limit(model: "Model", rates: Rates, batch: int, tokens: int, depth: int) -> Limit:
     """The limit of the prefill of `batch` rows of `tokens` tokens behind `depth` tokens in the KV cache, up to the
     logits of the last token."""
-    operations = batch * flops.forward(model.family.PARAMS, model.config, tokens, depth)
-    return rates.limit(
-        flops.decode_bytes(model.weights, model.config, batch, depth, _cache_itemsize(model)), operations
-    )
+    of = layout_of(model)
+    operations = roofline.forward_flops(of, tokens, depth, head=False) + roofline.head_flops(of)
+    return rates.limit_of_one(_read(model, of, batch, depth), -(-batch // of.data) * operations)
 
 
 def decode_limit(model: "Model", rates: Rates, batch: int, tokens: int, depth: int) -> Limit:
     """The limit of `tokens` decoding steps of `batch` rows, of which the first attends to `depth` tokens and itself."""
-    total, bounds = 0.0, []
+    of, total, bounds = layout_of(model), 0.0, []
     for length in range(depth + 1, depth + tokens + 1):
-        nbytes = flops.decode_bytes(model.weights, model.config, batch, length, _cache_itemsize(model))
-        step = rates.limit(nbytes, batch * flops.forward(model.family.PARAMS, model.config, 1, length - 1))
+        operations = -(-batch // of.data) * roofline.forward_flops(of, 1, length - 1)
+        step = rates.limit_of_one(_read(model, of, batch, length), operations)
         total += step.seconds
         bounds.append(step.bound)
     return Limit(total, max(set(bounds), key=bounds.count))
-
-
-def _cache_itemsize(model: "Model") -> int:
-    return np.dtype(hardware.cache_dtype(model.dtype, model.device.platform)).itemsize

@@ -9,7 +9,7 @@ def devices(count: int | None = None) -> tuple[specs.Spec, int]:
     """The specification of jax's devices, and their number.
 
     A device that devices/specs.py does not list gets the memory that it reports, and rates that are measured now: of
-    reading memory, and of a bfloat16 matrix product (float32 on a CPU, if that is faster). Links count as memory.
+    reading memory, and of a matrix product in the faster of bfloat16 and float32. Links count as memory.
 
     Args:
         count: Use as many of them.
@@ -32,7 +32,7 @@ def devices(count: int | None = None) -> tuple[specs.Spec, int]:
     from jaxlm.bench import limits
 
     rates = limits.Rates()
-    rates.measure(device, "float32" if device.platform == "cpu" else "bfloat16")
+    rates.measure(device, "bfloat16")
     kind, platform = device.device_kind, device.platform
     # CPU devices share one memory, and count as one.
     spec = specs.Spec(kind, kind, platform, memory, rates.read, rates.matmul, rates.read, 0, 1, "measured now")

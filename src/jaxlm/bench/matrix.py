@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm import loading, models
-from jaxlm.bench import programs
 from jaxlm.bench.published import MODELS, find
 from jaxlm.bench.records import SCHEMA, Record
 from jaxlm.checkpoint.source import ModelSource
@@ -141,7 +140,7 @@ def named(text: str) -> Device:
         return _this_cpu("cpu")
     spec, count = specs.parse(text)
     if spec.platform == "tpu":
-        programs.slice_shape(spec, count)
+        specs.slice_shape(spec, count)
     return Device(specs.slice_name(spec, count), spec, count)
 
 

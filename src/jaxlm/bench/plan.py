@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.devices import mesh, topology
+from jaxlm.devices import mesh, specs, topology
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Layout, Roof
 
 LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
 COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of devices that `needs` tries
+MOST = 512  # devices that `needs` tries
 
 
 class Memory(NamedTuple):
@@ -110,6 +110,7 @@ def plan(
     """
     if batch < 1 or context < 1:
         raise ValueError(f"batch {batch} and context {context}: both are at least 1")
+    check_context(cfg, context)
     table, itemsize = family.PARAMS, np.dtype(dtype).itemsize
     best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize)
     sizes = check_mesh(count, sizes, best) if sizes else best
@@ -134,8 +135,21 @@ def plan(
         roofline.prefill(of, spec, batch, context),
         of.data * most(lambda rows: fit(rows * of.data, context), 1 << 20),
         most(lambda length: fit(batch, length), cfg.context),
-        next((n for n in COUNTS if fits_on(n)), None),
+        next((n for n in counts(spec) if fits_on(n)), None),
     )
+
+
+def check_context(cfg: Any, length: int) -> None:
+    """Raises ValueError for rows that are longer than the model's context."""
+    if length > cfg.context:
+        raise ValueError(f"context {length:,} exceeds that of the model, {cfg.context:,} tokens")
+
+
+def counts(spec: Spec) -> list[int]:
+    """Numbers of devices up to MOST that there are: sizes of TPU slices, powers of two for GPUs."""
+    if spec.platform == "tpu":
+        return [count for count in specs.slice_shapes(spec) if count <= MOST]
+    return [1 << power for power in range(MOST.bit_length())]
 
 
 def check_mesh(count: int, sizes: Mapping[str, int], best: Mapping[str, int]) -> dict[str, int]:
@@ -170,14 +184,14 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
 
 def memory(of: Layout, spec: Spec, rows: int, context: int) -> Memory:
     """Memory at the peak: while new prompts for all rows are prefilled."""
-    length = decoding.bucket(context)
-    chunk = roofline.prefill_tokens(rows, spec.platform)
+    length, new = decoding.bucket(context), roofline.prefill_rows(rows, of.data)
+    chunk = roofline.prefill_tokens(new, spec.platform)
     return Memory(
         roofline.weight_bytes(of),
         roofline.cache_bytes(of, rows, length),
-        roofline.cache_bytes(of, rows, length, chunk),
-        max(temporaries(of, spec, rows, length, program) for program in ("decode", "prefill")),
-        sum(code(of, spec, rows, program) for program in ("decode", "prefill")),
+        roofline.cache_bytes(of, new, length, chunk),
+        max(temporaries(of, spec, rows, length, "decode"), temporaries(of, spec, new, length, "prefill")),
+        code(of, spec, rows, "decode") + code(of, spec, new, "prefill"),
     )
 
 
@@ -202,7 +216,7 @@ def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) ->
 
     Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the
     compilers copy to another layout: on a mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a
-    single kv head. On TPU, arrays whose last axis is narrower than LANES are padded: heads of width 64 are computed in
+    single row or a single kv head, but not both. On TPU, arrays whose last axis is narrower than LANES are padded: heads of width 64 are computed in
     padded copies of the KV cache.
     """
     cfg, here = of.cfg, -(-rows // of.data)
@@ -226,7 +240,8 @@ def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) ->
     total += int(COPIED[spec.platform] * roofline.weight_bytes(of) + 0.97 * padded * kept)
     if of.tensor > 1 and tpu and not padded:
         total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
-    if of.tensor > 1 and gpu and mesh.num_shards("K", (cfg.K,), of.over) == cfg.K:
+    heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
+    if gpu and of.over.size > 1 and mesh.GROUP not in of.over.shape and (here == 1) != (heads == 1):
         total += kept
     return total
 

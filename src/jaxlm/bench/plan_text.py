@@ -7,7 +7,7 @@ from jaxlm.bench import plan, plan_training
 from jaxlm.bench.sources import Shape
 from jaxlm.devices import specs
 from jaxlm.devices.hardware import gigabytes
-from jaxlm.inference import roofline
+from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Roof
 
 GPU_DEFAULT = 0.75  # the part of a GPU's memory that jax takes by default
@@ -19,7 +19,7 @@ LABELS = {
     "programs": "programs (estimated)",
     "optimizer": "optimizer state",
     "gradients": "gradients",
-    "copies": "weights in bfloat16 for products",
+    "copies": "bfloat16 copy of the weights",
     "activations": "activations (estimated)",
 }
 
@@ -78,11 +78,14 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
         facts["dtype"] if isinstance(found, plan.Plan) else f"{found.how.optimizer}, weights {found.how.weight_dtype}"
     )
     yield f"{name} on {devices}, {kind}, mesh {plan.text(found.mesh)}"
+    slots = {}
+    if isinstance(found, plan.Plan) and (length := decoding.bucket(found.context)) != found.context:
+        slots = {"cache": f" of {length:,} slots"}  # programs have few lengths
     yield ""
     yield f"memory of one device ({gigabytes(int(spec.memory))}, of which {gigabytes(found.usable)} can be used)"
     for field, nbytes in memory._asdict().items():
         if nbytes:
-            yield f"  {LABELS[field]:34}{gigabytes(nbytes):>10}"
+            yield f"  {LABELS[field] + slots.get(field, ''):34}{gigabytes(nbytes):>10}"
     yield f"  {'total':34}{gigabytes(memory.total):>10}  {memory.total / spec.memory:.0%} of the memory"
     if spec.platform == "gpu" and GPU_DEFAULT * spec.memory < memory.total <= found.usable:
         setting = f"XLA_CLIENT_MEM_FRACTION={roofline.USABLE}"
@@ -102,7 +105,7 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
 def generation_lines(found: plan.Plan) -> Iterator[tuple[str, str]]:
     step, rows = found.decode, _rows(found.batch)
     yield "decode", f"{_time(step.seconds)} a step of {rows} with {found.context:,} tokens, limited by {step.bound}"
-    yield "", f"{1 / step.seconds:,.0f} tokens/s of one sequence, {found.tokens_per_second:,.0f} of all"
+    yield "", f"{1 / step.seconds:,.0f} tokens/s of one sequence, {found.tokens_per_second:,.0f} in total"
     prompt = found.prefill
     yield "prefill", f"{_time(prompt.seconds)} for {rows} of {found.context:,} tokens, limited by {prompt.bound}"
     if found.fits:
@@ -113,12 +116,12 @@ def generation_lines(found: plan.Plan) -> Iterator[tuple[str, str]]:
 def training_lines(found: plan_training.Plan) -> Iterator[tuple[str, str]]:
     how = found.how
     parts = f"{how.accumulate} x " if how.accumulate > 1 else ""
-    each = f"{parts}{_rows(how.rows)} of {how.length:,} tokens per part of data"
+    each = f"{parts}{_rows(how.rows)} of {how.length:,} tokens per data-parallel replica"
     yield "step", f"{_time(found.step.seconds)} for {found.tokens:,} tokens ({each}), limited by {found.step.bound}"
     yield "", f"{found.tokens / found.step.seconds:,.0f} tokens/s, MFU {found.mfu:.0%}"
     if found.fits:
-        yield "largest", f"{_rows(found.max_rows)} of {how.length:,} tokens per part of data"
-        yield "", f"{found.max_length:,} tokens each with {_rows(how.rows)} per part of data"
+        yield "largest", f"{_rows(found.max_rows)} of {how.length:,} tokens per data-parallel replica"
+        yield "", f"{found.max_length:,} tokens each with {_rows(how.rows)} per data-parallel replica"
 
 
 def compiled_lines(compiled: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
@@ -146,14 +149,16 @@ def advice(found: plan.Plan | plan_training.Plan) -> str:
             ways.append(f"context {found.max_context:,}")
     else:
         if found.max_rows:
-            ways.append(f"{_rows(found.max_rows)} per part of data")
+            ways.append(f"{_rows(found.max_rows)} per data-parallel replica")
         if found.max_length:
             ways.append(f"rows of {found.max_length:,} tokens")
     if found.needs and found.needs > found.count:
         ways.append(specs.slice_name(found.spec, found.needs))
+    elif found.needs:
+        ways.append(f"another mesh: {specs.slice_name(found.spec, found.needs)} without --mesh")
     if not ways:
-        return f"No number of {found.spec.name} up to {plan.COUNTS[-1]} holds it: use a device with more memory"
-    return f"What fits: {', '.join(ways)}"
+        return f"No number of {found.spec.name} up to {plan.MOST} holds it: use a device with more memory"
+    return f"Any one of these fits: {'; or '.join(ways)}"
 
 
 def _rows(count: int) -> str:
@@ -161,4 +166,5 @@ def _rows(count: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.2f} ms"
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"

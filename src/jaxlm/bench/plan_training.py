@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm.bench.plan import COUNTS, most
+from jaxlm.bench.plan import check_context, counts, most
 from jaxlm.devices import mesh
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import roofline
@@ -43,6 +43,17 @@ class Training(NamedTuple):
     weight_dtype: str = "float32"
     grad_dtype: str = "float32"
     moment_dtype: str = "float32"
+
+
+class Overlapped(Roof):
+    """Times of a training step. Collectives of weights and gradients overlap with products."""
+
+    __slots__ = ()
+
+    @property
+    def seconds(self) -> float:
+        """The whole step: what takes the longest."""
+        return max(self)
 
 
 class Memory(NamedTuple):
@@ -199,9 +210,8 @@ def step(of: Layout, spec: Spec, how: Training) -> tuple[Roof, float]:
     links = how.accumulate * gathered * (2 * COMPUTE + 4) / spec.link  # gathered twice, float32 gradients scattered
     part = how.rows * how.length * of.cfg.D * COMPUTE
     links += how.accumulate * 2 * roofline.all_reduces(of) * roofline.all_reduce(spec, of.tensor, part)
-    roof = Roof(nbytes / spec.bandwidth, model * again / spec.flops, 0.0)
-    seconds = max(roof.seconds, links)  # collectives of weights overlap with products
-    return roof._replace(links=max(0.0, seconds - roof.seconds)), model / spec.flops / seconds
+    roof = Overlapped(nbytes / spec.bandwidth, model * again / spec.flops, links)
+    return roof, model / spec.flops / roof.seconds
 
 
 def plan(
@@ -227,6 +237,7 @@ def plan(
     Raises:
         ValueError: The batch does not divide.
     """
+    check_context(cfg, how.length)
     sizes = dict(sizes or {mesh.DATA: count, mesh.MODEL: 1})
     parts = sizes[mesh.DATA] * how.accumulate
     if batch < 1 or batch % parts:
@@ -254,5 +265,5 @@ def plan(
         batch * how.length,
         most(lambda rows: fits(rows, how.length), 1 << 16),
         most(lambda length: fits(how.rows, length), cfg.context),
-        next((n for n in COUNTS if fits(1, how.length, n)), None),
+        next((n for n in counts(spec) if fits(1, how.length, n)), None),
     )

@@ -6,7 +6,6 @@ run.
 """
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +21,10 @@ import numpy as np
 from jaxlm.bench import gpu_targets
 from jaxlm.bench.plan_training import Training
 from jaxlm.data.packing import Batch
-from jaxlm.devices import hardware, mesh, topology
+from jaxlm.devices import hardware, mesh, specs, topology
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, engine, roofline
 from jaxlm.nn import attention_tpu, kv_cache, params
-from jaxlm.training import optimizers, step
-from jaxlm.training.config import Optimizer
 
 # libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
 NO_TPU = {
@@ -84,25 +81,6 @@ def tpu_slice(name: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
-def slice_shape(spec: Spec, count: int) -> str:
-    """The shape of a slice of `count` devices in chips, as the TPU compiler takes it: 2x4, or 2x2x1 for v4 and later
-    TPUs with a torus of three axes.
-
-    Raises:
-        ValueError: There is no slice of this size.
-    """
-    if spec.name in ("v4", "v5p", "tpu7x"):
-        powers = ((power // 3, (power + 1) // 3, (power + 2) // 3) for power in range(3, 13))
-        known = [(1, 1, 1), (2, 2, 1), *((1 << a, 1 << b, 1 << c) for a, b, c in powers)]
-    else:
-        known = [(1, 1), *((1 << power // 2, 1 << (power + 1) // 2) for power in range(2, 9))]
-    on_chip = 2 if spec.name in ("v2", "v3", "tpu7x") else 1  # devices of jax
-    shapes = {math.prod(shape) * on_chip: shape for shape in known}
-    if count not in shapes:
-        raise ValueError(f"{spec.name} has no slice of {count} devices; there are {', '.join(map(str, shapes))}")
-    return "x".join(map(str, shapes[count]))
-
-
 def devices(spec: Spec, count: int) -> list[Any]:
     """The devices of a slice or of a GPU host, for compilation only.
 
@@ -113,7 +91,7 @@ def devices(spec: Spec, count: int) -> list[Any]:
         return gpu_targets.devices(spec, count)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"the TPU compiler is not installed: pip install 'jax[tpu]' to compile for {spec.name}")
-    found = tpu_slice(f"{spec.name}:{slice_shape(spec, count)}")
+    found = tpu_slice(f"{spec.name}:{specs.slice_shape(spec, count)}")
     if len(found) != count:  # of v4 it describes cores, which are no devices of jax
         raise ValueError(f"the TPU compiler cannot compile for {spec.name} without one: leave out --compile")
     return found
@@ -185,12 +163,15 @@ class TrainingShapes(NamedTuple):
     """The optimizer, and the state and a batch as shapes with shardings."""
 
     tx: Any
-    state: step.State
+    state: Any
     batch: Batch
 
 
 def training_shapes(where: Setting, how: Training) -> TrainingShapes:
     """The shapes of a training step. where.batch is not used."""
+    from jaxlm.training import optimizers, step  # needs optax, which generation does not
+    from jaxlm.training.config import Optimizer
+
     family, cfg, over = where.family, where.cfg, where.over
     made = params.shapes(family.PARAMS, cfg, jnp.dtype(how.weight_dtype))
     made = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), made)
@@ -206,6 +187,8 @@ def training_shapes(where: Setting, how: Training) -> TrainingShapes:
 
 def train(where: Setting, how: Training) -> Any:
     """The compiled training step, as `training.loop` compiles it."""
+    from jaxlm.training import step
+
     shapes = training_shapes(where, how)
     options: dict[str, Any] = {"accumulate": how.accumulate, "dtype": jnp.bfloat16, "remat": how.remat}
     run = step.make_step(where.family, where.cfg, shapes.tx, **options, grad_dtype=jnp.dtype(how.grad_dtype))

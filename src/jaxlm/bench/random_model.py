@@ -27,7 +27,8 @@ def random_model(shape: Shape, dtype: str = "auto", mesh: Any = None) -> Model:
     dtype = shape.dtype if dtype == "auto" else dtype
     nbytes = params.count(shape.family.PARAMS, shape.config) * jnp.dtype(dtype).itemsize
     what = f"the weights of {shape.name}"
-    hardware.require(nbytes, jax.local_devices()[0], what, "use a smaller model or --dtype bfloat16")
+    hint = "use a smaller model" + (" or --dtype bfloat16" if jnp.dtype(dtype).itemsize > 2 else "")
+    hardware.require(nbytes, jax.local_devices()[0], what, hint)
     return draw(shape.family, shape.config, dtype, mesh, source=f"{shape.name} (random weights)")
 
 

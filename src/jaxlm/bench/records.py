@@ -5,7 +5,7 @@ A record is a dict of JSON values. FIELDS lists what every record has. Others, b
     arithmetic  memory: bytes per device by part, and their total; needs: the fewest devices that the model fits on
     compile     compiled: by program ("decode", "prefill") the compiler's account in bytes and the seconds it took;
                 same_as: the model of the same shapes whose programs these are
-    run         figures: what was timed; verify: the result of `jaxlm.verify`; weights: which were loaded
+    run         figures: what was timed; verify: the result of `jaxlm.verify`; memory_of: batch and context of `memory`
     any         error: why the status is "fails", or why nothing was compiled
 """
 
@@ -140,6 +140,11 @@ def keeps(old: Record, new: Record) -> bool:
     if old["status"] == "fits" and new["method"] == "compile":
         return False
     return all(old[name] == new[name] for name in ("command", "versions", "machine"))
+
+
+def is_stronger(old: Record, result: Record) -> bool:
+    """Whether an old record rests on more than the arithmetic that a new result is."""
+    return result["method"] == "arithmetic" and METHODS.index(old["method"]) > 0
 
 
 def twin(records: Iterable[Record], new: Record) -> Record | None:

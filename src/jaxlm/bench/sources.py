@@ -41,6 +41,10 @@ def find(source: ModelSource) -> Shape:
         family = models.family_of(model.config["model_type"])
         raw = model.config.get("text_config") or model.config
         return Shape(model.id, family, family.Config.from_hf(model.config), model.config["torch_dtype"], raw)
+    if "/" not in name and not Path(name).expanduser().exists() and not source.adapter:
+        similar = published.suggestions(name)
+        hint = f": did you mean {', '.join(similar)}?" if similar else "; a hub id is ORGANIZATION/NAME"
+        raise ValueError(f"there is no published model and no folder {name!r}{hint}")
     try:
         resolved = loading.match_tensors(source, headers_only=True)
     except OSError as error:

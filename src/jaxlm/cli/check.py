@@ -1,5 +1,6 @@
 """`jaxlm check`: runs or compiles models on a device, and writes what happened as records for the hardware matrix."""
 
+import logging
 import os
 import shlex
 import time
@@ -14,6 +15,8 @@ from jaxlm.cli.errors import usage
 
 if TYPE_CHECKING:
     from jaxlm.bench.matrix import Device, Settings, Subject
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,14 @@ class Checks:
 
     def run(self, subjects: list["Subject"]) -> int:
         """Checks models. Returns the number of those that failed."""
-        from jaxlm.bench import matrix, records
+        from jaxlm.bench import hardware_page, matrix, records
 
-        path, failed, work = records.file_of(self.flags.out, self.device.name), 0, []
+        path, work = records.file_of(self.flags.out, self.device.name), []
+        failed = absent = 0
         known = {record["model"]: record for record in records.read_file(path)}
+        machines = [record["machine"] for record in known.values() if record["machine"] and self.flags.device is None]
+        if machines and machines[0]["processor"] != (self.device.machine or {}).get("processor"):
+            raise ValueError(f"{path} is of another machine ({machines[0]['processor']}): name yours with --name")
         for subject in subjects:
             record = matrix.blank(subject, self.device, self.settings, self.method, self.flags.command(subject))
             old = known.get(subject.name)
@@ -144,11 +151,19 @@ class Checks:
             title = f"[{i + 1}/{len(work)}] {subject.name} on {self.device.name}"
             result = self.result(subject, record, list(known.values()), f"{title}{self.remaining(left)}")
             if result is None:
+                absent += 1
+                continue
+            old = known.get(subject.name)
+            if old is not None and not self.flags.again and records.is_stronger(old, result):
+                note(f"  {hardware_page.describe(record | result)}. The record stays: it rests on more")
                 continue
             known[subject.name] = record | result
             records.write(self.flags.out, known[subject.name])
             print(line(known[subject.name]), flush=True)
             failed += known[subject.name]["status"] == "fails"
+        if absent:
+            note(f"{absent} of {len(work)} models are not in the Hugging Face cache. Name one to download it, or pass "
+                 "--random-weights")  # fmt: skip
         return failed
 
     def result(
@@ -173,7 +188,7 @@ class Checks:
             except OSError as error:
                 if self.flags.models:
                     raise
-                note(f"  not checked: {str(error).splitlines()[0]}")
+                logger.debug("%s is not checked: %s", subject.name, error)
                 return None
         if result["method"] != "arithmetic":
             self.spent += time.perf_counter() - begin

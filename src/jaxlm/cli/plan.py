@@ -65,6 +65,8 @@ class Plan(ModelFlags):
 
             jax.config.update("jax_platforms", "cpu")
         spec, count = specs.parse(self.device, self.chips) if self.device else local.devices(self.chips)
+        if spec.platform == "tpu":
+            specs.slice_shape(spec, count)  # an error names the slices that there are
         shape = sources.find(self.source(self.name))
         sizes = topology.parse(self.mesh) if self.mesh else None
         if self.train:

@@ -5,6 +5,7 @@ the chip are halved. Published gigabytes count as 10^9 bytes, the smaller of the
 """
 
 import difflib
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -49,22 +50,31 @@ DEVICES: tuple[Spec, ...] = (
     Spec("v6e", "TPU v6 lite", "tpu", 32e9, 1640e9, 918e12, 400e9, 1.75e9, 1, f"{GOOGLE}/v6e"),
     Spec("tpu7x", "TPU7x", "tpu", 96e9, 3690e9, 1153.5e12, 300e9, 0, 1, f"{GOOGLE}/tpu7x"),
     Spec("A100-40GB", "NVIDIA A100-SXM4-40GB", "gpu", 40e9, 1555e9, 312e12, 300e9, 0, 1, f"{NVIDIA}/data-center/a100"),
+    Spec(
+        "A100-PCIe-40GB", "NVIDIA A100-PCIE-40GB", "gpu", 40e9, 1555e9, 312e12, 32e9, 0, 1, f"{NVIDIA}/data-center/a100"
+    ),
+    Spec("A100-PCIe", "NVIDIA A100 80GB PCIe", "gpu", 80e9, 1935e9, 312e12, 32e9, 0, 1, f"{NVIDIA}/data-center/a100"),
     Spec("A100", "NVIDIA A100", "gpu", 80e9, 2039e9, 312e12, 300e9, 0, 1, f"{NVIDIA}/data-center/a100"),
     Spec("H100-PCIe", "NVIDIA H100 PCIe", "gpu", 80e9, 2000e9, 756e12, 64e9, 0, 1, f"{NVIDIA}/data-center/h100"),
     Spec("H100-NVL", "NVIDIA H100 NVL", "gpu", 94e9, 3900e9, 835e12, 300e9, 0, 1, f"{NVIDIA}/data-center/h100"),
     Spec("H100", "NVIDIA H100", "gpu", 80e9, 3350e9, 989e12, 450e9, 0, 1, f"{NVIDIA}/data-center/h100"),
     Spec("H200-NVL", "NVIDIA H200 NVL", "gpu", 141e9, 4800e9, 835e12, 450e9, 0, 1, f"{NVIDIA}/data-center/h200"),
     Spec("H200", "NVIDIA H200", "gpu", 141e9, 4800e9, 989e12, 450e9, 0, 1, f"{NVIDIA}/data-center/h200"),
-    Spec("B200", "NVIDIA B200", "gpu", 180e9, 7700e9, 2250e12, 900e9, 0, 1, f"{NVIDIA}/data-center/dgx-b200"),
+    Spec("B200", "NVIDIA B200", "gpu", 180e9, 8000e9, 2250e12, 900e9, 0, 1, f"{NVIDIA}/data-center/dgx-b200"),
     Spec("L4", "NVIDIA L4", "gpu", 24e9, 300e9, 121e12, 32e9, 0, 1, f"{NVIDIA}/data-center/l4"),
     Spec("L40S", "NVIDIA L40S", "gpu", 48e9, 864e9, 362e12, 32e9, 0, 1, f"{NVIDIA}/data-center/l40s"),
-    Spec("A10G", "NVIDIA A10G", "gpu", 24e9, 600e9, 70e12, 32e9, 0, 1, f"{NVIDIA}/data-center/products/a10-gpu"),
+    Spec("A10", "NVIDIA A10", "gpu", 24e9, 600e9, 125e12, 32e9, 0, 1, f"{NVIDIA}/data-center/products/a10-gpu"),
 )
 BY_NAME = {spec.name: spec for spec in DEVICES}
 
 
 def find(kind: str) -> Spec | None:
-    """The specification of a device by jax's device_kind; None if it is not in the table."""
+    """The specification of a device by jax's device_kind; None if it is not in the table, or a part of a GPU (MIG)."""
+    if "MIG" in kind:
+        return None
+    kind = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind)
+    if kind.startswith("TPU"):
+        return next((spec for spec in DEVICES if spec.kind == kind), None)
     return next((spec for spec in DEVICES if re.match(rf"{re.escape(spec.kind)}(?!\w)", kind)), None)
 
 
@@ -95,7 +105,10 @@ def parse(text: str, count: int | None = None) -> tuple[Spec, int]:
             cores = int(number)
             if cores < 1 or cores % spec.cores:
                 named = f"{spec.name}-{spec.cores * max(1, cores // spec.cores)}"
-                raise ValueError(f"device {text!r}: {spec.name} is named by cores, {spec.cores} a device: try {named}")
+                why = (
+                    f"{spec.name} is named by cores, {spec.cores} a device" if spec.cores > 1 else "at least one device"
+                )
+                raise ValueError(f"device {text!r}: {why}: try {named}")
             if count is not None and count != cores // spec.cores:
                 raise ValueError(f"device {text!r} has {cores // spec.cores} devices, but {count} are asked for")
             count = cores // spec.cores
@@ -116,3 +129,26 @@ def slice_name(spec: Spec, count: int) -> str:
 def of_device(device: Any) -> Spec | None:
     """The specification of a device of jax; None for a CPU or a device that is not in the table."""
     return None if device.platform == "cpu" else find(device.device_kind)
+
+
+def slice_shapes(spec: Spec) -> dict[int, tuple[int, ...]]:
+    """Sizes of the slices of a TPU: number of devices -> chips along each side."""
+    if spec.name in ("v4", "v5p", "tpu7x"):  # a torus of three axes
+        powers = ((power // 3, (power + 1) // 3, (power + 2) // 3) for power in range(3, 13))
+        known = [(1, 1, 1), (2, 2, 1), *((1 << a, 1 << b, 1 << c) for a, b, c in powers)]
+    else:
+        known = [(1, 1), *((1 << power // 2, 1 << (power + 1) // 2) for power in range(2, 9))]
+    on_chip = 2 if spec.name in ("v2", "v3", "tpu7x") else 1  # devices of jax
+    return {math.prod(shape) * on_chip: shape for shape in known}
+
+
+def slice_shape(spec: Spec, count: int) -> str:
+    """The shape of a slice of `count` devices in chips, as the TPU compiler takes it: 2x4, or 2x2x1.
+
+    Raises:
+        ValueError: There is no slice of this size.
+    """
+    shapes = slice_shapes(spec)
+    if count not in shapes:
+        raise ValueError(f"{spec.name} has no slice of {count} devices; there are {', '.join(map(str, shapes))}")
+    return "x".join(map(str, shapes[count]))

@@ -5,6 +5,7 @@ predicted time is a lower bound: no program is faster.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,10 +13,11 @@ import jax
 from jax.sharding import AbstractMesh
 
 from jaxlm.devices import hardware, mesh, specs, topology
+from jaxlm.inference import decoding
 from jaxlm.nn import flops, kv_cache, params
 
-# Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed:
-# they decide between meshes, where many small all-reduces stand against fewer bytes.
+# Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed, and
+# in no predicted time: they decide between meshes, where many small all-reduces stand against fewer bytes.
 HOP, GPU_ALL_REDUCE = 1e-6, 10e-6
 # Of the memory: what the runtime and other programs leave.
 USABLE = 0.95
@@ -128,9 +130,15 @@ def prefill(of: Layout, spec: specs.Spec, rows: int, tokens: int) -> Roof:
     return Roof((read_bytes(of) + cache_bytes(of, rows, tokens)) / spec.bandwidth, flops / spec.flops, links)
 
 
+def prefill_rows(rows: int, data: int) -> int:
+    """Rows of the batch in which the engine prefills `rows` prompts: a power of two, and a multiple of `data`."""
+    rounded = 1 << (rows - 1).bit_length()
+    return -(-rounded // data) * data
+
+
 def prefill_tokens(rows: int, platform: str) -> int:
     """Tokens per row of one chunk of prefill, if all rows are prefilled together, as the engine passes them."""
-    return max(16, hardware.CHUNK[platform] // rows)
+    return decoding.chunk_sizes(platform, rows)[0]
 
 
 def head_flops(of: Layout) -> float:
@@ -144,7 +152,7 @@ def forward_flops(of: Layout, T: int, depth: int, head: bool = True) -> float:
     Two per multiplied weight and token, and 4 N H per token and key: products with keys and with values.
     """
     cfg = of.cfg
-    layers = sum(_elements(of, row) for row in params.tensors(of.table, cfg) if row.path.startswith("layers."))
+    layers = sum(_elements(of, row) for row in params.tensors(of.table, cfg) if row.path not in ("embed", "head"))
     pairs = sum(flops.attended_pairs(T, depth, window) for window in cfg.windows)
     heads = cfg.N / mesh.num_shards("N", (cfg.N,), of.over)
     return T * (2 * layers + head * head_flops(of)) + 4 * heads * cfg.H * pairs
@@ -156,11 +164,15 @@ def all_reduces(of: Layout) -> int:
 
 
 def all_reduce(spec: specs.Spec, n: int, nbytes: int) -> float:
-    """Seconds of an all-reduce over n devices: that of a ring in both directions."""
-    if n == 1:
+    """Seconds that the bytes of an all-reduce over n devices take at least, over all links of a device."""
+    return 2 * (n - 1) / n * nbytes / spec.link
+
+
+def latency(of: Layout, spec: specs.Spec) -> float:
+    """Seconds that the all-reduces of a forward pass take whatever their size, as assumed above."""
+    if of.tensor == 1:
         return 0.0
-    latency = GPU_ALL_REDUCE if spec.platform == "gpu" else n * HOP
-    return latency + 2 * (n - 1) / n * nbytes / spec.link
+    return all_reduces(of) * (GPU_ALL_REDUCE if spec.platform == "gpu" else of.tensor * HOP)
 
 
 def meshes(cfg: Any, count: int) -> list[dict[str, int]]:
@@ -172,7 +184,7 @@ def meshes(cfg: Any, count: int) -> list[dict[str, int]]:
 def best_mesh(
     table: Any, cfg: Any, spec: specs.Spec, count: int, rows: int, context: int, itemsize: int = 2, host: int = 0
 ) -> dict[str, int]:
-    """The mesh with the shortest predicted decode step, of those that fit.
+    """The mesh with the shortest predicted decode step, of those that fit. Latency of all-reduces is included.
 
     Weights and two KV caches of all rows must fit: new prompts have one of their own. If nothing fits, the mesh that
     needs the least memory per device.
@@ -185,19 +197,27 @@ def best_mesh(
         rows: Rows that are decoded together.
         context: Tokens per row.
         itemsize: Bytes of a weight.
-        host: Number of GPUs of a host. A tensor-parallel group leaves a host only if the model does not fit otherwise.
-            0: all devices have fast links.
+        host: Number of devices that have fast links to each other: GPUs of a host, TPUs of a slice. A tensor-parallel
+            group is larger only if the model does not fit otherwise. 0: all devices.
 
     Returns:
         {"data": ..., "model": ...}.
     """
     found = [(sizes, layout(table, cfg, sizes, itemsize)) for sizes in meshes(cfg, count)]
-    needed = [weight_bytes(of) + 2 * cache_bytes(of, rows, context) for _, of in found]
+    length = decoding.bucket(context)
+    needed = [
+        weight_bytes(of) + cache_bytes(of, rows, length) + cache_bytes(of, prefill_rows(rows, of.data), length)
+        for _, of in found
+    ]
     fits = [i for i, nbytes in enumerate(needed) if nbytes <= USABLE * spec.memory]
     near = [i for i in fits if not host or found[i][1].tensor <= host]
     if not fits:
         return found[min(range(len(found)), key=needed.__getitem__)][0]
-    return found[min(near or fits, key=lambda i: decode(found[i][1], spec, rows, context).seconds)][0]
+
+    def seconds(i: int) -> float:
+        return decode(found[i][1], spec, rows, context).seconds + latency(found[i][1], spec)
+
+    return found[min(near or fits, key=seconds)][0]
 
 
 def default_mesh(table: Any, cfg: Any) -> dict[str, int]:
@@ -210,6 +230,7 @@ def default_mesh(table: Any, cfg: Any) -> dict[str, int]:
     spec = specs.of_device(device)
     if spec is None:
         return topology.default({"N": cfg.N, "F": cfg.F}, count)
-    host = jax.local_device_count() if spec.platform == "gpu" else 0
+    # A host of GPUs is a slice to jax. Local devices are those of a process, which may be one GPU of a host.
+    host = min(Counter(getattr(device, "slice_index", 0) for device in jax.devices()).values())
     rows = hardware.BATCH[device.platform]
     return best_mesh(table, cfg, spec, count, rows, min(cfg.context, CONTEXT), host=host)
