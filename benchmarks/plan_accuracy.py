@@ -60,8 +60,8 @@ def render(found: list[Row]) -> str:
     close = sum(abs(row.difference) <= 0.05 for row in found)
     mean = sum(abs(row.difference) for row in found) / len(found)
     lines = [
-        f"{len(found)} programs, {close} of them within 5 %. Mean difference {mean:.1%}, largest {worst.difference:+.1%} "
-        f"({worst.model} on {worst.device}, {worst.program}).",
+        f"{len(found)} programs, {close} of them within 5 %. Mean difference {mean:.1%}, "
+        f"largest {worst.difference:+.1%} ({worst.model} on {worst.device}, {worst.program}).",
         "",
         "<details><summary>All programs</summary>",
         "",

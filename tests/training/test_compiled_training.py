@@ -234,7 +234,7 @@ def test_a_whole_square_of_chips_sums_whole_gradients(tpu: Any) -> None:
 def test_kept_weights_and_sums_in_a_loop_are_found(tpu: Any, monkeypatch: Any) -> None:
     fake = SimpleNamespace(**{**vars(linear.jax), "checkpoint": lambda run, **how: run})
     monkeypatch.setattr(linear, "jax", fake)
-    monkeypatch.setattr(chunked_logits, "CHUNK", 128)  # two chunks
+    monkeypatch.setattr(chunked_logits, "CHUNK", 64)  # four chunks
     monkeypatch.setattr(chunked_logits, "_per_data_shard", lambda run, rows, weights: run(rows, weights))
     wrong = faults(tpu, "v5e", "2x4", "data=8", remat="none")
     assert any("forward and backward" in text for text in wrong)

@@ -216,8 +216,8 @@ def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) ->
 
     Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the
     compilers copy to another layout: on a mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a
-    single row or a single kv head, but not both. On TPU, arrays whose last axis is narrower than LANES are padded: heads of width 64 are computed in
-    padded copies of the KV cache.
+    single row or a single kv head, but not both. On TPU, arrays whose last axis is narrower than LANES are padded:
+    heads of width 64 are computed in padded copies of the KV cache.
     """
     cfg, here = of.cfg, -(-rows // of.data)
     tpu, gpu = spec.platform == "tpu", spec.platform == "gpu"
