@@ -255,7 +255,9 @@ def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
         return whole(compile, where)
     one, two = (account(compile(with_layers(where, n * period))) for n in (1, 2))
     rest = where.cfg.L - period
-    return Account(*(a + (b - a) * rest // period for a, b in zip(one, two)))
+    found = Account(*(a + (b - a) * rest // period for a, b in zip(one, two)))
+    # More layers do not need fewer temporary arrays, but the compiler may choose others.
+    return found._replace(temporaries=max(found.temporaries, one.temporaries, two.temporaries))
 
 
 def with_layers(where: Setting, L: int) -> Setting:
