@@ -115,7 +115,7 @@ def start_llama_cpp(file: Path, dtype: str, slots: int, context: int) -> Rival:
 def serve_transformers(folder: str, dtype: str, is_compiled: str, platform: str) -> Run:
     """Prefill is one call of the model with logits of the last token. Decoding is `generate`, whose first token is not
     timed."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
