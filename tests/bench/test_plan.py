@@ -1,5 +1,8 @@
 """The arithmetic of `jaxlm plan` beside the shapes that training and generation really have."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -163,3 +166,9 @@ def test_the_mesh_is_made_of_the_topology() -> None:
     family, cfg = named("Qwen/Qwen3-0.6B")
     found = plan.plan(family, cfg, specs.BY_NAME["v5e"], 8)
     assert topology.parse(plan.text(found.mesh)) == found.mesh
+
+
+def test_only_training_needs_optax() -> None:
+    """`check` and `plan --compile` work after a plain install."""
+    code = "import sys; sys.modules['optax'] = None; import jaxlm.bench.checking, jaxlm.bench.compiling, jaxlm.cli.plan"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
