@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from jaxlm.bench import hlo
+from jaxlm.bench import programs as package
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import sampling
 
@@ -266,9 +267,7 @@ def test_prefill_has_two_all_reduces_per_layer_alone(
 @pytest.mark.slow
 def test_logprobs_gather_candidates_and_not_logits(tpu: Any) -> None:
     """With 5 logprobs, each of the 16 devices of `model` gives 5 ids and values, which `data` then gathers."""
-    case, where, _, found = compile_case(
-        tpu, hlo, "llama-3.1-8b", "v6e", "4x8", "data=2,model=16", logprobs=5, layers=2
-    )
+    case, where, _, found = compile_case(tpu, "llama-3.1-8b", "v6e", "4x8", "data=2,model=16", logprobs=5, layers=2)
     assert tpu.faults(case, where, found) == []
     gathered = Counter({key: count for key, count in sizes(found, False).items() if key[0] == "all-gather"})
     assert gathered == Counter({("all-gather", 8 * 16 * 5): 2, ("all-gather", 16 * 5): 2})
@@ -305,7 +304,7 @@ def test_70b_fits_16_chips_of_v5e_and_not_8(tpu: Any, monkeypatch: Any, capsys: 
 
 def misplaced(tpu: Any, monkeypatch: Any) -> None:
     """One weight of the first layer is sharded along its inputs."""
-    given = tpu.weights
+    given = package.weights
 
     def weights(where: Any) -> Any:
         found = given(where)
@@ -315,7 +314,7 @@ def misplaced(tpu: Any, monkeypatch: Any) -> None:
         found["layers"][0]["up"] = jax.ShapeDtypeStruct(up.shape, up.dtype, sharding=place)
         return found
 
-    monkeypatch.setattr(tpu, "weights", weights)
+    monkeypatch.setattr(package, "weights", weights)
 
 
 def whole_logits(tpu: Any, monkeypatch: Any) -> None:
