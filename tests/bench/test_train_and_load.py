@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_files
 from helpers.tiny_models import tiny
 
-from jaxlm.bench import load_time, tables
+from jaxlm.bench import load_time, memory_use, tables
 from jaxlm.bench.load_time import LoadSession
 from jaxlm.bench.train_step import TrainSession
 from jaxlm.checkpoint.source import ModelSource
@@ -112,15 +112,17 @@ def test_a_fresh_process(folder) -> None:
     assert found["memory"] is None or found["memory"] < 1e9
 
 
-def test_the_resident_peak_can_begin_anew() -> None:
-    from jaxlm.bench import memory_use
-
-    if memory_use.resident() is None:
-        pytest.skip("no /proc")
+def test_the_peak_is_reset(monkeypatch, tmp_path) -> None:
+    """Some sandboxes do not let a process write to its own clear_refs; the peak then is that of the whole process."""
     cpu = jax.devices("cpu")[0]
     block = np.ones(100_000_000, np.uint8)
     high = memory_use.peak(cpu)
+    assert high is not None and high > 100_000_000
     del block
-    memory_use.reset_peak()
-    assert high is not None
-    assert memory_use.peak(cpu) < high - 50_000_000  # pyright: ignore[reportOptionalOperand]
+    if memory_use.reset_peak():
+        assert memory_use.peak(cpu) < high - 50_000_000  # pyright: ignore[reportOptionalOperand]
+    block = np.ones(100_000_000, np.uint8)
+    del block
+    monkeypatch.setattr(memory_use, "CLEAR", tmp_path / "missing" / "clear_refs")
+    assert not memory_use.reset_peak()
+    assert memory_use.peak(cpu)
