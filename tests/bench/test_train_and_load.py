@@ -117,7 +117,8 @@ def test_the_peak_is_reset(monkeypatch, tmp_path) -> None:
     cpu = jax.devices("cpu")[0]
     block = np.ones(100_000_000, np.uint8)
     high = memory_use.peak(cpu)
-    assert high is not None and high > 100_000_000
+    assert high is not None
+    assert high > 100_000_000
     del block
     if memory_use.reset_peak():
         assert memory_use.peak(cpu) < high - 50_000_000  # pyright: ignore[reportOptionalOperand]
