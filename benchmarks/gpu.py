@@ -43,8 +43,10 @@ try:
     from jaxlm import models
     from jaxlm.bench.hlo import kernels as kernels_of
     from jaxlm.devices import hardware
-    from jaxlm.inference import decoding, engine
+    from jaxlm.inference import compilation, decoding
     from jaxlm.inference.memory import kv_bytes
+    from jaxlm.inference.prefill import new_rows, no_hidden_state
+    from jaxlm.inference.requests import Request
     from jaxlm.inference.sampling_params import SamplingParams
     from jaxlm.nn import attention_gpu, flops
 except ModuleNotFoundError as error:
@@ -104,12 +106,12 @@ def replaced(table: Any, name: str, value: Any) -> Iterator[None]:
     """Changes one of the library's tables for the programs that are compiled inside."""
     before = getattr(table, name)
     setattr(table, name, value)
-    decoding.executables.cache_clear()
+    compilation.executables.cache_clear()
     try:
         yield
     finally:
         setattr(table, name, before)
-        decoding.executables.cache_clear()
+        compilation.executables.cache_clear()
 
 
 def compiler_options(**options: Any) -> Any:
@@ -229,8 +231,8 @@ def decode_small(run: Run) -> None:
 
 def decode(run: Run, model: jaxlm.Model, rows: int, depth: int, steps: int, slots: int | None = None) -> dict[str, Any]:
     """Times the last TIMED decoding steps up to a depth."""
-    decoding.executables.cache_clear()  # compiles also what an earlier case has compiled
-    compiled, start = decoding.CompiledSteps(model), depth - TIMED
+    compilation.executables.cache_clear()  # compiles also what an earlier case has compiled
+    compiled, start = compilation.CompiledSteps(model), depth - TIMED
     state = full_state(model, rows, start, slots or decoding.bucket(depth))
     used = (model.device.memory_stats() or {}).get("bytes_in_use")
 
@@ -254,7 +256,7 @@ def decode(run: Run, model: jaxlm.Model, rows: int, depth: int, steps: int, slot
     step, spread = statistics.median(seconds), max(seconds) / min(seconds)
     weights = flops.multiplied(model.family.PARAMS, model.config) * model.dtype.itemsize
     floor = weights + rows * kv_bytes(model, depth - TIMED // 2)
-    program = list(decoding.executables(model.family, model.config).values())[-1]
+    program = list(compilation.executables(model.family, model.config).values())[-1]
     stats = model.device.memory_stats() or {}
     return {
         "rows": rows,
@@ -280,8 +282,8 @@ def full_state(model: jaxlm.Model, rows: int, tokens: int, slots: int) -> decodi
     layers = [{"k": draw(2 * i, layer["k"]), "v": draw(2 * i + 1, layer["v"])} for i, layer in enumerate(kv.layers)]
     at = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
     kv = dataclasses.replace(kv, positions={str(slots): jnp.where(at < tokens, at, -1)}, layers=layers)
-    requests = [engine.Request([0] * (tokens + 1), GREEDY, 1, key=key)] * rows
-    state = engine.new_rows(model, requests, kv, engine.Optionals(False, False))
+    requests = [Request([0] * (tokens + 1), GREEDY, 1, key=key)] * rows
+    state = new_rows(model, requests, full=False)._replace(kv=kv)
     return jax.device_put(state, model.device)
 
 
@@ -303,8 +305,8 @@ def kernels(run: Run) -> None:
     def compiled(layers: int, rows: int, depth: int) -> tuple[Any, Any, decoding.State]:
         model = random_model(shape(run, "llama-3.1-8b", num_hidden_layers=layers))
         state = full_state(model, rows, depth - TIMED, decoding.bucket(depth))
-        step = partial(decoding.step, model.family, model.config, None, 1)
-        program = decoding.compile_program(step, (1,), (model.weights, state))
+        step = partial(decoding.step, model.family, model.config, None, (), 1)
+        program = compilation.compile_program(step, (1,), (model.weights, state))
         run.out.with_suffix(f".{layers}-layers-{rows}-rows.hlo.txt").write_text(program.as_text())
         return program, model.weights, state
 
@@ -331,7 +333,9 @@ def kernels(run: Run) -> None:
             run.case(f"{rows} x {depth}, four layers, no command buffers", four)
 
 
-def largest_logit(family: Any, cfg: Any, k: int | None, weights: Any, state: decoding.State, x: jax.Array) -> Any:
+def largest_logit(
+    family: Any, cfg: Any, k: int | None, processors: Any, weights: Any, state: decoding.State, x: jax.Array
+) -> Any:
     """`decoding.sample_token` without sampling parameters."""
     token = jnp.argmax(family.logits(cfg, x[:, None], weights)[:, 0], axis=-1).astype(jnp.int32)
     return state._replace(token=token, pos=state.pos + 1), decoding.StepOutput(token[None], None)
@@ -344,16 +348,18 @@ def prefill(run: Run) -> None:
     cfg, table = model.config, model.family.PARAMS
 
     def measure(length: int) -> dict[str, Any]:
-        compiled, chunk = decoding.CompiledSteps(model), hardware.CHUNK["gpu"]
+        compiled, chunk = compilation.CompiledSteps(model), hardware.CHUNK["gpu"]
 
         def prompt() -> jax.Array:
             kv = model.init_kv(1, decoding.bucket(length), chunk=chunk)
-            last, ids = engine.no_hidden_state(model, 1), [[7 * i % cfg.V for i in range(length)]]
-            return engine.extend(compiled, kv, last, ids, 0, lambda: None)[1]
+            last, ids = no_hidden_state(model, 1), [[7 * i % cfg.V for i in range(length)]]
+            for tokens, pos in decoding.chunks(ids, [0], decoding.chunk_sizes("gpu", 1)):
+                kv, last = compiled.prefill(kv, last, *jax.device_put((tokens, pos), model.device))
+            return last
 
         seconds = run.seconds(prompt)
         work = length * (flops.training(table, cfg, length) / 3 - 2 * cfg.V * cfg.D)  # forward, without the logits
-        texts = [program.as_text() for program in decoding.executables(model.family, cfg).values()]
+        texts = [program.as_text() for program in compilation.executables(model.family, cfg).values()]
         return {
             "ms": seconds * 1e3,
             "tokens_per_second": length / seconds,

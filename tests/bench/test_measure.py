@@ -11,8 +11,8 @@ from jaxlm.bench import measure
 from jaxlm.bench.cases import Case, Sample
 from jaxlm.bench.measure import Jaxlm, Session
 from jaxlm.devices import hardware
-from jaxlm.inference import engine
-from jaxlm.inference.decoding import CompiledSteps
+from jaxlm.inference import decoding
+from jaxlm.inference.compilation import CompiledSteps
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +79,16 @@ def test_prefill_is_timed_without_compilation(model, monkeypatch) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prefill_at_a_depth_computes_only_what_follows(model, monkeypatch, batch) -> None:
     case, seen = Case("prefill", 7, 40, batch), []
-    extend: Any = engine.extend
+    chunks: Any = decoding.chunks
 
-    def wrapped(steps, kv, last, ids, start, then):
-        seen.append((start, [len(row) for row in ids]))
-        return extend(steps, kv, last, ids, start, then)
+    def wrapped(ids, starts, sizes):
+        seen.append((list(starts), [len(row) for row in ids]))
+        return chunks(ids, starts, sizes)
 
-    monkeypatch.setattr(engine, "extend", wrapped)
+    monkeypatch.setattr(decoding, "chunks", wrapped)
     sample = Jaxlm(model).run(case, case.prompts(199))
     rows = 1 if batch == 1 else 4  # a power of two
-    assert seen == [(0, [40] * rows), (40, [7] * rows)]
+    assert seen == [([0] * rows, [40] * rows), ([40] * rows, [7] * rows)]
     assert len(sample.first_token) == batch
 
 

@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.cli import main, parse
 from jaxlm.cli.common import STORIES
 from jaxlm.cli.prompt_lines import PROMPT_FIELDS
-from jaxlm.inference import decoding
+from jaxlm.inference import compilation
 
 # The same number of tokens and dtype in every test, so that they share compiled programs.
 GREEDY = ["--temperature", "0", "--max-tokens", "48", "--dtype", "float32"]
@@ -46,7 +46,7 @@ def test_greedy_tokens_are_the_likeliest_of_a_full_forward_pass(stories, capsys)
 
 def test_streamed_text_and_statistics(stories, capsys):
     model = jaxlm.load(stories, dtype="float32")
-    programs = decoding.executables(model.family, model.config)
+    programs = compilation.executables(model.family, model.config)
     for key in [key for key in programs if key[0] == "prefill"]:  # other tests may have compiled it
         del programs[key]
     assert main(["generate", "-m", stories, "Once upon", *GREEDY, "--stop", "irl"]) == 0

@@ -17,7 +17,7 @@ from jaxlm import Model
 from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import cache_rows, sampling
-from jaxlm.inference.decoding import executables
+from jaxlm.inference.compilation import executables
 from jaxlm.nn import attention_cpu, attention_reference, params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
@@ -98,9 +98,9 @@ def test_the_decoding_step_of_accelerators_writes_the_same_text(
 
 def test_a_model_that_is_not_on_the_default_device_generates(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it compiles, too, other programs are traced for its device."""
-    from jaxlm.inference import decoding
+    from jaxlm.inference import compilation
 
-    monkeypatch.setattr(decoding, "PATIENCE", 0.0)
+    monkeypatch.setattr(compilation, "PATIENCE", 0.0)
     executables.cache_clear()
     model = model_of("llama3")
     there = replace(model, weights=jax.device_put(model.weights, jax.devices()[3]))

@@ -14,8 +14,10 @@ from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilat
 
 import jaxlm
 from jaxlm.devices import hardware
-from jaxlm.inference import decoding, engine
-from jaxlm.inference.decoding import CompiledSteps, executables
+from jaxlm.inference import compilation, decoding, memory
+from jaxlm.inference.compilation import CompiledSteps, executables
+from jaxlm.inference.prefill import DEFAULT_PARAMS
+from jaxlm.inference.requests import Request
 from jaxlm.model import Model
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
@@ -53,8 +55,8 @@ def compiled() -> Iterator[list[str]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling is fast with tiny models: as with others, programs that are needed next are traced meanwhile."""
-    monkeypatch.setattr(decoding, "WORKERS", 8)
-    monkeypatch.setattr(decoding, "wait", lambda *args, **kwargs: SimpleNamespace(done=set()))
+    monkeypatch.setattr(compilation, "WORKERS", 8)
+    monkeypatch.setattr(compilation, "wait", lambda *args, **kwargs: SimpleNamespace(done=set()))
 
 
 def finish_compiling() -> None:
@@ -135,7 +137,7 @@ def test_decoding_copies_nothing_to_the_device() -> None:
      (440, [128] * 3 + [64]), (449, [512]), (513, [512, 64]), (1100, [512, 512, 128]), (5100, [512] * 10)],
 )  # fmt: skip
 def test_chunks_cover_the_prompts(length: int, want: list[int]) -> None:
-    pieces = decoding.chunks([ids(length), ids(3)], 5, [512, 128, 64])
+    pieces = decoding.chunks([ids(length), ids(3)], [5, 5], [512, 128, 64])
     assert [tokens.shape[1] for tokens, _ in pieces] == want
     tokens, pos = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     assert tokens[0][pos[0] >= 0].tolist() == ids(length)
@@ -162,7 +164,7 @@ def test_no_other_small_chunks_cost_less(sizes: tuple[int, ...], rows: int) -> N
 def test_chunks_cost_the_tokens_of_all_rows() -> None:
     """The padding of eight rows costs more than one more chunk."""
     for rows, want in ((1, [64]), (8, [16, 16])):
-        found = [tokens.shape for tokens, _ in decoding.chunks([ids(20)] * rows, 0, [512, 64, 16])]
+        found = [tokens.shape for tokens, _ in decoding.chunks([ids(20)] * rows, [0] * rows, [512, 64, 16])]
         assert found == [(rows, T) for T in want]
 
 
@@ -175,14 +177,14 @@ def test_chunk_sizes_are_of_all_rows() -> None:
 def test_cache_lengths(rows: int) -> None:
     """Short requests have the same lengths. Every length fits the context, and the last one all tokens."""
 
-    def lengths(prompt: int, max_tokens: int, context: int = 9000) -> engine.CacheLengths:
-        return engine.cache_lengths([engine.Request(ids(prompt), engine.DEFAULT_PARAMS, max_tokens)], rows, context)
+    def lengths(prompt: int, max_tokens: int, context: int = 9000) -> memory.CacheLengths:
+        return memory.cache_lengths([Request(ids(prompt), DEFAULT_PARAMS, max_tokens)], rows, context)
 
-    least, most, _ = engine.SMALLEST_CACHE
+    least, most, _ = memory.SMALLEST_CACHE
     short = lengths(3, 20)
     assert short == lengths(30, 30)
     assert least <= short.decode[0] <= most
-    assert short.decode[0] * rows <= max(least * rows, 2 * engine.SMALLEST_CACHE[2])
+    assert short.decode[0] * rows <= max(least * rows, 2 * memory.SMALLEST_CACHE[2])
     assert lengths(40, 8960).decode[-1] == 9000
     assert lengths(8999, 1) == (lengths(8999, 1).prefill, [9000])
     assert lengths(5, 40, context=50) == ([50], [50])
@@ -191,11 +193,9 @@ def test_cache_lengths(rows: int) -> None:
 
 def test_scarce_memory_takes_shorter_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that fit are not refused because the smallest KV cache does not."""
-    from jaxlm.inference import memory
-
     model = model_with(4007)
-    requests = [engine.Request(ids(20), engine.DEFAULT_PARAMS, 12)]
-    shortest = engine.shortest_cache_lengths(requests, model.config.context)
+    requests = [Request(ids(20), DEFAULT_PARAMS, 12)]
+    shortest = memory.shortest_cache_lengths(requests, model.config.context)
     assert shortest.decode == [32]
     monkeypatch.setattr(hardware, "available_memory", lambda device: memory.row_bytes(model, shortest))
     assert memory.check_memory(model, requests, 1) == shortest
@@ -220,8 +220,8 @@ class Slow:
 def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, prefill is compiled when the first token has been traced, and insert when decode has. The notices are those
     of the programs that were waited for, in the caller's thread."""
-    monkeypatch.setattr(decoding, "WORKERS", 4)
-    model, lower, traced = model_with(4008), decoding.lower_program, []
+    monkeypatch.setattr(compilation, "WORKERS", 4)
+    model, lower, traced = model_with(4008), compilation.lower_program, []
     reached = defaultdict(threading.Event)
 
     def slow(function: Any, donate: Any, args: Any) -> Any:
@@ -233,16 +233,16 @@ def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pyt
         reached[traced[-1]].set()
         return lowered
 
-    monkeypatch.setattr(decoding, "lower_program", slow)
+    monkeypatch.setattr(compilation, "lower_program", slow)
     notices: list[tuple[str, float | None, bool]] = []
     main = threading.current_thread()
-    token = decoding.on_compile.set(
+    token = compilation.on_compile.set(
         lambda name, seconds=None: notices.append((name, seconds, threading.current_thread() is main))
     )
     try:
         answer = jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
     finally:
-        decoding.on_compile.reset(token)
+        compilation.on_compile.reset(token)
     assert traced[:4] == ["prefill", "sample_token", "insert", "step"]
     assert all(in_main for *_, in_main in notices)
     assert [name for name, seconds, _ in notices if seconds is None] == [
@@ -255,7 +255,7 @@ def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pyt
 
 @pytest.mark.parametrize("program", ["prefill", "step"])
 def test_error_of_the_compiler_reaches_the_caller(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, lower = model_with(4009), decoding.lower_program
+    model, lower = model_with(4009), compilation.lower_program
 
     class Failing:
         def compile(self) -> Any:
@@ -266,7 +266,7 @@ def test_error_of_the_compiler_reaches_the_caller(program: str, monkeypatch: pyt
         return Failing() if name == program else lower(function, donate, args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "lower_program", failing)
+        patch.setattr(compilation, "lower_program", failing)
         with pytest.raises(RuntimeError, match="out of registers"):
             jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
     assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4
@@ -281,7 +281,7 @@ def test_interrupt_drops_the_programs_that_wait(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(CompiledSteps, "cancel", lambda steps: cancelled.append(steps) or cancel(steps))
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "wait", interrupted)
+        patch.setattr(compilation, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
     assert [(steps._expected, steps._workers, steps._compiling) for steps in cancelled] == [([], None, {})]

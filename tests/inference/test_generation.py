@@ -13,8 +13,8 @@ from scipy.special import log_softmax
 import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.devices import hardware
-from jaxlm.inference import engine
-from jaxlm.inference.decoding import CompiledSteps, executables
+from jaxlm.inference import memory
+from jaxlm.inference.compilation import CompiledSteps, executables
 from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -126,15 +126,15 @@ def test_growing_cache_does_not_change_tokens(family, steps, monkeypatch):
 
 def small_cache(monkeypatch, headroom):
     """The KV cache starts with 16 slots, or twice as many for a prompt and this number of tokens."""
-    monkeypatch.setattr(engine, "SMALLEST_CACHE", (16, 16, 16))
-    monkeypatch.setattr(engine, "LEAST_HEADROOM", headroom)
+    monkeypatch.setattr(memory, "SMALLEST_CACHE", (16, 16, 16))
+    monkeypatch.setattr(memory, "LEAST_HEADROOM", headroom)
 
 
 def growths(monkeypatch):
     """The lengths that caches will have been made longer to."""
-    grown, grow = [], engine.resize_cache
+    grown, grow = [], CompiledSteps.resize_cache
     monkeypatch.setattr(
-        engine, "resize_cache", lambda steps, kv, n, chunk: grown.append(n) or grow(steps, kv, n, chunk)
+        CompiledSteps, "resize_cache", lambda steps, longer, kv: grown.append(longer.length) or grow(steps, longer, kv)
     )
     return grown
 
@@ -359,7 +359,7 @@ def test_max_new_tokens_of_the_model_are_limited_by_the_context():
 def test_memory_check_includes_cache_growth(monkeypatch):
     """While a cache of 48 becomes one of 192 there are both."""
     model = llama(replace(LLAMA, context=256))
-    monkeypatch.setattr(engine, "HEADROOM", 16)
+    monkeypatch.setattr(memory, "HEADROOM", 16)
     grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1)
     monkeypatch.setattr(hardware, "available_memory", lambda device: grown - 1)
     with pytest.raises(MemoryError, match=r"1 sequences of 137 tokens"):

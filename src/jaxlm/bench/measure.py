@@ -9,18 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import jax
 
 from jaxlm.bench import limits, memory_use
 from jaxlm.bench.cases import OURS, Case, Contestant, Row, Sample
-from jaxlm.devices import mesh
-from jaxlm.inference import decoding, engine, generation
-from jaxlm.inference.decoding import CompiledSteps
-from jaxlm.inference.generation import CompletionChunk
+from jaxlm.inference import generation
+from jaxlm.inference.completion import CompletionChunk
+from jaxlm.inference.engine import Engine
 from jaxlm.inference.memory import check_memory
+from jaxlm.inference.requests import requests_for
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -42,8 +39,8 @@ class Jaxlm:
 
     def check(self, case: Case) -> None:
         """Raises MemoryError or ValueError if the case does not fit in memory or in the context."""
-        options = generation.resolve(self.model, {**OPTIONS, "max_tokens": case.max_tokens, "seed": 0})
-        requests = generation.requests_for(self.model, case.prompts(self.model.config.V), options, {})
+        options = {**OPTIONS, "max_tokens": case.max_tokens, "seed": 0}
+        requests = requests_for(self.model, case.prompts(self.model.config.V), options)
         check_memory(self.model, requests, case.batch)
 
     def run(self, case: Case, prompts: list[list[int]]) -> Sample:
@@ -68,29 +65,20 @@ class Jaxlm:
     def _prefill_behind(self, depth: int, prompts: list[list[int]]) -> Sample:
         """Prefill of the tokens after the first `depth` ones, which are in the KV cache: what a turn of a Conversation
         does (inference/conversation.py), for several rows."""
-        model, steps = self.model, CompiledSteps(self.model)
-        options = generation.resolve(model, {**OPTIONS, "max_tokens": 1, "seed": 0})
-        requests = generation.requests_for(model, prompts, options, {})
-        rows = mesh.round_up_batch(1 << (len(prompts) - 1).bit_length(), model.mesh)
-        requests += [requests[-1]] * (rows - len(prompts))
-        ids = [request.ids for request in requests]
-        lengths = engine.cache_lengths(requests, len(prompts), model.config.context).prefill
-        length = next(length for length in lengths if length >= len(ids[0]))
-        kv = model.init_kv(rows, length, chunk=decoding.chunk_sizes(model.device.platform, rows)[0])
-        state = engine.new_rows(model, requests, None, engine.optional(requests))
-        last = engine.no_hidden_state(model, rows)
-        then = partial(steps.sample_token, None, *decoding.shapes((state, last)))
+        requests = requests_for(self.model, prompts, {**OPTIONS, "max_tokens": 1, "seed": 0})
+        engine = Engine(self.model, len(prompts), length=max(map(len, prompts)) + 1)
         try:
-            kv, last = engine.extend(steps, kv, last, [row[:depth] for row in ids], 0, then)
-            jax.block_until_ready((kv, last))
-            before, begin = steps.seconds, time.perf_counter()
-            kv, last = engine.extend(steps, kv, last, [row[depth:] for row in ids], depth, then)
-            _, output = steps.sample_token(None, state, last)
-            jax.device_get(output)
-            seconds = time.perf_counter() - begin - (steps.seconds - before)
+            engine.add(*requests_for(self.model, [ids[:depth] for ids in prompts], {**OPTIONS, "max_tokens": 1}))
+            while engine.is_busy:
+                engine.step()
+            before, begin = engine.steps.seconds, time.perf_counter()
+            engine.add(*requests)
+            while engine.is_busy:
+                engine.step()
+            seconds = time.perf_counter() - begin - (engine.steps.seconds - before)
         finally:
-            steps.cancel()
-        return Sample(seconds, steps.seconds, [seconds] * len(prompts))
+            engine.close()
+        return Sample(seconds, engine.steps.seconds, [seconds] * len(prompts))
 
 
 def wait_for_compilation() -> None:

@@ -23,7 +23,9 @@ from jaxlm.bench.plan_training import Training
 from jaxlm.data.packing import Batch
 from jaxlm.devices import hardware, mesh, specs, topology
 from jaxlm.devices.specs import Spec
-from jaxlm.inference import decoding, engine, roofline
+from jaxlm.inference import decoding, roofline
+from jaxlm.inference.compilation import compile_program
+from jaxlm.inference.prefill import empty_rows
 from jaxlm.nn import attention_tpu, kv_cache, params
 
 # libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
@@ -123,9 +125,8 @@ def state(where: Setting, context: int) -> decoding.State:
     """The state of a full batch, without penalties and logit biases."""
 
     def made() -> decoding.State:
-        blank = engine.Request([], engine.DEFAULT_PARAMS, 1, key=jax.random.key(0))
         model: Any = SimpleNamespace(config=where.cfg, mesh=None, device=None)
-        return engine.new_rows(model, [blank] * where.batch, None, engine.Optionals(False, False))
+        return empty_rows(model, where.batch, full=False)
 
     put: Any = where.put
     return decoding.constrain_state(jax.eval_shape(made), put)._replace(kv=cache(where, context, 1))
@@ -144,9 +145,9 @@ def compiling_for(where: Setting) -> Iterator[None]:
 
 def decode(where: Setting, context: int, platform: str, logprobs: int | None = None) -> Any:
     """The compiled decode program. logprobs: number of top log-probabilities."""
-    run = partial(decoding.step, where.family, where.cfg, logprobs, hardware.STEPS[platform])
+    run = partial(decoding.step, where.family, where.cfg, logprobs, (), hardware.STEPS[platform])
     with compiling_for(where):
-        return decoding.compile_program(run, (1,), (weights(where), state(where, context)))
+        return compile_program(run, (1,), (weights(where), state(where, context)))
 
 
 def prefill(where: Setting, context: int, platform: str) -> Any:
@@ -156,7 +157,7 @@ def prefill(where: Setting, context: int, platform: str) -> Any:
     last = where.put(jax.ShapeDtypeStruct((where.batch, where.cfg.D), where.dtype), "BD")
     args = (weights(where), cache(where, context, chunk), last, ids, ids)
     with compiling_for(where):
-        return decoding.compile_program(partial(decoding.prefill, where.family, where.cfg), (1, 2), args)
+        return compile_program(partial(decoding.prefill, where.family, where.cfg), (1, 2), args)
 
 
 class TrainingShapes(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxlm.inference.generation import CompletionChunk
+    from jaxlm.inference.completion import CompletionChunk
     from jaxlm.processing.tokenizer import Tokenizer
 
 DIM, RESET = "\033[2m", "\033[0m"

@@ -108,7 +108,7 @@ class Bench(ModelFlags):
         self.begin()
         from jaxlm.bench import sources
         from jaxlm.bench.random_model import random_model
-        from jaxlm.inference.decoding import on_compile
+        from jaxlm.inference.compilation import on_compile
 
         note("making random weights …")
         on_compile.set(compiling)

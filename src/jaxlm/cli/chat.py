@@ -17,8 +17,8 @@ from jaxlm.cli.generate import SamplingFlags, template_args
 from jaxlm.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxlm.inference.completion import CompletionChunk
     from jaxlm.inference.conversation import Conversation
-    from jaxlm.inference.generation import CompletionChunk
 
 CHAT_MODELS = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
                "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip

@@ -151,7 +151,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
             import_transformers()
         import jaxlm
         from jaxlm.devices.hardware import unseen_accelerator
-        from jaxlm.inference.decoding import on_compile
+        from jaxlm.inference.compilation import on_compile
 
         name = None
         if self.model is None and self.adapter is None:

@@ -21,7 +21,7 @@ from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
-    from jaxlm.inference.generation import CompletionChunk
+    from jaxlm.inference.completion import CompletionChunk
     from jaxlm.model import Model
 
 
@@ -234,7 +234,7 @@ def record(chunks: "list[CompletionChunk]", model: "Model", opened: bool = False
     }
     if last.logprobs is not None:
         out["logprobs"] = [
-            {"logprob": x.chosen, "top": [{"id": i, "logprob": v} for i, v in x.top]}
+            x and {"logprob": x.chosen, "top": [{"id": i, "logprob": v} for i, v in x.top]}
             for chunk in chunks
             for x in chunk.logprobs or []
         ]

@@ -1,4 +1,5 @@
-"""Rows of a KV cache: inserting prefilled requests into a batch, and copying a batch into a longer cache."""
+"""Rows of a KV cache: inserting prefilled requests into a batch, taking prefixes of new requests from it, and copying a
+batch into a longer cache."""
 
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,34 @@ def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
         put_rows = partial(_put_slices, rows=rows) if slices else partial(_put_slots, rows=rows, index=index)
         layers.append({name: put_rows(new[name], old[name].astype(new[name].dtype)) for name in ("k", "v")})
     return replace(cache, positions=positions, layers=layers)
+
+
+def take(part: KVCache, cache: KVCache, rows: Int[Array, " b"], keep: Int[Array, " b"]) -> KVCache:
+    """Copies the first positions of some rows into a new cache: the prefixes of new requests.
+
+    Args:
+        part: An empty cache of b rows, of any length.
+        cache: The cache of the batch, without ring buffers.
+        rows: Row of `cache` for each row of `part`.
+        keep: Number of positions to copy, at most the length of either cache. 0: none.
+    """
+    few = min(part.length, cache.length)
+    slots = jnp.arange(few, dtype=jnp.int32)
+    kept = jnp.where(slots < keep[:, None], slots, -1)
+    positions = {S: _put_first(empty, kept) for S, empty in part.positions.items()}
+
+    def copy(new: Array, old: Array) -> Array:
+        return _put_first(new, old[rows, :, :few].astype(new.dtype))
+
+    layers = [jax.tree.map(copy, new, old) for new, old in zip(part.layers, cache.layers, strict=True)]
+    return replace(part, positions=positions, layers=layers)
+
+
+def clear(cache: KVCache, row: Int[Array, ""]) -> KVCache:
+    """Empties a row and sets its keys and values to zero. After NaN in a row, masked slots would still be NaN, and zero
+    times NaN is NaN."""
+    positions = {S: stored.at[row].set(-1) for S, stored in cache.positions.items()}
+    return replace(cache, positions=positions, layers=jax.tree.map(lambda a: a.at[row].set(0), cache.layers))
 
 
 def _same_slots(cache: KVCache, part: KVCache, layer: int) -> bool:

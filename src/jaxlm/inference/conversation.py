@@ -1,33 +1,25 @@
 """Conversation: a multi-turn chat that keeps the KV cache. Each turn prefills only its new tokens."""
 
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
-import jax
-import numpy as np
-
 from jaxlm.checkpoint.atomic import write_atomically
 from jaxlm.checkpoint.errors import explain_errors
-from jaxlm.devices import hardware
-from jaxlm.inference import decoding, engine, generation, memory, prompts
-from jaxlm.inference.decoding import CompiledSteps
-from jaxlm.inference.generation import CompletionChunk
+from jaxlm.inference import prompts
+from jaxlm.inference.completion import CompletionChunk
+from jaxlm.inference.engine import Engine
+from jaxlm.inference.requests import Request, resolve
 from jaxlm.inference.sampling import request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
-from jaxlm.nn import kv_cache as caches
-from jaxlm.nn import params
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
     from jaxlm.processing.tokenizer import Tokenizer
 
-START = 1024  # slots of a new KV cache, or the context length if it is shorter; the cache doubles when it is full
 Messages = list[dict[str, str]]
 
 
@@ -73,7 +65,7 @@ class Conversation:
             )
         self.model: Model = model
         self.tokenizer: Tokenizer = model.tokenizer
-        self._steps = CompiledSteps(model)
+        self._engine = Engine(model, 1)
         self.system: str | None = system
         self.template_args: dict[str, Any] = dict(template_args or {})
         self.options: SamplingParams = from_kwargs(**options)
@@ -88,8 +80,7 @@ class Conversation:
         self.opened: bool = False
         self._turns = 0  # added to the seed, so that answers use different random numbers
         self._prefixes: list[CachedPrefix] = []  # of the last turn: prompt and answer, and prompt only
-        self._kv: caches.KVCache | None = None
-        self._cached_ids: list[int] = []  # the tokens in the KV cache
+        self._engine.scheduler.reset()
 
     def set(self, name: str, value: Any) -> None:
         """Changes an option. It takes effect in the next turn. None restores the default of the model.
@@ -176,13 +167,13 @@ class Conversation:
         model = self.model
         text = self._render(messages)
         ids = prompts.to_ids(model, self._ids(text), {})
-        left = model.config.context - len(ids)
+        left = self._engine.length - len(ids)
         if left < 1:
             raise ValueError(
                 f"the context is full: the conversation has {len(ids):,} tokens, {model.source} takes "
-                f"{model.config.context:,}. Start over with /reset (Conversation.reset)"
+                f"{self._engine.length:,}. Start over with /reset (Conversation.reset)"
             )
-        options = generation.resolve(model, _non_default(self.options))
+        options = resolve(model, _non_default(self.options))
         seed = ((options.seed or 0) + self._turns) % 2**32
         options = replace(options, seed=seed)
         self._turns += 1
@@ -191,38 +182,33 @@ class Conversation:
             left if self.tokenizer.has_template else prompts.resolve_max_tokens(model, ids, None)
         )
         stops = prompts.stop_ids(model, options)
-        key = request_key(np.uint32(seed), np.uint32(0))  # as in jaxlm.generate: chunk.seed reproduces the text there
-        self._running = self._answer(messages, text, engine.Request(ids, options, min(limit, left), stops, key))
+        key = request_key(seed, ids)  # as in jaxlm.generate: chunk.seed reproduces the text there
+        self._running = self._answer(messages, text, Request(ids, options, min(limit, left), stops, key))
         return self._running
 
-    def _answer(self, messages: Messages, text: str, request: engine.Request) -> Iterator[CompletionChunk]:
+    def _answer(self, messages: Messages, text: str, request: Request) -> Iterator[CompletionChunk]:
         """Yields the chunks of an answer, and updates the conversation when it ends."""
-        detokenization = generation.Detokenization(self._steps, 0, request)
-        generated: list[int] = []
         answer = ""
-        # The KV cache is not an argument of `sample_token`, which is compiled once for all cache lengths.
-        state = engine.new_rows(self.model, [request], None, engine.optional([request]))
+        self._engine.add(request)
         try:
-            last = self._prefill(request, state)
-            for token in self._decode(request, state, last):
-                generated.append(token.id)
-                chunk = detokenization.add(token)
-                if chunk is not None:
+            while self._engine.is_busy:
+                for chunk in self._engine.step():
+                    if chunk.error is not None:
+                        raise chunk.error
+                    self.prefilled = len(request.ids) - request.cached
                     answer += chunk
                     yield chunk
         finally:
-            self._steps.cancel()
-            if generated:
-                self._end_turn(messages, text, request, generated, answer)
+            self._engine.cancel(request)
+            self._engine.step()
+            if request.tokens:
+                self._end_turn(messages, text, request, answer)
 
-    def _end_turn(
-        self, messages: Messages, text: str, request: engine.Request, generated: list[int], answer: str
-    ) -> None:
+    def _end_turn(self, messages: Messages, text: str, request: Request, answer: str) -> None:
         """Updates the messages and the cached prefixes after a turn has ended or was stopped."""
-        ids, tail = request.ids, generated
-        self._cached_ids = [*ids, *generated][:-1]  # the last token was sampled, but is not in the KV cache
-        if not self.tokenizer.has_template and generated[-1] in request.stop_ids:
-            tail = generated[:-1]  # the next turn continues the text, without the stop token
+        ids, tail = request.ids, request.tokens
+        if not self.tokenizer.has_template and tail[-1] in request.stop_ids:
+            tail = tail[:-1]  # the next turn continues the text, without the stop token
         after = self._decoded([*ids, *tail])[len(self._decoded(ids)) :]
         self._prefixes = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
         content = split_thinking(answer, self.opened)[1] if self._has_reasoning else answer
@@ -257,87 +243,7 @@ class Conversation:
                     return ids
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_template)
 
-    def _prefill(self, request: engine.Request, state: decoding.State) -> jax.Array:
-        """Prefills the prompt and returns the last hidden state [1,D]. The common prefix with the KV cache is reused,
-        except for the last token, whose hidden state is needed."""
-        model, steps, ids = self.model, self._steps, request.ids
-        kv, self._kv = self._kv, None  # an interrupt leaves no cache, rather than a partly written one
-        differing = (i for i, pair in enumerate(zip(ids, self._cached_ids)) if pair[0] != pair[1])
-        m = next(differing, min(len(self._cached_ids), len(ids) - 1))
-        if kv is None or not m or not can_reuse(kv, model.config.windows, m):
-            kv, m = None, 0
-        self.prefilled = len(ids) - m
-        kv, last = self._fit(kv, len(ids)), engine.no_hidden_state(model, 1)
-        then = partial(steps.sample_token, request.options.logprobs, *decoding.shapes((state, last)))
-        kv, last = engine.extend(steps, kv, last, [ids[m:]], m, then)
-        self._cached_ids = ids
-        self._kv = kv
-        return last
-
-    def _decode(self, request: engine.Request, state: decoding.State, last: jax.Array) -> Iterator[engine.Token]:
-        """Yields the tokens of an answer. A program is dispatched before the tokens of the previous one are fetched, so
-        that the device is not idle."""
-        model, k = self.model, request.options.logprobs
-        steps = hardware.STEPS[model.device.platform]
-        state, output = self._steps.sample_token(k, state, last)
-        yield from engine.fetch_tokens([request], output, [(0, 0)])
-        if self._kv is not None:  # for the next turn
-            self._steps.expect(*engine.small_prefills(self._steps, self._kv))
-        in_flight: deque[decoding.StepOutput] = deque()
-        pos, left = len(request.ids), request.max_tokens - 1  # of the newest token; tokens left to generate
-        while not request.finished:
-            if left > 0:
-                self._kv = self._fit(self._kv, pos + steps)
-                state = state._replace(kv=self._kv)
-                self._kv = None  # donated
-                state, output = self._steps.step(k, steps, state)
-                self._kv = state.kv
-                in_flight.append(output)
-                pos, left = pos + steps, left - steps
-            if len(in_flight) > 1 or left <= 0:
-                yield from engine.fetch_tokens([request], in_flight.popleft(), [(0, 0)])
-
-    def _fit(self, kv: caches.KVCache | None, need: int) -> caches.KVCache:
-        """A KV cache with at least `need` positions: the given one, or a larger one with the same contents."""
-        model = self.model
-        context = model.config.context
-        if kv is not None and (need <= kv.length or kv.length == context):
-            return kv
-        length = START
-        while length < need:
-            length *= 2
-        length = min(length, context)
-        chunk = hardware.CHUNK[model.device.platform]
-        make = partial(model.init_kv, 1, length, chunk=chunk)
-        hint = "start over with /reset (Conversation.reset), or use a smaller model"
-        needed = params.nbytes(jax.eval_shape(make)) // memory.memories(model)[1]
-        hardware.require(needed, model.device, f"{length:,} tokens of conversation", hint)
-        if kv is None:
-            return make()
-        return engine.resize_cache(self._steps, kv, length, chunk)
-
 
 def _non_default(options: SamplingParams) -> dict[str, Any]:
     """The options that differ from their defaults."""
     return {f.name: v for f in fields(options) if (v := getattr(options, f.name)) != f.default}
-
-
-def can_reuse(kv: caches.KVCache, windows: tuple[int | None, ...], m: int) -> bool:
-    """Whether a KV cache of one row has every position that tokens from position m on attend to.
-
-    A layer with window W needs positions m - W + 1 to m - 1. Its ring buffer of W + C - 1 slots (C: chunk), written up
-    to position n - 1, has positions n - W - C + 1 to n - 1. It can therefore be rewound by at most C tokens, where n
-    includes the tokens that the device decoded after the end of an answer. Slots with positions from m on do no harm:
-    earlier queries do not attend to them, and they are overwritten before later queries do.
-
-    Args:
-        kv: The KV cache.
-        windows: Sliding window of each layer; None for full attention.
-        m: Position of the next token.
-    """
-    stored = {int(S): np.asarray(positions)[0] for S, positions in kv.positions.items()}
-    for window, S in {(window, kv.slots(i)) for i, window in enumerate(windows)}:
-        needed = np.arange(0 if window is None else max(0, m - window + 1), m)
-        if (stored[S][needed % S] != needed).any():
-            return False
-    return True

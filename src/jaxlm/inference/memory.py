@@ -1,25 +1,83 @@
-"""Estimates the memory of KV caches, and checks that they fit before anything is allocated."""
+"""The lengths of KV caches, their memory, and whether they fit before anything is allocated."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import engine
+from jaxlm.inference import decoding
+from jaxlm.inference.requests import Request
 from jaxlm.nn import kv_cache, params
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
+HEADROOM = 512  # slots of a new KV cache beyond the longest prompt, if memory is scarce
+# Otherwise it has slots for the longest prompt and this number of tokens at least, unless max_tokens is smaller.
+LEAST_HEADROOM = 64
+# Slots of the smallest KV cache: per row at least, at most, and of all rows together. More slots are shared by more
+# prompts and max_tokens. Fewer are less work on accelerators, where a decoding step reads all slots.
+SMALLEST_CACHE = (64, 1024, 4096)
+PREFILL_CACHE = 512  # slots of the smallest KV cache of a prompt, of which prefill on accelerators reads all
 
-def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> engine.CacheLengths:
+
+class CacheLengths(NamedTuple):
+    """Lengths of the KV caches of a batch, in ascending order. A cache takes the first length that is enough.
+
+    Attributes:
+        prefill: Of prompts before they are inserted.
+        decode: Of the batch. The last one fits all tokens.
+    """
+
+    prefill: list[int]
+    decode: list[int]
+
+
+def cache_lengths(requests: Sequence[Request], slots: int, context: int) -> CacheLengths:
+    """Lengths of the KV caches of `slots` rows: the smallest ones and their doubles, at most the context length."""
+    prompt, total = max(len(r.ids) for r in requests), max(len(r.ids) + r.max_tokens for r in requests)
+    lengths, first = all_cache_lengths(prompt, total, slots, max(context, total)), min(prompt + LEAST_HEADROOM, total)
+    return lengths._replace(decode=[length for length in lengths.decode if length >= first])
+
+
+def all_cache_lengths(prompt: int, total: int, slots: int, most: int) -> CacheLengths:
+    """Lengths of the KV caches of `slots` rows for all prompts up to `prompt` tokens, and all answers up to `total`
+    tokens with the prompt."""
+    least, largest, of_all_rows = SMALLEST_CACHE
+    smallest = least
+    while 2 * smallest <= min(largest, of_all_rows // slots):
+        smallest *= 2
+
+    def doubled(length: int, needed: int) -> list[int]:
+        lengths = [length]
+        while lengths[-1] < needed:
+            lengths.append(2 * lengths[-1])
+        return [min(length, most) for length in lengths]
+
+    return CacheLengths(doubled(min(smallest, PREFILL_CACHE), prompt), doubled(smallest, total))
+
+
+def shortest_cache_lengths(requests: Sequence[Request], context: int) -> CacheLengths:
+    """Lengths of KV caches that take less memory than those of `cache_lengths`, but are shared by fewer prompts and
+    max_tokens. The batch starts with slots for the prompts and HEADROOM tokens; the last length is not doubled."""
+    total = max(len(r.ids) + r.max_tokens for r in requests)
+    longest = min(decoding.bucket(total), max(context, total))
+    lengths = [decoding.bucket(max(len(r.ids) for r in requests) + HEADROOM)]
+    while 2 * lengths[-1] <= longest:
+        lengths.append(2 * lengths[-1])
+    return CacheLengths(sorted({decoding.bucket(len(r.ids)) for r in requests}), [*lengths[:-1], longest])
+
+
+def check_memory(model: "Model", requests: Sequence[Request], slots: int, rings: bool = True) -> CacheLengths:
     """Checks that the KV caches of a batch fit in device memory, and chooses their lengths.
 
     Args:
         model: The model.
         requests: All requests.
         slots: Batch size.
+        rings: Whether sliding-window layers have ring buffers.
 
     Returns:
         The lengths that are shared by the most prompts, if they fit, else the shortest ones.
@@ -30,11 +88,11 @@ def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> 
     free = hardware.available_memory(model.device)
     shards, _ = memories(model)  # the rows are divided over them
     rows = -(-slots // shards)
-    lengths = engine.cache_lengths(requests, slots, model.config.context)
-    if free is None or rows * row_bytes(model, lengths) <= free:
+    lengths = cache_lengths(requests, slots, model.config.context)
+    if free is None or rows * row_bytes(model, lengths, rings) <= free:
         return lengths
-    shortest = engine.shortest_cache_lengths(requests, model.config.context)
-    row = row_bytes(model, shortest)
+    shortest = shortest_cache_lengths(requests, model.config.context)
+    row = row_bytes(model, shortest, rings)
     hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
     if row <= free:
         batch = shards * (free // row)
@@ -44,19 +102,52 @@ def check_memory(model: "Model", requests: list[engine.Request], slots: int) -> 
     return shortest
 
 
-def row_bytes(model: "Model", lengths: engine.CacheLengths) -> int:
+def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) -> CacheLengths:
+    """The lengths of the KV caches of an engine that does not know its requests.
+
+    Args:
+        model: The model.
+        slots: Number of rows.
+        length: Maximum number of tokens of a request and its answer. None: the context length, halved until it fits.
+        rings: Whether sliding-window layers have ring buffers.
+
+    Raises:
+        MemoryError: They do not fit.
+        ValueError: The length is less than 1 or exceeds the context length.
+    """
+    context = model.config.context
+    if length is not None and not 1 <= length <= context:
+        raise ValueError(f"length={length:,}: must be 1 to {context:,}, the context length of {model.source}")
+    free, rows = hardware.available_memory(model.device), -(-slots // memories(model)[0])
+    most = length or context
+    while True:
+        lengths = all_cache_lengths(most, most, slots, most)
+        needed = rows * row_bytes(model, lengths, rings)
+        if free is None or needed <= free:
+            return lengths
+        if length is not None or most <= SMALLEST_CACHE[0]:
+            hint = "use fewer slots, a shorter length or a smaller model"
+            hardware.require(needed, model.device, f"{slots} sequences of {most:,} tokens", hint)
+        most //= 2
+
+
+def row_bytes(model: "Model", lengths: CacheLengths, rings: bool = True) -> int:
     """Bytes of one row at the peak, when two KV caches exist: the longest, and that of new prompts or (while the cache
     grows) the previous one."""
-    others = [cache_bytes(model, lengths.prefill[-1], None)]
-    others += [cache_bytes(model, length, 1) for length in lengths.decode[:-1]]
-    return cache_bytes(model, lengths.decode[-1], 1) + max(others)
+
+    def size(length: int, chunk: int) -> int:
+        return cache_bytes(model, length, chunk if rings else length)
+
+    others = [size(lengths.prefill[-1], hardware.CHUNK[model.device.platform])]
+    others += [size(length, 1) for length in lengths.decode[:-1]]
+    return size(lengths.decode[-1], 1) + max(others)
 
 
-def cache_bytes(model: "Model", length: int, chunk: int | None) -> int:
+def cache_bytes(model: "Model", length: int, chunk: int) -> int:
     """Bytes per device of a KV cache of one row and this length, written in chunks of `chunk` tokens."""
     cfg, platform = model.config, model.device.platform
     dtype = hardware.cache_dtype(model.dtype, platform)
-    make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, dtype, chunk or hardware.CHUNK[platform])
+    make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
 
 

@@ -15,6 +15,7 @@ The token of a row is bit-exactly independent of the other rows. Probabilities a
 of a sum depends on batch size and sharding, and integer sums do not depend on the order.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxlm.devices import mesh
 from jaxlm.inference.sampling_params import SamplingParams
@@ -31,6 +32,11 @@ from jaxlm.inference.sampling_params import SamplingParams
 HUGE = 2.0**126
 # Largest logits of a row that are sorted, and the size of the blocks in which they are searched.
 CANDIDATES, BLOCK = 64, 128
+
+
+# A function of the logits [B,V] float32, called after logit bias and penalties and before the temperature. It is traced
+# once per program. -inf excludes a token.
+LogitsProcessor = Callable[[jax.Array], jax.Array]
 
 
 class Sampling(NamedTuple):
@@ -109,8 +115,24 @@ def penalize(logits: Float[Array, "B V"], s: Sampling, counts: Counts) -> Float[
     return logits - s.frequency_penalty[:, None] * counts.generated.astype(jnp.float32)
 
 
+def apply_mask(logits: Float[Array, "B V"], bits: UInt32[Array, "B w"]) -> Float[Array, "B V"]:
+    """-inf for the tokens that are not allowed.
+
+    Args:
+        logits: [B,V] float32.
+        bits: [B,ceil(V/32)] uint32. Token i is allowed if bit i % 32 of word i // 32 is set.
+    """
+    words = jnp.repeat(bits, 32, axis=1)[:, : logits.shape[1]]
+    bit = jnp.arange(logits.shape[1], dtype=jnp.uint32) % 32
+    return jnp.where((words >> bit) & 1 == 1, logits, -jnp.inf)
+
+
 def process(
-    logits: Float[Array, "B V"], s: Sampling, counts: Counts | None = None, bias: Float[Array, "B V"] | None = None
+    logits: Float[Array, "B V"],
+    s: Sampling,
+    counts: Counts | None = None,
+    bias: Float[Array, "B V"] | None = None,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Float[Array, "B V"]:
     """Logits [B,V] float32 whose softmax is sampled from, -inf for excluded tokens.
 
@@ -121,11 +143,14 @@ def process(
         s: The sampling parameters.
         counts: Token counts; None if no row has a penalty.
         bias: Logit bias [B,V] float32, which is added first; None if no row has one.
+        processors: Functions of the logits, which are called after the penalties.
     """
     if bias is not None:
         logits = logits + bias
     if counts is not None:
         logits = penalize(logits, s, counts)
+    for processor in processors:
+        logits = processor(logits)
     drawn = s.temperature > 0
     return lax.cond(jnp.any(drawn), lambda x: jnp.where(drawn[:, None], _filtered(x, s), x), lambda x: x, logits)
 
@@ -136,6 +161,7 @@ def sample(
     keys: Key[Array, " B"],
     counts: Counts | None = None,
     bias: Float[Array, "B V"] | None = None,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Int[Array, " B"]:
     """Samples the next tokens [B] int32: the argmax of the processed logits at temperature 0, else from their softmax.
 
@@ -143,11 +169,11 @@ def sample(
     arXiv:1411.0030).
 
     Args:
-        logits, s, counts, bias: As in `process`.
+        logits, s, counts, bias, processors: As in `process`.
         keys: Typed PRNG keys [B], which must not be reused (`step_keys`).
     """
     drawn = s.temperature > 0
-    logits = process(logits, s, counts, bias)
+    logits = process(logits, s, counts, bias, processors)
 
     def noisy(x: jax.Array) -> jax.Array:
         return x + jnp.where(drawn[:, None], jax.vmap(lambda key: _gumbel(key, x.shape[1]))(keys), 0.0)
@@ -155,10 +181,26 @@ def sample(
     return _argmax(lax.cond(jnp.any(drawn), noisy, lambda x: x, logits))
 
 
+def request_key(seed: int, ids: Sequence[int], number: int = 0) -> Key[Array, ""]:
+    """The typed PRNG key of a request: that of the seed, folded with a hash of the prompt and with a number.
+
+    Requests with different prompts or numbers share no random numbers, and the key does not depend on other requests.
+
+    Args:
+        seed: 32 bits.
+        ids: Token ids of the prompt.
+        number: Index of the request among those with an equal prompt.
+    """
+    digest = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).digest()  # the same on every machine, unlike hash()
+    return _folded(np.uint32(seed), np.frombuffer(digest[:8], "<u4").astype(np.uint32), np.uint32(number))
+
+
 @jax.jit
-def request_key(seed: np.uint32, number: np.uint32) -> Key[Array, ""]:
-    """The typed PRNG key of a request: that of the seed, folded with the number of equal prompts before it."""
-    return jax.random.fold_in(jax.random.key(seed), number)
+def _folded(seed: jax.Array, words: jax.Array, number: jax.Array) -> Key[Array, ""]:
+    key = jax.random.key(seed)
+    for word in (words[0], words[1], number):
+        key = jax.random.fold_in(key, word)
+    return key
 
 
 def step_keys(keys: Key[Array, " B"], pos: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm import loading
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh
-from jaxlm.inference.decoding import CompiledSteps
+from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.model import Model
 from jaxlm.nn.rope import FixedRope
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions

@@ -1,0 +1,192 @@
+"""A request: one prompt with its sampling parameters, and the state of its answer."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxlm.devices import distributed
+from jaxlm.inference.prompts import resolve_max_tokens, stop_ids, to_ids
+from jaxlm.inference.sampling import bias_of, request_key
+from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+MAX_LOGPROBS = 20  # top log-probabilities that a program returns
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities (in nats) under the raw logits: of the token, and of the most likely tokens (id, value)."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class Constraint(Protocol):
+    """Decides on the host which tokens may come next: a grammar, for one answer."""
+
+    finished: bool  # nothing may follow but a stop token
+
+    def mask(self) -> np.ndarray:
+        """The tokens that are allowed next: [ceil(V/32)] uint32. Token i has bit i % 32 of word i // 32."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the next token of the answer."""
+        ...
+
+
+class RequestOptions(SamplingOptions, total=False):
+    """Options of one request: the fields of SamplingParams, and these.
+
+    Attributes:
+        template_args: Variables of the chat template, such as {"enable_thinking": False}.
+        schema: JSON schema of the answer: a dict, or a pydantic model.
+        regex: Regular expression that the whole answer matches.
+        grammar: Lark grammar of the answer.
+        constraint: A function that returns a new Constraint, in place of a schema, regex or grammar.
+        prompt_logprobs: Compute the log-probabilities of the tokens of the prompt. It is prefilled as a whole.
+        echo: Begin the text with the prompt, and the tokens and log-probabilities with those of the prompt.
+        stop_when: A function of the token ids of the answer so far. The answer ends when it returns True.
+    """
+
+    template_args: Mapping[str, Any] | None
+    schema: Any
+    regex: str | None
+    grammar: str | None
+    constraint: Callable[[], Constraint] | None
+    prompt_logprobs: bool
+    echo: bool
+    stop_when: Callable[[Sequence[int]], bool] | None
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt with its sampling parameters. `request_of` makes one from a prompt in any format.
+
+    Attributes:
+        ids: Token ids of the prompt.
+        options: Sampling parameters; every field has a value.
+        max_tokens: Maximum number of tokens to generate.
+        stop_ids: Token ids that end the answer.
+        key: Typed PRNG key.
+        index: Index of the prompt in a batch.
+        sample: Index among the samples of the prompt.
+        constraint, prompt_logprobs, echo, stop_when: See RequestOptions.
+        emit: Receives the chunks of the answer. None: `Engine.step` returns them.
+        tokens: The tokens of the answer so far.
+        cancelled: Whether the request is to end; set by `Engine.cancel`.
+        finished: None, "stop", "length", "cancelled" or "error".
+        error: The error that ended the request.
+        cached: Number of prompt tokens that were in the prefix cache.
+        prompt_scores: The log-probabilities of the prompt; None for the first token.
+        started, first: Times of the request and of its first token.
+    """
+
+    ids: list[int]
+    options: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    key: Any = None
+    index: int = 0
+    sample: int = 0
+    constraint: Constraint | None = None
+    prompt_logprobs: bool = False
+    echo: bool = False
+    stop_when: Callable[[Sequence[int]], bool] | None = None
+    emit: Callable[[Any], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+    error: Exception | None = None
+    cancelled: bool = False
+    cached: int = 0
+    prompt_scores: list[Logprobs | None] | None = None
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The token ids of the prompt, [T] int32."""
+        return np.asarray(self.ids, np.int32)
+
+    @property
+    def needs_full_state(self) -> bool:
+        """Whether the request has penalties, a logit bias or log-probabilities."""
+        options = self.options
+        return options.penalized or bool(options.logit_bias) or options.logprobs is not None
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request with an error."""
+        self.finished, self.error = "error", error
+
+
+def resolve(model: "Model", options: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters with all values set: the given value, else that of generation_config.json, else the neutral
+    value. Without a given seed, a random one is drawn; all processes use that of the coordinator."""
+    given = from_kwargs(**options)
+    seed = int.from_bytes(os.urandom(4), "little") if given.seed is None else given.seed
+    seed = int(distributed.broadcast(str(seed))) if given.seed is None and model.is_multiprocess else seed
+    return replace(given.resolve(model.generation_config), seed=seed, max_tokens=given.max_tokens)
+
+
+def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, Any], n: int = 1) -> list[Request]:
+    """Creates n requests for each prompt.
+
+    The random numbers of a request depend on its seed, its prompt, and its number among equal prompts, and not on the
+    other requests.
+
+    Args:
+        model: The model.
+        prompts: Prompts in any format.
+        options: See RequestOptions.
+        n: Number of samples of each prompt.
+
+    Raises:
+        ValueError: A prompt or an option is invalid.
+        TypeError: An option is unknown.
+    """
+    more: dict[str, Any] = {name: options[name] for name in RequestOptions.__annotations__ if name in options}
+    for name in SamplingOptions.__annotations__:
+        more.pop(name, None)
+    params = resolve(model, {name: value for name, value in options.items() if name not in more})
+    start, echo = _constraint(model, more), bool(more.get("echo"))
+    scored = bool(more.get("prompt_logprobs")) or (echo and params.logprobs is not None)
+    if params.stop and model.tokenizer is None:
+        raise ValueError(f"stop strings need a tokenizer, and {model.source} has none: use stop_token_ids")
+    bias_of([params.logit_bias], model.config.V)  # raises for ids outside the vocabulary
+    stops, repeats = stop_ids(model, params), Counter[tuple[int, ...]]()
+    requests = []
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = to_ids(model, prompt, dict(more.get("template_args") or {}))
+            max_tokens = resolve_max_tokens(model, ids, params.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
+        for sample in range(n):
+            key = request_key(params.seed or 0, ids, repeats[tuple(ids)])
+            repeats[tuple(ids)] += 1
+            constraint, stop_when = start and start(), more.get("stop_when")
+            requests.append(
+                Request(ids, params, max_tokens, stops, key, number, sample, constraint, scored, echo, stop_when)
+            )
+    return requests
+
+
+def _constraint(model: "Model", more: Mapping[str, Any]) -> Callable[[], Constraint] | None:
+    """A function that starts the constraint of an answer; None if there is none."""
+    given = {name: more[name] for name in ("schema", "regex", "grammar", "constraint") if more.get(name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given: an answer can have one of them")
+    if not given or "constraint" in given:
+        return given.get("constraint")
+    if model.tokenizer is None:
+        raise ValueError(f"{next(iter(given))} needs a tokenizer, and {model.source} has none")
+    from jaxlm.inference.structured import compile_grammar
+
+    return compile_grammar(model.tokenizer, model.config.V, **given).start
