@@ -18,6 +18,7 @@ from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import cache_rows, sampling
 from jaxlm.inference.compilation import executables
+from jaxlm.inference.requests import MAX_LOGPROBS
 from jaxlm.nn import attention_cpu, attention_reference, params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
@@ -177,7 +178,7 @@ def test_sampling_does_not_gather_the_logits() -> None:
         assert [[i for i, _ in x.top] for x in a.logprobs] == [[i for i, _ in x.top] for x in b.logprobs]
         assert np.allclose([x.chosen for x in a.logprobs], [x.chosen for x in b.logprobs], atol=1e-5)
     for shape in gathered(there, "decode"):
-        assert np.prod(shape) <= 4 * 4 * 5  # rows x shards x k, once for values and once for ids
+        assert np.prod(shape) <= 4 * 4 * MAX_LOGPROBS  # rows x shards x k, once for values and once for ids
     with jax.set_mesh(there.mesh):
         logits = jnp.asarray(np.tile(np.arange(128, dtype=np.float32), (4, 2)))  # each value twice, on two devices
         _, ids, _ = jax.jit(sampling.logprobs, static_argnums=2)(logits, jnp.zeros(4, jnp.int32), 3)

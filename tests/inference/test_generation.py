@@ -180,15 +180,18 @@ def test_new_length_and_sampling_parameters_do_not_compile():
     for n in (3, 5, 7, 28):
         jaxlm.generate(model, (PROMPT * 4)[:n], max_tokens=60 - 2 * n, temperature=0.5, seed=n, top_k=n)
     assert len(executables(model.family, model.config)) == count
-    jaxlm.generate(model, PROMPT, max_tokens=1, temperature=0, logprobs=11)  # a number that no other test uses
-    assert len(executables(model.family, model.config)) > count
+    executables(model.family, model.config).clear()
+    for logprobs in (11, 3):  # another number of them compiles nothing
+        jaxlm.generate(model, PROMPT, max_tokens=1, temperature=0, logprobs=logprobs)
+        count, before = len(executables(model.family, model.config)), count if logprobs == 3 else 0
+        assert (count > before) == (logprobs == 11)
 
 
 def test_several_chunks_compile_once(monkeypatch):
     """A cache that a program returns is the same argument as a new one. Gemma's has layers of 79 and of 128 slots."""
     monkeypatch.setitem(hardware.CHUNK, "cpu", 64)
     model = tiny("gemma3", sliding_window=16)
-    for prompt in ([7] * 120, [[8] * 120] * 2):
+    for prompt in ([7] * 120, [[8] * 120, [9] * 120]):
         jaxlm.generate(model, prompt, max_tokens=4, temperature=0, batch_size=1, ignore_eos=True)
     names = [key[0] for key in executables(model.family, model.config)]
     assert sorted(names) == sorted({*names})

@@ -163,16 +163,16 @@ class CompiledSteps:
             self._executables[key] = executable
             return executable
 
-        if key not in self._compiling:
-            lowered = lower_program(function, donate, args)
-            if self._beside:
-                self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
-                self._compiling[key] = self._workers.submit(compiled)
-            else:
-                done: Future[Any] = Future()
-                done.set_result(compiled())
-                self._compiling[key] = done
-        return self._compiling[key]
+        if key in self._compiling:
+            return self._compiling[key]
+        lowered, future = lower_program(function, donate, args), Future()
+        if self._beside:
+            self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
+            self._compiling[key] = future = self._workers.submit(compiled)
+            future.add_done_callback(lambda _: self._compiling.pop(key, None))
+        else:
+            future.set_result(compiled())
+        return future
 
 
 def shapes(tree: Any) -> Any:

@@ -175,6 +175,8 @@ class Engine:
             self.scheduler.add(self._inbox[0])
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
         self.scheduler.advance()
+        if not self.scheduler.answers:
+            self.steps.cancel()
 
     def stream(self, prompt: Any, **options: Unpack[RequestOptions]) -> Iterator[CompletionChunk]:
         """Yields the chunks of one request. Closing the iterator cancels the request.

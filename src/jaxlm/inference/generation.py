@@ -152,9 +152,10 @@ def _stream(
         summary = f"{len(requests)} prompts of {sum(len(r.ids) for r in requests)} tokens ({digest})"
         distributed.assert_equal("what to generate", digest, summary)
     slots = min(len(requests), batch_size or hardware.BATCH[model.device.platform])
-    # For a model with sliding windows, the prefix cache takes more memory, which equal prompts alone are worth.
-    shared = not any(model.config.windows) or len({tuple(r.ids) for r in requests}) < len(requests)
-    lengths = check_memory(model, requests, slots, rings=not shared or not any(model.config.windows))
+    # Prompts share prefixes. With sliding windows this takes more memory, which only equal prompts are worth.
+    windows, distinct = any(model.config.windows), len({tuple(r.ids) for r in requests})
+    shared = distinct < len(requests) if windows else len(requests) > 1
+    lengths = check_memory(model, requests, slots, rings=not (shared and windows))
 
     def chunks() -> Iterator[CompletionChunk]:
         engine = Engine(model, slots, prefix_cache=shared, logits_processors=logits_processors, lengths=lengths)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.inference.decoding import bucket
 from jaxlm.inference.requests import Request
 
 NO_TOKENS = np.zeros(0, np.int32)
@@ -48,6 +49,9 @@ class Prefix(NamedTuple):
     length: int
 
 
+NO_PREFIX = Prefix(0, 0)
+
+
 def shared(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """The number of equal tokens at the beginning of two sequences."""
     n = min(len(a), len(b))
@@ -57,13 +61,14 @@ def shared(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
 
 def longest_prefix(slots: Sequence[Slot], ids: np.ndarray) -> Prefix:
     """The longest prefix of a prompt that a row has. At least one token of the prompt is left, whose hidden state is
-    needed."""
-    found = Prefix(0, 0)
+    needed. A short prefix that saves no computation is not worth its copy."""
+    found = NO_PREFIX
     for row, slot in enumerate(slots):
         length = min(shared(slot.ids, ids), len(ids) - 1)
         if length > found.length:
             found = Prefix(row, length)
-    return found
+    is_shorter = bucket(len(ids) - found.length) < bucket(len(ids))
+    return found if is_shorter or 2 * found.length >= len(ids) else NO_PREFIX
 
 
 def choose_row(slots: Sequence[Slot], prefix: Prefix) -> int:

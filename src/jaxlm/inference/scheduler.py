@@ -30,14 +30,13 @@ from jaxlm.inference.compilation import CompiledSteps, shapes
 from jaxlm.inference.completion import CompletionChunk, Detokenization
 from jaxlm.inference.memory import CacheLengths
 from jaxlm.inference.prefill import Prefill, empty_rows, logprobs_of, small_prefills
-from jaxlm.inference.prefix_cache import Prefix, Slot
+from jaxlm.inference.prefix_cache import NO_PREFIX, Prefix, Slot
 from jaxlm.inference.requests import MAX_LOGPROBS, Request
 from jaxlm.nn import kv_cache as caches
 
 LOOK_AHEAD = 64  # waiting requests that may join with the first one
 # A request waits for another with the same beginning if it then has this number of tokens less to prefill.
-WORTH_WAITING = 64
-NO_PREFIX = Prefix(0, 0)
+WORTH_WAITING = 256
 NOT_FINITE = (
     "the logits are not finite (NaN or Inf): the weights are not finite, or their dtype overflows. Try "
     "dtype='float32' (--dtype float32)"
@@ -100,12 +99,12 @@ class Scheduler:
                 request.finished = "cancelled"
                 self._end(request)
             if self.joining is None:
-                self._join()
+                self._admit()
             if self.joining is not None:
                 self._prefill(self.joining)
             busy = self._decode()
             if len(self._in_flight) > 1 or (self._in_flight and not busy):
-                self._fetch()
+                self._fetch_tokens()
         except BaseException as error:
             reason = error if isinstance(error, Exception) else RuntimeError(f"interrupted: {type(error).__name__}")
             requests = [slot.request for slot in self.rows if slot.request is not None]
@@ -119,7 +118,7 @@ class Scheduler:
 
     # Joining
 
-    def _join(self) -> None:
+    def _admit(self) -> None:
         """Chooses the requests that join next: the first one, and others with as many tokens to prefill."""
         free = sum(slot.request is None for slot in self.rows)
         if not self.waiting or not free:
@@ -163,7 +162,7 @@ class Scheduler:
         self.joining = None
         self._in_flight.append((output, list(enumerate(joining.requests))))
         while self._in_flight:  # the first token is returned immediately, not after the next program
-            self._fetch()
+            self._fetch_tokens()
         return self._insert(joining)
 
     def _insert(self, joining: Prefill) -> None:
@@ -178,11 +177,11 @@ class Scheduler:
             return
         state = self._fitting(max(len(request.ids) for request in inserted) + 1, joining.full)
         n = hardware.STEPS[self.model.device.platform]
-        decode = [partial(self.steps.step, joining.k, n, shapes(state))]
-        self.steps.expect(*(decode if self.answers else ()), *small_prefills(self.steps, joining.kv))
-        rows = [row_of[request] if request in inserted else self.slots for request in joining.requests]
-        part = joining.part._replace(kv=joining.kv)
-        self.state = self.steps.insert(state, joining.rows(rows, self.slots), part)
+        rows = joining.rows([row_of[r] if r in inserted else self.slots for r in joining.requests], self.slots)
+        decode = [partial(self.steps.step, joining.k, n, shapes(state))] if self.answers else []
+        later = [partial(self.steps.take, *shapes((joining.kv, state.kv, rows, rows)))] if self.prefix_cache else []
+        self.steps.expect(*decode, *small_prefills(self.steps, joining.kv), *later)
+        self.state = self.steps.insert(state, rows, joining.part._replace(kv=joining.kv))
         for request in inserted:
             slot = self.rows[row_of[request]]
             slot.ids, slot.running = request.array, True
@@ -212,7 +211,7 @@ class Scheduler:
         if constrained:
             state, x = self.steps.forward_step(state)
             while self._in_flight:  # the device computes meanwhile
-                self._fetch()
+                self._fetch_tokens()
             masks = self._masks([slot.request for slot in self.rows])
             state, output = self.steps.sample_token(k, state, x, *masks)
         else:
@@ -261,18 +260,18 @@ class Scheduler:
 
     # Tokens
 
-    def _fetch(self) -> None:
+    def _fetch_tokens(self) -> None:
         """Copies the tokens of the oldest program to the host."""
         output, where = self._in_flight.popleft()
         tokens, scores = jax.device_get(output)
         for n in range(tokens.shape[0]):
             for row, request in where:
                 if not request.finished:
-                    self._take_token(
+                    self._add_token(
                         request, int(tokens[n, row]), None if scores is None else tuple(a[n, row] for a in scores)
                     )
 
-    def _take_token(self, request: Request, token: int, scores: tuple[np.ndarray, ...] | None) -> None:
+    def _add_token(self, request: Request, token: int, scores: tuple[np.ndarray, ...] | None) -> None:
         """Adds a token to an answer, and decides whether the answer ends."""
         if token == decoding.NOT_FINITE:
             request.fail(ValueError(NOT_FINITE))
