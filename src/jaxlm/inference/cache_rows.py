@@ -49,16 +49,17 @@ def take(part: KVCache, cache: KVCache, rows: Int[Array, " b"], keep: Int[Array,
     kept = jnp.where(slots < keep[:, None], slots, -1)
     positions = {S: _put_first(empty, kept) for S, empty in part.positions.items()}
 
-    def copy(new: Array, old: Array) -> Array:
-        return _put_first(new, old[rows, :, :few].astype(new.dtype))
+    def copy(new: Array, old: Array) -> Array:  # zero behind the prefix: see `clear`
+        first = old[rows, :, :few]
+        return _put_first(new, jnp.where(kept[:, None, :, None] >= 0, first, 0).astype(new.dtype))
 
     layers = [jax.tree.map(copy, new, old) for new, old in zip(part.layers, cache.layers, strict=True)]
     return replace(part, positions=positions, layers=layers)
 
 
 def clear(cache: KVCache, row: Int[Array, ""]) -> KVCache:
-    """Empties a row and sets its keys and values to zero. After NaN in a row, masked slots would still be NaN, and zero
-    times NaN is NaN."""
+    """Empties a row and sets its keys and values to zero. Slots with NaN would spoil the row although they are masked,
+    because zero times NaN is NaN."""
     positions = {S: stored.at[row].set(-1) for S, stored in cache.positions.items()}
     return replace(cache, positions=positions, layers=jax.tree.map(lambda a: a.at[row].set(0), cache.layers))
 

@@ -20,7 +20,7 @@ from jaxlm.nn import kv_cache as caches
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-MAX_EXECUTABLES = 256  # per architecture; the oldest is evicted
+MAX_EXECUTABLES = 1024  # per architecture; the oldest is evicted
 # Callback: called with the name of a program before it is compiled, and with its name and the seconds afterwards.
 on_compile: ContextVar[Callable[..., None]] = ContextVar("on_compile", default=lambda name, seconds=None: None)
 

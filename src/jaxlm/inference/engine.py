@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import memory
+from jaxlm.inference import memory, warmup
 from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.memory import CacheLengths
@@ -131,6 +131,24 @@ class Engine:
         with self._changed:
             request.cancelled = True
             self._changed.notify_all()
+
+    def prepare(
+        self, *, full: bool = True, constraints: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Compiles all programs, so that no request waits for a compiler. This takes minutes for large models.
+
+        Args:
+            full: Also the programs for penalties, logit biases and log-probabilities (not those of the prompt).
+            constraints: Also the programs for schemas, regular expressions and grammars.
+            progress: Called with the number of groups of programs that are done, and with that of all.
+
+        Raises:
+            RuntimeError: The engine has requests.
+        """
+        with self._stepping:
+            if self.is_busy:
+                raise RuntimeError("prepare needs an engine without requests: call it first")
+            warmup.run_all(self.scheduler, full, constraints, progress or (lambda done, total: None))
 
     def close(self) -> None:
         """Ends all requests and frees the memory of the KV cache."""

@@ -38,25 +38,31 @@ class CacheLengths(NamedTuple):
 def cache_lengths(requests: Sequence[Request], slots: int, context: int) -> CacheLengths:
     """Lengths of the KV caches of `slots` rows: the smallest ones and their doubles, at most the context length."""
     prompt, total = max(len(r.ids) for r in requests), max(len(r.ids) + r.max_tokens for r in requests)
-    lengths, first = all_cache_lengths(prompt, total, slots, max(context, total)), min(prompt + LEAST_HEADROOM, total)
-    return lengths._replace(decode=[length for length in lengths.decode if length >= first])
-
-
-def all_cache_lengths(prompt: int, total: int, slots: int, most: int) -> CacheLengths:
-    """Lengths of the KV caches of `slots` rows for all prompts up to `prompt` tokens, and all answers up to `total`
-    tokens with the prompt."""
-    least, largest, of_all_rows = SMALLEST_CACHE
+    least, most, of_all_rows = SMALLEST_CACHE
     smallest = least
-    while 2 * smallest <= min(largest, of_all_rows // slots):
+    while 2 * smallest <= min(most, of_all_rows // slots):
         smallest *= 2
 
     def doubled(length: int, needed: int) -> list[int]:
         lengths = [length]
         while lengths[-1] < needed:
             lengths.append(2 * lengths[-1])
-        return [min(length, most) for length in lengths]
+        return [min(length, max(context, total)) for length in lengths]
 
-    return CacheLengths(doubled(min(smallest, PREFILL_CACHE), prompt), doubled(smallest, total))
+    decode = doubled(smallest, total)
+    first = min(prompt + LEAST_HEADROOM, total)
+    return CacheLengths(doubled(min(smallest, PREFILL_CACHE), prompt), [length for length in decode if length >= first])
+
+
+def few_cache_lengths(length: int) -> CacheLengths:
+    """Lengths of the KV caches of an engine that takes all requests up to a length. They are further apart, because the
+    programs of all of them are compiled (Engine.prepare)."""
+    prefill, decode = [min(PREFILL_CACHE, length)], [min(PREFILL_CACHE, length)]
+    while prefill[-1] < length:
+        prefill.append(min(4 * prefill[-1], length))
+    while decode[-1] < length:
+        decode.append(min(2 * decode[-1], length))
+    return CacheLengths(prefill, decode)
 
 
 def shortest_cache_lengths(requests: Sequence[Request], context: int) -> CacheLengths:
@@ -121,11 +127,11 @@ def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) ->
     free, rows = hardware.available_memory(model.device), -(-slots // memories(model)[0])
     most = length or context
     while True:
-        lengths = all_cache_lengths(most, most, slots, most)
+        lengths = few_cache_lengths(most)
         needed = rows * row_bytes(model, lengths, rings)
         if free is None or needed <= free:
             return lengths
-        if length is not None or most <= SMALLEST_CACHE[0]:
+        if length is not None or most < PREFILL_CACHE:
             hint = "use fewer slots, a shorter length or a smaller model"
             hardware.require(needed, model.device, f"{slots} sequences of {most:,} tokens", hint)
         most //= 2

@@ -34,6 +34,8 @@ from jaxlm.inference.prefix_cache import NO_PREFIX, Prefix, Slot
 from jaxlm.inference.requests import MAX_LOGPROBS, Request
 from jaxlm.nn import kv_cache as caches
 
+# Prompts that are prefilled together, at most. More would compile more programs. Chunks have as many tokens in all.
+MAX_JOINING = 16
 LOOK_AHEAD = 64  # waiting requests that may join with the first one
 # A request waits for another with the same beginning if it then has this number of tokens less to prefill.
 WORTH_WAITING = 256
@@ -49,6 +51,7 @@ class Scheduler:
     Attributes:
         steps: The compiled functions of the model.
         rows: The rows.
+        max_joining: Number of prompts that are prefilled together, at most.
         waiting: Requests that wait for a row.
         answers: The text of each request that has not ended.
         chunks: New text, and the ends of requests. The caller takes it.
@@ -69,6 +72,7 @@ class Scheduler:
         self.steps, self.model = steps, steps.model
         self.slots, self.lengths, self.prefix_cache = slots, lengths, prefix_cache
         self.rings: bool = not prefix_cache or not any(self.model.config.windows)
+        self.max_joining: int = mesh.round_up_batch(min(slots, MAX_JOINING), self.model.mesh)
         self.waiting: deque[Request] = deque()
         self.answers: dict[Request, Detokenization] = {}
         self.chunks: list[CompletionChunk] = []
@@ -116,7 +120,7 @@ class Scheduler:
             if not isinstance(error, Exception):
                 raise
 
-    # Joining
+    # Prefill
 
     def _admit(self) -> None:
         """Chooses the requests that join next: the first one, and others with as many tokens to prefill."""
@@ -133,7 +137,7 @@ class Scheduler:
             if reuse and _should_wait(request, group):
                 continue
             group[request] = prefix
-            if len(group) == free:
+            if len(group) == min(free, self.max_joining):
                 break
         for request, prefix in group.items():
             self.waiting.remove(request)
@@ -148,7 +152,7 @@ class Scheduler:
         """Copies prefixes into the empty KV cache of these requests."""
         assert self.state is not None
         rows, keep = (np.array([prefixes[r][i] for r in requests], np.int32) for i in (0, 1))
-        return self.steps.take(kv, self.state.kv, *(self._place(a, "") for a in (rows, keep)))
+        return self.steps.take(kv, self.state.kv, *(self.place(a, "") for a in (rows, keep)))
 
     def _prefill(self, joining: Prefill) -> None:
         """Prefills one chunk. After the last one, samples the first tokens and inserts the rows."""
@@ -203,10 +207,10 @@ class Scheduler:
         slots = [self.rows[row] for row, _ in busy]
         last = max(slot.pos + min(n, slot.left) for slot in slots)  # later tokens of the program are dropped
         full = any(request.needs_full_state for request in requests)
-        state, k = self._fitting(last, full), MAX_LOGPROBS if full else None
+        state, k = self._fitting(last, full), top_logprobs(full)
         if self._released:
             rows = np.isin(np.arange(self.slots), [*self._released])
-            state = self.steps.release(state, self._place(rows, "B"))
+            state = self.steps.release(state, self.place(rows, "B"))
             self._released.clear()
         if constrained:
             state, x = self.steps.forward_step(state)
@@ -234,28 +238,33 @@ class Scheduler:
                 bits[row] = request.constraint.mask()
                 if not bits[row].any():
                     raise ValueError("no token is allowed next: the grammar cannot be completed with this vocabulary")
-        return [self._place(bits, "B")] if constrained else []
+        return [self.place(bits, "B")] if constrained else []
 
     def _fitting(self, length: int, full: bool) -> decoding.State:
         """Takes the state of the batch, with a KV cache of this length at least, and the arrays for penalties, logit
         bias and log-probabilities if they are needed."""
         state, self.state = self.state, None  # the arrays will be donated
-        needed = next(n for n in self.lengths.decode if n >= length)
         if state is None:
-            kv = self.model.init_kv(self.slots, needed, chunk=1 if self.rings else None)
-            return empty_rows(self.model, self.slots, full)._replace(kv=kv)
+            return self.empty_state(next(n for n in self.lengths.decode if n >= length), full)
         if full != (state.counts is not None):
             empty = empty_rows(self.model, self.slots, full)
             state = state._replace(counts=empty.counts, bias=empty.bias)
         for row in self._not_finite:
-            state = state._replace(kv=self.steps.clear(state.kv, self._place(np.int32(row), "")))
+            state = state._replace(kv=self.steps.clear(state.kv, self.place(np.int32(row), "")))
         self._not_finite.clear()
-        if state.kv.length < length:
-            longer = self.model.init_kv(self.slots, needed, chunk=1 if self.rings else None)
+        while state.kv.length < length:  # one length after the other, so that few programs are compiled
+            longer = self.empty_cache(next(n for n in self.lengths.decode if n > state.kv.length))
             state = state._replace(kv=self.steps.resize_cache(longer, state.kv))
         return state
 
-    def _place(self, x: np.ndarray | np.int32, letters: str) -> jax.Array:
+    def empty_state(self, length: int, full: bool) -> decoding.State:
+        """The state of a batch without requests, with a KV cache of this length."""
+        return empty_rows(self.model, self.slots, full)._replace(kv=self.empty_cache(length))
+
+    def empty_cache(self, length: int) -> caches.KVCache:
+        return self.model.init_kv(self.slots, length, chunk=1 if self.rings else None)
+
+    def place(self, x: np.ndarray | np.int32, letters: str) -> jax.Array:
         return mesh.place(x, letters, self.model.mesh or self.model.device)
 
     # Tokens
@@ -320,7 +329,7 @@ class Scheduler:
             if slot.request is request and slot.running:
                 # The last token is not in the KV cache.
                 slot.ids = np.array([*request.ids, *request.tokens[:-1]], np.int32)
-                if request.finished == "error":
+                if request.error is not None:
                     slot.ids = prefix_cache.NO_TOKENS
                     self._not_finite.add(row)
                 slot.request, slot.running = None, False
@@ -334,6 +343,11 @@ class Scheduler:
 
     def _emit(self, chunk: CompletionChunk) -> None:
         (chunk.request.emit or self.chunks.append)(chunk)
+
+
+def top_logprobs(full: bool) -> int | None:
+    """Number of top log-probabilities that programs return."""
+    return MAX_LOGPROBS if full else None
 
 
 def _same_width(first: Request, request: Request) -> bool:
