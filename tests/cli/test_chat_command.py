@@ -42,14 +42,22 @@ class Lines:
 
     def __init__(self, model: Model, monkeypatch, capsys):
         self.model, self.monkeypatch, self.capsys = model, monkeypatch, capsys
+        self.screens: list = []  # the streams of prompts
         self.conversation = Conversation(model, temperature=0, max_tokens=5, logit_bias=bias_of(model))
 
     def __call__(self, *lines: str, tty: str = "") -> tuple[int, list[str], str]:
         """Returns the exit status, the lines on stdout, and stderr."""
         typed = iter(lines)
+
+        def read() -> str:
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
         with self.monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-            patch.setattr("builtins.input", lambda prompt: next(typed))
+            patch.setattr("jaxlm.cli.line_input.prompt_session", lambda screen: self.screens.append(screen) or read)
             for name in tty.split():
                 patch.setattr(f"sys.{name}.isatty", lambda: True)
             status = ChatSession(self.conversation).run()
@@ -74,9 +82,9 @@ def test_piped_lines_are_answered_and_stdout_has_only_answers(lines):
 
 
 def test_the_input_prompt_is_not_on_redirected_stdout(lines):
-    _, out, err = lines("hello", tty="stdin stderr")
+    _, out, _ = lines("hello", tty="stdin stderr")
     assert out == [lines.conversation.messages[1]["content"]]
-    assert "> " in err
+    assert lines.screens == [sys.stderr] or lines.screens[0].name == "<stderr>"
 
 
 def test_set_changes_sampling_parameters(lines):
@@ -119,8 +127,8 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
         "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
         "/rety": "did you mean /retry?",
         "/retry": "no message yet",
-        "/set top_p 3": "top_p=3: must be a number from 0 to 1",
-        "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
+        "/set top_p 3": "/set top_p 3: must be a number from 0 to 1",
+        "/set temprature 1": "/set temprature: did you mean temperature?",
         "/set top_p": "expected /set NAME VALUE",
         "/save": "expected /save FILE",
         f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory)",
@@ -208,6 +216,7 @@ def test_flags_that_the_model_does_not_support(folder, capsys, monkeypatch, flag
     assert re.search(message, capsys.readouterr().err)
 
 
+PROMPT = "\033[0m>\b"  # an empty prompt of prompt_toolkit
 # Makes the terminal on stdin the controlling terminal, from which Ctrl-C comes.
 OWN_TERMINAL = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
@@ -226,8 +235,8 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def enter(self, text: str) -> None:
-        """Types at the next prompt. Before the prompt, readline does not read the terminal yet."""
-        self.until("> ")
+        """Types at the next prompt."""
+        self.until(PROMPT)
         self.type(text)
 
     def until(self, text: str, seconds: float = 120) -> str:
@@ -256,24 +265,23 @@ def test_in_a_terminal(folder, tmp_path):
     terminal = Terminal("-m", "jaxlm", "chat", "-m", str(folder), *flags, **env)
     try:
         terminal.until("/help lists the commands")
-        terminal.enter("tell me all\n")
+        terminal.enter("tell me all\r")
         for _ in range(3):
-            terminal.until("\033[J")  # a compilation notice is erased
+            terminal.until("\033[K")  # a compilation notice is erased
         terminal.type("\x03")
         terminal.until("stopped; /retry answers again, /exit or Ctrl-D ends the chat")
-        terminal.until("> ")
-        time.sleep(0.5)  # readline ignores keys between showing the prompt and reading
-        terminal.type("\x03")  # at the prompt, Ctrl-C only says how to end the chat
-        terminal.until("/exit or Ctrl-D ends the chat")
-        terminal.enter("/set max_tokens 7\n")
+        terminal.enter("\x03")  # at the prompt, Ctrl-C only says how to end the chat
+        assert "stopped" not in terminal.until("/exit or Ctrl-D ends the chat")
+        terminal.enter("/set max_tokens 7\r")
         terminal.until("max_tokens 7\033[0m")
-        terminal.enter(f"/save {tmp_path / 'chat.json'}\n")
+        terminal.enter(f"/save {tmp_path / 'chat.json'}\r")
         terminal.until("saved to")
-        terminal.enter("and more\n")
+        terminal.enter("\033[200~and\nmore\033[201~\r")  # pasted
         terminal.until("cached) · 7 generated")
-        terminal.enter("/set max_tokens 9\x7f89\n")  # edited with backspace
+        terminal.enter(f"/save {tmp_path / 'pasted.json'}\r")
+        terminal.enter("/set max_tokens 9\x7f89\r")  # edited with backspace
         terminal.until("max_tokens 89\033[0m")
-        terminal.enter("\x1b[A\n")  # the previous line from the history
+        terminal.enter("\x1b[A\r")  # the previous line from the history
         terminal.until("max_tokens 89\033[0m")
         terminal.enter("\x04")
         assert terminal.end() == 0
@@ -283,3 +291,5 @@ def test_in_a_terminal(folder, tmp_path):
     stopped = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [m["role"] for m in stopped] == ["user", "assistant"]
     assert stopped[1]["content"]
+    pasted = json.loads((tmp_path / "pasted.json").read_text())["messages"]
+    assert [m["content"] for m in pasted if m["role"] == "user"] == ["tell me all", "and\nmore"]

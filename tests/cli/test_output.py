@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxlm.cli import common
-from jaxlm.cli.common import print_json, use_any_encoding
+from jaxlm.cli.terminal import print_json, use_any_encoding
 from jaxlm.nn import attention_reference
 
 
