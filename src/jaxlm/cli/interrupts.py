@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -38,6 +38,7 @@ class _State:
     handled: int = 0  # signals for which Python raised KeyboardInterrupt
     write_end: int = -1  # of the pipe to the watching thread
     restore: Callable[[], None] | None = None  # resets the terminal
+    ending: threading.Lock = field(default_factory=threading.Lock)  # held while the process ends
 
 
 _state = _State()
@@ -90,11 +91,18 @@ def _watch(read_end: int) -> None:
     while number := os.read(read_end, 1):
         if number == AGAIN:
             time.sleep(PAUSE)
-            _thread.interrupt_main()
+            _interrupt_main()
         elif number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _handle:  # not that of training
             _state.arrived += 1
             if _state.at_once or _state.arrived - _state.handled > 1:
                 _end()
+
+
+def _interrupt_main() -> None:
+    if hasattr(signal, "pthread_kill"):  # also ends a sleep of the main thread
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:  # Windows
+        _thread.interrupt_main()
 
 
 def _raise_again(dropped: Any) -> None:
@@ -107,6 +115,9 @@ def _raise_again(dropped: Any) -> None:
 
 def _end() -> None:
     """Ends the process. Runs in a signal handler or beside the main thread, so it prints without sys.stderr."""
+    if not _state.ending.acquire(blocking=False):  # the other thread ends it
+        time.sleep(1)
+        os._exit(STATUS)
     with suppress(Exception):
         if _state.restore is not None:
             _state.restore()

@@ -1,5 +1,6 @@
 """Reads the messages of a chat: typed at a terminal, or piped line by line."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -31,13 +32,11 @@ def prompt_session(screen: Any) -> Callable[[], str]:
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.output import create_output
-    from prompt_toolkit.output.vt100 import Vt100_Output
 
-    output = create_output(screen)
-    if isinstance(output, Vt100_Output):  # it would ask the terminal where the cursor is, and need an answer
-        output.enable_cpr = False
+    # It would ask the terminal where the cursor is, and warn where there is no answer.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
     session = PromptSession(
-        output=output,
+        output=create_output(screen),
         multiline=Condition(lambda: is_open(get_app().current_buffer.text)),  # Enter begins a new line
         prompt_continuation="  ",
     )
@@ -53,7 +52,7 @@ def prompt_session(screen: Any) -> Callable[[], str]:
 
 def read_typed_line() -> str:
     """Reads a line from a terminal without control codes."""
-    terminal.prompt("> ")
+    terminal.show("> ")
     try:
         return read_line()
     except EOFError:  # Ctrl-D leaves the cursor behind the prompt

@@ -227,7 +227,9 @@ def unknown_option(name: str, flags: list[Flag]) -> str:
     if flag:
         return f"/set {name}: {flag} is a flag of jaxlm chat, which a running chat does not change"
     if note:
-        note = re.sub(r"--[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), note)
+        note = re.sub(r"--[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), note).replace(
+            "sampling flags", "parameters"
+        )
         return f"/set {name}: {note}"
     return f"/set {name}: there is no such sampling parameter. Names: {', '.join(names.values())}"
 

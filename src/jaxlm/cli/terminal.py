@@ -87,9 +87,13 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
+        raise unwritable(error) from error
     if shown := STYLE.sub("", text):
         _State.mid_line = not shown.endswith("\n")
+
+
+def unwritable(error: OSError) -> OutputError:
+    return OutputError(f"stdout cannot be written: {error.strerror or error}")
 
 
 def end_line() -> None:
@@ -164,15 +168,15 @@ def note(text: str) -> None:
 
 def say(text: str) -> None:
     """Prints a line on stderr, also with --quiet."""
-    with suppress(OSError, ValueError):  # there is no other place to say it
-        print(text, file=sys.stderr or devnull(), flush=True)
+    show(text + "\n")
 
 
-def prompt(text: str) -> None:
-    """Asks for input, on stdout if it is a terminal, else on stderr."""
-    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+def show(text: str) -> None:
+    """Writes text to stderr. If stderr is closed or full, there is no other place to write it."""
     with suppress(OSError, ValueError):
-        print(text, end="", file=stream or devnull(), flush=True)
+        if sys.stderr is not None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def devnull() -> IO[str]:
@@ -199,12 +203,10 @@ def compiling(name: str, seconds: float | None = None) -> None:
     if _State.quiet or sys.stderr is None or (one and not is_terminal(sys.stderr)):
         return  # in a file it would stand in the middle of the text
     if not is_terminal(sys.stderr):
-        print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
-              end="" if seconds is None else "\n")  # fmt: skip
+        show(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s\n")
     elif seconds is None:
         _State.compiling = True
-        begin = "\n" if one and _State.mid_line else ""
-        print(begin + dim(f"compiling {name} …", sys.stderr), end="", file=sys.stderr, flush=True)
+        show(("\n" if one and _State.mid_line else "") + dim(f"compiling {name} …", sys.stderr))
     else:
         erase_compiling()
 
@@ -215,20 +217,20 @@ def erase_compiling() -> None:
         _State.compiling = False
         column = _State.wrap.column if _State.wrap is not None else 0
         back = f"\033[A\033[{column + 1}G" if _State.mid_line and are_one_file(sys.stdout, sys.stderr) else ""
-        print(f"\r\033[K{back}", end="", file=sys.stderr, flush=True)
+        show(f"\r\033[K{back}")
 
 
 def progress_line(text: str) -> None:
     """Shows progress in the current line of stderr, in place of what it showed before."""
     if shows_progress():
-        print(f"\r\033[K{dim(text, sys.stderr)}", end="", file=sys.stderr, flush=True)
+        show(f"\r\033[K{dim(text, sys.stderr)}")
         _State.progress = True
 
 
 def erase_line() -> None:
     """Erases the progress line, before text is written."""
     if _State.progress:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        show("\r\033[K")
         _State.progress = False
 
 

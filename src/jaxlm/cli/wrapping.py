@@ -53,7 +53,8 @@ class WordWrap:
             return piece
         self.line += piece
         if self.verbatim or self.fence:
-            return self._count(piece)
+            held, self.space, self.word = self.space + self.word, "", ""
+            return self._count(held + piece)
         if piece[0] in " \t":
             out = self._place()
             self.rest = False
