@@ -1,5 +1,6 @@
 """`jaxlm chat`: with lines as input in this process, and once in a pseudo-terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,8 +18,10 @@ from helpers import tiny_files
 from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 from jaxlm import cli
+from jaxlm.cli import terminal
 from jaxlm.cli.chat import ChatSession, parse
 from jaxlm.inference.conversation import Conversation
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.model import Model
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
@@ -142,6 +145,56 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
     assert len(errors) == len(wrong)
     for line, text in zip(errors, wrong.values(), strict=True):
         assert text in line
+
+
+@pytest.mark.parametrize(("typed", "message"), [
+    ("temprature 1", "did you mean temperature?"), ("temprature=1", "did you mean temperature?"),
+    ("temprature", "did you mean temperature?"), ("max_new_tokens 3", "did you mean max_tokens?"),
+    ("--max-new-tokens 3", "did you mean max_tokens?"), ("num_predict 3", "did you mean max_tokens?"),
+    ("eos_token_id 3", "did you mean stop_token_ids?"), ("temp 1", "did you mean temperature?"),
+    ("do_sample true", "temperature 0 is greedy"), ("num_beams 3", "beam search is not supported"),
+    ("system be kind", "/system TEXT"), ("offline true", "does not change"), ("quxx 3", "Names: max_tokens, temp"),
+    ("temperature hot", "/set temperature hot: must be a finite number"),
+    ("ignore_eos 3", "/set ignore_eos 3: must be True or False"), ("logit_bias 3", "must be token ids"),
+])  # fmt: skip
+def test_errors_of_set_speak_of_set(lines, typed, message):
+    _, _, err = lines(f"/set {typed}")
+    [line] = [line for line in err.splitlines() if line.startswith("jaxlm: ")]
+    assert line.startswith("jaxlm: /set ")
+    assert message in line
+    assert not re.search(r"keyword|argument| --(?!offline)|TypeError", line)
+
+
+def test_set_takes_an_equals_sign(lines):
+    lines("/set top_k=4", "/set temperature = 0.5", "/set stop a=b")
+    options = lines.conversation.options
+    assert (options.top_k, options.temperature, options.stop) == (4, 0.5, ("a=b",))
+
+
+def test_quoted_lines_are_one_message(lines):
+    status, _, _ = lines('"""', "one", "/retry", '"""', "next")
+    assert status == 0
+    assert [m["content"] for m in lines.conversation.messages[::2]] == ["one\n/retry", "next"]
+
+
+def test_stdout_that_cannot_be_written_ends_the_chat(lines, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(BrokenPipeError):
+            lines("one", "two")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write_end)
+
+
+def test_quiet_prints_answers_and_what_was_asked_for(lines, monkeypatch):
+    monkeypatch.setattr(terminal._State, "quiet", True)
+    _, out, err = lines("hi", "/set top_k 4", "/set", "/nope")
+    assert len(out) == 1
+    assert "top_k 4\n" in err
+    assert len(err.splitlines()) == len(dataclasses.fields(SamplingParams)) + 1
+    assert err.splitlines()[-1].startswith("jaxlm: unknown command /nope")
 
 
 def test_help_lists_every_command(lines):
