@@ -67,15 +67,30 @@ for _ in range(3):
         time.sleep(0.05)
 print("reached")
 """
+FORKED = """
+if not os.fork():
+    for _ in range(5):
+        try:
+            interrupt()
+            time.sleep(20)
+        except KeyboardInterrupt:
+            pass
+    os._exit(0)
+os.wait()
+time.sleep(0.05)
+print("reached")
+"""
 
 
 def run(code: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, timeout=15)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BEGIN + code], capture_output=True, text=True, timeout=15
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("code", [DROPPED, COLLECTED, ONE_AT_A_TIME])
-def test_an_interrupt_that_python_drops_is_raised_again(code):
+@pytest.mark.parametrize("code", [DROPPED, COLLECTED, ONE_AT_A_TIME, FORKED])
+def test_an_interrupt_becomes_one_exception_also_where_python_drops_it(code):
     assert run(code) == (0, "reached\n", "")
 
 
@@ -100,10 +115,12 @@ def test_no_interrupt_is_lost_while_a_chat_starts(tmp_path):
     status, seconds, _ = chat(tmp_path, None)
     ready = time.monotonic() - start
     for number in range(60):
-        status, seconds, shown = chat(tmp_path, 0.1 + (ready - 0.1) * number / 60)
+        delay = 0.1 + (ready - 0.1) * number / 60
+        status, seconds, shown = chat(tmp_path, delay)
         if b"ends the chat" in shown:
             continue  # it was ready sooner than the first time
-        assert status == 130, (number, shown)
+        # The interpreter itself ends with the signal while it starts, which a shell also shows as 130.
+        assert status == 130 or (status == -signal.SIGINT and delay < 0.5), (delay, shown)
         assert seconds < 2, (number, shown)
         assert shown.count(b"\n") <= 3, shown  # no traceback
 

@@ -54,7 +54,17 @@ def install() -> None:
     sys.unraisablehook = _raise_again
     signal.signal(signal.SIGINT, _handle)
     _state.installed = True
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_reset_in_child)
     renew()
+
+
+def _reset_in_child() -> None:
+    """Gives a forked process Python's own handling. It must not write to the pipe of its parent."""
+    signal.set_wakeup_fd(-1)
+    sys.unraisablehook = sys.__unraisablehook__
+    if signal.getsignal(signal.SIGINT) is _handle:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def renew() -> None:
