@@ -118,7 +118,8 @@ PUBLIC = set("""
     jax.tree jax.tree_util jinja2 jinja2.exceptions jinja2.ext jinja2.meta jinja2.nodes jinja2.sandbox lm_eval
     lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib matplotlib.figure matplotlib.ticker ml_dtypes numpy
     numpy.random optax optax.contrib jaxtyping pyarrow pyarrow.ipc pyarrow.parquet
-    optax.tree optax.tree_utils orbax.checkpoint rich.console rich.markup rich.progress
+    optax.tree optax.tree_utils orbax.checkpoint prompt_toolkit prompt_toolkit.application
+    prompt_toolkit.filters prompt_toolkit.output rich.cells rich.console rich.markup rich.progress
     rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders
     tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch
     torch.distributed tqdm

@@ -8,7 +8,7 @@ from helpers.tiny_chat import SIZES, TEMPLATE, model_of, quick_compilation, toke
 from jaxlm.cli import main
 from jaxlm.cli.answer import print_answer
 from jaxlm.cli.common import ModelFlags
-from jaxlm.inference.generation import CompletionChunk
+from jaxlm.inference.completion import CompletionChunk
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
 

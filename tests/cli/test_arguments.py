@@ -1,13 +1,17 @@
 """The check of a command line before the parser: lists of values, positional arguments, errors, suggestions."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.tiny_chat import tokenizer_of
 
 from jaxlm import cli
 from jaxlm.cli import suggestions
 from jaxlm.cli.flags import flags_of
+from jaxlm.cli.generate import template_args
+from jaxlm.training.config import Data
 
 
 def parse(line: str) -> Any:
@@ -151,3 +155,22 @@ def test_suggestion_tables_have_existing_flags_only():
         assert set(of_commands.split()) <= set(commands)
     for row in suggestions.COMMANDS:
         assert row in commands or row.startswith("--"), row
+
+
+@pytest.mark.parametrize(("typed", "value"), [
+    ("False", False), ("false", False), ("TRUE", True), ("None", None), ("null", None), ("3", 3), ("0.5", 0.5),
+    ('["a"]', ["a"]), ('{"a": true}', {"a": True}), ('"False"', "False"), ("high", "high"), ("a=b", "a=b"), ("", ""),
+    ("[" * 100_000, "[" * 100_000),
+])  # fmt: skip
+def test_values_of_template_variables(typed, value):
+    """Of jaxlm generate and chat, and of training."""
+    tokenizer = tokenizer_of("{{ mood }}")
+    model = SimpleNamespace(tokenizer=tokenizer, source="tiny")
+    assert template_args(model, (f"mood={typed}",), False) == {"mood": value}
+    assert type(template_args(model, (f"mood={typed}",), False)["mood"]) is type(value)
+    assert Data(template_arg=(f"mood={typed}",)).template_variables == {"mood": value}
+    for wrong in ("mood", "=3"):
+        with pytest.raises(ValueError, match="KEY=VALUE"):
+            template_args(model, (wrong,), False)
+        with pytest.raises(ValueError, match="NAME=VALUE"):
+            Data(template_arg=(wrong,)).template_variables  # noqa: B018

@@ -1,5 +1,6 @@
 """`jaxlm chat`: with lines as input in this process, and once in a pseudo-terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,8 +18,10 @@ from helpers import tiny_files
 from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
 from jaxlm import cli
+from jaxlm.cli import terminal
 from jaxlm.cli.chat import ChatSession, parse
 from jaxlm.inference.conversation import Conversation
+from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.model import Model
 from jaxlm.models import llama3
 from jaxlm.nn import Rope
@@ -42,14 +45,22 @@ class Lines:
 
     def __init__(self, model: Model, monkeypatch, capsys):
         self.model, self.monkeypatch, self.capsys = model, monkeypatch, capsys
+        self.screens: list = []  # the streams of prompts
         self.conversation = Conversation(model, temperature=0, max_tokens=5, logit_bias=bias_of(model))
 
     def __call__(self, *lines: str, tty: str = "") -> tuple[int, list[str], str]:
         """Returns the exit status, the lines on stdout, and stderr."""
         typed = iter(lines)
+
+        def read() -> str:
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
         with self.monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-            patch.setattr("builtins.input", lambda prompt: next(typed))
+            patch.setattr("jaxlm.cli.line_input.prompt_session", lambda screen: self.screens.append(screen) or read)
             for name in tty.split():
                 patch.setattr(f"sys.{name}.isatty", lambda: True)
             status = ChatSession(self.conversation).run()
@@ -74,9 +85,9 @@ def test_piped_lines_are_answered_and_stdout_has_only_answers(lines):
 
 
 def test_the_input_prompt_is_not_on_redirected_stdout(lines):
-    _, out, err = lines("hello", tty="stdin stderr")
+    _, out, _ = lines("hello", tty="stdin stderr")
     assert out == [lines.conversation.messages[1]["content"]]
-    assert "> " in err
+    assert lines.screens == [sys.stderr] or lines.screens[0].name == "<stderr>"
 
 
 def test_set_changes_sampling_parameters(lines):
@@ -119,8 +130,8 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
         "/what": "/help, /system, /set, /retry, /save, /load, /reset, /exit",
         "/rety": "did you mean /retry?",
         "/retry": "no message yet",
-        "/set top_p 3": "top_p=3: must be a number from 0 to 1",
-        "/set temprature 1": "unknown option 'temprature'; did you mean 'temperature'?",
+        "/set top_p 3": "/set top_p 3: must be a number from 0 to 1",
+        "/set temprature 1": "/set temprature: did you mean temperature?",
         "/set top_p": "expected /set NAME VALUE",
         "/save": "expected /save FILE",
         f"/load {tmp_path / 'no.json'}": "no.json cannot be read (No such file or directory)",
@@ -134,6 +145,56 @@ def test_an_error_is_printed_and_the_chat_continues(lines, tmp_path):
     assert len(errors) == len(wrong)
     for line, text in zip(errors, wrong.values(), strict=True):
         assert text in line
+
+
+@pytest.mark.parametrize(("typed", "message"), [
+    ("temprature 1", "did you mean temperature?"), ("temprature=1", "did you mean temperature?"),
+    ("temprature", "did you mean temperature?"), ("max_new_tokens 3", "did you mean max_tokens?"),
+    ("--max-new-tokens 3", "did you mean max_tokens?"), ("num_predict 3", "did you mean max_tokens?"),
+    ("eos_token_id 3", "did you mean stop_token_ids?"), ("temp 1", "did you mean temperature?"),
+    ("do_sample true", "temperature 0 is greedy"), ("num_beams 3", "beam search is not supported"),
+    ("system be kind", "/system TEXT"), ("offline true", "does not change"), ("quxx 3", "Names: max_tokens, temp"),
+    ("temperature hot", "/set temperature hot: must be a finite number"),
+    ("ignore_eos 3", "/set ignore_eos 3: must be True or False"), ("logit_bias 3", "must be token ids"),
+])  # fmt: skip
+def test_errors_of_set_speak_of_set(lines, typed, message):
+    _, _, err = lines(f"/set {typed}")
+    [line] = [line for line in err.splitlines() if line.startswith("jaxlm: ")]
+    assert line.startswith("jaxlm: /set ")
+    assert message in line
+    assert not re.search(r"keyword|argument| --(?!offline)|TypeError", line)
+
+
+def test_set_takes_an_equals_sign(lines):
+    lines("/set top_k=4", "/set temperature = 0.5", "/set stop a=b")
+    options = lines.conversation.options
+    assert (options.top_k, options.temperature, options.stop) == (4, 0.5, ("a=b",))
+
+
+def test_quoted_lines_are_one_message(lines):
+    status, _, _ = lines('"""', "one", "/retry", '"""', "next")
+    assert status == 0
+    assert [m["content"] for m in lines.conversation.messages[::2]] == ["one\n/retry", "next"]
+
+
+def test_stdout_that_cannot_be_written_ends_the_chat(lines, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(BrokenPipeError):
+            lines("one", "two")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write_end)
+
+
+def test_quiet_prints_answers_and_what_was_asked_for(lines, monkeypatch):
+    monkeypatch.setattr(terminal._State, "quiet", True)
+    _, out, err = lines("hi", "/set top_k 4", "/set", "/nope")
+    assert len(out) == 1
+    assert "top_k 4\n" in err
+    assert len(err.splitlines()) == len(dataclasses.fields(SamplingParams)) + 1
+    assert err.splitlines()[-1].startswith("jaxlm: unknown command /nope")
 
 
 def test_help_lists_every_command(lines):
@@ -208,6 +269,7 @@ def test_flags_that_the_model_does_not_support(folder, capsys, monkeypatch, flag
     assert re.search(message, capsys.readouterr().err)
 
 
+PROMPT = "\033[0m>\b"  # an empty prompt of prompt_toolkit
 # Makes the terminal on stdin the controlling terminal, from which Ctrl-C comes.
 OWN_TERMINAL = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
@@ -226,8 +288,8 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def enter(self, text: str) -> None:
-        """Types at the next prompt. Before the prompt, readline does not read the terminal yet."""
-        self.until("> ")
+        """Types at the next prompt."""
+        self.until(PROMPT)
         self.type(text)
 
     def until(self, text: str, seconds: float = 120) -> str:
@@ -256,24 +318,23 @@ def test_in_a_terminal(folder, tmp_path):
     terminal = Terminal("-m", "jaxlm", "chat", "-m", str(folder), *flags, **env)
     try:
         terminal.until("/help lists the commands")
-        terminal.enter("tell me all\n")
+        terminal.enter("tell me all\r")
         for _ in range(3):
-            terminal.until("\033[J")  # a compilation notice is erased
+            terminal.until("\033[K")  # a compilation notice is erased
         terminal.type("\x03")
         terminal.until("stopped; /retry answers again, /exit or Ctrl-D ends the chat")
-        terminal.until("> ")
-        time.sleep(0.5)  # readline ignores keys between showing the prompt and reading
-        terminal.type("\x03")  # at the prompt, Ctrl-C only says how to end the chat
-        terminal.until("/exit or Ctrl-D ends the chat")
-        terminal.enter("/set max_tokens 7\n")
+        terminal.enter("\x03")  # at the prompt, Ctrl-C only says how to end the chat
+        assert "stopped" not in terminal.until("/exit or Ctrl-D ends the chat")
+        terminal.enter("/set max_tokens 7\r")
         terminal.until("max_tokens 7\033[0m")
-        terminal.enter(f"/save {tmp_path / 'chat.json'}\n")
+        terminal.enter(f"/save {tmp_path / 'chat.json'}\r")
         terminal.until("saved to")
-        terminal.enter("and more\n")
+        terminal.enter("\033[200~and\nmore\033[201~\r")  # pasted
         terminal.until("cached) · 7 generated")
-        terminal.enter("/set max_tokens 9\x7f89\n")  # edited with backspace
+        terminal.enter(f"/save {tmp_path / 'pasted.json'}\r")
+        terminal.enter("/set max_tokens 9\x7f89\r")  # edited with backspace
         terminal.until("max_tokens 89\033[0m")
-        terminal.enter("\x1b[A\n")  # the previous line from the history
+        terminal.enter("\x1b[A\r")  # the previous line from the history
         terminal.until("max_tokens 89\033[0m")
         terminal.enter("\x04")
         assert terminal.end() == 0
@@ -283,3 +344,5 @@ def test_in_a_terminal(folder, tmp_path):
     stopped = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [m["role"] for m in stopped] == ["user", "assistant"]
     assert stopped[1]["content"]
+    pasted = json.loads((tmp_path / "pasted.json").read_text())["messages"]
+    assert [m["content"] for m in pasted if m["role"] == "user"] == ["tell me all", "and\nmore"]

@@ -65,8 +65,8 @@ def test_progress_on_a_terminal(folder, text, monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["eval", "-m", folder, text, "--length", "16"]) == 0
-    shown, _, after = terminal.getvalue().partition("\r\033[K")
-    assert shown.endswith("\r\033[2m2 documents, 16 tokens\033[0m")
+    _, shown, after = terminal.getvalue().partition("\r\033[K\033[2m2 documents, 16 tokens\033[0m\r\033[K")
+    assert shown
     assert "dropped" in after
 
 

@@ -62,7 +62,7 @@ def test_groups_name_fields_of_the_command(name):
     known = {flag.field for flag in flags if not flag.group}
     named = [field for fields in help.GROUPS[name].values() for field in fields]
     assert set(named) - known == set()
-    assert [flag.field for flag in help.grouped(name, flags)["Options"]] == ["debug"]
+    assert [flag.field for flag in help.grouped(name, flags)["Options"]] == ["quiet", "debug"]
 
 
 @pytest.mark.parametrize(("name", "example"), [(name, x) for name, row in help.EXAMPLES.items() for x in row])

@@ -1,18 +1,18 @@
 """The command line: one module per command. A command is a dataclass whose fields are the flags; `run` executes it.
 
-No command imports jax at the top level, so that `jaxlm --help` is fast.
+No command imports jax at the top level, so that `jaxlm --help` is fast. This file imports nothing that takes time,
+so that Ctrl-C is handled from the beginning.
 """
 
+import contextlib
 import itertools
 import os
 import signal
 import sys
 import time
-import traceback
 from typing import Any, NoReturn
 
-from jaxlm.cli.common import devnull, use_any_encoding
-from jaxlm.cli.errors import explain, usage
+from jaxlm.cli import interrupts
 from jaxlm.version import __version__
 
 
@@ -26,33 +26,56 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted (128 + the signal).
     """
     argv = sys.argv[1:] if argv is None else argv
+    with interrupts.ends_at_once():
+        from jaxlm.cli import terminal
+
     if sys.stdout is None:
-        print("jaxlm: stdout is closed: redirect it to a file, or to /dev/null", file=sys.stderr or devnull())
+        terminal.say("jaxlm: stdout is closed: redirect it to a file, or to /dev/null")
         return 1
-    use_any_encoding()
-    if argv in (["--version"], ["-V"]):
-        print(f"jaxlm {__version__}")
-        return 0
+    terminal.use_any_encoding()
     command = None
     try:
-        command = parse(argv or ["--help"])
-        return command.run() or 0
+        with interrupts.ends_at_once():
+            command = parse(argv or ["--help"])
+        terminal.set_quiet(command.quiet if hasattr(command, "quiet") else False)
+        status = command.run() or 0
+        sys.stdout.flush()
+        return status
     except SystemExit as error:  # --help, or wrong usage
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt as error:
         return end(command, f"\n{str(error) or 'interrupted'}", 128 + getattr(error, "signal", signal.SIGINT))
-    except BrokenPipeError:  # the reader closed stdout; flushing it at exit would fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return end(command, "", 0)
     except Exception as error:
-        if command is None or (command.debug and command.is_single_process):
-            raise
-        trace = traceback.format_exc() if command.debug else ""
-        return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
+        return fail(command, error)
+
+
+def fail(command: Any, error: Exception) -> int:
+    """Prints the message for an error and returns the exit status."""
+    import traceback
+
+    from jaxlm.cli import terminal
+    from jaxlm.cli.errors import explain
+
+    if isinstance(error, BrokenPipeError):  # the reader closed stdout
+        terminal.drop_stdout()
+        return end(command, "", 0)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        terminal.drop_stdout()
+    if command is None and not isinstance(error, OSError):
+        raise error
+    trace = ""
+    if command is not None and command.debug:
+        if command.is_single_process:
+            raise error
+        trace = traceback.format_exc()
+    return end(command, f"{trace}jaxlm: {explain(error, command)}", 1)
 
 
 def entry() -> NoReturn:
     """The entry point of `jaxlm`. After an interrupt, threads may still compute, and a normal exit could crash."""
+    interrupts.install()
     status = main()
     if status > 128:
         sys.stdout.flush()
@@ -66,10 +89,13 @@ def end(command: Any, text: str, status: int) -> int:
     after an error it leaves them time to print their own."""
     single = command is None or command.is_single_process
     if text:
+        from jaxlm.cli.terminal import devnull
         from jaxlm.devices.distributed import ERROR_GRACE, process_index
 
         prefix = "" if single or process_index() is None else f"process {process_index()}: "
-        print(f"{prefix}{text.strip() if prefix else text}", file=sys.stderr if single else sys.__stderr__, flush=True)
+        text = f"{prefix}{text.strip() if prefix else text}"
+        with contextlib.suppress(OSError):  # stderr is closed or full
+            print(text, file=(sys.stderr if single else sys.__stderr__) or devnull(), flush=True)
         if status == 1 and prefix and process_index() == 0:
             time.sleep(ERROR_GRACE)
     if not single:
@@ -103,10 +129,14 @@ def parse(argv: list[str]) -> Any:
 
     from jaxlm.cli import help
     from jaxlm.cli.arguments import Arguments
+    from jaxlm.cli.errors import usage
     from jaxlm.cli.flags import flags_of
     from jaxlm.cli.suggestions import unknown_command
 
     name, *args = argv
+    if argv in (["--version"], ["-V"]):
+        print(f"jaxlm {__version__}", flush=True)
+        raise SystemExit(0)
     known = commands()
     # DisallowNone: an absent flag is None. "None" is not accepted as a value.
     markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)

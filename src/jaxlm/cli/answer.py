@@ -4,17 +4,20 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from jaxlm.cli import terminal
+from jaxlm.cli.terminal import DIM, RESET
+from jaxlm.cli.wrapping import visible
+
 if TYPE_CHECKING:
     from jaxlm.inference.completion import CompletionChunk
     from jaxlm.processing.tokenizer import Tokenizer
-
-DIM, RESET = "\033[2m", "\033[0m"
 
 
 def print_answer(
     chunks: "Iterator[CompletionChunk]", tokenizer: "Tokenizer | None", opened: bool
 ) -> "CompletionChunk | None":
-    """Streams an answer to stdout. On a terminal, reasoning is dim.
+    """Streams an answer to stdout. On a terminal, reasoning is dim, lines break at words, and control characters are
+    escapes.
 
     Args:
         chunks: The answer.
@@ -23,21 +26,39 @@ def print_answer(
 
     Returns:
         The last chunk, None for an empty answer.
+
+    Raises:
+        BrokenPipeError: The reader closed stdout.
+        OutputError: stdout cannot be written.
     """
-    tags = tokenizer.thinking if tokenizer is not None and sys.stdout.isatty() else None
+    tags = tokenizer.thinking if tokenizer is not None and terminal.is_styled(sys.stdout) else None
     chunk = None
-    try:
-        for chunk in chunks:
-            text = str(chunk)
-            if tags:
-                text = text.replace(tags[0], DIM + tags[0]).replace(tags[1], tags[1] + RESET)
-                text, opened = DIM + text if opened else text, False
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    finally:  # also after Ctrl-C
-        sys.stdout.write(RESET if tags else "")
-    print(flush=True)
+    with terminal.wrapping() as wrap:
+        held = DIM if tags and opened else ""
+        try:
+            for chunk in chunks:
+                text = visible(str(chunk)) if wrap else str(chunk)
+                if tags:
+                    text = held + text.replace(tags[0], DIM + tags[0]).replace(tags[1], tags[1] + RESET)
+                    held = ""
+                terminal.write(wrap.feed(text) if wrap else text)
+        except Exception:
+            end_text(wrap, bool(tags))
+            terminal.end_line()  # the error begins on a line of its own
+            raise
+        except BaseException:  # Ctrl-C
+            end_text(wrap, bool(tags))
+            raise
+        end_text(wrap, bool(tags))
+        terminal.write("\n")
+    terminal.end_line()
     return chunk
+
+
+def end_text(wrap: "terminal.WordWrap | None", styled: bool) -> None:
+    """Writes what was held back, and ends the style."""
+    terminal.erase_compiling()
+    terminal.write((wrap.flush() if wrap else "") + (RESET if styled else ""))
 
 
 def statistics(chunk: "CompletionChunk", prefilled: int | None = None) -> str:

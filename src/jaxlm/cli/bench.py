@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
-from jaxlm.cli.common import ModelFlags, compiling, note, print_json
+from jaxlm.cli import terminal
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import compiling, is_terminal, note, print_json
 
 if TYPE_CHECKING:
     from jaxlm.bench.measure import Session
@@ -246,15 +248,15 @@ def own_flags() -> Iterator[None]:
 def progress_line() -> Iterator[Any]:
     """Yields a function that shows on stderr what runs now and how long all may take: one line of a terminal, else a
     line each."""
-    on_terminal = sys.stderr.isatty()
 
     def show(text: str, seconds: float | None) -> None:
         left = "" if seconds is None else f", about {seconds:.0f} s left"
-        line = f"\r\033[K\033[2m{text}{left}\033[0m" if on_terminal else f"{text}{left}\n"
-        print(line, end="", file=sys.stderr, flush=True)
+        if is_terminal(sys.stderr):
+            terminal.progress_line(f"{text}{left}")
+        else:
+            note(f"{text}{left}")
 
     try:
         yield show
     finally:
-        if on_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        terminal.erase_line()

@@ -3,18 +3,24 @@
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli import line_input, terminal
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import explain
+from jaxlm.cli.flags import flags_of
 from jaxlm.cli.generate import SamplingFlags, template_args
+from jaxlm.cli.interrupts import ends_at_once
+from jaxlm.cli.suggestions import unknown_option
+from jaxlm.cli.terminal import OutputError, note, say
 from jaxlm.inference.sampling_params import SamplingParams
+from jaxlm.processing.chat_template import parse_value
 
 if TYPE_CHECKING:
     from jaxlm.inference.completion import CompletionChunk
@@ -29,7 +35,8 @@ class Chat(SamplingFlags, ModelFlags):
     """Chat with a model in the terminal. /help lists the commands of a chat.
 
     The KV cache is kept between turns, so that each turn prefills only its new tokens. Ctrl-C stops an answer, Ctrl-D
-    ends the chat. Piped input is answered line by line: answers go to stdout, everything else to stderr.
+    ends the chat. Pasted lines are one message, and so are lines between triple quotes. Piped input is answered line by
+    line: answers go to stdout, everything else to stderr.
 
     Sampling parameters that are not given come from the model's generation_config.json; /set changes them.
     """
@@ -39,7 +46,7 @@ class Chat(SamplingFlags, ModelFlags):
     no_think: bool = False
     """Turn off the reasoning of a reasoning model."""
     template_arg: tuple[str, ...] = ()
-    """Variables of the chat template, KEY=VALUE. VALUE is JSON or text."""
+    """Variables of the chat template, KEY=VALUE. VALUE is true, false or none (in any case), JSON or text."""
 
     def run(self) -> int:
         self.validate()
@@ -49,6 +56,8 @@ class Chat(SamplingFlags, ModelFlags):
         args = template_args(model, self.template_arg, self.no_think)
         from jaxlm.inference.conversation import Conversation
 
+        if self.system is not None:
+            line_input.check_text(self.system, "--system")
         session = ChatSession(Conversation(model, template_args=args, **self.sampling()), self.debug)
         if self.system is not None:
             session.set_system(self.system)
@@ -56,7 +65,7 @@ class Chat(SamplingFlags, ModelFlags):
 
 
 class ChatSession:
-    """The loop of a chat: reads lines, prints answers to stdout and everything else to stderr."""
+    """The loop of a chat: reads messages, prints answers to stdout and everything else to stderr."""
 
     def __init__(self, conversation: "Conversation", debug: bool = False):
         self.conversation, self.debug = conversation, debug
@@ -64,6 +73,9 @@ class ChatSession:
         self.has_template = conversation.tokenizer.has_template
         self.failed = False
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
+        self.reading = False  # whether a message is read
+        with ends_at_once():
+            self.read = line_input.reader()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/help": ("", "show this help", self.help),
             "/system": ("TEXT", "set the system message; without TEXT remove it", self.set_system),
@@ -84,22 +96,24 @@ class ChatSession:
             while True:
                 self.turn()
         except EOFError:
-            if self.interactive:
-                note("")
             return int(self.failed and not self.interactive)
 
     def turn(self) -> None:
-        """Reads and handles one line. Raises EOFError at the end of input."""
+        """Reads and handles one message. Raises EOFError at the end of input."""
         try:
-            self.take(self.read_line())
-        except EOFError:
+            self.reading = True
+            text = line_input.check_text(self.read(), "the message")
+            self.reading = False
+            with terminal.typing_ahead():
+                self.take(text)
+        except (EOFError, BrokenPipeError, OutputError):
             raise
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
-            print(flush=True)
+            terminal.end_line()
             self.conversation.stop()
-            note("stopped; /retry answers again, /exit or Ctrl-D ends the chat")
+            note(("" if self.reading else "stopped; /retry answers again, ") + "/exit or Ctrl-D ends the chat")
         except Exception as error:
             self.fail(error)
 
@@ -111,31 +125,18 @@ class ChatSession:
                 f"{self.model.source} has no chat template: it continues your text. Some chat models: "
                 f"{', '.join(CHAT_MODELS)}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat"
             )
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 (line editing and history for input())
 
-    def read_line(self) -> str:
-        """Reads the next line. The prompt `> ` goes to stderr if stdout is not a terminal."""
-        if self.interactive and sys.stdout.isatty():
-            return input("> ")
-        if self.interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline() if sys.stdin else ""
-        if not line:
-            raise EOFError
-        return line.rstrip("\r\n")
-
-    def take(self, line: str) -> None:
-        """Handles a line: a command, or a message to answer."""
-        word, _, rest = line.strip().partition(" ")
-        if line.startswith("/"):
+    def take(self, text: str) -> None:
+        """Handles a command, or answers a message."""
+        word, rest = line_input.split_message(text)
+        if word:
             if word not in self.commands:
                 close = difflib.get_close_matches(word, self.commands, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(self.commands)}"
                 raise ValueError(f"unknown command {word}: {hint} (put a space before a message that begins with /)")
-            self.commands[word][2](rest.strip())
-        elif line.strip() or not (self.has_template or not self.conversation.messages):
-            self.show(self.conversation.send(line))
+            self.commands[word][2](rest)
+        elif rest.strip() or not (self.has_template or not self.conversation.messages):
+            self.show(self.conversation.send(rest))
 
     def show(self, chunks: "Iterator[CompletionChunk]") -> None:
         """Streams an answer, then prints its counts and, if it was truncated, the reason."""
@@ -153,15 +154,19 @@ class ChatSession:
         self.failed = True
         if self.debug:
             traceback.print_exception(error)
-        text = str(error) if isinstance(error, TypeError) else explain(error)
-        print(f"jaxlm: {text}", file=sys.stderr, flush=True)
+        say(f"jaxlm: {explain(error)}")
 
     def help(self, rest: str) -> None:
         width = max(len(f"{name} {argument}") for name, (argument, _, _) in self.commands.items())
         for name, (argument, text, _) in self.commands.items():
-            note(f"{f'{name} {argument}':{width}}  {text}")
-        note("Any other line is a message. Ctrl-C stops an answer."
-             + ("" if self.has_template else " An empty line continues the text."))  # fmt: skip
+            self.reply(f"{f'{name} {argument}':{width}}  {text}")
+        self.reply('Any other line is a message. Pasted lines are one message. """ begins a message of several lines, '
+                   'which ends with """. Ctrl-C stops an answer.'
+                   + ("" if self.has_template else " An empty line continues the text."))  # fmt: skip
+
+    def reply(self, text: str) -> None:
+        """Prints what a command was asked for, also with --quiet."""
+        say(terminal.dim(text, sys.stderr))
 
     def exit(self, rest: str) -> None:
         raise EOFError
@@ -177,18 +182,35 @@ class ChatSession:
         note(f"system message for the next turns: {text or 'none'}")
 
     def set_option(self, text: str) -> None:
-        name, _, value = text.partition(" ")
-        name = name.replace("-", "_")
-        if name and not value:
-            raise ValueError("expected /set NAME VALUE (VALUE none restores the default of the model), or /set alone")
+        match = re.match(r"([^\s=]*)\s*[\s=]\s*(.*)", text, re.DOTALL)
+        name, value = match.groups() if match else (text, "")
+        name = name.lstrip("-").replace("-", "_")
         if name:
-            self.conversation.set(name, parse(name, value.strip()))
+            self.check_option(name)
+            if not value:
+                raise ValueError(
+                    "expected /set NAME VALUE (VALUE none restores the default of the model), or /set alone"
+                )
+            self.change_option(name, value)
         options = self.conversation.options
         resolved = options.resolve(self.model.generation_config)
         for field in dataclasses.fields(SamplingParams):
             if name in ("", field.name):
                 suffix = " (default)" if getattr(options, field.name) == field.default else ""
-                note(f"{field.name} {shown(getattr(resolved, field.name))}{suffix}")
+                line = f"{field.name} {shown(getattr(resolved, field.name))}{suffix}"
+                note(line) if name else self.reply(line)
+
+    def check_option(self, name: str) -> None:
+        """Raises ValueError for an unknown sampling parameter, with the name that was meant."""
+        if name not in [field.name for field in dataclasses.fields(SamplingParams)]:
+            raise ValueError(unknown_option(name, flags_of(Chat)))
+
+    def change_option(self, name: str, value: str) -> None:
+        try:
+            self.conversation.set(name, parse(name, value.strip()))
+        except (ValueError, TypeError) as error:
+            why = str(error).removesuffix(f" (--{name.replace('_', '-')})").rpartition(": ")[2]
+            raise ValueError(f"/set {name} {value.strip()}: {why}") from error
 
     def save(self, path: str) -> None:
         if not path:
@@ -201,20 +223,17 @@ class ChatSession:
             raise ValueError("expected /load FILE")
         self.conversation.load(path)
         for message in self.conversation.messages:
-            note(f"{'> ' if message['role'] == 'user' else ''}{message['content']}")
+            self.reply(f"{'> ' if message['role'] == 'user' else ''}{message['content']}")
         note(f"{len(self.conversation.messages)} messages from {path}")
 
 
 def parse(name: str, value: str) -> Any:
-    """The value of a sampling parameter from its text: JSON, "none", or a string."""
-    if value.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[value.lower()]
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        return value
+    """The value of a sampling parameter from its text: none, true, false, JSON, or a string."""
+    parsed = parse_value(value)
+    if parsed is None or isinstance(parsed, bool):
+        return parsed
     if name == "stop" and not isinstance(parsed, str | list):
-        return value  # digits are a string here
+        return value.strip()  # digits are a string here
     if name == "logit_bias" and isinstance(parsed, dict):
         return {int(token) if token.isdecimal() else token: bias for token, bias in parsed.items()}
     return parsed

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cli.common import note
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import note
 
 if TYPE_CHECKING:
     from jaxlm.bench.matrix import Device, Settings, Subject
@@ -52,6 +52,8 @@ class Check:
     """Folder of the records."""
     page: Path | None = None
     """Markdown file to write the table of all records to. With this flag alone, nothing is checked."""
+    quiet: bool = False
+    """Print results and errors only: no notices."""
     debug: bool = False
     """Show the traceback of an error."""
 

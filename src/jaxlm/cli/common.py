@@ -1,21 +1,19 @@
 """Shared by the commands: flags for the model and for distributed runs, process settings, notices on stderr."""
 
-import io
-import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.cli.interrupts import ends_at_once
+from jaxlm.cli.line_input import read_stdin
+from jaxlm.cli.terminal import compiling, devnull, is_quiet, note
 from jaxlm.devices.compilation_cache import use_compilation_cache
 
 if TYPE_CHECKING:
@@ -70,6 +68,8 @@ class ProcessFlags:
     """Index of this process, from 0."""
     distributed: bool = False
     """Let jax.distributed detect the cluster. Not needed with srun, mpirun or on a TPU pod."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Print results and errors only: no notices, progress or statistics."""
     debug: bool = False
     """Show the traceback of an error, and log messages for debugging."""
 
@@ -85,6 +85,8 @@ class ProcessFlags:
         set_up_process()
         if self.debug:
             log_debug_messages()
+        elif self.quiet:
+            silence_warnings()
         if not self.is_single_process and process_index() is None:
             where = f" at {self.coordinator}" if self.coordinator else ""
             if self.coordinator is None or None not in (self.num_processes, self.process_id):
@@ -106,12 +108,26 @@ class ProcessFlags:
         return not (explicit or self.distributed or num_launched() > 1)
 
 
+class NoteHandler(logging.Handler):
+    """Prints log messages as notices, so that they do not appear in the text of an answer."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
 def log_debug_messages() -> None:
     """Writes all messages of jaxlm's loggers to stderr."""
-    logger, handler = logging.getLogger("jaxlm"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("jaxlm"), NoteHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+
+
+def silence_warnings() -> None:
+    """Turns off warnings of jaxlm and of the libraries that it loads models with."""
+    for name in ("jaxlm", "transformers", "huggingface_hub", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 @dataclass(frozen=True)
@@ -136,30 +152,21 @@ class ModelFlags(ProcessFlags, _ModelFlags):
     def stdin(self) -> str:
         """Reads stdin; in a distributed run, that of the coordinator. A process may have no stdin."""
         if self.is_single_process:
-            return sys.stdin.read() if sys.stdin else ""
+            return read_stdin()
         from jaxlm.devices.distributed import broadcast, is_coordinator
 
         self.begin()
-        return broadcast(sys.stdin.read() if is_coordinator() and sys.stdin else "")
+        return broadcast(read_stdin() if is_coordinator() else "")
 
     def load(self) -> "Model":
         """Loads the model, with notices on stderr."""
-        self.begin()
-        with default_sigint():
+        with ends_at_once():
+            self.begin()
+            from jaxlm.inference.compilation import on_compile
             from jaxlm.processing.tokenizer_files import import_transformers
 
             import_transformers()
-        import jaxlm
-        from jaxlm.devices.hardware import unseen_accelerator
-        from jaxlm.inference.compilation import on_compile
-
-        name = None
-        if self.model is None and self.adapter is None:
-            name = str(STORIES)
-            note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
-        if unseen := unseen_accelerator():
-            note(unseen)
-        model = jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh)
+            model = self._load()
         for text in model.checkpoint.notes if model.checkpoint else ():
             note(f"{text}.")
         if model.ignored:
@@ -167,47 +174,25 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         on_compile.set(compiling)
         return model
 
+    def _load(self) -> "Model":
+        import jaxlm
+        from jaxlm.devices.hardware import unseen_accelerator
 
-@contextmanager
-def default_sigint() -> Iterator[None]:
-    """Lets Ctrl-C end the process, where Python would handle it.
-
-    During an import, an extension module may convert it to an ImportError, or drop it.
-    """
-    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not handled or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        name = None
+        if self.model is None and self.adapter is None:
+            name = str(STORIES)
+            note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
+        if unseen := unseen_accelerator():
+            note(unseen)
+        return jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh, progress=progress_flag())
 
 
 def set_up_process() -> None:
     """Configures jax for the process. The library does not change process-wide settings. Environment variables take
     precedence."""
-    with default_sigint():
-        import jax  # noqa: F401  a Ctrl-C stops it at once
+    with ends_at_once():
+        import jax  # noqa: F401
     use_compilation_cache()
-
-
-def use_any_encoding() -> None:
-    """Makes stdout and stderr take every letter: one that their encoding does not have is written as an escape."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def print_json(value: Any, **options: Any) -> None:
-    """Prints a value as JSON. In an encoding that does not have every letter, others are JSON escapes."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
-    print(json.dumps(value, ensure_ascii=not encoding.startswith("utf"), **options), flush=True)
-
-
-def devnull() -> IO[str]:
-    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def silence_workers(is_coordinator: bool) -> None:
@@ -220,33 +205,6 @@ def silence_workers(is_coordinator: bool) -> None:
         sys.stderr = devnull()
 
 
-def note(text: str) -> None:
-    """Prints a line on stderr, dim on a terminal."""
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
-
-
-def are_one_file(*streams: Any) -> bool:
-    """Whether streams write to the same file."""
-    try:
-        return len({(about.st_dev, about.st_ino) for about in (os.fstat(one.fileno()) for one in streams)}) == 1
-    except (AttributeError, OSError, ValueError):  # a stream of a test or a notebook
-        return False
-
-
-def compiling(name: str, seconds: float | None = None) -> None:
-    """Shows a compilation on stderr. On a terminal, the notice follows the text on the current line and is erased at
-    the end; elsewhere it is a line with the duration.
-
-    Args:
-        name: What is compiled.
-        seconds: None when the compilation starts, its duration when it ends.
-    """
-    if are_one_file(sys.stdout, sys.stderr) and not sys.stderr.isatty():
-        return  # it would stand in the middle of the text
-    if not sys.stderr.isatty():
-        print(f"compiling {name} …" if seconds is None else f" {seconds:.1f} s", file=sys.stderr, flush=True,
-              end="" if seconds is None else "\n")  # fmt: skip
-    elif seconds is None:  # save the cursor
-        print(f"\0337\033[2m compiling {name} …\033[0m", end="", file=sys.stderr, flush=True)
-    else:  # restore it and erase the notice
-        print("\0338\033[J", end="", file=sys.stderr, flush=True)
+def progress_flag() -> bool | None:
+    """The argument `progress` of load and export: None shows a bar on a terminal."""
+    return False if is_quiet() or os.environ.get("TERM") == "dumb" else None

@@ -1,8 +1,8 @@
 """Error messages: one line on stderr, without a traceback unless --debug is set."""
 
-import sys
 from typing import Any, NoReturn
 
+from jaxlm.cli import terminal
 from jaxlm.cli.common import ProcessFlags
 
 
@@ -27,5 +27,5 @@ def explain(error: Exception, command: Any = None) -> str:
 def usage(*lines: str) -> NoReturn:
     """Exits with status 2 (wrong usage)."""
     for line in lines:
-        print(f"jaxlm: {line}", file=sys.stderr)
+        terminal.say(f"jaxlm: {line}")
     raise SystemExit(2)

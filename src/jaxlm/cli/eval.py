@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
-from jaxlm.cli.common import ModelFlags, note, print_json
+from jaxlm.cli import terminal
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import note, print_json
 from jaxlm.data.formats import Format
 
 if TYPE_CHECKING:
@@ -152,20 +154,18 @@ def own_flags() -> Iterator[None]:
 @contextlib.contextmanager
 def progress_line() -> Any:
     """Yields a function that prints the number of documents and tokens so far, in one line of a terminal."""
-    shown = sys.stderr.isatty()
     last = 0.0
 
     def show(documents: int, tokens: int) -> None:
         nonlocal last
-        if shown and time.perf_counter() - last > 0.2:
+        if time.perf_counter() - last > 0.2:
             last = time.perf_counter()
-            print(f"\r\033[2m{documents:,} documents, {tokens:,} tokens\033[0m", end="", file=sys.stderr, flush=True)
+            terminal.progress_line(f"{documents:,} documents, {tokens:,} tokens")
 
     try:
         yield show
     finally:
-        if last:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        terminal.erase_line()
 
 
 def record(result: "Evaluation") -> dict[str, Any]:

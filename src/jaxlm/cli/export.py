@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note
+from jaxlm.cli.common import ModelFlags, progress_flag
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import note
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WriteFlags(ModelFlags):
         model = open_model(replace(self.source(name), format=None), fuse=fuse)
         for text in model.checkpoint.notes if model.checkpoint else ():
             note(f"{text}.")
-        done = export(model, out, dtype=self.dtype, type=self.type, force=self.force)
+        done = export(model, out, dtype=self.dtype, type=self.type, force=self.force, progress=progress_flag())
         for text in done.notes:
             note(f"{text}.")
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")

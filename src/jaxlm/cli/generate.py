@@ -1,7 +1,6 @@
 """`jaxlm generate`: text from one prompt, or from a file of prompts."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,12 +12,14 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import ModelFlags, note, print_json
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import usage
+from jaxlm.cli.line_input import check_text
 from jaxlm.cli.prompt_lines import PromptLine, has_messages, read_prompts
+from jaxlm.cli.terminal import erase_line, note, print_json, progress_line
 from jaxlm.data.formats import is_system
 from jaxlm.inference.sampling_params import SamplingParams
-from jaxlm.processing.chat_template import THINKING, split_thinking
+from jaxlm.processing.chat_template import THINKING, parse_value, split_thinking
 
 if TYPE_CHECKING:
     from jaxlm.inference.completion import CompletionChunk
@@ -63,7 +64,7 @@ class Generate(SamplingFlags, ModelFlags):
     no_think: bool = False
     """Turn off the reasoning of a reasoning model."""
     template_arg: tuple[str, ...] = ()
-    """Variables of the chat template, KEY=VALUE. VALUE is JSON or text."""
+    """Variables of the chat template, KEY=VALUE. VALUE is true, false or none (in any case), JSON or text."""
     json: bool = False
     """Print one JSON object instead of streamed text. --logprobs implies it."""
 
@@ -100,7 +101,7 @@ class Generate(SamplingFlags, ModelFlags):
             usage("pass a prompt, as an argument or on stdin, or --prompts FILE.jsonl (jaxlm generate --help)")
         if not text:
             usage("the prompt is empty: pass some text, or the BOS token (such as <s>) with --raw")
-        return [PromptLine("", text)]
+        return [PromptLine("", check_text(text, "the prompt"))]
 
     def _ids(self, model: "Model", line: PromptLine, args: dict[str, Any]) -> list[int]:
         """The token ids of a prompt. Raises ValueError with the location in the file if it is invalid."""
@@ -146,12 +147,9 @@ def template_args(model: "Model", pairs: tuple[str, ...], no_think: bool) -> dic
     args: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--template-arg {pair}: expected KEY=VALUE")
-        try:
-            args[key] = json.loads(value)
-        except json.JSONDecodeError:
-            args[key] = value
+        if not (separator and key):
+            raise ValueError(f"--template-arg {pair}: expected KEY=VALUE, for example enable_thinking=False")
+        args[key] = parse_value(value)
     if no_think:
         args["enable_thinking"] = False
     for key in args:
@@ -204,12 +202,12 @@ def print_answers(
     for chunk in chunks:
         answers[chunk.index].append(chunk)
         while printed < count and answers[printed] and answers[printed][-1].finish_reason:
+            erase_line()
             print_json(fields[printed] | record(answers[printed], model, opened[printed]))
             printed += 1
-            if count > 1 and sys.stderr.isatty():
-                print(f"\r{printed} of {count} done", end="", file=sys.stderr, flush=True)
-    if count > 1 and sys.stderr.isatty():
-        print(file=sys.stderr)
+            if count > 1:
+                progress_line(f"{printed} of {count} done")
+    erase_line()
 
 
 def record(chunks: "list[CompletionChunk]", model: "Model", opened: bool = False) -> dict[str, Any]:

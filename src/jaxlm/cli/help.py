@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import functools
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 
 from jaxlm.cli.common import ProcessFlags, _ModelFlags
 from jaxlm.cli.flags import Flag, defining_classes, flags_of
+from jaxlm.cli.terminal import is_styled
 from jaxlm.inference.sampling_params import SamplingParams
 
 WIDTH = 80  # maximum number of columns
@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "HF_HOME": "Folder of the Hugging Face cache. Default: ~/.cache/huggingface.",
     "JAX_PLATFORMS": "Devices to use: cpu, cuda or tpu. Default: the fastest available.",
     "JAX_COMPILATION_CACHE_DIR": "Cache of compiled programs. Default: ~/.cache/jaxlm/xla.",
+    "NO_COLOR": "Write no colors and styles, if it is set.",
 }
 
 
@@ -54,7 +55,7 @@ def names(flags: type) -> list[str]:
 
 
 MODEL, SAMPLING = names(_ModelFlags), names(SamplingParams)
-DISTRIBUTED = [name for name in names(ProcessFlags) if name != "debug"]
+DISTRIBUTED = [name for name in names(ProcessFlags) if name not in ("quiet", "debug")]
 RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
     "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter"],
@@ -339,6 +340,4 @@ def columns() -> int:
 
 
 def bold(text: str) -> str:
-    """Bold on a terminal, unless NO_COLOR is set (https://no-color.org)."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\033[1m{text}\033[0m"
+    return f"\033[1m{text}\033[0m" if is_styled(sys.stdout) else text

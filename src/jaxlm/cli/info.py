@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, print_json
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import console, print_json
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -35,10 +36,8 @@ class Info(ModelFlags):
         if self.json:
             print_json(facts, indent=2)
         else:
-            from rich.console import Console
-
-            console = Console(highlight=False)
-            console.print(draw(facts, console.width))
+            rich_console = console(highlight=False)
+            rich_console.print(draw(facts, rich_console.width))
         return 0
 
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note, print_json, set_up_process
+from jaxlm.cli.common import ModelFlags, set_up_process
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import note, print_json
 
 if TYPE_CHECKING:
     from jaxlm.bench import plan, plan_training

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection
 from typing import Literal, get_args, get_origin
 
@@ -213,6 +214,24 @@ def unknown_key(name: str, command: str, flags: list[Flag]) -> str:
         key, _, value = flag.removeprefix("--").replace("-", "_").partition(" ")
         return f"unknown key {name}: did you mean {key}{value and f': {value}'}?"
     return f"unknown key {name}: {note or f'jaxlm {command} --help lists the fields'}"
+
+
+def unknown_option(name: str, flags: list[Flag]) -> str:
+    """The error message for an unknown name behind /set of a chat, whose `flags` are given."""
+    names = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(SamplingParams)}
+    flag, note = suggestion(name, "chat", flags)
+    if flag and flag in names:
+        return f"/set {name}: did you mean {names[flag]}?"
+    if flag == "--system":
+        return f"/set {name}: the system message is set by /system TEXT"
+    if flag:
+        return f"/set {name}: {flag} is a flag of jaxlm chat, which a running chat does not change"
+    if note:
+        note = re.sub(r"--[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), note).replace(
+            "sampling flags", "parameters"
+        )
+        return f"/set {name}: {note}"
+    return f"/set {name}: there is no such sampling parameter. Names: {', '.join(names.values())}"
 
 
 def suggestion(name: str, command: str, flags: list[Flag]) -> tuple[str | None, str | None]:

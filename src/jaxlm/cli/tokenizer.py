@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import note
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import note
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Tokenizer:
     """Use local files and the cache only, without network access."""
     force: bool = False
     """Replace a tokenizer in the folder."""
+    quiet: bool = False
+    """Print results and errors only: no notices."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
-from jaxlm.cli.common import ProcessFlags, note
+from jaxlm.cli.common import ProcessFlags
 from jaxlm.cli.errors import usage
 from jaxlm.cli.flags import flags_of
 from jaxlm.cli.suggestions import unknown_key
+from jaxlm.cli.terminal import console, dim, is_styled, note, shows_progress
 from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, by method
@@ -106,14 +107,13 @@ class Display:
     """A progress bar on the terminal's stderr, and lines of metrics on stdout."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        on_stderr = console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                    TextColumn("{task.fields[status]}"), TimeRemainingColumn(compact=True))  # fmt: skip
         # On a terminal, printed lines appear above the bar.
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal,
+        self.bar = Progress(*columns, console=on_stderr, transient=True, disable=not shows_progress(),
                             redirect_stdout=sys.stdout.isatty())  # fmt: skip
         self.task = self.bar.add_task("preparing", total=None, status="")
         self.steps, self.compiling = 0, True
@@ -197,7 +197,7 @@ def mark(text: str, trained_on: bool) -> str:
     """Formats a part of an example. Outside the loss mask, it is dim on a terminal and in brackets elsewhere."""
     if trained_on:
         return text
-    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else f"⟦{text}⟧"
+    return dim(text, sys.stdout) if is_styled(sys.stdout) else f"⟦{text}⟧"
 
 
 def with_file(argv: list[str]) -> list[str]:

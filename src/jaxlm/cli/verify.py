@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, note, print_json
+from jaxlm.cli.common import ModelFlags
 from jaxlm.cli.errors import usage
+from jaxlm.cli.terminal import console, note, print_json
 
 if TYPE_CHECKING:
     from jaxlm.verification import Report
@@ -82,10 +83,8 @@ class Verify(ModelFlags):
         return 0 if report.passed else 1
 
     def show(self, report: "Report") -> None:
-        from rich.console import Console
-
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-        console.print(report.table())
+        rich_console = console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        rich_console.print(report.table())
         if len(report.tokens) > 2 or len({tuple(ids) for ids in report.tokens.values()}) > 1:
-            console.print(report.token_table())
-        console.print(report.verdict(), markup=False, style=None if report.passed else "bold red")
+            rich_console.print(report.token_table())
+        rich_console.print(report.verdict(), markup=False, style=None if report.passed else "bold red")

@@ -1,6 +1,7 @@
 """Converts values to plain data for a chat template, template errors to ValueError, and splits reasoning off."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,20 @@ import numpy as np
 THINKING = ("<think>", "</think>")  # tags around the reasoning of a model
 # Conversions that also work for subclasses, such as enumerations, that override __str__ and others.
 EXACT: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+
+
+def parse_value(text: str) -> Any:
+    """The value of a template variable or a setting that is typed as text.
+
+    None, True and False in any case (also null), JSON, or else the text itself. `"true"` in double quotes is a text.
+    """
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def plain_data(value: Any) -> Any:

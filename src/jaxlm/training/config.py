@@ -2,7 +2,6 @@
 flags. The docstrings of the fields are the help texts."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 
 from jaxlm.data.field_types import Checked
 from jaxlm.data.formats import Format
+from jaxlm.processing.chat_template import parse_value
 
 # Renamed fields and groups: earlier name -> name. run.json of an earlier version has the earlier names, in the spelling
 # of that time.
@@ -53,7 +53,7 @@ class Data(Checked):
     completion_field: str = "completion"
     """Field of a row that holds the completion."""
     template_arg: tuple[str, ...] = ()
-    """Variable of the chat template as NAME=VALUE, where VALUE is JSON or text."""
+    """Variables of the chat template, NAME=VALUE. VALUE is true, false or none (in any case), JSON or text."""
     packing: Literal["split", "whole", "none"] | None = None
     """Packing of documents into rows: split (cut where a row ends), whole (best fit, uncut) or none (one document per
     row). Default: split for text, whole for other formats."""
@@ -69,14 +69,11 @@ class Data(Checked):
 
 
 def _template_variable(text: str) -> tuple[str, Any]:
-    """Parses NAME=VALUE, whose value is JSON or else a string."""
+    """Parses NAME=VALUE."""
     name, equals, value = text.partition("=")
-    if not equals:
+    if not (equals and name):
         raise ValueError(f"data.template_arg is {text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, parse_value(value)
 
 
 @dataclass(frozen=True)
