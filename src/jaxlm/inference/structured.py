@@ -1,8 +1,8 @@
 """Structured output: answers that match a JSON schema, a regular expression or a grammar (constrained decoding).
 
-`compile_grammar` compiles a schema once. `Grammar.start` returns a `Constraint` for one answer: `mask` has the tokens that
-may follow, `accept` takes the token that was sampled. Masks are computed on the host, while the device runs the model.
-`apply_mask` sets the logits of all other tokens to -inf.
+`compile_grammar` compiles a schema once. `Grammar.start` returns a `Constraint` for one answer: `mask` has the tokens
+that may follow, `accept` takes the token that was sampled. Masks are computed on the host, while the device runs the
+model. `apply_mask` sets the logits of all other tokens to -inf.
 
     grammar = compile_grammar(model.tokenizer, model.config.vocab_size, schema={"type": "object"})
     constraint = grammar.start()
@@ -16,6 +16,7 @@ The grammars are those of llguidance. Any object with the methods of `Constraint
 
 import json
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,7 @@ class _Vocabulary:
         inside: The ids that may be in a mask where the answer may not end, [ceil(V / 32)] uint32: those that are
             tokens, without stop ids.
         at_end: The same where it may end: with stop ids.
+        has_all_bytes: Whether each byte of UTF-8 is a token.
         grammars: Compiled grammars, least recently used first.
     """
 
@@ -115,6 +117,7 @@ class _Vocabulary:
         is_stop = np.zeros(size, np.bool_)
         is_stop[list(stop_ids)] = True
         self.size, self.stop_ids = size, frozenset(stop_ids)
+        self.has_all_bytes = set(tokens) >= token_bytes.UTF8_BYTES
         self.inside, self.at_end = pack(is_token & ~is_stop), pack(is_token)
         wrapped = llguidance.TokenizerWrapper(token_bytes.Encoder(tokenizer, tokens, stop_ids[0]))
         self.tokenizer = llguidance.LLTokenizer(wrapped, eos_token=list(stop_ids))
@@ -122,7 +125,7 @@ class _Vocabulary:
         self.lock = threading.Lock()
 
     def grammar(self, source: str, what: str) -> Grammar:
-        """The compiled grammar of llguidance's text `source`. `what` is what the user wrote, for messages."""
+        """The compiled grammar of a Lark text. `what` is what the user wrote, for messages."""
         with self.lock:
             if source in self.grammars:
                 self.grammars.move_to_end(source)
@@ -137,20 +140,31 @@ class _Vocabulary:
     def _compile(self, source: str, what: str) -> Any:
         import llguidance
 
-        matcher = llguidance.LLMatcher(self.tokenizer, source, log_level=0)
+        # Texts that the grammar forces are tokenized by bytes, which fails where a byte has no token.
+        options = "" if self.has_all_bytes else '%llguidance {"no_forcing": true}\n'
+        matcher = llguidance.LLMatcher(self.tokenizer, options + source, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"{what} is not supported: {_reason(matcher)}{_way_out(what, _reason(matcher))}")
+            reason = _reason(matcher)
+            if what != "the grammar":  # a position in a text that the user did not write
+                reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
+            raise ValueError(f"{what} is not supported: {reason}{_way_out(what, reason)}")
         for text in matcher.get_grammar_warnings():
             _log.warning("%s: %s (not enforced)", what, text)
         try:
-            _Matcher(self, matcher.deep_copy()).mask()  # some errors occur only here
+            first = _Matcher(self, matcher.deep_copy()).mask()  # some errors occur only here
         except ValueError as error:
             raise ValueError(f"no text that this tokenizer can write matches {what}: {error}") from None
+        if not (first & self.inside).any():
+            raise ValueError(f"{what} matches the empty text only")
         return matcher
 
 
 class _Matcher:
-    """The `Constraint` of a grammar of llguidance."""
+    """The `Constraint` of a grammar of llguidance.
+
+    Where the grammar leaves one text only, the mask has the first token of its usual tokenization. `accept` takes every
+    token that the grammar allows.
+    """
 
     def __init__(self, vocabulary: _Vocabulary, matcher: Any):
         self._vocabulary, self._matcher = vocabulary, matcher
@@ -163,20 +177,21 @@ class _Matcher:
         length = -(-self._vocabulary.size // 32)  # llguidance adds a word where V is a multiple of 32
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32, length)
         if self._matcher.is_error():  # its masks of an error allow stop tokens
-            raise ValueError(f"structured output stopped: {_reason(self._matcher)}")
+            raise ValueError(_reason(self._matcher))
         # A grammar can name ids that are no tokens, and stop tokens where it does not end.
         ends = self._matcher.is_accepting()
         allowed = words & (self._vocabulary.at_end if ends else self._vocabulary.inside)
         if not allowed.any():
-            raise ValueError("structured output stopped: no token of the vocabulary may follow")
+            raise ValueError("no token of the vocabulary may follow")
         return allowed
 
     def accept(self, token: int) -> None:
         token, matcher = int(token), self._matcher
-        is_wrong_end = token in self._vocabulary.stop_ids and not matcher.is_accepting()
-        is_wrong = matcher.is_stopped() and token not in self._vocabulary.stop_ids
-        in_range = 0 <= token < self._vocabulary.size
-        if is_wrong or is_wrong_end or not in_range or matcher.try_consume_tokens([token]) != 1:
+        is_stop = token in self._vocabulary.stop_ids
+        if self.finished and is_stop:
+            return
+        fits = 0 <= token < self._vocabulary.size and not (is_stop and not matcher.is_accepting())
+        if self.finished or not fits or matcher.try_consume_tokens([token]) != 1:
             why = f": {_reason(matcher)}" if matcher.is_error() else ""
             raise ValueError(f"token {token} is not allowed here by the grammar of this answer{why}")
 
@@ -185,16 +200,17 @@ class _Matcher:
 
 
 def _reason(matcher: Any) -> str:
-    """llguidance's error in one line, without the state of the parser."""
-    text = str(matcher.get_error()).partition("<state>")[0]
-    return " ".join(text.split())[:300] or str(matcher.stop_reason())
+    """llguidance's error in one line, without the state of the parser and the lines of the grammar."""
+    text = re.split(r"<state>|\n\s*\d+ \| ", str(matcher.get_error()))[0]
+    text = " ".join(re.sub(r"(?s)regex parse error:.*error: ", "", text).split())
+    return "no token of the vocabulary may follow" if text == "NoExtensionBias" else text[:300]
 
 
 def _way_out(what: str, reason: str) -> str:
     if what == "the JSON schema" and any(word in reason for word in ("Unimplemented", "oneOf", "Unknown format")):
         return '; leave it out, or put "x-guidance": {"lenient": true} in the schema, and it is not enforced'
-    if "look-around" in reason:
-        return "; write the expression without lookahead and lookbehind"
+    if "look-around" in reason or "lookaround" in reason:
+        return "; write the expression without lookahead, lookbehind and \\b, and ^ and $ at its ends only"
     return ""
 
 
@@ -213,10 +229,10 @@ def compile_grammar(
 ) -> Grammar:
     """Compiles what an answer must match. Pass one of `schema`, `regex` and `grammar`.
 
-    The first call for a tokenizer takes seconds. Its vocabulary and the last 32 grammars are kept as long as the tokenizer
-    exists. Special and added tokens are not used in texts. Blanks between the parts of JSON are bounded: one space, or a
-    line break with an indentation of at most 20. `"x-guidance"` in a schema changes this (`whitespace_flexible`,
-    `whitespace_pattern`).
+    The first call for a tokenizer takes about a second. Its vocabulary and the last 32 grammars are kept as long as the
+    tokenizer exists. Special and added tokens are not used in texts. Blanks between the parts of JSON are bounded: one
+    space, or a line break with an indentation of at most 20. `"x-guidance"` in a schema changes this
+    (`whitespace_flexible`, `whitespace_pattern`).
 
     Args:
         tokenizer: The model's tokenizer.
@@ -238,13 +254,13 @@ def compile_grammar(
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text, not {type(text).__name__}")
     with explain_missing_package("structured output", "jaxlm[server]", "llguidance"):
-        from llguidance import LLMatcher
+        from llguidance import regex_to_lark
     if regex is not None:
-        source, what = LLMatcher.grammar_from_regex(regex), "the regular expression"
+        source, what = f"start: /{regex_to_lark(regex)}/", "the regular expression"
     elif grammar is not None:
-        source, what = LLMatcher.grammar_from_lark(grammar), "the grammar"
+        source, what = grammar, "the grammar"
     else:
-        source, what = _from_schema(schema), "the JSON schema"
+        source, what = f"start: %json {_schema_text(schema)}", "the JSON schema"
     return _vocabulary(tokenizer, vocab_size, stop_ids).grammar(source, what)
 
 
@@ -252,7 +268,9 @@ def _vocabulary(tokenizer: "Tokenizer", size: int, stop_ids: Sequence[int] | Non
     """The vocabulary of a tokenizer, made once. Two with other stop ids or another V are kept beside it."""
     ends = sorted(i for i in set(tokenizer.stop_ids if stop_ids is None else stop_ids) if 0 <= i < size)
     if not ends:
-        raise ValueError("structured output needs a stop token, and this tokenizer has none: set tokenizer.hf.eos_token")
+        raise ValueError(
+            "structured output needs a stop token, and this tokenizer has none: set tokenizer.hf.eos_token"
+        )
     key = (size, tuple(ends), len(tokenizer))
     with _lock:  # also while it is made, so that it is made once
         known = _vocabularies.setdefault(tokenizer, {})
@@ -263,18 +281,14 @@ def _vocabulary(tokenizer: "Tokenizer", size: int, stop_ids: Sequence[int] | Non
         return known[key]
 
 
-def _from_schema(schema: Any) -> str:
-    """llguidance's text of a grammar for a JSON schema."""
-    from llguidance import LLMatcher
-
+def _schema_text(schema: Any) -> str:
+    """A JSON schema as JSON, with the default for blanks."""
     content = _schema_dict(schema)
-    options = content.get("x-guidance")
-    sets_whitespace = isinstance(options, Mapping) and options.keys() & {"whitespace_flexible", "whitespace_pattern"}
+    options = content.get("x-guidance", {})
+    if isinstance(options, Mapping) and not options.keys() & {"whitespace_flexible", "whitespace_pattern"}:
+        content["x-guidance"] = {"whitespace_pattern": WHITESPACE, **options}
     try:
-        text = json.dumps(content, allow_nan=False)
-        return LLMatcher.grammar_from_json_schema(
-            text, defaults=None if sets_whitespace else {"whitespace_pattern": WHITESPACE}
-        )
+        return json.dumps(content, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the JSON schema cannot be written as JSON: {error}") from None
 

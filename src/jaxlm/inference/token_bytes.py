@@ -10,31 +10,30 @@ if TYPE_CHECKING:
 
 SPECIAL = b"\xff"  # llguidance's mark before the name of a special token; no UTF-8 text has this byte
 SPACE = "▁"  # in SentencePiece's tokens
+UTF8_BYTES = frozenset(bytes([byte]) for byte in [*range(0xC0), *range(0xC2, 0xF5)])  # the others are in no text
 PROBE = 'A probe: {"name": [1, 23.5, -4e10], "ok": true}\n'
 
 
 def table(tokenizer: "Tokenizer", size: int, stop_ids: Sequence[int] = ()) -> list[bytes]:
     """The bytes of the tokens 0 to `size` - 1. Ids without a token have none.
 
-    Special tokens, stop tokens and added tokens are SPECIAL and their name. Added tokens that are blanks (Gemma has runs
-    of line breaks) are text.
+    Special tokens, stop tokens and added tokens are SPECIAL and their name. Added tokens that are blanks are text: Gemma
+    has runs of spaces and of line breaks.
 
     Raises:
         ValueError: The tokenizer is neither byte-level BPE nor SentencePiece's.
     """
     hf = tokenizer.hf
-    bytes_of = _byte_level if _is_byte_level(hf) else _sentencepiece
-    added = {i: token.content for i, token in hf.added_tokens_decoder.items() if token.special or token.content.strip()}
-    named = {i: str(hf.convert_ids_to_tokens(i)) for i in {*stop_ids, *hf.all_special_ids}}
-    special = named | added
-    blanks = {i: token.content for i, token in hf.added_tokens_decoder.items() if i not in special}
+    is_byte_level = _is_byte_level(hf)
+    added = hf.added_tokens_decoder
+    text_of = str.encode if is_byte_level else _sentencepiece  # of an added token
+    special = {*stop_ids, *hf.all_special_ids}
+    special |= {i for i, token in added.items() if token.special or text_of(token.content).strip()}
     tokens = [b""] * size
-    for token, i in hf.get_vocab().items():
+    for name, i in [*hf.get_vocab().items(), *((token.content, i) for i, token in added.items())]:
         if 0 <= i < size:
-            tokens[i] = blanks[i].encode() if i in blanks else b"" if i in special else bytes_of(token)
-    for i, name in special.items():
-        if 0 <= i < size:
-            tokens[i] = SPECIAL + name.encode()
+            bytes_of = text_of if i in added else _byte_level if is_byte_level else _sentencepiece
+            tokens[i] = SPECIAL + name.encode() if i in special else bytes_of(name)
     _check(hf, tokens)
     return tokens
 
@@ -70,7 +69,7 @@ def _check(hf: Any, tokens: list[bytes]) -> None:
             return
         kind = type(hf.backend_tokenizer.model).__name__
     raise ValueError(
-        f"structured output does not support this kind of tokenizer ({kind}): it supports byte-level BPE and SentencePiece"
+        f"structured output does not support this kind of tokenizer ({kind}), but byte-level BPE and SentencePiece"
     )
 
 
@@ -92,9 +91,8 @@ class Encoder:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Ids whose bytes are exactly `text`: the tokenizer's own where it adds no space and sees no special token, else
-        the longest token at each position. An exception would end the process's thread in llguidance, so none is
-        raised: a byte without a token ends the list."""
+        """Ids whose bytes are exactly `text`: the tokenizer's own where it adds no space and sees no special token,
+        else the longest token at each position. No exception is raised: llguidance would panic."""
         try:
             ids = self._backend.encode(text.decode(), add_special_tokens=False).ids
         except Exception:
