@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -303,6 +304,18 @@ def test_a_wrong_token_changes_nothing(tokenizer) -> None:
     assert constraint.finished
 
 
+def test_a_grammar_that_becomes_too_complex(tokenizer) -> None:
+    """llguidance bounds the rules that may apply at one place. Its masks of an error would allow stop tokens."""
+    rules = [f'r{i}: "xy" "{i}"' for i in range(3000)]
+    text = "\n".join(["start: " + " | ".join(f"r{i}" for i in range(3000)), *rules])
+    constraint = compile_grammar(tokenizer, V, grammar=text).start()
+    with pytest.raises(ValueError, match="300. items"):
+        constraint.accept(tokenizer.encode("x")[0])
+    with pytest.raises(ValueError, match="300. items"):
+        constraint.mask()
+    assert not constraint.finished
+
+
 def test_stop_tokens_are_allowed_where_an_answer_may_end(tokenizer) -> None:
     grammar = compile_grammar(tokenizer, V, regex="ab?")
     constraint, (a, b) = grammar.start(), (tokenizer.encode(text)[0] for text in "ab")
@@ -526,7 +539,7 @@ def test_a_grammar_is_compiled_once_for_all_threads(tmp_path) -> None:
 
     bias = closing_bias(tokenizer, V)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_bytes, "table", lambda *args: made.append(1) or original(*args))
+        patch.setattr(token_bytes, "table", lambda *args: made.append(1) or time.sleep(0.1) or original(*args))
         threads = [threading.Thread(target=partial(work, seed)) for seed in range(12)]
         for thread in threads:
             thread.start()

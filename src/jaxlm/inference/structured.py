@@ -4,7 +4,7 @@
 that may follow, `accept` takes the token that was sampled. Masks are computed on the host, while the device runs the
 model. `apply_mask` sets the logits of all other tokens to -inf.
 
-    grammar = compile_grammar(model.tokenizer, model.config.vocab_size, schema={"type": "object"})
+    grammar = compile_grammar(model.tokenizer, model.config.V, schema={"type": "object"})
     constraint = grammar.start()
     while not constraint.finished:
         logits = apply_mask(logits, constraint.mask()[None])

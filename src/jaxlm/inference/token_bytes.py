@@ -17,8 +17,8 @@ PROBE = 'A probe: {"name": [1, 23.5, -4e10], "ok": true}\n'
 def table(tokenizer: "Tokenizer", size: int, stop_ids: Sequence[int] = ()) -> list[bytes]:
     """The bytes of the tokens 0 to `size` - 1. Ids without a token have none.
 
-    Special tokens, stop tokens and added tokens are SPECIAL and their name. Added tokens that are blanks are text: Gemma
-    has runs of spaces and of line breaks.
+    Special tokens, stop tokens and added tokens are SPECIAL and their name. Added tokens that are blanks are text:
+    Gemma has runs of spaces and of line breaks.
 
     Raises:
         ValueError: The tokenizer is neither byte-level BPE nor SentencePiece's.
