@@ -59,14 +59,15 @@ def without(model: Model, layer: int, name: str) -> Model:
 def test_names(model: Model) -> None:
     logits, acts = model.activations(TOKENS, "*")
     assert tuple(acts) == model.activation_names
-    assert {name.split(".")[-1] for name in acts} == {
-        "embedding", "q", "k", "v", "o", "gate", "up", "down", "attention", "residual_mid", "mlp", "residual",
+    assert {name.removeprefix("layers.1.") for name in acts if name.startswith(("e", "layers.1"))} == {
+        "embedding", "q", "k", "v", "o.input", "o", "gate", "up", "down.input", "down",
+        "attention", "residual_mid", "mlp", "residual",
     }  # fmt: skip
     cfg, stream = model.config, (2, 9, model.config.D)
     shapes = {"q": (2, 9, cfg.N, cfg.H), "k": (2, 9, cfg.K, cfg.H), "v": (2, 9, cfg.K, cfg.H)}
-    shapes |= dict.fromkeys(("gate", "up"), (2, 9, cfg.F))
+    shapes |= dict.fromkeys(("gate", "up", "down.input"), (2, 9, cfg.F)) | {"o.input": shapes["q"]}
     for name, value in acts.items():
-        assert value.shape == shapes.get(name.split(".")[-1], stream), name
+        assert value.shape == shapes.get(name.split(".", 2)[-1], stream), name
         assert value.dtype == model.dtype
     assert close(logits, model.forward(TOKENS, model.weights)[0])
 
@@ -117,7 +118,10 @@ def test_products_are_those_of_their_weights(model: Model) -> None:
     w, cfg = model.weights["layers"][1], model.config
     activation = jax.nn.silu if model.family.__name__.split(".")[-1] != "gemma3" else jax.nn.gelu
     hidden = activation(acts["layers.1.gate"]) * acts["layers.1.up"]
-    assert close(jnp.einsum("BTF,DF->BTD", hidden, w["down"], precision="highest"), acts["layers.1.down"])
+    assert close(hidden, acts["layers.1.down.input"])
+    for spec, name in (("BTF,DF->BTD", "down"), ("BTNH,DNH->BTD", "o")):
+        x = acts[f"layers.1.{name}.input"]
+        assert close(jnp.einsum(spec, x, w[name], precision="highest"), acts[f"layers.1.{name}"])
     if "olmo2" in model.family.__name__:  # no norm before
         x = model.activations(TOKENS, "layers.0.residual")[1]["layers.0.residual"]
         assert close(jnp.einsum("BTD,NHD->BTNH", x, w["q"], precision="highest"), acts["layers.1.q"])
@@ -155,6 +159,15 @@ def test_zeroing_a_product_is_zeroing_its_weight(model: Model, layer: int, name:
     patched = model.activations(TOKENS, "layers.*.residual", patch={f"layers.{layer}.{name}": jnp.zeros_like})
     assert equal(patched, expected)
     assert not close(patched[0], model.activations(TOKENS)[0], 0.01)
+
+
+def test_zeroing_a_head_is_zeroing_its_part_of_the_projection(model: Model) -> None:
+    layers = [dict(w) for w in model.weights["layers"]]
+    layers[1]["o"] = layers[1]["o"].at[:, 2].set(0)
+    expected, _ = model.activations(TOKENS, weights={**model.weights, "layers": layers})
+    patched, _ = model.activations(TOKENS, patch={"layers.1.o.input": lambda x: x.at[:, :, 2].set(0)})
+    assert close(patched, expected)
+    assert not close(patched, model.activations(TOKENS)[0], 0.01)
 
 
 @pytest.mark.parametrize(("contribution", "projection"), [("attention", "o"), ("mlp", "down")])

@@ -13,7 +13,7 @@ them. Nothing is compiled again for another patch, and a patch that changes noth
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -32,38 +32,48 @@ CONTRIBUTIONS = ("attention", "mlp")  # what a layer adds to the residual stream
 BETWEEN = "residual_mid"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["name"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["name", "has_input"])
 @dataclass(frozen=True)
 class MarkedWeight(WeightForm):
-    """A weight whose products have its name in the jaxpr."""
+    """A weight whose products have its name in the jaxpr; with has_input also what it is multiplied with."""
 
     w: Any
-    name: str = field(metadata={"static": True})
+    name: str
+    has_input: bool
 
     def product(self, spec: str, x: jax.Array) -> jax.Array:
+        if self.has_input:
+            x = checkpoint_name(x, f"{MARK}{self.name}.input")
         y = checkpoint_name(einsum(spec, x, self.w), MARK + self.name)
         return y.astype(jnp.float32)  # einsum converts it back to x's dtype
 
 
-def product_names(table: params.Table) -> list[str]:
-    """Names of the weights of a layer that are multiplied with activations."""
-    rows = ((path.partition("."), letters) for path, (letters, *_) in table.items())
-    return [name for (place, _, name), letters in rows if place == "layers" and letters not in params.NORMS]
+def products(table: params.Table) -> dict[str, bool]:
+    """The names of the weights of a layer that are multiplied with activations, and whether these activations have a
+    name too: those that are not D wide, such as the outputs of heads and the neurons of the MLP."""
+    found = {}
+    for path, (letters, *_) in table.items():
+        place, _, name = path.partition(".")
+        if place == "layers" and letters not in params.NORMS:
+            found[name] = params.summed_letters(letters) != "D"
+    return found
 
 
 def marked(table: params.Table, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights, with the layers unstacked and every weight of `product_names` as a MarkedWeight."""
+    """The weights, with the layers unstacked and every weight of `products` as a MarkedWeight."""
     listed = params.unstack(dict(weights)) if isinstance(weights["layers"], dict) else weights
-    names = product_names(table)
+    has_input = products(table)
     layers = [
-        {name: MarkedWeight(w, name) if name in names else w for name, w in layer.items()} for layer in listed["layers"]
+        {name: MarkedWeight(w, name, has_input[name]) if name in has_input else w for name, w in layer.items()}
+        for layer in listed["layers"]
     ]
     return {**listed, "layers": layers}
 
 
 def names_of(table: params.Table, L: int) -> tuple[str, ...]:
     """Names of all activations of a model of L layers."""
-    of_layer = (*product_names(table), CONTRIBUTIONS[0], BETWEEN, CONTRIBUTIONS[1], "residual")
+    of_products = [n for name, has_input in products(table).items() for n in [f"{name}.input"] * has_input + [name]]
+    of_layer = (*of_products, CONTRIBUTIONS[0], BETWEEN, CONTRIBUTIONS[1], "residual")
     return ("embedding", *(f"layers.{i}.{name}" for i in range(L) for name in of_layer))
 
 
@@ -137,7 +147,7 @@ def run(
 
 def _patched(name: str, value: jax.Array, patch: Patch) -> jax.Array:
     """The activation that a patch puts in the place of `value`, in its dtype."""
-    new = patch(value) if callable(patch) else patch
+    new: Any = patch(value) if callable(patch) else patch
     shape = None if new is None else jnp.shape(new)
     if shape is None or (callable(patch) and shape != value.shape):
         what = "None" if shape is None else f"shape {shape}"

@@ -23,6 +23,7 @@ MODULES = {
     "mlp": "mlp",
     "residual": "",
 }
+INPUTS = {"o.input": "self_attn.o_proj", "down.input": "mlp.down_proj"}  # activations that are inputs of modules
 AFTER_NORM = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 NORM_FOLLOWS = ("olmo2", "gemma3")
 
@@ -36,7 +37,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def module_of(family: str, oracle: Any, layer: int, name: str) -> Any:
-    path = AFTER_NORM[name] if family in NORM_FOLLOWS and name in AFTER_NORM else MODULES[name]
+    path = AFTER_NORM[name] if family in NORM_FOLLOWS and name in AFTER_NORM else {**MODULES, **INPUTS}[name]
     return oracle.model.layers[layer].get_submodule(path)
 
 
@@ -49,10 +50,10 @@ def test_captured_activations(pair: tuple[str, Any, jaxlm.Model]) -> None:
     tokens, pos = reference.near_and_far()
     expected, hooks = {}, []
     for i in range(3):
-        for name in MODULES:
+        for name in (*MODULES, *INPUTS):
 
             def keep(module: Any, inputs: Any, output: Any, key: str = f"layers.{i}.{name}") -> None:
-                expected[key] = tensor(output).detach().numpy()
+                expected[key] = tensor(inputs if key.endswith(".input") else output).detach().numpy()
 
             hooks.append(module_of(family, oracle, i, name).register_forward_hook(keep))
     states = reference.run(oracle, tokens, pos, output_hidden_states=True).hidden_states

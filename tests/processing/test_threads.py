@@ -59,11 +59,12 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         except Exception as error:
             results[i] = error
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
     return results
 
 

@@ -170,8 +170,8 @@ class Tokenizer:
         if not new:
             return
         with self._lock.exclusive():
-            tokens = [AddedToken(token, special=True, normalized=False) for token in new]
-            self.hf.add_tokens(tokens, special_tokens=True)
+            special = [AddedToken(token, special=True, normalized=False) for token in new]
+            self.hf.add_tokens(special, special_tokens=True)
         self.has_new_tokens, self._added_ids = True, None
         ids = [self.hf.convert_tokens_to_ids(token) for token in new if token not in known]
         if ids != list(range(size, size + len(ids))):
