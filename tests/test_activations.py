@@ -59,10 +59,10 @@ def without(model: Model, layer: int, name: str) -> Model:
 def test_names(model: Model) -> None:
     logits, acts = model.activations(TOKENS, "*")
     assert tuple(acts) == model.activation_names
-    assert {name.removeprefix("layers.1.") for name in acts if name.startswith(("e", "layers.1"))} == {
+    assert [name.removeprefix("layers.1.") for name in acts if name.startswith(("e", "layers.1"))] == [
         "embedding", "q", "k", "v", "o.input", "o", "gate", "up", "down.input", "down",
         "attention", "residual_mid", "mlp", "residual",
-    }  # fmt: skip
+    ]  # fmt: skip
     cfg, stream = model.config, (2, 9, model.config.D)
     shapes = {"q": (2, 9, cfg.N, cfg.H), "k": (2, 9, cfg.K, cfg.H), "v": (2, 9, cfg.K, cfg.H)}
     shapes |= dict.fromkeys(("gate", "up", "down.input"), (2, 9, cfg.F)) | {"o.input": shapes["q"]}

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
+from jax.typing import ArrayLike
 
 from jaxlm.nn import params
 from jaxlm.nn.linear import WeightForm, einsum
 
-Patch = Any  # a function of an activation, or an array in its place
+Patch = Callable[[jax.Array], ArrayLike] | ArrayLike  # a function of an activation, or what takes its place
 MARK = "activation: "  # the beginning of the names of marked products in a jaxpr
 CONTRIBUTIONS = ("attention", "mlp")  # what a layer adds to the residual stream, in this order
 BETWEEN = "residual_mid"

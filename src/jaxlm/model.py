@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm.activations import marked, matching, names_of, run
+from jaxlm.activations import Patch, marked, matching, names_of, run
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import kv_cache as caches
@@ -125,7 +125,7 @@ class Model:
         tokens: Any,
         names: str | Iterable[str] = (),
         *,
-        patch: Mapping[str, Any] | None = None,
+        patch: Mapping[str, Patch] | None = None,
         weights: Weights | None = None,
         kv: None = None,
         pos: Any = None,
@@ -137,7 +137,7 @@ class Model:
         tokens: Any,
         names: str | Iterable[str] = (),
         *,
-        patch: Mapping[str, Any] | None = None,
+        patch: Mapping[str, Patch] | None = None,
         weights: Weights | None = None,
         kv: caches.KVCache,
         pos: Any = None,
@@ -148,7 +148,7 @@ class Model:
         tokens: Any,
         names: str | Iterable[str] = (),
         *,
-        patch: Mapping[str, Any] | None = None,
+        patch: Mapping[str, Patch] | None = None,
         weights: Weights | None = None,
         kv: caches.KVCache | None = None,
         pos: Any = None,

@@ -15,6 +15,7 @@ from processing.test_tokenizer import TEXT
 
 from jaxlm.processing.detokenizer import TextStream
 from jaxlm.processing.shared_lock import SharedLock
+from jaxlm.processing.template_rendering import write
 from jaxlm.processing.tokenizer import Tokenizer
 
 THREADS = 16
@@ -63,7 +64,7 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     return results
 
@@ -76,7 +77,7 @@ def everything(tok: Tokenizer, texts: Sequence[str]) -> list[Any]:
         stream = TextStream(tok, stop="words", skip_special=False)
         turns = [{"role": "user", "content": text[:200]}, {"role": "assistant", "content": text[-50:]}] * 3
         out += [ids, tok.decode(ids), [stream.push(i) for i in ids[:300]], stream.stopped, tok.token_bytes(ids[0])]
-        out += [tok.render(turns), tok.chat(turns), tok.thinking]
+        out += [tok.render(turns), write(tok.hf, turns), tok.chat(turns), tok.thinking]
     return out
 
 
@@ -138,11 +139,15 @@ def test_a_shared_lock_admits_many_or_one() -> None:
 
 def test_a_shared_lock_is_released_by_an_error() -> None:
     lock = SharedLock()
-    for enter in (lock.shared, lock.exclusive, lock.exclusive):
-        with pytest.raises(KeyError), enter():
-            raise KeyError
-    with lock.shared():
-        pass
+
+    def fail() -> None:
+        for enter in (lock.shared, lock.exclusive, lock.exclusive):
+            with pytest.raises(KeyError), enter():
+                raise KeyError
+        with lock.shared():
+            pass
+
+    assert at_once([fail]) == [None]
 
 
 def test_who_waits_for_the_lock_alone_is_not_passed() -> None:
