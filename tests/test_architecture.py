@@ -23,7 +23,7 @@ ORDER = (
     "checkpoint",
     "processing",
     "data",
-    "model adapters nnx",
+    "activations model adapters nnx",
     "inference",
     "server",
     "evaluation",

@@ -49,6 +49,7 @@ USES = [
     Use("jax", f"{SPLASH}.MultiHeadMask", "nn/attention_tpu.py", KERNEL, ("masks",)),
     Use("jax", f"{SPLASH}.SegmentIds", "nn/attention_tpu.py", KERNEL, ("q", "kv")),
     Use("jax", f"{SPLASH}.make_splash_mha_single_device", "nn/attention_tpu.py", KERNEL),
+    Use("jax", "jax.extend.core.Literal", "activations.py", "activations can be neither captured nor patched"),
     MESHES,
     *(Use("jax", "jax.experimental.topologies.get_topology_desc", f"bench/{name}.py",
           "programs cannot be compiled for devices that are not here", ("platform", "topology_name"))

@@ -1,15 +1,16 @@
 """Model: the functions of a family bound to weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxlm.activations import Patch, marked, matching, names_of, run
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import kv_cache as caches
@@ -70,6 +71,12 @@ class Model:
             ValueError: The shapes are wrong, or token ids are outside the vocabulary (checked for lists and numpy
                 arrays only).
         """
+        tokens, pos = self._inputs(tokens, kv, pos)
+        with mesh.use_mesh_of(weights):
+            return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
+
+    def _inputs(self, tokens: Any, kv: caches.KVCache | None, pos: Any) -> tuple[jax.Array, Any]:
+        """The token ids as an array, and pos as an array or None, checked against the KV cache."""
         tokens = self._ids(tokens)
         if kv is not None and (rows := next(iter(kv.positions.values())).shape[0]) != tokens.shape[0]:
             raise ValueError(
@@ -77,9 +84,7 @@ class Model:
             )
         if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a KV cache of {kv.length}")
-        pos = pos if pos is None else jnp.asarray(pos, jnp.int32)
-        with mesh.use_mesh_of(weights):
-            return _programs(self.family, self.config)["forward"](tokens, weights, kv, pos)
+        return tokens, pos if pos is None else jnp.asarray(pos, jnp.int32)
 
     def _ids(self, tokens: Any) -> jax.Array:
         if not isinstance(tokens, jax.Array):
@@ -108,6 +113,78 @@ class Model:
         weights = self.weights if weights is None else weights
         with mesh.use_mesh_of(weights):
             return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
+
+    @property
+    def activation_names(self) -> tuple[str, ...]:
+        """Names of the activations that `activations` captures and patches."""
+        return names_of(self.family.PARAMS, self.config.L)
+
+    @overload
+    def activations(
+        self,
+        tokens: Any,
+        names: str | Iterable[str] = (),
+        *,
+        patch: Mapping[str, Patch] | None = None,
+        weights: Weights | None = None,
+        kv: None = None,
+        pos: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+    @overload
+    def activations(
+        self,
+        tokens: Any,
+        names: str | Iterable[str] = (),
+        *,
+        patch: Mapping[str, Patch] | None = None,
+        weights: Weights | None = None,
+        kv: caches.KVCache,
+        pos: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array], caches.KVCache]: ...
+
+    def activations(
+        self,
+        tokens: Any,
+        names: str | Iterable[str] = (),
+        *,
+        patch: Mapping[str, Patch] | None = None,
+        weights: Weights | None = None,
+        kv: caches.KVCache | None = None,
+        pos: Any = None,
+    ) -> Any:
+        """Captures and patches activations of a forward pass. Differentiable, and works within jax.jit.
+
+            logits, acts = model.activations(tokens, ["layers.3.residual", "layers.*.mlp"])
+            logits, _ = model.activations(tokens, patch={"layers.3.attention": lambda x: x.at[:, -1].set(0)})
+
+        `activation_names` lists the names. docs/activations.md describes them, with examples.
+
+        Args:
+            tokens: [B,T] int32.
+            names: Names of the activations to capture. `*` matches any text: "layers.*.mlp".
+            patch: What replaces activations, by name or pattern: a function of the activation that returns one of the
+                same shape, or an array that is broadcast to its shape. The result is converted to its dtype.
+            weights: A pytree such as `model.weights`, which is the default.
+            kv: A KV cache from `init_kv`, or None.
+            pos: As in `forward`.
+
+        Returns:
+            The logits [B,T,V] float32 of the run, and the captured activations by name, as they are after a patch. With
+            a KV cache also the updated one.
+
+        Raises:
+            ValueError: As in `forward`, or a name is unknown, or a patch has the wrong shape.
+        """
+        known = self.activation_names
+        wanted = matching(known, [names] if isinstance(names, str) else names)
+        patches = {name: new for key, new in (patch or {}).items() for name in matching(known, [key])}
+        weights = self.weights if weights is None else weights
+        tokens, pos = self._inputs(tokens, kv, pos)
+        with mesh.use_mesh_of(weights):
+            program = _programs(self.family, self.config)["activations"]
+            (logits, kv), found = run(program, (tokens, weights, kv, pos), wanted, patches)
+        return (logits, found) if kv is None else (logits, found, kv)
 
     def init_kv(self, batch: int, length: int, *, chunk: int | None = None, dtype: Any = None) -> caches.KVCache:
         """Creates an empty KV cache.
@@ -218,9 +295,9 @@ def _empty(over: Any, *sizes: Any) -> Any:
 def _programs(family: Any, cfg: Any) -> dict[str, Any]:
     """The jitted functions of one architecture, shared by all models with this config."""
 
-    def forward(tokens: jax.Array, weights: Weights, kv: Any, pos: Any) -> Any:
+    def forward(tokens: jax.Array, weights: Weights, kv: Any, pos: Any, **options: Any) -> Any:
         pos = positions(tokens, kv, pos)
-        x, new = family.forward(cfg, tokens, weights, kv, pos)
+        x, new = family.forward(cfg, tokens, weights, kv, pos, **options)
         logits = family.logits(cfg, x, weights)
         return (logits if kv is None else jnp.where((pos < kv.length)[:, :, None], logits, jnp.nan)), new
 
@@ -229,4 +306,9 @@ def _programs(family: Any, cfg: Any) -> dict[str, Any]:
         x, _ = family.forward(cfg, tokens, weights, None, positions(tokens, None, pos), hidden=states)
         return [*states[:-1], x]
 
-    return {"forward": jax.jit(forward), "hidden": jax.jit(hidden)}
+    def with_activations(tokens: jax.Array, weights: Weights, kv: Any, pos: Any) -> Any:
+        states: list[jax.Array] = []
+        return forward(tokens, marked(family.PARAMS, weights), kv, pos, hidden=states), states
+
+    programs = {"forward": forward, "hidden": hidden, "activations": with_activations}
+    return {name: jax.jit(program) for name, program in programs.items()}

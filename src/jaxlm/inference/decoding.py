@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import cache_rows, sampling
+from jaxlm.inference import cache_rows, sampling, structured
 from jaxlm.inference.sampling import Counts, LogitsProcessor, Sampling
 from jaxlm.nn import kv_cache as caches
 
@@ -149,12 +149,12 @@ def sample_token(
         weights: The weights.
         state: The state of the batch.
         x: Hidden states [B,D] of the last tokens.
-        mask: The tokens that are allowed, as packed bits (sampling.apply_mask). None: all.
+        mask: The tokens that are allowed, as packed bits (structured.apply_mask). None: all.
     """
     logits = family.logits(cfg, x[:, None], weights)[:, 0]
     pos = jnp.where(state.pos < 0, -1, state.pos + 1)
     keys = sampling.step_keys(state.keys, pos)
-    more = processors if mask is None else (*processors, partial(sampling.apply_mask, bits=mask))
+    more = processors if mask is None else (*processors, partial(structured.apply_mask, bits=mask))
     token = sampling.sample(logits, state.sampling, keys, state.counts, state.bias, more)
     token = jnp.where(jnp.isfinite(jnp.max(jnp.abs(logits), axis=1)), token, NOT_FINITE)
     counts = None if state.counts is None else sampling.update(state.counts, token)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from jaxlm.devices import distributed
 from jaxlm.inference.prompts import resolve_max_tokens, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of, request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
+from jaxlm.inference.structured import Constraint, compile_grammar
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -26,20 +27,6 @@ class Logprobs(NamedTuple):
 
     chosen: float
     top: list[tuple[int, float]]
-
-
-class Constraint(Protocol):
-    """Decides on the host which tokens may come next: a grammar, for one answer."""
-
-    finished: bool  # nothing may follow but a stop token
-
-    def mask(self) -> np.ndarray:
-        """The tokens that are allowed next: [ceil(V/32)] uint32. Token i has bit i % 32 of word i // 32."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Takes the next token of the answer."""
-        ...
 
 
 class RequestOptions(SamplingOptions, total=False):
@@ -155,12 +142,13 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
     for name in SamplingOptions.__annotations__:
         more.pop(name, None)
     params = resolve(model, {name: value for name, value in options.items() if name not in more})
-    start, echo = _constraint(model, more), bool(more.get("echo"))
+    stops = stop_ids(model, params)
+    start, echo = _constraint(model, more, stops), bool(more.get("echo"))
     scored = bool(more.get("prompt_logprobs")) or (echo and params.logprobs is not None)
     if params.stop and model.tokenizer is None:
         raise ValueError(f"stop strings need a tokenizer, and {model.source} has none: use stop_token_ids")
     bias_of([params.logit_bias], model.config.V)  # raises for ids outside the vocabulary
-    stops, repeats = stop_ids(model, params), Counter[tuple[int, ...]]()
+    repeats = Counter[tuple[int, ...]]()
     requests = []
     for number, prompt in enumerate(prompts):
         try:
@@ -178,7 +166,7 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
     return requests
 
 
-def _constraint(model: "Model", more: Mapping[str, Any]) -> Callable[[], Constraint] | None:
+def _constraint(model: "Model", more: Mapping[str, Any], stops: frozenset[int]) -> Callable[[], Constraint] | None:
     """A function that starts the constraint of an answer; None if there is none."""
     given = {name: more[name] for name in ("schema", "regex", "grammar", "constraint") if more.get(name) is not None}
     if len(given) > 1:
@@ -187,6 +175,4 @@ def _constraint(model: "Model", more: Mapping[str, Any]) -> Callable[[], Constra
         return given.get("constraint")
     if model.tokenizer is None:
         raise ValueError(f"{next(iter(given))} needs a tokenizer, and {model.source} has none")
-    from jaxlm.inference.structured import compile_grammar
-
-    return compile_grammar(model.tokenizer, model.config.V, **given).start
+    return compile_grammar(model.tokenizer, model.config.V, stop_ids=sorted(stops), **given).start

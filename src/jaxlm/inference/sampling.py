@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlm.devices import mesh
 from jaxlm.inference.sampling_params import SamplingParams
@@ -113,18 +113,6 @@ def penalize(logits: Float[Array, "B V"], s: Sampling, counts: Counts) -> Float[
     logits = jnp.where(counts.seen, repeated, logits)
     logits -= s.presence_penalty[:, None] * (counts.generated > 0).astype(jnp.float32)
     return logits - s.frequency_penalty[:, None] * counts.generated.astype(jnp.float32)
-
-
-def apply_mask(logits: Float[Array, "B V"], bits: UInt32[Array, "B w"]) -> Float[Array, "B V"]:
-    """-inf for the tokens that are not allowed.
-
-    Args:
-        logits: [B,V] float32.
-        bits: [B,ceil(V/32)] uint32. Token i is allowed if bit i % 32 of word i // 32 is set.
-    """
-    words = jnp.repeat(bits, 32, axis=1)[:, : logits.shape[1]]
-    bit = jnp.arange(logits.shape[1], dtype=jnp.uint32) % 32
-    return jnp.where((words >> bit) & 1 == 1, logits, -jnp.inf)
 
 
 def process(

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import decoding, prefix_cache
+from jaxlm.inference import decoding, prefix_cache, structured
 from jaxlm.inference.compilation import CompiledSteps, shapes
 from jaxlm.inference.completion import CompletionChunk, Detokenization
 from jaxlm.inference.memory import CacheLengths
@@ -228,14 +228,14 @@ class Scheduler:
 
     def _masks(self, requests: Sequence[Request | None]) -> list[jax.Array]:
         """The tokens that are allowed next in each row, [B,ceil(V/32)] uint32, in a list; empty if all are."""
-        bits = np.full((len(requests), -(-self.model.config.V // 32)), 0xFFFFFFFF, np.uint32)
-        constrained = False
+        V = self.model.config.V
+        bits, constrained = np.tile(structured.all_bits(V), (len(requests), 1)), False
         for row, request in enumerate(requests):
             if request is None or request.constraint is None or request.finished:
                 continue
             constrained = True
             with self._failing(request):
-                bits[row] = request.constraint.mask()
+                [bits[row]] = structured.batch_masks([request.constraint], V)
                 if not bits[row].any():
                     raise ValueError("no token is allowed next: the grammar cannot be completed with this vocabulary")
         return [self.place(bits, "B")] if constrained else []

@@ -73,10 +73,6 @@ class Constraint(Protocol):
         """
         ...
 
-    def copy(self) -> "Constraint":
-        """An independent object in the same state, for several answers to one prompt."""
-        ...
-
 
 class Grammar:
     """A compiled grammar for a tokenizer (`compile_grammar`). It can be used from several threads."""

@@ -54,7 +54,7 @@ class TextStream:
             raise ValueError("an empty stop string matches any text: remove it from stop (--stop)")
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._bytes_of = _byte_level if _is_byte_level(tokenizer.hf) else _byte_fallback
+        self._bytes_of = bytes_of_byte_level if is_byte_level(tokenizer.hf) else bytes_of_fallback
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._before = [i for i in after[-1:] if i not in tokenizer.special_ids]  # the previous token in the text
         self._withheld = ""  # the end of the text, which may be the beginning of a stop string
@@ -100,7 +100,8 @@ class TextStream:
         return text[:released]
 
 
-def _is_byte_level(hf: Any) -> bool:
+def is_byte_level(hf: Any) -> bool:
+    """Whether the characters of a transformers tokenizer's tokens stand for bytes (`byte_alphabet`)."""
     from tokenizers.decoders import ByteLevel
 
     return hf.is_fast and isinstance(hf.backend_tokenizer.decoder, ByteLevel)
@@ -118,13 +119,14 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def _byte_level(token: str) -> bytes:
+def bytes_of_byte_level(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary."""
     alphabet = byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
     return token.encode()  # an added token is stored as plain text
 
 
-def _byte_fallback(token: str) -> bytes | None:
+def bytes_of_fallback(token: str) -> bytes | None:
     """The byte of a byte-fallback token ("<0xE4>"); None for other tokens."""
     return bytes.fromhex(token[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else None

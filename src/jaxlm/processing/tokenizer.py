@@ -2,16 +2,25 @@
 
 `Tokenizer` wraps a transformers tokenizer (attribute `hf`; PyTorch is not needed). It adds a BOS token exactly once,
 collects every EOS id of the checkpoint's files, and converts errors of tokenizers and templates to ValueError.
+
+Threads may share a Tokenizer. transformers sets truncation, padding and the splitting of special tokens on the Rust
+tokenizer before it encodes, and they stay set. A call with such options would change what other threads encode at the
+same time, so it runs alone.
 """
 
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jaxlm.processing.chat_template import THINKING, template_errors
+from jaxlm.processing.detokenizer import bytes_of_byte_level, bytes_of_fallback, is_byte_level
 from jaxlm.processing.gguf_tokenizer import from_gguf
 from jaxlm.processing.messages import ASSISTANT, json_arguments, near_role, normalize
+from jaxlm.processing.shared_lock import SharedLock
 from jaxlm.processing.tokenizer_files import (
     eos_ids,
     from_tokenizer_model,
@@ -23,6 +32,20 @@ from jaxlm.processing.tokenizer_files import (
 from jaxlm.processing.written import dropped
 
 Messages = Sequence[Mapping[str, Any]]
+# By transformers tokenizer, because several Tokenizers may have the same one, and locks cannot be pickled.
+_locks: WeakKeyDictionary[Any, SharedLock] = WeakKeyDictionary()
+_locks_change = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Forgets locks that threads of the parent process may hold."""
+    global _locks_change
+    _locks_change = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class NoChatTemplate(ValueError):
@@ -44,6 +67,7 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self.loaded_template: Any = hf.chat_template
         self.has_new_tokens: bool = False
+        self._added_ids: frozenset[int] | None = None  # ids of added tokens, when they are known
 
     @classmethod
     def load(
@@ -102,7 +126,13 @@ class Tokenizer:
         return getattr(self.hf, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.hf(*args, **kwargs)
+        with self._lock.exclusive():
+            return self.hf(*args, **kwargs)
+
+    @property
+    def _lock(self) -> SharedLock:
+        with _locks_change:
+            return _locks.setdefault(self.hf, SharedLock())
 
     def __len__(self) -> int:
         return len(self.hf)
@@ -139,8 +169,10 @@ class Tokenizer:
         known = self.hf.get_vocab().keys()
         if not new:
             return
-        self.hf.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-        self.has_new_tokens = True
+        with self._lock.exclusive():
+            special = [AddedToken(token, special=True, normalized=False) for token in new]
+            self.hf.add_tokens(special, special_tokens=True)
+        self.has_new_tokens, self._added_ids = True, None
         ids = [self.hf.convert_tokens_to_ids(token) for token in new if token not in known]
         if ids != list(range(size, size + len(ids))):
             raise ValueError(f"tokens cannot be added to {self.hf.name_or_path}: some ids below {size:,} have no token")
@@ -179,9 +211,9 @@ class Tokenizer:
             text: The text.
             add_special_tokens: Add the special tokens that the tokenizer adds to a text, such as BOS.
         """
-        with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot encode this text"):
+        with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot encode this text"), self._lock.shared():
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == leading_id(self.hf)
+            doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_id == leading_id(self.hf)
         return ids[1:] if doubled else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -194,6 +226,41 @@ class Tokenizer:
         ids = [int(token_id) for token_id in ids]
         with naming_errors(f"the tokenizer {self.hf.name_or_path} cannot decode these ids"):
             return self.hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token on its own: `token_bytes` as UTF-8. Bytes that are part of a character become U+FFFD.
+
+        Args:
+            token_id: Token id.
+        """
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text. Those of the ids of a text, joined, are the text as UTF-8.
+
+        The space that some tokenizers add before a text is among the bytes of its first token. A tokenizer may
+        normalize a text before it encodes it. A special token is written out: b"<|im_end|>".
+
+        Args:
+            token_id: Token id. An id that has no token, such as padding of the vocabulary, has no bytes.
+        """
+        token_id = int(token_id)
+        try:
+            token = self.hf.convert_ids_to_tokens(token_id)
+        except (IndexError, OverflowError):
+            token = None
+        if token is None:
+            return b""
+        if is_byte_level(self.hf):
+            if self._added_ids is None:
+                self._added_ids = frozenset(self.hf.added_tokens_decoder)
+            return token.encode() if token_id in self._added_ids else bytes_of_byte_level(token)
+        raw = bytes_of_fallback(token)
+        if raw is not None:
+            return raw
+        # Behind itself, because decoders change the first token of a text: they strip its space.
+        alone, twice = (self.decode([token_id] * n, skip_special=False) for n in (1, 2))
+        return twice[len(alone) :].encode()
 
     @property
     def has_template(self) -> bool:
