@@ -309,9 +309,9 @@ def test_a_grammar_that_becomes_too_complex(tokenizer) -> None:
     rules = [f'r{i}: "xy" "{i}"' for i in range(3000)]
     text = "\n".join(["start: " + " | ".join(f"r{i}" for i in range(3000)), *rules])
     constraint = compile_grammar(tokenizer, V, grammar=text).start()
-    with pytest.raises(ValueError, match="300. items"):
+    with pytest.raises(ValueError, match=r"300. items"):
         constraint.accept(tokenizer.encode("x")[0])
-    with pytest.raises(ValueError, match="300. items"):
+    with pytest.raises(ValueError, match=r"300. items"):
         constraint.mask()
     assert not constraint.finished
 

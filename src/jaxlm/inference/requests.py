@@ -175,4 +175,6 @@ def _constraint(model: "Model", more: Mapping[str, Any], stops: frozenset[int]) 
         return given.get("constraint")
     if model.tokenizer is None:
         raise ValueError(f"{next(iter(given))} needs a tokenizer, and {model.source} has none")
+    if not stops:
+        raise ValueError(f"{next(iter(given))} needs a stop token at the end of the answer: omit ignore_eos")
     return compile_grammar(model.tokenizer, model.config.V, stop_ids=sorted(stops), **given).start

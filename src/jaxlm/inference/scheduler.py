@@ -104,8 +104,8 @@ class Scheduler:
                 self._end(request)
             if self.joining is None:
                 self._admit()
-            if self.joining is not None:
-                self._prefill(self.joining)
+            if self.joining is not None and self._prefill(self.joining):
+                return  # the first tokens are returned before other programs are dispatched, or compiled
             busy = self._decode()
             if len(self._in_flight) > 1 or (self._in_flight and not busy):
                 self._fetch_tokens()
@@ -154,20 +154,24 @@ class Scheduler:
         rows, keep = (np.array([prefixes[r][i] for r in requests], np.int32) for i in (0, 1))
         return self.steps.take(kv, self.state.kv, *(self.place(a, "") for a in (rows, keep)))
 
-    def _prefill(self, joining: Prefill) -> None:
-        """Prefills one chunk. After the last one, samples the first tokens and inserts the rows."""
-        if all(request.finished for request in joining.requests):  # cancelled
-            self.joining = None
-            return self._insert(joining)
-        joining.run_chunk()
-        if joining.pieces:
-            return None
-        output = joining.sample(*self._masks(joining.padded))
+    def _prefill(self, joining: Prefill) -> bool:
+        """Prefills one chunk. After the last one, samples the first tokens, and in the next step inserts the rows.
+
+        Returns:
+            Whether the first tokens have come.
+        """
+        if joining.pieces and not all(request.finished for request in joining.requests):
+            joining.run_chunk()
+            if joining.pieces:
+                return False
+            output = joining.sample(*self._masks(joining.padded))
+            self._in_flight.append((output, list(enumerate(joining.requests))))
+            while self._in_flight:
+                self._fetch_tokens()
+            return True
         self.joining = None
-        self._in_flight.append((output, list(enumerate(joining.requests))))
-        while self._in_flight:  # the first token is returned immediately, not after the next program
-            self._fetch_tokens()
-        return self._insert(joining)
+        self._insert(joining)
+        return False
 
     def _insert(self, joining: Prefill) -> None:
         """Inserts requests into their rows, also those that ended with their first token if prefixes are kept."""
