@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
-from jax.typing import ArrayLike
 
 from jaxlm.nn import params
 from jaxlm.nn.linear import WeightForm, einsum
 
-Patch = Callable[[jax.Array], ArrayLike] | ArrayLike  # a function of an activation, or what takes its place
+# A function of an activation, or what takes its place.
+Patch = Callable[[jax.Array], Any] | jax.Array | np.ndarray | float
 MARK = "activation: "  # the beginning of the names of marked products in a jaxpr
 CONTRIBUTIONS = ("attention", "mlp")  # what a layer adds to the residual stream, in this order
 BETWEEN = "residual_mid"

@@ -63,8 +63,9 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(jobs))]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + 60
     for thread in threads:
-        thread.join(30)
+        thread.join(max(0, end - time.monotonic()))
     assert not any(thread.is_alive() for thread in threads)
     return results
 
