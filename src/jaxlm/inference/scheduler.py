@@ -225,7 +225,8 @@ class Scheduler:
         else:
             state, output = self.steps.step(k, n, state)
         self.state = state
-        self._in_flight.append((output, busy))
+        running = [(row, slot.request) for row, slot in enumerate(self.rows) if slot.request and slot.running]
+        self._in_flight.append((output, running))  # also those whose last tokens are in flight
         for slot in slots:
             slot.pos, slot.left = slot.pos + n, slot.left - n
         return True
