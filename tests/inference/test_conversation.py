@@ -51,7 +51,7 @@ def llama() -> Model:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches whose edges are near."""
     monkeypatch.setitem(hardware.CHUNK, "cpu", CHUNK)
-    monkeypatch.setattr(memory, "SMALLEST_CACHE", (64, 64, 64))
+    monkeypatch.setattr(memory, "PREFILL_CACHE", 64)
 
 
 def talk(model: Model, **options) -> Conversation:

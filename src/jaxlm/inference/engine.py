@@ -173,7 +173,7 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether there are requests that have not ended, or chunks that no `step` has returned."""
-        return bool(self._inbox or self.scheduler.answers or self.scheduler.chunks)
+        return bool(self._inbox or self.scheduler.chunks or self.scheduler.has_work)
 
     # Clients
 
@@ -193,7 +193,7 @@ class Engine:
             self.scheduler.add(self._inbox[0])
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
         self.scheduler.advance()
-        if not self.scheduler.answers:
+        if not self.scheduler.has_work:
             self.steps.cancel()
 
     def stream(self, prompt: Any, **options: Unpack[RequestOptions]) -> Iterator[CompletionChunk]:
@@ -251,7 +251,7 @@ class Engine:
         """Runs steps while there are requests."""
         while True:
             with self._changed:
-                while not (self._closed or self._inbox or self.scheduler.answers):
+                while not (self._closed or self._inbox or self.scheduler.has_work):
                     self._changed.wait()
                 if self._closed:
                     return

@@ -95,6 +95,11 @@ class Scheduler:
         self.waiting.append(request)
         self.answers[request] = Detokenization(self.steps, request)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there are requests that have not ended, or that have not left their row."""
+        return bool(self.answers or self.joining is not None)
+
     def advance(self) -> None:
         """Runs one chunk of a prefill and one decode program, as far as there are requests. If a program fails, the
         requests that have a row end with its error, because the arrays that it took are gone."""
@@ -277,13 +282,16 @@ class Scheduler:
     def _fetch_tokens(self) -> None:
         """Copies the tokens of the oldest program to the host."""
         output, where = self._in_flight.popleft()
-        tokens, scores = jax.device_get(output)
+        tokens, logprobs = jax.device_get(output)
         for n in range(tokens.shape[0]):
             for row, request in where:
+                token = int(tokens[n, row])
                 if not request.finished:
-                    self._add_token(
-                        request, int(tokens[n, row]), None if scores is None else tuple(a[n, row] for a in scores)
-                    )
+                    scores = None if logprobs is None else tuple(a[n, row] for a in logprobs)
+                    self._add_token(request, token, scores)
+                elif token == decoding.NOT_FINITE and request.tokens:  # after the end of an answer
+                    self.rows[row].ids = prefix_cache.NO_TOKENS
+                    self._not_finite.add(row)
 
     def _add_token(self, request: Request, token: int, scores: tuple[np.ndarray, ...] | None) -> None:
         """Adds a token to an answer, and decides whether the answer ends."""
