@@ -114,18 +114,17 @@ OPTIONAL = {"lm-eval", "llama-models", "fairscale"}  # the oracle tier has them
 
 # Modules whose documentation, or list of public names, covers what they hold.
 PUBLIC = set("""
-    datasets filelock flax flax.nnx google.protobuf grain huggingface_hub huggingface_hub.errors huggingface_hub.utils
-    jax jax.ad_checkpoint jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy jax.random jax.sharding
-    jax.tree jax.tree_util jax.typing jinja2 jinja2.exceptions jinja2.ext jinja2.meta jinja2.nodes jinja2.sandbox llguidance
-    lm_eval
-    lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib matplotlib.figure matplotlib.ticker ml_dtypes numpy
-    numpy.random optax optax.contrib jaxtyping pyarrow pyarrow.ipc pyarrow.parquet
-    optax.tree optax.tree_utils orbax.checkpoint prompt_toolkit prompt_toolkit.application
-    prompt_toolkit.filters prompt_toolkit.output rich.cells rich.console rich.markup rich.progress
-    rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers tokenizers.decoders
-    tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors tokenizers.trainers torch
-    torch.distributed tqdm
-    transformers transformers.utils transformers.utils.logging tyro tyro.conf tyro.extras wandb yaml
+    datasets filelock flax flax.nnx google.protobuf grain huggingface_hub huggingface_hub.errors
+    huggingface_hub.utils jax jax.ad_checkpoint jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy
+    jax.random jax.sharding jax.tree jax.tree_util jax.typing jinja2 jinja2.exceptions jinja2.ext jinja2.meta
+    jinja2.nodes jinja2.sandbox llguidance lm_eval lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib
+    matplotlib.figure matplotlib.ticker ml_dtypes numpy numpy.random optax optax.contrib jaxtyping pyarrow
+    pyarrow.ipc pyarrow.parquet optax.tree optax.tree_utils orbax.checkpoint prompt_toolkit
+    prompt_toolkit.application prompt_toolkit.filters prompt_toolkit.output rich.cells rich.console rich.markup
+    rich.progress rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers
+    tokenizers.decoders tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors
+    tokenizers.trainers torch torch.distributed tqdm transformers transformers.utils transformers.utils.logging tyro
+    tyro.conf tyro.extras wandb yaml
 """.split())  # fmt: skip  # noqa: SIM905
 # Private by its looks alone.
 PUBLIC_NAMES = {"os._exit"}

@@ -57,6 +57,14 @@ class Generate(SamplingFlags, ModelFlags):
     of its line."""
     batch_size: int | None = None
     """Number of --prompts to decode together. The default depends on the platform."""
+    n: int = 1
+    """Number of answers to each prompt, printed as JSON objects."""
+    json_schema: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File with the JSON schema of the answer."""
+    regex: str | None = None
+    """Regular expression that the whole answer matches."""
+    grammar: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File with the grammar of the answer, in Lark syntax."""
     system: str | None = None
     """System message. Needs a chat template."""
     raw: bool = False
@@ -80,13 +88,25 @@ class Generate(SamplingFlags, ModelFlags):
 
         prompts = [self._ids(model, line, args) for line in lines]
         note_continued(lines, args)
-        chunks = stream(model, prompts, batch_size=self.batch_size, **self.sampling())
-        if self.prompts or self.json or self.logprobs is not None:
+        options: Any = {**self.sampling(), **self._structure()}
+        chunks = stream(model, prompts, n=self.n, batch_size=self.batch_size, **options)
+        if self.prompts or self.json or self.n > 1 or self.logprobs is not None:
             opened = [not self.raw and inside_reasoning(model, ids) for ids in prompts]
-            print_answers(chunks, model, [line.fields for line in lines], opened)
+            print_answers(chunks, model, [line.fields for line in lines], opened, self.n)
         else:
             print_text(chunks, prompts[0], model)
         return 0
+
+    def _structure(self) -> dict[str, Any]:
+        """What the answer must match, as arguments of jaxlm.generate."""
+        found: dict[str, Any] = {"regex": self.regex}
+        for name, flag, path in (("schema", "--json-schema", self.json_schema), ("grammar", "--grammar", self.grammar)):
+            if path is not None:
+                with explain_errors(
+                    f"{flag} {path} cannot be read", "pass a UTF-8 file", (OSError, UnicodeDecodeError)
+                ):
+                    found[name] = path.read_text(encoding="utf-8")
+        return found
 
     def _lines(self) -> list[PromptLine]:
         """The prompts."""
@@ -187,7 +207,7 @@ def inside_reasoning(model: "Model", prompt: list[int]) -> bool:
 
 
 def print_answers(
-    chunks: "Iterator[CompletionChunk]", model: "Model", fields: list[dict[str, Any]], opened: list[bool]
+    chunks: "Iterator[CompletionChunk]", model: "Model", fields: list[dict[str, Any]], opened: list[bool], n: int = 1
 ) -> None:
     """Prints one JSON object per prompt on stdout, in the order of the prompts, and a progress count on stderr.
 
@@ -196,14 +216,16 @@ def print_answers(
         model: The model.
         fields: Further fields of each prompt, which are printed with its answer.
         opened: Whether each prompt ends inside a reasoning block.
+        n: Number of answers to each prompt.
     """
-    count, printed = len(fields), 0
+    count, printed = len(fields) * n, 0
     answers: list[list[CompletionChunk]] = [[] for _ in range(count)]
     for chunk in chunks:
-        answers[chunk.index].append(chunk)
+        answers[chunk.index * n + chunk.sample].append(chunk)
         while printed < count and answers[printed] and answers[printed][-1].finish_reason:
             erase_line()
-            print_json(fields[printed] | record(answers[printed], model, opened[printed]))
+            sample = {"sample": printed % n} if n > 1 else {}
+            print_json(fields[printed // n] | record(answers[printed], model, opened[printed // n]) | sample)
             printed += 1
             if count > 1:
                 progress_line(f"{printed} of {count} done")
@@ -232,7 +254,15 @@ def record(chunks: "list[CompletionChunk]", model: "Model", opened: bool = False
     }
     if last.logprobs is not None:
         out["logprobs"] = [
-            x and {"logprob": x.chosen, "top": [{"id": i, "logprob": v} for i, v in x.top]}
+            x
+            and {
+                "token": x.text,
+                "logprob": x.chosen,
+                "top": [
+                    {"id": i, "token": text, "logprob": v}
+                    for (i, v), text in zip(x.top, x.top_texts or [""] * len(x.top))
+                ],
+            }
             for chunk in chunks
             for x in chunk.logprobs or []
         ]

@@ -74,7 +74,7 @@ WRITTEN = {"Output": ["out", "dtype", "type", "format", "force"], "Model": MODEL
 # without a group are under "Arguments" if they are positional, else under "Options".
 GROUPS: dict[str, dict[str, list[str]]] = {
     "generate": {
-        "Prompt": ["prompt", "prompts", "batch_size", "system", "raw", "no_think", "template_arg"],
+        "Prompt": ["prompt", "prompts", "batch_size", "n", "system", "raw", "no_think", "template_arg"],
         "Model": MODEL, "Sampling": SAMPLING, "Output": ["json"], "Distributed": DISTRIBUTED,
     },
     "chat": {

@@ -91,7 +91,7 @@ class Detokenization:
             self.compiled[1] = self.steps.seconds
         self.tokens.append(token)
         if logprobs is not None:
-            self.logprobs.append(logprobs)
+            self.logprobs.append(logprobs.with_texts(self.steps.model.tokenizer, token))
         text = ""
         if self.text is not None:
             if request.finished != "stop":
@@ -114,8 +114,11 @@ class Detokenization:
         """A chunk with this text and the tokens since the last one."""
         request, tokens, scores = self.request, self.tokens, self.logprobs
         self.tokens, self.logprobs = [], []
+        tokenizer = self.steps.model.tokenizer
+        if self.is_first and request.prompt_scores:
+            pairs = zip(request.ids, request.prompt_scores)
+            request.prompt_scores = [each and each.with_texts(tokenizer, token) for token, each in pairs]
         if self.is_first and request.echo:
-            tokenizer = self.steps.model.tokenizer
             text = ("" if tokenizer is None else tokenizer.decode(request.ids, skip_special=True)) + text
             tokens, scores = [*request.ids, *tokens], [*(request.prompt_scores or []), *scores]
         chunk = CompletionChunk(text)

@@ -18,15 +18,29 @@ from jaxlm.inference.structured import Constraint, compile_grammar
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
+    from jaxlm.processing.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20  # top log-probabilities that a program returns
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities (in nats) under the raw logits: of the token, and of the most likely tokens (id, value)."""
+    """Log-probabilities (in nats) under the raw logits: of the token, and of the most likely tokens (id, value).
+
+    `text` is the text of the token, and `top_texts` those of the most likely tokens; empty without a tokenizer.
+    """
 
     chosen: float
     top: list[tuple[int, float]]
+    text: str = ""
+    top_texts: tuple[str, ...] = ()
+
+    def with_texts(self, tokenizer: "Tokenizer | None", token: int) -> "Logprobs":
+        """The same with texts."""
+        if tokenizer is None:
+            return self
+        return self._replace(
+            text=tokenizer.token_text(token), top_texts=tuple(tokenizer.token_text(i) for i, _ in self.top)
+        )
 
 
 class RequestOptions(SamplingOptions, total=False):
