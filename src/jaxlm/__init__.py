@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxlm.evaluation.perplexity import evaluate as evaluate
     from jaxlm.exporting import export as export
     from jaxlm.inference.conversation import Conversation as Conversation
+    from jaxlm.inference.engine import Engine as Engine
     from jaxlm.inference.generation import generate as generate
     from jaxlm.inference.generation import stream as stream
     from jaxlm.inference.sampling_params import SamplingParams as SamplingParams
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Conversation": "jaxlm.inference.conversation",
+    "Engine": "jaxlm.inference.engine",
     "Model": "jaxlm.model",
     "SamplingParams": "jaxlm.inference.sampling_params",
     "evaluate": "jaxlm.evaluation.perplexity",
@@ -33,7 +35,7 @@ _HOME = {
     "verify": "jaxlm.verification",
 }
 __all__ = [
-    "Conversation", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate", "load",
+    "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate", "load",
     "stream", "train", "use_compilation_cache", "verify",
 ]  # fmt: skip
 

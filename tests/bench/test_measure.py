@@ -1,17 +1,18 @@
 """Prefill and decoding timed with a tiny model: what runs, in which order, and what counts."""
 
 import dataclasses
+import threading
 from collections import Counter
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from helpers.tiny_models import tiny
 
-from jaxlm.bench import measure
 from jaxlm.bench.cases import Case, Sample
 from jaxlm.bench.measure import Jaxlm, Session
 from jaxlm.devices import hardware
-from jaxlm.inference import decoding
+from jaxlm.inference import compilation, decoding
 from jaxlm.inference.compilation import CompiledSteps
 
 
@@ -139,12 +140,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(model, monkeypatch) -
         Session(model, [Case("prefill", 40_000, 0, 1)], 1).run(lambda text, seconds: None)
 
 
-def test_waits_for_programs_that_are_compiled_in_the_background() -> None:
-    import threading
-
-    go = threading.Event()
-    thread = threading.Thread(target=go.wait, name="jaxlm-compile_0")
-    thread.start()
-    threading.Timer(0.2, go.set).start()
-    measure.wait_for_compilation()
-    assert not thread.is_alive()
+def test_waits_for_programs_that_are_compiled_in_the_background(monkeypatch) -> None:
+    future: Future[None] = Future()
+    monkeypatch.setattr(compilation, "_running", {future})
+    threading.Timer(0.2, future.set_result, (None,)).start()
+    compilation.wait_for_background()
+    assert future.done()

@@ -3,6 +3,7 @@
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from itertools import combinations_with_replacement, islice
 from types import SimpleNamespace
 from typing import Any
@@ -55,14 +56,12 @@ def compiled() -> Iterator[list[str]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling is fast with tiny models: as with others, programs that are needed next are traced meanwhile."""
-    monkeypatch.setattr(compilation, "WORKERS", 8)
     monkeypatch.setattr(compilation, "wait", lambda *args, **kwargs: SimpleNamespace(done=set()))
 
 
 def finish_compiling() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("jaxlm-compile"):
-            thread.join()
+    while compilation._running:  # a callback may come after the end of a program
+        futures.wait([*compilation._running])
 
 
 def ids(length: int) -> list[int]:
@@ -220,7 +219,6 @@ class Slow:
 def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, prefill is compiled when the first token has been traced, and insert when decode has. The notices are those
     of the programs that were waited for, in the caller's thread."""
-    monkeypatch.setattr(compilation, "WORKERS", 4)
     model, lower, traced = model_with(4008), compilation.lower_program, []
     reached = defaultdict(threading.Event)
 
@@ -284,5 +282,5 @@ def test_interrupt_drops_the_programs_that_wait(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(compilation, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
-    assert [(steps._expected, steps._workers, steps._compiling) for steps in cancelled[:1]] == [([], None, {})]
+    assert [(steps._expected, steps._compiling) for steps in cancelled[:1]] == [([], {})]
     assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4

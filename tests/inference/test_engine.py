@@ -343,7 +343,7 @@ def test_logits_processors_run_on_the_device() -> None:
     only = [7, 11]
     allowed = jnp.zeros(199).at[jnp.array(only)].set(1.0)
     answers = jaxlm.generate(
-        model, [[3, 4], [5]], max_tokens=12, temperature=1.0, ignore_eos=True,
+        model, [[3, 4], [5]], max_tokens=12, temperature=100.0, ignore_eos=True, seed=0,
         logits_processors=[lambda logits: jnp.where(allowed > 0, logits, -jnp.inf)],
     )  # fmt: skip
     assert {token for answer in answers for token in answer.tokens} == {*only}

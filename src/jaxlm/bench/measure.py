@@ -5,7 +5,6 @@ every round. Jaxlm and its rivals take turns in a round, so that a busy machine 
 """
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.bench import limits, memory_use
 from jaxlm.bench.cases import OURS, Case, Contestant, Row, Sample
 from jaxlm.inference import generation
+from jaxlm.inference.compilation import wait_for_background
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.memory import check_memory
@@ -81,13 +81,6 @@ class Jaxlm:
         return Sample(seconds, engine.steps.seconds, [seconds] * len(prompts))
 
 
-def wait_for_compilation() -> None:
-    """Waits for programs that are compiled in the background. They would slow down what is measured next."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("jaxlm-compile"):
-            thread.join()
-
-
 Progress = Callable[[str, float | None], None]  # what runs now, and seconds that are left, if they are known
 
 
@@ -148,7 +141,7 @@ class Session:
             memory_use.reset_peak()
         sample = who.run(case, prompts)
         if who.name == OURS and sample is not None:
-            wait_for_compilation()
+            wait_for_background()
             row.compile_seconds += sample.compile_seconds
             if counted:
                 row.samples.append(sample)

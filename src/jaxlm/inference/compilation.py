@@ -33,6 +33,18 @@ def executables(family: Any, cfg: Any) -> dict[Any, Any]:
 
 PATIENCE = 0.3  # seconds in which a program that is on disk is there; others are traced after them
 WORKERS = min(4, os.cpu_count() or 1)  # programs that are compiled at the same time
+_running: set[Future[Any]] = set()  # programs that are compiled now, or will be
+
+
+@lru_cache(maxsize=1)
+def _workers() -> ThreadPoolExecutor:
+    """The threads that compile, for the whole process."""
+    return ThreadPoolExecutor(WORKERS, "jaxlm-compile")
+
+
+def wait_for_background() -> None:
+    """Waits until no program is compiled any more."""
+    wait([*_running])
 
 
 class CompiledSteps:
@@ -64,7 +76,6 @@ class CompiledSteps:
         self._ahead: bool = False  # compile programs without running them
         self._expected: list[Callable[[], Any]] = []
         self._compiling: dict[Any, Future[Any]] = {}
-        self._workers: ThreadPoolExecutor | None = None
         self._weights = signature(model.weights)  # computed once, because there are hundreds of arrays
 
     def expect(self, *calls: Callable[[], Any]) -> None:
@@ -78,9 +89,9 @@ class CompiledSteps:
     def cancel(self) -> None:
         """Drops the programs of `expect` that are not being compiled yet. Those that are will be kept."""
         self._expected = []
-        if self._workers is not None:
-            self._workers.shutdown(wait=False, cancel_futures=True)
-        self._workers, self._compiling = None, {}
+        for future in [*self._compiling.values()]:
+            future.cancel()
+        self._compiling = {}
 
     def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
         return self._run("prefill", self._bound(decoding.prefill), (), (1, 2), True, kv, last, tokens, pos)
@@ -167,8 +178,9 @@ class CompiledSteps:
             return self._compiling[key]
         lowered, future = lower_program(function, donate, args), Future()
         if self._beside:
-            self._workers = self._workers or ThreadPoolExecutor(WORKERS, "jaxlm-compile")
-            self._compiling[key] = future = self._workers.submit(compiled)
+            self._compiling[key] = future = _workers().submit(compiled)
+            _running.add(future)
+            future.add_done_callback(_running.discard)
             future.add_done_callback(lambda _: self._compiling.pop(key, None))
         else:
             future.set_result(compiled())
