@@ -35,8 +35,8 @@ _HOME = {
     "verify": "jaxlm.verification",
 }
 __all__ = [
-    "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate", "load",
-    "stream", "train", "use_compilation_cache", "verify",
+    "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate",
+    "load", "stream", "train", "use_compilation_cache", "verify",
 ]  # fmt: skip
 
 
