@@ -56,20 +56,25 @@ class Prefill:
             rings: Whether sliding-window layers have ring buffers.
             take: Copies cached prefixes into an empty KV cache, given the requests of its rows.
         """
-        model = self.model = steps.model
-        self.steps, self.requests, self.full = steps, requests, full
+        model = steps.model
+        self.steps: CompiledSteps = steps
+        self.model: Model = model
+        self.requests: list[Request] = requests
+        self.full: bool = full
         rows = mesh.round_up_batch(1 << (len(requests) - 1).bit_length(), model.mesh)
-        self.padded = requests + [requests[-1]] * (rows - len(requests))
+        self.padded: list[Request] = requests + [requests[-1]] * (rows - len(requests))
         length = next(length for length in lengths if length >= max(len(r.ids) for r in requests))
         sizes = decoding.chunk_sizes(model.device.platform, rows)
-        self.kv = model.init_kv(rows, length, chunk=sizes[0] if rings else None)
+        self.kv: caches.KVCache = model.init_kv(rows, length, chunk=sizes[0] if rings else None)
         if take is not None:
             self.kv = take(self.kv, self.padded)
-        self.last = no_hidden_state(model, rows)
-        self.part = new_rows(model, self.padded, full)
+        self.last: jax.Array = no_hidden_state(model, rows)
+        self.part: State = new_rows(model, self.padded, full)
         starts = [r.cached for r in self.padded]
         rest = [r.ids[start:] for r, start in zip(self.padded, starts)]
-        self.pieces = deque(decoding.chunks(rest, starts, [min(self.kv.chunk, size) for size in sizes]))
+        self.pieces: deque[tuple[np.ndarray, np.ndarray]] = deque(
+            decoding.chunks(rest, starts, [min(self.kv.chunk, size) for size in sizes])
+        )
         self._scores: list[tuple[np.ndarray, Any]] = []  # positions of a chunk, and its log-probabilities
         # The KV cache is not an argument of `sample_token`, which is compiled once for all prompt lengths.
         then = partial(steps.sample_token, self.k, *shapes((self.part, self.last)))

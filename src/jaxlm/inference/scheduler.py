@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,6 +33,9 @@ from jaxlm.inference.prefill import Prefill, empty_rows, logprobs_of, small_pref
 from jaxlm.inference.prefix_cache import NO_PREFIX, Prefix, Slot
 from jaxlm.inference.requests import MAX_LOGPROBS, Request
 from jaxlm.nn import kv_cache as caches
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
 
 # Prompts that are prefilled together, at most. More would compile more programs. Chunks have as many tokens in all.
 MAX_JOINING = 16
@@ -69,8 +72,11 @@ class Scheduler:
             prefix_cache: Whether new requests reuse the keys and values of earlier ones. Sliding-window layers then
                 store all positions.
         """
-        self.steps, self.model = steps, steps.model
-        self.slots, self.lengths, self.prefix_cache = slots, lengths, prefix_cache
+        self.steps: CompiledSteps = steps
+        self.model: Model = steps.model
+        self.slots: int = slots
+        self.lengths: CacheLengths = lengths
+        self.prefix_cache: bool = prefix_cache
         self.rings: bool = not prefix_cache or not any(self.model.config.windows)
         self.max_joining: int = mesh.round_up_batch(min(slots, MAX_JOINING), self.model.mesh)
         self.waiting: deque[Request] = deque()
@@ -78,7 +84,7 @@ class Scheduler:
         self.chunks: list[CompletionChunk] = []
         self.hits: int = 0
         self.prompt_tokens: int = 0
-        self._clock = 0
+        self._clock: int = 0
         self.reset()
 
     def reset(self) -> None:
