@@ -106,12 +106,12 @@ def replaced(table: Any, name: str, value: Any) -> Iterator[None]:
     """Changes one of the library's tables for the programs that are compiled inside."""
     before = getattr(table, name)
     setattr(table, name, value)
-    compilation.executables.cache_clear()
+    compilation.clear_executables()
     try:
         yield
     finally:
         setattr(table, name, before)
-        compilation.executables.cache_clear()
+        compilation.clear_executables()
 
 
 def compiler_options(**options: Any) -> Any:
@@ -231,7 +231,7 @@ def decode_small(run: Run) -> None:
 
 def decode(run: Run, model: jaxlm.Model, rows: int, depth: int, steps: int, slots: int | None = None) -> dict[str, Any]:
     """Times the last TIMED decoding steps up to a depth."""
-    compilation.executables.cache_clear()  # compiles also what an earlier case has compiled
+    compilation.clear_executables()  # compiles also what an earlier case has compiled
     compiled, start = compilation.CompiledSteps(model), depth - TIMED
     state = full_state(model, rows, start, slots or decoding.bucket(depth))
     used = (model.device.memory_stats() or {}).get("bytes_in_use")

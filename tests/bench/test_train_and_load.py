@@ -113,14 +113,16 @@ def test_a_fresh_process(folder) -> None:
 
 
 def test_the_peak_is_reset(monkeypatch, tmp_path) -> None:
-    """Some sandboxes do not let a process write to its own clear_refs; the peak then is that of the whole process."""
+    """Some sandboxes do not let a process write to its own clear_refs; the peak then is that of the whole process. In
+    some, memory that was freed still counts as resident."""
     cpu = jax.devices("cpu")[0]
     block = np.ones(100_000_000, np.uint8)
-    high = memory_use.peak(cpu)
+    high, full = memory_use.peak(cpu), memory_use.resident()
     assert high is not None
     assert high > 100_000_000
     del block
-    if memory_use.reset_peak():
+    now = memory_use.resident()
+    if memory_use.reset_peak() and full is not None and now is not None and full - now > 90_000_000:
         assert memory_use.peak(cpu) < high - 50_000_000  # pyright: ignore[reportOptionalOperand]
     block = np.ones(100_000_000, np.uint8)
     del block

@@ -17,7 +17,7 @@ from jaxlm import Model
 from jaxlm.checkpoint.writer import gather_rows
 from jaxlm.devices import mesh, topology
 from jaxlm.inference import cache_rows, sampling
-from jaxlm.inference.compilation import executables
+from jaxlm.inference.compilation import clear_executables, executables
 from jaxlm.inference.requests import MAX_LOGPROBS
 from jaxlm.nn import attention_cpu, attention_reference, params
 
@@ -88,13 +88,13 @@ def test_the_decoding_step_of_accelerators_writes_the_same_text(
 ) -> None:
     """On one device and on a mesh. Gemma has ring buffers."""
     model = model_of("gemma3")
-    executables.cache_clear()  # a case that failed has left its programs
+    clear_executables()  # a case that failed has left its programs
     expected = texts(model, temperature=0)
     monkeypatch.setattr(attention_cpu, "over_cache", attention_reference.over_cache)
-    executables.cache_clear()
+    clear_executables()
     there = spread(model, make(spec)) if spec else replace(model)
     assert texts(there, temperature=0) == expected
-    executables.cache_clear()
+    clear_executables()
 
 
 def test_a_model_that_is_not_on_the_default_device_generates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_on_the_default_device_generates(monkeypatch: pytest
     from jaxlm.inference import compilation
 
     monkeypatch.setattr(compilation, "PATIENCE", 0.0)
-    executables.cache_clear()
+    clear_executables()
     model = model_of("llama3")
     there = replace(model, weights=jax.device_put(model.weights, jax.devices()[3]))
     assert there.device == jax.devices()[3]
@@ -171,7 +171,7 @@ def test_sampling_does_not_gather_the_logits() -> None:
     """The shards of the vocabulary exchange counts and k candidates each, never logits. Ties are ordered by id."""
     model = tiny("qwen3", vocab_size=256, num_hidden_layers=1)
     there = spread(model, make("data=2,model=4"))
-    executables(there.family, there.config).clear()
+    clear_executables()
     options: Any = {"max_tokens": 12, "ignore_eos": True, "temperature": 1.0, "top_p": 0.9, "seed": 1, "logprobs": 5}
     for a, b in zip(*(jaxlm.generate(m, PROMPTS, **options) for m in (model, there))):
         assert a.tokens == b.tokens

@@ -1,10 +1,12 @@
 """What compiles and what does not: every program that jax compiles is counted, also those of single operations."""
 
+import gc
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from itertools import combinations_with_replacement, islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilat
 import jaxlm
 from jaxlm.devices import hardware
 from jaxlm.inference import compilation, decoding, memory
-from jaxlm.inference.compilation import CompiledSteps, executables
+from jaxlm.inference.compilation import CompiledSteps, clear_executables, executables
 from jaxlm.inference.prefill import DEFAULT_PARAMS
 from jaxlm.inference.requests import Request
 from jaxlm.model import Model
@@ -268,7 +270,7 @@ def test_error_of_the_compiler_reaches_the_caller(program: str, monkeypatch: pyt
         with pytest.raises(RuntimeError, match="out of registers"):
             jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
     assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4
-    executables(model.family, model.config).clear()  # for the other program
+    clear_executables()  # for the other program
 
 
 def test_interrupt_drops_the_programs_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,3 +286,54 @@ def test_interrupt_drops_the_programs_that_wait(monkeypatch: pytest.MonkeyPatch)
             jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
     assert [(steps._expected, steps._compiling) for steps in cancelled[:1]] == [([], {})]
     assert len(jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY).tokens) == 4
+
+
+def test_the_programs_of_the_process_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all models together."""
+    clear_executables()
+    monkeypatch.setattr(compilation, "MAX_EXECUTABLES", 5)
+    models = [model_with(n) for n in (4020, 4021)]
+    for model in models:
+        jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
+        compilation.wait_for_background()
+    assert sum(len(executables(m.family, m.config)) for m in models) == 5
+    clear_executables()
+
+
+def test_the_program_used_longest_ago_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_executables()
+    monkeypatch.setattr(compilation, "MAX_EXECUTABLES", 3)
+    for n in (0, 1, 2):
+        compilation._keep(("architecture", n), str(n))
+    assert compilation._find(("architecture", 0)) == "0"
+    compilation._keep(("architecture", 3), "3")
+    assert [compilation._find(("architecture", n)) for n in range(4)] == ["0", None, "2", "3"]
+    clear_executables()
+
+
+def test_programs_are_evicted_before_mappings_run_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process without mappings left crashes."""
+    clear_executables()
+    for name, text in (("MAPS", "a mapping\n" * 70), ("MAX_MAP_COUNT", "100\n")):
+        monkeypatch.setattr(compilation, name, tmp_path / name)
+        (tmp_path / name).write_text(text)
+    for n in range(8):
+        compilation._keep(("architecture", n), n)
+    assert [n for n in range(8) if compilation._find(("architecture", n)) is not None] == [*range(8)]
+    (tmp_path / "MAPS").write_text("a mapping\n" * 71)
+    compilation._keep(("architecture", 8), 8)
+    assert [n for n in range(9) if compilation._find(("architecture", n)) is not None] == [*range(2, 9)]
+    clear_executables()
+
+
+@pytest.mark.skipif(not compilation.MAPS.exists(), reason="Linux only")
+def test_an_evicted_program_leaves_no_mappings() -> None:
+    clear_executables()
+    model = model_with(4022)
+    jaxlm.generate(model, ids(9), max_tokens=4, **GREEDY)
+    compilation.wait_for_background()
+    before = compilation.mappings()
+    count = len(executables(model.family, model.config))
+    clear_executables()
+    gc.collect()
+    assert before - compilation.mappings() > count * 5 / int(compilation.MAX_MAP_COUNT.read_text())

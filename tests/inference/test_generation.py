@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.devices import hardware
 from jaxlm.inference import memory
-from jaxlm.inference.compilation import CompiledSteps, executables
+from jaxlm.inference.compilation import CompiledSteps, clear_executables, executables
 from jaxlm.inference.memory import cache_bytes
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -180,7 +180,7 @@ def test_new_length_and_sampling_parameters_do_not_compile():
     for n in (3, 5, 7, 28):
         jaxlm.generate(model, (PROMPT * 4)[:n], max_tokens=60 - 2 * n, temperature=0.5, seed=n, top_k=n)
     assert len(executables(model.family, model.config)) == count
-    executables(model.family, model.config).clear()
+    clear_executables()
     for logprobs in (11, 3):  # another number of them compiles nothing
         jaxlm.generate(model, PROMPT, max_tokens=1, temperature=0, logprobs=logprobs)
         count, before = len(executables(model.family, model.config)), count if logprobs == 3 else 0

@@ -88,7 +88,8 @@ def test_a_cache_that_forgets_the_window_fails(monkeypatch) -> None:
 
     model = tiny("gemma3", num_hidden_layers=1, layer_types=[SLIDING])
     monkeypatch.setattr(model.family, "attend", attend)
-    monkeypatch.setattr("jaxlm.inference.compilation.executables", lambda family, cfg: {})
+    monkeypatch.setattr("jaxlm.inference.compilation._find", lambda key: None)
+    monkeypatch.setattr("jaxlm.inference.compilation._keep", lambda key, program: None)
     failed = [check.what for check in jaxlm.verify(model, "self").checks if not check.passed]
     assert "decode = forward, logits, RMS" in failed
 

@@ -1,12 +1,15 @@
 """Compiles the functions of decoding.py ahead of time, for each new combination of shapes, and keeps the programs."""
 
 import os
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,15 +23,13 @@ from jaxlm.nn import kv_cache as caches
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-MAX_EXECUTABLES = 1024  # per architecture; the oldest is evicted
+MAX_EXECUTABLES = 1024  # in the process; those least recently used are evicted
+# XLA maps each kernel of a CPU program separately: up to 1,700 mappings for a model with 30 layers. Linux limits those
+# of a process, usually to 65,530. XLA, and Python itself, crash when they get no more.
+MAX_MAPPINGS = 0.7  # as a fraction of the limit
+MAPS, MAX_MAP_COUNT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 # Callback: called with the name of a program before it is compiled, and with its name and the seconds afterwards.
 on_compile: ContextVar[Callable[..., None]] = ContextVar("on_compile", default=lambda name, seconds=None: None)
-
-
-@lru_cache(maxsize=16)
-def executables(family: Any, cfg: Any) -> dict[Any, Any]:
-    """Cache of the compiled programs of one architecture, shared by all models with this config: key -> executable."""
-    return {}
 
 
 PATIENCE = 0.3  # seconds in which a program that is on disk is there; others are traced after them
@@ -40,6 +41,48 @@ _running: set[Future[Any]] = set()  # programs that are compiled now, or will be
 def _workers() -> ThreadPoolExecutor:
     """The threads that compile, for the whole process."""
     return ThreadPoolExecutor(WORKERS, "jaxlm-compile")
+
+
+_programs: OrderedDict[Any, Any] = OrderedDict()  # (architecture, key) -> executable; the last one was used last
+_lock = threading.Lock()  # of _programs
+
+
+def executables(family: Any, cfg: Any) -> dict[Any, Any]:
+    """The compiled programs of one architecture, which all models with this config share: key -> executable."""
+    with _lock:
+        return {key: program for (architecture, key), program in _programs.items() if architecture == (family, cfg)}
+
+
+def clear_executables() -> None:
+    """Drops all compiled programs of this process."""
+    with _lock:
+        _programs.clear()
+
+
+def _find(key: Any) -> Any:
+    """A compiled program, or None."""
+    with _lock:
+        if key in _programs:
+            _programs.move_to_end(key)
+        return _programs.get(key)
+
+
+def _keep(key: Any, program: Any) -> None:
+    """Keeps a compiled program. Evicts others if there are too many, or if they have too many mappings."""
+    with _lock:
+        _programs[key] = program
+        surplus = len(_programs) - MAX_EXECUTABLES
+        if mappings() > MAX_MAPPINGS:
+            surplus = max(surplus, len(_programs) // 4)
+        for _ in range(surplus):
+            _programs.popitem(last=False)
+
+
+def mappings() -> float:
+    """Memory mappings of this process, as a fraction of those that Linux allows; 0 on other systems."""
+    with suppress(OSError):
+        return MAPS.read_bytes().count(b"\n") / int(MAX_MAP_COUNT.read_text())
+    return 0.0
 
 
 def wait_for_background() -> None:
@@ -68,7 +111,7 @@ class CompiledSteps:
         self.processors: tuple[LogitsProcessor, ...] = processors
         self.compiled: int = 0
         self.seconds: float = 0.0
-        self._executables = executables(model.family, model.config)
+        self._architecture = (model.family, model.config)
         # Several programs are compiled at the same time for a single CPU only. On a mesh, the shardings of a program's
         # results are known only after it is compiled. For GPU, XLA times kernels while it compiles, which other work on
         # the device would disturb.
@@ -138,7 +181,7 @@ class CompiledSteps:
     def _run(self, name: str, function: Any, static: Any, donate: Any, weighted: bool, *args: Any) -> Any:
         key = (name, static, self._weights if weighted else None, signature(args))
         args = (self.model.weights, *args) if weighted else args
-        executable = self._executables.get(key)
+        executable = _find((self._architecture, key))
         if self._ahead:
             return None if executable else self._start(key, function, donate, args)
         return (executable or self._compile(key, function, donate, args))(*args)
@@ -168,10 +211,7 @@ class CompiledSteps:
         def compiled() -> Any:
             with mesh.use_mesh_of(args):
                 executable = lowered.compile()
-            while len(self._executables) >= MAX_EXECUTABLES:
-                with suppress(RuntimeError):  # another thread has changed it
-                    self._executables.pop(next(iter(self._executables)), None)
-            self._executables[key] = executable
+            _keep((self._architecture, key), executable)
             return executable
 
         if key in self._compiling:
