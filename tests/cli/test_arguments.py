@@ -100,7 +100,8 @@ def test_wrong_usage_is_one_line(line, message, capsys):
     ("train --gradient_checkpointing", "--remat full"), ("train --bf16", "--dtype bfloat16"),
     # vLLM, llama.cpp, mlx-lm, lm-eval
     ("generate --tensor-parallel-size 2", "--mesh model=N"), ("generate --n-predict 5", "--max-tokens"),
-    ("generate -n 5", "--max-tokens"), ("generate --temp 1", "--temperature"), ("chat --sys x", "--system"),
+    ("generate -n 5", "--max-tokens"), ("generate --num_return_sequences 5", "--n"),
+    ("generate --temp 1", "--temperature"), ("chat --sys x", "--system"),
     ("generate --repeat_penalty 1", "--repetition-penalty"), ("finetune --iters 5", "--steps"),
     ("eval --num_fewshot 5", "--shots"), ("eval --apply_chat_template", "--chat"),
     # former names

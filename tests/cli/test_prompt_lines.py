@@ -87,7 +87,7 @@ def test_what_is_wrong_is_named(tmp_path, line, words):
         ("max_new_tokens", "--max-tokens"), ("max_completion_tokens", "--max-tokens"), ("max_length", "--max-tokens"),
         ("stop_sequences", "--stop"), ("top_logprobs", "--logprobs"), ("repeat_penalty", "--repetition-penalty"),
         ("logit_bias", "--logit-bias"), ("do_sample", "--temperature 0"), ("num_beams", "beam search"),
-        ("n", "one completion"), ("no_repeat_ngram_size", "not supported"), ("sampling_params", "flags of their own"),
+        ("n", "number of"), ("no_repeat_ngram_size", "not supported"), ("sampling_params", "flags of their own"),
     ],
 )  # fmt: skip
 def test_sampling_parameters_of_other_tools_are_refused(tmp_path, field, words):

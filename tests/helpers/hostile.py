@@ -22,8 +22,8 @@ from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.tiny_models import CONFIGS, FULL, SLIDING
 from jaxlm import models
 from jaxlm.checkpoint.safetensors import read_index, read_into, read_json
-from jaxlm.inference.generation import resolve
 from jaxlm.inference.prompts import stop_ids
+from jaxlm.inference.requests import resolve
 from jaxlm.inference.sampling_params import unsupported
 from jaxlm.loading import load
 from jaxlm.nn import params

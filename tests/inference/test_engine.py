@@ -69,8 +69,10 @@ def drawn(rng: random.Random) -> tuple[list[int], dict[str, Any]]:
     return prompt, options
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("family", "steps"), [
+    pytest.param(family, steps, marks=[] if steps == (1, 4)[n % 2] else pytest.mark.slow)
+    for n, family in enumerate(FAMILIES) for steps in (1, 4)
+])  # fmt: skip
 def test_random_requests_equal_each_request_alone(
     family: str, steps: int, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

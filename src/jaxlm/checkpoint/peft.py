@@ -228,7 +228,8 @@ def write(
     check()
     with staged(out, sum(entry.nbytes for entry in entries) + (1 << 20), force, check) as folder:
         files.write_json(folder / CONFIG, config)
-        files.write_safetensors(folder / WEIGHTS, entries, lambda nbytes: None)
+        with open(folder / WEIGHTS, "wb") as file:
+            files.write_safetensors(file, entries, lambda nbytes: None)
         more(folder)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,18 +141,20 @@ def write_weights(folder: Path, entries: Sequence[Entry], advance: Callable[[int
     """Writes model.safetensors, or shards with an index, named as by transformers."""
     groups = in_files(entries)
     if len(groups) == 1:
-        return write_safetensors(folder / "model.safetensors", groups[0], advance)
+        with open(folder / "model.safetensors", "wb") as whole:
+            return write_safetensors(whole, groups[0], advance)
     where: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
-        write_safetensors(folder / file, group, advance)
+        with open(folder / file, "wb") as shard:
+            write_safetensors(shard, group, advance)
         where |= dict.fromkeys((entry.name for entry in group), file)
     index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": where}
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
-    """Writes one file. `advance` is called with the number of bytes, as they are written."""
+def write_safetensors(file: IO[bytes], entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
+    """Writes the content of one file. `advance` is called with the number of bytes, as they are written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     at = 0
     for entry in entries:
@@ -161,12 +163,11 @@ def write_safetensors(path: Path, entries: Sequence[Entry], advance: Callable[[i
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            written = sum(file.write(part.data) for part in counted(entry.chunks(), advance))
-            if written != entry.nbytes:  # the entry's shape is wrong; every later tensor would be displaced
-                raise AssertionError(f"{entry.name} has {written} bytes instead of {entry.nbytes}")
+    file.write(len(text).to_bytes(8, "little") + text)
+    for entry in entries:
+        written = sum(file.write(part.data) for part in counted(entry.chunks(), advance))
+        if written != entry.nbytes:  # the entry's shape is wrong; every later tensor would be displaced
+            raise AssertionError(f"{entry.name} has {written} bytes instead of {entry.nbytes}")
 
 
 def counted(parts: Iterable[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:

@@ -75,7 +75,8 @@ WRITTEN = {"Output": ["out", "dtype", "type", "format", "force"], "Model": MODEL
 GROUPS: dict[str, dict[str, list[str]]] = {
     "generate": {
         "Prompt": ["prompt", "prompts", "batch_size", "n", "system", "raw", "no_think", "template_arg"],
-        "Model": MODEL, "Sampling": SAMPLING, "Output": ["json"], "Distributed": DISTRIBUTED,
+        "Model": MODEL, "Sampling": SAMPLING, "Structured output": ["json_schema", "regex", "grammar"],
+        "Output": ["json"], "Distributed": DISTRIBUTED,
     },
     "chat": {
         "Conversation": ["system", "no_think", "template_arg"],

@@ -58,6 +58,10 @@ FLAGS = {
     "--process-id": "node-rank process-index machine-rank",
     "--debug": "verbose v traceback log-level",
     # Sampling
+    "--n": "num-return-sequences best-of num-samples",
+    "--json-schema": "schema json-schema-file guided-json response-format",
+    "--regex": "guided-regex pattern",
+    "--grammar": "guided-grammar grammar-file lark",
     "--max-tokens": "max-new-tokens max-length n-predict n predict num-predict max-completion-tokens max-gen-len "
     "max-gen-toks max-output-tokens num-tokens new-tokens max-generated-tokens length",
     "--temperature": "temp t temperatur",
@@ -161,8 +165,7 @@ SAMPLING_NOTES = [
      "num-beams beam-size beam-width num-beam-groups use-beam-search length-penalty diversity-penalty early-stopping"),
     ("not supported; sampling flags are --temperature, --top-k, --top-p, --min-p", "generate chat", "typical-p "
      "no-repeat-ngram-size penalty-alpha epsilon-cutoff eta-cutoff mirostat min-tokens min-length min-new-tokens"),
-    ("each prompt gets one completion; repeat its line in the file of --prompts for more", "generate",
-     "n num-return-sequences best-of"),
+    ("--n is the number of answers to each prompt", "generate", "n num-return-sequences best-of"),
     ("sampling parameters are flags of their own, such as --max-tokens and --temperature", "generate chat",
      "sampling-params generation-config generation-kwargs gen-kwargs"),
 ]  # fmt: skip
@@ -290,8 +293,9 @@ def normalized(word: str) -> str:
 
 
 def exact(word: str, names: list[str]) -> str | None:
-    """The flag of this name, if it was typed with one dash or in capitals."""
-    return f"--{word}" if f"--{word}" in names else None
+    """The flag of this name, if it was typed with one dash or in capitals. A single letter is a short flag of another
+    tool."""
+    return f"--{word}" if f"--{word}" in names and len(word) > 1 else None
 
 
 def lookup(table: dict[str, str], word: str, allowed: Collection[str]) -> str | None:

@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import memory, warmup
+from jaxlm.inference import memory, saved_prefixes, warmup
 from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.memory import CacheLengths
@@ -149,6 +151,43 @@ class Engine:
             if self.is_busy:
                 raise RuntimeError("prepare needs an engine without requests: call it first")
             warmup.run_all(self.scheduler, full, constraints, progress or (lambda done, total: None))
+
+    def save_prefix_cache(self, path: str | Path) -> int:
+        """Saves the keys and values of finished requests in a safetensors file, such as those of a long system message.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            ValueError: The engine has no prefix cache.
+            OSError: The file cannot be written.
+        """
+        with self._idle_prefix_cache():
+            return saved_prefixes.save(self.scheduler, Path(path))
+
+    def load_prefix_cache(self, path: str | Path) -> int:
+        """Loads what `save_prefix_cache` saved, into free rows. If there are fewer, the prefixes used last are loaded.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            ValueError: The file is damaged, is not a prefix cache, or was saved with another model. Or the engine has
+                no prefix cache.
+            OSError: The file cannot be read.
+        """
+        with self._idle_prefix_cache():
+            return saved_prefixes.load(self.scheduler, Path(path))
+
+    @contextmanager
+    def _idle_prefix_cache(self) -> Iterator[None]:
+        """No step runs meanwhile."""
+        if not self.scheduler.prefix_cache:
+            raise ValueError("this engine has no prefix cache: create it with prefix_cache=True")
+        if self.model.is_multiprocess:
+            raise ValueError("a prefix cache of several processes cannot be saved or loaded")
+        with self._stepping:
+            yield
 
     def close(self) -> None:
         """Ends all requests and frees the memory of the KV cache."""

@@ -165,6 +165,16 @@ class Scheduler:
         rows, keep = (np.array([prefixes[r][i] for r in requests], np.int32) for i in (0, 1))
         return self.steps.take(kv, self.state.kv, *(self.place(a, "") for a in (rows, keep)))
 
+    def store_prefix(self, ids: np.ndarray, kv: caches.KVCache) -> None:
+        """Puts a prefix, which is in the first row of a KV cache, into the free row that was used the longest ago."""
+        row = prefix_cache.choose_row(self.rows, NO_PREFIX)
+        state = self._fitting(len(ids), self.state is not None and self.state.counts is not None)
+        padding = len(next(iter(kv.positions.values()))) - 1
+        part = empty_rows(self.model, 1 + padding, state.counts is not None)._replace(kv=kv)
+        self.state = self.steps.insert(state, self.place(np.array([row] + [self.slots] * padding, np.int32), ""), part)
+        self.rows[row].ids = ids
+        self._use(row)
+
     def _prefill(self, joining: Prefill) -> bool:
         """Prefills one chunk. After the last one, samples the first tokens, and in the next step inserts the rows.
 

@@ -1,0 +1,114 @@
+"""The prefix cache on disk: a safetensors file with the tokens, keys and values of rows that have no request.
+
+The file belongs to one model, because keys and values depend on its weights (`weights_digest`).
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint import safetensors, writer
+from jaxlm.checkpoint.atomic import staged_file
+from jaxlm.checkpoint.safetensors import DTYPES, Tensor
+from jaxlm.devices import mesh
+from jaxlm.inference.scheduler import Scheduler
+from jaxlm.nn.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from jaxlm.model import Model
+
+DIGEST = "weights_digest"  # [32] bytes
+TOKENS = "{}.tokens"  # of a row: [n] int32
+LAYER = "{}.layers.{}.{}"  # of a row and a layer, "k" or "v": [K,n,H]
+SAMPLE = 16  # elements of a tensor that the digest covers
+
+
+def save(scheduler: Scheduler, path: Path) -> int:
+    """Writes the cached prefixes, in the order in which they were last used.
+
+    Returns:
+        The number of tokens.
+    """
+    entries = [writer.Entry(DIGEST, "U8", (32,), lambda: [weights_digest(scheduler.model)])]
+    cached = [(row, slot) for row, slot in enumerate(scheduler.rows) if slot.request is None and len(slot.ids)]
+    for number, (row, slot) in enumerate(sorted(cached, key=lambda item: item[1].used)):
+        assert scheduler.state is not None
+        n, ids = len(slot.ids), slot.ids
+        entries.append(writer.Entry(TOKENS.format(number), "I32", (n,), lambda ids=ids: [ids.view(np.uint8)]))
+        for layer, arrays in enumerate(scheduler.state.kv.layers):
+            for name, array in arrays.items():
+                kept = np.asarray(array[row])[:, :n]
+                entries.append(writer.array_entry(LAYER.format(number, layer, name), kept, kept.shape, kept.dtype))
+    with staged_file(path, sum(entry.nbytes for entry in entries)) as file:
+        writer.write_safetensors(file, entries, lambda nbytes: None)
+    return sum(len(slot.ids) for _, slot in cached)
+
+
+def load(scheduler: Scheduler, path: Path) -> int:
+    """Reads prefixes into free rows. If there are fewer rows, the prefixes used last are read. Of a prefix that is too
+    long, the beginning is read.
+
+    Returns:
+        The number of tokens.
+
+    Raises:
+        ValueError: The file is damaged, is not a prefix cache, or belongs to another model.
+    """
+    tensors = safetensors.read_header(path)
+    if DIGEST not in tensors:
+        raise ValueError(f"{path} is not a prefix cache (Engine.save_prefix_cache)")
+    model, total = scheduler.model, 0
+    if _read(tensors[DIGEST], np.dtype(np.uint8)).tobytes() != weights_digest(model).tobytes():
+        raise ValueError(f"{path} was saved with other weights, or another dtype, than those of {model.source}")
+    saved = sum(name.endswith(TOKENS.format("")) for name in tensors)
+    free = sum(slot.request is None for slot in scheduler.rows)
+    for number in range(max(0, saved - free), saved):
+        ids = _read(tensors[TOKENS.format(number)], np.dtype(np.int32))[: scheduler.lengths.prefill[-1] - 1]
+        layers = []
+        for layer in range(model.config.L):
+            found = {name: tensors[LAYER.format(number, layer, name)] for name in ("k", "v")}
+            layers.append({name: _read(tensor, DTYPES[tensor.dtype])[:, : len(ids)] for name, tensor in found.items()})
+        scheduler.store_prefix(ids, _kv_cache(scheduler, len(ids), layers))
+        total += len(ids)
+    return total
+
+
+def weights_digest(model: "Model") -> np.ndarray:
+    """A digest of the config, and of type, shape and first elements of each weight; [32] bytes. Training and adapters
+    change the first elements, too."""
+
+    def first(leaf: jax.Array) -> jax.Array:
+        return leaf[(0,) * (leaf.ndim - 1)][:SAMPLE]
+
+    leaves = jax.tree.leaves(model.weights)
+    digest = hashlib.sha256(repr((model.config, [(leaf.shape, str(leaf.dtype)) for leaf in leaves])).encode())
+    for values in jax.device_get(jax.jit(lambda leaves: [first(leaf) for leaf in leaves])(leaves)):
+        digest.update(values.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _kv_cache(scheduler: Scheduler, n: int, layers: list[dict[str, np.ndarray]]) -> KVCache:
+    """A KV cache with n positions of a prefix in its first row. layers: {"k", "v"} of each layer, [K,n,H]."""
+    model, rows = scheduler.model, mesh.round_up_batch(1, scheduler.model.mesh)
+    length = next(length for length in scheduler.lengths.prefill if length >= n)
+    kv = model.init_kv(rows, length)
+
+    def filled(empty: jax.Array, values: np.ndarray) -> jax.Array:
+        array = np.zeros(empty.shape, empty.dtype)
+        array[:, :, :n] = values
+        return jax.device_put(array, empty.sharding)
+
+    pos = np.where(np.arange(length) < n, np.arange(length, dtype=np.int32), np.int32(-1))
+    positions = {S: jax.device_put(np.tile(pos, (rows, 1)), empty.sharding) for S, empty in kv.positions.items()}
+    return replace(kv, positions=positions, layers=jax.tree.map(filled, kv.layers, layers))
+
+
+def _read(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+    """A tensor of the file."""
+    buffer = np.empty(tensor.nbytes, np.uint8)
+    safetensors.read_into(buffer, tensor, 0)
+    return buffer.view(dtype).reshape(tensor.shape)
