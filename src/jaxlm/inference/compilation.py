@@ -1,13 +1,14 @@
 """Compiles the functions of decoding.py ahead of time, for each new combination of shapes, and keeps the programs."""
 
+import itertools
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +44,24 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, "jaxlm-compile")
 
 
-_programs: OrderedDict[Any, Any] = OrderedDict()  # (architecture, key) -> executable; the last one was used last
-_lock = threading.Lock()  # of _programs
+_programs: dict[Any, "_Program"] = {}  # (architecture, key) -> program
+_lock = threading.Lock()  # of changes to _programs
+_clock = itertools.count()
+
+
+@dataclass
+class _Program:
+    """A compiled program, and the time of its last use: a number that increases."""
+
+    executable: Any
+    used: int
 
 
 def executables(family: Any, cfg: Any) -> dict[Any, Any]:
     """The compiled programs of one architecture, which all models with this config share: key -> executable."""
     with _lock:
-        return {key: program for (architecture, key), program in _programs.items() if architecture == (family, cfg)}
+        programs = [*_programs.items()]
+    return {key: program.executable for (owner, key), program in programs if owner == (family, cfg)}
 
 
 def clear_executables() -> None:
@@ -60,22 +71,24 @@ def clear_executables() -> None:
 
 
 def _find(key: Any) -> Any:
-    """A compiled program, or None."""
-    with _lock:
-        if key in _programs:
-            _programs.move_to_end(key)
-        return _programs.get(key)
+    """A compiled program, or None. It hashes the key once: keys are large, and this runs at every step."""
+    program = _programs.get(key)
+    if program is None:
+        return None
+    program.used = next(_clock)
+    return program.executable
 
 
-def _keep(key: Any, program: Any) -> None:
-    """Keeps a compiled program. Evicts others if there are too many, or if they have too many mappings."""
+def _keep(key: Any, executable: Any) -> None:
+    """Keeps a compiled program. Evicts those least recently used if there are too many, or too many mappings."""
     with _lock:
-        _programs[key] = program
+        _programs[key] = _Program(executable, next(_clock))
         surplus = len(_programs) - MAX_EXECUTABLES
         if mappings() > MAX_MAPPINGS:
             surplus = max(surplus, len(_programs) // 4)
-        for _ in range(surplus):
-            _programs.popitem(last=False)
+        if surplus > 0:
+            for old in sorted(_programs, key=lambda key: _programs[key].used)[:surplus]:
+                del _programs[old]
 
 
 def mappings() -> float:
