@@ -1,4 +1,4 @@
-"""The engine on this machine: many requests beside one, cached prompts beside new ones, this version beside an earlier one.
+"""The engine: many requests beside one, cached prompts beside new ones, this version beside an earlier one.
 
     python benchmarks/engine.py throughput [MODEL ...] [--requests 1,2,4,8] [--tokens 64] [--rounds 5]
     python benchmarks/engine.py prefix [MODEL ...] [--prompt 500] [--rounds 5]
@@ -7,7 +7,7 @@
 MODEL is a model, or the name of a shape with random weights (benchmarks/common.py), with ":float32" or another dtype
 behind it. All cases of a table take turns, round by round. Programs are compiled before. Figures are medians.
 
-`before` runs `jaxlm.generate` with one prompt in two processes, with this source and with that of another version, which
+`before` runs `jaxlm.generate` with one prompt in two processes, with this source and with that of another version. They
 take turns.
 """
 

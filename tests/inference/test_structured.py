@@ -6,8 +6,9 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Literal
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ import pytest
 from helpers import tiny_tokenizers
 from helpers.gguf_writer import write
 from helpers.json_schemas import random_schema
+from helpers.tiny_chat import quick_compilation
 from helpers.tiny_models import tiny
 
 from jaxlm.inference import structured, token_bytes
+from jaxlm.inference.engine import Engine
 from jaxlm.inference.structured import Constraint, apply_mask, batch_masks, compile_grammar
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -29,6 +32,12 @@ pytestmark = pytest.mark.smoke
 V = 333  # more than the tokenizers have, and not a multiple of 32
 KINDS = ["byte_level", "byte_fallback", "byte_fallback_prefix", "gguf"]
 masked = jax.jit(apply_mask)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -88,25 +97,29 @@ def closing_bias(tokenizer: Tokenizer, size: int) -> np.ndarray:
     return bias
 
 
+@cache
+def engine_of(size: int, bias: bytes) -> Engine:
+    """Eight rows of a model whose logits are this bias."""
+    model = tiny("llama3", vocab_size=size, tie_word_embeddings=False)
+    model = replace(model, weights={**model.weights, "head": jnp.zeros_like(model.weights["head"])})
+    added = jnp.asarray(np.frombuffer(bias, np.float32))
+    return Engine(model, 8, length=512, logits_processors=[lambda logits: logits + added])
+
+
 def generate(
-    constraints: Sequence[Constraint | None], size: int, bias: np.ndarray, max_tokens: int = 400, seed: int = 0
+    constraints: Sequence[Constraint], size: int, bias: np.ndarray, max_tokens: int = 400, seed: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """The tokens of each row without its stop token, and whether the row ended. Random logits, a batch at a time."""
-    rng, stop = np.random.default_rng(seed), set(np.flatnonzero(bias == 6).tolist())
-    rows: list[Constraint | None] = list(constraints)
-    out: list[list[int]] = [[] for _ in rows]
-    for _ in range(max_tokens):
-        if not any(rows):
-            break
-        logits = (rng.gumbel(size=(len(rows), size)) + bias).astype(np.float32)
-        tokens = np.asarray(masked(logits, batch_masks(rows, size))).argmax(axis=1).tolist()
-        for i, (row, token) in enumerate(zip(rows, tokens)):
-            if row is not None:
-                row.accept(token)
-                out[i] += [token] if token not in stop else []
-                if token in stop or row.finished:
-                    rows[i] = None
-    return [(tokens, row is None) for tokens, row in zip(out, rows)]
+    """The tokens of requests with these constraints without their stop token, and whether the answer ended."""
+    engine, stop = engine_of(size, bias.tobytes()), set(np.flatnonzero(bias == 6).tolist())
+    options = {"max_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True}
+    requests = [
+        engine.submit([5, n % 300], seed=seed + n, constraint=lambda c=c: c, **options)
+        for n, c in enumerate(constraints)
+    ]
+    while engine.is_busy:
+        engine.step()
+    assert [request.error for request in requests] == [None] * len(requests)
+    return [([t for t in request.tokens if t not in stop], request.finished == "stop") for request in requests]
 
 
 def run(tokenizer: Tokenizer, starts: Sequence[Constraint], **options) -> Iterator[str]:
@@ -125,23 +138,25 @@ def validate(text: str, schema: dict) -> None:
     kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(text))
 
 
+def ended(schemas: Sequence[dict], answers: Sequence[tuple[list[int], bool]], at_least: int) -> list[Any]:
+    """The schemas and answers of those that ended."""
+    found = [(schema, answer) for schema, answer in zip(schemas, answers, strict=True) if answer[1]]
+    assert len(found) >= at_least
+    return found
+
+
 def test_answers_match_200_schemas(tokenizer) -> None:
     """At least 95 % must end within 400 tokens; each of those is valid."""
-    ended = 0
-    for first in range(0, 200, 8):
-        schemas = [random_schema(seed) for seed in range(first, min(first + 8, 200))]
-        for schema in schemas:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        starts = [compile_grammar(tokenizer, V, schema=schema).start() for schema in schemas]
-        table = token_bytes.table(tokenizer, V, tokenizer.stop_ids)
-        answers = generate(starts, V, closing_bias(tokenizer, V), seed=first)
-        for schema, (tokens, has_ended) in zip(schemas, answers, strict=True):
-            if has_ended:
-                text = b"".join(table[i] for i in tokens).decode()
-                assert tokenizer.decode(tokens) == text
-                validate(text, schema)
-                ended += 1
-    assert ended >= 190
+    schemas = [random_schema(seed) for seed in range(200)]
+    for schema in schemas:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    starts = [compile_grammar(tokenizer, V, schema=schema).start() for schema in schemas]
+    table = token_bytes.table(tokenizer, V, tokenizer.stop_ids)
+    answers = generate(starts, V, closing_bias(tokenizer, V))
+    for schema, (tokens, _) in ended(schemas, answers, at_least=190):
+        text = b"".join(table[i] for i in tokens).decode()
+        assert tokenizer.decode(tokens) == text
+        validate(text, schema)
 
 
 def test_answers_of_every_kind_of_tokenizer(any_tokenizer) -> None:
@@ -149,9 +164,7 @@ def test_answers_of_every_kind_of_tokenizer(any_tokenizer) -> None:
     starts = [compile_grammar(any_tokenizer, width(any_tokenizer), schema=schema).start() for schema in schemas]
     size = width(any_tokenizer)
     answers = generate(starts, size, closing_bias(any_tokenizer, size))
-    ended = [(schema, tokens) for schema, (tokens, has_ended) in zip(schemas, answers) if has_ended]
-    assert len(ended) >= 13
-    for schema, tokens in ended:
+    for schema, (tokens, _) in ended(schemas, answers, at_least=13):
         validate(any_tokenizer.decode(tokens), schema)
 
 
