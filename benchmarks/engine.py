@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py throughput [MODEL ...] [--requests 1,2,4,8] [--tokens 64] [--rounds 5]
     python benchmarks/engine.py prefix [MODEL ...] [--prompt 500] [--rounds 5]
+    python benchmarks/engine.py masks [MODEL ...] [--tokenizer FOLDER] [--requests 1,8] [--rounds 5]
     python benchmarks/engine.py before --source OTHER/src [MODEL ...] [--tokens 64] [--rounds 7]
 
 MODEL is a model, or the name of a shape with random weights (benchmarks/common.py), with ":float32" or another dtype
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,6 +107,39 @@ def prefix(name: str, args: argparse.Namespace) -> None:
         print(f"| {case} | {1000 * median(seconds):.0f} ms | {ratio:.3f} |", flush=True)
 
 
+def masks(name: str, args: argparse.Namespace) -> None:
+    """Tokens per second of requests with a regular expression, beside the same requests without one."""
+    import jaxlm
+    from jaxlm.processing.tokenizer import Tokenizer
+
+    model = load(name)
+    if args.tokenizer:
+        model = replace(model, tokenizer=Tokenizer.load(args.tokenizer))
+    numbers = iter(range(1_000_000))
+
+    def case(engine: Any, requests: int, options: dict[str, Any]) -> Callable[[], float]:
+        def run() -> float:
+            asked = []
+            for _ in range(requests):
+                asked.append(engine.submit(prompt(32, next(numbers)), max_tokens=args.tokens, temperature=0, **options))
+            while not all(request.tokens for request in asked):
+                engine.step()
+            before, start = sum(len(request.tokens) for request in asked), time.perf_counter()
+            while engine.is_busy:
+                engine.step()
+            return (sum(len(request.tokens) for request in asked) - before) / (time.perf_counter() - start)
+
+        return run
+
+    print(f"\n| {name}: requests | tokens/s | with a regular expression | ratio |\n| --- | --- | --- | --- |")
+    for n in args.requests:
+        engine = jaxlm.Engine(model, n, length=1024)
+        kinds = {"free": {"ignore_eos": True}, "regex": {"regex": r"([a-z]+[ .,\n]){500,}"}}
+        found = alternate({kind: case(engine, n, options) for kind, options in kinds.items()}, args.rounds)
+        ratio = median(a / b for a, b in zip(found["regex"], found["free"]))
+        print(f"| {n} | {median(found['free']):.1f} | {median(found['regex']):.1f} | {ratio:.3f} |", flush=True)
+
+
 def before(name: str, args: argparse.Namespace) -> None:
     """Time of `jaxlm.generate` with one prompt, this version beside another one."""
     sources = {"this version": SOURCE, "before": Path(args.source).resolve()}
@@ -147,18 +182,21 @@ def child(name: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["throughput", "prefix", "before", "child"])
+    parser.add_argument("what", choices=["throughput", "prefix", "masks", "before", "child"])
     parser.add_argument("models", nargs="*", default=["Qwen3-0.6B"])
     parser.add_argument("--requests", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokenizer", help="of a shape, which has none")
     parser.add_argument("--source", help="the src folder of the other version")
     args = parser.parse_intermixed_args()
     if args.what == "before" and not args.source:
         parser.error("before needs --source")
     for name in args.models:
-        {"throughput": throughput, "prefix": prefix, "before": before, "child": child}[args.what](name, args)
+        {"throughput": throughput, "prefix": prefix, "masks": masks, "before": before, "child": child}[args.what](
+            name, args
+        )
 
 
 if __name__ == "__main__":
