@@ -16,6 +16,7 @@ from helpers.tiny_chat import quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
 import jaxlm
+from jaxlm.bench import memory_use
 from jaxlm.devices import hardware
 from jaxlm.inference import scheduler
 from jaxlm.inference.engine import Engine
@@ -387,13 +388,16 @@ def test_a_constraint_of_the_caller() -> None:
 def test_memory_is_flat_over_many_requests() -> None:
     model, rng = model_of("gemma3"), random.Random(0)
     engine, resident = Engine(model, 4), []
-    for number in range(2200):
+    engine.prepare(constraints=False)
+    for number in range(2600):
         prompt, options = drawn(rng)
         engine.submit(prompt, **options)
         engine.step()
-        if number in (200, 2199):
+        if number in (400, 2599):
             while engine.is_busy:
                 engine.step()
             gc.collect()
-            resident.append(sum(array.nbytes for array in jax.live_arrays()))
-    assert resident[1] <= resident[0] * 1.02 + 10_000
+            resident.append((sum(array.nbytes for array in jax.live_arrays()), memory_use.resident() or 0))
+    arrays, process = zip(*resident)
+    assert arrays[1] <= arrays[0] * 1.02 + 10_000
+    assert process[1] <= process[0] + 20_000_000  # 10 kB per request
