@@ -18,7 +18,7 @@ from helpers.tiny_models import tiny
 import jaxlm
 from jaxlm.bench import memory_use
 from jaxlm.devices import hardware
-from jaxlm.inference import scheduler
+from jaxlm.inference import memory, scheduler
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.requests import requests_for
 from jaxlm.model import Model
@@ -339,6 +339,18 @@ def test_a_function_of_the_tokens_ends_an_answer() -> None:
     assert seen == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ZeroDivisionError):
         jaxlm.generate(model, [3, 4], max_tokens=20, stop_when=lambda tokens: bool(1 // 0))
+
+
+def test_an_engine_plans_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV caches and temporaries. Without a given length, the context length is halved until it fits."""
+    model = tiny("gemma3", max_position_embeddings=8192)
+    lengths = {length: memory.few_cache_lengths(length) for length in (8192, 4096)}
+    needed = {n: 4 * memory.row_bytes(model, lengths[n], False) + memory.temporary_bytes(model, 4, n) for n in lengths}
+    for free, length in ((needed[8192], 8192), (needed[8192] - 1, 4096)):
+        monkeypatch.setattr(hardware, "available_memory", lambda device, free=free: free)
+        assert Engine(model, 4).length == length
+    with pytest.raises(MemoryError, match=r"4 sequences of 8,192 tokens.*fewer slots, a shorter length"):
+        Engine(model, 4, length=8192)
 
 
 def test_logits_processors_run_on_the_device() -> None:

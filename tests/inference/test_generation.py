@@ -364,6 +364,7 @@ def test_memory_check_includes_cache_growth(monkeypatch):
     model = llama(replace(LLAMA, context=256))
     monkeypatch.setattr(memory, "HEADROOM", 16)
     grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1)
+    grown += memory.temporary_bytes(model, 1, len(PROMPT) + 130)
     monkeypatch.setattr(hardware, "available_memory", lambda device: grown - 1)
     with pytest.raises(MemoryError, match=r"1 sequences of 137 tokens"):
         jaxlm.generate(model, PROMPT, max_tokens=130)
@@ -398,7 +399,8 @@ def test_forward_with_a_manual_decoding_loop():
 def test_out_of_memory_message_suggests_a_batch_size(monkeypatch):
     model = llama()
     rows = [cache_bytes(model, CONTEXT, 1) + cache_bytes(model, 16, None)] * 3
-    monkeypatch.setattr(hardware, "available_memory", lambda device: sum(rows) + 10)
+    free = sum(rows) + memory.temporary_bytes(model, 3, CONTEXT) + 10
+    monkeypatch.setattr(hardware, "available_memory", lambda device: free)
     with pytest.raises(MemoryError, match="batch_size=3"):
         jaxlm.generate(model, [PROMPT] * 4, max_tokens=REST)
     assert len(jaxlm.generate(model, [PROMPT] * 4, max_tokens=REST, batch_size=3)) == 4

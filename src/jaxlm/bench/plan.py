@@ -14,8 +14,6 @@ from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Layout, Roof
 
-LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
-COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
 MOST = 512  # devices that `needs` tries
 
 
@@ -190,7 +188,10 @@ def memory(of: Layout, spec: Spec, rows: int, context: int) -> Memory:
         roofline.weight_bytes(of),
         roofline.cache_bytes(of, rows, length),
         roofline.cache_bytes(of, new, length, chunk),
-        max(temporaries(of, spec, rows, length, "decode"), temporaries(of, spec, new, length, "prefill")),
+        max(
+            roofline.temporaries(of, spec.platform, rows, length, "decode"),
+            roofline.temporaries(of, spec.platform, new, length, "prefill"),
+        ),
         code(of, spec, rows, "decode") + code(of, spec, new, "prefill"),
     )
 
@@ -201,7 +202,7 @@ def program_memory(of: Layout, spec: Spec, rows: int, context: int, program: str
     chunk = 1 if program == "decode" else roofline.prefill_tokens(rows, spec.platform)
     held = roofline.weight_bytes(of) if program == "decode" else weights_of_prefill(of)
     kept = roofline.cache_bytes(of, rows, length, chunk)
-    return held + kept + temporaries(of, spec, rows, length, program) + code(of, spec, rows, program)
+    return held + kept + roofline.temporaries(of, spec.platform, rows, length, program) + code(of, spec, rows, program)
 
 
 def weights_of_prefill(of: Layout) -> int:
@@ -209,41 +210,6 @@ def weights_of_prefill(of: Layout) -> int:
     rows = 0 if of.cfg.tied else of.cfg.V * of.cfg.D * of.itemsize
     shards = mesh.num_shards("VD", (of.cfg.V, of.cfg.D), of.over)
     return roofline.weight_bytes(of) - rows // shards
-
-
-def temporaries(of: Layout, spec: Spec, rows: int, length: int, program: str) -> int:
-    """Bytes of a program's temporary arrays on one device, an estimate.
-
-    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the
-    compilers copy to another layout: on a mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a
-    single row or a single kv head, but not both. On TPU, arrays whose last axis is narrower than LANES are padded:
-    heads of width 64 are computed in padded copies of the KV cache.
-    """
-    cfg, here = of.cfg, -(-rows // of.data)
-    tpu, gpu = spec.platform == "tpu", spec.platform == "gpu"
-    kept = roofline.cache_bytes(of, rows, length)
-    padded = LANES / cfg.H if tpu and cfg.H < LANES else 0
-    if program == "prefill":
-        chunk = roofline.prefill_tokens(rows, spec.platform)
-        width = 2 * (cfg.F + cfg.N * cfg.H) // of.tensor + 4 * cfg.D
-        total = here * chunk * width * of.itemsize
-        if tpu and of.tensor == 1:
-            total += int(2.5 * padded * kept / cfg.L)
-            weights = cfg.V * -(-cfg.D // LANES) * LANES + 2 * cfg.L * cfg.N * cfg.H * cfg.D
-            total += of.itemsize * weights if cfg.D % LANES else 0  # embedding, `q` and `o` are padded too
-        if gpu:  # keys and values of a layer, and scores where cuDNN does not apply
-            heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
-            total += 2 * here * length * heads * cfg.H * of.itemsize
-            total += 4 * here * chunk * length * cfg.N // of.tensor if cfg.H > LANES else 0
-        return total
-    total = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
-    total += int(COPIED[spec.platform] * roofline.weight_bytes(of) + 0.97 * padded * kept)
-    if of.tensor > 1 and tpu and not padded:
-        total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
-    heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
-    if gpu and of.over.size > 1 and mesh.GROUP not in of.over.shape and (here == 1) != (heads == 1):
-        total += kept
-    return total
 
 
 def code(of: Layout, spec: Spec, rows: int, program: str) -> int:

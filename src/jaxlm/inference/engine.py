@@ -142,7 +142,8 @@ class Engine:
         Args:
             full: Also the programs for penalties, logit biases and log-probabilities (not those of the prompt).
             constraints: Also the programs for schemas, regular expressions and grammars.
-            progress: Called with the number of groups of programs that are done, and with that of all.
+            progress: Called with the number of groups of programs that are done, and with that of all. The default
+                shows a bar if stderr is a terminal.
 
         Raises:
             RuntimeError: The engine has requests.
@@ -150,7 +151,7 @@ class Engine:
         with self._stepping:
             if self.is_busy:
                 raise RuntimeError("prepare needs an engine without requests: call it first")
-            warmup.run_all(self.scheduler, full, constraints, progress or (lambda done, total: None))
+            warmup.run_all(self.scheduler, full, constraints, progress)
 
     def save_prefix_cache(self, path: str | Path) -> int:
         """Saves the keys and values of finished requests in a safetensors file, such as those of a long system message.

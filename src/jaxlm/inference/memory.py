@@ -1,5 +1,6 @@
 """The lengths of KV caches, their memory, and whether they fit before anything is allocated."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.inference import decoding
+from jaxlm.inference import decoding, roofline
 from jaxlm.inference.requests import Request
 from jaxlm.nn import kv_cache, params
 
@@ -91,20 +92,20 @@ def check_memory(model: "Model", requests: Sequence[Request], slots: int, rings:
     Raises:
         MemoryError: The shortest lengths do not fit; the message has a batch size that does.
     """
-    free = hardware.available_memory(model.device)
-    shards, _ = memories(model)  # the rows are divided over them
-    rows = -(-slots // shards)
+    free, longest = hardware.available_memory(model.device), max(len(r.ids) + r.max_tokens for r in requests)
+
+    def needed(slots: int, lengths: CacheLengths) -> int:
+        rows = -(-slots // memories(model)[0])  # of a device
+        return rows * row_bytes(model, lengths, rings) + temporary_bytes(model, slots, longest)
+
     lengths = cache_lengths(requests, slots, model.config.context)
-    if free is None or rows * row_bytes(model, lengths, rings) <= free:
+    if free is None or needed(slots, lengths) <= free:
         return lengths
     shortest = shortest_cache_lengths(requests, model.config.context)
-    row = row_bytes(model, shortest, rings)
     hint = "use a shorter prompt or fewer max_tokens (--max-tokens)"
-    if row <= free:
-        batch = shards * (free // row)
+    if batch := next((n for n in range(slots - 1, 0, -1) if needed(n, shortest) <= free), None):
         hint = f"use batch_size={batch} (--batch-size {batch}), or " + hint
-    longest = max(len(r.ids) + r.max_tokens for r in requests)
-    hardware.require(rows * row, model.device, f"{slots} sequences of {longest:,} tokens", hint)
+    hardware.require(needed(slots, shortest), model.device, f"{slots} sequences of {longest:,} tokens", hint)
     return shortest
 
 
@@ -128,7 +129,7 @@ def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) ->
     most = length or context
     while True:
         lengths = few_cache_lengths(most)
-        needed = rows * row_bytes(model, lengths, rings)
+        needed = rows * row_bytes(model, lengths, rings) + temporary_bytes(model, slots, most)
         if free is None or needed <= free:
             return lengths
         if length is not None or most < PREFILL_CACHE:
@@ -155,6 +156,16 @@ def cache_bytes(model: "Model", length: int, chunk: int) -> int:
     dtype = hardware.cache_dtype(model.dtype, platform)
     make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
+
+
+def temporary_bytes(model: "Model", slots: int, length: int) -> int:
+    """Bytes per device of the temporary arrays of prefill and decode, whichever has more; an estimate."""
+    platform, shape = model.device.platform, {} if model.mesh is None else dict(model.mesh.shape)
+    data = 1 if platform == "cpu" else shape.get(mesh.DATA, 1)
+    tensor = 1 if platform == "cpu" else math.prod(shape.values()) // data
+    of = roofline.layout(model.family.PARAMS, model.config, {"data": data, "model": tensor}, model.dtype.itemsize)
+    programs = (("decode", slots), ("prefill", roofline.prefill_rows(slots, data)))
+    return max(roofline.temporaries(of, platform, rows, length, name) for name, rows in programs)
 
 
 def memories(model: "Model") -> tuple[int, int]:

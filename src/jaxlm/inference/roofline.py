@@ -23,6 +23,8 @@ HOP, GPU_ALL_REDUCE = 1e-6, 10e-6
 USABLE = 0.95
 # Tokens per row of the default mesh, if the model has as many. The batch size is that of the platform.
 CONTEXT = 4096
+LANES = 128  # of a TPU's registers: arrays whose last axis is narrower take as much memory within programs
+COPIED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.012}  # the part of the weights that a decode step copies to another layout
 
 
 class Layout(NamedTuple):
@@ -86,6 +88,41 @@ def cache_bytes(of: Layout, rows: int, length: int, chunk: int = 1) -> int:
     heads = of.cfg.K // mesh.num_shards("K", (of.cfg.K,), of.over)
     values = 2 * sum(slots) * heads * of.cfg.H * of.itemsize
     return -(-rows // of.data) * (values + 4 * sum(set(slots)))  # positions are int32
+
+
+def temporaries(of: Layout, platform: str, rows: int, length: int, program: str) -> int:
+    """Bytes of a program's temporary arrays on one device, an estimate.
+
+    Prefill has the activations of a chunk, on GPUs also a layer's keys and values. Decoding has logits, and what the
+    compilers copy to another layout: on a mesh, TPU programs copy `o`, and GPU programs the KV cache if a device has a
+    single row or a single kv head, but not both. On TPU, arrays whose last axis is narrower than LANES are padded:
+    heads of width 64 are computed in padded copies of the KV cache.
+    """
+    cfg, here = of.cfg, -(-rows // of.data)
+    tpu, gpu = platform == "tpu", platform == "gpu"
+    kept = cache_bytes(of, rows, length)
+    padded = LANES / cfg.H if tpu and cfg.H < LANES else 0
+    if program == "prefill":
+        chunk = prefill_tokens(rows, platform)
+        width = 2 * (cfg.F + cfg.N * cfg.H) // of.tensor + 4 * cfg.D
+        total = here * chunk * width * of.itemsize
+        if tpu and of.tensor == 1:
+            total += int(2.5 * padded * kept / cfg.L)
+            weights = cfg.V * -(-cfg.D // LANES) * LANES + 2 * cfg.L * cfg.N * cfg.H * cfg.D
+            total += of.itemsize * weights if cfg.D % LANES else 0  # embedding, `q` and `o` are padded too
+        if gpu:  # keys and values of a layer, and scores where cuDNN does not apply
+            heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
+            total += 2 * here * length * heads * cfg.H * of.itemsize
+            total += 4 * here * chunk * length * cfg.N // of.tensor if cfg.H > LANES else 0
+        return total
+    total = 2 * 4 * here * cfg.V // mesh.num_shards("V", (cfg.V,), of.over)
+    total += int(COPIED[platform] * weight_bytes(of) + 0.97 * padded * kept)
+    if of.tensor > 1 and tpu and not padded:
+        total += of.itemsize * cfg.L * cfg.N * cfg.H * cfg.D // of.tensor
+    heads = cfg.K // mesh.num_shards("K", (cfg.K,), of.over)
+    if gpu and of.over.size > 1 and mesh.GROUP not in of.over.shape and (here == 1) != (heads == 1):
+        total += kept
+    return total
 
 
 class Roof(NamedTuple):

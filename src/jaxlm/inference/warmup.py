@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from jaxlm.devices import hardware
 from jaxlm.inference import decoding, sampling
@@ -16,24 +17,26 @@ from jaxlm.inference.scheduler import Scheduler, top_logprobs
 Progress = Callable[[int, int], None]
 
 
-def run_all(scheduler: Scheduler, full: bool, constraints: bool, progress: Progress) -> None:
+def run_all(scheduler: Scheduler, full: bool, constraints: bool, progress: Progress | None) -> None:
     """Compiles the programs of an idle scheduler.
 
     Args:
         scheduler: The scheduler.
         full: Also those for requests with penalties, a logit bias or log-probabilities.
         constraints: Also those for requests with a constraint.
-        progress: Called with the number of groups of programs that are done, and with that of all.
+        progress: Called with the number of groups of programs that are done, and with that of all. None: a bar.
     """
     variants = [False, True] if full else [False]
     rows = [1 << n for n in range((scheduler.max_joining - 1).bit_length() + 1)]
     groups = [partial(_prefill, scheduler, n, length, variants, constraints) for n in rows for length in
               scheduler.lengths.prefill]  # fmt: skip
     groups += [partial(_decode, scheduler, length, variants, constraints) for length in scheduler.lengths.decode]
-    for number, group in enumerate(groups):
-        progress(number, len(groups))
-        group()
-    progress(len(groups), len(groups))
+    with tqdm(total=len(groups), desc="compiling", disable=progress is not None or None) as bar:  # None: no terminal
+        for number, group in enumerate(groups, 1):
+            group()
+            bar.update()
+            if progress is not None:
+                progress(number, len(groups))
 
 
 def _prefill(scheduler: Scheduler, rows: int, length: int, variants: list[bool], constraints: bool) -> None:
