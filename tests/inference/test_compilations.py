@@ -198,7 +198,7 @@ def test_scarce_memory_takes_shorter_caches(monkeypatch: pytest.MonkeyPatch) -> 
     requests = [Request(ids(20), DEFAULT_PARAMS, 12)]
     shortest = memory.shortest_cache_lengths(requests, model.config.context)
     assert shortest.decode == [32]
-    needed = memory.row_bytes(model, shortest) + memory.temporary_bytes(model, 1, 32)
+    needed = memory.kv_memory(model, 1, shortest) + memory.temporary_bytes(model, 1, 32)
     monkeypatch.setattr(hardware, "available_memory", lambda device: needed)
     assert memory.check_memory(model, requests, 1) == shortest
     monkeypatch.setattr(hardware, "available_memory", lambda device: needed - 1)

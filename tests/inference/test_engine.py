@@ -18,7 +18,7 @@ from helpers.tiny_models import tiny
 import jaxlm
 from jaxlm.bench import memory_use
 from jaxlm.devices import hardware
-from jaxlm.inference import memory, scheduler
+from jaxlm.inference import memory, prefix_cache
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.requests import requests_for
 from jaxlm.model import Model
@@ -82,7 +82,7 @@ def test_random_requests_equal_each_request_alone(
     monkeypatch.setitem(hardware.CHUNK, "cpu", 32)
     monkeypatch.setitem(hardware.SMALL_CHUNKS, "cpu", (16,))
     monkeypatch.setattr("jaxlm.inference.memory.PREFILL_CACHE", 64)
-    monkeypatch.setattr(scheduler, "WORTH_WAITING", 24)
+    monkeypatch.setattr(prefix_cache, "WORTH_WAITING", 24)
     rng, model = random.Random(FAMILIES.index(family)), model_of(family)
     engine = Engine(model, 3)
     engine.prepare(constraints=False)
@@ -110,6 +110,7 @@ def test_random_requests_equal_each_request_alone(
         tokens, text, reason = [t for chunk in chunks for t in chunk.tokens], "".join(chunks), chunks[-1].finish_reason
         try:
             alone = [*jaxlm.stream(model, prompt, **options)]
+            scores = [[s.chosen for c in found for s in c.logprobs or []] for found in (chunks, alone)]
         except ValueError:  # BAD is in the prompt or in the answer
             assert reason in ("error", "cancelled")
             continue
@@ -119,6 +120,7 @@ def test_random_requests_equal_each_request_alone(
             assert expected[: len(tokens)] == tokens
         else:
             assert (tokens, text, reason) == (expected, "".join(alone), alone[-1].finish_reason)
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     reasons = [chunks[-1].finish_reason for chunks in texts.values()]
     assert {"stop", "length", "error"} <= {*reasons}
     engine.close()
@@ -195,8 +197,8 @@ def test_the_longest_prefix_is_reused_at_any_point(family: str) -> None:
 
 def test_the_row_that_was_used_least_recently_is_taken() -> None:
     model = tiny("llama3")
-    engine = Engine(model, 2, length=128)
-    prompts = [[i] * 40 for i in range(3)]
+    engine = Engine(model, 3, length=128)
+    prompts = [[i] * 40 for i in range(4)]
 
     def cached(i: int) -> int:
         request = engine.submit(prompts[i], max_tokens=2, ignore_eos=True)
@@ -204,10 +206,11 @@ def test_the_row_that_was_used_least_recently_is_taken() -> None:
             engine.step()
         return request.cached
 
-    assert [cached(0), cached(1)] == [0, 0]
-    assert cached(0) == 39  # 1 is now the oldest
-    assert cached(2) == 0
-    assert [cached(0), cached(1)] == [39, 0]
+    assert [cached(0), cached(1), cached(2)] == [0, 0, 0]
+    assert cached(3) == 0  # in the row of 0
+    assert cached(1) == 39  # 2 is now the oldest
+    assert cached(0) == 0
+    assert [cached(1), cached(3), cached(2)] == [39, 39, 0]
 
 
 def test_a_row_after_nan_is_clean() -> None:
@@ -297,7 +300,8 @@ def test_a_failing_program_ends_the_requests_that_have_rows(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("prompt", "options", "words"),
-    [([1] * 60, {"max_tokens": 10}, "exceed the length of this engine, 64"), ([], {}, "empty"),
+    [([1] * 60, {"max_tokens": 10}, "exceed the length of this engine, 64"),
+     ([1] * 64, {}, "64 tokens, and the length of this engine is 64"), ([], {}, "empty"),
      ([1], {"temprature": 1}, "did you mean"), ([1], {"stop": "x"}, "tokenizer")],
 )  # fmt: skip
 def test_bad_requests_leave_the_engine_as_it_is(prompt: list[int], options: dict[str, Any], words: str) -> None:
@@ -345,7 +349,7 @@ def test_an_engine_plans_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """KV caches and temporaries. Without a given length, the context length is halved until it fits."""
     model = tiny("gemma3", max_position_embeddings=8192)
     lengths = {length: memory.few_cache_lengths(length) for length in (8192, 4096)}
-    needed = {n: 4 * memory.row_bytes(model, lengths[n], False) + memory.temporary_bytes(model, 4, n) for n in lengths}
+    needed = {n: memory.kv_memory(model, 4, lengths[n], False) + memory.temporary_bytes(model, 4, n) for n in lengths}
     for free, length in ((needed[8192], 8192), (needed[8192] - 1, 4096)):
         monkeypatch.setattr(hardware, "available_memory", lambda device, free=free: free)
         assert Engine(model, 4).length == length
@@ -362,6 +366,12 @@ def test_logits_processors_run_on_the_device() -> None:
         logits_processors=[lambda logits: jnp.where(allowed > 0, logits, -jnp.inf)],
     )  # fmt: skip
     assert {token for answer in answers for token in answer.tokens} == {*only}
+
+
+@pytest.mark.parametrize("wrong", [lambda logits: logits[:, :5], lambda logits: None])
+def test_logits_processors_return_logits(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="must return an array of the shape"):
+        jaxlm.generate(tiny("qwen3"), [3, 4], max_tokens=2, logits_processors=[wrong])
 
 
 class Alternating:

@@ -363,7 +363,7 @@ def test_memory_check_includes_cache_growth(monkeypatch):
     """While a cache of 48 becomes one of 192 there are both."""
     model = llama(replace(LLAMA, context=256))
     monkeypatch.setattr(memory, "HEADROOM", 16)
-    grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1)
+    grown = cache_bytes(model, 192, 1) + cache_bytes(model, 48, 1) + cache_bytes(model, 16, None)
     grown += memory.temporary_bytes(model, 1, len(PROMPT) + 130)
     monkeypatch.setattr(hardware, "available_memory", lambda device: grown - 1)
     with pytest.raises(MemoryError, match=r"1 sequences of 137 tokens"):
@@ -398,8 +398,8 @@ def test_forward_with_a_manual_decoding_loop():
 
 def test_out_of_memory_message_suggests_a_batch_size(monkeypatch):
     model = llama()
-    rows = [cache_bytes(model, CONTEXT, 1) + cache_bytes(model, 16, None)] * 3
-    free = sum(rows) + memory.temporary_bytes(model, 3, CONTEXT) + 10
+    caches = 3 * cache_bytes(model, CONTEXT, 1) + 4 * cache_bytes(model, 16, None)  # 4 rows are prefilled
+    free = caches + memory.temporary_bytes(model, 3, CONTEXT) + 10
     monkeypatch.setattr(hardware, "available_memory", lambda device: free)
     with pytest.raises(MemoryError, match="batch_size=3"):
         jaxlm.generate(model, [PROMPT] * 4, max_tokens=REST)

@@ -145,6 +145,39 @@ def ended(schemas: Sequence[dict], answers: Sequence[tuple[list[int], bool]], at
     return found
 
 
+class Inner(pydantic.BaseModel):
+    x: int = 3
+
+
+class Outer(pydantic.BaseModel):
+    inner: Inner
+    many: list[Inner]
+    free: dict[str, int]
+
+
+class Open(pydantic.BaseModel, extra="allow"):
+    y: int
+
+
+def test_the_fields_of_a_pydantic_model_are_the_only_ones(tokenizer) -> None:
+    def accepts(schema: Any, text: str) -> bool:
+        constraint = compile_grammar(tokenizer, V, schema=schema).start()
+        try:
+            for token in [*tokenizer.encode(text, add_special_tokens=False), min(tokenizer.stop_ids)]:
+                constraint.accept(token)
+        except ValueError:
+            return False
+        return True
+
+    assert accepts(Outer, '{"inner": {"x": 1}, "many": [{"x": 2}], "free": {"z": 5}}')
+    assert not accepts(Outer, '{"inner": {"x": 1, "z": 1}, "many": [], "free": {}}')
+    assert not accepts(Outer, '{"inner": {"x": 1}, "many": [], "free": {}, "z": 1}')
+    assert accepts(Open, '{"y": 1, "z": 1}')
+    assert accepts({"type": "object", "properties": {"y": {"type": "integer"}}}, '{"y": 1, "z": 1}')
+    with pytest.raises(ValueError, match="pydantic model class"):
+        compile_grammar(tokenizer, V, schema=Inner(x=1))
+
+
 def test_answers_match_200_schemas(tokenizer) -> None:
     """At least 95 % must end within 400 tokens; each of those is valid."""
     schemas = [random_schema(seed) for seed in range(200)]

@@ -227,8 +227,8 @@ class CompiledSteps:
             _keep((self._architecture, key), executable)
             return executable
 
-        if key in self._compiling:
-            return self._compiling[key]
+        if (compiling := self._compiling.get(key)) is not None:
+            return compiling
         lowered, future = lower_program(function, donate, args), Future()
         if self._beside:
             self._compiling[key] = future = _workers().submit(compiled)

@@ -94,7 +94,7 @@ class Detokenization:
             self.logprobs.append(logprobs.with_texts(self.steps.model.tokenizer, token))
         text = ""
         if self.text is not None:
-            if request.finished != "stop":
+            if token not in request.stop_ids:
                 text = self.text.push(token)
             if self.text.stopped is not None:
                 request.finished = "stop"

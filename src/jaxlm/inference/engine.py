@@ -1,13 +1,17 @@
 """The engine: requests come and go at any time, from any thread, and are decoded together (scheduler.py)."""
 
 import asyncio
+import atexit
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
+from weakref import WeakSet
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import memory, saved_prefixes, warmup
@@ -80,14 +84,20 @@ class Engine:
         self.steps: CompiledSteps = CompiledSteps(model, tuple(logits_processors))
         self.scheduler: Scheduler = Scheduler(self.steps, self.slots, lengths, prefix_cache)
         self._inbox: deque[Request] = deque()
-        self._stepping, self._changed = threading.RLock(), threading.Condition()
+        self._stepping, self._changed = threading.RLock(), threading.RLock()
+        self._waiting: int = 0  # threads that wait to run between steps
         self._driver: threading.Thread | None = None
         self._closed: bool = False
+
+    def __repr__(self) -> str:
+        has_slot = sum(slot.request is not None for slot in self.scheduler.rows)
+        waiting = len(self.scheduler.waiting) + len(self._inbox)
+        return f"Engine({self.slots} slots of {self.length:,} tokens, {has_slot} in use, {waiting} requests waiting)"
 
     # Requests
 
     def submit(self, prompt: Any, **options: Unpack[RequestOptions]) -> Request:
-        """Adds a request. It begins in a later `step`.
+        """Adds a request. It begins in a later `step`, which the caller, or a running `stream`, calls.
 
         Args:
             prompt: A text, a list of messages or a list of token ids.
@@ -102,12 +112,23 @@ class Engine:
     def _submit(
         self, prompt: Any, options: Mapping[str, Any], emit: Callable[[CompletionChunk], None] | None
     ) -> Request:
-        [request] = requests_for(self.model, [prompt], options)
+        [request] = self._requests(prompt, options)
         request.emit = emit
-        if options.get("max_tokens") is None:  # the default is what fits
-            request.max_tokens = max(1, min(request.max_tokens, self.length - len(request.ids)))
         self.add(request)
         return request
+
+    def _requests(self, prompt: Any, options: Mapping[str, Any]) -> list[Request]:
+        """Prepares the request of a prompt."""
+        requests = requests_for(self.model, [prompt], options)
+        if options.get("max_tokens") is None:  # the default is what fits
+            for request in requests:
+                if len(request.ids) >= self.length:
+                    raise ValueError(
+                        f"the prompt has {len(request.ids):,} tokens, and the length of this engine is "
+                        f"{self.length:,}: shorten the prompt, or use a longer length"
+                    )
+                request.max_tokens = max(1, min(request.max_tokens, self.length - len(request.ids)))
+        return requests
 
     def add(self, *requests: Request) -> None:
         """Adds requests that are already prepared.
@@ -126,13 +147,11 @@ class Engine:
             if self._closed:
                 raise RuntimeError("the engine is closed: create another one")
             self._inbox.extend(requests)
-            self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
         """Ends a request. Its last chunk, with finish_reason "cancelled", comes from a later `step`."""
         with self._changed:
-            request.cancelled = True
-            self._changed.notify_all()
+            request.cancelled = request.cancelled or not request.finished
 
     def prepare(
         self, *, full: bool = True, constraints: bool = True, progress: Callable[[int, int], None] | None = None
@@ -148,7 +167,7 @@ class Engine:
         Raises:
             RuntimeError: The engine has requests.
         """
-        with self._stepping:
+        with self._between_steps():
             if self.is_busy:
                 raise RuntimeError("prepare needs an engine without requests: call it first")
             warmup.run_all(self.scheduler, full, constraints, progress)
@@ -187,22 +206,22 @@ class Engine:
             raise ValueError("this engine has no prefix cache: create it with prefix_cache=True")
         if self.model.is_multiprocess:
             raise ValueError("a prefix cache of several processes cannot be saved or loaded")
-        with self._stepping:
+        with self._between_steps():
             yield
 
     def close(self) -> None:
         """Ends all requests and frees the memory of the KV cache."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            driver = self._driver
         self.steps.cancel()
-        with self._stepping:
+        with self._between_steps():
             for request in [*self._inbox, *self.scheduler.answers]:
                 request.cancelled = True
             self._advance()
             self.scheduler.reset()
-        if self._driver is not None and self._driver is not threading.current_thread():
-            self._driver.join()
+        if driver is not None and driver is not threading.current_thread():
+            driver.join()
 
     def __enter__(self) -> "Engine":
         return self
@@ -223,7 +242,7 @@ class Engine:
         Returns:
             New text, and the ends of requests. The last chunk of each request has a finish_reason.
         """
-        with self._stepping:
+        with self._between_steps():
             self._advance()
             chunks, self.scheduler.chunks = self.scheduler.chunks, []
         return chunks
@@ -233,11 +252,9 @@ class Engine:
             self.scheduler.add(self._inbox[0])
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
         self.scheduler.advance()
-        if not self.scheduler.has_work:
-            self.steps.cancel()
 
-    def stream(self, prompt: Any, **options: Unpack[RequestOptions]) -> Iterator[CompletionChunk]:
-        """Yields the chunks of one request. Closing the iterator cancels the request.
+    def stream(self, prompt: Any, **options: Unpack[RequestOptions]) -> "Stream":
+        """Yields the chunks of one request. Closing or dropping the iterator cancels the request.
 
         Args:
             prompt, **options: As for `submit`.
@@ -248,55 +265,115 @@ class Engine:
         chunks: SimpleQueue[CompletionChunk] = SimpleQueue()
         request = self._submit(prompt, options, chunks.put)
         self._start()
-
-        def received() -> Iterator[CompletionChunk]:
-            try:
-                finish_reason = None
-                while finish_reason is None:
-                    chunk = _checked(chunks.get())
-                    finish_reason = chunk.finish_reason
-                    yield chunk
-            finally:
-                self.cancel(request)
-
-        return received()
+        return Stream(self, request, chunks)
 
     async def astream(self, prompt: Any, **options: Unpack[RequestOptions]) -> AsyncIterator[CompletionChunk]:
         """`stream` for asyncio."""
+        [request] = await asyncio.to_thread(self._requests, prompt, options)
+        async for chunk in self.follow([request]):
+            yield chunk
+
+    async def follow(self, requests: Sequence[Request]) -> AsyncIterator[CompletionChunk]:
+        """Adds requests that are already prepared and yields their chunks, for asyncio. Closing the iterator cancels
+        the requests.
+
+        Raises:
+            ValueError: A request is too long. The first error of a request is raised too.
+            RuntimeError: The engine is closed.
+        """
         chunks: asyncio.Queue[CompletionChunk] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def put(chunk: CompletionChunk) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            try:
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            except RuntimeError:  # the loop is closed: nobody reads the chunks
+                chunk.request.cancelled = True
 
-        request = await asyncio.to_thread(self._submit, prompt, options, put)
+        for request in requests:
+            request.emit = put
+        self.add(*requests)
         self._start()
+        left = len(requests)
         try:
-            finish_reason = None
-            while finish_reason is None:
+            while left:
                 chunk = _checked(await chunks.get())
-                finish_reason = chunk.finish_reason
+                left -= chunk.finish_reason is not None
                 yield chunk
         finally:
-            self.cancel(request)
+            for request in requests:
+                self.cancel(request)
 
     def _start(self) -> None:
-        """Starts the thread that runs the steps."""
+        """Starts the thread that runs the steps, unless it runs."""
         with self._changed:
-            if self._driver is None and not self._closed:
+            if (self._driver is None or not self._driver.is_alive()) and not self._closed:
                 self._driver = threading.Thread(target=self._drive, name="jaxlm-engine", daemon=True)
+                _running.add(self)
+                _close_at_exit()
                 self._driver.start()
 
     def _drive(self) -> None:
-        """Runs steps while there are requests."""
+        """Runs steps until there are no more requests."""
         while True:
             with self._changed:
-                while not (self._closed or self._inbox or self.scheduler.has_work):
-                    self._changed.wait()
-                if self._closed:
+                if self._closed or not (self._inbox or self.scheduler.has_work):
+                    self._driver = None
                     return
             with self._stepping:
                 self._advance()
+            while self._waiting:  # locks are not fair: another thread could wait for long
+                time.sleep(0.001)
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """No step of another thread runs meanwhile."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            self._stepping.acquire()
+        finally:
+            with self._changed:
+                self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._stepping.release()
+
+
+_running: WeakSet[Engine] = WeakSet()  # engines that had a thread
+
+
+@cache
+def _close_at_exit() -> None:
+    """Closes engines before the process exits. It would abort if a thread ran a program of XLA then."""
+    atexit.register(lambda: [engine.close() for engine in [*_running]])
+
+
+class Stream:
+    """Yields the chunks of a request. Closing or dropping it cancels the request."""
+
+    def __init__(self, engine: Engine, request: Request, chunks: "SimpleQueue[CompletionChunk]"):
+        self.request: Request = request
+        self._engine, self._chunks, self._ended = engine, chunks, False
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> CompletionChunk:
+        if self._ended:
+            raise StopIteration
+        chunk = self._chunks.get()
+        self._ended = chunk.finish_reason is not None
+        return _checked(chunk)
+
+    def close(self) -> None:
+        """Cancels the request if it has not ended."""
+        self._ended = True
+        self._engine.cancel(self.request)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _checked(chunk: CompletionChunk) -> CompletionChunk:

@@ -15,6 +15,8 @@ from jaxlm.nn import kv_cache, params
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
+# Prompts that are prefilled together, at most. More would compile more programs. Chunks have as many tokens in all.
+MAX_JOINING = 16
 HEADROOM = 512  # slots of a new KV cache beyond the longest prompt, if memory is scarce
 # Otherwise it has slots for the longest prompt and this number of tokens at least, unless max_tokens is smaller.
 LEAST_HEADROOM = 64
@@ -95,8 +97,7 @@ def check_memory(model: "Model", requests: Sequence[Request], slots: int, rings:
     free, longest = hardware.available_memory(model.device), max(len(r.ids) + r.max_tokens for r in requests)
 
     def needed(slots: int, lengths: CacheLengths) -> int:
-        rows = -(-slots // memories(model)[0])  # of a device
-        return rows * row_bytes(model, lengths, rings) + temporary_bytes(model, slots, longest)
+        return kv_memory(model, slots, lengths, rings) + temporary_bytes(model, slots, longest)
 
     lengths = cache_lengths(requests, slots, model.config.context)
     if free is None or needed(slots, lengths) <= free:
@@ -125,11 +126,11 @@ def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) ->
     context = model.config.context
     if length is not None and not 1 <= length <= context:
         raise ValueError(f"length={length:,}: must be 1 to {context:,}, the context length of {model.source}")
-    free, rows = hardware.available_memory(model.device), -(-slots // memories(model)[0])
+    free = hardware.available_memory(model.device)
     most = length or context
     while True:
         lengths = few_cache_lengths(most)
-        needed = rows * row_bytes(model, lengths, rings) + temporary_bytes(model, slots, most)
+        needed = kv_memory(model, slots, lengths, rings) + temporary_bytes(model, slots, most)
         if free is None or needed <= free:
             return lengths
         if length is not None or most < PREFILL_CACHE:
@@ -138,16 +139,17 @@ def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) ->
         most //= 2
 
 
-def row_bytes(model: "Model", lengths: CacheLengths, rings: bool = True) -> int:
-    """Bytes of one row at the peak, when two KV caches exist: the longest, and that of new prompts or (while the cache
-    grows) the previous one."""
+def kv_memory(model: "Model", slots: int, lengths: CacheLengths, rings: bool = True) -> int:
+    """Bytes per device of the KV caches at the peak, when three of them exist: that of new prompts, and while the cache
+    of the batch grows to its longest length, the previous one."""
+    shards, _ = memories(model)
+    rows, prompts = (-(-n // shards) for n in (slots, roofline.prefill_rows(min(slots, MAX_JOINING), shards)))
 
     def size(length: int, chunk: int) -> int:
         return cache_bytes(model, length, chunk if rings else length)
 
-    others = [size(lengths.prefill[-1], hardware.CHUNK[model.device.platform])]
-    others += [size(length, 1) for length in lengths.decode[:-1]]
-    return size(lengths.decode[-1], 1) + max(others)
+    batch = sum(size(length, 1) for length in lengths.decode[-2:])
+    return rows * batch + prompts * size(lengths.prefill[-1], hardware.CHUNK[model.device.platform])
 
 
 def cache_bytes(model: "Model", length: int, chunk: int) -> int:

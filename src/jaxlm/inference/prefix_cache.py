@@ -4,7 +4,7 @@ The engine asks for the longest prefix of a new prompt that some row has, at any
 in which they were last used (LRU). A request copies the prefix instead of sharing it, so that rows stay independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from jaxlm.inference.decoding import bucket
 from jaxlm.inference.requests import Request
 
 NO_TOKENS = np.zeros(0, np.int32)
+# A request waits for another with the same beginning if it then has this number of tokens less to prefill.
+WORTH_WAITING = 256
 
 
 @dataclass
@@ -78,3 +80,8 @@ def choose_row(slots: Sequence[Slot], prefix: Prefix) -> int:
     if prefix.length and source.request is None and 2 * prefix.length >= len(source.ids):
         return prefix.row
     return min((row for row, slot in enumerate(slots) if slot.request is None), key=lambda row: slots[row].used)
+
+
+def should_wait(request: Request, group: Iterable[Request]) -> bool:
+    """Whether a request would have much less to prefill after one of the group."""
+    return any(shared(request.array, r.array) - request.cached >= WORTH_WAITING for r in group)

@@ -67,7 +67,7 @@ class RequestOptions(SamplingOptions, total=False):
     stop_when: Callable[[Sequence[int]], bool] | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Request:
     """One prompt with its sampling parameters. `request_of` makes one from a prompt in any format.
 
@@ -121,6 +121,12 @@ class Request:
         """Whether the request has penalties, a logit bias or log-probabilities."""
         options = self.options
         return options.penalized or bool(options.logit_bias) or options.logprobs is not None
+
+    def __repr__(self) -> str:
+        state = self.finished or ("running" if self.tokens else "waiting")
+        return (
+            f"Request({len(self.ids):,} prompt tokens, {len(self.tokens):,} of {self.max_tokens:,} new ones, {state})"
+        )
 
     def fail(self, error: Exception) -> None:
         """Ends the request with an error."""

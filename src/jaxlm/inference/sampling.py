@@ -138,7 +138,13 @@ def process(
     if counts is not None:
         logits = penalize(logits, s, counts)
     for processor in processors:
-        logits = processor(logits)
+        processed = processor(logits)
+        if getattr(processed, "shape", None) != logits.shape:
+            what = getattr(processed, "shape", type(processed).__name__)
+            raise ValueError(
+                f"a logits processor returned {what}: it must return an array of the shape of its argument"
+            )
+        logits = processed.astype(jnp.float32)
     drawn = s.temperature > 0
     return lax.cond(jnp.any(drawn), lambda x: jnp.where(drawn[:, None], _filtered(x, s), x), lambda x: x, logits)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint import safetensors, writer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 DIGEST = "weights_digest"  # [32] bytes
 TOKENS = "{}.tokens"  # of a row: [n] int32
 LAYER = "{}.layers.{}.{}"  # of a row and a layer, "k" or "v": [K,n,H]
-SAMPLE = 16  # elements of a tensor that the digest covers
+PRIMES = (2654435761, 2246822519, 3266489917, 668265263)  # large odd numbers, one for each axis
 
 
 def save(scheduler: Scheduler, path: Path) -> int:
@@ -78,17 +79,22 @@ def load(scheduler: Scheduler, path: Path) -> int:
 
 
 def weights_digest(model: "Model") -> np.ndarray:
-    """A digest of the config, and of type, shape and first elements of each weight; [32] bytes. Training and adapters
-    change the first elements, too."""
-
-    def first(leaf: jax.Array) -> jax.Array:
-        return leaf[(0,) * (leaf.ndim - 1)][:SAMPLE]
-
+    """A digest of the config, and of type, shape and a checksum of each weight; [32] bytes."""
     leaves = jax.tree.leaves(model.weights)
     digest = hashlib.sha256(repr((model.config, [(leaf.shape, str(leaf.dtype)) for leaf in leaves])).encode())
-    for values in jax.device_get(jax.jit(lambda leaves: [first(leaf) for leaf in leaves])(leaves)):
-        digest.update(values.tobytes())
+    for value in jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])(leaves)):
+        digest.update(value.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _checksum(a: jax.Array) -> jax.Array:
+    """A sum of all elements, as the integers of their bits, modulo 2^32. The factor depends on the position."""
+    unsigned = f"uint{8 * a.dtype.itemsize}"
+    bits = jax.lax.bitcast_convert_type(a, unsigned) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    factor = jnp.uint32(1)
+    for axis in range(a.ndim):
+        factor += jnp.uint32(PRIMES[axis]) * jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * factor, dtype=jnp.uint32)
 
 
 def _kv_cache(scheduler: Scheduler, n: int, layers: list[dict[str, np.ndarray]]) -> KVCache:

@@ -16,7 +16,8 @@ on accelerators the cost of a decoding step grows with the length of the cache.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from jaxlm.devices import hardware, mesh
 from jaxlm.inference import decoding, prefix_cache, structured
 from jaxlm.inference.compilation import CompiledSteps, shapes
 from jaxlm.inference.completion import CompletionChunk, Detokenization
-from jaxlm.inference.memory import CacheLengths
+from jaxlm.inference.memory import MAX_JOINING, CacheLengths
 from jaxlm.inference.prefill import Prefill, empty_rows, logprobs_of, small_prefills
 from jaxlm.inference.prefix_cache import NO_PREFIX, Prefix, Slot
 from jaxlm.inference.requests import MAX_LOGPROBS, Request
@@ -37,11 +38,7 @@ from jaxlm.nn import kv_cache as caches
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
-# Prompts that are prefilled together, at most. More would compile more programs. Chunks have as many tokens in all.
-MAX_JOINING = 16
 LOOK_AHEAD = 64  # waiting requests that may join with the first one
-# A request waits for another with the same beginning if it then has this number of tokens less to prefill.
-WORTH_WAITING = 256
 NOT_FINITE = (
     "the logits are not finite (NaN or Inf): the weights are not finite, or their dtype overflows. Try "
     "dtype='float32' (--dtype float32)"
@@ -109,9 +106,9 @@ class Scheduler:
     def advance(self) -> None:
         """Runs one chunk of a prefill and one decode program, as far as there are requests. If a program fails, the
         requests that have a row end with its error, because the arrays that it took are gone."""
-        try:
-            for request in [request for request in self.answers if request.cancelled]:
-                request.finished = "cancelled"
+        with self._recovering():
+            for request in [request for request in self.answers if request.cancelled or request.finished]:
+                request.finished = request.finished or "cancelled"  # or a constraint failed
                 self._end(request)
             if self.joining is None:
                 self._admit()
@@ -120,15 +117,28 @@ class Scheduler:
             busy = self._decode()
             if len(self._in_flight) > 1 or (self._in_flight and not busy):
                 self._fetch_tokens()
+
+    @contextmanager
+    def _recovering(self, reraise: bool = False) -> Iterator[None]:
+        """Ends the requests that have a row, and drops all device arrays, if a program fails or is interrupted.
+
+        Args:
+            reraise: Whether an error is raised as well. An interrupt always is.
+        """
+        try:
+            yield
         except BaseException as error:
             reason = error if isinstance(error, Exception) else RuntimeError(f"interrupted: {type(error).__name__}")
             requests = [slot.request for slot in self.rows if slot.request is not None]
             self.reset()
             for request in requests:
                 if request in self.answers:
-                    request.fail(reason)
+                    if isinstance(error, CancelledError):  # the engine is closed while a program is compiled
+                        request.finished = "cancelled"
+                    else:
+                        request.fail(reason)
                     self._end(request)
-            if not isinstance(error, Exception):
+            if reraise or not isinstance(error, Exception):
                 raise
 
     # Prefill
@@ -145,7 +155,7 @@ class Scheduler:
             request.cached = prefix.length
             if group and not _same_width(next(iter(group)), request):
                 continue
-            if reuse and _should_wait(request, group):
+            if reuse and prefix_cache.should_wait(request, group):
                 continue
             group[request] = prefix
             if len(group) == min(free, self.max_joining):
@@ -153,7 +163,8 @@ class Scheduler:
         for request, prefix in group.items():
             self.waiting.remove(request)
             self.rows[prefix_cache.choose_row(self.rows, prefix)].request = request
-            self._use(prefix.row)
+            if prefix.length:
+                self._use(prefix.row)
             self.hits, self.prompt_tokens = self.hits + prefix.length, self.prompt_tokens + len(request.ids)
         full = any(slot.request.needs_full_state for slot in self.rows if slot.request is not None)
         take = partial(self._take_prefixes, group) if any(prefix.length for prefix in group.values()) else None
@@ -168,10 +179,12 @@ class Scheduler:
     def store_prefix(self, ids: np.ndarray, kv: caches.KVCache) -> None:
         """Puts a prefix, which is in the first row of a KV cache, into the free row that was used the longest ago."""
         row = prefix_cache.choose_row(self.rows, NO_PREFIX)
-        state = self._fitting(len(ids), self.state is not None and self.state.counts is not None)
-        padding = len(next(iter(kv.positions.values()))) - 1
-        part = empty_rows(self.model, 1 + padding, state.counts is not None)._replace(kv=kv)
-        self.state = self.steps.insert(state, self.place(np.array([row] + [self.slots] * padding, np.int32), ""), part)
+        with self._recovering(reraise=True):
+            state = self._fitting(len(ids), self.state is not None and self.state.counts is not None)
+            padding = len(next(iter(kv.positions.values()))) - 1
+            part = empty_rows(self.model, 1 + padding, state.counts is not None)._replace(kv=kv)
+            rows = self.place(np.array([row] + [self.slots] * padding, np.int32), "")
+            self.state = self.steps.insert(state, rows, part)
         self.rows[row].ids = ids
         self._use(row)
 
@@ -254,17 +267,17 @@ class Scheduler:
 
     def _masks(self, requests: Sequence[Request | None]) -> list[jax.Array]:
         """The tokens that are allowed next in each row, [B,ceil(V/32)] uint32, in a list; empty if all are."""
-        V = self.model.config.V
-        bits, constrained = np.tile(structured.all_bits(V), (len(requests), 1)), False
-        for row, request in enumerate(requests):
-            if request is None or request.constraint is None or request.finished:
+        V, masks = self.model.config.V, dict[Request | None, np.ndarray]()  # a request may have several rows of padding
+        for request in requests:
+            if request is None or request.constraint is None or request.finished or request in masks:
                 continue
-            constrained = True
+            masks[request] = structured.all_bits(V)
             with self._failing(request):
-                [bits[row]] = structured.batch_masks([request.constraint], V)
-                if not bits[row].any():
+                [masks[request]] = structured.batch_masks([request.constraint], V)
+                if not masks[request].any():
                     raise ValueError("no token is allowed next: the grammar cannot be completed with this vocabulary")
-        return [self.place(bits, "B")] if constrained else []
+        rows = [masks.get(request, structured.all_bits(V)) for request in requests]
+        return [self.place(np.stack(rows), "B")] if masks else []
 
     def _fitting(self, length: int, full: bool) -> decoding.State:
         """Takes the state of the batch, with a KV cache of this length at least, and the arrays for penalties, logit
@@ -383,8 +396,3 @@ def _same_width(first: Request, request: Request) -> bool:
     """Whether two requests have as many tokens to prefill, rounded, and return the same."""
     widths = {decoding.bucket(len(r.ids) - r.cached) for r in (first, request)}
     return len(widths) == 1 and first.prompt_logprobs == request.prompt_logprobs
-
-
-def _should_wait(request: Request, group: Iterable[Request]) -> bool:
-    """Whether a request would have much less to prefill after one of the group."""
-    return any(prefix_cache.shared(request.array, r.array) - request.cached >= WORTH_WAITING for r in group)

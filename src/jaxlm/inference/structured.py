@@ -300,12 +300,27 @@ def _schema_dict(schema: Any) -> dict[str, Any]:
             raise ValueError(f"the JSON schema is not valid JSON: {error}") from None
         if schema is True:
             return {}
-    elif hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
+    elif isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = _closed(schema.model_json_schema())
     if not isinstance(schema, Mapping):
         raise ValueError(f"a JSON schema must be a dict, JSON text of an object, a pydantic model class or True, not "
                          f"{schema!r:.80}")  # fmt: skip
     return dict(schema)
+
+
+def _closed(schema: Any) -> Any:
+    """The JSON schema of a pydantic model without fields that the model does not have. pydantic ignores them by
+    default, and its schema allows them. A model with extra="allow" says so in its schema."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {
+        key: value if key in ("default", "examples", "enum", "const") else _closed(value)
+        for key, value in schema.items()
+    }
+    is_object = schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
+    return {**closed, "additionalProperties": False} if is_object and "additionalProperties" not in schema else closed
 
 
 def all_bits(vocab_size: int) -> np.ndarray:
