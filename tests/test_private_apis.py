@@ -119,7 +119,9 @@ PUBLIC = set("""
     jax.random jax.sharding jax.tree jax.tree_util jax.typing jinja2 jinja2.exceptions jinja2.ext jinja2.meta
     jinja2.nodes jinja2.sandbox llguidance lm_eval lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib
     matplotlib.figure matplotlib.ticker ml_dtypes numpy numpy.random optax optax.contrib jaxtyping pyarrow
-    pyarrow.ipc pyarrow.parquet optax.tree optax.tree_utils orbax.checkpoint prompt_toolkit
+    pyarrow.ipc pyarrow.parquet optax.tree optax.tree_utils orbax.checkpoint prometheus_client
+    prompt_toolkit pydantic starlette.applications starlette.middleware starlette.requests starlette.responses
+    starlette.routing starlette.types uvicorn
     prompt_toolkit.application prompt_toolkit.filters prompt_toolkit.output rich.cells rich.console rich.markup
     rich.progress rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers
     tokenizers.decoders tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors

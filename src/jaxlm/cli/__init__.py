@@ -114,11 +114,12 @@ def commands() -> dict[str, type]:
     from jaxlm.cli.generate import Generate
     from jaxlm.cli.info import Info
     from jaxlm.cli.plan import Plan
+    from jaxlm.cli.serve import Serve
     from jaxlm.cli.tokenizer import Tokenizer
     from jaxlm.cli.train import Finetune, Train
     from jaxlm.cli.verify import Verify
 
-    known = {"generate": Generate, "chat": Chat, "info": Info, "verify": Verify, "export": Export}
+    known = {"generate": Generate, "chat": Chat, "serve": Serve, "info": Info, "verify": Verify, "export": Export}
     known |= {"train": Train, "finetune": Finetune, "fuse": Fuse, "eval": Eval, "tokenizer": Tokenizer}
     return known | {"bench": Bench, "plan": Plan, "check": Check}
 

@@ -29,7 +29,7 @@ POSITIONAL_FIRST = """ If a positional argument follows it, it takes one value. 
 arguments first, or after --."""
 
 COMMANDS = {
-    "Inference": "generate chat",
+    "Inference": "generate chat serve",
     "Training": "train finetune fuse tokenizer",
     "Checkpoints": "info export verify",
     "Evaluation": "eval",
@@ -81,6 +81,11 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "chat": {
         "Conversation": ["system", "no_think", "template_arg"],
         "Model": MODEL, "Sampling": SAMPLING, "Distributed": DISTRIBUTED,
+    },
+    "serve": {
+        "Server": ["host", "port", "served_model_name", "api_key_file"],
+        "Engine": ["slots", "max_length", "max_waiting", "prepare"],
+        "Model": MODEL, "Distributed": DISTRIBUTED,
     },
     "plan": {
         "Devices": ["device", "chips", "mesh"],
@@ -149,6 +154,11 @@ EXAMPLES: dict[str, list[str]] = {
         "jaxlm chat -m Qwen/Qwen3-0.6B --system 'Answer in one sentence.' --temperature 0.7",
         "jaxlm chat -m google/gemma-3-1b-it --dtype bfloat16",
         "jaxlm chat -m Qwen/Qwen3-0.6B --no-think < questions.txt > answers.txt",
+    ],
+    "serve": [
+        "jaxlm serve -m Qwen/Qwen3-0.6B",
+        "jaxlm serve -m Qwen/Qwen3-0.6B --port 9000 --slots 16 --max-length 4096 --prepare",
+        "jaxlm serve -m google/gemma-3-1b-it --host 0.0.0.0 --api-key-file keys.txt",
     ],
     "info": [
         "jaxlm info Qwen/Qwen3-0.6B",

@@ -14,6 +14,7 @@ from jaxlm.training.config import current_name
 COMMANDS = {
     "generate": "run complete completion completions gen infer inference predict prompt",
     "chat": "talk interactive conversation repl",
+    "serve": "server api openai api-server",
     "info": "show inspect summary describe list",
     "verify": "compare test validate",
     "export": "convert save dump",
@@ -58,6 +59,9 @@ FLAGS = {
     "--process-id": "node-rank process-index machine-rank",
     "--debug": "verbose v traceback log-level",
     # Sampling
+    "--slots": "max-num-seqs parallel np batch-size max-batch-size",
+    "--max-length": "max-model-len ctx-size n-ctx context-length max-seq-len",
+    "--api-key-file": "api-key",
     "--n": "num-return-sequences best-of num-samples",
     "--json-schema": "schema json-schema-file guided-json response-format",
     "--regex": "guided-regex pattern",

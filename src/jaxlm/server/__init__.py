@@ -1,0 +1,1 @@
+"""The OpenAI protocol over HTTP. The engine schedules; nothing here does."""

@@ -1,0 +1,160 @@
+"""The HTTP application: its endpoints, API keys, models, tokens and state."""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxlm.server import responses
+from jaxlm.server.completions import chat, complete
+from jaxlm.server.schemas import DetokenizeBody, TokenizeBody
+from jaxlm.server.state import Refused, Server, as_refused
+
+OPEN = {"/health", "/ready"}  # paths without an API key
+
+
+def create_app(server: Server, prepare: Callable[[], None] | None = None) -> Starlette:
+    """The application.
+
+    Args:
+        server: Its state. The engine is closed when the application ends.
+        prepare: Runs in a thread at the start; the server is ready afterwards.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async def prepared() -> None:
+            if prepare is not None:
+                await asyncio.to_thread(prepare)
+            server.is_ready = True
+
+        task = asyncio.create_task(prepared())
+        yield
+        task.cancel()
+        await asyncio.to_thread(server.engine.close)
+
+    handlers: dict[tuple[str, str], Callable[[Server, HttpRequest], Awaitable[Response]]] = {
+        ("/v1/chat/completions", "POST"): chat,
+        ("/v1/completions", "POST"): complete,
+        ("/v1/models", "GET"): models,
+        ("/v1/models/{name:path}", "GET"): one_model,
+        ("/tokenize", "POST"): tokenize,
+        ("/detokenize", "POST"): detokenize,
+        ("/health", "GET"): health,
+        ("/ready", "GET"): ready,
+        ("/metrics", "GET"): metrics,
+    }
+    routes = [Route(path, _handled(server, handler), methods=[method]) for (path, method), handler in handlers.items()]
+    errors: Any = dict.fromkeys((404, 405), _plain_error)
+    return Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=[Middleware(KeyCheck, keys=server.keys)]
+    )
+
+
+class KeyCheck:
+    """Refuses requests without an API key. The comparison takes the same time for every key."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        self.app: ASGIApp = app
+        self.keys: list[bytes] = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+            if sum(hmac.compare_digest(given, key) for key in self.keys) == 0:  # compares all of them
+                refused = Refused(
+                    401, "the API key is missing or wrong", "authentication_error", WWW_Authenticate="Bearer"
+                )
+                return await refused.response()(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _handled(
+    server: Server, handler: Callable[[Server, HttpRequest], Awaitable[Response]]
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """A handler whose errors are answers."""
+
+    async def handle(http: HttpRequest) -> Response:
+        try:
+            response = await handler(server, http)
+        except Exception as error:
+            response = as_refused(error).response()
+        server.metrics.answered(http.scope["route"].path, response.status_code)
+        return response
+
+    return handle
+
+
+async def _plain_error(http: HttpRequest, error: Any) -> Response:
+    return JSONResponse(responses.error(error.detail, "not_found_error"), error.status_code)
+
+
+# Models, tokens, state
+
+
+def _card(server: Server) -> dict[str, Any]:
+    return {
+        "id": server.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "jaxlm",
+        "max_model_len": server.engine.length,
+    }
+
+
+async def models(server: Server, http: HttpRequest) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(server)]})
+
+
+async def one_model(server: Server, http: HttpRequest) -> Response:
+    name = http.path_params["name"]
+    if name != server.name:
+        raise Refused(404, f"the model {name!r} does not exist: this server has {server.name!r}", "not_found_error")
+    return JSONResponse(_card(server))
+
+
+async def tokenize(server: Server, http: HttpRequest) -> Response:
+    body = await server.read(http, TokenizeBody)
+    tokenizer = server.model.tokenizer
+    if tokenizer is None:
+        raise Refused(400, f"{server.name} has no tokenizer")
+    if (body.prompt is None) == (body.messages is None):
+        raise Refused(400, "prompt or messages: one of them is needed")
+    if body.messages is not None:
+        ids = await asyncio.to_thread(tokenizer.chat, body.messages)
+    else:
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": server.engine.length})
+
+
+async def detokenize(server: Server, http: HttpRequest) -> Response:
+    body = await server.read(http, DetokenizeBody)
+    tokenizer, V = server.model.tokenizer, server.model.config.V
+    if tokenizer is None:
+        raise Refused(400, f"{server.name} has no tokenizer")
+    if any(not 0 <= i < V for i in body.tokens):
+        raise Refused(400, f"tokens: ids are 0 to {V - 1}")
+    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
+
+
+async def health(server: Server, http: HttpRequest) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(server: Server, http: HttpRequest) -> Response:
+    if not server.is_ready:
+        raise Refused(503, "programs are being compiled", "server_error", Retry_After="5")
+    return JSONResponse({"status": "ready"})
+
+
+async def metrics(server: Server, http: HttpRequest) -> Response:
+    text, kind = server.metrics.text(server)
+    return Response(text, media_type=kind)

@@ -1,0 +1,204 @@
+"""The server on loopback, used with the openai client."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import pydantic
+import pytest
+import uvicorn
+from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
+from helpers.tiny_models import tiny
+
+import jaxlm
+from jaxlm.model import Model
+from jaxlm.server.app import create_app
+from jaxlm.server.state import Server
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return replace(tiny("llama3", max_position_embeddings=256), tokenizer=tokenizer_of(TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[tuple[Server, str]]:
+    with quick_compilation():
+        served = Server(model, jaxlm.Engine(model, 4), "tiny", max_waiting=16)
+        running = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        yield served, f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def client(server: tuple[Server, str]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_a_chat_is_that_of_generate(client: openai.OpenAI, model: Model) -> None:
+    for options in ({"temperature": 0}, {"temperature": 0.9, "seed": 3}):
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12, **options)
+        expected = jaxlm.generate(model, HELLO, max_tokens=12, **options)
+        [choice] = answer.choices
+        assert (choice.message.role, choice.message.content) == ("assistant", str(expected))
+        assert choice.finish_reason == expected.finish_reason
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == expected.prompt_tokens
+        assert answer.usage.completion_tokens == expected.generation_tokens
+        assert answer.usage.total_tokens == expected.prompt_tokens + expected.generation_tokens
+
+
+def test_streams_have_the_same_text(client: openai.OpenAI, model: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.9, "seed": 1}
+    stream = client.chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True}, **options
+    )
+    chunks = [*stream]
+    expected = jaxlm.generate(model, HELLO, **options)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == str(expected)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == expected.finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == expected.generation_tokens
+
+
+def test_several_answers_and_log_probabilities(client: openai.OpenAI, model: Model) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, n=3, max_tokens=6, temperature=0.9, seed=5, logprobs=True, top_logprobs=2
+    )
+    expected: Any = jaxlm.generate(model, HELLO, n=3, max_tokens=6, temperature=0.9, seed=5, logprobs=2)
+    assert [choice.message.content for choice in answer.choices] == [str(e) for e in expected]
+    for choice, e in zip(answer.choices, expected):
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        for score, want in zip(choice.logprobs.content, e.logprobs, strict=True):
+            assert score.logprob == pytest.approx(want.chosen, abs=1e-4)
+            assert [top.logprob for top in score.top_logprobs] == pytest.approx([v for _, v in want.top], abs=1e-4)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected[0].prompt_tokens
+    assert answer.usage.completion_tokens == sum(e.generation_tokens for e in expected)
+
+
+def test_completions_of_several_prompts_with_echo(client: openai.OpenAI, model: Model) -> None:
+    prompts = ["hello", "a b c"]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=5, temperature=0, logprobs=1, echo=True)
+    expected: Any = jaxlm.generate(model, prompts, max_tokens=5, temperature=0, logprobs=1, echo=True)
+    assert [choice.text for choice in answer.choices] == [str(e) for e in expected]
+    for choice, e in zip(answer.choices, expected):
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.token_logprobs[0] is None
+        assert len(choice.logprobs.token_logprobs) == len(e.tokens)
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx([s.chosen for s in e.logprobs[1:]], abs=1e-4)
+
+
+class Answer(pydantic.BaseModel):
+    yes: bool
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="tiny", messages=HELLO, response_format=Answer, max_tokens=80, temperature=1.0, seed=0
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
+
+
+def test_many_at_once_are_those_alone(client: openai.OpenAI, model: Model) -> None:
+    def ask(n: int) -> str | None:
+        options: dict[str, Any] = {"max_tokens": 4 + n, "temperature": 0.9, "seed": n}
+        answer = client.completions.create(model="tiny", prompt="a" * (n + 1), **options)
+        assert answer.choices[0].text == str(jaxlm.generate(model, "a" * (n + 1), **options))
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len([*pool.map(ask, range(16))]) == 16
+
+
+def test_errors_name_what_is_wrong(client: openai.OpenAI, server: tuple[Server, str]) -> None:
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        client.chat.completions.create(model="other", messages=HELLO)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=-1)
+    with pytest.raises(openai.BadRequestError, match=r"1,001 tokens.*shorten the prompt"):
+        client.completions.create(model="tiny", prompt="a " * 500, max_tokens=3)
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(model="tiny", prompt="a", suffix="b")
+    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    with pytest.raises(openai.BadRequestError, match="image"):
+        client.chat.completions.create(model="tiny", messages=image)
+    with httpx.Client(base_url=server[1], timeout=60) as http:
+        for body in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": 3}', b'{"messages": []}'):
+            answer = http.post("/v1/chat/completions", content=body)
+            assert answer.status_code == 400, body[:20]
+            assert answer.json()["error"]["message"]
+        assert http.post("/v1/chat/completions", content=b" " * (9 << 20)).status_code == 413
+        assert http.get("/v1/nothing").status_code == 404
+        assert http.get("/v1/completions").status_code == 405
+        assert http.get("/health").json() == {"status": "ok"}
+        assert http.get("/ready").status_code == 200
+        ids = http.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+        assert "hello" in http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+        assert "jaxlm_generation_tokens_total" in http.get("/metrics").text
+
+
+def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    served, url = server
+    step = served.engine.steps.step
+    monkeypatch.setattr(served.engine.steps, "step", lambda *args: time.sleep(0.02) or step(*args))
+    body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+            line = next(answer.iter_lines())
+            assert json.loads(line.removeprefix("data: "))["choices"]
+            assert served.active == 1
+        with pytest.raises(httpx.TimeoutException):
+            http.post("/v1/completions", json=body, timeout=0.3)
+    end = time.monotonic() + 10
+    while (served.active or served.engine.is_busy) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert served.active == 0
+    assert not served.engine.is_busy
+    assert all(slot.request is None for slot in served.engine.scheduler.rows)
+
+
+def test_overload_is_refused(server: tuple[Server, str]) -> None:
+    """60 clients, 4 slots, 16 may wait: every request is answered or refused."""
+    _, url = server
+
+    def ask(n: int) -> int:
+        body = {"prompt": f"{n}", "max_tokens": 40, "ignore_eos": True}
+        answer = httpx.post(url + "/v1/completions", json=body, timeout=120)
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"]
+        return answer.status_code
+
+    with ThreadPoolExecutor(60) as pool:
+        found = [*pool.map(ask, range(60))]
+    assert {*found} == {200, 429}
+    assert found.count(200) >= 20
+
+
+def test_keys(model: Model) -> None:
+    from starlette.testclient import TestClient
+
+    served = Server(model, jaxlm.Engine(model, 1), "tiny", keys=["one", "two"])
+    with TestClient(create_app(served)) as http:
+        assert http.get("/health").status_code == 200
+        for header, status in ((None, 401), ("Bearer three", 401), ("one", 200), ("Bearer two", 200)):
+            headers = {} if header is None else {"Authorization": header}
+            assert http.get("/v1/models", headers=headers).status_code == status
