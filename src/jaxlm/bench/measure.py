@@ -137,15 +137,14 @@ class Session:
     def _measure(self, who: Contestant, case: Case, row: Row, counted: bool) -> None:
         """Runs a case with a contestant, and adds the result to the row."""
         prompts = case.prompts(self.model.config.V)
-        if who.name == OURS:
-            memory_use.reset_peak()
+        was_reset = who.name == OURS and memory_use.reset_peak()
         sample = who.run(case, prompts)
         if who.name == OURS and sample is not None:
             wait_for_background()
             row.compile_seconds += sample.compile_seconds
             if counted:
                 row.samples.append(sample)
-                row.peak_memory = max(row.peak_memory or 0, memory_use.peak(self.model.device) or 0) or None
+                row.peak_memory = max(row.peak_memory or 0, memory_use.peak(self.model.device, was_reset) or 0) or None
         elif counted and sample is not None:
             row.rivals.setdefault(who.name, []).append(sample.seconds)
 

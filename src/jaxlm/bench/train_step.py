@@ -101,7 +101,7 @@ class TrainSession:
             operations = flops.training(model.family.PARAMS, model.config, length, size) * batch * length
             row = TrainRow(batch, length, operations)
             rows = self._batch(batch, length, where)
-            memory_use.reset_peak()
+            was_reset = memory_use.reset_peak()
             begin = time.perf_counter()
             with mesh.use_mesh_of(state.weights):
                 compiled = take.lower(state, rows, frozen).compile()
@@ -115,7 +115,7 @@ class TrainSession:
                 jax.block_until_ready((state, metrics))
                 if number:
                     row.seconds.append(time.perf_counter() - begin)
-                    row.peak_memory = memory_use.peak(device)
+                    row.peak_memory = memory_use.peak(device, was_reset)
             self.rates.measure(device, self.dtype)
 
     def _prepare(self) -> tuple[step.State, Any, Any, int | None]:
