@@ -21,12 +21,13 @@ from jaxlm.model import Model
 from jaxlm.server.app import create_app
 from jaxlm.server.state import Server
 
+TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return replace(tiny("llama3", max_position_embeddings=256), tokenizer=tokenizer_of(TEMPLATE))
+    return replace(tiny("llama3", max_position_embeddings=256), tokenizer=tokenizer_of(TOOLS + TEMPLATE))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,42 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert isinstance(parsed.choices[0].message.parsed, Answer)
 
 
+TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = r'Sum: <tool_call>\{"name": "add", "arguments": \{"a": 1\}\}</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls(client: openai.OpenAI, stream: bool) -> None:
+    """The regular expression makes the random model write a call."""
+    options: Any = {
+        "model": "tiny",
+        "messages": HELLO,
+        "tools": [TOOL],
+        "max_tokens": 150,
+        "extra_body": {"regex": CALL},
+    }
+    if not stream:
+        [choice] = client.chat.completions.create(**options).choices
+        calls, content, reason = choice.message.tool_calls, choice.message.content, choice.finish_reason
+    else:
+        chunks = [*client.chat.completions.create(**options, stream=True)]
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        calls = [call for delta in deltas for call in delta.tool_calls or []]
+        content = "".join(delta.content or "" for delta in deltas)
+        reason = chunks[-1].choices[0].finish_reason
+    assert calls is not None
+    assert [(call.function.name, call.function.arguments) for call in calls] == [("add", '{"a": 1}')]
+    assert str(calls[0].id).startswith("call_")
+    assert (content, reason) == ("Sum: ", "tool_calls")
+
+
+def test_forced_calls_are_refused(client: openai.OpenAI) -> None:
+    choices: Any = ("required", {"type": "function", "function": {"name": "add"}})
+    for choice in choices:
+        with pytest.raises(openai.BadRequestError, match="forced tool calls"):
+            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice=choice)
+
+
 def test_many_at_once_are_those_alone(client: openai.OpenAI, model: Model) -> None:
     def ask(n: int) -> str | None:
         options: dict[str, Any] = {"max_tokens": 4 + n, "temperature": 0.9, "seed": n}
@@ -163,7 +200,8 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeyp
     body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
     with httpx.Client(base_url=url, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-            line = next(answer.iter_lines())
+            lines = answer.iter_lines()  # dropping it would close the connection
+            line = next(lines)
             assert json.loads(line.removeprefix("data: "))["choices"]
             assert served.active == 1
         with pytest.raises(httpx.TimeoutException):

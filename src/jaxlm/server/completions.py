@@ -20,6 +20,9 @@ from jaxlm.server.state import Refused, Server, as_refused
 
 async def chat(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, ChatBody)
+    template = server.model.tokenizer
+    if body.tools and not (template is not None and template.template_accepts("tools")):
+        raise Refused(400, f"tools: the chat template of {server.name} does not write them")
     requests = await asyncio.to_thread(server.requests, [body.messages], body)
     tokenizer = server.model.tokenizer
     assert tokenizer is not None  # else the prompt would have raised

@@ -10,6 +10,7 @@ from jaxlm.inference.requests import Logprobs
 from jaxlm.server.reasoning import Parts
 
 Answer = Completion | CompletionChunk
+LOWEST = -9999.0  # JSON has no -inf
 
 
 class Envelope:
@@ -66,7 +67,7 @@ def chat_logprobs(scores: Sequence[Logprobs | None] | None) -> dict[str, Any] | 
         return None
 
     def entry(text: str, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(value, LOWEST), "bytes": list(text.encode())}
 
     return {
         "content": [
@@ -89,8 +90,10 @@ def completion_logprobs(
         at += len(text)
     return {
         "tokens": list(texts),
-        "token_logprobs": [None if s is None else s.chosen for s in scores],
-        "top_logprobs": [None if s is None else {t: v for t, (_, v) in zip(s.top_texts, s.top)} for s in scores],
+        "token_logprobs": [None if s is None else max(s.chosen, LOWEST) for s in scores],
+        "top_logprobs": [
+            None if s is None else {t: max(v, LOWEST) for t, (_, v) in zip(s.top_texts, s.top)} for s in scores
+        ],
         "text_offset": offsets,
     }
 
