@@ -32,7 +32,7 @@ def compiled(model: str, layers: int, rows: int, context: int, device: Any, opti
     """The text of the program of one decode step."""
     family = models.family_of(MODELS[model]["model_type"])
     where = Setting(family, family.Config.from_hf({**MODELS[model], "num_hidden_layers": layers}), None, rows, device)
-    step = partial(decoding.step, family, where.cfg, None, 1)
+    step = partial(decoding.step, family, where.cfg, None, (), 1)
     program = jax.jit(step, donate_argnums=1, compiler_options=options)
     return program.lower(weights(where), state(where, context)).compile().as_text() or ""
 
