@@ -9,10 +9,12 @@ import pytest
 from helpers.tiny_models import tiny
 
 import jaxlm
+from jaxlm.checkpoint.safetensors import read_header
+from jaxlm.checkpoint.writer import copied_entry, write_safetensors
 from jaxlm.devices import topology
 from jaxlm.loading import spread
 
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
+FAMILIES = ["llama3", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "olmo2"))]
 LONG = [(7 * i) % 90 for i in range(60)]
 OTHER = [(11 * i) % 90 for i in range(40)]
 
@@ -106,6 +108,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         engine.load_prefix_cache(tmp_path / "missing")
     with pytest.raises(ValueError, match="no prefix cache"):
         jaxlm.Engine(model, 1, prefix_cache=False).load_prefix_cache(path)
+    names = read_header(path)
+    entries = [copied_entry(tensor) for name, tensor in names.items() if name != "0.layers.1.v"]
+    with open(tmp_path / "less.safetensors", "wb") as file:
+        write_safetensors(file, entries, lambda nbytes: None)
+    with pytest.raises(ValueError, match=r"lacks 1 \(0.layers.1.v\)"):
+        engine.load_prefix_cache(tmp_path / "less.safetensors")
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(ValueError, match="corrupt"):
         engine.load_prefix_cache(tmp_path / "x.npy")

@@ -28,7 +28,6 @@ from jaxlm.inference.engine import Engine
 from jaxlm.inference.structured import Constraint, apply_mask, batch_masks, compile_grammar
 from jaxlm.processing.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.smoke
 V = 333  # more than the tokenizers have, and not a multiple of 32
 KINDS = ["byte_level", "byte_fallback", "byte_fallback_prefix", "gguf"]
 masked = jax.jit(apply_mask)
@@ -192,6 +191,7 @@ def test_answers_match_200_schemas(tokenizer) -> None:
         validate(text, schema)
 
 
+@pytest.mark.smoke
 def test_answers_of_every_kind_of_tokenizer(any_tokenizer) -> None:
     schemas = [random_schema(seed) for seed in range(1000, 1016)]
     starts = [compile_grammar(any_tokenizer, width(any_tokenizer), schema=schema).start() for schema in schemas]
@@ -210,6 +210,7 @@ REGEXES = [
 ]  # fmt: skip
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("regex", REGEXES)
 def test_answers_match_regexes(tokenizer, regex) -> None:
     starts = [compile_grammar(tokenizer, V, regex=regex).start() for _ in range(4)]

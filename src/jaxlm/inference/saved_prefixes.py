@@ -66,6 +66,10 @@ def load(scheduler: Scheduler, path: Path) -> int:
     if _read(tensors[DIGEST], np.dtype(np.uint8)).tobytes() != weights_digest(model).tobytes():
         raise ValueError(f"{path} was saved with other weights, or another dtype, than those of {model.source}")
     saved = sum(name.endswith(TOKENS.format("")) for name in tensors)
+    expected = [TOKENS.format(n) for n in range(saved)]
+    expected += [LAYER.format(n, i, name) for n in range(saved) for i in range(model.config.L) for name in ("k", "v")]
+    if missing := [name for name in expected if name not in tensors]:
+        raise ValueError(f"{path} lacks {safetensors.listed(missing)}: save it again")
     free = sum(slot.request is None for slot in scheduler.rows)
     for number in range(max(0, saved - free), saved):
         ids = _read(tensors[TOKENS.format(number)], np.dtype(np.int32))[: scheduler.lengths.prefill[-1] - 1]
