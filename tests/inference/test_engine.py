@@ -330,6 +330,38 @@ def test_prompt_logprobs_and_echo() -> None:
     assert answer.startswith(model.tokenizer.decode(ids, skip_special=True))
 
 
+def test_prompt_logprobs_of_several_prompts() -> None:
+    """Of different lengths, prefilled together; the second one shares a prefix with the first."""
+    model = tiny("qwen3")
+    prompts = [[(3 * i) % 90 for i in range(40)], [*((3 * i) % 90 for i in range(30)), 7, 8, 9]]
+    together: Any = jaxlm.generate(model, prompts, max_tokens=2, temperature=0, prompt_logprobs=True, logprobs=1)
+    for prompt, found in zip(prompts, together):
+        alone: Any = jaxlm.generate(model, prompt, max_tokens=2, temperature=0, prompt_logprobs=True, logprobs=1)
+        assert found.cached_tokens == 0
+        for a, b in ((found.prompt_logprobs[1:], alone.prompt_logprobs[1:]), (found.logprobs, alone.logprobs)):
+            assert [x.chosen for x in a] == pytest.approx([x.chosen for x in b], abs=1e-4)
+
+
+def test_several_answers_prefill_their_prompt_once() -> None:
+    model = tiny("llama3", max_position_embeddings=1024)
+    answers = jaxlm.generate(model, [(7 * i) % 90 for i in range(400)], n=4, max_tokens=3, temperature=1.0, seed=0)
+    assert sorted(answer.cached_tokens for answer in answers) == [0, 399, 399, 399]
+
+
+def test_a_row_without_a_request_does_not_decode() -> None:
+    engine = Engine(tiny("llama3"), 2, length=128)
+    short = engine.submit([1, 2], max_tokens=3, ignore_eos=True)
+    long = engine.submit([3, 4], max_tokens=60, ignore_eos=True)
+    while len(long.tokens) < 30:
+        engine.step()
+    assert short.finished
+    assert engine.scheduler.state is not None
+    pos = np.asarray(engine.scheduler.state.pos)
+    assert sorted(pos.tolist())[0] == -1
+    assert pos.max() >= 30
+    engine.close()
+
+
 def test_a_function_of_the_tokens_ends_an_answer() -> None:
     model = tiny("qwen3")
     seen: list[int] = []
