@@ -21,24 +21,12 @@ from jaxlm.server.state import Refused, Server, as_refused
 OPEN = {"/health", "/ready"}  # paths without an API key
 
 
-def create_app(server: Server, prepare: Callable[[], None] | None = None) -> Starlette:
-    """The application.
-
-    Args:
-        server: Its state. The engine is closed when the application ends.
-        prepare: Runs in a thread at the start; the server is ready afterwards.
-    """
+def create_app(server: Server) -> Starlette:
+    """The application. Its engine is closed when the application ends."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async def prepared() -> None:
-            if prepare is not None:
-                await asyncio.to_thread(prepare)
-            server.is_ready = True
-
-        task = asyncio.create_task(prepared())
         yield
-        task.cancel()
         await asyncio.to_thread(server.engine.close)
 
     handlers: dict[tuple[str, str], Callable[[Server, HttpRequest], Awaitable[Response]]] = {
@@ -150,8 +138,7 @@ async def health(server: Server, http: HttpRequest) -> Response:
 
 
 async def ready(server: Server, http: HttpRequest) -> Response:
-    if not server.is_ready:
-        raise Refused(503, "programs are being compiled", "server_error", Retry_After="5")
+    """The command listens before it loads the model, and answers afterwards."""
     return JSONResponse({"status": "ready"})
 
 

@@ -23,7 +23,7 @@ class SamplingBody(BaseModel):
     """The fields of both endpoints. top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, regex and grammar are
     extensions."""
 
-    model_config = ConfigDict(extra="ignore", strict=False)
+    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     temperature: float | None = None

@@ -45,7 +45,6 @@ class Server:
         max_waiting: Requests that may wait for a slot.
         max_body: Bytes of a request at most.
         active: Requests that have not ended.
-        is_ready: Whether the engine is prepared.
     """
 
     model: Model
@@ -55,7 +54,6 @@ class Server:
     max_waiting: int = 256
     max_body: int = 8 << 20
     active: int = 0
-    is_ready: bool = True
     metrics: Metrics = field(default_factory=Metrics)
 
     async def read(self, http: HttpRequest, kind: type[Body]) -> Body:
