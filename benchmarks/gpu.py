@@ -282,7 +282,7 @@ def full_state(model: jaxlm.Model, rows: int, tokens: int, slots: int) -> decodi
     layers = [{"k": draw(2 * i, layer["k"]), "v": draw(2 * i + 1, layer["v"])} for i, layer in enumerate(kv.layers)]
     at = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
     kv = dataclasses.replace(kv, positions={str(slots): jnp.where(at < tokens, at, -1)}, layers=layers)
-    requests = [Request([0] * (tokens + 1), GREEDY, 1, key=key)] * rows
+    requests = [Request([0] * (tokens + 1), GREEDY, 1, None, key=key)] * rows
     state = new_rows(model, requests, full=False)._replace(kv=kv)
     return jax.device_put(state, model.device)
 

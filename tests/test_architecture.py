@@ -157,7 +157,7 @@ def test_import_directions() -> None:
         ("models/llama3.py", "from jaxlm.devices import mesh", "a model file"),
         ("nn/params.py", "from jaxlm.nn import lora", "circle"),
         ("inference/engine.py", "from jaxlm.cli import main", "below"),
-        ("loading.py", "import torch", "torch"),
+        ("loading/__init__.py", "import torch", "torch"),
         ("nn/norm.py", "from importlib import import_module\nimport_module('jaxlm.cli')", "below"),
     ],
 )

@@ -62,7 +62,7 @@ RENAMED = [
     ("checkpoint/hf.py", ["Matched"], ["MatchResult"]),
     ("checkpoint/meta.py", ["Joined"], ["ConcatTensor"]),
     ("checkpoint/writer.py", ["Stored", "rows"], ["LazyTensor", "gather_rows"]),
-    ("loading.py", ["Found", "way_out"], ["Resolved"]),
+    ("loading/resolving.py", ["Found", "way_out"], ["Resolved"]),
     ("exporting.py", ["other_texts"], ["sidecar_files"]),
     ("nn/params.py", ["rows"], ["tensors"]),
 ]

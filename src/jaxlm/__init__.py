@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.generation import stream as stream
     from jaxlm.inference.sampling_params import SamplingParams as SamplingParams
     from jaxlm.loading import load as load
+    from jaxlm.loading import load_adapter as load_adapter
     from jaxlm.model import Model as Model
     from jaxlm.training.loop import train as train
     from jaxlm.verification import verify as verify
@@ -29,6 +30,7 @@ _HOME = {
     "fuse": "jaxlm.adapters",
     "generate": "jaxlm.inference.generation",
     "load": "jaxlm.loading",
+    "load_adapter": "jaxlm.loading",
     "stream": "jaxlm.inference.generation",
     "train": "jaxlm.training.loop",
     "use_compilation_cache": "jaxlm.devices.compilation_cache",
@@ -36,7 +38,7 @@ _HOME = {
 }
 __all__ = [
     "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate",
-    "load", "stream", "train", "use_compilation_cache", "verify",
+    "load", "load_adapter", "stream", "train", "use_compilation_cache", "verify",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """LoRA adapters: loading onto a model's weights, placement on devices, and merging (fusing)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxlm.checkpoint import peft
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.writer import LazyTensor
 from jaxlm.model import Model, Weights
-from jaxlm.nn import lora, params
+from jaxlm.nn import lora, multi_lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.processing.tokenizer_files import eos_ids
 
@@ -173,3 +173,25 @@ class FusedTensor(LazyTensor):
     def read_rows(self, begin: int, count: int) -> np.ndarray:
         leaf = replace(self.leaf, w=super().read_rows(begin, count), b=self.leaf.b[begin : begin + count])
         return np.asarray(leaf.merged())
+
+
+def combine(model: Model, adapted: Sequence[Model]) -> Model:
+    """Combines a model with the adapters of others, from which each row of a batch chooses (nn.multi_lora).
+
+    Args:
+        model: The base.
+        adapted: Models that `load_adapter` made of it.
+
+    Raises:
+        ValueError: The model has an adapter itself, or one of the others has another base.
+    """
+    if not adapted:
+        return model
+    if lora.count(model.weights):
+        raise ValueError(f"{model.source} has an adapter itself: load the base without it")
+    for each in adapted:
+        leaves = jax.tree.leaves(each.weights, is_leaf=lora.is_lora)
+        bases = [leaf.w if lora.is_lora(leaf) else leaf for leaf in leaves]
+        if any(one is not other for one, other in zip(bases, jax.tree.leaves(model.weights), strict=True)):
+            raise ValueError(f"{each.source} is not an adapter of this model: load it with load_adapter(model, …)")
+    return replace(model, weights=multi_lora.combine(model.weights, [each.weights for each in adapted]))

@@ -21,7 +21,8 @@ from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
-from jaxlm.loading import loaded_generation_config, loading_bar, resolve, wanted_dtype
+from jaxlm.loading import loading_bar, wanted_dtype
+from jaxlm.loading.resolving import loaded_generation_config, resolve
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 from jaxlm.processing.gguf_tokenizer_writer import tokenizer_metadata, without_row

@@ -24,7 +24,7 @@ from jaxlm.checkpoint.peft_config import read_settings
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.cli import main
 from jaxlm.exporting import open_model
-from jaxlm.loading import match_tensors
+from jaxlm.loading.resolving import match_tensors
 from jaxlm.nn import lora, params
 
 SIZES = {

@@ -9,10 +9,11 @@ import pytest
 from helpers import meta_files, tiny_files
 
 import jaxlm
-from jaxlm import loading, verification
+from jaxlm import verification
 from jaxlm.checkpoint import peft, safetensors
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.cli import main
+from jaxlm.loading import resolving
 from jaxlm.models import llama3
 from jaxlm.nn import lora
 
@@ -146,7 +147,7 @@ def test_commands_that_do_not_accept_adapters(base, adapter, tmp_path, capsys) -
     told = failure(capsys, "verify", "-m", base, "--adapter", adapter, "--against", "transformers")
     assert told.startswith("jaxlm: transformers runs models without adapters")
     assert not (tmp_path / "out").exists()
-    subject = loading.resolve(ModelSource(base, adapter=adapter))
+    subject = resolving.resolve(ModelSource(base, adapter=adapter))
     assert verification._references(None, subject) == ["self"]  # also where torch is installed
 
 

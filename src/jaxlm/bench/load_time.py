@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm import loading
 from jaxlm.bench import memory_use
 from jaxlm.checkpoint.hf import READERS
+from jaxlm.loading import resolving
 from jaxlm.nn import params
 
 BLOCK = 8 << 20  # bytes of one read
@@ -59,7 +60,7 @@ class LoadSession:
             ValueError: A load fails; the message has the reason.
             OSError: The model does not exist, or cannot be downloaded.
         """
-        loading.resolve(self.source)  # downloads it
+        resolving.resolve(self.source)  # downloads it
         for number in range(self.rounds + 1):
             left = (self.rounds - number + 1) * self.took or None
             progress(f"round {number} of {self.rounds}: a fresh process reads and loads", left)
@@ -107,7 +108,7 @@ def in_fresh_process(source: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def load_once(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Reads and loads once: seconds, bytes and memory."""
-    resolved = loading.resolve(source)  # imports what a load imports
+    resolved = resolving.resolve(source)  # imports what a load imports
     tensors = [tensor for _, tensor in resolved.checkpoint.tensors.pairs]
     files = sorted({part.file for tensor in tensors for part in getattr(tensor, "parts", (tensor,))})
     device = jax.local_devices()[0]

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import loading, models
+from jaxlm import models
 from jaxlm.bench.published import MODELS, find
 from jaxlm.bench.records import SCHEMA, Record
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import hardware, host_memory, specs
 from jaxlm.devices.specs import Spec
+from jaxlm.loading import resolving
 from jaxlm.nn import params
 from jaxlm.version import __version__
 
@@ -115,7 +116,7 @@ def subject_of(name: str, listed_as: str | None = None, tokenizer: Path | None =
     if known is not None and listed_as is None and not Path(name).exists():
         return _published(known.id)
     source = ModelSource(name, tokenizer=tokenizer)
-    resolved = loading.match_tensors(source, headers_only=True)
+    resolved = resolving.match_tensors(source, headers_only=True)
     label = listed_as or (name if not Path(name).exists() else Path(name).name)
     if (known := find(label)) is not None:
         subject = _published(known.id, source)

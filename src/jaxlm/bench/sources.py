@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm import loading, models
+from jaxlm import models
 from jaxlm.bench import published
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.loading import resolving
 
 
 class Shape(NamedTuple):
@@ -46,7 +47,7 @@ def find(source: ModelSource) -> Shape:
         hint = f": did you mean {', '.join(similar)}?" if similar else "; a hub id is ORGANIZATION/NAME"
         raise ValueError(f"there is no published model and no folder {name!r}{hint}")
     try:
-        resolved = loading.match_tensors(source, headers_only=True)
+        resolved = resolving.match_tensors(source, headers_only=True)
     except OSError as error:
         if similar := published.suggestions(name):
             error.add_note(f"Published models of a similar name: {', '.join(similar)}")

@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from jaxlm import loading
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft import Adapter
@@ -16,6 +15,7 @@ from jaxlm.checkpoint.safetensors import DTYPES
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh, topology
 from jaxlm.inference.sampling_params import DEFAULTS, SamplingParams, unsupported
+from jaxlm.loading import resolving
 from jaxlm.models.config import ROPE_FIELDS
 from jaxlm.nn import Rope, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -31,9 +31,9 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
         dtype: Data type of the weights; auto keeps the type of the files.
         mesh_spec: Device mesh, such as "data=1,model=8", for sizes per device.
     """
-    resolved = loading.match_tensors(source, headers_only=True)
+    resolved = resolving.match_tensors(source, headers_only=True)
     try:
-        resolved = loading.with_tokenizer(resolved, source.tokenizer)
+        resolved = resolving.with_tokenizer(resolved, source.tokenizer)
         tokenizer = resolved.tokenizer and _tokenizer(resolved.tokenizer, resolved.checkpoint.format)
     except ValueError as error:
         tokenizer = {"error": str(error)}
@@ -77,7 +77,7 @@ def _architectures(config: dict[str, Any]) -> list[str]:
     return [name[:80] for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _weights(resolved: loading.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
+def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
     """Bytes and data types of the weights, and the data type that they are loaded in."""
     family, checkpoint = resolved.family, resolved.checkpoint
     tensors, count = checkpoint.tensors, params.count(family.PARAMS, resolved.config)

@@ -149,14 +149,23 @@ class CompiledSteps:
             future.cancel()
         self._compiling = {}
 
-    def prefill(self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array) -> tuple[Any, jax.Array]:
-        return self._run("prefill", self._bound(decoding.prefill), (), (1, 2), True, kv, last, tokens, pos)
+    def prefill(
+        self, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array, adapter: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
+        return self._run("prefill", self._bound(decoding.prefill), (), (1, 2), True, kv, last, tokens, pos, adapter)
 
     def prefill_logprobs(
-        self, k: int, kv: Any, last: jax.Array, tokens: jax.Array, pos: jax.Array, targets: jax.Array
+        self,
+        k: int,
+        kv: Any,
+        last: jax.Array,
+        tokens: jax.Array,
+        pos: jax.Array,
+        targets: jax.Array,
+        adapter: jax.Array,
     ) -> tuple[Any, jax.Array, Any]:
-        function = self._bound(decoding.prefill_logprobs, k)
-        return self._run("prefill with logprobs", function, (k,), (1, 2), True, kv, last, tokens, pos, targets)
+        function, args = self._bound(decoding.prefill_logprobs, k), (kv, last, tokens, pos, targets, adapter)
+        return self._run("prefill with logprobs", function, (k,), (1, 2), True, *args)
 
     def sample_token(self, k: int | None, state: State, x: jax.Array, *mask: jax.Array) -> tuple[State, StepOutput]:
         """mask: None or one, the tokens that are allowed."""

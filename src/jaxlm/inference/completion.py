@@ -76,7 +76,7 @@ class Detokenization:
     def __init__(self, steps: CompiledSteps, request: Request):
         self.steps: CompiledSteps = steps
         self.request: Request = request
-        tokenizer = steps.model.tokenizer
+        tokenizer = request.tokenizer
         stop = request.options.stop or ()
         self.text: TextStream | None = None if tokenizer is None else TextStream(tokenizer, stop, request.ids)
         self.tokens: list[int] = []
@@ -91,7 +91,7 @@ class Detokenization:
             self.compiled[1] = self.steps.seconds
         self.tokens.append(token)
         if logprobs is not None:
-            self.logprobs.append(logprobs.with_texts(self.steps.model.tokenizer, token))
+            self.logprobs.append(logprobs.with_texts(request.tokenizer, token))
         text = ""
         if self.text is not None:
             if token not in request.stop_ids:
@@ -114,7 +114,7 @@ class Detokenization:
         """A chunk with this text and the tokens since the last one."""
         request, tokens, scores = self.request, self.tokens, self.logprobs
         self.tokens, self.logprobs = [], []
-        tokenizer = self.steps.model.tokenizer
+        tokenizer = request.tokenizer
         if self.is_first and request.prompt_scores:
             pairs = zip(request.ids, request.prompt_scores)
             request.prompt_scores = [each and each.with_texts(tokenizer, token) for token, each in pairs]

@@ -183,7 +183,9 @@ class Conversation:
         )
         stops = prompts.stop_ids(model, options)
         key = request_key(seed, ids)  # as in jaxlm.generate: chunk.seed reproduces the text there
-        self._running = self._answer(messages, text, Request(ids, options, min(limit, left), stops, key))
+        self._running = self._answer(
+            messages, text, Request(ids, options, min(limit, left), self.tokenizer, stops, key)
+        )
         return self._running
 
     def _answer(self, messages: Messages, text: str, request: Request) -> Iterator[CompletionChunk]:

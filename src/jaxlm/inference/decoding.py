@@ -18,6 +18,7 @@ from jaxlm.devices import hardware, mesh
 from jaxlm.inference import cache_rows, sampling, structured
 from jaxlm.inference.sampling import Counts, LogitsProcessor, Sampling
 from jaxlm.nn import kv_cache as caches
+from jaxlm.nn import multi_lora
 
 
 class State(NamedTuple):
@@ -30,6 +31,7 @@ class State(NamedTuple):
     sampling: Sampling
     counts: Counts | None  # None if no row has a penalty or a logit bias
     bias: Float[Array, "B V"] | None  # None if no row has a penalty or a logit bias
+    adapter: Int[Array, " B"]  # index of the adapter; multi_lora.BASE for none
 
 
 class StepOutput(NamedTuple):
@@ -71,6 +73,7 @@ def prefill(
     last: Float[Array, "B D"],
     tokens: Int[Array, "B T"],
     pos: Int[Array, "B T"],
+    adapter: Int[Array, " B"] | None = None,
 ) -> tuple[caches.KVCache, Float[Array, "B D"]]:
     """Prefills one chunk of the prompts.
 
@@ -82,11 +85,13 @@ def prefill(
         last: Hidden states [B,D] from the previous chunk.
         tokens: [B,T] int32.
         pos: [B,T] int32, -1 for padding.
+        adapter: The adapter of each row, as in State.
 
     Returns:
         The KV cache with the chunk, and the hidden state [B,D] of the last token of each row. A row without a token in
         this chunk keeps its `last`.
     """
+    weights = multi_lora.for_rows(weights, adapter)
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     x = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
@@ -104,17 +109,19 @@ def prefill_logprobs(
     tokens: Int[Array, "B T"],
     pos: Int[Array, "B T"],
     targets: Int[Array, "B T"],
+    adapter: Int[Array, " B"] | None = None,
 ) -> tuple[caches.KVCache, Float[Array, "B D"], Any]:
     """`prefill`, and the log-probability of the token after each one.
 
     Args:
         k: Number of top log-probabilities.
         targets: The token after each one [B,T] int32.
-        family, cfg, weights, kv, last, tokens, pos: As for `prefill`.
+        family, cfg, weights, kv, last, tokens, pos, adapter: As for `prefill`.
 
     Returns:
         The results of `prefill`, and as in StepOutput.logprobs, arrays [T,B], [T,B,k] and [T,B,k].
     """
+    weights = multi_lora.for_rows(weights, adapter)
     x, kv = family.forward(cfg, tokens, weights, kv, pos)
     newest = jnp.argmax(pos, axis=1)
     found = jnp.take_along_axis(x, newest[:, None, None], axis=1)[:, 0]
@@ -151,7 +158,7 @@ def sample_token(
         x: Hidden states [B,D] of the last tokens.
         mask: The tokens that are allowed, as packed bits (structured.apply_mask). None: all.
     """
-    logits = family.logits(cfg, x[:, None], weights)[:, 0]
+    logits = family.logits(cfg, x[:, None], multi_lora.for_rows(weights, state.adapter))[:, 0]
     pos = jnp.where(state.pos < 0, -1, state.pos + 1)
     keys = sampling.step_keys(state.keys, pos)
     more = processors if mask is None else (*processors, partial(structured.apply_mask, bits=mask))
@@ -166,6 +173,7 @@ def sample_token(
 
 def forward_step(family: Any, cfg: Any, weights: Any, state: State) -> tuple[State, Float[Array, "B D"]]:
     """The first half of a decoding step: the hidden states [B,D] of the last tokens. `sample_token` is the second."""
+    weights = multi_lora.for_rows(weights, state.adapter)
     x, kv = family.forward(cfg, state.token[:, None], weights, state.kv, state.pos[:, None])
     return constrain_state(state._replace(kv=kv), mesh.constrain), mesh.constrain(x[:, 0], "BD")
 
@@ -182,7 +190,8 @@ def step(
     """Decodes `steps` tokens of every row. The other arguments are those of `sample_token`."""
 
     def one(state: State, _: Any) -> tuple[State, StepOutput]:
-        x, kv = family.forward(cfg, state.token[:, None], weights, state.kv, state.pos[:, None])
+        of_rows = multi_lora.for_rows(weights, state.adapter)
+        x, kv = family.forward(cfg, state.token[:, None], of_rows, state.kv, state.pos[:, None])
         return sample_token(family, cfg, k, processors, weights, state._replace(kv=kv), x[:, 0])
 
     if steps == 1:

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
+from jaxlm.adapters import combine
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import memory, saved_prefixes, warmup
 from jaxlm.inference.compilation import CompiledSteps
@@ -42,6 +43,7 @@ class Engine:
         model: The model.
         slots: Number of rows: how many requests are decoded together (batch size).
         length: Maximum number of tokens of a prompt and its answer.
+        adapters: The models with adapters, by name.
         steps: The compiled functions of the model.
         scheduler: The rows and the requests. `scheduler.hits` of `scheduler.prompt_tokens` tokens were in the prefix
             cache.
@@ -55,6 +57,7 @@ class Engine:
         length: int | None = None,
         prefix_cache: bool = True,
         logits_processors: Sequence[LogitsProcessor] = (),
+        adapters: "Mapping[str, Model] | None" = None,
         lengths: CacheLengths | None = None,
     ):
         """Plans the memory of the KV caches. They are allocated when they are needed.
@@ -68,11 +71,13 @@ class Engine:
                 store all positions.
             logits_processors: Functions of the logits [B,V] float32 of all requests, which are compiled into the
                 programs.
+            adapters: Models that `load_adapter` made of `model`, by name. A request chooses one (adapter=NAME); those
+                of one batch may choose different ones. All of them take part in each step: their ranks add up.
             lengths: Lengths of the KV caches, in place of `length`.
 
         Raises:
             MemoryError: The KV caches do not fit.
-            ValueError: slots or length is out of range.
+            ValueError: slots or length is out of range, or an adapter does not belong to the model.
         """
         if slots is not None and slots < 1:
             raise ValueError(f"slots={slots}: must be 1 or more")
@@ -81,7 +86,9 @@ class Engine:
         self.slots: int = mesh.round_up_batch(slots or hardware.BATCH[model.device.platform], model.mesh)
         lengths = lengths or memory.plan_lengths(model, self.slots, length, rings)
         self.length: int = lengths.decode[-1]
-        self.steps: CompiledSteps = CompiledSteps(model, tuple(logits_processors))
+        self.adapters: dict[str, Model] = dict(adapters or {})
+        combined = combine(model, [*self.adapters.values()])
+        self.steps: CompiledSteps = CompiledSteps(combined, tuple(logits_processors))
         self.scheduler: Scheduler = Scheduler(self.steps, self.slots, lengths, prefix_cache)
         self._inbox: deque[Request] = deque()
         self._stepping, self._changed = threading.RLock(), threading.RLock()
@@ -96,30 +103,36 @@ class Engine:
 
     # Requests
 
-    def submit(self, prompt: Any, **options: Unpack[RequestOptions]) -> Request:
+    def submit(self, prompt: Any, *, adapter: str | None = None, **options: Unpack[RequestOptions]) -> Request:
         """Adds a request. It begins in a later `step`, which the caller, or a running `stream`, calls.
 
         Args:
             prompt: A text, a list of messages or a list of token ids.
+            adapter: Name of the adapter that computes the answer. Default: none.
             **options: See RequestOptions.
 
         Raises:
             ValueError: The prompt or an option is invalid, or prompt and max_tokens are too long.
             RuntimeError: The engine is closed.
         """
-        return self._submit(prompt, options, None)
-
-    def _submit(
-        self, prompt: Any, options: Mapping[str, Any], emit: Callable[[CompletionChunk], None] | None
-    ) -> Request:
-        [request] = self._requests(prompt, options)
-        request.emit = emit
+        [request] = self.requests([prompt], options, adapter=adapter)
         self.add(request)
         return request
 
-    def _requests(self, prompt: Any, options: Mapping[str, Any]) -> list[Request]:
-        """Prepares the request of a prompt."""
-        requests = requests_for(self.model, [prompt], options)
+    def requests(
+        self, prompts: Sequence[Any], options: Mapping[str, Any], n: int = 1, adapter: str | None = None
+    ) -> list[Request]:
+        """Prepares n requests for each prompt, for `add` and `follow`.
+
+        Raises:
+            ValueError: A prompt or an option is invalid, or a prompt is too long.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            raise ValueError(f"unknown adapter {adapter!r}: this engine has {', '.join(self.adapters) or 'none'}")
+        requests = requests_for(self.model if adapter is None else self.adapters[adapter], prompts, options, n)
+        if adapter is not None:
+            for request in requests:
+                request.adapter = [*self.adapters].index(adapter)
         if options.get("max_tokens") is None:  # the default is what fits
             for request in requests:
                 if len(request.ids) >= self.length:
@@ -253,23 +266,27 @@ class Engine:
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
         self.scheduler.advance()
 
-    def stream(self, prompt: Any, **options: Unpack[RequestOptions]) -> "Stream":
+    def stream(self, prompt: Any, *, adapter: str | None = None, **options: Unpack[RequestOptions]) -> "Stream":
         """Yields the chunks of one request. Closing or dropping the iterator cancels the request.
 
         Args:
-            prompt, **options: As for `submit`.
+            prompt, adapter, **options: As for `submit`.
 
         Raises:
             ValueError: The prompt or an option is invalid. The error of the request, if it has one, is raised too.
         """
         chunks: SimpleQueue[CompletionChunk] = SimpleQueue()
-        request = self._submit(prompt, options, chunks.put)
+        [request] = self.requests([prompt], options, adapter=adapter)
+        request.emit = chunks.put
+        self.add(request)
         self._start()
         return Stream(self, request, chunks)
 
-    async def astream(self, prompt: Any, **options: Unpack[RequestOptions]) -> AsyncIterator[CompletionChunk]:
+    async def astream(
+        self, prompt: Any, *, adapter: str | None = None, **options: Unpack[RequestOptions]
+    ) -> AsyncIterator[CompletionChunk]:
         """`stream` for asyncio."""
-        [request] = await asyncio.to_thread(self._requests, prompt, options)
+        [request] = await asyncio.to_thread(self.requests, [prompt], options, adapter=adapter)
         async for chunk in self.follow([request]):
             yield chunk
 

@@ -88,15 +88,17 @@ class Prefill:
     def run_chunk(self) -> None:
         """Prefills the next chunk."""
         tokens, pos = self.pieces.popleft()
-        arrays = [mesh.place(a, "BT", self.model.mesh or self.model.device) for a in (tokens, pos)]
+        where = self.model.mesh or self.model.device
+        arrays = [mesh.place(a, "BT", where) for a in (tokens, pos)]
         if not any(r.prompt_logprobs for r in self.requests):
-            self.kv, self.last = self.steps.prefill(self.kv, self.last, *arrays)
+            self.kv, self.last = self.steps.prefill(self.kv, self.last, arrays[0], arrays[1], self.part.adapter)
             return
         targets = np.zeros(tokens.shape, np.int32)
         for row, request in enumerate(self.padded):
             following = np.append(request.ids[1:], 0).astype(np.int32)
             targets[row] = np.where(pos[row] < 0, 0, following[pos[row]])
-        arrays.append(mesh.place(targets, "BT", self.model.mesh or self.model.device))
+        arrays.append(mesh.place(targets, "BT", where))
+        arrays.append(self.part.adapter)
         self.kv, self.last, scores = self.steps.prefill_logprobs(MAX_LOGPROBS, self.kv, self.last, *arrays)
         self._scores.append((pos, scores))
 
@@ -138,7 +140,8 @@ def prefills(steps: CompiledSteps, kv: caches.KVCache, sizes: Sequence[int]) -> 
     cache = shapes(kv)
     hidden: Any = jax.ShapeDtypeStruct((rows, steps.model.config.D), steps.model.dtype, sharding=where)
     tokens: list[Any] = [jax.ShapeDtypeStruct((rows, T), np.int32, sharding=where) for T in dict.fromkeys(sizes)]
-    return [partial(steps.prefill, cache, hidden, each, each) for each in tokens]
+    adapter: Any = jax.ShapeDtypeStruct((rows,), np.int32, sharding=where)
+    return [partial(steps.prefill, cache, hidden, each, each, adapter) for each in tokens]
 
 
 def small_prefills(steps: CompiledSteps, kv: caches.KVCache) -> list[Callable[[], Any]]:
@@ -169,11 +172,12 @@ def new_rows(model: "Model", requests: Sequence[Request], full: bool) -> State:
         sampling=sampling.Sampling.of([r.options for r in requests]),
         counts=counts,
         bias=bias,
+        adapter=jax.device_put(np.array([r.adapter for r in requests], np.int32)),
     )
     return decoding.constrain_state(state, lambda a, letters: mesh.place(a, letters, where))
 
 
 def empty_rows(model: "Model", slots: int, full: bool) -> State:
     """The state of rows without requests, without a KV cache."""
-    empty = Request([], DEFAULT_PARAMS, 1, key=sampling.request_key(0, []))
+    empty = Request([], DEFAULT_PARAMS, 1, None, key=sampling.request_key(0, []))
     return new_rows(model, [empty] * slots, full)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm.inference.decoding import bucket
 from jaxlm.inference.requests import Request
+from jaxlm.nn import multi_lora
 
 NO_TOKENS = np.zeros(0, np.int32)
 # A request waits for another with the same beginning if it then has this number of tokens less to prefill.
@@ -23,6 +24,7 @@ class Slot:
     """A row of the batch.
 
     Attributes:
+        adapter: The adapter with which they were computed, as in Request.
         ids: The tokens whose keys and values the row has at positions 0, 1, …; [n] int32.
         request: The request that has the row, also while its prompt is prefilled elsewhere.
         running: Whether the request is in the row.
@@ -32,6 +34,7 @@ class Slot:
     """
 
     ids: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    adapter: int = multi_lora.BASE
     request: Request | None = None
     running: bool = False
     pos: int = 0
@@ -61,11 +64,13 @@ def shared(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else n
 
 
-def longest_prefix(slots: Sequence[Slot], ids: np.ndarray) -> Prefix:
+def longest_prefix(slots: Sequence[Slot], request: Request) -> Prefix:
     """The longest prefix of a prompt that a row has. At least one token of the prompt is left, whose hidden state is
     needed. A short prefix that saves no computation is not worth its copy."""
-    found = NO_PREFIX
+    found, ids = NO_PREFIX, request.array
     for row, slot in enumerate(slots):
+        if slot.adapter != request.adapter:
+            continue
         length = min(shared(slot.ids, ids), len(ids) - 1)
         if length > found.length:
             found = Prefix(row, length)
@@ -84,4 +89,5 @@ def choose_row(slots: Sequence[Slot], prefix: Prefix) -> int:
 
 def should_wait(request: Request, group: Iterable[Request]) -> bool:
     """Whether a request would have much less to prefill after one of the group."""
-    return any(shared(request.array, r.array) - request.cached >= WORTH_WAITING for r in group)
+    same = (r for r in group if r.adapter == request.adapter)
+    return any(shared(request.array, r.array) - request.cached >= WORTH_WAITING for r in same)

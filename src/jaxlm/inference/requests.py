@@ -15,6 +15,7 @@ from jaxlm.inference.prompts import resolve_max_tokens, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of, request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.inference.structured import Constraint, compile_grammar
+from jaxlm.nn import multi_lora
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -75,11 +76,13 @@ class Request:
         ids: Token ids of the prompt.
         options: Sampling parameters; every field has a value.
         max_tokens: Maximum number of tokens to generate.
+        tokenizer: Converts its tokens to text; None if there is no text.
         stop_ids: Token ids that end the answer.
         key: Typed PRNG key.
         index: Index of the prompt in a batch.
         sample: Index among the samples of the prompt.
         constraint, prompt_logprobs, echo, stop_when: See RequestOptions.
+        adapter: Index of its adapter (multi_lora.combine).
         emit: Receives the chunks of the answer. None: `Engine.step` returns them.
         tokens: The tokens of the answer so far.
         cancelled: Whether the request is to end; set by `Engine.cancel`.
@@ -93,6 +96,7 @@ class Request:
     ids: list[int]
     options: SamplingParams
     max_tokens: int
+    tokenizer: "Tokenizer | None"
     stop_ids: frozenset[int] = frozenset()
     key: Any = None
     index: int = 0
@@ -101,6 +105,7 @@ class Request:
     prompt_logprobs: bool = False
     echo: bool = False
     stop_when: Callable[[Sequence[int]], bool] | None = None
+    adapter: int = multi_lora.BASE
     emit: Callable[[Any], None] | None = None
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
@@ -180,9 +185,8 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
             key = request_key(params.seed or 0, ids, repeats[tuple(ids)])
             repeats[tuple(ids)] += 1
             constraint, stop_when = start and start(), more.get("stop_when")
-            requests.append(
-                Request(ids, params, max_tokens, stops, key, number, sample, constraint, scored, echo, stop_when)
-            )
+            fields = (ids, params, max_tokens, model.tokenizer, stops, key, number, sample, constraint, scored, echo)
+            requests.append(Request(*fields, stop_when))
     return requests
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxlm.model import Model
 
 DIGEST = "weights_digest"  # [32] bytes
+ADAPTERS = "adapters"  # index of the adapter of each row, [rows] int32
 TOKENS = "{}.tokens"  # of a row: [n] int32
 LAYER = "{}.layers.{}.{}"  # of a row and a layer, "k" or "v": [K,n,H]
 PRIMES = (2654435761, 2246822519, 3266489917, 668265263)  # large odd numbers, one for each axis
@@ -36,7 +37,10 @@ def save(scheduler: Scheduler, path: Path) -> int:
     """
     entries = [writer.Entry(DIGEST, "U8", (32,), lambda: [weights_digest(scheduler.model)])]
     cached = [(row, slot) for row, slot in enumerate(scheduler.rows) if slot.request is None and len(slot.ids)]
-    for number, (row, slot) in enumerate(sorted(cached, key=lambda item: item[1].used)):
+    cached.sort(key=lambda item: item[1].used)
+    adapters = np.array([slot.adapter for _, slot in cached], np.int32)
+    entries.append(writer.Entry(ADAPTERS, "I32", adapters.shape, lambda: [adapters.view(np.uint8)]))
+    for number, (row, slot) in enumerate(cached):
         assert scheduler.state is not None
         n, ids = len(slot.ids), slot.ids
         entries.append(writer.Entry(TOKENS.format(number), "I32", (n,), lambda ids=ids: [ids.view(np.uint8)]))
@@ -66,10 +70,11 @@ def load(scheduler: Scheduler, path: Path) -> int:
     if _read(tensors[DIGEST], np.dtype(np.uint8)).tobytes() != weights_digest(model).tobytes():
         raise ValueError(f"{path} was saved with other weights, or another dtype, than those of {model.source}")
     saved = sum(name.endswith(TOKENS.format("")) for name in tensors)
-    expected = [TOKENS.format(n) for n in range(saved)]
+    expected = [ADAPTERS, *(TOKENS.format(n) for n in range(saved))]
     expected += [LAYER.format(n, i, name) for n in range(saved) for i in range(model.config.L) for name in ("k", "v")]
     if missing := [name for name in expected if name not in tensors]:
         raise ValueError(f"{path} lacks {safetensors.listed(missing)}: save it again")
+    adapters = _read(tensors[ADAPTERS], np.dtype(np.int32))
     free = sum(slot.request is None for slot in scheduler.rows)
     for number in range(max(0, saved - free), saved):
         ids = _read(tensors[TOKENS.format(number)], np.dtype(np.int32))[: scheduler.lengths.prefill[-1] - 1]
@@ -77,7 +82,7 @@ def load(scheduler: Scheduler, path: Path) -> int:
         for layer in range(model.config.L):
             found = {name: tensors[LAYER.format(number, layer, name)] for name in ("k", "v")}
             layers.append({name: _read(tensor, DTYPES[tensor.dtype])[:, : len(ids)] for name, tensor in found.items()})
-        scheduler.store_prefix(ids, _kv_cache(scheduler, len(ids), layers))
+        scheduler.store_prefix(ids, int(adapters[number]), _kv_cache(scheduler, len(ids), layers))
         total += len(ids)
     return total
 

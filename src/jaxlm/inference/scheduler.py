@@ -151,7 +151,7 @@ class Scheduler:
         group: dict[Request, Prefix] = {}
         for request in list(self.waiting)[: max(LOOK_AHEAD, self.slots)]:
             reuse = self.prefix_cache and not request.prompt_logprobs
-            prefix = prefix_cache.longest_prefix(self.rows, request.array) if reuse else NO_PREFIX
+            prefix = prefix_cache.longest_prefix(self.rows, request) if reuse else NO_PREFIX
             request.cached = prefix.length
             if group and not _same_width(next(iter(group)), request):
                 continue
@@ -176,7 +176,7 @@ class Scheduler:
         rows, keep = (np.array([prefixes[r][i] for r in requests], np.int32) for i in (0, 1))
         return self.steps.take(kv, self.state.kv, *(self.place(a, "") for a in (rows, keep)))
 
-    def store_prefix(self, ids: np.ndarray, kv: caches.KVCache) -> None:
+    def store_prefix(self, ids: np.ndarray, adapter: int, kv: caches.KVCache) -> None:
         """Puts a prefix, which is in the first row of a KV cache, into the free row that was used the longest ago."""
         row = prefix_cache.choose_row(self.rows, NO_PREFIX)
         with self._recovering(reraise=True):
@@ -185,7 +185,7 @@ class Scheduler:
             part = empty_rows(self.model, 1 + padding, state.counts is not None)._replace(kv=kv)
             rows = self.place(np.array([row] + [self.slots] * padding, np.int32), "")
             self.state = self.steps.insert(state, rows, part)
-        self.rows[row].ids = ids
+        self.rows[row].ids, self.rows[row].adapter = ids, adapter
         self._use(row)
 
     def _prefill(self, joining: Prefill) -> bool:
@@ -226,7 +226,7 @@ class Scheduler:
         self.state = self.steps.insert(state, rows, joining.part._replace(kv=joining.kv))
         for request in inserted:
             slot = self.rows[row_of[request]]
-            slot.ids, slot.running = request.array, True
+            slot.ids, slot.adapter, slot.running = request.array, request.adapter, True
             slot.pos, slot.left = len(request.ids), request.max_tokens - 1
             self._released.discard(row_of[request])
             if request.finished:

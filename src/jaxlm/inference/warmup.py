@@ -43,14 +43,14 @@ def _prefill(scheduler: Scheduler, rows: int, length: int, variants: list[bool],
     """Programs of prompts in a KV cache of this length, and those that insert them."""
     steps, model, place = scheduler.steps, scheduler.model, scheduler.place
     for full in variants:
-        requests = [Request([0], DEFAULT_PARAMS, 1, key=sampling.request_key(0, [0])) for _ in range(rows)]
+        requests = [Request([0], DEFAULT_PARAMS, 1, None, key=sampling.request_key(0, [0])) for _ in range(rows)]
         joining = Prefill(steps, requests, [length], full, scheduler.rings)
         steps.expect()
         rows = len(joining.padded)
         for size in dict.fromkeys(decoding.chunk_sizes(model.device.platform, rows)):
             shape = (rows, min(joining.kv.chunk, size))
             tokens, pos = place(np.zeros(shape, np.int32), "BT"), place(np.full(shape, -1, np.int32), "BT")
-            joining.kv, joining.last = steps.prefill(joining.kv, joining.last, tokens, pos)
+            joining.kv, joining.last = steps.prefill(joining.kv, joining.last, tokens, pos, joining.part.adapter)
         if constraints:
             part, last = jax.tree.map(lambda a: a.copy(), (joining.part, joining.last))
             steps.sample_token(joining.k, part, last, all_allowed(scheduler, rows))

@@ -45,15 +45,11 @@ class Lora(WeightForm):
     rate: float = field(default=0.0, metadata={"static": True})
 
     def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
-        """x w + scale * b (a x). For the spec `BTD,NHD->BTNH`, a x is `BTD,rD->BTr` and b (a x) is `BTr,NHr->BTNH`."""
-        inputs, out = spec.split("->")
-        of_x, letters = inputs.split(",")
-        contracted = "".join(letter for letter in letters if letter not in out)
-        kept = "".join(letter for letter in letters if letter in out)
-        rows = of_x.removesuffix(contracted)
+        """x w + scale * b (a x)."""
+        of_a, of_b = factor_specs(spec)
         y = x if self.key is None else dropped(x, self.key, self.rate)
-        y = product(f"{of_x},r{contracted}->{rows}r", y, self.a).astype(x.dtype)
-        return product(spec, x, self.w) + self.scale * product(f"{rows}r,{kept}r->{out}", y, self.b)
+        y = product(of_a, y, self.a).astype(x.dtype)
+        return product(spec, x, self.w) + self.scale * product(of_b, y, self.b)
 
     def merged(self) -> Float[Array, "*w"]:
         """w + scale * b a as one array in w's dtype, added in float32."""
@@ -61,6 +57,16 @@ class Lora(WeightForm):
             return jax.vmap(Lora.merged)(self)
         delta = jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1, precision="highest")
         return (self.w.astype(jnp.float32) + self.scale * delta).astype(self.w.dtype)
+
+
+def factor_specs(spec: str) -> tuple[str, str]:
+    """The specs of the products with a and with b. For `BTD,NHD->BTNH`: `BTD,rD->BTr` and `BTr,NHr->BTNH`."""
+    inputs, out = spec.split("->")
+    of_x, letters = inputs.split(",")
+    contracted = "".join(letter for letter in letters if letter not in out)
+    kept = "".join(letter for letter in letters if letter in out)
+    rows = of_x.removesuffix(contracted)
+    return f"{of_x},r{contracted}->{rows}r", f"{rows}r,{kept}r->{out}"
 
 
 def dropped(x: Float[Array, "*x"], key: Array, rate: float) -> Float[Array, "*x"]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxlm import loading, models
+from jaxlm import models
 from jaxlm.checkpoint import hf, peft, writer
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.data.mixture import Mixture
@@ -26,6 +26,7 @@ from jaxlm.data.packing import DataLoader
 from jaxlm.data.streaming import StreamingLoader
 from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
+from jaxlm.loading import resolving
 from jaxlm.model import Model
 from jaxlm.nn import lora, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -171,7 +172,7 @@ def _resolve(run: Run) -> tuple[Run, _Resolved]:
 
 
 def _of_checkpoint(run: Run) -> _Resolved:
-    resolved = loading.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer, adapter=run.adapter))
+    resolved = resolving.resolve(ModelSource(str(run.model), tokenizer=run.tokenizer, adapter=run.adapter))
     if run.adapter is None and resolved.checkpoint.adapter is not None:
         raise ValueError(f"{run.model} is an adapter: pass its base model (--model) and the adapter (--adapter), "
                          "or merge them first (jaxlm fuse)")  # fmt: skip

@@ -24,7 +24,8 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoint.source import ModelSource
-from jaxlm.loading import Resolved, placement, spread
+from jaxlm.loading import placement, spread
+from jaxlm.loading.resolving import Resolved
 from jaxlm.model import Model
 from jaxlm.nn import params
 from jaxlm.verification import ours, recordings

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.checkpoint.safetensors import read_index
-from jaxlm.loading import Resolved
+from jaxlm.loading.resolving import Resolved
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
 
 # Meta's names of Hugging Face's `model.layers.{}.…`, and the axis that its shards split.

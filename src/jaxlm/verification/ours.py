@@ -11,6 +11,7 @@ from jaxlm import loading
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh
 from jaxlm.inference.compilation import CompiledSteps
+from jaxlm.loading import resolving
 from jaxlm.model import Model
 from jaxlm.nn.rope import FixedRope
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace, positions
@@ -19,12 +20,12 @@ ROPES = ("rope", "local_rope")  # fields of a config
 CACHED = 480  # positions of a cached probe without windows, so that its KV cache stays small
 
 
-def subject_of(model: Model | ModelSource) -> loading.Resolved:
+def subject_of(model: Model | ModelSource) -> resolving.Resolved:
     """What is known about a model before its weights are read."""
     if isinstance(model, Model):
         checkpoint: Any = model.checkpoint  # None if it has none; only references need it
-        return loading.Resolved(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
-    return loading.resolve(model)
+        return resolving.Resolved(model.family, model.config, checkpoint, model.tokenizer, model.generation_config)
+    return resolving.resolve(model)
 
 
 def loaded(model: Model | ModelSource, dtype: str, device: Any = None) -> Model:

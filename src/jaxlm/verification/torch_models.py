@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.loading import Resolved
+from jaxlm.loading.resolving import Resolved
 from jaxlm.processing.tokenizer_files import import_transformers
 from jaxlm.verification.meta_code import Meta, to_transformers
 from jaxlm.verification.probes import CHATS, TEXTS, Probes, Trace
