@@ -191,8 +191,9 @@ def test_adapters_from_files_share_the_base(folder: Path, where: dict[str, Any])
 
 def test_errors_say_the_way_out(folder: Path) -> None:
     base, adapted = models_of("llama3")
-    with jaxlm.Engine(base, 1, adapters=adapted) as engine, pytest.raises(
-        ValueError, match=r"unknown adapter 'x': this engine has all, query, mlp"
+    with (
+        jaxlm.Engine(base, 1, adapters=adapted) as engine,
+        pytest.raises(ValueError, match=r"unknown adapter 'x': this engine has all, query, mlp"),
     ):
         engine.submit("a", adapter="x")
     with jaxlm.Engine(base, 1) as engine, pytest.raises(ValueError, match="this engine has none"):

@@ -22,6 +22,7 @@ from jaxlm.inference.memory import CacheLengths
 from jaxlm.inference.requests import Request, RequestOptions, requests_for
 from jaxlm.inference.sampling import LogitsProcessor
 from jaxlm.inference.scheduler import Scheduler
+from jaxlm.inference.streams import Stream, checked
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -91,6 +92,7 @@ class Engine:
         self.steps: CompiledSteps = CompiledSteps(combined, tuple(logits_processors))
         self.scheduler: Scheduler = Scheduler(self.steps, self.slots, lengths, prefix_cache)
         self._inbox: deque[Request] = deque()
+        self._cancelled: list[Request] = []
         self._stepping, self._changed = threading.RLock(), threading.RLock()
         self._waiting: int = 0  # threads that wait to run between steps
         self._driver: threading.Thread | None = None
@@ -164,7 +166,8 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request. Its last chunk, with finish_reason "cancelled", comes from a later `step`."""
         with self._changed:
-            request.cancelled = request.cancelled or not request.finished
+            if not request.finished:
+                self._cancelled.append(request)
 
     def prepare(
         self, *, full: bool = True, constraints: bool = True, progress: Callable[[int, int], None] | None = None
@@ -230,7 +233,7 @@ class Engine:
         self.steps.cancel()
         with self._between_steps():
             for request in [*self._inbox, *self.scheduler.answers]:
-                request.cancelled = True
+                self.cancel(request)
             self._advance()
             self.scheduler.reset()
         if driver is not None and driver is not threading.current_thread():
@@ -261,12 +264,22 @@ class Engine:
         return chunks
 
     def _advance(self) -> None:
-        while self._inbox:
-            self.scheduler.add(self._inbox[0])
+        """Runs a step, after what has changed since the last one."""
+        added, cancelled = self._changes()
+        for request in added:
+            self.scheduler.add(request)
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
+        for request in cancelled:
+            request.cancelled = request.cancelled or not request.finished
         self.scheduler.advance()
 
-    def stream(self, prompt: Any, *, adapter: str | None = None, **options: Unpack[RequestOptions]) -> "Stream":
+    def _changes(self) -> tuple[list[Request], list[Request]]:
+        """Requests that were added since the last step, which stay in the inbox, and cancelled ones."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+            return [*self._inbox], cancelled
+
+    def stream(self, prompt: Any, *, adapter: str | None = None, **options: Unpack[RequestOptions]) -> Stream:
         """Yields the chunks of one request. Closing or dropping the iterator cancels the request.
 
         Args:
@@ -305,7 +318,7 @@ class Engine:
             try:
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
             except RuntimeError:  # the loop is closed: nobody reads the chunks
-                chunk.request.cancelled = True
+                self.cancel(chunk.request)
 
         for request in requests:
             request.emit = put
@@ -314,7 +327,7 @@ class Engine:
         left = len(requests)
         try:
             while left:
-                chunk = _checked(await chunks.get())
+                chunk = checked(await chunks.get())
                 left -= chunk.finish_reason is not None
                 yield chunk
         finally:
@@ -365,36 +378,3 @@ _running: WeakSet[Engine] = WeakSet()  # engines that had a thread
 def _close_at_exit() -> None:
     """Closes engines before the process exits. It would abort if a thread ran a program of XLA then."""
     atexit.register(lambda: [engine.close() for engine in [*_running]])
-
-
-class Stream:
-    """Yields the chunks of a request. Closing or dropping it cancels the request."""
-
-    def __init__(self, engine: Engine, request: Request, chunks: "SimpleQueue[CompletionChunk]"):
-        self.request: Request = request
-        self._engine, self._chunks, self._ended = engine, chunks, False
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> CompletionChunk:
-        if self._ended:
-            raise StopIteration
-        chunk = self._chunks.get()
-        self._ended = chunk.finish_reason is not None
-        return _checked(chunk)
-
-    def close(self) -> None:
-        """Cancels the request if it has not ended."""
-        self._ended = True
-        self._engine.cancel(self.request)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _checked(chunk: CompletionChunk) -> CompletionChunk:
-    """Raises the error of a chunk, if it has one."""
-    if chunk.error is not None:
-        raise chunk.error
-    return chunk

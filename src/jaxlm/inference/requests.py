@@ -82,7 +82,7 @@ class Request:
         index: Index of the prompt in a batch.
         sample: Index among the samples of the prompt.
         constraint, prompt_logprobs, echo, stop_when: See RequestOptions.
-        adapter: Index of its adapter (multi_lora.combine).
+        adapter: Index of its adapter (nn.multi_lora); multi_lora.BASE for none.
         emit: Receives the chunks of the answer. None: `Engine.step` returns them.
         tokens: The tokens of the answer so far.
         cancelled: Whether the request is to end; set by `Engine.cancel`.

@@ -105,8 +105,9 @@ class Scheduler:
 
     def advance(self) -> None:
         """Runs one chunk of a prefill and one decode program, as far as there are requests. If a program fails, the
-        requests that have a row end with its error, because the arrays that it took are gone."""
-        with self._recovering():
+        requests that have a row end with its error, because the arrays that it took are gone. With several processes
+        it is also raised, because they may differ then."""
+        with self._recovering(reraise=self.model.is_multiprocess):
             for request in [request for request in self.answers if request.cancelled or request.finished]:
                 request.finished = request.finished or "cancelled"  # or a constraint failed
                 self._end(request)
