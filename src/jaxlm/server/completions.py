@@ -12,6 +12,7 @@ from jaxlm.inference.completion import CompletionChunk, join_chunks
 from jaxlm.inference.prompts import split_prompts
 from jaxlm.inference.requests import Request
 from jaxlm.server import responses
+from jaxlm.server.connections import answered
 from jaxlm.server.reasoning import Splitter
 from jaxlm.server.responses import Envelope
 from jaxlm.server.schemas import ChatBody, CompletionBody, SamplingBody
@@ -85,19 +86,7 @@ async def _whole(server: Server, http: HttpRequest, requests: list[Request]) -> 
         async for chunk in server.run(requests):
             chunks[chunk.request].append(chunk)
 
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(collect()), asyncio.create_task(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise Refused(499, "the client has closed the connection")
-        tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
+    await answered(http, collect(), server.request_timeout)
     return [join_chunks(chunks[request]) for request in requests]
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from jaxlm.inference.embeddings import Pooling
+
 Stop = str | list[str] | None
 # Fields of SamplingParams with the name that they have in a request.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -134,6 +136,23 @@ class CompletionBody(SamplingBody):
         if self.logprobs is not None:
             found["logprobs"] = self.logprobs
         return found | {"echo": True} if self.echo else found
+
+
+class EmbeddingBody(BaseModel):
+    """POST /v1/embeddings. pooling is an extension."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Pooling = "mean"
+    dimensions: None = None
+
+    @field_validator("dimensions", mode="before")
+    @classmethod
+    def _refuse_dimensions(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("not supported: the model was not trained for shorter embeddings")
+        return None
 
 
 class TokenizeBody(BaseModel):
