@@ -55,6 +55,7 @@ class RequestOptions(SamplingOptions, total=False):
         prompt_logprobs: Compute the log-probabilities of the tokens of the prompt. It is prefilled as a whole.
         echo: Begin the text with the prompt, and the tokens and log-probabilities with those of the prompt.
         stop_when: A function of the token ids of the answer so far. The answer ends when it returns True.
+        skip_special_tokens: Omit special tokens from the text (the default).
     """
 
     template_args: Mapping[str, Any] | None
@@ -65,6 +66,7 @@ class RequestOptions(SamplingOptions, total=False):
     prompt_logprobs: bool
     echo: bool
     stop_when: Callable[[Sequence[int]], bool] | None
+    skip_special_tokens: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -79,7 +81,7 @@ class Request:
         key: Typed PRNG key.
         index: Index of the prompt in a batch.
         sample: Index among the samples of the prompt.
-        constraint, prompt_logprobs, echo, stop_when: See RequestOptions.
+        constraint, prompt_logprobs, echo, stop_when, skip_special_tokens: See RequestOptions.
         emit: Receives the chunks of the answer. None: `Engine.step` returns them.
         tokens: The tokens of the answer so far.
         cancelled: Whether the request is to end; set by `Engine.cancel`.
@@ -101,6 +103,7 @@ class Request:
     prompt_logprobs: bool = False
     echo: bool = False
     stop_when: Callable[[Sequence[int]], bool] | None = None
+    skip_special_tokens: bool = True
     emit: Callable[[Any], None] | None = None
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
@@ -179,9 +182,9 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
         for sample in range(n):
             key = request_key(params.seed or 0, ids, repeats[tuple(ids)])
             repeats[tuple(ids)] += 1
-            constraint, stop_when = start and start(), more.get("stop_when")
+            constraint, rest = start and start(), (more.get("stop_when"), more.get("skip_special_tokens", True))
             requests.append(
-                Request(ids, params, max_tokens, stops, key, number, sample, constraint, scored, echo, stop_when)
+                Request(ids, params, max_tokens, stops, key, number, sample, constraint, scored, echo, *rest)
             )
     return requests
 

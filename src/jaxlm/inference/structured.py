@@ -256,7 +256,7 @@ def compile_grammar(
     elif grammar is not None:
         source, what = grammar, "the grammar"
     else:
-        source, what = f"start: %json {_schema_text(schema)}", "the JSON schema"
+        source, what = f"start: %json {schema_text(schema)}", "the JSON schema"
     return _vocabulary(tokenizer, vocab_size, stop_ids).grammar(source, what)
 
 
@@ -277,7 +277,7 @@ def _vocabulary(tokenizer: "Tokenizer", size: int, stop_ids: Sequence[int] | Non
         return known[key]
 
 
-def _schema_text(schema: Any) -> str:
+def schema_text(schema: Any) -> str:
     """A JSON schema as JSON, with the default for blanks."""
     content = _schema_dict(schema)
     options = content.get("x-guidance", {})

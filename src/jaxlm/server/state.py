@@ -19,7 +19,6 @@ from jaxlm.inference.requests import Request, requests_for
 from jaxlm.model import Model
 from jaxlm.server import responses
 from jaxlm.server.metrics import Metrics
-from jaxlm.server.schemas import SamplingBody
 
 _log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
@@ -90,10 +89,9 @@ class Server:
             raise Refused(404, f"the model {name!r} does not exist: this server has {self.name!r}", "not_found_error")
         return body
 
-    def requests(self, prompts: list[Any], body: SamplingBody) -> list[Request]:
-        """The requests of the engine. Runs in a thread, because tokenizing takes time."""
-        options = body.options()
-        found = requests_for(self.model, prompts, options, body.n)
+    def requests(self, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
+        """The requests of the engine: n for each prompt. Runs in a thread, because tokenizing takes time."""
+        found = requests_for(self.model, prompts, options, n)
         if "max_tokens" not in options:  # as much as fits, as in the protocol
             for request in found:
                 request.max_tokens = max(1, self.engine.length - len(request.ids))
