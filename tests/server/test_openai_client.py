@@ -1,7 +1,6 @@
 """The server on loopback, used with the openai client."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-import uvicorn
+from helpers.running_server import running, settle
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -34,14 +33,8 @@ def model() -> Model:
 def server(model: Model) -> Iterator[tuple[Server, str]]:
     with quick_compilation():
         served = Server(model, jaxlm.Engine(model, 4), "tiny", max_waiting=16)
-        running = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=running.run)
-        thread.start()
-        while not running.started:
-            time.sleep(0.01)
-        yield served, f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-        running.should_exit = True
-        thread.join()
+        with running(served) as url:
+            yield served, url
 
 
 @pytest.fixture
@@ -148,13 +141,6 @@ def test_tool_calls(client: openai.OpenAI, stream: bool) -> None:
     assert (content, reason) == ("Sum: ", "tool_calls")
 
 
-def test_forced_calls_are_refused(client: openai.OpenAI) -> None:
-    choices: Any = ("required", {"type": "function", "function": {"name": "add"}})
-    for choice in choices:
-        with pytest.raises(openai.BadRequestError, match="forced tool calls"):
-            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice=choice)
-
-
 def test_many_at_once_are_those_alone(client: openai.OpenAI, model: Model) -> None:
     def ask(n: int) -> str | None:
         options: dict[str, Any] = {"max_tokens": 4 + n, "temperature": 0.9, "seed": n}
@@ -206,12 +192,7 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeyp
             assert served.active == 1
         with pytest.raises(httpx.TimeoutException):
             http.post("/v1/completions", json=body, timeout=0.3)
-    end = time.monotonic() + 10
-    while (served.active or served.engine.is_busy) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert served.active == 0
-    assert not served.engine.is_busy
-    assert all(slot.request is None for slot in served.engine.scheduler.rows)
+    settle(served)
 
 
 def test_overload_is_refused(server: tuple[Server, str]) -> None:

@@ -77,8 +77,8 @@ class Detokenization:
         self.steps: CompiledSteps = steps
         self.request: Request = request
         tokenizer = request.tokenizer
-        stop = request.options.stop or ()
-        self.text: TextStream | None = None if tokenizer is None else TextStream(tokenizer, stop, request.ids)
+        given = (request.options.stop or (), request.ids, request.skip_special_tokens)
+        self.text: TextStream | None = None if tokenizer is None else TextStream(tokenizer, *given)
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs | None] = []
         self.compiled: list[float] = [steps.seconds] * 2  # compile time at the start, and at the first token

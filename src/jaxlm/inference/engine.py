@@ -183,7 +183,7 @@ class Engine:
         Raises:
             RuntimeError: The engine has requests.
         """
-        with self._between_steps():
+        with self.between_steps():
             if self.is_busy:
                 raise RuntimeError("prepare needs an engine without requests: call it first")
             warmup.run_all(self.scheduler, full, constraints, progress)
@@ -222,7 +222,7 @@ class Engine:
             raise ValueError("this engine has no prefix cache: create it with prefix_cache=True")
         if self.model.is_multiprocess:
             raise ValueError("a prefix cache of several processes cannot be saved or loaded")
-        with self._between_steps():
+        with self.between_steps():
             yield
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class Engine:
             self._closed = True
             driver = self._driver
         self.steps.cancel()
-        with self._between_steps():
+        with self.between_steps():
             for request in [*self._inbox, *self.scheduler.answers]:
                 self.cancel(request)
             self._advance()
@@ -258,7 +258,7 @@ class Engine:
         Returns:
             New text, and the ends of requests. The last chunk of each request has a finish_reason.
         """
-        with self._between_steps():
+        with self.between_steps():
             self._advance()
             chunks, self.scheduler.chunks = self.scheduler.chunks, []
         return chunks
@@ -356,8 +356,9 @@ class Engine:
                 time.sleep(0.001)
 
     @contextmanager
-    def _between_steps(self) -> Iterator[None]:
-        """No step of another thread runs meanwhile."""
+    def between_steps(self) -> Iterator[None]:
+        """A context in which no step of another thread runs. Other programs of the model run in it, because two threads
+        that start programs with collectives on one mesh could wait for each other."""
         with self._changed:
             self._waiting += 1
         try:

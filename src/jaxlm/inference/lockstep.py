@@ -25,7 +25,8 @@ from jaxlm.inference.structured import compile_grammar, schema_text
 IDLE = 2.0  # seconds between messages while there are no requests
 CLOSED = b""  # the last message
 # Fields of a request that are sent. A constraint is sent as the text of its grammar, and a key as its data.
-SENT = ("ids", "options", "max_tokens", "stop_ids", "index", "sample", "prompt_logprobs", "echo", "adapter")
+SENT = ("ids", "options", "max_tokens", "stop_ids", "index", "sample", "prompt_logprobs", "echo", "adapter",
+        "skip_special_tokens")  # fmt: skip
 
 
 class Leader(Engine):

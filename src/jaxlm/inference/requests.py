@@ -56,6 +56,7 @@ class RequestOptions(SamplingOptions, total=False):
         prompt_logprobs: Compute the log-probabilities of the tokens of the prompt. It is prefilled as a whole.
         echo: Begin the text with the prompt, and the tokens and log-probabilities with those of the prompt.
         stop_when: A function of the token ids of the answer so far. The answer ends when it returns True.
+        skip_special_tokens: Omit special tokens from the text (the default).
     """
 
     template_args: Mapping[str, Any] | None
@@ -66,6 +67,7 @@ class RequestOptions(SamplingOptions, total=False):
     prompt_logprobs: bool
     echo: bool
     stop_when: Callable[[Sequence[int]], bool] | None
+    skip_special_tokens: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -81,7 +83,7 @@ class Request:
         key: Typed PRNG key.
         index: Index of the prompt in a batch.
         sample: Index among the samples of the prompt.
-        constraint, prompt_logprobs, echo, stop_when: See RequestOptions.
+        constraint, prompt_logprobs, echo, stop_when, skip_special_tokens: See RequestOptions.
         adapter: Index of its adapter (nn.multi_lora); multi_lora.BASE for none.
         emit: Receives the chunks of the answer. None: `Engine.step` returns them.
         tokens: The tokens of the answer so far.
@@ -105,6 +107,7 @@ class Request:
     prompt_logprobs: bool = False
     echo: bool = False
     stop_when: Callable[[Sequence[int]], bool] | None = None
+    skip_special_tokens: bool = True
     adapter: int = multi_lora.BASE
     emit: Callable[[Any], None] | None = None
     tokens: list[int] = field(default_factory=list)
@@ -184,9 +187,9 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
         for sample in range(n):
             key = request_key(params.seed or 0, ids, repeats[tuple(ids)])
             repeats[tuple(ids)] += 1
-            constraint, stop_when = start and start(), more.get("stop_when")
+            constraint, rest = start and start(), (more.get("stop_when"), more.get("skip_special_tokens", True))
             fields = (ids, params, max_tokens, model.tokenizer, stops, key, number, sample, constraint, scored, echo)
-            requests.append(Request(*fields, stop_when))
+            requests.append(Request(*fields, *rest))
     return requests
 
 

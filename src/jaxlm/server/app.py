@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxlm.server import responses
 from jaxlm.server.completions import chat, complete
+from jaxlm.server.embeddings import embed
 from jaxlm.server.schemas import DetokenizeBody, TokenizeBody
 from jaxlm.server.state import Refused, Server, as_refused
 
@@ -32,6 +33,7 @@ def create_app(server: Server) -> Starlette:
     handlers: dict[tuple[str, str], Callable[[Server, HttpRequest], Awaitable[Response]]] = {
         ("/v1/chat/completions", "POST"): chat,
         ("/v1/completions", "POST"): complete,
+        ("/v1/embeddings", "POST"): embed,
         ("/v1/models", "GET"): models,
         ("/v1/models/{name:path}", "GET"): one_model,
         ("/tokenize", "POST"): tokenize,

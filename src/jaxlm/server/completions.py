@@ -3,19 +3,23 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from jaxlm.inference.completion import CompletionChunk, join_chunks
-from jaxlm.inference.prompts import split_prompts
+from jaxlm.inference.prompts import split_prompts, to_ids
 from jaxlm.inference.requests import Request
+from jaxlm.processing.chat_template import THINKING
+from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.server import responses
+from jaxlm.server.connections import answered
 from jaxlm.server.reasoning import Splitter
 from jaxlm.server.responses import Envelope
 from jaxlm.server.schemas import ChatBody, CompletionBody, SamplingBody
 from jaxlm.server.state import Refused, Server, as_refused
+from jaxlm.server.tool_calls import check_parameters, forced_grammar, form_of, names_of
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
@@ -23,11 +27,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     template = server.model.tokenizer
     if body.tools and not (template is not None and template.template_accepts("tools")):
         raise Refused(400, f"tools: the chat template of {server.name} does not write them")
-    requests = await asyncio.to_thread(server.requests, [body.messages], body)
-    tokenizer = server.model.tokenizer
-    assert tokenizer is not None  # else the prompt would have raised
-    opened = _inside_reasoning(server, requests[0])
-    splitters = [Splitter(tokenizer.thinking is not None, opened, bool(body.tools)) for _ in requests]
+    requests, splitters = await asyncio.to_thread(_prepared, server, body)
     envelope = Envelope("chat.completion", server.name)
 
     def choice(n: int, chunk: CompletionChunk, last: bool, name: str) -> dict[str, Any]:
@@ -53,13 +53,15 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     choices = [choice(n, answer, True, "message") for n, answer in enumerate(answers)]
     for each in choices:
         each["message"]["role"] = "assistant"
+        for call in each["message"].get("tool_calls", ()):
+            del call["index"]  # that of a part of a stream
     return JSONResponse(envelope.whole(choices, responses.usage(answers, 1)))
 
 
 async def complete(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, CompletionBody)
     prompts, _ = split_prompts(body.prompt)
-    requests = await asyncio.to_thread(server.requests, prompts, body)
+    requests = await asyncio.to_thread(server.requests, prompts, body.options(), body.n)
     envelope = Envelope("text_completion", server.name)
     lengths = [0] * len(requests)
 
@@ -85,19 +87,7 @@ async def _whole(server: Server, http: HttpRequest, requests: list[Request]) -> 
         async for chunk in server.run(requests):
             chunks[chunk.request].append(chunk)
 
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(collect()), asyncio.create_task(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise Refused(499, "the client has closed the connection")
-        tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
+    await answered(http, collect(), server.request_timeout)
     return [join_chunks(chunks[request]) for request in requests]
 
 
@@ -152,11 +142,36 @@ async def _streamed(
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
-def _inside_reasoning(server: Server, request: Request) -> bool:
-    """Whether the prompt ends inside of reasoning, as the templates of some models render it."""
-    tokenizer = server.model.tokenizer
-    if tokenizer is None or tokenizer.thinking is None:
-        return False
+def _prepared(server: Server, body: ChatBody) -> tuple[list[Request], list[Splitter]]:
+    """The requests of a chat, and what splits their answers. Runs in a thread."""
+    model, options = server.model, body.options()
+    ids = to_ids(model, body.messages, options.pop("template_args"))
+    assert model.tokenizer is not None  # else the prompt would have raised
+    reasoning = _reasoning(model.tokenizer, ids)
+    tools, form = body.callable_tools, form_of(model)
+    several, reasons = body.takes_several_calls, model.tokenizer.thinking is not None
+    tags = [*(THINKING if reasons else ()), *(form.tags if tools else ())]
+    added = model.tokenizer.hf.get_added_vocab()
+    if {added.get(tag) for tag in tags} & model.tokenizer.special_ids:
+        options["skip_special_tokens"] = False  # some tokenizers have the tags as special tokens
+    if body.is_forced:
+        options["grammar"] = forced_grammar(form, tools, several, model.tokenizer, reasoning)
+    try:
+        requests = server.requests([ids], options, body.n)
+    except ValueError:
+        if body.is_forced:
+            check_parameters(model, tools)
+        raise
+    named = (form if tools else None, names_of(tools), None if several else 1)
+    return requests, [Splitter(reasons, reasoning == "open", *named) for _ in requests]
+
+
+def _reasoning(tokenizer: Tokenizer, ids: list[int]) -> Literal["open", "closed", ""]:
+    """Whether the prompt ends inside of reasoning, or after it, as the templates of some models render it."""
+    if tokenizer.thinking is None:
+        return ""
     start, end = tokenizer.thinking
-    text = tokenizer.decode(request.ids[-16:], skip_special=False)
-    return text.rfind(start) > text.rfind(end)
+    text = tokenizer.decode(ids[-16:], skip_special=False)
+    if text.rfind(start) > text.rfind(end):
+        return "open"
+    return "closed" if text.rstrip().endswith(end) else ""

@@ -1,13 +1,10 @@
 """Splits the text of an answer, as it is generated, into reasoning, content and tool calls."""
 
-import json
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.processing.chat_template import THINKING
-
-CALL = ("<tool_call>", "</tool_call>")  # of Qwen 3 and Hermes: {"name": ..., "arguments": {...}}
+from jaxlm.server.tool_calls import CallForm, written
 
 
 class Parts(NamedTuple):
@@ -25,20 +22,32 @@ class Parts(NamedTuple):
 
 
 class Splitter:
-    """Takes chunks of text in order. Text that may be the beginning of a tag waits for the next chunk."""
+    """Takes chunks of text in order. Text that may be the beginning of a tag or a call waits for the next chunk."""
 
-    def __init__(self, reasons: bool, opened: bool, calls: bool):
+    def __init__(
+        self,
+        reasons: bool,
+        opened: bool,
+        form: CallForm | None = None,
+        names: Sequence[str] = (),
+        most: int | None = None,
+    ):
         """
         Args:
             reasons: Whether the model writes reasoning between tags.
             opened: Whether the prompt ends inside of reasoning.
-            calls: Whether tools were given.
+            form: How the model writes calls; None if there are no tools.
+            names: Names of the tools.
+            most: Number of calls that are returned; further ones are dropped. None: all.
         """
+        self._form, self._names, self._most = form, names, most
         self._tags: dict[str, str] = {}  # opening tag -> what is inside of it
         if reasons:
             self._tags[THINKING[0]] = "reasoning"
-        if calls:
-            self._tags[CALL[0]] = "call"
+        if form is not None and form.tags:
+            self._tags[form.tags[0]] = "call"
+        begins = () if form is None else form.begins
+        self._begins: list[str] = [text.replace("{name}", name) for text in begins for name in names]
         self._inside: str = "reasoning" if opened else "content"
         self._text: str = ""  # not yet returned
         self._at_start: bool = True  # no content yet: blanks after reasoning are dropped
@@ -49,56 +58,66 @@ class Splitter:
         self._text += text
         reasoning, content, calls = "", "", []
         while True:
-            ends = {"reasoning": [THINKING[1]], "call": [CALL[1]]}.get(self._inside, [*self._tags])
-            found = min(((self._text.find(tag), tag) for tag in ends if tag in self._text), default=None)
-            if found is None:
+            ends = [*self._tags]
+            if self._inside == "reasoning":
+                ends = [THINKING[1]]
+            elif self._inside == "call" and self._form is not None:
+                ends = [self._form.tags[1]]
+            elif self._may_be_calls():
+                if not last:
+                    return Parts(reasoning, content, calls)
+                found = self._called(self._text)
+                if found is not None:
+                    self._text = ""
+                    return Parts(reasoning, content, [*calls, *found])
+            tag = min(((self._text.find(tag), tag) for tag in ends if tag in self._text), default=None)
+            if tag is None:
                 break
-            before, self._text = self._text[: found[0]], self._text[found[0] + len(found[1]) :]
+            before, self._text = self._text[: tag[0]], self._text[tag[0] + len(tag[1]) :]
             if self._inside == "call":
-                content, calls = self._called(before, content, calls)
+                found = self._called(before)
+                calls += found or []
+                content += self._content(self._opening + before + tag[1]) if found is None else ""
             elif self._inside == "reasoning":
                 reasoning += before
             else:
                 content += self._content(before)
-            self._inside = self._tags[found[1]] if self._inside == "content" else "content"
+            self._inside = self._tags[tag[1]] if self._inside == "content" else "content"
         kept = 0 if last else max((_overlap(self._text, tag) for tag in ends), default=0)
         if self._inside != "call" or last:
             ready, self._text = self._text[: len(self._text) - kept], self._text[len(self._text) - kept :]
             if self._inside == "reasoning":
                 reasoning += ready
             else:
-                content += self._content(CALL[0] + ready if self._inside == "call" else ready)
+                content += self._content(self._opening + ready if self._inside == "call" else ready)
         return Parts(reasoning, content, calls)
 
+    @property
+    def _opening(self) -> str:
+        return self._form.tags[0] if self._form is not None else ""
+
+    def _may_be_calls(self) -> bool:
+        """Whether the text is the beginning of an answer that may be calls without tags."""
+        body = "".join(self._text[:200].split())
+        return self._at_start and any(begin.startswith(body) or body.startswith(begin) for begin in self._begins)
+
     def _content(self, text: str) -> str:
-        if self._at_start and self._tags:
+        if self._at_start and (self._tags or self._begins):
             text = text.lstrip()
         self._at_start = self._at_start and not text
         return text
 
-    def _called(self, text: str, content: str, calls: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-        """A tool call; text that is none stays content."""
-        call = parse_call(text)
-        if call is None:
-            return content + self._content(CALL[0] + text + CALL[1]), calls
-        self.count += 1
-        return content, [*calls, {"index": self.count - 1, **call}]
-
-
-def parse_call(text: str) -> dict[str, Any] | None:
-    """A tool call from its JSON; None if it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        return None
-    arguments = found.get("arguments", found.get("parameters", {}))
-    return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": {"name": found["name"], "arguments": json.dumps(arguments, ensure_ascii=False)},
-    }
+    def _called(self, text: str) -> list[dict[str, Any]] | None:
+        """The tool calls of a text; None if it has none. Without tags, calls of other names are none either: the answer
+        may be any JSON."""
+        assert self._form is not None
+        calls = self._form.parse(text)
+        if calls is None or (not self._form.tags and any(name not in self._names for name, _ in calls)):
+            return None
+        if self._most is not None:
+            calls = calls[: max(0, self._most - self.count)]
+        self.count += len(calls)
+        return [written(call, self.count - len(calls) + i) for i, call in enumerate(calls)]
 
 
 def _overlap(text: str, tag: str) -> int:

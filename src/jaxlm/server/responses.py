@@ -3,11 +3,13 @@
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.inference.completion import Completion, CompletionChunk
 from jaxlm.inference.requests import Logprobs
-from jaxlm.server.reasoning import Parts
+
+if TYPE_CHECKING:
+    from jaxlm.server.reasoning import Parts
 
 Answer = Completion | CompletionChunk
 LOWEST = -9999.0  # JSON has no -inf
@@ -50,7 +52,7 @@ def usage(answers: Sequence[Answer], prompts: int) -> dict[str, Any]:
     }
 
 
-def message(parts: Parts) -> dict[str, Any]:
+def message(parts: "Parts") -> dict[str, Any]:
     """The message of a chat, or the delta of a part of it."""
     found: dict[str, Any] = {"content": parts.content}
     if parts.reasoning:
@@ -98,5 +100,10 @@ def completion_logprobs(
     }
 
 
+def encodable(text: str) -> str:
+    r"""Text that can be written in UTF-8. A surrogate without its partner, which JSON can have, becomes \udc00."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def error(text: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": encodable(text), "type": kind, "param": None, "code": code}}

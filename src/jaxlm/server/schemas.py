@@ -4,10 +4,11 @@ Fields that are not listed are ignored, as by vLLM. What would change the answer
 name.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from jaxlm.inference.embeddings import Pooling
 
 Stop = str | list[str] | None
 # Fields of SamplingParams with the name that they have in a request.
@@ -64,6 +65,21 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
+class Function(BaseModel):
+    name: str = Field(min_length=1)
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class ToolChoice(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions"""
 
@@ -74,15 +90,46 @@ class ChatBody(SamplingBody):
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    @field_validator("tool_choice", mode="before")
+    @field_validator("tools")
     @classmethod
-    def _refuse_forced_calls(cls, value: Any) -> Any:
-        if value == "required" or isinstance(value, Mapping):
-            raise ValueError("forced tool calls are not supported: use auto or none")
-        return value
+    def _check_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """They stay as they were given, because the chat template writes them."""
+        for tool in tools or ():
+            Tool.model_validate(tool)
+        return tools
+
+    @model_validator(mode="after")
+    def _check_forced_calls(self) -> Self:
+        if self.is_forced:
+            if not self.tools:
+                raise ValueError("tool_choice forces a call, and there are no tools")
+            if self.response_format is not None or self.regex is not None or self.grammar is not None:
+                raise ValueError("tool_choice forces a call: omit response_format, regex and grammar")
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        if named is not None and not self.callable_tools:
+            raise ValueError(f"tool_choice has the name {named!r}, which no tool has")
+        return self
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    @property
+    def takes_several_calls(self) -> bool:
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, ToolChoice)
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        return [tool for tool in self.tools or () if named in (None, tool["function"]["name"])]
 
     def options(self) -> dict[str, Any]:
         tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -134,6 +181,23 @@ class CompletionBody(SamplingBody):
         if self.logprobs is not None:
             found["logprobs"] = self.logprobs
         return found | {"echo": True} if self.echo else found
+
+
+class EmbeddingBody(BaseModel):
+    """POST /v1/embeddings. pooling is an extension."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Pooling = "mean"
+    dimensions: None = None
+
+    @field_validator("dimensions", mode="before")
+    @classmethod
+    def _refuse_dimensions(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("not supported: the model was not trained for shorter embeddings")
+        return None
 
 
 class TokenizeBody(BaseModel):

@@ -1,8 +1,10 @@
 """The state of the server, and its errors: a body becomes requests of the engine."""
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,12 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from jaxlm.inference.completion import CompletionChunk
+from jaxlm.inference.embeddings import Embedder
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.requests import Request, requests_for
 from jaxlm.model import Model
 from jaxlm.server import responses
 from jaxlm.server.metrics import Metrics
-from jaxlm.server.schemas import SamplingBody
 
 _log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
@@ -44,7 +46,10 @@ class Server:
         keys: API keys; empty if none is needed.
         max_waiting: Requests that may wait for a slot.
         max_body: Bytes of a request at most.
+        request_timeout: Seconds that an answer may take; None for no limit.
         active: Requests that have not ended.
+        embedder: Computes embeddings between the steps of the engine.
+        embedding: Held by the request whose embeddings are computed.
     """
 
     model: Model
@@ -53,8 +58,14 @@ class Server:
     keys: Sequence[str] = ()
     max_waiting: int = 256
     max_body: int = 8 << 20
+    request_timeout: float | None = None
     active: int = 0
     metrics: Metrics = field(default_factory=Metrics)
+    embedder: Embedder = field(init=False)
+    embedding: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.embedder = Embedder(self.model, self.engine.between_steps)
 
     async def read(self, http: HttpRequest, kind: type[Body]) -> Body:
         """The body of a request."""
@@ -78,10 +89,9 @@ class Server:
             raise Refused(404, f"the model {name!r} does not exist: this server has {self.name!r}", "not_found_error")
         return body
 
-    def requests(self, prompts: list[Any], body: SamplingBody) -> list[Request]:
-        """The requests of the engine. Runs in a thread, because tokenizing takes time."""
-        options = body.options()
-        found = requests_for(self.model, prompts, options, body.n)
+    def requests(self, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
+        """The requests of the engine: n for each prompt. Runs in a thread, because tokenizing takes time."""
+        found = requests_for(self.model, prompts, options, n)
         if "max_tokens" not in options:  # as much as fits, as in the protocol
             for request in found:
                 request.max_tokens = max(1, self.engine.length - len(request.ids))
@@ -89,15 +99,27 @@ class Server:
 
     async def run(self, requests: list[Request]) -> AsyncGenerator[CompletionChunk, None]:
         """The chunks of requests. The engine drops the requests when the caller stops reading."""
-        if self.active + len(requests) > self.engine.slots + self.max_waiting:
+        with self.admitted(len(requests)):
+            try:
+                async for chunk in self.engine.follow(requests):
+                    yield chunk
+            finally:
+                self.metrics.count(requests)
+
+    @contextmanager
+    def admitted(self, count: int) -> Iterator[None]:
+        """Counts requests as active while they are answered.
+
+        Raises:
+            Refused: Too many requests are active.
+        """
+        if self.active + count > self.engine.slots + self.max_waiting:
             raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
-        self.active += len(requests)
+        self.active += count
         try:
-            async for chunk in self.engine.follow(requests):
-                yield chunk
+            yield
         finally:
-            self.active -= len(requests)
-            self.metrics.count(requests)
+            self.active -= count
 
 
 def as_refused(error: Exception) -> Refused:

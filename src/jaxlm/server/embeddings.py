@@ -1,0 +1,72 @@
+"""The endpoint of embeddings."""
+
+import asyncio
+import base64
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from jaxlm.inference.prompts import split_prompts, to_ids
+from jaxlm.server.connections import answered
+from jaxlm.server.schemas import EmbeddingBody
+from jaxlm.server.state import Refused, Server
+
+MAX_INPUTS = 2048  # of a request, as in the protocol
+
+
+async def embed(server: Server, http: HttpRequest) -> Response:
+    body = await server.read(http, EmbeddingBody)
+    prompts = await asyncio.to_thread(_ids, server, body)
+    with server.admitted(1):
+        vectors = await answered(http, _vectors(server, prompts, body), server.request_timeout)
+    return await asyncio.to_thread(_response, server, body, vectors, sum(map(len, prompts)))
+
+
+def _ids(server: Server, body: EmbeddingBody) -> list[list[int]]:
+    """The token ids of each input."""
+    found: list[list[int]] = []
+    inputs = split_prompts(body.input)[0]
+    if len(inputs) > MAX_INPUTS:
+        raise Refused(400, f"input has {len(inputs):,} texts: send {MAX_INPUTS:,} at most in a request")
+    for number, one in enumerate(inputs):
+        try:
+            ids = to_ids(server.model, one, {})
+        except ValueError as error:
+            raise Refused(400, f"input {number}: {error}") from None
+        if len(ids) > server.engine.length:
+            raise Refused(
+                400,
+                f"input {number} has {len(ids):,} tokens, and this server takes {server.engine.length:,}: shorten it",
+            )
+        found.append(ids)
+    return found
+
+
+async def _vectors(server: Server, prompts: list[list[int]], body: EmbeddingBody) -> np.ndarray:
+    """The embeddings [n,D]. The engine runs a step between two batches, and one request is computed at a time."""
+    found = np.zeros((len(prompts), server.model.config.D), np.float32)
+    async with server.embedding:
+        for batch in server.embedder.batches([len(ids) for ids in prompts]):
+            found[batch] = await asyncio.to_thread(server.embedder.run, [prompts[i] for i in batch], body.pooling)
+    return found
+
+
+def _response(server: Server, body: EmbeddingBody, vectors: np.ndarray, tokens: int) -> Response:
+    """Runs in a thread, because thousands of numbers become text. base64 is that of little-endian float32."""
+
+    def written(vector: np.ndarray) -> Any:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else (
+            vector.tolist())  # fmt: skip
+
+    data = [{"object": "embedding", "index": n, "embedding": written(vector)} for n, vector in enumerate(vectors)]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": data,
+            "model": server.name,
+            "pooling": body.pooling,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
