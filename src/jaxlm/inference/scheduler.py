@@ -327,6 +327,9 @@ class Scheduler:
         if token == decoding.NOT_FINITE:
             request.fail(ValueError(NOT_FINITE))
             return self._end(request)
+        if not request.max_tokens:
+            request.finished = "length"
+            return self._end(request)
         request.tokens.append(token)
         request.first = request.first or time.perf_counter()
         with self._failing(request):
@@ -359,7 +362,7 @@ class Scheduler:
             request.fail(error)
 
     def _end(self, request: Request) -> None:
-        """Ends a request that was cancelled or failed."""
+        """Ends a request without another token."""
         self._emit(self.answers.pop(request).end())
         if request in self.waiting:
             self.waiting.remove(request)

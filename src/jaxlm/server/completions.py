@@ -12,6 +12,7 @@ from jaxlm.inference.completion import CompletionChunk, join_chunks
 from jaxlm.inference.prompts import split_prompts
 from jaxlm.inference.requests import Request
 from jaxlm.server import responses
+from jaxlm.server.logprobs import CompletionLogprobs, chat_logprobs, echoed
 from jaxlm.server.reasoning import Splitter
 from jaxlm.server.responses import Envelope
 from jaxlm.server.schemas import ChatBody, CompletionBody, SamplingBody
@@ -36,7 +37,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         return {
             "index": n,
             name: message,
-            "logprobs": responses.chat_logprobs(chunk.logprobs),
+            "logprobs": chat_logprobs(chunk.logprobs, chunk.tokens, tokenizer),
             "finish_reason": reason,
         }
 
@@ -60,14 +61,26 @@ async def complete(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, CompletionBody)
     prompts, _ = split_prompts(body.prompt)
     requests = await asyncio.to_thread(server.requests, prompts, body)
-    envelope = Envelope("text_completion", server.name)
-    lengths = [0] * len(requests)
+    if body.max_tokens == 0:  # the prompt is all that is asked for
+        for request in requests:
+            request.max_tokens = 0
+    envelope, tokenizer = Envelope("text_completion", server.name), server.model.tokenizer
+    echoes = {n: echoed(tokenizer, prompts[r.index], r.ids) for n, r in enumerate(requests) if body.echo}
+    lengths = [0] * len(requests)  # characters of the text so far
+    columns = [CompletionLogprobs(tokenizer, r.ids, len(echoes[n][0]) if echoes else 0) for n, r in enumerate(requests)]
 
     def choice(n: int, chunk: CompletionChunk) -> dict[str, Any]:
-        at, lengths[n] = lengths[n], lengths[n] + len(chunk)
-        texts = [server.model.tokenizer.token_text(i) for i in chunk.tokens] if server.model.tokenizer else []
-        scores = responses.completion_logprobs(chunk.logprobs, texts, at)
-        return {"index": n, "text": str(chunk), "logprobs": scores, "finish_reason": chunk.finish_reason}
+        text, scores, echo = str(chunk), None, echoes.pop(n, None)
+        if echo is not None:
+            text = echo[0] + text
+        lengths[n] += len(text)
+        if chunk.logprobs is not None:
+            scores = columns[n].add(chunk.logprobs, chunk.tokens, lengths[n])
+            if echo is not None:
+                ids = requests[n].ids
+                first = columns[n].columns(chunk.prompt_logprobs or [], ids, echo[1])
+                scores = {name: first[name] + scores[name] for name in first}
+        return {"index": n, "text": text, "logprobs": scores, "finish_reason": chunk.finish_reason}
 
     if body.stream:
         return await _streamed(server, http, envelope, requests, body, choice, None)
