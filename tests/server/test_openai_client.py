@@ -1,7 +1,6 @@
 """The server on loopback, used with the openai client."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-import uvicorn
+from helpers.serving import serving, wait_until_idle
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -34,14 +33,8 @@ def model() -> Model:
 def server(model: Model) -> Iterator[tuple[Server, str]]:
     with quick_compilation():
         served = Server(model, jaxlm.Engine(model, 4), "tiny", max_waiting=16)
-        running = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=running.run)
-        thread.start()
-        while not running.started:
-            time.sleep(0.01)
-        yield served, f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-        running.should_exit = True
-        thread.join()
+        with serving(served) as url:
+            yield served, url
 
 
 @pytest.fixture
@@ -108,6 +101,31 @@ def test_completions_of_several_prompts_with_echo(client: openai.OpenAI, model: 
         assert choice.logprobs.token_logprobs[1:] == pytest.approx([s.chosen for s in e.logprobs[1:]], abs=1e-4)
 
 
+def test_a_prompt_without_an_answer(client: openai.OpenAI, server: tuple[Server, str]) -> None:
+    """max_tokens=0 returns what echo and logprobs ask for. The prompt stays in the prefix cache."""
+    prompt = "the prompt<end>"
+    options: Any = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True}
+    [whole] = client.completions.create(max_tokens=4, **options).choices
+    answer = client.completions.create(max_tokens=0, **options)
+    [choice] = answer.choices
+    assert (choice.text, choice.finish_reason) == (prompt, "length")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+    assert choice.logprobs is not None
+    assert whole.logprobs is not None
+    assert choice.logprobs.token_logprobs is not None
+    assert whole.logprobs.token_logprobs is not None
+    n = len(choice.logprobs.token_logprobs)
+    assert n == answer.usage.prompt_tokens == len(whole.logprobs.token_logprobs) - 4
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(whole.logprobs.token_logprobs[1:n], abs=1e-4)
+    assert whole.text.startswith(prompt)
+    assert whole.logprobs.text_offset is not None
+    assert whole.logprobs.text_offset[n] == len(prompt)
+    [part] = client.completions.create(max_tokens=0, stream=True, **options)
+    assert part.choices[0].text == prompt
+    wait_until_idle(server[0])
+
+
 class Answer(pydantic.BaseModel):
     yes: bool
 
@@ -142,6 +160,7 @@ def test_tool_calls(client: openai.OpenAI, stream: bool) -> None:
         calls = [call for delta in deltas for call in delta.tool_calls or []]
         content = "".join(delta.content or "" for delta in deltas)
         reason = chunks[-1].choices[0].finish_reason
+        assert deltas[-1].to_dict() == {}  # as from OpenAI
     assert calls is not None
     assert [(call.function.name, call.function.arguments) for call in calls] == [("add", '{"a": 1}')]
     assert str(calls[0].id).startswith("call_")
@@ -206,12 +225,7 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeyp
             assert served.active == 1
         with pytest.raises(httpx.TimeoutException):
             http.post("/v1/completions", json=body, timeout=0.3)
-    end = time.monotonic() + 10
-    while (served.active or served.engine.is_busy) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert served.active == 0
-    assert not served.engine.is_busy
-    assert all(slot.request is None for slot in served.engine.scheduler.rows)
+    wait_until_idle(served)
 
 
 def test_overload_is_refused(server: tuple[Server, str]) -> None:

@@ -142,8 +142,14 @@ async def _streamed(
             n = numbers[chunk.request]
             started = n in last
             last[n] = chunk
-            beginning = "" if started or first is None else event([first(n)], **more)
-            return beginning + event([choice(n, chunk)], **more)
+            parts = [choice(n, chunk)]
+            if first is not None and not started:
+                parts.insert(0, first(n))
+            if first is not None and (reason := parts[-1]["finish_reason"]) is not None:
+                # In a chunk of its own, as from OpenAI: their client takes a tool call for complete in a later chunk.
+                parts[-1]["finish_reason"] = None
+                parts.append({"index": n, "delta": {}, "logprobs": None, "finish_reason": reason})
+            return "".join(event([part], **more) for part in parts)
 
         try:
             yield each(head)
