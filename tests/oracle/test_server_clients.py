@@ -13,8 +13,9 @@ import openai
 import pydantic
 import pytest
 from helpers.serving import serving, wait_until_idle
-from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
+from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from helpers.tiny_models import tiny
+from oracle import reference
 
 import jaxlm
 from jaxlm.model import Model
@@ -75,7 +76,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def server(model: Model) -> Iterator[tuple[Server, str]]:
-    with quick_compilation():
+    with reference.quickly():
         served = Server(model, jaxlm.Engine(model, 4), "tiny", keys=[KEY])
         with serving(served) as url:
             yield served, url + "/v1"

@@ -102,7 +102,7 @@ def test_completions_of_several_prompts_with_echo(client: openai.OpenAI, model: 
 
 
 def test_a_prompt_without_an_answer(client: openai.OpenAI, server: tuple[Server, str]) -> None:
-    """max_tokens=0 returns what echo and logprobs ask for. The prompt stays in the prefix cache."""
+    """max_tokens=0 returns what echo and logprobs ask for."""
     prompt = "the prompt<end>"
     options: Any = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True}
     [whole] = client.completions.create(max_tokens=4, **options).choices
