@@ -24,6 +24,7 @@ PAIRS = [(row["question"], answer) for row in ROWS for answer in row["answers"]]
 
 class Served(NamedTuple):
     model: jaxlm.Model
+    engine: jaxlm.Engine
     url: str
     tokenizer: str  # its folder
 
@@ -37,8 +38,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.hf.save_pretrained(folder)
     model = replace(tiny("llama3", max_position_embeddings=LENGTH), tokenizer=tokenizer)
-    with reference.quickly(), serving(Server(model, jaxlm.Engine(model, 4), "tiny")) as url:
-        yield Served(model, url, str(folder))
+    engine = jaxlm.Engine(model, 4)
+    with reference.quickly(), serving(Server(model, engine, "tiny")) as url:
+        yield Served(model, engine, url, str(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +68,12 @@ def test_log_likelihoods(served: Served, how: dict[str, Any]) -> None:
     from jaxlm.evaluation.lm_eval import Harness
 
     ours, theirs = Harness(served.model), completions(served, **how)
-    context = "Lily saw a"
-    greedy = jaxlm.generate(served.model, context, max_tokens=3, temperature=0, ignore_eos=True)
-    asked = requests("loglikelihood", *PAIRS)
-    ids = ours.tok_encode(context)
+    ids = ours.tok_encode("Lily saw a")
+    greedy = [token for piece in served.engine.stream(ids, max_tokens=3, temperature=0) for token in piece.tokens]
+    texts = requests("loglikelihood", *PAIRS)
+    likely_and_not = [(None, ids, greedy), (None, ids, greedy[::-1])]
     found, expected = (
-        [
-            *one.loglikelihood(asked),
-            *one._loglikelihood_tokens([(None, ids, greedy.tokens), (None, ids, greedy.tokens[::-1])]),
-        ]
+        [*one.loglikelihood(texts, disable_tqdm=True), *one._loglikelihood_tokens(likely_and_not, disable_tqdm=True)]
         for one in (theirs, ours)
     )
     assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], **LIMIT)
