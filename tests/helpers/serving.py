@@ -4,9 +4,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
+from jaxlm.inference.requests import Request
 from jaxlm.server.app import create_app
 from jaxlm.server.state import Server
 
@@ -25,6 +27,24 @@ def serving(server: Server) -> Iterator[str]:
     finally:
         running.should_exit = True
         thread.join()
+
+
+@contextmanager
+def slow_steps(server: Server) -> Iterator[set[Request]]:
+    """Steps of the engine take 20 ms more. Yields the requests that have had a slot, as they come."""
+    steps, seen = server.engine.steps, set[Request]()
+    step = steps.step
+
+    def slow(*args: Any) -> Any:
+        seen.update(slot.request for slot in server.engine.scheduler.rows if slot.request is not None)
+        time.sleep(0.02)
+        return step(*args)
+
+    steps.step = slow
+    try:
+        yield seen
+    finally:
+        steps.step = step
 
 
 def wait_until_idle(server: Server) -> None:

@@ -1,7 +1,6 @@
 """The server on loopback, used with the openai client."""
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +10,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-from helpers.serving import serving, wait_until_idle
+from helpers.serving import serving, slow_steps, wait_until_idle
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -212,12 +211,10 @@ def test_errors_name_what_is_wrong(client: openai.OpenAI, server: tuple[Server, 
         assert "jaxlm_generation_tokens_total" in http.get("/metrics").text
 
 
-def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str]) -> None:
     served, url = server
-    step = served.engine.steps.step
-    monkeypatch.setattr(served.engine.steps, "step", lambda *args: time.sleep(0.02) or step(*args))
     body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with slow_steps(served) as seen, httpx.Client(base_url=url, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
             lines = answer.iter_lines()  # dropping it would close the connection
             line = next(lines)
@@ -225,7 +222,8 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeyp
             assert served.active == 1
         with pytest.raises(httpx.TimeoutException):
             http.post("/v1/completions", json=body, timeout=0.3)
-    wait_until_idle(served)
+        wait_until_idle(served)
+    assert [request.finished for request in seen] == ["cancelled", "cancelled"]
 
 
 def test_overload_is_refused(server: tuple[Server, str]) -> None:
