@@ -4,11 +4,12 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import lm_eval_tasks
+from helpers.lm_eval_tasks import NAMES, ROWS, requests, write_tasks
 from helpers.tiny_chat import TEMPLATE, tokenizer_of
 from oracle import reference
 
@@ -18,32 +19,6 @@ from jaxlm.cli import main
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")]
 LENGTH = 64  # context of both models: short, so that few programs are compiled
 LIMIT = {"rel": 1e-5, "abs": 1e-4}
-YAML = {
-    "choices": """
-        output_type: multiple_choice
-        doc_to_text: "{{question}}"
-        doc_to_choice: "{{answers}}"
-        doc_to_target: "{{right}}"
-        metric_list: [{metric: acc}, {metric: acc_norm}]""",
-    "rolling": """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]""",
-    "written": """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{answers[right]}}"
-        generation_kwargs: {until: [".", "\\n"], max_gen_toks: 12}
-        metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]""",
-}
-ROWS = [
-    {"question": "Once upon a time, there was a little", "answers": [" girl", " boy", " table named"], "right": 0},
-    {"question": "Lily saw a big", "answers": [" dog", " ball", "ger"], "right": 2},
-    {"question": "The cat sat on the", "answers": [" mat.", " sky of"], "right": 0},
-    {"question": "Tom and Tim went to the", "answers": [" park", " lake", " red", " is"], "right": 1},
-    {"question": "Mom said: do not", "answers": [" go", " be sad"], "right": 1},
-]
 LONG = "The cat and the dog ran to the park and saw a big red ball. " * 60
 
 
@@ -55,17 +30,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch) -> None:
-    import datasets
-    import lm_eval.evaluator
-    import lm_eval.tasks
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    # To save seconds: not listing the harness's 14,000 tasks, and not asking pip what is installed.
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    lm_eval_tasks.offline(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=["stories260K", "qwen3"])
@@ -102,12 +67,6 @@ def pair(folder) -> tuple[Any, Any]:
     with reference.quiet():
         theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
     return Harness(jaxlm.load(folder)), theirs
-
-
-def requests(kind: str, *arguments: Any) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
 def test_special_tokens_and_encoding(pair) -> None:
@@ -231,21 +190,7 @@ def test_chats(pair) -> None:
 
 @pytest.fixture
 def tasks(tmp_path) -> Path:
-    """YAML files of three tasks, and the rows that they read."""
-    for split, rows in (("train", ROWS[:2]), ("test", ROWS)):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = "".join(f"\n    {split}: {tmp_path}/{split}.jsonl" for split in ("train", "test"))
-    for name, text in YAML.items():
-        (tmp_path / f"{name}.yaml").write_text(
-            f"task: jaxlm_{name}\ndataset_path: json\ntest_split: test\nfewshot_split: train\n"
-            f"dataset_kwargs:\n  cache_dir: {tmp_path}/cache\n  data_files:{files}\n"
-            + text.replace("\n        ", "\n").lstrip()
-            + "\n"
-        )
-    return tmp_path
-
-
-NAMES = ["jaxlm_choices", "jaxlm_rolling", "jaxlm_written"]
+    return write_tasks(tmp_path)
 
 
 SHOTS = {"num_fewshot": 1, "limit": 3, "apply_chat_template": True}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from helpers.running_server import running
+from helpers.serving import serving
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -31,7 +31,7 @@ def model() -> Model:
 def client(model: Model) -> Iterator[openai.OpenAI]:
     with quick_compilation():
         served = Server(model, jaxlm.Engine(model, 2), "tiny", max_waiting=16)
-        with running(served) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        with serving(served) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
             yield client
 
 

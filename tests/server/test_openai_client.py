@@ -1,7 +1,6 @@
 """The server on loopback, used with the openai client."""
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +10,7 @@ import httpx
 import openai
 import pydantic
 import pytest
-from helpers.running_server import running, settle
+from helpers.serving import serving, slow_steps, wait_until_idle
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -33,7 +32,7 @@ def model() -> Model:
 def server(model: Model) -> Iterator[tuple[Server, str]]:
     with quick_compilation():
         served = Server(model, jaxlm.Engine(model, 4), "tiny", max_waiting=16)
-        with running(served) as url:
+        with serving(served) as url:
             yield served, url
 
 
@@ -101,6 +100,31 @@ def test_completions_of_several_prompts_with_echo(client: openai.OpenAI, model: 
         assert choice.logprobs.token_logprobs[1:] == pytest.approx([s.chosen for s in e.logprobs[1:]], abs=1e-4)
 
 
+def test_a_prompt_without_an_answer(client: openai.OpenAI, server: tuple[Server, str]) -> None:
+    """max_tokens=0 returns what echo and logprobs ask for."""
+    prompt = "the prompt<end>"
+    options: Any = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True}
+    [whole] = client.completions.create(max_tokens=4, **options).choices
+    answer = client.completions.create(max_tokens=0, **options)
+    [choice] = answer.choices
+    assert (choice.text, choice.finish_reason) == (prompt, "length")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+    assert choice.logprobs is not None
+    assert whole.logprobs is not None
+    assert choice.logprobs.token_logprobs is not None
+    assert whole.logprobs.token_logprobs is not None
+    n = len(choice.logprobs.token_logprobs)
+    assert n == answer.usage.prompt_tokens == len(whole.logprobs.token_logprobs) - 4
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(whole.logprobs.token_logprobs[1:n], abs=1e-4)
+    assert whole.text.startswith(prompt)
+    assert whole.logprobs.text_offset is not None
+    assert whole.logprobs.text_offset[n] == len(prompt)
+    [part] = client.completions.create(max_tokens=0, stream=True, **options)
+    assert part.choices[0].text == prompt
+    wait_until_idle(server[0])
+
+
 class Answer(pydantic.BaseModel):
     yes: bool
 
@@ -135,6 +159,7 @@ def test_tool_calls(client: openai.OpenAI, stream: bool) -> None:
         calls = [call for delta in deltas for call in delta.tool_calls or []]
         content = "".join(delta.content or "" for delta in deltas)
         reason = chunks[-1].choices[0].finish_reason
+        assert deltas[-1].to_dict() == {}  # as from OpenAI
     assert calls is not None
     assert [(call.function.name, call.function.arguments) for call in calls] == [("add", '{"a": 1}')]
     assert str(calls[0].id).startswith("call_")
@@ -179,12 +204,10 @@ def test_errors_name_what_is_wrong(client: openai.OpenAI, server: tuple[Server, 
         assert "jaxlm_generation_tokens_total" in http.get("/metrics").text
 
 
-def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str]) -> None:
     served, url = server
-    step = served.engine.steps.step
-    monkeypatch.setattr(served.engine.steps, "step", lambda *args: time.sleep(0.02) or step(*args))
     body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with slow_steps(served) as seen, httpx.Client(base_url=url, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
             lines = answer.iter_lines()  # dropping it would close the connection
             line = next(lines)
@@ -192,7 +215,8 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[Server, str], monkeyp
             assert served.active == 1
         with pytest.raises(httpx.TimeoutException):
             http.post("/v1/completions", json=body, timeout=0.3)
-    settle(served)
+        wait_until_idle(served)
+    assert [request.finished for request in seen] == ["cancelled", "cancelled"]
 
 
 def test_overload_is_refused(server: tuple[Server, str]) -> None:

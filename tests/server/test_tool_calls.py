@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import openai
 import pytest
-from helpers.running_server import running
+from helpers.serving import serving
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -143,7 +143,7 @@ def client() -> Iterator[openai.OpenAI]:
         tokenizer.add_special_tokens(HERMES.tags)
         model = replace(tiny("llama3", max_position_embeddings=256), tokenizer=tokenizer)
         server = Server(model, jaxlm.Engine(model, 2, prefix_cache=False), "tiny")
-        with running(server) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        with serving(server) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
             yield client
 
 

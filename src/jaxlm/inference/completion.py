@@ -107,7 +107,7 @@ class Detokenization:
         return self.chunk(text)
 
     def end(self) -> CompletionChunk:
-        """The last chunk of a request that was cancelled or failed."""
+        """The last chunk of a request that ends without another token."""
         return self.chunk("" if self.text is None or self.request.finished == "error" else self.text.flush())
 
     def chunk(self, text: str) -> CompletionChunk:

@@ -181,3 +181,9 @@ def empty_rows(model: "Model", slots: int, full: bool) -> State:
     """The state of rows without requests, without a KV cache."""
     empty = Request([], DEFAULT_PARAMS, 1, None, key=sampling.request_key(0, []))
     return new_rows(model, [empty] * slots, full)
+
+
+def same_width(first: Request, request: Request) -> bool:
+    """Whether two requests have as many tokens to prefill, rounded, and return the same."""
+    widths = {decoding.bucket(len(r.ids) - r.cached) for r in (first, request)}
+    return len(widths) == 1 and first.prompt_logprobs == request.prompt_logprobs

@@ -77,7 +77,7 @@ class Request:
     Attributes:
         ids: Token ids of the prompt.
         options: Sampling parameters; every field has a value.
-        max_tokens: Maximum number of tokens to generate.
+        max_tokens: Maximum number of tokens to generate. 0: the request ends when its prompt is prefilled.
         tokenizer: Converts its tokens to text; None if there is no text.
         stop_ids: Token ids that end the answer.
         key: Typed PRNG key.

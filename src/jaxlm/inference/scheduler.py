@@ -30,7 +30,7 @@ from jaxlm.inference import decoding, prefix_cache, structured
 from jaxlm.inference.compilation import CompiledSteps, shapes
 from jaxlm.inference.completion import CompletionChunk, Detokenization
 from jaxlm.inference.memory import MAX_JOINING, CacheLengths
-from jaxlm.inference.prefill import Prefill, empty_rows, logprobs_of, small_prefills
+from jaxlm.inference.prefill import Prefill, empty_rows, logprobs_of, same_width, small_prefills
 from jaxlm.inference.prefix_cache import NO_PREFIX, Prefix, Slot
 from jaxlm.inference.requests import MAX_LOGPROBS, Request
 from jaxlm.nn import kv_cache as caches
@@ -154,7 +154,7 @@ class Scheduler:
             reuse = self.prefix_cache and not request.prompt_logprobs
             prefix = prefix_cache.longest_prefix(self.rows, request) if reuse else NO_PREFIX
             request.cached = prefix.length
-            if group and not _same_width(next(iter(group)), request):
+            if group and not same_width(next(iter(group)), request):
                 continue
             if reuse and prefix_cache.should_wait(request, group):
                 continue
@@ -328,6 +328,9 @@ class Scheduler:
         if token == decoding.NOT_FINITE:
             request.fail(ValueError(NOT_FINITE))
             return self._end(request)
+        if not request.max_tokens:
+            request.finished = "length"
+            return self._end(request)
         request.tokens.append(token)
         request.first = request.first or time.perf_counter()
         with self._failing(request):
@@ -360,7 +363,7 @@ class Scheduler:
             request.fail(error)
 
     def _end(self, request: Request) -> None:
-        """Ends a request that was cancelled or failed."""
+        """Ends a request without another token."""
         self._emit(self.answers.pop(request).end())
         if request in self.waiting:
             self.waiting.remove(request)
@@ -391,9 +394,3 @@ class Scheduler:
 def top_logprobs(full: bool) -> int | None:
     """Number of top log-probabilities that programs return."""
     return MAX_LOGPROBS if full else None
-
-
-def _same_width(first: Request, request: Request) -> bool:
-    """Whether two requests have as many tokens to prefill, rounded, and return the same."""
-    widths = {decoding.bucket(len(r.ids) - r.cached) for r in (first, request)}
-    return len(widths) == 1 and first.prompt_logprobs == request.prompt_logprobs

@@ -38,6 +38,7 @@ def create_app(server: Server) -> Starlette:
         ("/v1/models/{name:path}", "GET"): one_model,
         ("/tokenize", "POST"): tokenize,
         ("/detokenize", "POST"): detokenize,
+        ("/tokenizer_info", "GET"): tokenizer_info,
         ("/health", "GET"): health,
         ("/ready", "GET"): ready,
         ("/metrics", "GET"): metrics,
@@ -133,6 +134,15 @@ async def detokenize(server: Server, http: HttpRequest) -> Response:
     if any(not 0 <= i < V for i in body.tokens):
         raise Refused(400, f"tokens: ids are 0 to {V - 1}")
     return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
+
+
+async def tokenizer_info(server: Server, http: HttpRequest) -> Response:
+    """What clients that tokenize with this server need to know, as in vLLM."""
+    if server.model.tokenizer is None:
+        raise Refused(400, f"{server.name} has no tokenizer")
+    hf = server.model.tokenizer.hf
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    return JSONResponse({"tokenizer_class": type(hf).__name__, **{name: getattr(hf, name) for name in names}})
 
 
 async def health(server: Server, http: HttpRequest) -> Response:

@@ -15,6 +15,7 @@ from jaxlm.processing.chat_template import THINKING
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.server import responses
 from jaxlm.server.connections import answered
+from jaxlm.server.logprobs import CompletionLogprobs, chat_logprobs, echoed
 from jaxlm.server.reasoning import Splitter
 from jaxlm.server.responses import Envelope
 from jaxlm.server.schemas import ChatBody, CompletionBody, SamplingBody
@@ -36,7 +37,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         return {
             "index": n,
             name: message,
-            "logprobs": responses.chat_logprobs(chunk.logprobs),
+            "logprobs": chat_logprobs(chunk.logprobs, chunk.tokens, template),
             "finish_reason": reason,
         }
 
@@ -62,14 +63,26 @@ async def complete(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, CompletionBody)
     prompts, _ = split_prompts(body.prompt)
     requests = await asyncio.to_thread(server.requests, prompts, body.options(), body.n)
-    envelope = Envelope("text_completion", server.name)
-    lengths = [0] * len(requests)
+    if body.max_tokens == 0:  # the prompt is all that is asked for
+        for request in requests:
+            request.max_tokens = 0
+    envelope, tokenizer = Envelope("text_completion", server.name), server.model.tokenizer
+    echoes = {n: echoed(tokenizer, prompts[r.index], r.ids) for n, r in enumerate(requests) if body.echo}
+    lengths = [0] * len(requests)  # characters of the text so far
+    columns = [CompletionLogprobs(tokenizer, r.ids, len(echoes[n][0]) if echoes else 0) for n, r in enumerate(requests)]
 
     def choice(n: int, chunk: CompletionChunk) -> dict[str, Any]:
-        at, lengths[n] = lengths[n], lengths[n] + len(chunk)
-        texts = [server.model.tokenizer.token_text(i) for i in chunk.tokens] if server.model.tokenizer else []
-        scores = responses.completion_logprobs(chunk.logprobs, texts, at)
-        return {"index": n, "text": str(chunk), "logprobs": scores, "finish_reason": chunk.finish_reason}
+        text, scores, echo = str(chunk), None, echoes.pop(n, None)
+        if echo is not None:
+            text = echo[0] + text
+        lengths[n] += len(text)
+        if chunk.logprobs is not None:
+            scores = columns[n].add(chunk.logprobs, chunk.tokens, lengths[n])
+            if echo is not None:
+                ids = requests[n].ids
+                first = columns[n].columns(chunk.prompt_logprobs or [], ids, echo[1])
+                scores = {name: first[name] + scores[name] for name in first}
+        return {"index": n, "text": text, "logprobs": scores, "finish_reason": chunk.finish_reason}
 
     if body.stream:
         return await _streamed(server, http, envelope, requests, body, choice, None)
@@ -119,8 +132,14 @@ async def _streamed(
             n = numbers[chunk.request]
             started = n in last
             last[n] = chunk
-            beginning = "" if started or first is None else event([first(n)], **more)
-            return beginning + event([choice(n, chunk)], **more)
+            parts = [choice(n, chunk)]
+            if first is not None and not started:
+                parts.insert(0, first(n))
+            if first is not None and (reason := parts[-1]["finish_reason"]) is not None:
+                # In a chunk of its own, as from OpenAI: their client takes a tool call for complete in a later chunk.
+                parts[-1]["finish_reason"] = None
+                parts.append({"index": n, "delta": {}, "logprobs": None, "finish_reason": reason})
+            return "".join(event([part], **more) for part in parts)
 
         try:
             yield each(head)

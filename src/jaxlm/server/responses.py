@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.inference.completion import Completion, CompletionChunk
-from jaxlm.inference.requests import Logprobs
 
 if TYPE_CHECKING:
     from jaxlm.server.reasoning import Parts
 
 Answer = Completion | CompletionChunk
-LOWEST = -9999.0  # JSON has no -inf
 
 
 class Envelope:
@@ -61,43 +59,6 @@ def message(parts: "Parts") -> dict[str, Any]:
         found["tool_calls"] = [*parts.tool_calls]
         found["content"] = parts.content or None
     return found
-
-
-def chat_logprobs(scores: Sequence[Logprobs | None] | None) -> dict[str, Any] | None:
-    """Log-probabilities in the form of chats."""
-    if scores is None:
-        return None
-
-    def entry(text: str, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": max(value, LOWEST), "bytes": list(text.encode())}
-
-    return {
-        "content": [
-            entry(s.text, s.chosen) | {"top_logprobs": [entry(t, v) for t, (_, v) in zip(s.top_texts, s.top)]}
-            for s in scores
-            if s is not None
-        ]
-    }
-
-
-def completion_logprobs(
-    scores: Sequence[Logprobs | None] | None, texts: Sequence[str], at: int
-) -> dict[str, Any] | None:
-    """Log-probabilities in the form of completions. texts: of the tokens. at: characters before the first one."""
-    if scores is None:
-        return None
-    offsets = []
-    for text in texts:
-        offsets.append(at)
-        at += len(text)
-    return {
-        "tokens": list(texts),
-        "token_logprobs": [None if s is None else max(s.chosen, LOWEST) for s in scores],
-        "top_logprobs": [
-            None if s is None else {t: max(v, LOWEST) for t, (_, v) in zip(s.top_texts, s.top)} for s in scores
-        ],
-        "text_offset": offsets,
-    }
 
 
 def encodable(text: str) -> str:

@@ -154,7 +154,7 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = 16
+    max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
     suffix: None = None
@@ -177,10 +177,10 @@ class CompletionBody(SamplingBody):
     def options(self) -> dict[str, Any]:
         found = super().options()
         if self.max_tokens is not None:
-            found["max_tokens"] = self.max_tokens
+            found["max_tokens"] = max(1, self.max_tokens)  # completions.complete handles 0
         if self.logprobs is not None:
-            found["logprobs"] = self.logprobs
-        return found | {"echo": True} if self.echo else found
+            found |= {"logprobs": self.logprobs, "prompt_logprobs": self.echo}
+        return found
 
 
 class EmbeddingBody(BaseModel):
