@@ -24,13 +24,18 @@ const settings = setUpSettings();
 
 async function loadModels() {
   models = await listModels(sessionStorage.getItem("jaxlm.key"));
-  $("model-name").textContent = models.length === 1 ? models[0] : "jaxlm";
-  $("model-name").title = $("model-name").textContent;
+  $("model-name").textContent = models.length === 1 ? shortName(models[0]) : "jaxlm";
+  $("model-name").title = models.length === 1 ? models[0] : "";
   document.title = `${$("model-name").textContent} · jaxlm`;
   $("model-select").hidden = models.length < 2;
-  $("model-select").replaceChildren(...models.map((name) => new Option(name, name)));
+  $("model-select").replaceChildren(...models.map((name) => new Option(shortName(name), name)));
   const chosen = sessionStorage.getItem("jaxlm.model");
   if (models.includes(chosen)) $("model-select").value = chosen;
+}
+
+// A name of the hub as it is, the end of a path.
+function shortName(name) {
+  return name.split("/").slice(-2).join("/");
 }
 
 function messagesUpTo(turn) {
@@ -317,4 +322,5 @@ setUpTheme();
 for (const turn of JSON.parse(sessionStorage.getItem("jaxlm.turns") ?? "[]")) addTurn(turn);
 fitMessage();
 follow();
+if (matchMedia("(hover: hover)").matches) message.focus(); // elsewhere, it would open the keyboard
 start();
