@@ -174,7 +174,7 @@ function renderList(lines, depth) {
   const blocks = items.map(splitBlocks);
   const isLoose = items.some((item, i) => {
     const isLast = i === items.length - 1;
-    return (!isLast && !item.at(-1).trim()) || hasGap(item, blocks[i]);
+    return (!isLast && item.length > 1 && !item.at(-1).trim()) || hasGap(item, blocks[i]);
   });
   for (const inner of blocks) {
     const nodes = inner.map((block) => renderBlock(block, depth + 1));
