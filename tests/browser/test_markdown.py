@@ -45,8 +45,8 @@ INLINE = [
     "*a* _b_ **c** __d__ ***e*** ~~f~~", "a*b*c a_b_c snake_case_name __init__", "2 * 3 * 4", "* a*", "**a *b* c**",
     "*a **b** c*", "**a", "a**", "*a**b*", "**bold***", "`a` ``b ` c`` ` d", "`*a*` *`b`*", "` `` `",
     "\\*a\\* \\` \\[", "[a](https://b.c)", "[a](<https://b.c/d>)", '[a](https://b.c "title")',
-    "[*a* `b`](https://b.c/(d))", "[a] (https://b.c)", "[a](https://b.c", "[[a]](https://b.c)",
-    "[a [b](https://c.d) e](https://f.g)", "[`]`](https://a.b)", "<https://a.b/c>", "*a\nb*", "5 < 6 & 7 > 3",
+    "[*a* `b`](https://b.c/(d))", "[a] (b.c)", "[a](mailto:b@c.d", "[[a]](https://b.c)",
+    "[`]`](https://a.b)", "<https://a.b/c>", "*a\nb*", "5 < 6 & 7 > 3",
     "**“a”** b", "**日本語。**テスト", "a 👍*b*👍 c", "*(a)*b", "_(a)_b", "**(a)**b",
 ]  # fmt: skip
 VOID = {"br", "hr"}

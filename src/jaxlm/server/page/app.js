@@ -316,7 +316,10 @@ $("new-chat").addEventListener("click", newChat);
 $("cancel-edit").addEventListener("click", () => endEdit(draft));
 $("to-end").addEventListener("click", follow);
 window.addEventListener("scroll", updateScroll, { passive: true });
-window.addEventListener("pagehide", save);
+window.addEventListener("pagehide", () => {
+  stop(); // else the request would fail as if the connection was lost
+  save();
+});
 
 setUpTheme();
 for (const turn of JSON.parse(sessionStorage.getItem("jaxlm.turns") ?? "[]")) addTurn(turn);

@@ -1,7 +1,7 @@
 // The inline part of Markdown: code, bold, italic, strikethrough, links and line breaks, as DOM nodes. Emphasis follows
 // the algorithm of CommonMark (https://spec.commonmark.org/0.31.2/#phase-2-inline-structure). The time is linear.
 
-const MAX_DEPTH = 32; // of nested elements: browsers lay out nested elements recursively
+const MAX_DEPTH = 16; // of nested elements: browsers lay out nested elements recursively
 const SAFE = new Set(["http:", "https:", "mailto:"]);
 const PLAIN = /[^\\`*_~[\]!<h\n]+/y;
 const ESCAPED = /\\([!-/:-@[-`{-~])/y;
@@ -95,7 +95,7 @@ function linkAt(text, i, match, brackets, depth) {
 function linkOf(url, children, length) {
   if (!URL.canParse(url) || !SAFE.has(new URL(url).protocol)) return null;
   const link = wrap("a", children);
-  for (const inner of link.querySelectorAll("a")) inner.replaceWith(...inner.childNodes); // links do not nest
+  for (const inner of link.querySelectorAll("a")) inner.replaceWith(...inner.childNodes); // the outermost link counts
   link.href = url;
   link.target = "_blank";
   link.rel = "noopener noreferrer";
