@@ -56,7 +56,7 @@ def expect_status(tab: Tab, *statuses: int) -> None:
 @pytest.mark.parametrize(("size", "theme"), LOOKS)
 def test_every_state_fits_and_is_accessible(fake: Fake, open_tab, size: str, theme: str) -> None:
     tab = open_tab(fake.url, size, color_scheme=theme, reduced_motion="reduce")
-    tab.page.wait_for_function("document.title === 'fake · jaxlm'")
+    tab.wait_until("document.title === 'fake · jaxlm'")
     assert tab.page.locator("html").get_attribute("data-theme") == theme
     assert accessibility(tab) == []
     fake.replies = [
@@ -68,6 +68,9 @@ def test_every_state_fits_and_is_accessible(fake: Fake, open_tab, size: str, the
     tab.ask("next")
     assert accessibility(tab) == []
     assert tab.overflow() == 0
+    code = tab.page.locator("pre").first
+    code.press("ArrowRight")  # wide code is scrolled
+    tab.wait_until("document.querySelector('pre').scrollLeft > 0")
     tab.page.set_viewport_size({"width": 320, "height": 600})
     assert tab.overflow() == 0
     tab.page.get_by_role("button", name="Settings").click()
@@ -219,16 +222,20 @@ def test_a_model_without_a_chat_template(browser, open_tab) -> None:
 def test_errors_keep_the_message_and_can_be_retried(fake: Fake, open_tab) -> None:
     tab = open_tab(fake.url)
     fake.replies = [
-        Reply([{"content": "Half an"}], breaks=True),
+        Reply([{"content": "Half an"}], waits=True, breaks=True),
+        Reply([{"content": "Half an"}], ends_early=True),
         Reply([{"content": "Half an"}], error="the request failed"),
         Reply(status=503, message="the server is shutting down"),
         text("Whole"),
         text("Later"),
     ]
-    tab.ask("one")
+    tab.send("one")
+    tab.page.get_by_text("Half an").wait_for()  # what has not been read is lost with the connection
+    fake.release.set()
+    tab.wait_for_answer()
     assert "connection to the server was lost" in error_text(tab)
     assert tab.answers() == ["Half an"]
-    for message in ("the request failed", "the server is shutting down"):
+    for message in ("connection to the server was lost", "the request failed", "the server is shutting down"):
         tab.page.get_by_role("button", name="Retry").click()
         tab.wait_for_answer()
         assert message in error_text(tab)
@@ -236,7 +243,7 @@ def test_errors_keep_the_message_and_can_be_retried(fake: Fake, open_tab) -> Non
     tab.wait_for_answer()
     assert tab.answers() == ["Whole"]
     assert not tab.page.get_by_role("button", name="Retry").is_visible()
-    assert [request["messages"] for request in fake.requests] == [[{"role": "user", "content": "one"}]] * 4
+    assert [request["messages"] for request in fake.requests] == [[{"role": "user", "content": "one"}]] * 5
     assert [line for line in tab.console if "ERR_INCOMPLETE_CHUNKED_ENCODING" in line]
     tab.console[:] = [line for line in tab.console if "INCOMPLETE" not in line]
     expect_status(tab, 503)
@@ -265,7 +272,7 @@ def test_a_server_that_is_gone(open_tab) -> None:
     fake = Fake()
     with serving(fake.app()) as url:
         tab = open_tab(url)
-        tab.page.wait_for_function("document.title === 'fake · jaxlm'")
+        tab.wait_until("document.title === 'fake · jaxlm'")
     tab.ask("Hi")
     assert error_text(tab) == "The server does not answer. Check that jaxlm serve is running, then retry."
     assert user_texts(tab) == ["Hi"]
@@ -280,7 +287,7 @@ def test_an_api_key_is_asked_for(fake: Fake, open_tab) -> None:
     field = tab.page.get_by_label("This server needs an API key.")
     field.fill("wrong")
     field.press("Enter")
-    tab.page.wait_for_function("document.activeElement.id === 'key'")
+    tab.wait_until("document.activeElement.id === 'key'")
     tab.send("Hi")
     tab.page.get_by_text("the API key is missing or wrong").wait_for()
     field.fill("secret")
@@ -290,7 +297,7 @@ def test_an_api_key_is_asked_for(fake: Fake, open_tab) -> None:
     assert "secret" in tab.page.evaluate("Object.values(sessionStorage)")
     assert tab.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     tab.page.reload()
-    tab.page.wait_for_function("document.title === 'fake · jaxlm'")
+    tab.wait_until("document.title === 'fake · jaxlm'")
     assert not field.is_visible()
     expect_status(tab, 401, 401, 401)
 
@@ -434,7 +441,7 @@ def test_copying(fake: Fake, open_tab, is_secure: bool) -> None:
     tab.page.get_by_text("Copied.").wait_for(state="attached")
     assert tab.page.evaluate(read) == "x = 1"
     tab.page.get_by_role("button", name="Copy answer").click()
-    tab.page.wait_for_function(f"async () => (await {read}).startsWith('Use **this**')")
+    tab.wait_until(f"{read}.then((copied) => copied.startsWith('Use **this**'))")
 
 
 def test_several_models(fake: Fake, open_tab) -> None:
@@ -460,7 +467,7 @@ def test_the_theme_is_kept(fake: Fake, open_tab) -> None:
     tab.page.get_by_role("button", name="Dark theme").click()
     assert tab.page.evaluate("localStorage.length") == 0  # that of the system again
     tab.page.emulate_media(color_scheme="light")
-    tab.page.wait_for_function(f"{background} === '{light}'")
+    tab.wait_until(f"{background} === '{light}'")
 
 
 def test_nothing_moves_where_people_want_that(fake: Fake, open_tab) -> None:

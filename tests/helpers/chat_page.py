@@ -34,7 +34,8 @@ class Reply:
         status: Status. Others than 200 have an error with this message.
         headers: Further headers.
         waits: Whether the stream waits for Fake.release after its deltas.
-        breaks: Whether the connection ends without the end of the stream.
+        breaks: Whether the connection breaks after the deltas.
+        ends_early: Whether the answer ends after the deltas, without the end of the protocol.
         error: The message of an error event after the deltas.
         finish_reason: The reason of the last chunk.
     """
@@ -45,6 +46,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     waits: bool = False
     breaks: bool = False
+    ends_early: bool = False
     error: str = ""
     finish_reason: str = "stop"
 
@@ -104,6 +106,8 @@ class Fake:
                 await asyncio.sleep(0.005)
             if reply.breaks:
                 raise ConnectionError
+            if reply.ends_early:
+                return
             if reply.error:
                 yield f"data: {json.dumps(responses.error(reply.error, 'error'))}\n\n"
                 return
@@ -157,6 +161,13 @@ class Tab:
     def ask(self, message: str) -> None:
         self.send(message)
         self.wait_for_answer()
+
+    def wait_until(self, expression: str) -> None:
+        """Waits for a condition in JavaScript. Playwright's function needs eval, which the page's policy forbids."""
+        end = time.monotonic() + 5
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(10)
 
     def answers(self) -> list[str]:
         return self.page.locator(".markdown").all_inner_texts()

@@ -171,7 +171,10 @@ function closeAll(closer, out, openers, bottoms) {
     const index = openers[at];
     const opener = out[index];
     const level = 1 + out.slice(index + 1).reduce((most, part) => Math.max(most, part.level ?? 0), 0);
-    if (level > MAX_DEPTH) return;
+    if (level > MAX_DEPTH) {
+      openers.length = 0; // what is around it would be deeper
+      return;
+    }
     const size = opener.count >= 2 && closer.count >= 2 ? 2 : 1;
     const inner = out.splice(index + 1).map((part) => part.node ?? document.createTextNode(plain(part)));
     const tag = closer.mark === "~" ? "del" : size === 2 ? "strong" : "em";
