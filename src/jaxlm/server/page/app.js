@@ -25,6 +25,7 @@ const settings = setUpSettings();
 async function loadModels() {
   models = await listModels(sessionStorage.getItem("jaxlm.key"));
   $("model-name").textContent = models.length === 1 ? shortName(models[0]) : "jaxlm";
+  $("model-name").classList.toggle("visually-hidden", models.length > 1); // the list has their names
   $("model-name").title = models.length === 1 ? models[0] : "";
   document.title = `${$("model-name").textContent} · jaxlm`;
   $("model-select").hidden = models.length < 2;
@@ -95,14 +96,16 @@ async function stream(turn, signal) {
   }
 }
 
-// Counts down on the page. Stop ends it.
+// Stop ends it.
 async function wait(turn, error, seconds, signal) {
-  for (let left = seconds; left > 0; left -= 1) {
-    turn.wait = `The server is busy: ${error.message}. Trying again in ${left} s.`;
-    views.get(turn)?.draw();
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-    signal.throwIfAborted();
-  }
+  turn.wait = `The server is busy: ${error.message}. Trying again in ${seconds} s.`;
+  views.get(turn)?.draw();
+  keepFollowing();
+  await new Promise((resolve) => {
+    setTimeout(resolve, seconds * 1000);
+    signal.addEventListener("abort", resolve);
+  });
+  signal.throwIfAborted();
   turn.wait = null;
   views.get(turn)?.draw();
 }
