@@ -64,6 +64,7 @@ class Serve(ModelFlags):
             if self.prepare:
                 engine.prepare()
             note(f"Serving {name} on http://{address(listening)}/v1 ({engine.slots} slots of {engine.length:,} tokens)")
+            note(f"Chat in the browser: http://{address(listening)}/")
             settings: dict[str, Any] = {"log_level": "error", "access_log": False, "timeout_graceful_shutdown": 30}
             uvicorn.Server(uvicorn.Config(create_app(server), lifespan="on", **settings)).run(sockets=[listening])
         return 0

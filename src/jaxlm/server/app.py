@@ -18,6 +18,7 @@ from jaxlm.server.completions import chat, complete
 from jaxlm.server.embeddings import embed
 from jaxlm.server.schemas import DetokenizeBody, TokenizeBody
 from jaxlm.server.state import Refused, Server, as_refused
+from jaxlm.server.static_files import is_page, page_routes
 
 OPEN = {"/health", "/ready"}  # paths without an API key
 
@@ -44,6 +45,7 @@ def create_app(server: Server) -> Starlette:
         ("/metrics", "GET"): metrics,
     }
     routes = [Route(path, _handled(server, handler), methods=[method]) for (path, method), handler in handlers.items()]
+    routes += page_routes()
     errors: Any = dict.fromkeys((404, 405), _plain_error)
     return Starlette(
         routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=[Middleware(KeyCheck, keys=server.keys)]
@@ -58,7 +60,7 @@ class KeyCheck:
         self.keys: list[bytes] = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN:
+        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN and not is_page(scope):
             given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
             if sum(hmac.compare_digest(given, key) for key in self.keys) == 0:  # compares all of them
                 refused = Refused(
