@@ -184,7 +184,8 @@ class Sender:
         self.ended: list[tuple[Answer, list[tuple[float, bytes]]]] = []
 
     async def run(self, load: Load, seconds: float, seed: int) -> None:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # A connection for each request: llama.cpp may close one that a request is about to use again.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=CONNECT)
         headers_ = headers() | {"Content-Type": "application/json"}
         async with httpx.AsyncClient(limits=limits, timeout=timeout, headers=headers_, trust_env=False) as self.http:

@@ -123,7 +123,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             *(", ".join(map(tables.number, (r[f"{name}_ms"] or {}).values()))
               for name in ("first_token", "inter_token", "latency")),
         ]  # fmt: skip
-        rows.append(cells + [tables.number(r["goodput"])] * len(limits))
+        rows.append(cells + [tables.number(r["goodput"]) for _ in limits])
     return tables.markdown(columns, rows)
 
 

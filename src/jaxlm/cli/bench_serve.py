@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -31,7 +31,7 @@ class ServeFlags(ModelFlags):
     url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """With serve: measure the server at this base URL (http://127.0.0.1:8000/v1), instead of starting jaxlm serve."""
     clients: Annotated[str | None, tyro.conf.arg(metavar="N,N")] = None
-    """With serve: numbers of clients, each of which sends its next request when its last one has ended. Default: 1,8."""
+    """With serve: numbers of clients. Each sends its next request when its last one has ended. Default: 1,8."""
     rate: Annotated[str | None, tyro.conf.arg(metavar="X,X")] = None
     """With serve: requests per second, sent at random times, whether or not earlier ones have ended."""
     requests: int | None = None
@@ -39,8 +39,8 @@ class ServeFlags(ModelFlags):
     seconds: float = 60.0
     """With serve: how long a load may send requests."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """With serve: JSONL file of prompts, such as {"prompt": "...", "completion": "..."}. Without -n, answers are as long
-    as the completion. Default: random words."""
+    """With serve: JSONL file of prompts, such as {"prompt": "...", "completion": "..."}. Without -n, answers are as
+    long as the completion. Default: random words."""
     slots: int | None = None
     """With serve: number of requests that the servers decode together. Default: 8."""
     max_length: int | None = None
