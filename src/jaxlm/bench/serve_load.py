@@ -233,7 +233,7 @@ class Sender:
                 answer.error = f"status {response.status_code}: {' '.join(text.split())[:200]}"
                 answer.is_refused = response.status_code in REFUSED
         except TimeoutError:
-            answer.error = f"no complete answer after {self.timeout:.0f} s"
+            answer.error = f"no complete answer after {self.timeout:g} s"
         except httpx.HTTPError as error:
             answer.error = f"{type(error).__name__}: {error}"
         answer.end = self.now()

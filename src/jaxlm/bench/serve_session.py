@@ -15,7 +15,7 @@ WARM_UP = 1000  # numbers of the requests of the warm-up begin at multiples of i
 Progress = Callable[[str, float | None], None]  # what runs now, and seconds that are left, if they are known
 
 
-class Test(NamedTuple):
+class ServeCase(NamedTuple):
     """What is measured: prompts of a kind under a load."""
 
     prompts: str
@@ -45,7 +45,7 @@ class ServeSession:
         rounds: How often to measure each load.
         requests: Requests of a load. Default: `REQUESTS` per client, but at least `FEWEST`.
         seconds: How long a load may send requests.
-        measured: Of each test and server, by round.
+        measured: Of each case and server, by round.
         load_averages: Of the machine, at the begin of each round.
     """
 
@@ -55,7 +55,7 @@ class ServeSession:
     rounds: int
     requests: int | None = None
     seconds: float = 60.0
-    measured: dict[tuple[Test, str], list[Measured]] = field(default_factory=dict)
+    measured: dict[tuple[ServeCase, str], list[Measured]] = field(default_factory=dict)
     load_averages: list[float] = field(default_factory=list)
 
     def count(self, load: Load) -> int:
@@ -72,26 +72,26 @@ class ServeSession:
         for server in self.servers:
             progress(f"warm-up: {server.name}", None)
             self._warm_up(server, models[server.name])
-        tests = [(kind, load) for kind in self.kinds for load in self.loads]
+        pairs = [(kind, load) for kind in self.kinds for load in self.loads]
         number, took = WARM_UP * len(self.kinds), 0.0
         for done in range(self.rounds):
             self.load_averages.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
             begin = time.perf_counter()
-            for turn, (kind, load) in enumerate(tests):
+            for turn, (kind, load) in enumerate(pairs):
                 requests = [kind.request(number + i) for i in range(self.count(load))]
                 number += len(requests)  # no request is sent twice to a server
                 for server in self.servers if (done + turn) % 2 == 0 else self.servers[::-1]:
                     left = took * (self.rounds - done) - (time.perf_counter() - begin) if took else None
                     progress(f"round {done + 1} of {self.rounds}: {kind.name}, {load.name}, {server.name}", left)
-                    self._measure(Test(kind.name, load), server, models[server.name], requests, seed=number)
+                    self._measure(ServeCase(kind.name, load), server, models[server.name], requests, seed=number)
             took = time.perf_counter() - begin
 
-    def _measure(self, test: Test, server: Server, model: str, requests: Sequence[Prompt], seed: int) -> None:
+    def _measure(self, case: ServeCase, server: Server, model: str, requests: Sequence[Prompt], seed: int) -> None:
         measured = Measured()
         try:
-            run_load(server.url, model, test.load, requests, self.seconds, measured, seed)
+            run_load(server.url, model, case.load, requests, self.seconds, measured, seed)
         finally:
-            rounds = self.measured.setdefault((test, server.name), [])
+            rounds = self.measured.setdefault((case, server.name), [])
             if measured.is_complete or (measured.answers and not rounds):
                 rounds.append(measured)
 

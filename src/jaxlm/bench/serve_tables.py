@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.bench import tables
 from jaxlm.bench.serve_load import Answer, Measured
-from jaxlm.bench.serve_session import ServeSession, Test
+from jaxlm.bench.serve_session import ServeCase, ServeSession
 
 PERCENTILES = (50, 95, 99)
 
@@ -24,14 +24,14 @@ def output_rate(measured: Measured) -> float:
 
 
 def records(session: ServeSession, first_token_limit: float | None) -> list[dict[str, Any]]:
-    """What was measured, for JSON: one record for each test and server that answered.
+    """What was measured, for JSON: one record for each case and server that answered.
 
     Args:
         session: The session.
         first_token_limit: Milliseconds to the first token of a request that counts for the goodput.
     """
     found = []
-    for (test, server), rounds in session.measured.items():
+    for (case, server), rounds in session.measured.items():
         answers = [answer for measured in rounds for answer in measured.answers]
         good = [answer for measured in rounds for answer in succeeded(measured)]
         if not answers:
@@ -39,7 +39,7 @@ def records(session: ServeSession, first_token_limit: float | None) -> list[dict
         seconds = sum(measured.seconds for measured in rounds)
         prompt, completion = sum(a.prompt_tokens for a in good), sum(a.completion_tokens for a in good)
         record: dict[str, Any] = {
-            "test": test.prompts, "load": test.load.name, **test.load._asdict(), "server": server,
+            "test": case.prompts, "load": case.load.name, **case.load._asdict(), "server": server,
             "rounds": len(rounds), "requests": len(answers), "failed": len(answers) - len(good),
             "refused": sum(answer.is_refused for answer in answers),
             "errors": sorted({answer.error for answer in answers if answer.error})[:5],
@@ -58,7 +58,7 @@ def records(session: ServeSession, first_token_limit: float | None) -> list[dict
             within = sum(answer.first_token * 1e3 <= first_token_limit for answer in good)
             record |= {"first_token_limit_ms": first_token_limit, "goodput": within / seconds}
         if server == session.servers[0].name:
-            record |= {each.name: comparison(session, test, each.name) for each in session.servers[1:]}
+            record |= {each.name: comparison(session, case, each.name) for each in session.servers[1:]}
         found.append(record)
     return found
 
@@ -70,12 +70,12 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     return {f"p{p}": value for p, value in zip(PERCENTILES, (np.percentile(seconds, PERCENTILES) * 1e3).tolist())}
 
 
-def comparison(session: ServeSession, test: Test, rival: str) -> dict[str, Any]:
+def comparison(session: ServeSession, case: ServeCase, rival: str) -> dict[str, Any]:
     """The first server beside a rival. Ratios are within a round, and above 1 where the first server is faster.
 
     A round counts if no request failed, and if both servers counted the same tokens for each request.
     """
-    pairs = [*zip(session.measured[test, session.servers[0].name], session.measured.get((test, rival), []))]
+    pairs = [*zip(session.measured[case, session.servers[0].name], session.measured.get((case, rival), []))]
     equal = [(ours, theirs) for ours, theirs in pairs if work(ours) is not None and work(ours) == work(theirs)]
     texts = [(a.text, b.text) for ours, theirs in equal for a, b in zip(by_number(ours), by_number(theirs))]
     return {
