@@ -104,7 +104,7 @@ def test_servers_take_turns_with_the_same_requests(monkeypatch) -> None:
 
     monkeypatch.setattr(serve_session, "run_load", run_load)
     monkeypatch.setattr(serve_session, "find_model", lambda url: f"model of {url}")
-    loads = [Load(clients=1), Load(clients=8), Load(rate=2.0)]
+    loads = [Load(clients=1), Load(clients=17), Load(rate=2.0)]
     found = ServeSession([OURS, RIVAL], [random_words(5, 3), random_words(6, 3)], loads, 2)
     progress: list[str] = []
     found.run(lambda text, left: progress.append(text))
@@ -115,7 +115,7 @@ def test_servers_take_turns_with_the_same_requests(monkeypatch) -> None:
     for (url, load, prompts), (other_url, other_load, other_prompts) in pairs:
         assert {url, other_url} == {OURS.url, RIVAL.url}
         assert (load, prompts) == (other_load, other_prompts)
-        assert len(prompts) == (32 if load.clients == 8 else 16)
+        assert len(prompts) == (34 if load.clients == 17 else 16)
     assert {pair[0][0] for pair in pairs} == {OURS.url, RIVAL.url}  # each is first at times
     for server in (OURS, RIVAL):  # no prompt comes twice
         texts = [str(p.text) for url, _, prompts in [*warm, *calls] if url == server.url for p in prompts]

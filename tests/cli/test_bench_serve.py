@@ -1,9 +1,11 @@
 """`jaxlm bench serve` on the command line: usage, messages, and a run against a server in this process."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.http_server import interrupt_after, running
@@ -11,8 +13,9 @@ from helpers.tiny_chat import quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
 import jaxlm
-from jaxlm.cli import main
+from jaxlm.cli import main, parse
 from jaxlm.cli.bench import Bench
+from jaxlm.cli.serve import Serve
 from jaxlm.server.app import create_app
 from jaxlm.server.state import Server
 
@@ -125,9 +128,7 @@ def test_prompts_that_cannot_be_sent(line, words, tmp_path, capsys) -> None:
 
 def test_flags_of_the_model_reach_the_server(monkeypatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    command = Bench(
-        dtype="bfloat16", offline=True, allow_field=("a", "b"), token="secret", tokenizer=Path("t"), quiet=True
-    )
-    arguments = command._model_arguments("m")
-    assert arguments == ["-m", "m", "--dtype", "bfloat16", "--tokenizer", "t", "--offline", "--allow-field", "a", "b"]
-    monkeypatch.delenv("HF_TOKEN")
+    flags: dict[str, Any] = {"dtype": "bfloat16", "offline": True, "allow_field": ("a", "b"), "tokenizer": Path("-t")}
+    arguments = Bench(**flags, token="secret", quiet=True)._model_arguments("m")
+    assert parse(["serve", *arguments]) == Serve(model="m", **flags)
+    assert os.environ.pop("HF_TOKEN") == "secret"

@@ -1,5 +1,6 @@
 """Servers under the same loads, in turns."""
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from jaxlm.bench.serve_load import Load, Measured, Prompt, find_model, run_load
 from jaxlm.bench.serve_prompts import Prompts
 
-REQUESTS = 4  # per client, by default
+REQUESTS = 2  # per client, by default
 FEWEST = 16  # requests of a load, by default
 WARM_UP = 1000  # numbers of the requests of the warm-up begin at multiples of it
 Progress = Callable[[str, float | None], None]  # what runs now, and seconds that are left, if they are known
@@ -47,6 +48,8 @@ class ServeSession:
         seconds: How long a load may send requests.
         measured: Of each case and server, by round.
         load_averages: Of the machine, at the begin of each round.
+        models: Names of the models, by server.
+        took: Seconds of the last round.
     """
 
     servers: Sequence[Server]
@@ -57,50 +60,61 @@ class ServeSession:
     seconds: float = 60.0
     measured: dict[tuple[ServeCase, str], list[Measured]] = field(default_factory=dict)
     load_averages: list[float] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
+    took: float | None = None
 
     def count(self, load: Load) -> int:
         """The number of requests of a load."""
         return self.requests or max(FEWEST, REQUESTS * (load.clients or 0))
 
     def run(self, progress: Progress) -> None:
-        """Measures everything. In each round, each load runs with all servers. The first one changes from load to load.
+        """Measures everything.
 
         Raises:
             ValueError: A server cannot be reached, or fails at the first request.
         """
-        models = {server.name: find_model(server.url) for server in self.servers}
+        self.warm_up(progress)
+        for number in range(self.rounds):
+            self.run_round(number, progress)
+
+    def warm_up(self, progress: Progress) -> None:
+        """Two requests of each kind to each server. The first failure is an error of the user's.
+
+        Raises:
+            ValueError: As in `run`.
+        """
+        self.models = {server.name: find_model(server.url) for server in self.servers}
         for server in self.servers:
             progress(f"warm-up: {server.name}", None)
-            self._warm_up(server, models[server.name])
-        pairs = [(kind, load) for kind in self.kinds for load in self.loads]
-        number, took = WARM_UP * len(self.kinds), 0.0
-        for done in range(self.rounds):
-            self.load_averages.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
-            begin = time.perf_counter()
-            for turn, (kind, load) in enumerate(pairs):
-                requests = [kind.request(number + i) for i in range(self.count(load))]
-                number += len(requests)  # no request is sent twice to a server
-                for server in self.servers if (done + turn) % 2 == 0 else self.servers[::-1]:
-                    left = took * (self.rounds - done) - (time.perf_counter() - begin) if took else None
-                    progress(f"round {done + 1} of {self.rounds}: {kind.name}, {load.name}, {server.name}", left)
-                    self._measure(ServeCase(kind.name, load), server, models[server.name], requests, seed=number)
-            took = time.perf_counter() - begin
+            for i, kind in enumerate(self.kinds):
+                measured = Measured()
+                requests = [kind.request(WARM_UP * i + n) for n in range(2)]
+                run_load(server.url, self.models[server.name], Load(clients=1), requests, self.seconds, measured)
+                for answer in measured.answers:
+                    if answer.error:
+                        raise ValueError(f"{server.name} fails at a first request of {kind.name}: {answer.error}")
 
-    def _measure(self, case: ServeCase, server: Server, model: str, requests: Sequence[Prompt], seed: int) -> None:
+    def run_round(self, number: int, progress: Progress) -> None:
+        """Each load runs with all servers. The first one changes from load to load."""
+        self.load_averages.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
+        begin = time.perf_counter()
+        # No request is sent twice to a server.
+        first = WARM_UP * len(self.kinds) + number * len(self.kinds) * sum(map(self.count, self.loads))
+        for turn, (kind, load) in enumerate(itertools.product(self.kinds, self.loads)):
+            requests = [kind.request(first + i) for i in range(self.count(load))]
+            first += len(requests)
+            for server in self.servers if (number + turn) % 2 == 0 else self.servers[::-1]:
+                left = self.took and self.took * (self.rounds - number) - (time.perf_counter() - begin)
+                text = f"round {number + 1} of {self.rounds}: {kind.name}, {load.name}, {server.name}"
+                progress(text, left and max(0.0, left))
+                self._measure(ServeCase(kind.name, load), server, requests, seed=first)
+        self.took = time.perf_counter() - begin
+
+    def _measure(self, case: ServeCase, server: Server, requests: Sequence[Prompt], seed: int) -> None:
         measured = Measured()
         try:
-            run_load(server.url, model, case.load, requests, self.seconds, measured, seed)
+            run_load(server.url, self.models[server.name], case.load, requests, self.seconds, measured, seed)
         finally:
             rounds = self.measured.setdefault((case, server.name), [])
             if measured.is_complete or (measured.answers and not rounds):
                 rounds.append(measured)
-
-    def _warm_up(self, server: Server, model: str) -> None:
-        """Two requests of each kind. The first failure is an error of the user's."""
-        for i, kind in enumerate(self.kinds):
-            measured = Measured()
-            requests = [kind.request(WARM_UP * i + n) for n in range(2)]
-            run_load(server.url, model, Load(clients=1), requests, self.seconds, measured)
-            for answer in measured.answers:
-                if answer.error:
-                    raise ValueError(f"{server.name} fails at a first request of {kind.name}: {answer.error}")

@@ -35,7 +35,7 @@ class ServeFlags(ModelFlags):
     rate: Annotated[str | None, tyro.conf.arg(metavar="X,X")] = None
     """With serve: requests per second, sent at random times, whether or not earlier ones have ended."""
     requests: int | None = None
-    """With serve: number of requests of a load. Default: 4 per client, but at least 16."""
+    """With serve: number of requests of a load. Default: 2 per client, but at least 16."""
     seconds: float = 60.0
     """With serve: how long a load may send requests."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -155,8 +155,9 @@ class ServeFlags(ModelFlags):
             if field.name == "token":  # a command line is visible to others
                 os.environ["HF_TOKEN"] = value
                 continue
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            arguments += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+            flag = f"--{field.name.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [flag if each is True else f"{flag}={each}" for each in values]
         return arguments
 
 
