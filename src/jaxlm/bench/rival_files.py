@@ -60,6 +60,23 @@ def gguf_for_llama_cpp(model: "Model", raw: dict[str, Any] | None, note: Note) -
     return out
 
 
+def gguf_for_server(model: "Model", note: Note) -> Path:
+    """A GGUF file of the model with float16 weights and the model's own tokenizer, because prompts are texts.
+
+    Args:
+        model: The model, of `exporting.open_model`: its weights are read while they are written.
+        note: Called with a line for the user.
+
+    Raises:
+        ValueError: GGUF cannot express the config or the tokenizer.
+    """
+    out = _place(model, None, ".gguf", "f16")
+    if not out.exists():
+        _announce(model, out, "llama.cpp", note)
+        export(model, out, type="f16", progress=False)
+    return out
+
+
 def placeholder_tokenizer(vocabulary: int) -> Tokenizer:
     """A tokenizer whose tokens are the 256 bytes and an EOS token."""
     from tokenizers import Tokenizer as Fast
@@ -78,13 +95,15 @@ def placeholder_tokenizer(vocabulary: int) -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>"), [256])
 
 
-def _place(model: "Model", raw: dict[str, Any] | None, suffix: str = "") -> Path:
-    """The path in the cache: a readable name, and a digest of what determines the weights."""
+def _place(model: "Model", raw: dict[str, Any] | None, suffix: str = "", dtype: str | None = None) -> Path:
+    """The path in the cache: a readable name, and a digest of what determines the weights, whose default dtype is that
+    of the model."""
+    dtype = dtype or model.dtype.name
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources(model.checkpoint))]
-    identity = json.dumps([stats, raw, repr(model.config), model.dtype.name], default=str)
+    identity = json.dumps([stats, raw, repr(model.config), dtype], default=str)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]+", "-", Path(model.source).name.removesuffix(".gguf"))
-    return cache_folder() / "bench" / f"{name}-{model.dtype.name}-{digest}{suffix}"
+    return cache_folder() / "bench" / f"{name}-{dtype}-{digest}{suffix}"
 
 
 def _announce(model: "Model", out: Path, rival: str, note: Note) -> None:

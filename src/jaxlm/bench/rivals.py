@@ -157,18 +157,29 @@ def serve_transformers(folder: str, dtype: str, is_compiled: str, platform: str)
     return run
 
 
-def serve_llama_cpp(file: str, slots: str, context: str) -> Run:
-    """Requests are made within the process. The server listens on the loopback address only. Tokens that are in the KV
-    cache before a case begins come from an earlier request with the same beginning."""
+def llama_cpp_server(file: str, slots: int, context: int) -> Any:
+    """The server of llama.cpp, which listens on a free port of the loopback address, with a thread per core.
+
+    Args:
+        file: A GGUF file.
+        slots: Number of requests that are decoded together.
+        context: Maximum number of tokens of a prompt and its answer.
+    """
     xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = file
-    params.n_ctx, params.n_parallel, params.warmup = int(context) * int(slots), int(slots), True
+    params.n_ctx, params.n_parallel, params.warmup = context * slots, slots, True
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = cores
     params.cache_ram_mib = 0  # it copies the KV cache of each prompt that another one replaces
     params.hostnames, params.verbosity = ["127.0.0.1"], -1
-    server = xllamacpp.Server(params)
+    return xllamacpp.Server(params)
+
+
+def serve_llama_cpp(file: str, slots: str, context: str) -> Run:
+    """Requests are made within the process. The server listens on the loopback address only. Tokens that are in the KV
+    cache before a case begins come from an earlier request with the same beginning."""
+    server = llama_cpp_server(file, int(slots), int(context))
     pool = ThreadPoolExecutor(int(slots))
 
     def ask(prompts: list[list[int]], tokens: int, reuse: bool) -> list[dict[str, Any]]:

@@ -2,9 +2,6 @@
 and beside other implementations."""
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
-from jaxlm.cli import terminal
-from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.bench_common import integers, own_flags, progress_line
+from jaxlm.cli.bench_serve import ServeFlags
 from jaxlm.cli.errors import usage
-from jaxlm.cli.terminal import compiling, is_terminal, note, print_json
+from jaxlm.cli.terminal import compiling, note, print_json
 
 if TYPE_CHECKING:
     from jaxlm.bench.measure import Session
@@ -23,14 +20,15 @@ if TYPE_CHECKING:
 
 RIVALS = ("transformers", "llama.cpp")
 # Flags that not every mode has, with the modes that have them.
-MODES = {"gen": ("generation",), "depth": ("generation",), "against": ("generation",), "plot": ("generation",),
-         "method": ("train",), "rank": ("train",), "prompt": ("generation", "train"),
-         "batch": ("generation", "train"), "random_weights": ("generation", "train")}  # fmt: skip
+MODES = {"gen": ("generation", "serve"), "depth": ("generation",), "against": ("generation", "serve"),
+         "plot": ("generation",), "method": ("train",), "rank": ("train",), "prompt": ("generation", "train", "serve"),
+         "batch": ("generation", "train"), "random_weights": ("generation", "train"),
+         **dict.fromkeys(ServeFlags.__annotations__, ("serve",))}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Bench(ModelFlags):
-    """Measure the speed of a model: prefill and decoding, training steps (train) or loading (load).
+class Bench(ServeFlags):
+    """Measure the speed of a model: prefill and decoding, training steps (train), loading (load) or serving (serve).
 
     Each line states the limit, which follows from bytes or FLOPs and from the rates of the device measured in the same
     run, and the fraction of it that is reached. Lists are separated by commas.
@@ -43,9 +41,9 @@ class Bench(ModelFlags):
     random_weights: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
     """Measure random weights, without a download: the name of a published model (qwen3-0.6b) or a config.json."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="N,N")] = None
-    """Prompt lengths in tokens; with train, row lengths. Default: 512."""
+    """Prompt lengths in tokens; with train, row lengths; with serve, in words. Default: 512; with serve, 128."""
     gen: Annotated[str | None, tyro.conf.arg(aliases=["-n"], metavar="N,N")] = None
-    """Numbers of tokens to generate. Default: 128."""
+    """Numbers of tokens to generate. Default: 128; with serve, 64."""
     depth: Annotated[str | None, tyro.conf.arg(aliases=["-d"], metavar="N,N")] = None
     """Numbers of tokens that are in the KV cache before. Default: 0."""
     batch: Annotated[str | None, tyro.conf.arg(aliases=["-b"], metavar="N,N")] = None
@@ -53,7 +51,8 @@ class Bench(ModelFlags):
     repetitions: Annotated[int, tyro.conf.arg(aliases=["-r"])] = 5
     """How often to measure each case; with train, the number of steps."""
     against: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Rivals to measure in the same run: transformers, llama.cpp. They need the extra jaxlm[bench]."""
+    """Rivals to measure in the same run: transformers, llama.cpp; with serve, llama.cpp. They need the extra
+    jaxlm[bench]."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """File for a plot of the decoding speed by context and batch size."""
     method: Literal["full", "lora"] = "full"
@@ -72,19 +71,22 @@ class Bench(ModelFlags):
             raise ValueError("bench runs in a single process: start it without --num-processes or a launcher")
         if "transformers" in self._rivals() and "JAX_PLATFORMS" not in os.environ:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need the memory of a GPU
-        return {"generation": self._run_generation, "train": self._run_train, "load": self._run_load}[mode](name)
+        return {"generation": self._run_generation, "train": self._run_train, "load": self._run_load,
+                "serve": self._run_serve}[mode](name)  # fmt: skip
 
     def _mode(self) -> tuple[str, str | None]:
         """What to measure, and the name of the model."""
-        if self.action in ("train", "load"):
+        if self.action in ("train", "load", "serve"):
             return self.action, self.name or self.model
         if self.name is not None:
-            usage(f"unexpected argument {self.name!r}. Usage: jaxlm bench [train|load] MODEL [flags]")
+            usage(f"unexpected argument {self.name!r}. Usage: jaxlm bench [train|load|serve] MODEL [flags]")
         return "generation", self.action or self.model
 
     def _check(self, mode: str, name: str | None) -> None:
         """Exits with status 2 for wrong flags."""
-        if (name is None) == (self.random_weights is None) or (name is not None and self.model not in (None, name)):
+        if mode == "serve":
+            self.check_serve(name if self.model in (None, name) else None, self._rivals(), self.prompt)
+        elif (name is None) == (self.random_weights is None) or (name is not None and self.model not in (None, name)):
             usage("pass one model: a hub id, a folder, a .gguf file or --random-weights NAME (jaxlm bench --help)")
         for field, modes in MODES.items():
             if mode not in modes and getattr(self, field) != getattr(Bench, field):
@@ -212,6 +214,24 @@ class Bench(ModelFlags):
                 self._show(lines, tables.load_table(found), str(name), environment, None, found)
         return 0
 
+    def _run_serve(self, name: str | None) -> int:
+        with explain_missing_package("bench serve", "jaxlm[bench]"):
+            import httpx  # noqa: F401  (fails before a server is started)
+        from jaxlm.bench import rivals, serve_tables, tables
+
+        rivals.require(self._rivals())
+        session = self.serve_session(self.prompt, self.gen, self.repetitions)
+        length = self.length_of(session)
+        try:
+            with self.servers(name, self._rivals(), length) as session.servers, progress_line() as progress:
+                session.run(progress)
+        finally:  # after an interrupt too: what was measured
+            if found := serve_tables.records(session, self.first_token_limit):
+                environment = tables.environment(self._rivals())
+                lines = [self.serve_line(name, length), *tables.environment_lines(environment)]
+                self._show(lines, serve_tables.text(session, found), str(name or self.url), environment, None, found)
+        return 0
+
     def _show(self, lines: list[str], table: str, model: str, environment: Any, rates: Any, found: Any) -> None:
         """Prints the result on stdout."""
         if self.json:
@@ -220,43 +240,3 @@ class Bench(ModelFlags):
             print_json({"model": model, "environment": environment, "rates": measured, "results": found}, indent=2)
         else:
             print("\n".join([*lines, "", table]), flush=True)
-
-
-def integers(flag: str, text: str) -> list[int]:
-    """The numbers of a list such as 1,8,32. Exits with status 2 if it is none, or has one below 1 (below 0 for -d)."""
-    least = 0 if flag == "-d" else 1
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        usage(f"{flag} takes whole numbers separated by commas, not {text!r} (jaxlm bench --help)")
-    if min(found) < least:
-        usage(f"{flag} is {text}, but must be at least {least} (jaxlm bench --help)")
-    return list(dict.fromkeys(found))
-
-
-@contextmanager
-def own_flags() -> Iterator[None]:
-    """Names the flags of this command in messages that name those of `jaxlm generate`."""
-    try:
-        yield
-    except (ValueError, MemoryError) as error:
-        text = str(error).replace("--batch-size", "-b").replace("--max-tokens", "-n")
-        raise type(error)(text) from error
-
-
-@contextmanager
-def progress_line() -> Iterator[Any]:
-    """Yields a function that shows on stderr what runs now and how long all may take: one line of a terminal, else a
-    line each."""
-
-    def show(text: str, seconds: float | None) -> None:
-        left = "" if seconds is None else f", about {seconds:.0f} s left"
-        if is_terminal(sys.stderr):
-            terminal.progress_line(f"{text}{left}")
-        else:
-            note(f"{text}{left}")
-
-    try:
-        yield show
-    finally:
-        terminal.erase_line()
