@@ -1,29 +1,34 @@
 """A server on loopback, in a thread of the test."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-
 from jaxlm.server.app import create_app
+from jaxlm.server.connections import http_server
 from jaxlm.server.state import Server
 
 
 @contextmanager
 def running(server: Server, **settings: Any) -> Iterator[str]:
     """The address of a server, which ends with the context."""
-    config = uvicorn.Config(create_app(server), port=0, log_level="error", lifespan="on", **settings)
-    http = uvicorn.Server(config)
-    thread = threading.Thread(target=http.run)
-    thread.start()
-    while not http.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}"
-    http.should_exit = True
-    thread.join()
+    http = http_server(create_app(server), **{"max_connections": 1000, **settings})
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that tests can fill the buffers
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(1024)
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not http.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            http.should_exit = True
+            thread.join()
 
 
 def settle(server: Server, seconds: float = 10) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxlm.server import responses
 from jaxlm.server.completions import chat, complete
+from jaxlm.server.connections import Timed
 from jaxlm.server.embeddings import embed
 from jaxlm.server.schemas import DetokenizeBody, TokenizeBody
 from jaxlm.server.state import Refused, Server, as_refused
@@ -44,9 +46,15 @@ def create_app(server: Server) -> Starlette:
     }
     routes = [Route(path, _handled(server, handler), methods=[method]) for (path, method), handler in handlers.items()]
     errors: Any = dict.fromkeys((404, 405), _plain_error)
-    return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=[Middleware(KeyCheck, keys=server.keys)]
-    )
+    middleware = [Middleware(Timed), Middleware(KeyCheck, keys=server.keys)]
+    if server.origins:  # outside of the check of keys: browsers ask without a key whether they may send one
+        allowed: dict[str, Any] = {
+            "allow_origins": list(server.origins),
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+        }
+        middleware.insert(1, Middleware(CORSMiddleware, **allowed))
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=middleware)
 
 
 class KeyCheck:

@@ -23,6 +23,7 @@ from jaxlm.server.tool_calls import check_parameters, forced_grammar, form_of, n
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
+    server.check_load()
     body = await server.read(http, ChatBody)
     template = server.model.tokenizer
     if body.tools and not (template is not None and template.template_accepts("tools")):
@@ -59,6 +60,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
 
 async def complete(server: Server, http: HttpRequest) -> Response:
+    server.check_load()
     body = await server.read(http, CompletionBody)
     prompts, _ = split_prompts(body.prompt)
     requests = await asyncio.to_thread(server.requests, prompts, body.options(), body.n)
@@ -87,7 +89,7 @@ async def _whole(server: Server, http: HttpRequest, requests: list[Request]) -> 
         async for chunk in server.run(requests):
             chunks[chunk.request].append(chunk)
 
-    await answered(http, collect(), server.request_timeout)
+    await answered(http, collect())
     return [join_chunks(chunks[request]) for request in requests]
 
 
@@ -103,10 +105,11 @@ async def _streamed(
     """Server-sent events. An error before the first chunk is an answer with its status; a later one is an event."""
     numbers = {request: n for n, request in enumerate(requests)}
     chunks = server.run(requests)
-    try:
-        head = await anext(chunks)
-    except StopAsyncIteration:
-        raise AssertionError("requests without a chunk") from None
+
+    async def first_chunk() -> CompletionChunk:
+        return await anext(chunks)
+
+    head = await answered(http, first_chunk())
 
     async def events() -> AsyncIterator[str]:
         last: dict[int, CompletionChunk] = {}

@@ -17,10 +17,11 @@ MAX_INPUTS = 2048  # of a request, as in the protocol
 
 
 async def embed(server: Server, http: HttpRequest) -> Response:
+    server.check_load()
     body = await server.read(http, EmbeddingBody)
     prompts = await asyncio.to_thread(_ids, server, body)
     with server.admitted(1):
-        vectors = await answered(http, _vectors(server, prompts, body), server.request_timeout)
+        vectors = await answered(http, _vectors(server, prompts, body))
     return await asyncio.to_thread(_response, server, body, vectors, sum(map(len, prompts)))
 
 
@@ -47,9 +48,12 @@ def _ids(server: Server, body: EmbeddingBody) -> list[list[int]]:
 async def _vectors(server: Server, prompts: list[list[int]], body: EmbeddingBody) -> np.ndarray:
     """The embeddings [n,D]. The engine runs a step between two batches, and one request is computed at a time."""
     found = np.zeros((len(prompts), server.model.config.D), np.float32)
-    async with server.embedding:
-        for batch in server.embedder.batches([len(ids) for ids in prompts]):
-            found[batch] = await asyncio.to_thread(server.embedder.run, [prompts[i] for i in batch], body.pooling)
+    try:
+        async with asyncio.timeout(server.request_timeout), server.embedding:
+            for batch in server.embedder.batches([len(ids) for ids in prompts]):
+                found[batch] = await asyncio.to_thread(server.embedder.run, [prompts[i] for i in batch], body.pooling)
+    except TimeoutError:
+        raise server.too_late() from None
     return found
 
 

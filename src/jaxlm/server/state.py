@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -22,6 +23,7 @@ from jaxlm.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
+BODY_SECONDS = 60.0  # until the body of a request has arrived
 
 
 class Refused(Exception):
@@ -46,6 +48,7 @@ class Server:
         keys: API keys; empty if none is needed.
         max_waiting: Requests that may wait for a slot.
         max_body: Bytes of a request at most.
+        origins: Origins of web pages that may use the server (CORS); "*" for all.
         request_timeout: Seconds that an answer may take; None for no limit.
         active: Requests that have not ended.
         embedder: Computes embeddings between the steps of the engine.
@@ -58,6 +61,7 @@ class Server:
     keys: Sequence[str] = ()
     max_waiting: int = 256
     max_body: int = 8 << 20
+    origins: Sequence[str] = ()
     request_timeout: float | None = None
     active: int = 0
     metrics: Metrics = field(default_factory=Metrics)
@@ -69,11 +73,7 @@ class Server:
 
     async def read(self, http: HttpRequest, kind: type[Body]) -> Body:
         """The body of a request."""
-        data = bytearray()
-        async for chunk in http.stream():
-            data += chunk
-            if len(data) > self.max_body:
-                raise Refused(413, f"the body has more than {self.max_body:,} bytes")
+        data = await self._data(http)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -89,6 +89,25 @@ class Server:
             raise Refused(404, f"the model {name!r} does not exist: this server has {self.name!r}", "not_found_error")
         return body
 
+    async def _data(self, http: HttpRequest) -> bytes:
+        """The body as it is. The connection ends where the rest of it is not read."""
+        too_large = Refused(413, f"the body has more than {self.max_body:,} bytes", Connection="close")
+        length = http.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self.max_body:
+            raise too_large
+        data = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in http.stream():
+                    data += chunk
+                    if len(data) > self.max_body:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"the body took more than {BODY_SECONDS:g} s", Connection="close") from None
+        except ClientDisconnect:
+            raise Refused(499, "the client has closed the connection") from None
+        return bytes(data)
+
     def requests(self, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
         """The requests of the engine: n for each prompt. Runs in a thread, because tokenizing takes time."""
         found = requests_for(self.model, prompts, options, n)
@@ -100,11 +119,34 @@ class Server:
     async def run(self, requests: list[Request]) -> AsyncGenerator[CompletionChunk, None]:
         """The chunks of requests. The engine drops the requests when the caller stops reading."""
         with self.admitted(len(requests)):
+            chunks = self.engine.follow(requests)
+            end = None if self.request_timeout is None else asyncio.get_running_loop().time() + self.request_timeout
             try:
-                async for chunk in self.engine.follow(requests):
+                while True:
+                    async with asyncio.timeout_at(end):
+                        chunk = await anext(chunks)
                     yield chunk
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise self.too_late() from None
             finally:
+                await chunks.aclose()
                 self.metrics.count(requests)
+
+    def too_late(self) -> Refused:
+        """The answer to a request that took too long. The openai client does not repeat the request."""
+        text = f"the answer took more than {self.request_timeout:g} s: reduce max_tokens"
+        return Refused(504, text, "timeout_error", X_Should_Retry="false")
+
+    def check_load(self, count: int = 1) -> None:
+        """Refuses requests. Also called before a body is read, so that a refusal takes little time.
+
+        Raises:
+            Refused: Too many requests are active.
+        """
+        if self.active + count > self.engine.slots + self.max_waiting:
+            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
 
     @contextmanager
     def admitted(self, count: int) -> Iterator[None]:
@@ -113,8 +155,7 @@ class Server:
         Raises:
             Refused: Too many requests are active.
         """
-        if self.active + count > self.engine.slots + self.max_waiting:
-            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
+        self.check_load(count)
         self.active += count
         try:
             yield
