@@ -48,12 +48,11 @@ def create_app(server: Server) -> Starlette:
     errors: Any = dict.fromkeys((404, 405), _plain_error)
     middleware = [Middleware(Timed), Middleware(KeyCheck, keys=server.keys)]
     if server.origins:  # outside of the check of keys: browsers ask without a key whether they may send one
-        allowed: dict[str, Any] = {
-            "allow_origins": list(server.origins),
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["*"],
-        }
-        middleware.insert(1, Middleware(CORSMiddleware, **allowed))
+        methods, headers = ["GET", "POST"], ["*"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(server.origins), allow_methods=methods, allow_headers=headers
+        )
+        middleware.insert(1, cors)
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=middleware)
 
 

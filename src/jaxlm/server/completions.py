@@ -63,6 +63,7 @@ async def complete(server: Server, http: HttpRequest) -> Response:
     server.check_load()
     body = await server.read(http, CompletionBody)
     prompts, _ = split_prompts(body.prompt)
+    server.check_load(len(prompts) * body.n)
     requests = await asyncio.to_thread(server.requests, prompts, body.options(), body.n)
     envelope = Envelope("text_completion", server.name)
     lengths = [0] * len(requests)

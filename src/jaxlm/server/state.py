@@ -145,7 +145,10 @@ class Server:
         Raises:
             Refused: Too many requests are active.
         """
-        if self.active + count > self.engine.slots + self.max_waiting:
+        most = self.engine.slots + self.max_waiting
+        if count > most:
+            raise Refused(400, f"{count:,} answers are too many: this server takes {most:,} at a time")
+        if self.active + count > most:
             raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
 
     @contextmanager
@@ -179,5 +182,6 @@ def _explained(error: Exception) -> str:
     """The first problems of a body, with the names of the fields."""
     if not isinstance(error, ValidationError):
         return "the body is nested too deeply"
-    problems = error.errors(include_url=False, include_input=False)
-    return "; ".join(f"{'.'.join(str(part) for part in p['loc'])}: {p['msg']}" for p in problems[:3])
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    places = ((".".join(str(part) for part in p["loc"]), p["msg"].removeprefix("Value error, ")) for p in problems[:3])
+    return "; ".join(f"{place}: {message}" if place else message for place, message in places)
