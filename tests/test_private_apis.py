@@ -41,6 +41,7 @@ MESHES = Use("jax", "jax.experimental.mesh_utils.create_device_mesh", "devices/t
     "meshes do not follow the topology of TPUs, where jax.make_mesh refuses a slice that `model` takes a part of",
     ("mesh_shape", "devices", "allow_split_physical_axes"))  # fmt: skip
 SPLASH, KERNEL = "jax.experimental.pallas.ops.tpu.splash_attention", "attention on TPU is that of plain XLA"
+SLOW = "slow clients keep their connections"
 USES = [
     Use("jax", f"{SPLASH}.BlockSizes", "nn/attention_tpu.py", KERNEL, ("block_q", "block_kv", "block_q_dkv",
         "block_kv_dkv", "block_q_dq", "block_kv_dq", "use_fused_bwd_kernel")),
@@ -49,6 +50,10 @@ USES = [
     Use("jax", f"{SPLASH}.MultiHeadMask", "nn/attention_tpu.py", KERNEL, ("masks",)),
     Use("jax", f"{SPLASH}.SegmentIds", "nn/attention_tpu.py", KERNEL, ("q", "kv")),
     Use("jax", f"{SPLASH}.make_splash_mha_single_device", "nn/attention_tpu.py", KERNEL),
+    Use("uvicorn", "uvicorn.protocols.http.h11_impl.H11Protocol", "server/connections.py",
+        SLOW, ("config", "server_state", "app_state", "_loop")),
+    *(Use("uvicorn", f"uvicorn.protocols.http.h11_impl.H11Protocol.{name}", "server/connections.py", SLOW)
+      for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing")),
     Use("jax", "jax.extend.core.Literal", "activations.py", "activations can be neither captured nor patched"),
     MESHES,
     *(Use("jax", "jax.experimental.topologies.get_topology_desc", f"bench/{name}.py",
@@ -115,13 +120,13 @@ OPTIONAL = {"lm-eval", "llama-models", "fairscale"}  # the oracle tier has them
 # Modules whose documentation, or list of public names, covers what they hold.
 PUBLIC = set("""
     datasets filelock flax flax.nnx google.protobuf grain huggingface_hub huggingface_hub.errors
-    huggingface_hub.utils jax jax.ad_checkpoint jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy
+    huggingface_hub.utils jax jax.ad_checkpoint jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy jax.ops
     jax.random jax.sharding jax.tree jax.tree_util jax.typing jinja2 jinja2.exceptions jinja2.ext jinja2.meta
     jinja2.nodes jinja2.sandbox llguidance lm_eval lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib
     matplotlib.figure matplotlib.ticker ml_dtypes numpy numpy.random optax optax.contrib jaxtyping pyarrow
     pyarrow.ipc pyarrow.parquet optax.tree optax.tree_utils orbax.checkpoint prometheus_client
-    prompt_toolkit pydantic starlette.applications starlette.middleware starlette.requests starlette.responses
-    starlette.routing starlette.types uvicorn
+    prompt_toolkit pydantic starlette.applications starlette.middleware starlette.middleware.cors starlette.requests
+    starlette.responses starlette.routing starlette.types uvicorn
     prompt_toolkit.application prompt_toolkit.filters prompt_toolkit.output rich.cells rich.console rich.markup
     rich.progress rich.table rich.text rich.tree safetensors sentencepiece tensorboardX tokenizers
     tokenizers.decoders tokenizers.models tokenizers.normalizers tokenizers.pre_tokenizers tokenizers.processors

@@ -1,15 +1,15 @@
 """A server on loopback, in a thread of this process."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-
 from jaxlm.inference.requests import Request
 from jaxlm.server.app import create_app
+from jaxlm.server.connections import http_server
 from jaxlm.server.state import Server
 
 
@@ -19,19 +19,23 @@ def serving(server: Server, **settings: Any) -> Iterator[str]:
 
     Args:
         server: The state of the application.
-        **settings: Settings of uvicorn.
+        **settings: Arguments of http_server.
     """
-    running = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="error", lifespan="on", **settings))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    try:
-        while not running.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
+    http = http_server(create_app(server), **{"max_connections": 1000, **settings})
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that tests can fill the buffers
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(1024)
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            while not http.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            http.should_exit = True
+            thread.join()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import atexit
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -303,7 +303,7 @@ class Engine:
         async for chunk in self.follow([request]):
             yield chunk
 
-    async def follow(self, requests: Sequence[Request]) -> AsyncIterator[CompletionChunk]:
+    async def follow(self, requests: Sequence[Request]) -> AsyncGenerator[CompletionChunk, None]:
         """Adds requests that are already prepared and yields their chunks, for asyncio. Closing the iterator cancels
         the requests.
 

@@ -204,8 +204,8 @@ class Scheduler:
             while self._in_flight:
                 self._fetch_tokens()
             return True
-        self.joining = None
         self._insert(joining)
+        self.joining = None  # afterwards, so that there is work until the rows are free
         return False
 
     def _insert(self, joining: Prefill) -> None:

@@ -8,16 +8,19 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.server import responses
 from jaxlm.server.completions import chat, complete
+from jaxlm.server.connections import Timed
 from jaxlm.server.embeddings import embed
 from jaxlm.server.schemas import DetokenizeBody, TokenizeBody
-from jaxlm.server.state import Refused, Server, as_refused
+from jaxlm.server.state import Refused, Served, Server, as_refused
 from jaxlm.server.static_files import is_page, page_routes
 
 OPEN = {"/health", "/ready"}  # paths without an API key
@@ -47,9 +50,14 @@ def create_app(server: Server) -> Starlette:
     routes = [Route(path, _handled(server, handler), methods=[method]) for (path, method), handler in handlers.items()]
     routes += page_routes()
     errors: Any = dict.fromkeys((404, 405), _plain_error)
-    return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=[Middleware(KeyCheck, keys=server.keys)]
-    )
+    middleware = [Middleware(Timed), Middleware(KeyCheck, keys=server.keys)]
+    if server.origins:  # outside of the check of keys: browsers ask without a key whether they may send one
+        methods, headers = ["GET", "POST"], ["*"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(server.origins), allow_methods=methods, allow_headers=headers
+        )
+        middleware.insert(1, cors)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=middleware)
 
 
 class KeyCheck:
@@ -93,32 +101,35 @@ async def _plain_error(http: HttpRequest, error: Any) -> Response:
 # Models, tokens, state
 
 
-def _card(server: Server) -> dict[str, Any]:
+def _card(server: Server, served: Served) -> dict[str, Any]:
+    base = {} if served.adapter is None else {"parent": server.name}
     return {
-        "id": server.name,
+        "id": served.name,
         "object": "model",
         "created": 0,
         "owned_by": "jaxlm",
         "max_model_len": server.engine.length,
+        **base,
     }
 
 
 async def models(server: Server, http: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(server)]})
+    return JSONResponse({"object": "list", "data": [_card(server, served) for served in server.models.values()]})
 
 
 async def one_model(server: Server, http: HttpRequest) -> Response:
-    name = http.path_params["name"]
-    if name != server.name:
-        raise Refused(404, f"the model {name!r} does not exist: this server has {server.name!r}", "not_found_error")
-    return JSONResponse(_card(server))
+    return JSONResponse(_card(server, server.served(http.path_params["name"])))
+
+
+def _tokenizer(served: Served) -> Tokenizer:
+    if served.model.tokenizer is None:
+        raise Refused(400, f"{served.name} has no tokenizer")
+    return served.model.tokenizer
 
 
 async def tokenize(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, TokenizeBody)
-    tokenizer = server.model.tokenizer
-    if tokenizer is None:
-        raise Refused(400, f"{server.name} has no tokenizer")
+    tokenizer = _tokenizer(server.served(body.model))
     if (body.prompt is None) == (body.messages is None):
         raise Refused(400, "prompt or messages: one of them is needed")
     if body.messages is not None:
@@ -130,9 +141,7 @@ async def tokenize(server: Server, http: HttpRequest) -> Response:
 
 async def detokenize(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, DetokenizeBody)
-    tokenizer, V = server.model.tokenizer, server.model.config.V
-    if tokenizer is None:
-        raise Refused(400, f"{server.name} has no tokenizer")
+    tokenizer, V = _tokenizer(server.served(body.model)), server.model.config.V
     if any(not 0 <= i < V for i in body.tokens):
         raise Refused(400, f"tokens: ids are 0 to {V - 1}")
     return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
@@ -140,9 +149,7 @@ async def detokenize(server: Server, http: HttpRequest) -> Response:
 
 async def tokenizer_info(server: Server, http: HttpRequest) -> Response:
     """What clients that tokenize with this server need to know, as in vLLM."""
-    if server.model.tokenizer is None:
-        raise Refused(400, f"{server.name} has no tokenizer")
-    hf = server.model.tokenizer.hf
+    hf = _tokenizer(server.served(None)).hf
     names = ("bos_token", "eos_token", "pad_token", "chat_template")
     return JSONResponse({"tokenizer_class": type(hf).__name__, **{name: getattr(hf, name) for name in names}})
 

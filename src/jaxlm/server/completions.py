@@ -19,17 +19,21 @@ from jaxlm.server.logprobs import CompletionLogprobs, chat_logprobs, echoed
 from jaxlm.server.reasoning import Splitter
 from jaxlm.server.responses import Envelope
 from jaxlm.server.schemas import ChatBody, CompletionBody, SamplingBody
-from jaxlm.server.state import Refused, Server, as_refused
+from jaxlm.server.state import Refused, Served, Server, as_refused
 from jaxlm.server.tool_calls import check_parameters, forced_grammar, form_of, names_of
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
+    server.check_load()
     body = await server.read(http, ChatBody)
-    template = server.model.tokenizer
+    served = server.served(body.model)
+    template = served.model.tokenizer
     if body.tools and not (template is not None and template.template_accepts("tools")):
-        raise Refused(400, f"tools: the chat template of {server.name} does not write them")
-    requests, splitters = await asyncio.to_thread(_prepared, server, body)
-    envelope = Envelope("chat.completion", server.name)
+        raise Refused(400, f"tools: the chat template of {served.name} does not write them")
+    requests, splitters = await asyncio.to_thread(_prepared, server, served, body)
+    tokenizer = served.model.tokenizer
+    assert tokenizer is not None  # else the prompt would have raised
+    envelope = Envelope("chat.completion", served.name)
 
     def choice(n: int, chunk: CompletionChunk, last: bool, name: str) -> dict[str, Any]:
         message = responses.message(splitters[n].add(str(chunk), last))
@@ -37,7 +41,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         return {
             "index": n,
             name: message,
-            "logprobs": chat_logprobs(chunk.logprobs, chunk.tokens, template),
+            "logprobs": chat_logprobs(chunk.logprobs, chunk.tokens, tokenizer),
             "finish_reason": reason,
         }
 
@@ -60,13 +64,16 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
 
 async def complete(server: Server, http: HttpRequest) -> Response:
+    server.check_load()
     body = await server.read(http, CompletionBody)
+    served = server.served(body.model)
     prompts, _ = split_prompts(body.prompt)
-    requests = await asyncio.to_thread(server.requests, prompts, body.options(), body.n)
+    server.check_load(len(prompts) * body.n)
+    requests = await asyncio.to_thread(server.requests, served, prompts, body.options(), body.n)
     if body.max_tokens == 0:  # the prompt is all that is asked for
         for request in requests:
             request.max_tokens = 0
-    envelope, tokenizer = Envelope("text_completion", server.name), server.model.tokenizer
+    envelope, tokenizer = Envelope("text_completion", served.name), served.model.tokenizer
     echoes = {n: echoed(tokenizer, prompts[r.index], r.ids) for n, r in enumerate(requests) if body.echo}
     lengths = [0] * len(requests)  # characters of the text so far
     columns = [CompletionLogprobs(tokenizer, r.ids, len(echoes[n][0]) if echoes else 0) for n, r in enumerate(requests)]
@@ -100,7 +107,7 @@ async def _whole(server: Server, http: HttpRequest, requests: list[Request]) -> 
         async for chunk in server.run(requests):
             chunks[chunk.request].append(chunk)
 
-    await answered(http, collect(), server.request_timeout)
+    await answered(http, collect())
     return [join_chunks(chunks[request]) for request in requests]
 
 
@@ -116,10 +123,11 @@ async def _streamed(
     """Server-sent events. An error before the first chunk is an answer with its status; a later one is an event."""
     numbers = {request: n for n, request in enumerate(requests)}
     chunks = server.run(requests)
-    try:
-        head = await anext(chunks)
-    except StopAsyncIteration:
-        raise AssertionError("requests without a chunk") from None
+
+    async def first_chunk() -> CompletionChunk:
+        return await anext(chunks)
+
+    head = await answered(http, first_chunk())
 
     async def events() -> AsyncIterator[str]:
         last: dict[int, CompletionChunk] = {}
@@ -161,9 +169,9 @@ async def _streamed(
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
-def _prepared(server: Server, body: ChatBody) -> tuple[list[Request], list[Splitter]]:
+def _prepared(server: Server, served: Served, body: ChatBody) -> tuple[list[Request], list[Splitter]]:
     """The requests of a chat, and what splits their answers. Runs in a thread."""
-    model, options = server.model, body.options()
+    model, options = served.model, body.options()
     ids = to_ids(model, body.messages, options.pop("template_args"))
     assert model.tokenizer is not None  # else the prompt would have raised
     reasoning = _reasoning(model.tokenizer, ids)
@@ -176,7 +184,7 @@ def _prepared(server: Server, body: ChatBody) -> tuple[list[Request], list[Split
     if body.is_forced:
         options["grammar"] = forced_grammar(form, tools, several, model.tokenizer, reasoning)
     try:
-        requests = server.requests([ids], options, body.n)
+        requests = server.requests(served, [ids], options, body.n)
     except ValueError:
         if body.is_forced:
             check_parameters(model, tools)

@@ -1,45 +1,141 @@
-"""Answers that end when the client is gone, or after too long a time."""
+"""Connections: slow clients are disconnected, and their number is bounded.
+
+uvicorn parses HTTP with h11, which bounds the size of the headers. It waits for headers, for the rest of a body that
+nobody reads, and for a client that does not read its answer, as long as they take. So each connection has two timers.
+"""
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import uvicorn
 from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxlm.server.state import Refused
 
 Result = TypeVar("Result")
+HEADER_BYTES = 32 << 10  # of a request line and its headers
+IDLE_SECONDS = 15.0  # until the headers of a request have arrived; also between two requests
+WRITE_SECONDS = 60.0  # until a client reads on, when its answer waits in full buffers
+SHUTDOWN_SECONDS = 30  # until running answers are cut off
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-async def answered(http: HttpRequest, answer: Coroutine[Any, Any, Result], timeout: float | None) -> Result:
-    """The result of a coroutine, which is cancelled when the client closes the connection.
+def http_server(app: ASGIApp, max_connections: int, **settings: Any) -> uvicorn.Server:
+    """A server of an application.
 
     Args:
-        http: The HTTP request. Its body has been read.
-        answer: The coroutine.
-        timeout: Seconds after which it is cancelled; None for no limit.
+        app: The application. `Timed` is one of its middlewares.
+        max_connections: Connections at a time. Further ones get status 503 and are closed.
+        settings: Other settings of uvicorn.
+    """
+    connections: set[Connection] = set()
+
+    class Bounded(Connection):
+        def __init__(self, **given: Any):
+            super().__init__(connections, max_connections, **given)
+
+    config = uvicorn.Config(
+        app,
+        http=Bounded,
+        ws="none",
+        lifespan="on",
+        log_level="error",
+        access_log=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        **settings,
+    )
+    return uvicorn.Server(config)
+
+
+class Connection(H11Protocol):
+    """A connection with timers."""
+
+    def __init__(self, connections: "set[Connection]", most: int, app_state: dict[str, Any], **given: Any):
+        super().__init__(app_state={**app_state, "connection": self}, **given)
+        self._all, self._most = connections, most
+        self._socket: Any = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._socket = transport
+        self._all.add(self)
+        if len(self._all) > self._most:
+            transport.write(FULL)
+            transport.close()
+        self.wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.discard(self)
+        self.begin()
+        self._stalled = _stopped(self._stalled)
+        super().connection_lost(exc)
+
+    def wait(self) -> None:
+        """Starts to wait for the headers of a request."""
+        _stopped(self._idle)
+        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._socket.abort)
+
+    def begin(self) -> None:
+        """The headers of a request have arrived."""
+        self._idle = _stopped(self._idle)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        _stopped(self._stalled)
+        self._stalled = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._socket.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled = _stopped(self._stalled)
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+class Timed:
+    """Tells a connection when a request begins and when its answer ends."""
+
+    def __init__(self, app: ASGIApp):
+        self.app: ASGIApp = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = cast(Connection | None, scope.get("state", {}).get("connection"))
+        if connection is None or scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        connection.begin()
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            pass  # by uvicorn, after SHUTDOWN_SECONDS: it would log a traceback
+        finally:
+            connection.wait()
+
+
+async def answered(http: HttpRequest, answer: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine, which is cancelled when the client closes the connection.
 
     Raises:
-        Refused: The client is gone, or the time is over.
+        Refused: The client is gone.
     """
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(answer), asyncio.create_task(gone())]
+    result, watching = asyncio.create_task(answer), asyncio.create_task(gone())
     try:
-        done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0] in done:
-            return tasks[0].result()  # type: ignore[return-value]
-        if done:
+        await asyncio.wait((result, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise Refused(499, "the client has closed the connection")
-        raise too_late(timeout)
+        return result.result()
     finally:
-        for task in tasks:
-            task.cancel()
-
-
-def too_late(timeout: float | None) -> Refused:
-    """The answer to a request that took too long."""
-    return Refused(504, f"the answer took more than {timeout:g} s: ask for fewer tokens", "timeout_error")
+        result.cancel()
+        watching.cancel()

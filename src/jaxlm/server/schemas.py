@@ -1,30 +1,106 @@
 """The bodies of requests, as pydantic models, and the options of the engine that they mean.
 
-Fields that are not listed are ignored, as by vLLM. What would change the answer and is not supported is refused by
-name.
+A field that would change the answer and is not supported is refused by name (REFUSED). Other fields that are not listed
+are ignored, as by vLLM. docs/serving.md has a table of all fields of OpenAI's endpoints and vLLM's extensions.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jaxlm.inference.embeddings import Pooling
 
-Stop = str | list[str] | None
 # Fields of SamplingParams with the name that they have in a request.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "logit_bias", "stop", "stop_token_ids", "seed", "ignore_eos")  # fmt: skip
+STRUCTURED = "use response_format, regex or grammar"
+# Fields that are refused, with the way out, unless they have no effect: empty, or a value of NO_EFFECT.
+REFUSED = {
+    "use_beam_search": "use n, and choose among the answers",
+    "length_penalty": "it belongs to beam search",
+    "best_of": "use n, and choose among the answers",
+    "min_tokens": "use ignore_eos, or ask for a long answer",
+    "include_stop_str_in_output": "append the stop string",
+    "prompt_logprobs": "use echo and logprobs of /v1/completions",
+    "allowed_token_ids": "use logit_bias or grammar",
+    "bad_words": "use logit_bias",
+    "logits_processors": "use logit_bias",
+    "truncate_prompt_tokens": "send a shorter prompt",
+    "return_tokens_as_token_ids": "use /tokenize",
+    "return_token_ids": "use /tokenize",
+    "guided_json": STRUCTURED,
+    "guided_regex": STRUCTURED,
+    "guided_choice": STRUCTURED,
+    "guided_grammar": STRUCTURED,
+    "structured_outputs": STRUCTURED,
+}
+REFUSED_IN_CHATS = {
+    **REFUSED,
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "answers are text",
+    "modalities": "answers are text",
+    "web_search_options": "give a tool that searches",
+    "verbosity": "say it in a message",
+    "reasoning_effort": 'use chat_template_kwargs, such as {"enable_thinking": false}',
+    "documents": "write them in a message",
+    "chat_template": "write the prompt, and use /v1/completions",
+    "mm_processor_kwargs": "messages are text",
+    "continue_final_message": "end with a message of the assistant, which is continued",
+    "add_generation_prompt": "use chat_template_kwargs",
+    "add_special_tokens": "use /v1/completions",
+    "echo": "use /v1/completions",
+}
+REFUSED_IN_COMPLETIONS = {
+    **REFUSED,
+    "suffix": "the model only continues a prompt",
+    "response_format": "use regex or grammar, or /v1/chat/completions",
+    "add_special_tokens": "send token ids",
+}
+REFUSED_IN_EMBEDDINGS = {
+    "dimensions": "the model was not trained for shorter embeddings",
+    "messages": "use input",
+    "truncate_prompt_tokens": "send a shorter input",
+    "add_special_tokens": "send token ids",
+    "normalize": "embeddings have norm 1",
+}
+NO_EFFECT: dict[str, Any] = {
+    "best_of": (1,),
+    "length_penalty": (1,),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "normalize": (True,),
+    "response_format": ({"type": "text"},),
+}
+StopString = Annotated[str, Field(max_length=1000)]  # each token of an answer is compared with all of them
+
+
+class Body(BaseModel):
+    """A body. `refused` has the fields that are refused."""
+
+    model_config = ConfigDict(extra="ignore")
+    refused: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        for name, way_out in cls.refused.items():
+            value = given.get(name) if isinstance(given, dict) else None
+            if value and value not in NO_EFFECT.get(name, ()):
+                raise ValueError(f"{name} is not supported: {way_out}")
+        return given
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingBody(BaseModel):
-    """The fields of both endpoints. top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, regex and grammar are
-    extensions."""
-
-    model_config = ConfigDict(extra="ignore")
+class SamplingBody(Body):
+    """The fields of both endpoints. top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, skip_special_tokens,
+    regex and grammar are extensions."""
 
     model: str | None = None
     temperature: float | None = None
@@ -35,10 +111,11 @@ class SamplingBody(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
-    stop: Stop = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
     stop_token_ids: list[int] | None = None
     seed: int | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -52,7 +129,8 @@ class SamplingBody(BaseModel):
     def options(self) -> dict[str, Any]:
         """Options of the engine (RequestOptions), without max_tokens and logprobs."""
         found = {name: getattr(self, name) for name in (*SAMPLING, "regex", "grammar")}
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name, value in found.items() if value is not None}
+        return found if self.skip_special_tokens else found | {"skip_special_tokens": False}
 
 
 class JsonSchema(BaseModel):
@@ -82,6 +160,8 @@ class ToolChoice(BaseModel):
 
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions"""
+
+    refused = REFUSED_IN_CHATS
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int | None = None
@@ -153,26 +233,12 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
+    refused = REFUSED_IN_COMPLETIONS
+
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
-    suffix: None = None
-    best_of: int | None = None
-
-    @field_validator("suffix", mode="before")
-    @classmethod
-    def _refuse_suffix(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("not supported: the model only continues a prompt")
-        return None
-
-    @field_validator("best_of")
-    @classmethod
-    def _refuse_best_of(cls, value: int | None) -> int | None:
-        if value is not None and value > 1:
-            raise ValueError("not supported: use n, and choose among the answers")
-        return value
 
     def options(self) -> dict[str, Any]:
         found = super().options()
@@ -183,32 +249,27 @@ class CompletionBody(SamplingBody):
         return found
 
 
-class EmbeddingBody(BaseModel):
+class EmbeddingBody(Body):
     """POST /v1/embeddings. pooling is an extension."""
 
+    refused = REFUSED_IN_EMBEDDINGS
     model: str | None = None
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling = "mean"
-    dimensions: None = None
-
-    @field_validator("dimensions", mode="before")
-    @classmethod
-    def _refuse_dimensions(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError("not supported: the model was not trained for shorter embeddings")
-        return None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(Body):
     """POST /tokenize"""
 
+    model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Body):
     """POST /detokenize"""
 
+    model: str | None = None
     tokens: list[int]

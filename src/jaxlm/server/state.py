@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.embeddings import Embedder
 from jaxlm.inference.engine import Engine
-from jaxlm.inference.requests import Request, requests_for
+from jaxlm.inference.requests import Request
 from jaxlm.model import Model
 from jaxlm.server import responses
 from jaxlm.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
+BODY_SECONDS = 60.0  # until the body of a request has arrived
 
 
 class Refused(Exception):
@@ -36,19 +38,37 @@ class Refused(Exception):
 
 
 @dataclass
+class Served:
+    """A model of the server: the one that it was started with, or one of its adapters.
+
+    Attributes:
+        name: Its name in the protocol.
+        model: The model. Models with adapters share the weights of the base, but may have another tokenizer.
+        adapter: Name of the adapter; None for the base.
+        embedder: Computes embeddings between the steps of the engine.
+    """
+
+    name: str
+    model: Model
+    adapter: str | None
+    embedder: Embedder
+
+
+@dataclass
 class Server:
     """The state of the application.
 
     Attributes:
-        model: The model.
+        model: The base model.
         engine: Its engine.
-        name: Name of the model in the protocol.
+        name: Name of the base model in the protocol. Each adapter of the engine is a model under its own name.
         keys: API keys; empty if none is needed.
         max_waiting: Requests that may wait for a slot.
         max_body: Bytes of a request at most.
+        origins: Origins of web pages that may use the server (CORS); "*" for all.
         request_timeout: Seconds that an answer may take; None for no limit.
         active: Requests that have not ended.
-        embedder: Computes embeddings between the steps of the engine.
+        models: The models by name.
         embedding: Held by the request whose embeddings are computed.
     """
 
@@ -58,22 +78,25 @@ class Server:
     keys: Sequence[str] = ()
     max_waiting: int = 256
     max_body: int = 8 << 20
+    origins: Sequence[str] = ()
     request_timeout: float | None = None
     active: int = 0
     metrics: Metrics = field(default_factory=Metrics)
-    embedder: Embedder = field(init=False)
+    models: dict[str, Served] = field(init=False)
     embedding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.embedder = Embedder(self.model, self.engine.between_steps)
+        if self.name in self.engine.adapters:
+            raise ValueError(f"an adapter and the base model have the name {self.name}: choose another one")
+        named = {self.name: self.model, **self.engine.adapters}
+        self.models = {
+            name: Served(name, model, None if name == self.name else name, Embedder(model, self.engine.between_steps))
+            for name, model in named.items()
+        }
 
     async def read(self, http: HttpRequest, kind: type[Body]) -> Body:
         """The body of a request."""
-        data = bytearray()
-        async for chunk in http.stream():
-            data += chunk
-            if len(data) > self.max_body:
-                raise Refused(413, f"the body has more than {self.max_body:,} bytes")
+        data = await self._data(http)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -84,14 +107,41 @@ class Server:
             body = kind.model_validate(found)
         except (ValidationError, RecursionError) as error:
             raise Refused(400, _explained(error)) from None
-        name = getattr(body, "model", None)
-        if name not in (None, self.name):
-            raise Refused(404, f"the model {name!r} does not exist: this server has {self.name!r}", "not_found_error")
         return body
 
-    def requests(self, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
+    async def _data(self, http: HttpRequest) -> bytes:
+        """The body as it is. The connection ends where the rest of it is not read."""
+        too_large = Refused(413, f"the body has more than {self.max_body:,} bytes", Connection="close")
+        length = http.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self.max_body:
+            raise too_large
+        data = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in http.stream():
+                    data += chunk
+                    if len(data) > self.max_body:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"the body took more than {BODY_SECONDS:g} s", Connection="close") from None
+        except ClientDisconnect:
+            raise Refused(499, "the client has closed the connection") from None
+        return bytes(data)
+
+    def served(self, name: str | None) -> Served:
+        """The model with this name; None: the base model.
+
+        Raises:
+            Refused: There is none.
+        """
+        if name is not None and name not in self.models:
+            known = ", ".join(repr(each) for each in self.models)
+            raise Refused(404, f"the model {name!r} does not exist: this server has {known}", "not_found_error")
+        return self.models[name or self.name]
+
+    def requests(self, served: Served, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
         """The requests of the engine: n for each prompt. Runs in a thread, because tokenizing takes time."""
-        found = requests_for(self.model, prompts, options, n)
+        found = self.engine.requests(prompts, options, n, served.adapter)
         if "max_tokens" not in options:  # as much as fits, as in the protocol
             for request in found:
                 request.max_tokens = max(1, self.engine.length - len(request.ids))
@@ -100,11 +150,37 @@ class Server:
     async def run(self, requests: list[Request]) -> AsyncGenerator[CompletionChunk, None]:
         """The chunks of requests. The engine drops the requests when the caller stops reading."""
         with self.admitted(len(requests)):
+            chunks = self.engine.follow(requests)
+            end = None if self.request_timeout is None else asyncio.get_running_loop().time() + self.request_timeout
             try:
-                async for chunk in self.engine.follow(requests):
+                while True:
+                    async with asyncio.timeout_at(end):
+                        chunk = await anext(chunks)
                     yield chunk
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise self.too_late() from None
             finally:
+                await chunks.aclose()
                 self.metrics.count(requests)
+
+    def too_late(self) -> Refused:
+        """The answer to a request that took too long. The openai client does not repeat the request."""
+        text = f"the answer took more than {self.request_timeout:g} s: reduce max_tokens"
+        return Refused(504, text, "timeout_error", X_Should_Retry="false")
+
+    def check_load(self, count: int = 1) -> None:
+        """Refuses requests. Also called before a body is read, so that a refusal takes little time.
+
+        Raises:
+            Refused: Too many requests are active.
+        """
+        most = self.engine.slots + self.max_waiting
+        if count > most:
+            raise Refused(400, f"{count:,} answers are too many: this server takes {most:,} at a time")
+        if self.active + count > most:
+            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
 
     @contextmanager
     def admitted(self, count: int) -> Iterator[None]:
@@ -113,8 +189,7 @@ class Server:
         Raises:
             Refused: Too many requests are active.
         """
-        if self.active + count > self.engine.slots + self.max_waiting:
-            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
+        self.check_load(count)
         self.active += count
         try:
             yield
@@ -138,5 +213,6 @@ def _explained(error: Exception) -> str:
     """The first problems of a body, with the names of the fields."""
     if not isinstance(error, ValidationError):
         return "the body is nested too deeply"
-    problems = error.errors(include_url=False, include_input=False)
-    return "; ".join(f"{'.'.join(str(part) for part in p['loc'])}: {p['msg']}" for p in problems[:3])
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    places = ((".".join(str(part) for part in p["loc"]), p["msg"].removeprefix("Value error, ")) for p in problems[:3])
+    return "; ".join(f"{place}: {message}" if place else message for place, message in places)
