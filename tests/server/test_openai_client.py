@@ -16,7 +16,6 @@ from helpers.tiny_models import tiny
 
 import jaxlm
 from jaxlm.model import Model
-from jaxlm.server.app import create_app
 from jaxlm.server.state import Server
 
 TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
@@ -234,14 +233,3 @@ def test_overload_is_refused(server: tuple[Server, str]) -> None:
         found = [*pool.map(ask, range(60))]
     assert {*found} == {200, 429}
     assert found.count(200) >= 20
-
-
-def test_keys(model: Model) -> None:
-    from starlette.testclient import TestClient
-
-    served = Server(model, jaxlm.Engine(model, 1), "tiny", keys=["one", "two"])
-    with TestClient(create_app(served)) as http:
-        assert http.get("/health").status_code == 200
-        for header, status in ((None, 401), ("Bearer three", 401), ("one", 200), ("Bearer two", 200)):
-            headers = {} if header is None else {"Authorization": header}
-            assert http.get("/v1/models", headers=headers).status_code == status

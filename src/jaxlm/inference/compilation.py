@@ -268,6 +268,24 @@ def compile_program(function: Any, donate: tuple[int, ...], args: Any) -> Any:
         return lower_program(function, donate, args).compile()
 
 
+def kept_program(model: "Model", name: str, function: Any, *args: Any) -> Any:
+    """The program of a function of the weights and these arguments, which is kept beside those of `CompiledSteps`. It
+    can be called from any thread.
+
+    Args:
+        model: The model.
+        name: Name of the program.
+        function: Called with the weights and `args`.
+        args: Arrays.
+    """
+    key = (model.family, model.config), (name, signature(model.weights), signature(args))
+    executable = _find(key)
+    if executable is None:
+        executable = compile_program(function, (), (model.weights, *args))
+        _keep(key, executable)
+    return executable
+
+
 def signature(tree: Any) -> Any:
     """The key of a compiled program: the structure of its arguments, and shape, dtype and sharding of each array. A KV
     cache is represented by its first layer, which determines the others."""

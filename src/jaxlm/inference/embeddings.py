@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.devices import mesh
+from jaxlm.inference.compilation import kept_program
 from jaxlm.inference.decoding import bucket
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class Embedder:
         """
         self.model: Model = model
         self._exclusive = exclusive
-        self._programs: dict[tuple[int, int], Any] = {}
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The indices of the prompts that `run` takes together, longest prompts first.
@@ -103,7 +103,9 @@ class Embedder:
                 pooled[b, t if pooling == "mean" else t + n - 1 : t + n] = 1
                 t += n
         arrays = [mesh.place(a, "BT", self.model.mesh or self.model.device) for a in (tokens, pos, numbers, pooled)]
-        program = self._program(B, T, arrays)
+        # Compiled before other programs have to wait.
+        function = partial(embed, self.model.family, self.model.config)
+        program = kept_program(self.model, "embeddings", function, *arrays)
         with self._exclusive():
             found = jax.device_get(program(self.model.weights, *arrays))
         out = np.zeros((len(prompts), found.shape[-1]), np.float32)
@@ -112,15 +114,6 @@ class Embedder:
         if not np.isfinite(out).all():
             raise ValueError("the hidden states of the model are NaN or Inf: use another --dtype")
         return out
-
-    def _program(self, B: int, T: int, arrays: Sequence[jax.Array]) -> Any:
-        """The compiled program. It is compiled before other programs have to wait for it."""
-        if (B, T) not in self._programs:
-            model = self.model
-            with mesh.use_mesh_of(model.weights):
-                lowered = jax.jit(partial(embed, model.family, model.config)).lower(model.weights, *arrays)
-                self._programs[B, T] = lowered.compile()
-        return self._programs[B, T]
 
 
 def rows_of(lengths: Sequence[int]) -> list[list[int]]:

@@ -69,7 +69,8 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.keys and scope["path"] not in OPEN and not is_page(scope):
-            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            given = given if scheme.lower() == b"bearer" else b""
             if sum(hmac.compare_digest(given, key) for key in self.keys) == 0:  # compares all of them
                 refused = Refused(
                     401, "the API key is missing or wrong", "authentication_error", WWW_Authenticate="Bearer"
