@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -175,3 +176,18 @@ class Tab:
     def overflow(self) -> int:
         """Pixels that the page is wider than the window."""
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def user_texts(tab: Tab) -> list[str]:
+    return tab.page.locator(".user-text").all_inner_texts()
+
+
+def error_text(tab: Tab) -> str:
+    return tab.page.locator(".error p").last.inner_text()
+
+
+def expect_status(tab: Tab, *statuses: int) -> None:
+    """The browser writes answers that are errors to the console."""
+    found = [int(code) for line in tab.console for code in re.findall(r"with a status of (\d+)", line)]
+    assert found == [*statuses], tab.console
+    tab.console.clear()
