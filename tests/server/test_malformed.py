@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import jax
 import pytest
-from helpers.running_server import running, settle
+from helpers.serving import serving, wait_until_idle
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
 from helpers.tiny_models import tiny
 
@@ -89,7 +89,7 @@ def serving() -> Iterator[tuple[Server, str]]:
         template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + TEMPLATE
         model = replace(tiny("llama3", max_position_embeddings=64), tokenizer=tokenizer_of(template))
         server = Server(model, jaxlm.Engine(model, 2, prefix_cache=False), "tiny", max_waiting=8)
-        with running(server, log_config=None) as url:
+        with serving(server, log_config=None) as url:
             yield server, url
 
 
@@ -137,7 +137,7 @@ def post(http: httpx.Client, path: str, body: bytes, kind: str = "application/js
 
 
 def still_answers(server: Server, url: str) -> None:
-    settle(server)
+    wait_until_idle(server)
     with httpx.Client(base_url=url, timeout=60) as http:
         for path, (_, sound) in SOUND.items():
             assert http.post(path, json=sound).status_code == 200

@@ -352,7 +352,6 @@ class Scheduler:
         if request.finished:
             del self.answers[request]
             self._leave(request)
-        return None
 
     @contextmanager
     def _failing(self, request: Request) -> Iterator[None]:

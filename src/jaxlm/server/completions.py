@@ -74,7 +74,9 @@ async def complete(server: Server, http: HttpRequest) -> Response:
         for request in requests:
             request.max_tokens = 0
     envelope, tokenizer = Envelope("text_completion", served.name), served.model.tokenizer
-    echoes = {n: echoed(tokenizer, prompts[r.index], r.ids) for n, r in enumerate(requests) if body.echo}
+    echoes: dict[int, tuple[str, list[int]]] = {}
+    for n, request in enumerate(requests if body.echo else []):
+        echoes[n] = await asyncio.to_thread(echoed, tokenizer, prompts[request.index], request.ids)
     lengths = [0] * len(requests)  # characters of the text so far
     columns = [CompletionLogprobs(tokenizer, r.ids, len(echoes[n][0]) if echoes else 0) for n, r in enumerate(requests)]
 

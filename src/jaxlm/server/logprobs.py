@@ -43,9 +43,10 @@ class CompletionLogprobs:
             ids: Token ids of the prompt.
             at: Number of characters of the text before the answer.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer: Tokenizer | None = tokenizer
         self._stream: TextStream | None = None if tokenizer is None else TextStream(tokenizer, after=ids)
-        self._at = at
+        self._at: int = at
+        self._names: dict[int, str] = {}
 
     def add(self, scores: Scores, tokens: Sequence[int], length: int) -> dict[str, Any]:
         """The columns of the next tokens of the answer. length: characters of the text up to their end."""
@@ -73,13 +74,19 @@ class CompletionLogprobs:
 
     def _name(self, token: int) -> str:
         """The text of a token, or its bytes if they are only a part of a character."""
-        if self._tokenizer is None:
-            return f"token_id:{token}"
-        data = self._tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + data.decode(errors="backslashreplace")
+        if token not in self._names:
+            self._names[token] = _name_of(self._tokenizer, token)
+        return self._names[token]
+
+
+def _name_of(tokenizer: Tokenizer | None, token: int) -> str:
+    if tokenizer is None:
+        return f"token_id:{token}"
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + data.decode(errors="backslashreplace")
 
 
 def echoed(tokenizer: Tokenizer | None, prompt: str | Sequence[int], ids: Sequence[int]) -> tuple[str, list[int]]:
