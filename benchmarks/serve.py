@@ -66,8 +66,8 @@ def say(text: str, seconds: float | None = None) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure(model: str, kinds: Sequence[Prompts], dtype: str, numbers: Sequence[int], until: float) -> bool:
-    """Adds rounds of a dtype. Returns whether there was time for all."""
+def measure(model: str, kinds: Sequence[Prompts], dtype: str, numbers: Sequence[int], until: float) -> None:
+    """Adds rounds of a dtype, as many as there is time for, but at least one."""
     file = rival_files.gguf_for_server(open_model(ModelSource(model)), say)
     begin = time.perf_counter()
     jaxlm = serve_process.start_jaxlm(["-m", model, "--dtype", dtype], SLOTS, LENGTH)
@@ -80,7 +80,7 @@ def measure(model: str, kinds: Sequence[Prompts], dtype: str, numbers: Sequence[
             session.warm_up(say)
             for number in numbers:
                 if session.took and time.perf_counter() + session.took > until:
-                    return False
+                    break
                 session.measured, session.load_averages = {}, []
                 session.run_round(number, say)
                 add(session, dtype, number)
@@ -88,7 +88,6 @@ def measure(model: str, kinds: Sequence[Prompts], dtype: str, numbers: Sequence[
             llama_cpp.close()
     finally:
         jaxlm.close()
-    return True
 
 
 def add(session: ServeSession, dtype: str, number: int) -> None:
@@ -146,12 +145,16 @@ def main() -> None:
         current = [record for record in records() if same_commit(record)]
         RECORDS.write_text("".join(json.dumps(record) + "\n" for record in current))
         kinds = [short_prompts(args.corpora), long_prompts(args.corpora)]
+        needed = 0.0  # seconds of the servers of a dtype and of a round
         for dtype in DTYPES:
             done = {record["round"] for record in current if record["dtype"] == dtype}
             missing = [number for number in range(args.rounds) if number not in done]
-            if missing and not measure(args.model, kinds, dtype, missing, until):
-                say("the time is over: run the same command again for the other rounds")
-                break
+            begin = time.perf_counter()
+            if missing and begin + needed < until:
+                measure(args.model, kinds, dtype, missing, until)
+                needed = time.perf_counter() - begin
+        left = len(DTYPES) * args.rounds - len(records())
+        say(f"{left} rounds are missing: run the same command again" if left else "all rounds are measured")
         print(render(records()))
         return
     before, rest = PAGE.read_text().split(BEGIN)
