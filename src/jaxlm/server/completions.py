@@ -65,7 +65,8 @@ async def complete(server: Server, http: HttpRequest) -> Response:
 
     def choice(n: int, chunk: CompletionChunk) -> dict[str, Any]:
         at, lengths[n] = lengths[n], lengths[n] + len(chunk)
-        texts = [server.model.tokenizer.token_text(i) for i in chunk.tokens] if server.model.tokenizer else []
+        tokenizer = server.model.tokenizer if chunk.logprobs is not None else None
+        texts = [tokenizer.token_text(i) for i in chunk.tokens] if tokenizer else []
         scores = responses.completion_logprobs(chunk.logprobs, texts, at)
         return {"index": n, "text": str(chunk), "logprobs": scores, "finish_reason": chunk.finish_reason}
 
