@@ -8,8 +8,8 @@ weights in jaxlm and float16 weights in llama.cpp. CORPORA has instruct_rasbt/in
 stories/public_domain.txt (long prompts: the first 1,200 characters of each chapter). Answers have as many tokens as the
 real ones have characters divided by 4.
 
-Each round is a record in benchmarks/records/serve.jsonl. A run adds the rounds that are missing, and begins none that
-would end after --minutes. The same command continues. Records of another commit of jaxlm are dropped. --render
+Each case of a round is a record in benchmarks/records/serve.jsonl. A run adds the records that are missing, and
+begins none after --minutes. The same command continues. Records of another commit of jaxlm are dropped. --render
 writes the table into docs/performance.md.
 """
 
@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ RECORDS, PAGE = ROOT / "benchmarks" / "records" / "serve.jsonl", ROOT / "docs" /
 BEGIN, END = "<!-- serve: begin -->", "<!-- serve: end -->"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("float32", "bfloat16")
-CLIENTS = (1, 2, 8, 32)
+LOADS = [Load(clients=count) for count in (1, 2, 8, 32)]
 SLOTS, LENGTH = 8, 512
 LONG, LONG_ANSWER = 1200, 128  # characters
+START = 120.0  # seconds that the servers may need to start
 
 
 def short_prompts(corpora: Path) -> Prompts:
@@ -66,40 +68,41 @@ def say(text: str, seconds: float | None = None) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure(model: str, kinds: Sequence[Prompts], dtype: str, numbers: Sequence[int], until: float) -> bool:
-    """Adds rounds of a dtype. Returns whether there was time for all."""
+def measure(model: str, kinds: Sequence[Prompts], dtype: str, rounds: int, until: float) -> None:
+    """Adds the records of a dtype that are missing, as far as there is time."""
     file = rival_files.gguf_for_server(open_model(ModelSource(model)), say)
-    begin = time.perf_counter()
-    jaxlm = serve_process.start_jaxlm(["-m", model, "--dtype", dtype], SLOTS, LENGTH)
-    try:
-        say(f"{dtype}: jaxlm serve started after {time.perf_counter() - begin:.0f} s")
-        llama_cpp = serve_process.start_llama_cpp(file, SLOTS, LENGTH)
-        try:
-            servers = [Server(each.name, each.url) for each in (jaxlm, llama_cpp)]
-            session = ServeSession(servers, kinds, [Load(clients=n) for n in CLIENTS], max(numbers) + 1)
-            session.warm_up(say)
-            for number in numbers:
-                if session.took and time.perf_counter() + session.took > until:
-                    return False
-                session.measured, session.load_averages = {}, []
-                session.run_round(number, say)
-                add(session, dtype, number)
-        finally:
-            llama_cpp.close()
-    finally:
-        jaxlm.close()
-    return True
+    session = ServeSession([], kinds, LOADS, rounds)
+    with ExitStack() as started:
+        servers = []
+        for start in (
+            lambda: serve_process.start_jaxlm(["-m", model, "--dtype", dtype], SLOTS, LENGTH),
+            lambda: serve_process.start_llama_cpp(file, SLOTS, LENGTH),
+        ):
+            begin = time.perf_counter()
+            server = start()
+            started.callback(server.close)
+            servers.append(Server(server.name, server.url))
+            say(f"{dtype}: {server.name} started after {time.perf_counter() - begin:.0f} s")
+        session.servers = servers
+        session.warm_up(say)
+        for number, turn in missing(dtype, rounds, session):
+            if time.perf_counter() > until:
+                break
+            session.measured, average = {}, os.getloadavg()[0]
+            session.run_case(number, turn, say)
+            record = {
+                "dtype": dtype, "round": number, "case": turn, "slots": SLOTS, "length": LENGTH,
+                "load_average": average, "environment": tables.environment(["llama.cpp"]),
+                "results": serve_tables.records(session, None),
+            }  # fmt: skip
+            with open(RECORDS, "a") as out:
+                out.write(json.dumps(record) + "\n")
 
 
-def add(session: ServeSession, dtype: str, number: int) -> None:
-    """Adds the record of a round."""
-    record = {
-        "dtype": dtype, "round": number, "slots": SLOTS, "length": LENGTH, "seconds": session.took,
-        "load_average": session.load_averages[-1], "environment": tables.environment(["llama.cpp"]),
-        "results": serve_tables.records(session, None),
-    }  # fmt: skip
-    with open(RECORDS, "a") as out:
-        out.write(json.dumps(record) + "\n")
+def missing(dtype: str, rounds: int, session: ServeSession) -> list[tuple[int, int]]:
+    """The rounds and cases of a dtype without a record."""
+    done = {(record["round"], record["case"]) for record in records() if record["dtype"] == dtype}
+    return [each for each in itertools.product(range(rounds), range(len(session.cases))) if each not in done]
 
 
 def render(found: Sequence[dict[str, Any]]) -> str:
@@ -107,7 +110,9 @@ def render(found: Sequence[dict[str, Any]]) -> str:
     columns = ["dtype", "prompts", "clients", "output tokens/s", "llama.cpp", "ratio", "first token, ms", "llama.cpp",
                "ratio", "p99, ms", "llama.cpp", "equal texts"]  # fmt: skip
     rows = []
-    for dtype, kind, clients in itertools.product(DTYPES, ("short+answers", "long+answers"), CLIENTS):
+    for dtype, kind, clients in itertools.product(
+        DTYPES, ("short+answers", "long+answers"), [load.clients for load in LOADS]
+    ):
         cases = [r for record in found if record["dtype"] == dtype for r in record["results"]]
         cases = [r for r in cases if (r["test"], r["clients"]) == (kind, clients)]
         ours, theirs = ([r for r in cases if r["server"] == name] for name in ("jaxlm", "llama.cpp"))
@@ -115,8 +120,9 @@ def render(found: Sequence[dict[str, Any]]) -> str:
             continue
 
         def both(name: str, of: str | None = None, ours: Any = ours, theirs: Any = theirs) -> list[str]:
-            values = [[r[name] if of is None else r[name][of] for r in each] for each in (ours, theirs)]
-            return [tables.number(statistics.median(each)) for each in values]
+            values = [[r[name] if of is None else (r[name] or {}).get(of) for r in each] for each in (ours, theirs)]
+            known = [[value for value in each if value is not None] for each in values]
+            return [tables.number(statistics.median(each) if each else None) for each in known]
 
         beside = [r["llama.cpp"] for r in ours]
         ratios = [serve_tables.ratio([x for each in beside for x in each[f"{name}_ratios"]])
@@ -124,10 +130,9 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         texts = f"{sum(each['equal_texts'] for each in beside)} of {sum(each['texts'] for each in beside)}"
         rows.append([dtype, kind.partition("+")[0], str(clients), *both("output_tokens_per_second"), ratios[0],
                      *both("first_token_ms", "p50"), ratios[1], *both("first_token_ms", "p99"), texts])  # fmt: skip
-    environments = [record["environment"] for record in found]
     averages = sorted(record["load_average"] for record in found)
-    lines = [*tables.environment_lines(environments[-1])]
-    lines.append(f"- {len(found)} rounds; load average at their begin: {averages[0]:.1f} to {averages[-1]:.1f}.")
+    lines = [*tables.environment_lines(found[-1]["environment"])]
+    lines.append(f"- Load average at the begin of the cases: {averages[0]:.1f} to {averages[-1]:.1f}.")
     return "\n".join([*lines, "", tables.markdown(columns, rows)])
 
 
@@ -146,12 +151,14 @@ def main() -> None:
         current = [record for record in records() if same_commit(record)]
         RECORDS.write_text("".join(json.dumps(record) + "\n" for record in current))
         kinds = [short_prompts(args.corpora), long_prompts(args.corpora)]
+        session = ServeSession([], kinds, LOADS, args.rounds)
+        fresh = True  # nothing was started
         for dtype in DTYPES:
-            done = {record["round"] for record in current if record["dtype"] == dtype}
-            missing = [number for number in range(args.rounds) if number not in done]
-            if missing and not measure(args.model, kinds, dtype, missing, until):
-                say("the time is over: run the same command again for the other rounds")
-                break
+            if missing(dtype, args.rounds, session) and (fresh or time.perf_counter() + START < until):
+                fresh = False
+                measure(args.model, kinds, dtype, args.rounds, until)
+        left = sum(len(missing(dtype, args.rounds, session)) for dtype in DTYPES)
+        say(f"{left} records are missing: run the same command again" if left else "all is measured")
         print(render(records()))
         return
     before, rest = PAGE.read_text().split(BEGIN)

@@ -119,7 +119,7 @@ OPTIONAL = {"lm-eval", "llama-models", "fairscale"}  # the oracle tier has them
 
 # Modules whose documentation, or list of public names, covers what they hold.
 PUBLIC = set("""
-    datasets filelock flax flax.nnx google.protobuf grain huggingface_hub huggingface_hub.errors
+    datasets filelock flax flax.nnx google.protobuf grain httpx huggingface_hub huggingface_hub.errors
     huggingface_hub.utils jax jax.ad_checkpoint jax.distributed jax.dtypes jax.errors jax.lax jax.nn jax.numpy jax.ops
     jax.random jax.sharding jax.tree jax.tree_util jax.typing jinja2 jinja2.exceptions jinja2.ext jinja2.meta
     jinja2.nodes jinja2.sandbox llguidance lm_eval lm_eval.api.model lm_eval.evaluator lm_eval.tasks matplotlib

@@ -121,6 +121,9 @@ def test_servers_take_turns_with_the_same_requests(monkeypatch) -> None:
         texts = [str(p.text) for url, _, prompts in [*warm, *calls] if url == server.url for p in prompts]
         assert len(texts) == len(set(texts)) > 200
     assert all(len(rounds) == 2 for rounds in found.measured.values())
+    order = [(r["test"], r["load"], r["server"]) for r in serve_tables.records(found, None)]
+    assert order == [(kind.name, load.name, server.name) for kind in found.kinds for load in loads
+                     for server in (OURS, RIVAL)]  # fmt: skip
     assert len(found.load_averages) == 2
     assert progress[2] == "round 1 of 2: 5+3, 1 client, jaxlm"
 

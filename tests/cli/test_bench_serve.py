@@ -25,7 +25,7 @@ def url() -> Iterator[str]:
     model = replace(tiny("llama3", max_position_embeddings=256), tokenizer=tokenizer_of(None))
     with (
         quick_compilation(),
-        jaxlm.Engine(model, 4) as engine,
+        jaxlm.Engine(model, 1) as engine,
         running(create_app(Server(model, engine, "m"))) as found,
     ):
         yield found

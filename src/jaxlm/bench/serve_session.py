@@ -94,21 +94,37 @@ class ServeSession:
                     if answer.error:
                         raise ValueError(f"{server.name} fails at a first request of {kind.name}: {answer.error}")
 
+    @property
+    def cases(self) -> list[tuple[Prompts, Load]]:
+        """What a round measures."""
+        return [*itertools.product(self.kinds, self.loads)]
+
     def run_round(self, number: int, progress: Progress) -> None:
-        """Each load runs with all servers. The first one changes from load to load."""
-        self.load_averages.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
+        """Runs each case. The first server changes from case to case."""
         begin = time.perf_counter()
-        # No request is sent twice to a server.
-        first = WARM_UP * len(self.kinds) + number * len(self.kinds) * sum(map(self.count, self.loads))
-        for turn, (kind, load) in enumerate(itertools.product(self.kinds, self.loads)):
-            requests = [kind.request(first + i) for i in range(self.count(load))]
-            first += len(requests)
-            for server in self.servers if (number + turn) % 2 == 0 else self.servers[::-1]:
-                left = self.took and self.took * (self.rounds - number) - (time.perf_counter() - begin)
-                text = f"round {number + 1} of {self.rounds}: {kind.name}, {load.name}, {server.name}"
-                progress(text, left and max(0.0, left))
-                self._measure(ServeCase(kind.name, load), server, requests, seed=first)
+        self.load_averages.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
+        for turn in range(len(self.cases)):
+            left = self.took and max(0.0, self.took * (self.rounds - number) - (time.perf_counter() - begin))
+            self.run_case(number, turn, progress, left)
         self.took = time.perf_counter() - begin
+
+    def run_case(self, number: int, turn: int, progress: Progress, left: float | None = None) -> None:
+        """Runs a case of a round with all servers.
+
+        Args:
+            number: The round.
+            turn: The index of the case.
+            progress: Called with what runs.
+            left: Seconds until all is measured, for `progress`.
+        """
+        counts = [self.count(load) for _, load in self.cases]
+        # No request is sent twice to a server.
+        first = WARM_UP * len(self.kinds) + number * sum(counts) + sum(counts[:turn])
+        kind, load = self.cases[turn]
+        requests = [kind.request(first + i) for i in range(counts[turn])]
+        for server in self.servers if (number + turn) % 2 == 0 else self.servers[::-1]:
+            progress(f"round {number + 1} of {self.rounds}: {kind.name}, {load.name}, {server.name}", left)
+            self._measure(ServeCase(kind.name, load), server, requests, seed=first)
 
     def _measure(self, case: ServeCase, server: Server, requests: Sequence[Prompt], seed: int) -> None:
         measured = Measured()

@@ -1,5 +1,6 @@
 """What was measured of servers, as records for JSON and as Markdown tables."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,9 @@ def records(session: ServeSession, first_token_limit: float | None) -> list[dict
         first_token_limit: Milliseconds to the first token of a request that counts for the goodput.
     """
     found = []
-    for (case, server), rounds in session.measured.items():
+    cases = [ServeCase(kind.name, load) for kind in session.kinds for load in session.loads]
+    for case, server in itertools.product(cases, [server.name for server in session.servers]):
+        rounds = session.measured.get((case, server), [])
         answers = [answer for measured in rounds for answer in measured.answers]
         good = [answer for measured in rounds for answer in succeeded(measured)]
         if not answers:

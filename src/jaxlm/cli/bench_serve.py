@@ -29,24 +29,24 @@ class ServeFlags(ModelFlags):
     """The flags that only serve has."""
 
     url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """With serve: measure the server at this base URL (http://127.0.0.1:8000/v1), instead of starting jaxlm serve."""
+    """Measure the server at this base URL (http://127.0.0.1:8000/v1), instead of starting jaxlm serve."""
     clients: Annotated[str | None, tyro.conf.arg(metavar="N,N")] = None
-    """With serve: numbers of clients. Each sends its next request when its last one has ended. Default: 1,8."""
+    """Numbers of clients. Each sends its next request when its last one has ended. Default: 1,8."""
     rate: Annotated[str | None, tyro.conf.arg(metavar="X,X")] = None
-    """With serve: requests per second, sent at random times, whether or not earlier ones have ended."""
+    """Requests per second, sent at random times, whether or not earlier ones have ended."""
     requests: int | None = None
-    """With serve: number of requests of a load. Default: 2 per client, but at least 16."""
+    """Number of requests of a load. Default: 2 per client, but at least 16."""
     seconds: float = 60.0
-    """With serve: how long a load may send requests."""
+    """How long a load may send requests."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """With serve: JSONL file of prompts, such as {"prompt": "...", "completion": "..."}. Without -n, answers are as
+    """JSONL file of prompts, such as {"prompt": "...", "completion": "..."}. Without -n, answers are as
     long as the completion. Default: random words."""
     slots: int | None = None
-    """With serve: number of requests that the servers decode together. Default: 8."""
+    """Number of requests that the servers decode together. Default: 8."""
     max_length: int | None = None
-    """With serve: maximum number of tokens of a prompt and its answer. Default: enough for the prompts."""
+    """Maximum number of tokens of a prompt and its answer. Default: enough for the prompts."""
     first_token_limit: Annotated[float | None, tyro.conf.arg(metavar="MS")] = None
-    """With serve: milliseconds to the first token. Adds the goodput: the requests per second that meet this limit."""
+    """Milliseconds to the first token. Adds the goodput: the requests per second that meet this limit."""
 
     def check_serve(self, name: str | None, rivals: Sequence[str], prompt: str | None) -> None:
         """Exits with status 2 for wrong flags.

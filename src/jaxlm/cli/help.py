@@ -112,6 +112,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "Cases": ["prompt", "gen", "depth", "batch", "repetitions", "random_weights"],
         "Comparison": ["against"],
         "Training": ["method", "rank"],
+        "Serving": ["url", "clients", "rate", "requests", "seconds", "prompts", "slots", "max_length",
+                    "first_token_limit"],
         "Output": ["json", "plot"], "Model": MODEL, "Distributed": DISTRIBUTED,
     },
     "tokenizer": {
@@ -213,6 +215,7 @@ EXAMPLES: dict[str, list[str]] = {
         "jaxlm bench Qwen/Qwen3-0.6B --against transformers,llama.cpp",
         "jaxlm bench train Qwen/Qwen3-0.6B -p 512 -b 8 --method lora",
         "jaxlm bench load Qwen/Qwen3-0.6B",
+        "jaxlm bench serve Qwen/Qwen3-0.6B --clients 1,8,32 --against llama.cpp",
     ],
     "tokenizer": [
         "jaxlm tokenizer train 'texts/*.txt' --out tok --vocab-size 8192",
