@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -166,6 +166,30 @@ def test_a_client_that_does_not_read_is_disconnected(served: tuple[Server, str],
         while b"[DONE]" not in found:
             found += client.recv(65536)
     assert len(found) > 100_000  # more than all buffers together
+
+
+def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
+    served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, url = served
+    step = server.engine.steps.step
+    monkeypatch.setattr(server.engine.steps, "step", lambda *args: time.sleep(0.1) or step(*args))
+    stream = request({**BODY, "stream": True})
+    with connected(url, stream) as first, connected(url, stream) as second:
+        assert first.recv(10)
+        assert second.recv(10)  # both slots are taken
+        with connected(url, stream):
+            until(lambda: server.active == 3)
+        until(lambda: server.active == 2)
+        assert sum(row.request is not None for row in server.engine.scheduler.rows) == 2
+    settle(server)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 2
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_connections_are_bounded(served: tuple[Server, str]) -> None:

@@ -124,6 +124,7 @@ def raw_bodies() -> list[bytes]:
     sound = b'{"prompt": "a", "max_tokens": 1}'
     return [b"", b"{", b"[]", b"3", b"null", b'"a"', b"\xff\xfe", b'{"prompt": "\xff"}', deep, b'{"a":' * 100_000,
             sound.decode().encode("utf-16"), b"\xef\xbb\xbf" + sound, sound + b"x", b'{"prompt": "a", "prompt": 3}',
+            br'{"prompt": "a", "logit_bias": {"\ud800": 1}}', br'{"model": "\ud800"}',
             b"prompt=a&max_tokens=1", b'{"prompt": "' + b"a" * (1 << 20) + b'"}', b"\x00" * 1000]  # fmt: skip
 
 
