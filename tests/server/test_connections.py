@@ -182,7 +182,7 @@ def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
             until(lambda: server.active == 3)
         until(lambda: server.active == 2)
         assert sum(row.request is not None for row in server.engine.scheduler.rows) == 2
-    settle(server)
+    wait_until_idle(server)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -220,8 +220,9 @@ def test_requests_have_a_time_limit(served: tuple[Server, str], monkeypatch: pyt
     step = server.engine.steps.step
     monkeypatch.setattr(server.engine.steps, "step", lambda *args: time.sleep(0.1) or step(*args))
     monkeypatch.setattr(server, "request_timeout", 0.5)
-    run = server.embedder.run
-    monkeypatch.setattr(server.embedder, "run", lambda *args: time.sleep(1) or run(*args))
+    embedder = server.served(None).embedder
+    run = embedder.run
+    monkeypatch.setattr(embedder, "run", lambda *args: time.sleep(1) or run(*args))
     with httpx.Client(base_url=url, timeout=60) as http:
         answer = http.post("/v1/completions", json=BODY)
         assert answer.status_code == 504

@@ -84,7 +84,7 @@ OTHERS = {
 
 
 @contextmanager
-def serving() -> Iterator[tuple[Server, str]]:
+def served_tiny() -> Iterator[tuple[Server, str]]:
     with quick_compilation():
         template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + TEMPLATE
         model = replace(tiny("llama3", max_position_embeddings=64), tokenizer=tokenizer_of(template))
@@ -95,7 +95,7 @@ def serving() -> Iterator[tuple[Server, str]]:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Server, str]]:
-    with serving() as found:
+    with served_tiny() as found:
         yield found
 
 
@@ -248,7 +248,7 @@ def test_connections_that_are_dropped(served: tuple[Server, str]) -> None:
 def test_thousands_of_malformed_requests_leave_memory_flat() -> None:
     """Resident memory and arrays of the device after all requests, and after all of them again."""
     cases = bodies()
-    with serving() as (server, url), httpx.Client(base_url=url, timeout=120) as http:
+    with served_tiny() as (server, url), httpx.Client(base_url=url, timeout=120) as http:
         counts, resident, arrays = 0, [], []
         for _ in range(3):
             for path, body in cases:

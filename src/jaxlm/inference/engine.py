@@ -265,7 +265,7 @@ class Engine:
 
     def _advance(self) -> None:
         """Runs a step, after what has changed since the last one."""
-        added, cancelled = self._changes()
+        added, cancelled = self.changes()
         for request in added:
             self.scheduler.add(request)
             self._inbox.popleft()  # afterwards, so that the engine is busy throughout
@@ -273,7 +273,7 @@ class Engine:
             request.cancelled = request.cancelled or not request.finished
         self.scheduler.advance()
 
-    def _changes(self) -> tuple[list[Request], list[Request]]:
+    def changes(self) -> tuple[list[Request], list[Request]]:
         """Requests that were added since the last step, which stay in the inbox, and cancelled ones."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []

@@ -98,9 +98,9 @@ class Leader(Engine):
         except Exception as error:
             self._fail(error)
 
-    def _changes(self) -> tuple[list[Request], list[Request]]:
+    def changes(self) -> tuple[list[Request], list[Request]]:
         """Sends the changes to the other processes."""
-        added, cancelled = super()._changes()
+        added, cancelled = super().changes()
         self._numbers.update({request: next(self._count) for request in added})
         sent = [(self._numbers[request], _values(request), self._grammars[request]) for request in added]
         ended = [self._numbers[request] for request in cancelled if request in self._numbers]
