@@ -147,6 +147,8 @@ class ServeFlags(ModelFlags):
 
     def _model_arguments(self, name: str | None) -> list[str]:
         """The flags of the model as arguments of `jaxlm serve`."""
+        if self.adapter is not None:
+            raise ValueError("bench serve measures a model without adapters: merge --adapter first (jaxlm fuse)")
         arguments, of_processes = ["-m", str(name)], {field.name for field in fields(ProcessFlags)}
         for field in fields(ModelFlags):
             value = getattr(self, field.name)

@@ -179,7 +179,7 @@ class ModelFlags(ProcessFlags, _ModelFlags):
         from jaxlm.devices.hardware import unseen_accelerator
 
         name = None
-        if self.model is None and self.adapter is None:
+        if self.model is None and not self.adapter:
             name = str(STORIES)
             note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():

@@ -14,13 +14,14 @@ def explain(error: Exception, command: Any = None) -> str:
         command: The command. Its `memory_hint` says how to use less device memory.
     """
     text = ". ".join([str(error), *getattr(error, "__notes__", [])])
+    # Also a ValueError: jax raises it where an array of a failed program is read.
+    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
+        return f"another process ended or cannot be reached; its error output has the cause ({text.splitlines()[0]})"
     if isinstance(error, ValueError | OSError | MemoryError):
         return text
     if "RESOURCE_EXHAUSTED" in text:
         hint = getattr(command, "memory_hint", ProcessFlags.memory_hint)
         return f"out of memory on the device: {text.splitlines()[0]}. Use {hint}"
-    if any(word in text for word in ("Gloo", "NCCL", "coordination service")):
-        return f"another process ended or cannot be reached; its error output has the cause ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text} (--debug shows the traceback; please report it)"
 
 

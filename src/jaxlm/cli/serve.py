@@ -3,18 +3,23 @@
 import signal
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
+from jaxlm.checkpoint.source import ModelSource
 from jaxlm.cli.common import STORIES, ModelFlags
 from jaxlm.cli.terminal import note
+
+if TYPE_CHECKING:
+    from jaxlm.inference.engine import Engine
+    from jaxlm.server.state import Server
 
 MOST_FILES = 8192  # open files
 OTHER_FILES = 128  # that are no connections
@@ -34,6 +39,10 @@ class Serve(ModelFlags):
     """Address to listen on. Others than loopback addresses are reachable from the network."""
     port: int = 8000
     """Port to listen on. 0 takes a free one."""
+    # Of another type than in ModelFlags: an adapter is a model of its own here.
+    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ADAPTER")] = ()  # pyright: ignore
+    """LoRA adapter (of PEFT or mlx-lm) of the model, served under this name beside the model. Can be repeated. A batch
+    may use several."""
     served_model_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Name of the model in requests. Default: as given by --model."""
     api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -54,25 +63,35 @@ class Serve(ModelFlags):
     """Compile all programs at the start, so that no request waits for the compiler. Without it, they are compiled when
     they are needed."""
 
+    def source(self, name: str | None = None) -> ModelSource:
+        """The base model: `name`, else --model, else the base of the first adapter."""
+        name = name or self.model
+        if name is None:
+            from jaxlm.loading.resolving import base_of
+
+            first = next(iter(named_adapters(self.adapter).values()))
+            name = base_of(ModelSource(first, token=self.token, offline=self.offline, allow_fields=self.allow_field))
+        return replace(super().source(name), adapter=None)
+
     def run(self) -> int:
-        if not self.is_single_process:
-            raise ValueError("serve runs in a single process")
         keys = read_keys(self.api_key_file) if self.api_key_file else []
         with explain_missing_package("jaxlm serve", "jaxlm[server]"):
-            from jaxlm.server.app import create_app
-            from jaxlm.server.connections import http_server
             from jaxlm.server.state import Server
-        listening = listen(self.host, self.port)
-        if not ip_address(listening.getsockname()[0]).is_loopback and not keys:
-            note("Everyone who reaches this address can use the server: it has no --api-key-file.")
-        with listening:
-            model = self.load()
-            from jaxlm.inference.engine import Engine
-
-            engine = Engine(model, self.slots, length=self.max_length)
-            name = self.served_model_name or str(self.model or self.adapter or STORIES.name)
+        named_adapters(self.adapter)  # raises before the model is loaded
+        with ExitStack() as opened:
+            listening = self._listen(opened)
+            if listening and not ip_address(listening.getsockname()[0]).is_loopback and not keys:
+                note("Everyone who reaches this address can use the server: it has no --api-key-file.")
+            engine = self._load_engine()
+            if self.prepare:
+                engine.prepare()
+            if listening is None:
+                follow(engine)
+                return 0
+            is_default = self.model is None and not self.adapter
+            name = self.served_model_name or (STORIES.name if is_default else engine.model.source)
             server = Server(
-                model,
+                engine.model,
                 engine,
                 name,
                 keys,
@@ -80,16 +99,81 @@ class Serve(ModelFlags):
                 origins=self.allow_origin,
                 request_timeout=self.request_timeout,
             )
-            if self.prepare:
-                engine.prepare()
-            note(f"Serving {name} on http://{address(listening)}/v1 ({engine.slots} slots of {engine.length:,} tokens)")
-            note(f"Chat in the browser: http://{address(listening)}/")
-            http = http_server(create_app(server), raise_file_limit() - OTHER_FILES)
-            with ending_at_signals(http):
-                http.run(sockets=[listening])
-        if http.force_exit:  # a second Ctrl-C
-            raise KeyboardInterrupt
+            serve(server, listening)
         return 0
+
+    def _listen(self, opened: ExitStack) -> socket.socket | None:
+        """The socket of process 0; None in other processes."""
+        if self.is_single_process:
+            return opened.enter_context(listen(self.host, self.port))
+        self.begin()
+        from jaxlm.devices import distributed
+
+        sockets: list[socket.socket] = []
+        distributed.run_on_coordinator(lambda: sockets.append(opened.enter_context(listen(self.host, self.port))))
+        return next(iter(sockets), None)
+
+    def _load_engine(self) -> "Engine":
+        """Loads the model and its adapters."""
+        model = self.load()
+        from jaxlm.devices import distributed
+        from jaxlm.inference.engine import Engine
+        from jaxlm.inference.lockstep import Leader
+        from jaxlm.loading import load_adapter
+
+        adapters = {}
+        for name, folder in named_adapters(self.adapter).items():
+            fields = {"token": self.token, "offline": self.offline, "allow_fields": self.allow_field}
+            adapters[name] = load_adapter(model, folder, dtype=self.dtype, **fields)
+            for text in adapters[name].checkpoint.notes:
+                note(f"{name}: {text}.")
+        kind = Leader if model.is_multiprocess and distributed.is_coordinator() else Engine
+        return kind(model, self.slots, length=self.max_length, adapters=adapters)
+
+
+def serve(server: "Server", listening: socket.socket) -> None:
+    """Serves until a signal, or until another process has died."""
+    from jaxlm.inference.lockstep import Leader
+    from jaxlm.server.app import create_app
+    from jaxlm.server.connections import http_server
+
+    http, engine = http_server(create_app(server), raise_file_limit() - OTHER_FILES), server.engine
+    if isinstance(engine, Leader):
+        engine.on_failure = lambda: setattr(http, "should_exit", True)
+        engine.start()
+    size = f"{engine.slots} slots of {engine.length:,} tokens"
+    note(f"Serving {', '.join(server.models)} on http://{address(listening)}/v1 ({size})")
+    note(f"Chat in the browser: http://{address(listening)}/")
+    with ending_at_signals(http):
+        http.run(sockets=[listening])
+    if isinstance(engine, Leader) and engine.failure is not None:
+        raise engine.failure
+    if http.force_exit:  # a second Ctrl-C
+        raise KeyboardInterrupt
+
+
+def follow(engine: "Engine") -> None:
+    """Runs the steps of process 0. Signals are ignored: process 0 gets them too, and finishes its answers first."""
+    from jaxlm.inference import lockstep
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    lockstep.follow(engine)
+
+
+def named_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Names and folders (or hub ids) of adapters given as NAME=ADAPTER, or as ADAPTER, which is its own name then."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, adapter = text.partition("=")
+        if not equals or Path(text).exists():
+            name, adapter = text, text
+        if not name or not adapter:
+            raise ValueError(f"--adapter {text}: write NAME=ADAPTER")
+        if name in found:
+            raise ValueError(f"--adapter {name} is given twice: choose different names")
+        found[name] = adapter
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
-from jaxlm.devices import hardware, mesh
+from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.requests import Request
 from jaxlm.nn import kv_cache, params
@@ -132,11 +132,14 @@ def plan_lengths(model: "Model", slots: int, length: int | None, rings: bool) ->
         lengths = few_cache_lengths(most)
         needed = kv_memory(model, slots, lengths, rings) + temporary_bytes(model, slots, most)
         if free is None or needed <= free:
-            return lengths
+            break
         if length is not None or most < PREFILL_CACHE:
             hint = "use fewer slots, a shorter length or a smaller model"
             hardware.require(needed, model.device, f"{slots} sequences of {most:,} tokens", hint)
         most //= 2
+    if model.is_multiprocess:  # that of the process with the least memory
+        lengths = few_cache_lengths(min(int(each) for each in distributed.gather(str(most))))
+    return lengths
 
 
 def kv_memory(model: "Model", slots: int, lengths: CacheLengths, rings: bool = True) -> int:

@@ -10,7 +10,7 @@ from jaxlm import adapters, models
 from jaxlm.checkpoint import gguf_files, gguf_models, headers, hf, hub, meta, peft
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
-from jaxlm.checkpoint.peft_config import read_settings
+from jaxlm.checkpoint.peft_config import Settings, read_settings
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.inference.sampling_params import log_unsupported
 from jaxlm.nn import params
@@ -87,25 +87,41 @@ def _as_adapter(source: ModelSource) -> Path | None:
     return None
 
 
-def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: bool) -> Resolved:
-    """Matches the base model of an adapter, with the adapter."""
-    if source.adapter is not None:
-        raise ValueError(
-            f"{source.name} is an adapter: pass its base model with {source.adapter}, or pass {source.name} only"
-        )
+def base_of(source: ModelSource) -> str:
+    """The name of the base model of the adapter `source`.
+
+    Raises:
+        ValueError: The adapter does not name it.
+        FileNotFoundError: There is no such adapter.
+    """
+    return _settings_with_base(source, hub.resolve_adapter(source))[1]
+
+
+def _settings_with_base(source: ModelSource, adapter: Path) -> tuple[Settings, str]:
+    """The settings of the adapter in a folder, and the name of its base model, which they must have."""
     settings = read_settings(adapter, source.allow_fields)
     if settings.base is None:
         raise ValueError(
             f"{source.name} is an adapter without the name of its base model: pass the base "
             f"(-m BASE --adapter {source.name})"
         )
-    revision = None if Path(settings.base).exists() else settings.revision
-    base = replace(source, name=settings.base, adapter=adapter, revision=revision)
+    return settings, settings.base
+
+
+def _match_base(source: ModelSource, adapter: Path, family: Any, headers_only: bool) -> Resolved:
+    """Matches the base model of an adapter, with the adapter."""
+    if source.adapter is not None:
+        raise ValueError(
+            f"{source.name} is an adapter: pass its base model with {source.adapter}, or pass {source.name} only"
+        )
+    settings, name = _settings_with_base(source, adapter)
+    revision = None if Path(name).exists() else settings.revision
+    base = replace(source, name=name, adapter=adapter, revision=revision)
     try:
         return match_tensors(base, family, headers_only=headers_only)
     except FileNotFoundError as error:
         hint = f"if the base model is elsewhere, pass it (-m BASE --adapter {source.name})"
-        raise FileNotFoundError(f"{source.name} is an adapter of {settings.base}, and {error}; {hint}") from None
+        raise FileNotFoundError(f"{source.name} is an adapter of {name}, and {error}; {hint}") from None
 
 
 def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resolved:
