@@ -18,7 +18,7 @@ from jaxlm.cli.serve import Serve, address, ending_at_signals, listen, raise_fil
 
 COMMAND = [sys.executable, "-m", "jaxlm", "serve", "--port", "0", "--slots", "2"]
 # Long enough that the signal comes before its end.
-BODY = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True, "n": 2, "stream": True}
+BODY = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True, "stream": True}
 
 
 @contextmanager

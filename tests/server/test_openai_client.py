@@ -226,7 +226,7 @@ def test_overload_is_refused(server: tuple[Server, str]) -> None:
         body = {"prompt": f"{n}", "max_tokens": 40, "ignore_eos": True}
         answer = httpx.post(url + "/v1/completions", json=body, timeout=120)
         if answer.status_code == 429:
-            assert answer.headers["retry-after"]
+            assert 1 <= int(answer.headers["retry-after"]) <= 1 + 60 // 20  # 20 are slots and places in the queue
         return answer.status_code
 
     with ThreadPoolExecutor(60) as pool:

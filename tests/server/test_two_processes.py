@@ -25,9 +25,7 @@ from jaxlm.checkpoint import peft
 from jaxlm.models import llama3
 
 ENV = {key: value for key, value in os.environ.items() if key != "JAX_DEFAULT_DEVICE"}
-ENV["XLA_FLAGS"] = (
-    f"{ENV.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-)
+ENV["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")

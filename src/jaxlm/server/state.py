@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +70,7 @@ class Server:
         origins: Origins of web pages that may use the server (CORS); "*" for all.
         request_timeout: Seconds that an answer may take; None for no limit.
         active: Requests that have not ended.
+        refusals: Times of the requests that were refused in the last second.
         models: The models by name.
         embedding: Held by the request whose embeddings are computed.
     """
@@ -82,6 +85,7 @@ class Server:
     request_timeout: float | None = None
     active: int = 0
     metrics: Metrics = field(default_factory=Metrics)
+    refusals: deque[float] = field(default_factory=deque)
     models: dict[str, Served] = field(init=False)
     embedding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -180,7 +184,17 @@ class Server:
         if count > most:
             raise Refused(400, f"{count:,} answers are too many: this server takes {most:,} at a time")
         if self.active + count > most:
-            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After="1")
+            wait = str(self._retry_after(most))
+            raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After=wait)
+
+    def _retry_after(self, most: int) -> int:
+        """Seconds after which a refused client may try again: longer when many are refused, because refusals take time
+        from answers. At ten times the load, about 2.5 * `most` requests are then refused in a second."""
+        now = time.monotonic()
+        self.refusals.append(now)
+        while self.refusals[0] < now - 1:
+            self.refusals.popleft()
+        return min(30, 1 + len(self.refusals) // most)
 
     @contextmanager
     def admitted(self, count: int) -> Iterator[None]:
