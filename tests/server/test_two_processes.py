@@ -119,6 +119,7 @@ def test_a_dead_process_ends_the_server_with_a_message(folder: Path) -> None:
         assert "process 0: jaxlm: another process ended or cannot be reached" in errors
 
 
+@pytest.mark.slow
 def test_a_port_in_use_ends_both_processes(folder: Path) -> None:
     with started(folder) as (_, url):
         port, where = url.rpartition(":")[2], f"127.0.0.1:{free_port()}"
