@@ -8,7 +8,7 @@ weights in jaxlm and float16 weights in llama.cpp. CORPORA has instruct_rasbt/in
 stories/public_domain.txt (long prompts: the first 1,200 characters of each chapter). Answers have as many tokens as the
 real ones have characters divided by 4.
 
-Each case of a round is a record in benchmarks/records/serve.jsonl. A run adds the records that are missing, and
+Each case of a round is a record in benchmarks/serve.jsonl. A run adds the records that are missing, and
 begins none after --minutes. The same command continues. Records of another commit of jaxlm are dropped. --render
 writes the table into docs/performance.md.
 """
@@ -33,7 +33,7 @@ from jaxlm.checkpoint.source import ModelSource
 from jaxlm.exporting import open_model
 
 ROOT = Path(__file__).parents[1]
-RECORDS, PAGE = ROOT / "benchmarks" / "records" / "serve.jsonl", ROOT / "docs" / "performance.md"
+RECORDS, PAGE = ROOT / "benchmarks" / "serve.jsonl", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- serve: begin -->", "<!-- serve: end -->"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("float32", "bfloat16")

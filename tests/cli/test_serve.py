@@ -63,7 +63,9 @@ def test_a_signal_lets_running_answers_finish(number: signal.Signals) -> None:
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason": "length"' in rest[-2]
-        assert ended(process) == (0, "")
+        status, printed = ended(process)
+        assert status == 0
+        assert printed == f"Chat in the browser: {url}/\n"
 
 
 @pytest.mark.slow

@@ -40,20 +40,23 @@ def serving(server: Server, **settings: Any) -> Iterator[str]:
 
 @contextmanager
 def slow_steps(server: Server) -> Iterator[set[Request]]:
-    """Steps of the engine take 20 ms more. Yields the requests that have had a slot, as they come."""
-    steps, seen = server.engine.steps, set[Request]()
-    step = steps.step
+    """Steps of the engine take 20 ms more. Yields the requests that are added, as they come."""
+    engine, seen = server.engine, set[Request]()
+    step, add = engine.steps.step, engine.add
 
     def slow(*args: Any) -> Any:
-        seen.update(slot.request for slot in server.engine.scheduler.rows if slot.request is not None)
         time.sleep(0.02)
         return step(*args)
 
-    steps.step = slow
+    def recorded(*requests: Request) -> None:
+        seen.update(requests)
+        add(*requests)
+
+    engine.steps.step, engine.add = slow, recorded
     try:
         yield seen
     finally:
-        steps.step = step
+        engine.steps.step, engine.add = step, add
 
 
 def wait_until_idle(server: Server) -> None:

@@ -179,7 +179,7 @@ def test_cache_lengths(rows: int) -> None:
     """Short requests have the same lengths. Every length fits the context, and the last one all tokens."""
 
     def lengths(prompt: int, max_tokens: int, context: int = 9000) -> memory.CacheLengths:
-        return memory.cache_lengths([Request(ids(prompt), DEFAULT_PARAMS, max_tokens)], rows, context)
+        return memory.cache_lengths([Request(ids(prompt), DEFAULT_PARAMS, max_tokens, None)], rows, context)
 
     least, most, _ = memory.SMALLEST_CACHE
     short = lengths(3, 20)
@@ -195,7 +195,7 @@ def test_cache_lengths(rows: int) -> None:
 def test_scarce_memory_takes_shorter_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that fit are not refused because the smallest KV cache does not."""
     model = model_with(4007)
-    requests = [Request(ids(20), DEFAULT_PARAMS, 12)]
+    requests = [Request(ids(20), DEFAULT_PARAMS, 12, None)]
     shortest = memory.shortest_cache_lengths(requests, model.config.context)
     assert shortest.decode == [32]
     needed = memory.kv_memory(model, 1, shortest) + memory.temporary_bytes(model, 1, 32)

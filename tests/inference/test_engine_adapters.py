@@ -141,6 +141,7 @@ def test_cached_prefixes_belong_to_their_adapter(tmp_path: Path) -> None:
         assert engine.scheduler.hits == 3 * 39
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_prepare() -> None:
     base, adapted = models_of("llama3")
     with jaxlm.Engine(base, 2, length=64, adapters=adapted) as engine:
@@ -168,7 +169,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("where", [{"device": jax.devices()[0]}, {"mesh": "data=2,model=2"}], ids=["device", "mesh"])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param({"device": jax.devices()[0]}, id="device", marks=pytest.mark.slow),
+     pytest.param({"mesh": "data=2,model=2"}, id="mesh")],
+)  # fmt: skip
 def test_adapters_from_files_share_the_base(folder: Path, where: dict[str, Any]) -> None:
     base = jaxlm.load(folder / "base", **where)
     adapted = {name: jaxlm.load_adapter(base, folder / name) for name in ("chat", "plain")}

@@ -77,6 +77,7 @@ def test_rows_with_requests_stay(tmp_path: Path) -> None:
     assert request.tokens == jaxlm.generate(model, OTHER, **options).tokens
 
 
+@pytest.mark.slow
 def test_a_mesh_loads_what_one_device_saved(tmp_path: Path) -> None:
     model = tiny("gemma3", max_position_embeddings=128, num_attention_heads=8, num_key_value_heads=4)
     path = tmp_path / "prefixes.safetensors"

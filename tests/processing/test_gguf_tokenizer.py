@@ -34,7 +34,9 @@ def metadata_of(content: dict[str, Any], pre: str) -> dict[str, Any]:
             "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PRE)
+@pytest.mark.parametrize(
+    "name", [name if name == "llama3" else pytest.param(name, marks=pytest.mark.slow) for name in PRE]
+)
 def test_byte_level_ids_equal_those_of_tokenizer_json(name, shared, tmp_path):
     folder = shared / "tokenizers" / name
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -253,6 +253,7 @@ def test_the_folder_of_an_earlier_version_resumes(halted, whole) -> None:
     assert "optimizer" in json.loads((out / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_may_change(files, whole, tmp_path) -> None:
     """For a run that is out of memory, and for runs of versions with another default. Only rounding differs."""
     run = run_of(files, tmp_path / "run", remat="none")
