@@ -14,7 +14,8 @@ from jaxlm.inference.embeddings import Pooling
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "logit_bias", "stop", "stop_token_ids", "seed", "ignore_eos")  # fmt: skip
 STRUCTURED = "use response_format, regex or grammar"
-# Fields that are refused, with the way out, unless they have no effect: empty, or a value of NO_EFFECT.
+# Fields that are refused, with the way out, unless they have no effect: empty, or a value of NO_EFFECT. Where this is
+# True, False has an effect.
 REFUSED = {
     "use_beam_search": "use n, and choose among the answers",
     "length_penalty": "it belongs to beam search",
@@ -48,7 +49,6 @@ REFUSED_IN_CHATS = {
     "mm_processor_kwargs": "messages are text",
     "continue_final_message": "end with a message of the assistant, which is continued",
     "add_generation_prompt": "use chat_template_kwargs",
-    "add_special_tokens": "use /v1/completions",
     "echo": "use /v1/completions",
 }
 REFUSED_IN_COMPLETIONS = {
@@ -88,8 +88,9 @@ class Body(BaseModel):
     @classmethod
     def _refuse(cls, given: Any) -> Any:
         for name, way_out in cls.refused.items():
-            value = given.get(name) if isinstance(given, dict) else None
-            if value and value not in NO_EFFECT.get(name, ()):
+            value, neutral = given.get(name) if isinstance(given, dict) else None, NO_EFFECT.get(name, ())
+            is_empty = not value and not (value is False and neutral == (True,))
+            if not is_empty and value not in neutral:
                 raise ValueError(f"{name} is not supported: {way_out}")
         return given
 
