@@ -127,6 +127,28 @@ def test_connections_of_answers_are_kept(served: tuple[Server, str], short: floa
         assert http.get("/health").status_code == 200
 
 
+def test_a_connection_is_kept_between_two_requests(served: tuple[Server, str]) -> None:
+    """uvicorn has a timer of its own, of 5 s by default."""
+    http = connections.http_server(create_app(served[0]), 1)
+    assert http.config.timeout_keep_alive == connections.IDLE_SECONDS
+
+
+def test_a_request_that_follows_a_stream_at_once_is_not_cut_off(
+    served: tuple[Server, str], short: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins before the stream is cleaned up, whose end must not start the timer of idle connections."""
+    server, url = served
+    step = server.engine.steps.step
+    monkeypatch.setattr(server.engine.steps, "step", lambda *args: time.sleep(0.05) or step(*args))
+    stream, slow = {**BODY, "max_tokens": 2, "stream": True}, {**BODY, "max_tokens": 60}
+    with connected(url, request(stream) + request(slow, more="Connection: close\r\n")) as client:
+        begin = time.monotonic()
+        found = all_of(client)
+    assert time.monotonic() - begin > 2 * short
+    assert found.count(b"HTTP/1.1 200") == 2
+    assert b'"completion_tokens":60' in found
+
+
 def test_large_headers_are_refused(served: tuple[Server, str]) -> None:
     with connected(served[1], b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000) as client:
         assert all_of(client).startswith(b"HTTP/1.1 400")
@@ -231,7 +253,9 @@ def test_requests_have_a_time_limit(served: tuple[Server, str], monkeypatch: pyt
         lines = http.post("/v1/completions", json={**BODY, "stream": True}).text.strip().split("\n\n")
         assert len(lines) > 1
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["type"] == "timeout_error"
-        assert http.post("/v1/embeddings", json={"input": "a"}).status_code == 504
+        answer = http.post("/v1/embeddings", json={"input": "a"})
+        assert answer.status_code == 504
+        assert "send fewer or shorter inputs" in answer.json()["error"]["message"]
         wait_until_idle(server)
         assert http.post("/v1/completions", json={**BODY, "max_tokens": 1}).status_code == 200
 

@@ -45,6 +45,7 @@ def http_server(app: ASGIApp, max_connections: int, **settings: Any) -> uvicorn.
         log_level="error",
         access_log=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=int(IDLE_SECONDS),  # uvicorn has a timer of its own between two requests
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         **settings,
     )
@@ -60,6 +61,7 @@ class Connection(H11Protocol):
         self._socket: Any = None
         self._idle: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._requests: int = 0  # that have begun and not ended
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -72,7 +74,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.discard(self)
-        self.begin()
+        self._idle = _stopped(self._idle)
         self._stalled = _stopped(self._stalled)
         super().connection_lost(exc)
 
@@ -83,7 +85,15 @@ class Connection(H11Protocol):
 
     def begin(self) -> None:
         """The headers of a request have arrived."""
+        self._requests += 1
         self._idle = _stopped(self._idle)
+
+    def end(self) -> None:
+        """The answer to a request has ended. The next request may have begun before: a stream is cleaned up after its
+        last byte was sent."""
+        self._requests -= 1
+        if not self._requests:
+            self.wait()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -116,7 +126,7 @@ class Timed:
         except asyncio.CancelledError:
             pass  # by uvicorn, after SHUTDOWN_SECONDS: it would log a traceback
         finally:
-            connection.wait()
+            connection.end()
 
 
 async def answered(http: HttpRequest, answer: Coroutine[Any, Any, Result]) -> Result:
