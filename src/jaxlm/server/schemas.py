@@ -76,6 +76,10 @@ NO_EFFECT: dict[str, Any] = {
     "response_format": ({"type": "text"},),
 }
 StopString = Annotated[str, Field(max_length=1000)]  # each token of an answer is compared with all of them
+# The first error of a list ends its validation: a body has millions of numbers, and each error takes a kilobyte.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Texts = str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -113,7 +117,7 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     seed: int | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -164,13 +168,13 @@ class ChatBody(SamplingBody):
 
     refused = REFUSED_IN_CHATS
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Objects = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -236,7 +240,7 @@ class CompletionBody(SamplingBody):
 
     refused = REFUSED_IN_COMPLETIONS
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
@@ -255,7 +259,7 @@ class EmbeddingBody(Body):
 
     refused = REFUSED_IN_EMBEDDINGS
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling = "mean"
 
@@ -265,7 +269,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
     add_special_tokens: bool = True
 
 
@@ -273,4 +277,4 @@ class DetokenizeBody(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids
