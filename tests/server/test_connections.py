@@ -207,6 +207,23 @@ def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
     wait_until_idle(server)
 
 
+def test_a_busy_server_refuses_before_the_body_is_sent(
+    served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time to wait grows with the refusals of the last second."""
+    server, url = served
+    most = server.engine.slots + server.max_waiting
+    monkeypatch.setattr(server, "active", most)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+        with connected(url, head.encode()) as client:
+            found = client.recv(65536)
+        assert found.startswith(b"HTTP/1.1 429"), path
+        assert b"retry-after: 1\r\n" in found.lower()
+    server.refusals.extend([time.monotonic()] * 3 * most)
+    assert httpx.post(url + "/v1/completions", json=BODY).headers["retry-after"] == "4"
+
+
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 2
     while not condition():
