@@ -98,6 +98,19 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded() -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("flags", [
+    {"max_waiting": -1},
+    {"slots": 0},
+    {"max_length": 0},
+    {"request_timeout": 0.0},
+    {"request_timeout": float("nan")},
+    {"adapter": ("a=b", "a=c")},
+])  # fmt: skip
+def test_flags_out_of_range_are_errors_before_the_model_is_loaded(flags: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--" + next(iter(flags)).replace("_", "-")):
+        Serve(model="no/such-model", port=0, **flags).run()
+
+
 def test_addresses() -> None:
     with listen("127.0.0.1", 0) as listening:
         assert address(listening) == f"127.0.0.1:{listening.getsockname()[1]}"
