@@ -190,6 +190,18 @@ def test_a_client_that_does_not_read_is_disconnected(served: tuple[Server, str],
     assert len(found) > 100_000  # more than all buffers together
 
 
+def test_a_client_that_reads_slowly_gets_a_large_answer(served: tuple[Server, str], short: float) -> None:
+    with connected(served[1], request({**BODY, "logprobs": 20, "n": 2}, more="Connection: close\r\n")) as client:
+        begin, found = time.monotonic(), b""
+        while data := client.recv(2048):
+            found += data
+            time.sleep(0.01)
+    assert time.monotonic() - begin > 2 * short
+    content = found.partition(b"\r\n\r\n")[2]
+    assert len(content) > 100_000
+    assert json.loads(content)["usage"]["completion_tokens"] == 400
+
+
 def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
     served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 HEADER_BYTES = 32 << 10  # of a request line and its headers
 IDLE_SECONDS = 15.0  # until the headers of a request have arrived; also between two requests
 WRITE_SECONDS = 60.0  # until a client reads on, when its answer waits in full buffers
+WRITE_RATE = 1 << 10  # bytes per second that it then reads at least
 SHUTDOWN_SECONDS = 30  # until running answers are cut off
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -81,7 +82,13 @@ class Connection(H11Protocol):
     def wait(self) -> None:
         """Starts to wait for the headers of a request."""
         _stopped(self._idle)
-        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._socket.abort)
+        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire)
+
+    def _expire(self) -> None:
+        if self._stalled is None:
+            self._socket.abort()
+        else:  # the client still reads the last answer
+            self.wait()
 
     def begin(self) -> None:
         """The headers of a request have arrived."""
@@ -97,8 +104,19 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Looks after WRITE_SECONDS how much the client has read. Large answers take longer than that."""
         _stopped(self._stalled)
-        self._stalled = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._socket.abort)
+        size = self._socket.get_write_buffer_size()
+        self._stalled = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._check, size)
+
+    def _check(self, before: int) -> None:
+        if before - self._socket.get_write_buffer_size() < WRITE_RATE * WRITE_SECONDS:
+            self._socket.abort()
+        else:
+            self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
