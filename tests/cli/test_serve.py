@@ -28,7 +28,7 @@ def serving(*flags: str) -> Iterator[tuple[Any, str]]:
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            if found := re.search(r"Serving .* on (http://\S+)/v1", line):
+            if found := re.search(r"Chat in the browser: (http://\S+)/$", line):  # the last line
                 yield process, found[1]
                 break
     finally:
