@@ -28,7 +28,7 @@ def serving(*flags: str) -> Iterator[tuple[Any, str]]:
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            if found := re.search(r"Chat in the browser: (http://\S+)/$", line):
+            if found := re.search(r"Chat in the browser: (http://\S+)/$", line):  # the last line
                 yield process, found[1]
                 break
     finally:
@@ -96,6 +96,19 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded() -> None:
         with pytest.raises(OSError, match="cannot listen on") as caught:
             listen(host, 0)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [
+    {"max_waiting": -1},
+    {"slots": 0},
+    {"max_length": 0},
+    {"request_timeout": 0.0},
+    {"request_timeout": float("nan")},
+    {"adapter": ("a=b", "a=c")},
+])  # fmt: skip
+def test_flags_out_of_range_are_errors_before_the_model_is_loaded(flags: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--" + next(iter(flags)).replace("_", "-")):
+        Serve(model="no/such-model", port=0, **flags).run()
 
 
 def test_addresses() -> None:

@@ -312,6 +312,20 @@ def test_bad_requests_leave_the_engine_as_it_is(prompt: list[int], options: dict
     assert not engine.is_busy
 
 
+def test_a_prompt_without_an_answer_may_fill_its_row() -> None:
+    """It ends, and the request beside it goes on."""
+    engine = Engine(tiny("qwen3"), 2, length=64)
+    running = engine.submit([1], max_tokens=20, temperature=0, ignore_eos=True)
+    engine.step()
+    [full] = engine.requests([[2] * 64], {"max_tokens": 1})
+    full.max_tokens = 0  # as for the server's echo
+    engine.add(full)
+    while engine.is_busy:
+        engine.step()
+    assert (full.finished, full.error, full.tokens) == ("length", None, [])
+    assert (running.finished, len(running.tokens)) == ("length", 20)
+
+
 def test_prompt_logprobs_and_echo() -> None:
     model = replace(tiny("qwen3"), tokenizer=tokenizer_of(None))
     ids = [(3 * i) % 90 for i in range(70)]

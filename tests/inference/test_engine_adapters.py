@@ -134,6 +134,12 @@ def test_cached_prefixes_belong_to_their_adapter(tmp_path: Path) -> None:
             hits.append(engine.scheduler.hits)
         assert hits == [0, 0, 0, 39, 78, 117]
         assert engine.save_prefix_cache(tmp_path / "prefixes.safetensors") == 3 * 45
+    louder = drawn(base, *KINDS["query"][:2], scale=2 * KINDS["query"][2])  # the same arrays, another lora_alpha
+    with (
+        jaxlm.Engine(base, 3, adapters=adapted | {"query": beside(base, louder)}) as engine,
+        pytest.raises(ValueError, match="other weights"),
+    ):
+        engine.load_prefix_cache(tmp_path / "prefixes.safetensors")
     with jaxlm.Engine(base, 3, adapters=adapted) as engine:
         engine.load_prefix_cache(tmp_path / "prefixes.safetensors")
         for name in ("query", None, "all"):

@@ -282,7 +282,7 @@ def test_openai_errors(client: openai.OpenAI) -> None:
 def test_openai_retries(server: tuple[Server, str], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client repeats a request after the seconds of Retry-After."""
     served, url = server
-    monkeypatch.setattr(served, "active", served.engine.slots + served.max_waiting)  # every request is one too many
+    monkeypatch.setattr(served, "active", served.engine.slots + served.max_waiting)  # one more is too many
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
     asked: list[float] = []

@@ -127,6 +127,28 @@ def test_connections_of_answers_are_kept(served: tuple[Server, str], short: floa
         assert http.get("/health").status_code == 200
 
 
+def test_a_connection_is_kept_between_two_requests(served: tuple[Server, str]) -> None:
+    """uvicorn has a timer of its own, of 5 s by default."""
+    http = connections.http_server(create_app(served[0]), 1)
+    assert http.config.timeout_keep_alive == connections.IDLE_SECONDS
+
+
+def test_a_request_that_follows_a_stream_at_once_is_not_cut_off(
+    served: tuple[Server, str], short: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins before the stream is cleaned up, whose end must not start the timer of idle connections."""
+    server, url = served
+    step = server.engine.steps.step
+    monkeypatch.setattr(server.engine.steps, "step", lambda *args: time.sleep(0.05) or step(*args))
+    stream, slow = {**BODY, "max_tokens": 2, "stream": True}, {**BODY, "max_tokens": 60}
+    with connected(url, request(stream) + request(slow, more="Connection: close\r\n")) as client:
+        begin = time.monotonic()
+        found = all_of(client)
+    assert time.monotonic() - begin > 2 * short
+    assert found.count(b"HTTP/1.1 200") == 2
+    assert b'"completion_tokens":60' in found
+
+
 def test_large_headers_are_refused(served: tuple[Server, str]) -> None:
     with connected(served[1], b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000) as client:
         assert all_of(client).startswith(b"HTTP/1.1 400")
@@ -168,6 +190,18 @@ def test_a_client_that_does_not_read_is_disconnected(served: tuple[Server, str],
     assert len(found) > 100_000  # more than all buffers together
 
 
+def test_a_client_that_reads_slowly_gets_a_large_answer(served: tuple[Server, str], short: float) -> None:
+    with connected(served[1], request({**BODY, "logprobs": 20, "n": 2}, more="Connection: close\r\n")) as client:
+        begin, found = time.monotonic(), b""
+        while data := client.recv(2048):
+            found += data
+            time.sleep(0.01)
+    assert time.monotonic() - begin > 2 * short
+    content = found.partition(b"\r\n\r\n")[2]
+    assert len(content) > 100_000
+    assert json.loads(content)["usage"]["completion_tokens"] == 400
+
+
 def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
     served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +217,23 @@ def test_a_client_that_leaves_while_it_waits_gives_up_its_place(
         until(lambda: server.active == 2)
         assert sum(row.request is not None for row in server.engine.scheduler.rows) == 2
     wait_until_idle(server)
+
+
+def test_a_busy_server_refuses_before_the_body_is_sent(
+    served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time to wait grows with the refusals of the last second."""
+    server, url = served
+    most = server.engine.slots + server.max_waiting
+    monkeypatch.setattr(server, "active", most)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+        with connected(url, head.encode()) as client:
+            found = client.recv(65536)
+        assert found.startswith(b"HTTP/1.1 429"), path
+        assert b"retry-after: 1\r\n" in found.lower()
+    server.refusals.extend([time.monotonic()] * 3 * most)
+    assert httpx.post(url + "/v1/completions", json=BODY).headers["retry-after"] == "4"
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -231,7 +282,9 @@ def test_requests_have_a_time_limit(served: tuple[Server, str], monkeypatch: pyt
         lines = http.post("/v1/completions", json={**BODY, "stream": True}).text.strip().split("\n\n")
         assert len(lines) > 1
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["type"] == "timeout_error"
-        assert http.post("/v1/embeddings", json={"input": "a"}).status_code == 504
+        answer = http.post("/v1/embeddings", json={"input": "a"})
+        assert answer.status_code == 504
+        assert "send fewer or shorter inputs" in answer.json()["error"]["message"]
         wait_until_idle(server)
         assert http.post("/v1/completions", json={**BODY, "max_tokens": 1}).status_code == 200
 

@@ -9,7 +9,7 @@ import pytest
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from jaxlm.server.schemas import NO_EFFECT, Body, ChatBody, CompletionBody, EmbeddingBody
+from jaxlm.server.schemas import NO_EFFECT, Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 BODIES: dict[str, tuple[type[Body], Any, dict[str, Any]]] = {
@@ -49,5 +49,26 @@ def test_refused_fields_are_named_with_the_way_out(endpoint: str) -> None:
     for name, way_out in kind.refused.items():
         with pytest.raises(pydantic.ValidationError, match=re.escape(f"{name} is not supported: {way_out}")):
             kind.model_validate({**sound, name: ["something"]})
-        for value in (None, False, [], *NO_EFFECT.get(name, ())):
+        neutral = NO_EFFECT.get(name, ())
+        for value in (None, [], *neutral):
             kind.model_validate({**sound, name: value})
+        if neutral == (True,):  # False changes the answer
+            with pytest.raises(pydantic.ValidationError, match=f"{name} is not supported"):
+                kind.model_validate({**sound, name: False})
+        else:
+            kind.model_validate({**sound, name: False})
+
+
+@pytest.mark.parametrize(("kind", "fields"), [
+    (CompletionBody, {"prompt": [[]] * 1000 + ["a"]}),
+    (CompletionBody, {"prompt": [1] * 1000 + ["a"]}),
+    (CompletionBody, {"prompt": "a", "stop_token_ids": ["a"] * 1000}),
+    (EmbeddingBody, {"input": ["a"] * 1000 + [1]}),
+    (ChatBody, {"messages": [1] * 1000}),
+    (DetokenizeBody, {"tokens": ["a"] * 1000}),
+])  # fmt: skip
+def test_a_long_list_has_few_errors(kind: type[Body], fields: dict[str, Any]) -> None:
+    """An error for each of a million numbers took a gigabyte, and three seconds in which nobody was answered."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate(fields)
+    assert caught.value.error_count() < 10

@@ -67,6 +67,23 @@ def test_streams_have_the_same_text(client: openai.OpenAI, model: Model) -> None
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == expected.generation_tokens
+    assert all("usage" in chunk.to_dict() for chunk in chunks)  # null in the others, as from OpenAI
+
+
+def test_usage_counts_each_prompt_once(client: openai.OpenAI, model: Model) -> None:
+    prompts, options = ["hello", "a b c d"], {"n": 2, "max_tokens": 3, "temperature": 0.9, "seed": 1}
+    expected: Any = jaxlm.generate(model, prompts, **options)
+    flat = [answer for each in expected for answer in (each if isinstance(each, list) else [each])]
+    assert len(flat) == 4
+    count = sum(answer.prompt_tokens for answer in flat[::2])
+    assert flat[0].prompt_tokens != flat[2].prompt_tokens
+    whole = client.completions.create(model="tiny", prompt=prompts, **options)
+    stream = client.completions.create(
+        model="tiny", prompt=prompts, stream=True, stream_options={"include_usage": True}, **options
+    )
+    for usage in (whole.usage, [*stream][-1].usage):
+        assert usage is not None
+        assert (usage.prompt_tokens, usage.completion_tokens) == (count, sum(a.generation_tokens for a in flat))
 
 
 def test_several_answers_and_log_probabilities(client: openai.OpenAI, model: Model) -> None:

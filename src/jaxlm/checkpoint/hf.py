@@ -44,7 +44,7 @@ class MatchResult(NamedTuple):
         pairs: each row with its tensor.
         heads: stored heads that config.json ties to the embedding, and that are like it (`alike`).
         ignored: tensors that are known and not used.
-        no_weights: why there are no tensors; empty if there are (jaxlm.resolving.match_tensors, headers_only).
+        no_weights: why there are no tensors; empty if there are (jaxlm.loading.resolving.match_tensors, headers_only).
     """
 
     pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]]

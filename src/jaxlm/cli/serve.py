@@ -77,7 +77,7 @@ class Serve(ModelFlags):
         keys = read_keys(self.api_key_file) if self.api_key_file else []
         with explain_missing_package("jaxlm serve", "jaxlm[server]"):
             from jaxlm.server.state import Server
-        named_adapters(self.adapter)  # raises before the model is loaded
+        self._check()
         with ExitStack() as opened:
             listening = self._listen(opened)
             if listening and not ip_address(listening.getsockname()[0]).is_loopback and not keys:
@@ -101,6 +101,15 @@ class Serve(ModelFlags):
             )
             serve(server, listening)
         return 0
+
+    def _check(self) -> None:
+        """Raises ValueError for flags that are out of range, before the model is loaded."""
+        named_adapters(self.adapter)
+        for flag, least in (("max_waiting", 0), ("slots", 1), ("max_length", 1)):
+            if (value := getattr(self, flag)) is not None and value < least:
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+        if self.request_timeout is not None and not 0 < self.request_timeout < float("inf"):
+            raise ValueError(f"--request-timeout {self.request_timeout:g}: must be above 0; omit it for no limit")
 
     def _listen(self, opened: ExitStack) -> socket.socket | None:
         """The socket of process 0; None in other processes."""

@@ -4,7 +4,7 @@ The file belongs to one model, because keys and values depend on its weights (`w
 """
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from jaxlm.checkpoint.safetensors import DTYPES, Tensor
 from jaxlm.devices import mesh
 from jaxlm.inference.scheduler import Scheduler
 from jaxlm.nn.kv_cache import KVCache
+from jaxlm.nn.linear import WeightForm
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -88,12 +89,20 @@ def load(scheduler: Scheduler, path: Path) -> int:
 
 
 def weights_digest(model: "Model") -> np.ndarray:
-    """A digest of the config, and of type, shape and a checksum of each weight; [32] bytes."""
+    """A digest of the config, of the static fields of weight forms, such as the scale of an adapter, and of type, shape
+    and a checksum of each weight; [32] bytes."""
     leaves = jax.tree.leaves(model.weights)
-    digest = hashlib.sha256(repr((model.config, [(leaf.shape, str(leaf.dtype)) for leaf in leaves])).encode())
+    forms = [leaf for leaf in jax.tree.leaves(model.weights, is_leaf=_is_form) if _is_form(leaf)]
+    static = [getattr(form, each.name) for form in forms for each in fields(form) if each.metadata.get("static")]
+    described = (model.config, static, [(leaf.shape, str(leaf.dtype)) for leaf in leaves])
+    digest = hashlib.sha256(repr(described).encode())
     for value in jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])(leaves)):
         digest.update(value.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _is_form(leaf: Any) -> bool:
+    return isinstance(leaf, WeightForm)
 
 
 def _checksum(a: jax.Array) -> jax.Array:

@@ -218,7 +218,9 @@ class Scheduler:
                 self.rows[row_of[request]].request = None
         if not inserted:
             return
-        state = self._fitting(max(len(request.ids) for request in inserted) + 1, joining.full)
+        # A prompt may fill its row if nothing follows it (max_tokens 0).
+        length = max(len(request.ids) + (request.finished is None) for request in inserted)
+        state = self._fitting(length, joining.full)
         n = hardware.STEPS[self.model.device.platform]
         rows = joining.rows([row_of[r] if r in inserted else self.slots for r in joining.requests], self.slots)
         decode = [partial(self.steps.step, joining.k, n, shapes(state))] if self.answers else []

@@ -64,8 +64,9 @@ def dropped(render: Render, messages: Sequence[Message], text: str, besides: str
         together = render(marked)
     except ValueError:  # the template expects something of a content
         together = ""
+    found = set(re.findall(f"{tag}([0-9]+)\\.", together))
     for i in shown:
-        if messages[i]["role"] == besides or f"{tag}{i}." in together:
+        if messages[i]["role"] == besides or str(i) in found:
             continue
         try:
             written = tag in render([*messages[:i], {**messages[i], "content": tag}, *messages[i + 1 :]])
@@ -79,4 +80,7 @@ def dropped(render: Render, messages: Sequence[Message], text: str, besides: str
 def _marked(messages: Sequence[Message], tag: str) -> tuple[list[int], list[Message]]:
     """Returns the indices of messages with a content that is not blank, and the messages with a marker in its place."""
     shown = [i for i, message in enumerate(messages) if message["content"].strip()]
-    return shown, [{**m, "content": f"{tag}{i}."} if i in shown else m for i, m in enumerate(messages)]
+    marked = list(messages)
+    for i in shown:
+        marked[i] = {**messages[i], "content": f"{tag}{i}."}
+    return shown, marked

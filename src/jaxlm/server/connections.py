@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 HEADER_BYTES = 32 << 10  # of a request line and its headers
 IDLE_SECONDS = 15.0  # until the headers of a request have arrived; also between two requests
 WRITE_SECONDS = 60.0  # until a client reads on, when its answer waits in full buffers
+WRITE_RATE = 1 << 10  # bytes per second that it then reads at least
 SHUTDOWN_SECONDS = 30  # until running answers are cut off
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -45,6 +46,7 @@ def http_server(app: ASGIApp, max_connections: int, **settings: Any) -> uvicorn.
         log_level="error",
         access_log=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=int(IDLE_SECONDS),  # uvicorn has a timer of its own between two requests
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         **settings,
     )
@@ -60,6 +62,7 @@ class Connection(H11Protocol):
         self._socket: Any = None
         self._idle: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._requests: int = 0  # that have begun and not ended
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -72,23 +75,48 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.discard(self)
-        self.begin()
+        self._idle = _stopped(self._idle)
         self._stalled = _stopped(self._stalled)
         super().connection_lost(exc)
 
     def wait(self) -> None:
         """Starts to wait for the headers of a request."""
         _stopped(self._idle)
-        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._socket.abort)
+        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire)
+
+    def _expire(self) -> None:
+        if self._stalled is None:
+            self._socket.abort()
+        else:  # the client still reads the last answer
+            self.wait()
 
     def begin(self) -> None:
         """The headers of a request have arrived."""
+        self._requests += 1
         self._idle = _stopped(self._idle)
+
+    def end(self) -> None:
+        """The answer to a request has ended. The next request may have begun before: a stream is cleaned up after its
+        last byte was sent."""
+        self._requests -= 1
+        if not self._requests:
+            self.wait()
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Looks after WRITE_SECONDS how much the client has read. Large answers take longer than that."""
         _stopped(self._stalled)
-        self._stalled = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._socket.abort)
+        size = self._socket.get_write_buffer_size()
+        self._stalled = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._check, size)
+
+    def _check(self, before: int) -> None:
+        if before - self._socket.get_write_buffer_size() < WRITE_RATE * WRITE_SECONDS:
+            self._socket.abort()
+        else:
+            self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -116,7 +144,7 @@ class Timed:
         except asyncio.CancelledError:
             pass  # by uvicorn, after SHUTDOWN_SECONDS: it would log a traceback
         finally:
-            connection.wait()
+            connection.end()
 
 
 async def answered(http: HttpRequest, answer: Coroutine[Any, Any, Result]) -> Result:

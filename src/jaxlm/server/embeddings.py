@@ -56,7 +56,7 @@ async def _vectors(server: Server, served: Served, prompts: list[list[int]], bod
             for batch in served.embedder.batches([len(ids) for ids in prompts]):
                 found[batch] = await asyncio.to_thread(served.embedder.run, [prompts[i] for i in batch], body.pooling)
     except TimeoutError:
-        raise server.too_late() from None
+        raise server.too_late("send fewer or shorter inputs") from None
     return found
 
 

@@ -14,7 +14,8 @@ from jaxlm.inference.embeddings import Pooling
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "logit_bias", "stop", "stop_token_ids", "seed", "ignore_eos")  # fmt: skip
 STRUCTURED = "use response_format, regex or grammar"
-# Fields that are refused, with the way out, unless they have no effect: empty, or a value of NO_EFFECT.
+# Fields that are refused, with the way out, unless they have no effect: empty, or a value of NO_EFFECT. Where this is
+# True, False has an effect.
 REFUSED = {
     "use_beam_search": "use n, and choose among the answers",
     "length_penalty": "it belongs to beam search",
@@ -48,7 +49,6 @@ REFUSED_IN_CHATS = {
     "mm_processor_kwargs": "messages are text",
     "continue_final_message": "end with a message of the assistant, which is continued",
     "add_generation_prompt": "use chat_template_kwargs",
-    "add_special_tokens": "use /v1/completions",
     "echo": "use /v1/completions",
 }
 REFUSED_IN_COMPLETIONS = {
@@ -76,6 +76,10 @@ NO_EFFECT: dict[str, Any] = {
     "response_format": ({"type": "text"},),
 }
 StopString = Annotated[str, Field(max_length=1000)]  # each token of an answer is compared with all of them
+# The first error of a list ends its validation: a body has millions of numbers, and each error takes a kilobyte.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Texts = str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -88,8 +92,9 @@ class Body(BaseModel):
     @classmethod
     def _refuse(cls, given: Any) -> Any:
         for name, way_out in cls.refused.items():
-            value = given.get(name) if isinstance(given, dict) else None
-            if value and value not in NO_EFFECT.get(name, ()):
+            value, neutral = given.get(name) if isinstance(given, dict) else None, NO_EFFECT.get(name, ())
+            is_empty = not value and not (value is False and neutral == (True,))
+            if not is_empty and value not in neutral:
                 raise ValueError(f"{name} is not supported: {way_out}")
         return given
 
@@ -112,7 +117,7 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     seed: int | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -163,13 +168,13 @@ class ChatBody(SamplingBody):
 
     refused = REFUSED_IN_CHATS
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Objects = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -235,7 +240,7 @@ class CompletionBody(SamplingBody):
 
     refused = REFUSED_IN_COMPLETIONS
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
@@ -254,7 +259,7 @@ class EmbeddingBody(Body):
 
     refused = REFUSED_IN_EMBEDDINGS
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling = "mean"
 
@@ -264,7 +269,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
     add_special_tokens: bool = True
 
 
@@ -272,4 +277,4 @@ class DetokenizeBody(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids

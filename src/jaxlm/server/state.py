@@ -169,9 +169,9 @@ class Server:
                 await chunks.aclose()
                 self.metrics.count(requests)
 
-    def too_late(self) -> Refused:
+    def too_late(self, way_out: str = "reduce max_tokens") -> Refused:
         """The answer to a request that took too long. The openai client does not repeat the request."""
-        text = f"the answer took more than {self.request_timeout:g} s: reduce max_tokens"
+        text = f"the answer took more than {self.request_timeout:g} s: {way_out}"
         return Refused(504, text, "timeout_error", X_Should_Retry="false")
 
     def check_load(self, count: int = 1) -> None:
