@@ -27,9 +27,12 @@ def serving(*flags: str) -> Iterator[tuple[Any, str]]:
     process = subprocess.Popen([*COMMAND, *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
+        url = ""
         for line in process.stderr:
-            if found := re.search(r"Chat in the browser: (http://\S+)/$", line):  # the last line
-                yield process, found[1]
+            if found := re.search(r"Serving .* on (http://\S+)/v1", line):
+                url = found[1]
+            if "no chat template" in line:  # the last line
+                yield process, url
                 break
     finally:
         process.kill()
@@ -63,7 +66,9 @@ def test_a_signal_lets_running_answers_finish(number: signal.Signals) -> None:
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason": "length"' in rest[-2]
-        assert ended(process) == (0, "")
+        status, printed = ended(process)
+        assert status == 0
+        assert printed.strip() == "Ending: finishing 1 answers. Ctrl-C ends at once."
 
 
 @pytest.mark.slow

@@ -84,3 +84,15 @@ def test_an_unknown_model_is_named_with_the_one_there_is(client: TestClient) -> 
     ):
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == "the model 'other' does not exist: this server has 'tiny'"
+
+
+def test_other_host_names_are_refused() -> None:
+    """A page of another name, which a browser looks up as the address of this machine, may not use the server."""
+    model = tiny("llama3", max_position_embeddings=64)
+    served = Server(model, jaxlm.Engine(model, 1), "tiny", hosts=["localhost", "My.Host"])
+    with TestClient(create_app(served)) as http:
+        for host, status in (("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("my.host:1", 200),
+                             ("evil.example", 403), ("localhost.evil.example", 403), ("", 403)):  # fmt: skip
+            assert http.get("/v1/models", headers={"Host": host}).status_code == status, host
+        answer = http.get("/", headers={"Host": "evil.example"})
+        assert "--allow-host evil.example" in answer.json()["error"]["message"]

@@ -83,7 +83,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "Model": MODEL, "Sampling": SAMPLING, "Distributed": DISTRIBUTED,
     },
     "serve": {
-        "Server": ["host", "port", "served_model_name", "api_key_file", "allow_origin", "request_timeout"],
+        "Server": ["host", "port", "served_model_name", "api_key_file", "allow_host", "allow_origin",
+                   "request_timeout"],
         "Engine": ["slots", "max_length", "max_waiting", "prepare"],
         "Model": MODEL, "Distributed": DISTRIBUTED,
     },

@@ -15,7 +15,7 @@ import tyro
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.cli.common import STORIES, ModelFlags
-from jaxlm.cli.terminal import note
+from jaxlm.cli.terminal import is_quiet, note
 
 if TYPE_CHECKING:
     from jaxlm.inference.engine import Engine
@@ -59,6 +59,9 @@ class Serve(ModelFlags):
     allow_origin: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN")] = ()
     """Origin of web pages that may use the server, such as https://example.org; * for all. Can be repeated. Default: no
     page of another origin may."""
+    allow_host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST")] = ()
+    """Host name under which clients may ask, as behind a proxy that keeps the name. Can be repeated. Without API keys,
+    a server on a loopback address answers for localhost and IP addresses only."""
     prepare: bool = False
     """Compile all programs at the start, so that no request waits for the compiler. Without it, they are compiled when
     they are needed."""
@@ -66,12 +69,13 @@ class Serve(ModelFlags):
     def source(self, name: str | None = None) -> ModelSource:
         """The base model: `name`, else --model, else the base of the first adapter."""
         name = name or self.model
-        if name is None:
-            from jaxlm.loading.resolving import base_of
+        if name is not None:
+            return replace(super().source(name), adapter=None)
+        from jaxlm.loading.resolving import base_of
 
-            first = next(iter(named_adapters(self.adapter).values()))
-            name = base_of(ModelSource(first, token=self.token, offline=self.offline, allow_fields=self.allow_field))
-        return replace(super().source(name), adapter=None)
+        first = next(iter(named_adapters(self.adapter).values()))
+        base = base_of(ModelSource(first, token=self.token, offline=self.offline, allow_fields=self.allow_field))
+        return replace(super().source(str(base.name)), adapter=None, revision=self.revision or base.revision)
 
     def run(self) -> int:
         keys = read_keys(self.api_key_file) if self.api_key_file else []
@@ -80,7 +84,8 @@ class Serve(ModelFlags):
         self._check()
         with ExitStack() as opened:
             listening = self._listen(opened)
-            if listening and not ip_address(listening.getsockname()[0]).is_loopback and not keys:
+            is_local = listening is not None and ip_address(listening.getsockname()[0]).is_loopback
+            if listening and not is_local and not keys:
                 note("Everyone who reaches this address can use the server: it has no --api-key-file.")
             engine = self._load_engine()
             if self.prepare:
@@ -96,15 +101,19 @@ class Serve(ModelFlags):
                 name,
                 keys,
                 self.max_waiting,
+                hosts=None if keys or not is_local else ("localhost", *self.allow_host),
                 origins=self.allow_origin,
                 request_timeout=self.request_timeout,
             )
+            if not self.prepare:
+                note("The first requests wait for the compiler. --prepare compiles all programs before.")
             serve(server, listening)
         return 0
 
     def _check(self) -> None:
         """Raises ValueError for flags that are out of range, before the model is loaded."""
-        named_adapters(self.adapter)
+        if (name := self.served_model_name or self.model) in named_adapters(self.adapter):
+            raise ValueError(f"--adapter {name}: the model has this name: choose another one, or --served-model-name")
         for flag, least in (("max_waiting", 0), ("slots", 1), ("max_length", 1)):
             if (value := getattr(self, flag)) is not None and value < least:
                 raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
@@ -152,7 +161,15 @@ def serve(server: "Server", listening: socket.socket) -> None:
         engine.start()
     size = f"{engine.slots} slots of {engine.length:,} tokens"
     note(f"Serving {', '.join(server.models)} on http://{address(listening)}/v1 ({size})")
-    note(f"Chat in the browser: http://{address(listening)}/")
+    tokenizer = engine.model.tokenizer
+    if tokenizer is not None and tokenizer.has_template:
+        note(f"Chat in the browser: http://{address(listening)}/")
+    else:
+        note("This model has no chat template: it continues prompts (/v1/completions). To chat, take one that has: "
+             "-m Qwen/Qwen3-0.6B")  # fmt: skip
+    if is_quiet():  # the address is the result of the command then
+        print(f"http://{address(listening)}/v1", flush=True)
+    say_at_signals(http, server)
     with ending_at_signals(http):
         http.run(sockets=[listening])
     if isinstance(engine, Leader) and engine.failure is not None:
@@ -183,6 +200,19 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--adapter {name} is given twice: choose different names")
         found[name] = adapter
     return found
+
+
+def say_at_signals(http: Any, server: "Server") -> None:
+    """Says at the first signal that the server ends."""
+    handle = http.handle_exit
+
+    def told(number: int, frame: Any) -> None:
+        if not http.should_exit:
+            running = f"finishing {server.active} answers. " if server.active else ""
+            note(f"\nEnding: {running}Ctrl-C ends at once.")
+        handle(number, frame)
+
+    http.handle_exit = told
 
 
 @contextmanager

@@ -54,6 +54,10 @@ def constrain_state(state: State, put: Callable[[jax.Array, str], jax.Array]) ->
     return rest if state.kv is None else rest._replace(kv=caches.map_arrays(state.kv, put))
 
 
+class NotFiniteError(ValueError):
+    """Logits or hidden states are NaN or Inf: the weights are not finite, or their dtype overflows."""
+
+
 NOT_FINITE = -1  # the token of a row whose logits are NaN or Inf
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.devices import mesh
 from jaxlm.inference.compilation import kept_program
-from jaxlm.inference.decoding import bucket
+from jaxlm.inference.decoding import NotFiniteError, bucket
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -112,7 +112,7 @@ class Embedder:
         for b, row in enumerate(rows):
             out[row] = found[b, : len(row)]
         if not np.isfinite(out).all():
-            raise ValueError("the hidden states of the model are NaN or Inf: use another --dtype")
+            raise NotFiniteError("the hidden states of the model are NaN or Inf: use another --dtype")
         return out
 
 

@@ -19,6 +19,7 @@ from jaxlm.inference import memory, saved_prefixes, warmup
 from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.memory import CacheLengths
+from jaxlm.inference.prompts import TooLongError
 from jaxlm.inference.requests import Request, RequestOptions, requests_for
 from jaxlm.inference.sampling import LogitsProcessor
 from jaxlm.inference.scheduler import Scheduler
@@ -138,7 +139,7 @@ class Engine:
         if options.get("max_tokens") is None:  # the default is what fits
             for request in requests:
                 if len(request.ids) >= self.length:
-                    raise ValueError(
+                    raise TooLongError(
                         f"the prompt has {len(request.ids):,} tokens, and the length of this engine is "
                         f"{self.length:,}: shorten the prompt, or use a longer length"
                     )
@@ -154,7 +155,7 @@ class Engine:
         """
         for request in requests:
             if len(request.ids) + request.max_tokens > self.length:
-                raise ValueError(
+                raise TooLongError(
                     f"{len(request.ids):,} prompt tokens and max_tokens={request.max_tokens:,} exceed the length of "
                     f"this engine, {self.length:,}: shorten the prompt, reduce max_tokens, or use a longer length"
                 )

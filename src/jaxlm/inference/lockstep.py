@@ -80,8 +80,11 @@ class Leader(Engine):
                 return
             self._closed = True
         self._arrived.set()
-        super().close()
-        distributed.broadcast_bytes(CLOSED)
+        try:
+            super().close()
+            distributed.broadcast_bytes(CLOSED)
+        except Exception as error:  # another process has died meanwhile
+            self.failure = self.failure or error
 
     def _drive(self) -> None:
         """Runs steps until the end."""

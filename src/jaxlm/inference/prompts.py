@@ -93,6 +93,10 @@ def _integers(prompt: Any) -> list[int]:
         ) from None
 
 
+class TooLongError(ValueError):
+    """A prompt, or a prompt and max_tokens, exceed the context length or the length of an engine."""
+
+
 def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -> int:
     """The maximum number of tokens to generate after the prompt `ids`.
 
@@ -102,17 +106,17 @@ def resolve_max_tokens(model: "Model", ids: list[int], max_tokens: int | None) -
         max_tokens: The user's limit. None: that of generation_config.json, else DEFAULT_TOKENS, within the context.
 
     Raises:
-        ValueError: Prompt and max_tokens exceed the context length.
+        TooLongError: Prompt and max_tokens exceed the context length.
     """
     context = model.config.context
     left = context - len(ids)
     if left < 1:
-        raise ValueError(
+        raise TooLongError(
             f"the prompt has {len(ids):,} tokens, and the context length of {model.source} is {context:,}: "
             "shorten the prompt"
         )
     if max_tokens is not None and max_tokens > left:
-        raise ValueError(
+        raise TooLongError(
             f"{len(ids):,} prompt tokens and max_tokens={max_tokens:,} exceed the context length of {model.source}, "
             f"{context:,}: shorten the prompt, or set max_tokens to at most {left} (--max-tokens {left})"
         )

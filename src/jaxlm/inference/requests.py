@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxlm.devices import distributed
-from jaxlm.inference.prompts import resolve_max_tokens, stop_ids, to_ids
+from jaxlm.inference.prompts import TooLongError, resolve_max_tokens, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of, request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
 from jaxlm.inference.structured import Constraint, compile_grammar
@@ -183,7 +183,8 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
             ids = to_ids(model, prompt, dict(more.get("template_args") or {}))
             max_tokens = resolve_max_tokens(model, ids, params.max_tokens)
         except ValueError as error:
-            raise ValueError(f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)) from None
+            text = f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)
+            raise (TooLongError if isinstance(error, TooLongError) else ValueError)(text) from None
         for sample in range(n):
             key = request_key(params.seed or 0, ids, repeats[tuple(ids)])
             repeats[tuple(ids)] += 1

@@ -328,7 +328,7 @@ class Scheduler:
     def _add_token(self, request: Request, token: int, scores: tuple[np.ndarray, ...] | None) -> None:
         """Adds a token to an answer, and decides whether the answer ends."""
         if token == decoding.NOT_FINITE:
-            request.fail(ValueError(NOT_FINITE))
+            request.fail(decoding.NotFiniteError(NOT_FINITE))
             return self._end(request)
         if not request.max_tokens:
             request.finished = "length"

@@ -87,14 +87,15 @@ def _as_adapter(source: ModelSource) -> Path | None:
     return None
 
 
-def base_of(source: ModelSource) -> str:
-    """The name of the base model of the adapter `source`.
+def base_of(source: ModelSource) -> ModelSource:
+    """The base model of the adapter `source`.
 
     Raises:
         ValueError: The adapter does not name it.
         FileNotFoundError: There is no such adapter.
     """
-    return _settings_with_base(source, hub.resolve_adapter(source))[1]
+    settings, name = _settings_with_base(source, hub.resolve_adapter(source))
+    return replace(source, name=name, revision=None if Path(name).exists() else settings.revision)
 
 
 def _settings_with_base(source: ModelSource, adapter: Path) -> tuple[Settings, str]:

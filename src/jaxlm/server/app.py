@@ -2,8 +2,10 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.applications import Starlette
@@ -51,13 +53,41 @@ def create_app(server: Server) -> Starlette:
     routes += page_routes()
     errors: Any = dict.fromkeys((404, 405), _plain_error)
     middleware = [Middleware(Timed), Middleware(KeyCheck, keys=server.keys)]
+    if server.hosts is not None:
+        middleware.insert(1, Middleware(HostCheck, hosts=server.hosts))
     if server.origins:  # outside of the check of keys: browsers ask without a key whether they may send one
         methods, headers = ["GET", "POST"], ["*"]
         cors = Middleware(
             CORSMiddleware, allow_origins=list(server.origins), allow_methods=methods, allow_headers=headers
         )
-        middleware.insert(1, cors)
+        middleware.insert(-1, cors)
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors, middleware=middleware)
+
+
+class HostCheck:
+    """Refuses requests for other host names. A web page could make a browser look up its own name as the address of
+    this machine (DNS rebinding), and would then be of the same origin as the server."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+        self.app: ASGIApp = app
+        self.hosts: set[str] = {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = re.sub(r":\d*$", "", host).strip("[]")
+            if name not in self.hosts and not _is_ip(name):
+                text = f"this server does not answer for the host {name!r}: start it with --allow-host {name}"
+                return await Refused(403, text, "permission_error").response()(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 class KeyCheck:
@@ -124,7 +154,7 @@ async def one_model(server: Server, http: HttpRequest) -> Response:
 
 def _tokenizer(served: Served) -> Tokenizer:
     if served.model.tokenizer is None:
-        raise Refused(400, f"{served.name} has no tokenizer")
+        raise Refused(400, f"{served.name} has no tokenizer: send token ids to /v1/completions")
     return served.model.tokenizer
 
 

@@ -28,8 +28,9 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     body = await server.read(http, ChatBody)
     served = server.served(body.model)
     template = served.model.tokenizer
-    if body.tools and not (template is not None and template.template_accepts("tools")):
-        raise Refused(400, f"tools: the chat template of {served.name} does not write them")
+    if body.callable_tools and not (template is not None and template.template_accepts("tools")):
+        way_out = "describe them in a message, or use a model whose template has tools"
+        raise Refused(400, f"tools: the chat template of {served.name} does not write them: {way_out}")
     requests, splitters = await asyncio.to_thread(_prepared, server, served, body)
     tokenizer = served.model.tokenizer
     assert tokenizer is not None  # else the prompt would have raised

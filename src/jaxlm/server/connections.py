@@ -43,7 +43,7 @@ def http_server(app: ASGIApp, max_connections: int, **settings: Any) -> uvicorn.
         http=Bounded,
         ws="none",
         lifespan="on",
-        log_level="error",
+        log_level="critical",
         access_log=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=int(IDLE_SECONDS),  # uvicorn has a timer of its own between two requests

@@ -179,6 +179,14 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _refuse_kwargs(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in ("chat_template", "documents", "continue_final_message", "tools", "conversation", "messages"):
+            if given and name in given:
+                raise ValueError(f"{name} is not supported: use it for variables of the template only")
+        return given
+
     @field_validator("tools")
     @classmethod
     def _check_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -16,8 +16,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from jaxlm.inference.completion import CompletionChunk
+from jaxlm.inference.decoding import NotFiniteError
 from jaxlm.inference.embeddings import Embedder
 from jaxlm.inference.engine import Engine
+from jaxlm.inference.prompts import TooLongError
 from jaxlm.inference.requests import Request
 from jaxlm.model import Model
 from jaxlm.server import responses
@@ -25,18 +27,22 @@ from jaxlm.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
+MAX_GRAMMAR = 64 << 10  # characters of a schema, regular expression or grammar
 BODY_SECONDS = 60.0  # until the body of a request has arrived
 
 
 class Refused(Exception):
     """An error of the protocol."""
 
-    def __init__(self, status: int, text: str, kind: str = "invalid_request_error", **headers: str):
+    def __init__(
+        self, status: int, text: str, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+    ):
         super().__init__(text)
-        self.status, self.kind, self.headers = status, kind, {k.replace("_", "-"): v for k, v in headers.items()}
+        self.status, self.kind, self.code = status, kind, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def response(self) -> Response:
-        return JSONResponse(responses.error(str(self), self.kind), self.status, self.headers)
+        return JSONResponse(responses.error(str(self), self.kind, self.code), self.status, self.headers)
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Server:
         keys: API keys; empty if none is needed.
         max_waiting: Requests that may wait for a slot.
         max_body: Bytes of a request at most.
+        hosts: Values of the Host header that are answered, besides IP addresses; None for all.
         origins: Origins of web pages that may use the server (CORS); "*" for all.
         request_timeout: Seconds that an answer may take; None for no limit.
         active: Requests that have not ended.
@@ -81,6 +88,7 @@ class Server:
     keys: Sequence[str] = ()
     max_waiting: int = 256
     max_body: int = 8 << 20
+    hosts: Sequence[str] | None = None
     origins: Sequence[str] = ()
     request_timeout: float | None = None
     active: int = 0
@@ -115,7 +123,9 @@ class Server:
 
     async def _data(self, http: HttpRequest) -> bytes:
         """The body as it is. The connection ends where the rest of it is not read."""
-        too_large = Refused(413, f"the body has more than {self.max_body:,} bytes", Connection="close")
+        too_large = Refused(
+            413, f"the body has more than {self.max_body:,} bytes: send a shorter prompt", Connection="close"
+        )
         length = http.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body:
             raise too_large
@@ -140,11 +150,18 @@ class Server:
         """
         if name is not None and name not in self.models:
             known = ", ".join(repr(each) for each in self.models)
-            raise Refused(404, f"the model {name!r} does not exist: this server has {known}", "not_found_error")
+            raise Refused(
+                404, f"the model {name!r} does not exist: this server has {known}", "not_found_error", "model_not_found"
+            )
         return self.models[name or self.name]
 
     def requests(self, served: Served, prompts: list[Any], options: dict[str, Any], n: int) -> list[Request]:
         """The requests of the engine: n for each prompt. Runs in a thread, because tokenizing takes time."""
+        texts = {name: options.get(name) for name in ("schema", "regex", "grammar")}
+        for name, text in texts.items():
+            # A schema of 144 KB takes 5 s to compile, which other requests may wait for.
+            if text is not None and len(text if isinstance(text, str) else json.dumps(text)) > MAX_GRAMMAR:
+                raise ValueError(f"the {name} has more than {MAX_GRAMMAR:,} characters: use a smaller one")
         found = self.engine.requests(prompts, options, n, served.adapter)
         if "max_tokens" not in options:  # as much as fits, as in the protocol
             for request in found:
@@ -171,7 +188,7 @@ class Server:
 
     def too_late(self, way_out: str = "reduce max_tokens") -> Refused:
         """The answer to a request that took too long. The openai client does not repeat the request."""
-        text = f"the answer took more than {self.request_timeout:g} s: {way_out}"
+        text = f"the answer took more than {self.request_timeout:g} s: {way_out}, or start the server with --prepare"
         return Refused(504, text, "timeout_error", X_Should_Retry="false")
 
     def check_load(self, count: int = 1) -> None:
@@ -182,7 +199,9 @@ class Server:
         """
         most = self.engine.slots + self.max_waiting
         if count > most:
-            raise Refused(400, f"{count:,} answers are too many: this server takes {most:,} at a time")
+            raise Refused(
+                400, f"{count:,} answers are too many: this server takes {most:,} at a time (prompts times n)"
+            )
         if self.active + count > most:
             wait = str(self._retry_after(most))
             raise Refused(429, "too many requests wait: try again later", "rate_limit_error", Retry_After=wait)
@@ -212,10 +231,12 @@ class Server:
 
 
 def as_refused(error: Exception) -> Refused:
-    """The answer to an error. ValueError and TypeError are those of the caller."""
+    """The answer to an error. A ValueError is that of the caller, except for NaN."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, ValueError | TypeError):
+    if isinstance(error, TooLongError):
+        return Refused(400, str(error), code="context_length_exceeded")
+    if isinstance(error, ValueError) and not isinstance(error, NotFiniteError):
         return Refused(400, str(error))
     if isinstance(error, RuntimeError) and "engine is closed" in str(error):
         return Refused(503, "the server is shutting down", "server_error", Retry_After="5")
