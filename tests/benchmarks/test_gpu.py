@@ -130,6 +130,7 @@ def test_an_error_ends_one_case_only(run: Any) -> None:
     assert found["cases"]["good"]["unknown"] is None
 
 
+@pytest.mark.slow
 def test_an_error_outside_of_the_cases_keeps_them(run: Any) -> None:
     def step(run: Any) -> None:
         run.case("good", lambda: {"figure": 1})
@@ -140,6 +141,7 @@ def test_an_error_outside_of_the_cases_keeps_them(run: Any) -> None:
     assert (found["status"], found["error"]["message"], found["cases"]["good"]["figure"]) == ("failed", "no memory", 1)
 
 
+@pytest.mark.slow
 def test_only_cases_that_match_are_measured(run: Any) -> None:
     run.out.write_text('{"steps": {}, "cases": "^1 x"}')
     again = type(run)("gpu.py", run.out, True, run.deadline)
@@ -147,12 +149,14 @@ def test_only_cases_that_match_are_measured(run: Any) -> None:
     assert list(json.loads(run.out.read_text())["steps"]["step"]["cases"]) == ["1 x 128", "1 x 8192"]
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_after_the_deadline(run: Any) -> None:
     run.deadline = time.time() - 1
     run.run_step("late", lambda run: run.case("case", lambda: pytest.fail("it was measured")))
     assert "skipped" in json.loads(run.out.read_text())["steps"]["late"]["cases"]["case"]
 
 
+@pytest.mark.slow
 def test_a_case_is_in_the_file_before_the_next_begins(run: Any) -> None:
     def step(run: Any) -> None:
         run.case("first", lambda: {"figure": 1})

@@ -106,7 +106,7 @@ def test_sampled_text_does_not_depend_on_the_batch():
     assert together == [a.tokens for a in jaxlm.generate(model, many[::-1], batch_size=4, **how)[::-1]]
 
 
-@pytest.mark.parametrize(("family", "steps"), [("llama", 4), ("gemma", 1)])
+@pytest.mark.parametrize(("family", "steps"), [pytest.param("llama", 4, marks=pytest.mark.slow), ("gemma", 1)])
 def test_growing_cache_does_not_change_tokens(family, steps, monkeypatch):
     """From less than the window to all, with rows that end and join at all lengths; beside a cache of full length."""
     monkeypatch.setitem(hardware.STEPS, "cpu", steps)
