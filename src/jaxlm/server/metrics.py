@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from jaxlm.inference.requests import Request
 
 if TYPE_CHECKING:
-    from jaxlm.server.app import Server
+    from jaxlm.server.state import Server
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
