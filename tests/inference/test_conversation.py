@@ -1,8 +1,11 @@
 """Conversations against a slow twin that sees the same ids at once, without a cache."""
 
+import gc
 import itertools
 import json
 import random
+import threading
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,10 +17,12 @@ from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilat
 from helpers.tiny_tokenizers import byte_fallback, load
 
 import jaxlm
+from jaxlm import Engine
 from jaxlm.devices import hardware
 from jaxlm.inference import memory
 from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.conversation import Conversation
+from jaxlm.inference.scheduler import Scheduler
 from jaxlm.model import Model
 from jaxlm.models import gemma3, llama3
 from jaxlm.nn import Rope
@@ -165,10 +170,8 @@ def test_random_sequences_of_calls(gemma, seed, monkeypatch):
     """Turns, retries, answers cut off at any place: the tokens of each turn follow from its prompt alone."""
     rng, asked = random.Random(seed), []
     c = talk(gemma)
-    answer = c._answer
-    monkeypatch.setattr(
-        c, "_answer", lambda messages, text, request: asked.append(request) or answer(messages, text, request)
-    )
+    chunks = c._chunks
+    monkeypatch.setattr(c, "_chunks", lambda request, answer: asked.append(request) or chunks(request, answer))
     for _ in range(12):
         c.set("max_tokens", rng.choice([1, 2, 5, 9, 14]))
         retry = c.messages and rng.random() < 0.4
@@ -224,6 +227,30 @@ def test_conversation_continues_after_an_interrupt(gemma, monkeypatch, program):
     assert len(c.messages) == 2
     prompts = ask(c, said, "now"), gemma.tokenizer.chat([*c.messages, {"role": "user", "content": "now"}])
     assert made_by(c.send("now")) in [twin(gemma, ids, 6, bias_of(gemma)) for ids in prompts]
+
+
+ABANDONED = {
+    "conversation": lambda model, options: talk(model, **options).send("hello"),
+    "stream": lambda model, options: jaxlm.stream(model, "hello", **options),
+    "engine": lambda model, options: Engine(model, 1, length=64).stream("hello", **options),
+}
+
+
+@pytest.mark.parametrize("kind", ABANDONED)
+def test_garbage_collector_runs_no_step(gemma, kind, monkeypatch):
+    """On Python 3.11 the collector may run while jax takes a traceback, in an array that this thread reuses. A
+    finalizer that calls jax then frees code objects that are in use, and the process crashes (jax 0.10)."""
+    chunks = ABANDONED[kind](gemma, {"temperature": 0, "max_tokens": 6, "logit_bias": bias_of(gemma)})
+    next(chunks)
+    threads, advance = [], Scheduler.advance
+    monkeypatch.setattr(Scheduler, "advance", lambda self: (threads.append(threading.get_ident()), advance(self))[1])
+    is_alive = weakref.ref(chunks)
+    cycle = [chunks]
+    cycle.append(cycle)
+    del cycle, chunks
+    gc.collect()
+    assert is_alive() is None
+    assert threading.get_ident() not in threads
 
 
 def test_full_context(gemma):

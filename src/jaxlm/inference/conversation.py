@@ -1,8 +1,9 @@
 """Conversation: a multi-turn chat that keeps the KV cache. Each turn prefills only its new tokens."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -28,6 +29,35 @@ class CachedPrefix(NamedTuple):
 
     text: str
     ids: list[int]
+
+
+class Answer:
+    """An iterator over the chunks of an answer. The turn ends with the last chunk, with an error or with `close`.
+
+    It is no generator, whose `finally` would end the turn also when the garbage collector closes it. A finalizer must
+    not call JAX: on Python 3.11 that frees code that is still running, and the process crashes.
+    """
+
+    def __init__(self, chunks: Iterator[CompletionChunk], end: Callable[[], None]):
+        self._chunks, self._end, self._ended = chunks, end, False
+
+    def __iter__(self) -> "Answer":
+        return self
+
+    def __next__(self) -> CompletionChunk:
+        if self._ended:
+            raise StopIteration
+        try:
+            return next(self._chunks)
+        except BaseException:  # StopIteration and KeyboardInterrupt too
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the turn. The text so far is kept."""
+        if not self._ended:
+            self._ended = True
+            self._end()
 
 
 class Conversation:
@@ -69,7 +99,7 @@ class Conversation:
         self.system: str | None = system
         self.template_args: dict[str, Any] = dict(template_args or {})
         self.options: SamplingParams = from_kwargs(**options)
-        self._running: Any = None
+        self._running: Answer | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -92,7 +122,7 @@ class Conversation:
         default = next((field.default for field in fields(SamplingParams) if field.name == name), None)
         self.options = from_kwargs(**{**_non_default(self.options), name: default if value is None else value})
 
-    def send(self, text: str) -> Iterator[CompletionChunk]:
+    def send(self, text: str) -> Answer:
         """Sends a message and streams the answer as chunks (jaxlm.inference.generation.CompletionChunk).
 
         If the turn fails or is stopped before its first token, the conversation does not change. If it is stopped
@@ -104,7 +134,7 @@ class Conversation:
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 
-    def retry(self) -> Iterator[CompletionChunk]:
+    def retry(self) -> Answer:
         """Samples another answer to the last message, which replaces the previous one.
 
         Raises:
@@ -162,7 +192,7 @@ class Conversation:
         self.messages, self.options, self.template_args = messages, options, template_args
         self.system = state.get("system")
 
-    def _turn(self, messages: Messages) -> Iterator[CompletionChunk]:
+    def _turn(self, messages: Messages) -> Answer:
         """Prepares the answer to `messages`. Computation starts when the first chunk is requested."""
         model = self.model
         text = self._render(messages)
@@ -183,37 +213,35 @@ class Conversation:
         )
         stops = prompts.stop_ids(model, options)
         key = request_key(seed, ids)  # as in jaxlm.generate: chunk.seed reproduces the text there
-        self._running = self._answer(
-            messages, text, Request(ids, options, min(limit, left), self.tokenizer, stops, key)
-        )
+        request = Request(ids, options, min(limit, left), self.tokenizer, stops, key)
+        answer: list[str] = []
+        self._running = Answer(self._chunks(request, answer), partial(self._end_turn, messages, text, request, answer))
         return self._running
 
-    def _answer(self, messages: Messages, text: str, request: Request) -> Iterator[CompletionChunk]:
-        """Yields the chunks of an answer, and updates the conversation when it ends."""
-        answer = ""
+    def _chunks(self, request: Request, answer: list[str]) -> Iterator[CompletionChunk]:
+        """Yields the chunks of an answer, and appends their text to `answer`."""
         self._engine.add(request)
-        try:
-            while self._engine.is_busy:
-                for chunk in self._engine.step():
-                    if chunk.error is not None:
-                        raise chunk.error
-                    self.prefilled = len(request.ids) - request.cached
-                    answer += chunk
-                    yield chunk
-        finally:
-            self._engine.cancel(request)
-            self._engine.step()
-            if request.tokens:
-                self._end_turn(messages, text, request, answer)
+        while self._engine.is_busy:
+            for chunk in self._engine.step():
+                if chunk.error is not None:
+                    raise chunk.error
+                self.prefilled = len(request.ids) - request.cached
+                answer.append(chunk)
+                yield chunk
 
-    def _end_turn(self, messages: Messages, text: str, request: Request, answer: str) -> None:
-        """Updates the messages and the cached prefixes after a turn has ended or was stopped."""
+    def _end_turn(self, messages: Messages, text: str, request: Request, answer: list[str]) -> None:
+        """Ends the request. Updates the messages and the cached prefixes if there is a token."""
+        self._engine.cancel(request)
+        self._engine.step()
+        if not request.tokens:
+            return
         ids, tail = request.ids, request.tokens
         if not self.tokenizer.has_template and tail[-1] in request.stop_ids:
             tail = tail[:-1]  # the next turn continues the text, without the stop token
         after = self._decoded([*ids, *tail])[len(self._decoded(ids)) :]
         self._prefixes = [CachedPrefix(text + after, [*ids, *tail]), CachedPrefix(text, ids)]
-        content = split_thinking(answer, self.opened)[1] if self._has_reasoning else answer
+        said = "".join(answer)
+        content = split_thinking(said, self.opened)[1] if self._has_reasoning else said
         self.messages = [*messages, {"role": "assistant", "content": content}]
 
     @property

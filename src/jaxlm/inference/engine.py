@@ -240,6 +240,13 @@ class Engine:
         if driver is not None and driver is not threading.current_thread():
             driver.join()
 
+    def drop(self) -> None:
+        """Frees the memory of the KV cache without a step, of an engine whose steps only the caller runs. Requests get
+        no last chunk. A finalizer may call it, which must not call JAX: on Python 3.11 the process could crash."""
+        self._closed = True
+        self.steps.cancel()
+        self.scheduler.reset()
+
     def __enter__(self) -> "Engine":
         return self
 

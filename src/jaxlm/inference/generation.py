@@ -167,6 +167,6 @@ def _stream(
                         raise chunk.error
                     yield chunk
         finally:
-            engine.close()
+            engine.drop()
 
     return chunks()
