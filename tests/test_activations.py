@@ -204,7 +204,7 @@ def test_the_patch_of_o_comes_before_that_of_attention() -> None:
 
 
 def test_stacked_layers_give_the_same(model: Model) -> None:
-    stacked = params.stack(model.weights, len(params.period(model.config.windows)))
+    stacked = params.stack(model.weights, params.layer_period(model.config))
     patch = {"layers.1.mlp": lambda x: -x}
     assert equal(
         model.activations(TOKENS, "*", weights=stacked, patch=patch), model.activations(TOKENS, "*", patch=patch)

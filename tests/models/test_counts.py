@@ -47,7 +47,7 @@ def test_counts_and_shapes_at_full_size() -> None:
             x, _ = family.forward(cfg, tokens, weights, None, pos)
             return family.logits(cfg, x, weights)
 
-        stacked = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
+        stacked = jax.eval_shape(partial(params.stack, period=params.layer_period(cfg)), weights)
         logits = jax.eval_shape(program, tokens, stacked)
         assert (logits.shape, logits.dtype) == ((1, 8, cfg.V), jnp.float32), name
 

@@ -42,7 +42,7 @@ def close(a: Any, b: Any, limit: float = 1e-5) -> None:
 def test_scanned_equals_unrolled(family: str) -> None:
     model, period = deep(family)
     stacked = stack(model.weights, period)
-    assert len(params.period(model.config.windows)) == period
+    assert params.layer_period(model.config) == period
     close(unstack(stacked), model.weights, 0)
     states = model.hidden_states(TOKENS)
     assert len(states) == model.config.L + 1

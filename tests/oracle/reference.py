@@ -24,6 +24,8 @@ CLASSES = {
     "llama3": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM"),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM"),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM"),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
 }
 FAMILIES = tuple(CLASSES)
@@ -50,6 +52,8 @@ BASE = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 OWN = {
     "qwen3": {"head_dim": 20},
+    "olmo3": {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "gemma3": {"head_dim": 20, "query_pre_attn_scalar": 12, "sliding_window": 8, "layer_types": [SLIDING, FULL]},
 }
 
@@ -86,7 +90,8 @@ def old_spelling(config: dict[str, Any]) -> None:
     """rope_parameters -> rope_theta, rope_scaling and rope_local_base_freq, as files had it before transformers 5."""
     section = config.pop("rope_parameters")
     if SLIDING in section or FULL in section:
-        config["rope_local_base_freq"] = section[SLIDING]["rope_theta"]
+        if "gemma3" in config["model_type"]:
+            config["rope_local_base_freq"] = section[SLIDING]["rope_theta"]
         section = section[FULL]
         # These files spell the kinds of layers as a pattern.
         if "_sliding_window_pattern" in config and config.pop("layer_types"):
@@ -133,7 +138,7 @@ def masks(oracle: Any, pos: np.ndarray) -> Any:
         dtype = oracle.dtype
         return torch.where(seen, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
 
-    if "gemma3" not in oracle.config.model_type:
+    if SLIDING not in (getattr(text, "layer_types", None) or ()):
         return mask(None)
     return {FULL: mask(None), SLIDING: mask(text.sliding_window)}
 

@@ -118,7 +118,7 @@ def test_ten_steps(family: str, backend: str, tmp_path: Any, monkeypatch: pytest
     losses, gradients = torch_run(oracle)
 
     of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
-    stacked = stack(model.weights, len(params.period(model.config.windows)))
+    stacked = stack(model.weights, params.layer_period(model.config))
     tx = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
     run = jax.jit(step.make_step(model.family, model.config, tx), compiler_options=OPTIONS.get(family, QUICK))
     state, ours_losses = jax.jit(partial(step.init_state, tx))(stacked), []
@@ -148,7 +148,7 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
     oracle.save_pretrained(tmp_path / "base")
     model = jaxlm.load(tmp_path / "base")
     share_frequencies(oracle, model)
-    table, cfg, period = model.family.PARAMS, model.config, len(params.period(model.config.windows))
+    table, cfg, period = model.family.PARAMS, model.config, params.layer_period(model.config)
     tree = drawn(model)
     peft.write(tmp_path / "adapter", tree, table, cfg)
     losses, _ = torch_run(PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True).get_base_model())

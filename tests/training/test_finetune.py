@@ -41,7 +41,7 @@ def new_run(family: str, stacked: bool, dropout: float = 0.0) -> tuple[Any, ...]
     """A model, the step of an adapter of rank 2 with random b (zero would hide a), its state, the frozen weights."""
     model = tiny(family)
     table, cfg = model.family.PARAMS, model.config
-    form = partial(params.stack, period=len(params.period(cfg.windows))) if stacked else (lambda w: w)
+    form = partial(params.stack, period=params.layer_period(cfg)) if stacked else (lambda w: w)
 
     @jax.jit
     def adapter() -> Any:

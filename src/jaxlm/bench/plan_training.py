@@ -137,7 +137,7 @@ def state_elements(of: Layout, optimizer: str) -> tuple[int, int]:
 
 def stacked(of: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Letters and shape of each array of the trained weights: layers are stacked by period, with a leading axis L."""
-    period = len(params.period(of.cfg.windows))
+    period = params.layer_period(of.cfg)
     whole = of.cfg.L // period
     for row in params.tensors(of.table, of.cfg):
         layer = row.path.split(".")[1] if row.path.startswith("layers.") else ""

@@ -123,7 +123,7 @@ class TrainSession:
         model, of = self.model, Optimizer()
         self.dtype = self.dtype or ("float32" if model.device.platform == "cpu" else "bfloat16")
         family, cfg = model.family, model.config
-        period = len(params.period(cfg.windows))
+        period = params.layer_period(cfg)
         base, frozen, size = params.stack(model.weights, period), None, None
         if self.method == "lora":
             targets = lora.targets(family.PARAMS, cfg, ("all-linear",))

@@ -131,7 +131,7 @@ def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
 
 def period(cfg: Any) -> int:
     """Returns the period of the layer types, which are stacked separately (Gemma 3: 6)."""
-    return len(params.period(cfg.windows))
+    return params.layer_period(cfg)
 
 
 def _abstract_state(run: Run, tx: optax.GradientTransformation, weights: Any, over: Any, table: Any) -> step.State:
