@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import pytest
-from helpers.tiny_models import CONFIGS, FULL, SLIDING
+from helpers.tiny_models import CONFIGS, FULL, SLIDING, UNIFORM
 
 from jaxlm import models
 from jaxlm.models.unsupported import REASONS
@@ -112,7 +112,7 @@ def test_several_faults_are_named_together() -> None:
 
 
 def test_unsupported_activations_are_rejected() -> None:
-    for family in ("llama3", "qwen3", "olmo2"):
+    for family in UNIFORM:
         assert config(family, hidden_act="silu") == config(family)
         with pytest.raises(ValueError, match=r"hidden_act = 'gelu'"):
             config(family, hidden_act="gelu")

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import FAMILIES
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 
 import jaxlm
 from jaxlm.checkpoint import gguf as gguf_format

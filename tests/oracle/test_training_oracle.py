@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from helpers.tiny_adapter import drawn
-from helpers.tiny_models import tiny
-from oracle.reference import FAMILIES, QUICK, V, build, masks, share_frequencies
+from helpers.tiny_models import DISTINCT, families, tiny
+from oracle.reference import QUICK, V, build, masks, share_frequencies
 
 import jaxlm
 from jaxlm.checkpoint import peft
@@ -103,7 +103,7 @@ def splash_in_blocks(q: Any, k: Any, v: Any, tokens: Any, window: int | None, sc
 BACKENDS = {"cpu": attention_cpu.causal, "reference": attention_reference.causal, "splash": splash_in_blocks}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 @pytest.mark.parametrize("backend", [
     name if name == "cpu" else pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS
 ])  # fmt: skip

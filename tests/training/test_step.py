@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh, topology
@@ -294,7 +294,7 @@ def test_schedules() -> None:
     assert at(Optimizer(lr=1.0, warmup=0, schedule="wsd", decay=0.2, final=0.0), 0, 80, 90, 100) == [1.0, 1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_norms_do_not_decay(family) -> None:
     """Stacked or listed. Every weight of every family has known letters."""
     model = tiny(family)
