@@ -12,7 +12,7 @@ from helpers.tiny_models import DISTINCT, families, layers, tiny
 
 from jaxlm import Model
 from jaxlm.loading import spread
-from jaxlm.nn import lora, params, rms_norm
+from jaxlm.nn import layer_types, lora, params, rms_norm
 
 L = 3
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 9)).astype(np.int32)
@@ -203,7 +203,7 @@ def test_the_patch_of_o_comes_before_that_of_attention() -> None:
 
 
 def test_stacked_layers_give_the_same(model: Model) -> None:
-    stacked = params.stack(model.weights, params.layer_period(model.config))
+    stacked = params.stack(model.weights, layer_types.layer_period(model.config))
     patch = {"layers.1.mlp": lambda x: -x}
     assert equal(
         model.activations(TOKENS, "*", weights=stacked, patch=patch), model.activations(TOKENS, "*", patch=patch)

@@ -14,7 +14,7 @@ from helpers.tiny_models import DISTINCT, FAMILIES, FULL, SLIDING, UNIFORM, fami
 from jaxlm import Model
 from jaxlm.model import positions
 from jaxlm.nn import kv_cache as caches
-from jaxlm.nn import params
+from jaxlm.nn import layer_types, params
 
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 14)).astype(np.int32)
 TOKENS[:, 3] = 0
@@ -41,7 +41,7 @@ def close(a: Any, b: Any, limit: float = 1e-5) -> None:
 def test_scanned_equals_unrolled(family: str) -> None:
     model, period = deep(family)
     stacked = stack(model.weights, period)
-    assert params.layer_period(model.config) == period
+    assert layer_types.layer_period(model.config) == period
     close(unstack(stacked), model.weights, 0)
     states = model.hidden_states(TOKENS)
     assert len(states) == model.config.L + 1

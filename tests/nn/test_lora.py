@@ -16,7 +16,7 @@ import jaxlm
 from jaxlm import Model, nn
 from jaxlm.devices import mesh
 from jaxlm.loading import spread
-from jaxlm.nn import lora, params
+from jaxlm.nn import layer_types, lora, params
 
 SIZES = {"N": 6, "K": 3, "H": 5, "D": 16, "F": 20, "V": 11, "B": 2, "T": 3}
 SPECS = ["BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTNH,DNH->BTD", "BTD,FD->BTF", "BTF,DF->BTD", "BTD,VD->BTV"]
@@ -102,7 +102,7 @@ def test_model_with_an_adapter_equals_the_fused_model(pair: tuple[Model, Model])
     assert np.abs(logits(adapted) - expected).max() < 2e-5 * expected.std()
     bare = jax.tree.map(lambda leaf: leaf.w if lora.is_lora(leaf) else leaf, adapted.weights, is_leaf=lora.is_lora)
     assert np.abs(logits(adapted, bare) - expected).max() > expected.std()
-    period = params.layer_period(adapted.config)
+    period = layer_types.layer_period(adapted.config)
     stacked = jax.jit(params.stack, static_argnums=1)(adapted.weights, period)
     assert np.abs(logits(adapted, stacked) - expected).max() < 2e-5 * expected.std()
     again = jax.jit(lambda weights: params.unstack(lora.fused(weights)))(stacked)

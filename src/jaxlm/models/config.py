@@ -9,7 +9,7 @@ import logging
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.models.config_fields import MATHEMATICS, is_bookkeeping, is_neutral
@@ -113,43 +113,23 @@ class Fields:
         """Sliding window of each layer; None for full attention. Without layer_types, every n-th layer is full."""
         window = self.number("sliding_window", default_window)
         every = self.number("sliding_window_pattern", self.number("_sliding_window_pattern", default_every))
-        return self._windows(window, [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
+        return self.windows_by_type(window, [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
 
-    def windows_if_used(self, L: int, default: Sequence[bool]) -> tuple[int | None, ...]:
-        """Sliding window of each layer, for configs with use_sliding_window. `default`: the layers that have a window
-        if there is no layer_types."""
-        used, window = self.flag("use_sliding_window", False), self.left.get("sliding_window")
-        size = self.number("sliding_window") if used and window is not None else None
-        self.left.pop("sliding_window", None)
-        windows = self._windows(size or LARGEST, [_SLIDING if size and own else _FULL for own in default])
-        if size is None and any(windows):
-            windows = (None,) * L
-            if "layer_types" not in self.allow:
-                self.faults.append(f"layer_types with {_SLIDING!r} beside no sliding_window that is used")
-        return windows
-
-    def _windows(self, window: int, default: list[str]) -> tuple[int | None, ...]:
+    def windows_by_type(self, window: int, default: list[str]) -> tuple[int | None, ...]:
+        """Sliding window of each layer, from layer_types or this default for it."""
         kinds, L = self("layer_types", default), len(default)
         if not isinstance(kinds, list) or len(kinds) != L or not all(kind in (_FULL, _SLIDING) for kind in kinds):
             raise ValueError(f"config.json: layer_types must list {_FULL!r} or {_SLIDING!r} for each of {L} layers")
         return tuple(window if kind == _SLIDING else None for kind in kinds)
-
-    def layers_with_rope(self, L: int, default_every: int) -> tuple[bool, ...]:
-        """Whether each layer has RoPE: no_rope_layers, which has 1 for a layer with it. Without that field, every n-th
-        layer has none."""
-        every = self.number("no_rope_layer_interval", default_every)
-        found = self("no_rope_layers", [int((i + 1) % every != 0) for i in range(L)])
-        if not isinstance(found, list) or len(found) < L or not all(value in (0, 1) for value in found):
-            raise ValueError(f"config.json: no_rope_layers must list 1 (RoPE) or 0 (none) for each of {L} layers")
-        return tuple(map(bool, found[:L]))
 
     def rope(self, context: int, default_theta: float | None = None) -> Rope:
         """The rope section, in transformers 4's format (rope_theta, rope_scaling) or 5's (rope_parameters)."""
         sections = self.section("rope_scaling") | self.section("rope_parameters")
         if (original := self("original_max_position_embeddings", None)) is not None:
             sections["original_max_position_embeddings"] = original  # it has priority in transformers too
-        given = {name: value for name, value in sections.items() if value is not None}
-        return read_rope({"rope_theta": self("rope_theta", default_theta), **given}, context, self.allow)
+        if sections.get("rope_theta") is None:
+            sections["rope_theta"] = self("rope_theta", default_theta)
+        return read_rope(sections, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
         """The section of rope_parameters for each layer type; empty if the file has none."""

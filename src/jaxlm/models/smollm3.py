@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.models.config import Fields, family_load
+from jaxlm.models.config import LARGEST, Fields, family_load
 from jaxlm.nn import Frequencies, KVCache, Rope, apply_rope, attend, einsum, embed, rms_norm, scan_layers
 from jaxlm.nn.params import period
 
@@ -41,14 +41,34 @@ class Config:
         V, D, F, L = map(f.number, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
         N, K, H = f.heads(D, default_K=4)
         eps, tied, context = f.real("rms_norm_eps", 1e-6), f.flag("tie_word_embeddings", True), f.context()
-        rope, rotated = f.rope(context, 2e6), f.layers_with_rope(L, 4)
-        windows = f.windows_if_used(L, [not rotates for rotates in rotated])
-        return f.done(cls(V, D, F, L, N, K, H, eps, rope, rotated, windows, context, tied))
+        rotated = read_rotated(f, L)
+        windows = read_windows(f, rotated)
+        return f.done(cls(V, D, F, L, N, K, H, eps, f.rope(context, 2e6), rotated, windows, context, tied))
 
     def frequencies(self, window: int | None = None) -> Frequencies:
         return self.rope.frequencies(self.H)
 
 
+def read_rotated(f: Fields, L: int) -> tuple[bool, ...]:
+    """Whether each layer has RoPE: no_rope_layers, which has 1 for a layer with it. Without it, every n-th has none."""
+    every = f.number("no_rope_layer_interval", 4)
+    found = f("no_rope_layers", [int((i + 1) % every != 0) for i in range(L)])
+    if not isinstance(found, list) or len(found) < L or not all(value in (0, 1) for value in found):
+        raise ValueError(f"config.json: no_rope_layers must list 1 (RoPE) or 0 (none) for each of {L} layers")
+    return tuple(map(bool, found[:L]))
+
+
+def read_windows(f: Fields, rotated: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """Sliding window of each layer. Without layer_types, the layers without RoPE have it."""
+    used, window = f.flag("use_sliding_window", False), f.number("sliding_window", NO_WINDOW)
+    if used and window != NO_WINDOW:
+        return f.windows_by_type(window, ["full_attention" if rotates else "sliding_attention" for rotates in rotated])
+    if any(f.windows_by_type(window, ["full_attention"] * len(rotated))) and "layer_types" not in f.allow:
+        f.faults.append("layer_types with 'sliding_attention' (without use_sliding_window and sliding_window)")
+    return (None,) * len(rotated)
+
+
+NO_WINDOW = LARGEST  # sliding_window is null
 NORM_IDENTITY = 1.0  # initial value of norm weights
 
 # path in the weights: (axes in the checkpoint's order, name in the checkpoint, aliases …)
