@@ -8,20 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_adapter import drawn
-from helpers.tiny_models import tiny
+from helpers.tiny_models import DISTINCT, families, layers, tiny
 
 from jaxlm import Model
 from jaxlm.loading import spread
-from jaxlm.nn import lora, params, rms_norm
+from jaxlm.nn import layer_types, lora, params, rms_norm
 
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 L = 3
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 9)).astype(np.int32)
 OTHER = TOKENS[:, ::-1].copy()
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families(*DISTINCT))
 def model(request: pytest.FixtureRequest) -> Model:
     return make(request.param)
 
@@ -33,8 +32,7 @@ def one_of_two(request: pytest.FixtureRequest) -> Model:
 
 
 def make(family: str, **options: Any) -> Model:
-    more = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if family == "gemma3" else {}
-    return tiny(family, num_hidden_layers=L, **more, **options)
+    return tiny(family, **layers(family, L), **options)
 
 
 def close(a: Any, b: Any, limit: float = 1e-5) -> bool:
@@ -103,7 +101,8 @@ def test_embedding_and_contributions_sum_to_the_residual_stream(model: Model) ->
 
 def test_contributions_are_projections_before_or_after_their_norm(model: Model) -> None:
     _, acts = model.activations(TOKENS, "*")
-    norms = {"olmo2": ("attn_norm", "mlp_norm", 0.0), "gemma3": ("attn_out_norm", "mlp_out_norm", 1.0)}
+    of_olmo = ("attn_norm", "mlp_norm", 0.0)
+    norms = {"olmo2": of_olmo, "olmo3": of_olmo, "gemma3": ("attn_out_norm", "mlp_out_norm", 1.0)}
     after = norms.get(model.family.__name__.split(".")[-1])
     for i, w in enumerate(model.weights["layers"]):
         for n, (projection, name) in enumerate((("o", "attention"), ("down", "mlp"))):
@@ -122,7 +121,7 @@ def test_products_are_those_of_their_weights(model: Model) -> None:
     for spec, name in (("BTF,DF->BTD", "down"), ("BTNH,DNH->BTD", "o")):
         x = acts[f"layers.1.{name}.input"]
         assert close(jnp.einsum(spec, x, w[name], precision="highest"), acts[f"layers.1.{name}"])
-    if "olmo2" in model.family.__name__:  # no norm before
+    if "olmo" in model.family.__name__:  # no norm before
         x = model.activations(TOKENS, "layers.0.residual")[1]["layers.0.residual"]
         assert close(jnp.einsum("BTD,NHD->BTNH", x, w["q"], precision="highest"), acts["layers.1.q"])
     assert acts["layers.1.q"].shape[-1] == cfg.H
@@ -204,7 +203,7 @@ def test_the_patch_of_o_comes_before_that_of_attention() -> None:
 
 
 def test_stacked_layers_give_the_same(model: Model) -> None:
-    stacked = params.stack(model.weights, len(params.period(model.config.windows)))
+    stacked = params.stack(model.weights, layer_types.layer_period(model.config))
     patch = {"layers.1.mlp": lambda x: -x}
     assert equal(
         model.activations(TOKENS, "*", weights=stacked, patch=patch), model.activations(TOKENS, "*", patch=patch)

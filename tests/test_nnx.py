@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers.tiny_adapter import beside, drawn
-from helpers.tiny_models import CONFIGS, tiny
+from helpers.tiny_models import CONFIGS, DISTINCT, families, layers, tiny
 
 import jaxlm
 import jaxlm.nnx
@@ -25,14 +25,13 @@ from jaxlm.loading import spread
 from jaxlm.training import step
 from jaxlm.training.loss import loss
 
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 TOKENS = np.arange(96, dtype=np.int32).reshape(8, 12)
 RULE = optax.adamw(1e-2)
 ON_MESH = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 200}
 
 
 def small(family: str = "llama3", **fields: Any) -> Model:
-    return tiny(family, **{"num_hidden_layers": 1, **fields})
+    return tiny(family, **{**layers(family, 1), **fields})
 
 
 def nats(logits: jax.Array) -> jax.Array:
@@ -69,7 +68,7 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_logits_are_the_models(family: str) -> None:
     model = tiny(family) if family == "gemma3" else small(family)
     module = jaxlm.nnx.Module(model)

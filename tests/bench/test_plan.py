@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 from jaxlm import models
 from jaxlm.bench import plan, plan_training, programs, published
@@ -25,7 +25,7 @@ def named(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion"])
-@pytest.mark.parametrize("name", ["llama3", "olmo2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("sizes", [{"data": 1, "model": 1}, {"data": 4, "model": 2}])
 def test_the_state_of_training(name: str, optimizer: Any, sizes: dict[str, int]) -> None:
     """Weights and moments of one device, as `train` shards them. The counters of the optimizer are a few bytes."""

@@ -32,7 +32,11 @@ from jaxlm.checkpoint import gguf, gguf_models, gguf_sampling, safetensors
 from jaxlm.cli import main
 
 # llama.cpp has no key for Gemma 3's query scale, which follows from the head width.
-FIELDS = {family: {"query_pre_attn_scalar": 20} if family == "gemma3" else {} for family in CONFIGS}
+FIELDS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in CONFIGS},
+    "gemma3": {"query_pre_attn_scalar": 20},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},  # every fourth layer has no RoPE
+}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -159,7 +163,7 @@ def test_yarn(tmp_path):
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": (
         {"general.architecture": "mamba"},
-        r"'mamba' is not supported.*llama, qwen3, olmo2, gemma3",
+        r"'mamba' is not supported.*llama, qwen3, olmo2, smollm3, gemma3",
     ),
     "no architecture": ({"general.architecture": 3}, "architecture 3 is not supported"),
     "an adapter": ({"general.type": "adapter"}, "not a model .*adapter"),

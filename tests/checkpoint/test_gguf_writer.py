@@ -26,7 +26,11 @@ from jaxlm.nn import params
 
 # Rows of whole blocks. GGUF has no key for Gemma 3's query scale, which follows from the head width.
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-FIELDS = {family: {"query_pre_attn_scalar": 16} if family == "gemma3" else {} for family in CONFIGS}
+FIELDS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in CONFIGS},
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},  # every fourth layer has no RoPE
+}
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
@@ -112,6 +116,8 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "yarn": ("qwen3", {"rope_theta": 1e6, "rope_scaling": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}),
+    "layers with full attention": ("olmo3", {"rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}}),
     "global layers": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     "local layers": ("gemma3", {"rope_local_base_freq": 2e4}),
 }  # fmt: skip
@@ -152,6 +158,12 @@ def test_windows_of_gemma(kinds, pattern, tmp_path):
 NO_KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a query scale": ("gemma3", {"query_pre_attn_scalar": 12}, r"scale is 0\.28.*, not 0\.25"),
     "irregular windows": ("gemma3", {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING, SLIDING]}, "windows is"),
+    "another period of layers without RoPE": (
+        "smollm3", {"no_rope_layer_interval": 2}, r"rotated is \(True, False, True, False\)"
+    ),
+    "windows of SmolLM3": ("smollm3", {"use_sliding_window": True, "sliding_window": 7}, "windows is"),
+    "scaling of RoPE beside windows": ("olmo3", {"rope_parameters": {
+        FULL: {"rope_type": "default"}, SLIDING: {"rope_type": "linear", "factor": 2.0}}}, "local_rope is"),
     "bands of frequencies": ("llama3", {"head_dim": 64, "rope_theta": 5e5, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}}, "rope_freqs|rope is"),

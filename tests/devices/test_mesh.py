@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import DISTINCT, FAMILIES, UNIFORM, families, layers, tiny
 
 import jaxlm
 from jaxlm import Model
@@ -22,7 +22,6 @@ from jaxlm.inference.requests import MAX_LOGPROBS
 from jaxlm.nn import attention_cpu, attention_reference, params
 
 MESHES = ["data=2", "model=2", "data=2,model=2", "data=4,model=2", "data=2,model=4", "model=8", "data=8"]
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 PROMPTS = [[1, 5, 9], [4] * 14, [7, 0], [3, 2, 1, 0, 1]]  # one length bucket, for few compilations
 TEXT: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 
@@ -143,19 +142,19 @@ def collectives(program: Any) -> Counter[str]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 @pytest.mark.parametrize("T", [1, 16])
 def test_two_all_reduces_per_layer_and_one_for_the_embedding(family: str, T: int) -> None:
     """Prefill and decoding with a KV cache have no other collectives."""
-    layers = {} if family == "gemma3" else {"num_hidden_layers": 1}
-    model = tiny(family, num_attention_heads=8, num_key_value_heads=4, vocab_size=200, **layers)
+    count = 1 if family in UNIFORM else 2
+    model = tiny(family, num_attention_heads=8, num_key_value_heads=4, vocab_size=200, **layers(family, count))
     there = spread(model, make("data=2,model=4"))
     kv = there.init_kv(4, 64, chunk=16)
     tokens = jnp.zeros((4, T), jnp.int32)
     with mesh.use_mesh_of(there.weights):
         program = jax.jit(lambda w, kv, t, p: there.family.forward(there.config, t, w, kv, p), donate_argnums=1)
         found = collectives(program.lower(there.weights, kv, tokens, jnp.zeros_like(tokens)).compile())
-    extra = model.config.L if family == "olmo2" else 0  # the norms over all heads of q and k share one
+    extra = model.config.L if "olmo" in family else 0  # the norms over all heads of q and k share one
     assert found == Counter({"all-reduce": 2 * model.config.L + 1 + extra})
 
 

@@ -12,7 +12,8 @@ from jaxlm.nn import params
 
 F32, F16, Q8_0, Q4_0, Q6_K, BF16 = 0, 1, 8, 2, 14, 30
 BLOCKS = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q4_0: (32, 18), Q6_K: (256, 210), BF16: (1, 2)}
-ARCHITECTURES = {"llama3": "llama", "qwen3": "qwen3", "olmo2": "olmo2", "gemma3": "gemma3"}
+ARCHITECTURES = {"llama3": "llama", "qwen3": "qwen3", "olmo2": "olmo2", "olmo3": "olmo2", "smollm3": "smollm3",
+                 "gemma3": "gemma3"}  # fmt: skip
 # The end of a name in Hugging Face's format: in GGUF.
 TENSORS = {
     "embed_tokens": "token_embd", "input_layernorm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k",
@@ -20,7 +21,8 @@ TENSORS = {
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down", "norm": "output_norm", "lm_head": "output",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
-AFTER = {"llama3": "ffn_norm", "qwen3": "ffn_norm", "olmo2": "post_attention_norm", "gemma3": "post_attention_norm"}
+AFTER = {"llama3": "ffn_norm", "qwen3": "ffn_norm", "smollm3": "ffn_norm"}  # others: post_attention_norm
+THETAS = {"gemma3_text": 1e6, "olmo3": 5e5, "smollm3": 2e6}  # without the field rope_theta
 
 
 class Raw(NamedTuple):
@@ -91,7 +93,7 @@ def metadata_of(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         "attention.head_count": N,
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps", 1e-5 if architecture == "olmo2" else 1e-6),
-        "rope.freq_base": float(config.get("rope_theta", 1e6 if architecture == "gemma3" else 1e4)),
+        "rope.freq_base": float(config.get("rope_theta", THETAS.get(config["model_type"], 1e4))),
         "vocab_size": config["vocab_size"],
     }
     if "head_dim" in config:
@@ -117,7 +119,7 @@ def rope_factors(theta: float, H: int, factor: float, low: float, high: float, o
 def name_of(name: str, family: str) -> str:
     """The name in GGUF of a tensor in Hugging Face's format."""
     parts = name.removesuffix(".weight").split(".")
-    end = {**TENSORS, "post_attention_layernorm": AFTER[family]}[parts[-1]]
+    end = {**TENSORS, "post_attention_layernorm": AFTER.get(family, "post_attention_norm")}[parts[-1]]
     return f"blk.{parts[2]}.{end}.weight" if "layers" in parts else f"{end}.weight"
 
 
@@ -148,7 +150,7 @@ def tiny_file(family: str, kind: int = F32, seed: int = 0, **fields: Any) -> tup
     for row in params.tensors(model.family.PARAMS, model.config):
         value = np.asarray(params.get(model.weights, row.path)).reshape(row.stored_shape)
         own = row.path.rpartition(".")[2]
-        if family == "llama3" and own in ("q", "k"):
+        if family in ("llama3", "smollm3") and own in ("q", "k"):
             value = value.reshape(-1, 2, model.config.H // 2, model.config.D).swapaxes(1, 2).reshape(value.shape)
         if family == "gemma3" and own.endswith("norm"):
             value = value + np.float32(1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
 from helpers.random_weights import draw
 from jaxlm import Model, models
@@ -23,6 +24,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama3": {"model_type": "llama", **SIZES},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 20},
     "olmo2": {"model_type": "olmo2", **SIZES},
+    "olmo3": {"model_type": "olmo3", **SIZES, "sliding_window": 5, "layer_types": [SLIDING, FULL]},
+    "smollm3": {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0]},
     "gemma3": {
         "model_type": "gemma3_text",
         **SIZES,
@@ -32,6 +35,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [SLIDING, FULL],
     },
 }
+FAMILIES = tuple(CONFIGS)
+UNIFORM = ("llama3", "qwen3", "olmo2")  # families whose layers are all of one type
+DISTINCT = (*UNIFORM, "gemma3")  # they have all operations; the others combine these in other ways
+
+
+def families(*quick: str) -> list[Any]:
+    """All families as parameters of a test. Those that are not among `quick` are slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+def layers(family: str, count: int) -> dict[str, Any]:
+    """Fields for this many layers. Types of layers take turns, as in CONFIGS."""
+    lists = {key: value for key, value in CONFIGS[family].items() if isinstance(value, list)}
+    return {"num_hidden_layers": count, **{key: (value * count)[:count] for key, value in lists.items()}}
 
 
 def from_config(config: Mapping[str, Any], seed: int = 0, dtype: Any = jnp.float32) -> Model:

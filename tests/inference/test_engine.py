@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_chat import quick_compilation, tokenizer_of
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 import jaxlm
 from jaxlm.bench import memory_use
@@ -24,7 +24,6 @@ from jaxlm.inference.requests import requests_for
 from jaxlm.model import Model
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 LIGHT = [("gemma3", 4)]  # with and without sliding windows; the others are slow tests
 BAD = 198  # a token whose embedding is NaN
 

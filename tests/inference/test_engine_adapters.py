@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny_files
 from helpers.tiny_adapter import beside, drawn
 from helpers.tiny_chat import TEMPLATE, quick_compilation, tokenizer_of
-from helpers.tiny_models import tiny
+from helpers.tiny_models import families, tiny
 
 import jaxlm
 from jaxlm.checkpoint import peft
@@ -20,7 +20,6 @@ from jaxlm.models import llama3
 from jaxlm.nn import lora, multi_lora
 from jaxlm.nn.linear import product
 
-FAMILIES = ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "olmo2", "gemma3"))]
 # Names, targets, ranks and scales. Only one adapts the head. Of the last one, the first layer alone is adapted.
 KINDS = {"all": (("all-linear", "head"), 3, 0.75), "query": (("q",), 5, 1.3), "mlp": (("gate", "down"), 2, 0.31)}
 TEXT = [(7 * i) % 90 for i in range(40)]
@@ -76,7 +75,7 @@ def test_a_nan_of_another_adapter_stays_there() -> None:
     assert np.isfinite(y[2]).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("llama3"))
 def test_requests_of_different_adapters_in_one_batch(family: str) -> None:
     base, adapted = models_of(family)
     rng, asked = np.random.default_rng(1), []

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 from jaxlm import models
 from jaxlm.bench import published
@@ -64,7 +64,7 @@ def test_tensor_parallelism_by_hand() -> None:
     assert roofline.latency(of, v6e) == pytest.approx(65 * 8e-6)
 
 
-@pytest.mark.parametrize("name", ["llama3", "olmo2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("sizes", [{"data": 1, "model": 1}, {"data": 2, "model": 2}, {"data": 1, "model": 4}])
 def test_bytes_are_those_of_the_arrays(name: str, sizes: dict[str, int]) -> None:
     """Weights and caches, sharded as `load` and the engine shard them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import families, tiny
 
 import jaxlm
 from jaxlm.checkpoint.safetensors import read_header
@@ -14,7 +14,6 @@ from jaxlm.checkpoint.writer import copied_entry, write_safetensors
 from jaxlm.devices import topology
 from jaxlm.loading import spread
 
-FAMILIES = ["llama3", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "olmo2"))]
 LONG = [(7 * i) % 90 for i in range(60)]
 OTHER = [(11 * i) % 90 for i in range(40)]
 
@@ -27,7 +26,7 @@ def answer(engine: jaxlm.Engine, prompt: list[int]) -> list[int]:
     return request.tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("llama3", "gemma3"))
 def test_another_engine_takes_the_prefixes(family: str, tmp_path: Path) -> None:
     """Gemma's sliding windows included. The file has the tokens of both requests but the last ones."""
     model, path = tiny(family, max_position_embeddings=128), tmp_path / "prefixes.safetensors"

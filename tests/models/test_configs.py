@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import pytest
-from helpers.tiny_models import CONFIGS, FULL, SLIDING
+from helpers.tiny_models import CONFIGS, FULL, SLIDING, UNIFORM
 
 from jaxlm import models
 from jaxlm.models.unsupported import REASONS
@@ -55,7 +55,6 @@ def test_fields_that_do_not_change_the_result_are_accepted(family: str) -> None:
         ("final_logit_softcapping", 30.0),
         ("attn_logit_softcapping", 50.0),
         ("use_bidirectional_attention", True),
-        ("use_sliding_window", True),
     ],
 )
 def test_unsupported_fields_are_rejected_by_name(family: str, field: str, value: Any) -> None:
@@ -112,7 +111,7 @@ def test_several_faults_are_named_together() -> None:
 
 
 def test_unsupported_activations_are_rejected() -> None:
-    for family in ("llama3", "qwen3", "olmo2"):
+    for family in UNIFORM:
         assert config(family, hidden_act="silu") == config(family)
         with pytest.raises(ValueError, match=r"hidden_act = 'gelu'"):
             config(family, hidden_act="gelu")
@@ -133,6 +132,67 @@ def test_layer_types_of_full_attention_only(family: str) -> None:
     assert config(family, **written) == config(family)
     with pytest.raises(ValueError, match="layer_types"):
         config(family, layer_types=[FULL, SLIDING])
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"smollm3"}))
+def test_a_window_that_is_not_computed_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match="use_sliding_window = True"):
+        config(family, use_sliding_window=True)
+
+
+def test_olmo3_layer_types() -> None:
+    assert config("olmo3").windows == (5, None)
+    assert config("olmo3", without=("layer_types", "sliding_window"), num_hidden_layers=5).windows == (
+        4096, 4096, 4096, None, 4096,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="layer_types"):
+        config("olmo3", layer_types=[SLIDING])
+
+
+def test_olmo3_ropes_in_both_formats() -> None:
+    """Context extension is for full attention. In the older format, the base is that of all layers."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+    scaled = Rope(5e5, "yarn", 8.0, 8192, amplitude=0.1 * math.log(8) + 1)
+    plain, old = config("olmo3"), config("olmo3", rope_scaling=yarn)
+    assert (plain.rope, plain.local_rope) == (Rope(5e5), Rope(5e5))
+    assert (old.rope, old.local_rope) == (scaled, Rope(5e5))
+    other = config("olmo3", rope_theta=2e4, rope_scaling=yarn)
+    assert (other.rope.theta, other.local_rope) == (2e4, Rope(2e4))
+    local = {"rope_type": "default", "rope_theta": 5e5}
+    assert config("olmo3", rope_parameters={FULL: {**yarn, "rope_theta": 5e5}, SLIDING: local}) == old
+    # Some versions of transformers 5 wrote one section, and computed it in all layers.
+    with pytest.raises(ValueError, match="sections full_attention and sliding_attention"):
+        config("olmo3", rope_parameters={**yarn, "rope_theta": 5e5})
+
+
+def test_layers_without_rope() -> None:
+    assert config("smollm3").rotated == (True, False)
+    assert config("smollm3", no_rope_layers=[0, 1, 1]).rotated == (False, True)  # transformers reads the first L
+    by_interval = {"without": ("no_rope_layers",), "num_hidden_layers": 5}
+    assert config("smollm3", **by_interval).rotated == (True, True, True, False, True)
+    assert config("smollm3", **by_interval, no_rope_layer_interval=2).rotated == (True, False, True, False, True)
+    assert config("smollm3").rope == Rope(2e6)
+    for wrong in ([1], [1, 2], "11", [True, None]):
+        with pytest.raises(ValueError, match="no_rope_layers must list 1"):
+            config("smollm3", no_rope_layers=wrong)
+    with pytest.raises(ValueError, match="no_rope_layer_interval is 0"):
+        config("smollm3", no_rope_layer_interval=0)
+
+
+def test_windows_of_smollm3() -> None:
+    published = {"use_sliding_window": False, "sliding_window": None, "layer_types": [FULL, FULL]}
+    assert config("smollm3", **published) == config("smollm3")
+    assert config("smollm3", sliding_window=7).windows == (None, None)
+    assert config("smollm3", use_sliding_window=True).windows == (None, None)
+    used = {"use_sliding_window": True, "sliding_window": 7}
+    assert config("smollm3", **used).windows == (None, 7)  # the layer without RoPE
+    assert config("smollm3", **used, layer_types=[SLIDING, FULL]).windows == (7, None)
+    with pytest.raises(ValueError, match="sliding_window is 0"):
+        config("smollm3", use_sliding_window=True, sliding_window=0)
+    for unused in ({}, {"sliding_window": 7}, {"use_sliding_window": True}):
+        with pytest.raises(ValueError, match="layer_types with 'sliding_attention'"):
+            config("smollm3", layer_types=[SLIDING, FULL], **unused)
+        assert config("smollm3", ("layer_types",), layer_types=[SLIDING, FULL], **unused) == config("smollm3")
 
 
 def test_gemma_layer_types() -> None:
@@ -201,7 +261,7 @@ def test_gemma_rope_in_both_formats() -> None:
     ],
 )
 def test_unsupported_ropes_are_rejected(family: str, field: str, section: dict[str, Any], message: str) -> None:
-    if family == "gemma3" and field == "rope_parameters":
+    if family in ("gemma3", "olmo3") and field == "rope_parameters":
         section = {FULL: section, SLIDING: {"rope_type": "default"}}
     with pytest.raises(ValueError, match=message):
         config(family, **{field: section})

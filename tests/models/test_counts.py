@@ -14,7 +14,7 @@ import pytest
 from helpers.published_configs import CONFIGS, COUNTS, MIXTURE_OF_EXPERTS, tensor_shapes
 
 from jaxlm import Model, models
-from jaxlm.nn import Rope, params
+from jaxlm.nn import Rope, layer_types, params
 
 REFUSED = "Qwen-Qwen3-30B-A3B"
 # Names of param_counts.json that differ from those of COUNTS.
@@ -47,7 +47,7 @@ def test_counts_and_shapes_at_full_size() -> None:
             x, _ = family.forward(cfg, tokens, weights, None, pos)
             return family.logits(cfg, x, weights)
 
-        stacked = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), weights)
+        stacked = jax.eval_shape(partial(params.stack, period=layer_types.layer_period(cfg)), weights)
         logits = jax.eval_shape(program, tokens, stacked)
         assert (logits.shape, logits.dtype) == ((1, 8, cfg.V), jnp.float32), name
 

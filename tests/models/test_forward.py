@@ -9,23 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import FULL, SLIDING, tiny
+from helpers.tiny_models import DISTINCT, FAMILIES, FULL, SLIDING, UNIFORM, families, layers, tiny
 
 from jaxlm import Model
 from jaxlm.model import positions
 from jaxlm.nn import kv_cache as caches
-from jaxlm.nn import params
+from jaxlm.nn import layer_types, params
 
-FAMILIES = ("llama3", "qwen3", "olmo2", "gemma3")
 TOKENS = np.random.RandomState(0).randint(0, 199, (2, 14)).astype(np.int32)
 TOKENS[:, 3] = 0
 
 
 def deep(family: str) -> tuple[Model, int]:
-    """A model and the period of its layer types: Gemma has two periods and one remaining layer."""
-    if family == "gemma3":
-        return tiny(family, num_hidden_layers=5, layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING]), 2
-    return tiny(family), 1
+    """A model and the period of its layer types: those with two types have two periods and one remaining layer."""
+    if family in UNIFORM:
+        return tiny(family), 1
+    return tiny(family, **layers(family, 5)), 2
 
 
 stack, unstack = jax.jit(params.stack, static_argnums=1), jax.jit(params.unstack)
@@ -42,7 +41,7 @@ def close(a: Any, b: Any, limit: float = 1e-5) -> None:
 def test_scanned_equals_unrolled(family: str) -> None:
     model, period = deep(family)
     stacked = stack(model.weights, period)
-    assert len(params.period(model.config.windows)) == period
+    assert layer_types.layer_period(model.config) == period
     close(unstack(stacked), model.weights, 0)
     states = model.hidden_states(TOKENS)
     assert len(states) == model.config.L + 1
@@ -150,7 +149,7 @@ def test_forward_continues_after_the_cached_tokens() -> None:
     assert np.abs(np.asarray(other) - expected[:, 7:]).max() > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_a_users_own_loop_compiles_once_and_donates_the_cache(family: str) -> None:
     model, _ = deep(family)
     weights, forward, init_kv, _, _ = replace(model, weights=jax.device_put(model.weights, jax.devices()[1]))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 from jaxlm import models
 from jaxlm.bench import published
@@ -59,7 +59,7 @@ def test_decode_bytes_of_gemma_3_1b_by_hand() -> None:
     assert flops.decode_bytes(shapes, cfg, 3, 4096, 2) == 2 * params.count(family.PARAMS, cfg) + 3 * cache
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_forward_is_what_xla_counts(name) -> None:
     """XLA counts the masked half of the scores too, and elementwise operations: few beside wide matrices."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4000, "head_dim": 128}

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_adapter import beside, drawn
-from helpers.tiny_models import tiny
+from helpers.tiny_models import DISTINCT, FAMILIES, UNIFORM, families, layers, tiny
 
 import jaxlm
 from jaxlm import Model, nn
 from jaxlm.devices import mesh
 from jaxlm.loading import spread
-from jaxlm.nn import lora, params
+from jaxlm.nn import layer_types, lora, params
 
-FAMILIES = ["llama3", "qwen3", "olmo2", "gemma3"]
 SIZES = {"N": 6, "K": 3, "H": 5, "D": 16, "F": 20, "V": 11, "B": 2, "T": 3}
 SPECS = ["BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTNH,DNH->BTD", "BTD,FD->BTF", "BTF,DF->BTD", "BTD,VD->BTV"]
 TOKENS = np.arange(96, dtype=np.int32).reshape(8, 12)
@@ -84,11 +83,11 @@ def test_half_precision_accumulates_in_float32(spec: str) -> None:
     assert np.abs(np.asarray(ours, np.float32) - exact).max() < 3 * 2**-8 * np.abs(exact).max()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families(*DISTINCT))
 def pair(request) -> tuple[Model, Model]:
     """A model with an adapter, and the fused model: two periods of layers, and an adapted untied head."""
-    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
-    model = tiny(request.param, tie_word_embeddings=False, **(kinds if request.param == "gemma3" else {}))
+    periods = {} if request.param in UNIFORM else layers(request.param, 4)
+    model = tiny(request.param, tie_word_embeddings=False, **periods)
     adapted = beside(model, drawn(model, ("all-linear", "head")))
     return adapted, Model(model.family, model.config, jax.jit(lora.fused)(adapted.weights))
 
@@ -103,7 +102,7 @@ def test_model_with_an_adapter_equals_the_fused_model(pair: tuple[Model, Model])
     assert np.abs(logits(adapted) - expected).max() < 2e-5 * expected.std()
     bare = jax.tree.map(lambda leaf: leaf.w if lora.is_lora(leaf) else leaf, adapted.weights, is_leaf=lora.is_lora)
     assert np.abs(logits(adapted, bare) - expected).max() > expected.std()
-    period = len(params.period(adapted.config.windows))
+    period = layer_types.layer_period(adapted.config)
     stacked = jax.jit(params.stack, static_argnums=1)(adapted.weights, period)
     assert np.abs(logits(adapted, stacked) - expected).max() < 2e-5 * expected.std()
     again = jax.jit(lambda weights: params.unstack(lora.fused(weights)))(stacked)

@@ -116,6 +116,38 @@ OLMO2 = [
     Case("olmo2", "permutation", shape(N=2, K=2), faults.interleaved),
     *ropes("olmo2", "linear, old spelling", "llama3, factor 8, old spelling", "yarn", "yarn, mscale"),
 ]
+WIDE_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+OLMO3 = [
+    Case("olmo3", "pattern 4", shape(L=5, layer_types=None), faults.window_off),
+    Case("olmo3", "yarn", shape(L=4, layer_types=None, **gemma_rope(5e5, 5e5, **WIDE_YARN)), faults.scaling_everywhere),
+    Case(
+        "olmo3", "yarn, old spelling", shape(**gemma_rope(5e5, 5e5, **WIDE_YARN)), faults.rope(type="default"), old=True
+    ),
+    Case("olmo3", "kinds out of order", shape(L=3, N=3, K=1, layer_types=[FULL, SLIDING, SLIDING]), faults.window(-1)),
+    Case("olmo3", "two thetas", shape(**gemma_rope(5e5, 2e4)), faults.local_theta_is_global),
+    Case("olmo3", "thetas left out", shape(), faults.rope(theta=1e4), drop=("rope_parameters",)),
+    Case("olmo3", "6 heads on 3", shape(N=6, K=3, D=96), faults.norm_of_each_head),
+    Case("olmo3", "bfloat16, tied, sharded", shape(**TIED), faults.swapped_norms, shards=True, stored="bfloat16"),
+]
+SMOLLM3 = [
+    Case("smollm3", "pattern 4", shape(L=5, no_rope_layers=None), faults.rope_in_every_layer),
+    Case("smollm3", "listed", shape(L=3, N=3, K=1, no_rope_layers=[0, 1, 1]), faults.rope_in_the_other_layers),
+    Case(
+        "smollm3",
+        "windows, every second",
+        shape(L=3, no_rope_layers=None, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7),
+        faults.window_off,
+    ),
+    Case(
+        "smollm3",
+        "windows with RoPE",
+        shape(layer_types=[SLIDING, FULL], use_sliding_window=True, sliding_window=7),
+        faults.window(1),
+    ),
+    Case("smollm3", "untied", shape(**UNTIED), faults.tied_by_mistake),
+    Case("smollm3", "theta left out", shape(), faults.rope(theta=1e4), drop=("rope_parameters",)),
+    *ropes("smollm3", "yarn, old spelling", no_rope_layers=[1, 0]),
+]
 GEMMA3 = [
     Case("gemma3", "pattern 6", shape(L=7, layer_types=None), faults.window_off),
     Case("gemma3", "pattern 6, old spelling", shape(L=6, layer_types=None), faults.local_theta_is_global, old=True),
@@ -140,4 +172,4 @@ GEMMA3 = [
     Case("gemma3", "float16", shape(N=8, K=1, D=64), faults.skipped_layer, stored="float16"),
     Case("gemma3", "permutation, theta", shape(**gemma_rope(5e5, 2e4)), faults.interleaved),
 ]  # fmt: skip
-CASES = LLAMA3 + QWEN3 + OLMO2 + GEMMA3
+CASES = LLAMA3 + QWEN3 + OLMO2 + OLMO3 + SMOLLM3 + GEMMA3

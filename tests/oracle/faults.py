@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from jaxlm import Model
-from jaxlm.models import olmo2
 
 Fault = Callable[[Model, pytest.MonkeyPatch], Model]
 
@@ -88,9 +87,9 @@ q_norm_forgotten = weights("q_norm", jnp.zeros_like)
 
 
 def norm_of_each_head(model: Model, patch: pytest.MonkeyPatch) -> Model:
-    """OLMo 2's q and k normalized head by head, as Qwen3's are."""
-    whole = olmo2.rms_norm
-    patch.setattr(olmo2, "rms_norm", lambda x, w, eps, axes=1: whole(x, w, eps))
+    """OLMo's q and k normalized head by head, as Qwen3's are."""
+    whole = model.family.rms_norm
+    patch.setattr(model.family, "rms_norm", lambda x, w, eps, axes=1: whole(x, w, eps))
     return config(context=1)(model, patch)  # unlike the model's, so that the patched program is compiled
 
 
@@ -111,9 +110,18 @@ def local_theta_is_global(model: Model, patch: pytest.MonkeyPatch) -> Model:
 
 
 def scaling_everywhere(model: Model, patch: pytest.MonkeyPatch) -> Model:
-    """Gemma's linear factor on local layers too."""
+    """The scaling of RoPE on local layers too."""
     stretched = replace(model.config.rope, theta=model.config.local_rope.theta)
     return _with(model, replace(model.config, local_rope=stretched))
+
+
+def rope_in_every_layer(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    return config(rotated=(True,) * model.config.L)(model, patch)
+
+
+def rope_in_the_other_layers(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    """no_rope_layers read as its name says: 1 for a layer without RoPE."""
+    return config(rotated=tuple(not rotates for rotates in model.config.rotated))(model, patch)
 
 
 def query_scale_of_width(model: Model, patch: pytest.MonkeyPatch) -> Model:

@@ -6,6 +6,7 @@ torch is imported inside functions: the light tier collects these files without 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,42 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_weights import draw
 from helpers.tiny_chat import quick_compilation
+from helpers.tiny_models import CONFIGS, FULL, SIZES, SLIDING
 
 import jaxlm
 from jaxlm.devices import hardware
 
-CLASSES = {
-    "llama3": ("LlamaConfig", "LlamaForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM"),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-}
-FAMILIES = tuple(CLASSES)
 LIMIT = 1e-4  # of the logits' deviation
 FAULT = 100 * LIMIT  # what a planted fault must move them by
-V = 199
+V = SIZES["vocab_size"]
 # Compiler options without most optimizations, as in tests/conftest.py. Later versions of jax lack the second one.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if version("jaxlib").startswith("0.10."):
     QUICK["xla_cpu_use_fusion_emitters"] = False
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-SLIDING, FULL = "sliding_attention", "full_attention"
-OWN = {
-    "qwen3": {"head_dim": 20},
-    "gemma3": {"head_dim": 20, "query_pre_attn_scalar": 12, "sliding_window": 8, "layer_types": [SLIDING, FULL]},
-}
+BASE = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def build(family: str, seed: int = 0, change: Callable[..., np.ndarray] | None = None, **fields: Any) -> Any:
@@ -63,9 +41,8 @@ def build(family: str, seed: int = 0, change: Callable[..., np.ndarray] | None =
     import transformers
 
     torch.set_num_threads(1)  # more only get into each other's way in models of this size
-    config_class, model_class = (getattr(transformers, name) for name in CLASSES[family])
-    config = config_class(**{**BASE, **OWN.get(family, {}), **fields})
-    model = model_class._from_config(config, attn_implementation="eager").float().eval()
+    config = transformers.AutoConfig.for_model(**deepcopy({**CONFIGS[family], **BASE, **fields}))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     neutral = 0.0 if family == "gemma3" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +63,8 @@ def old_spelling(config: dict[str, Any]) -> None:
     """rope_parameters -> rope_theta, rope_scaling and rope_local_base_freq, as files had it before transformers 5."""
     section = config.pop("rope_parameters")
     if SLIDING in section or FULL in section:
-        config["rope_local_base_freq"] = section[SLIDING]["rope_theta"]
+        if "gemma3" in config["model_type"]:
+            config["rope_local_base_freq"] = section[SLIDING]["rope_theta"]
         section = section[FULL]
         # These files spell the kinds of layers as a pattern.
         if "_sliding_window_pattern" in config and config.pop("layer_types"):
@@ -133,7 +111,7 @@ def masks(oracle: Any, pos: np.ndarray) -> Any:
         dtype = oracle.dtype
         return torch.where(seen, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
 
-    if "gemma3" not in oracle.config.model_type:
+    if SLIDING not in (getattr(text, "layer_types", None) or ()):
         return mask(None)
     return {FULL: mask(None), SLIDING: mask(text.sliding_window)}
 

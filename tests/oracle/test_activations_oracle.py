@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import DISTINCT, families, layers
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 
 import jaxlm
 
@@ -25,14 +26,14 @@ MODULES = {
 }
 INPUTS = {"o.input": "self_attn.o_proj", "down.input": "mlp.down_proj"}  # activations that are inputs of modules
 AFTER_NORM = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-NORM_FOLLOWS = ("olmo2", "gemma3")
+NORM_FOLLOWS = ("olmo2", "olmo3", "gemma3")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families(*DISTINCT))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, jaxlm.Model]:
     family = request.param
     with reference.quiet():
-        oracle = reference.build(family, num_hidden_layers=3, **{"layer_types": None} if family == "gemma3" else {})
+        oracle = reference.build(family, **layers(family, 3))
         return family, oracle, reference.pair(oracle, tmp_path_factory.mktemp(family))
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_models import FAMILIES, UNIFORM
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT, V
+from oracle.reference import FAULT, LIMIT, V
 
 import jaxlm
 from jaxlm.nn import attention_cpu
@@ -32,7 +33,7 @@ def models(
 ) -> Iterator[tuple[Any, jaxlm.Model]]:
     """The oracle and ours."""
     with reference.quiet():
-        fields = {"sliding_window": WINDOW} if request.param == "gemma3" else {"num_hidden_layers": 1}
+        fields = {"num_hidden_layers": 1} if request.param in UNIFORM else {}
         oracle = reference.build(request.param, seed=3, **fields)
         yield oracle, reference.pair(oracle, tmp_path_factory.mktemp(request.param))
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import DISTINCT, families
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 
 from jaxlm.inference.embeddings import Embedder
 
@@ -23,7 +24,7 @@ def pooled(oracle: Any, ids: list[int], pooling: str, layer: int = -1) -> np.nda
     return torch.nn.functional.normalize(one, dim=-1).numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_embeddings_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     with reference.quiet():
         oracle = reference.build(family)

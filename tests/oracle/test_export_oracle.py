@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import meta_files
+from helpers.tiny_models import DISTINCT, families
 from oracle import reference
-from oracle.reference import FAMILIES
 from oracle.test_gemma_layouts import SPELLINGS, seeing
 
 import jaxlm
@@ -34,7 +34,7 @@ def opened(folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_logits_are_bit_for_bit_those_before(
     family: str, tied: bool, sharded: bool, tmp_path: Path, monkeypatch
 ) -> None:
@@ -48,7 +48,7 @@ def test_logits_are_bit_for_bit_those_before(
         assert same_logits(oracle, opened(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_another_type(family: str, tmp_path: Path) -> None:
     """As transformers itself converts; and it takes the type that config.json names."""
     import torch

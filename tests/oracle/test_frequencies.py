@@ -22,14 +22,17 @@ def oracle_ropes(hf: Any) -> dict[str, tuple[np.ndarray, float]]:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+    from transformers.models.smollm3.modeling_smollm3 import SmolLM3RotaryEmbedding
 
     hf = hf.get_text_config()
-    if hf.model_type == "gemma3_text":
-        rotary = Gemma3RotaryEmbedding(hf)
+    if hf.model_type in ("gemma3_text", "olmo3"):
+        rotary = {"gemma3_text": Gemma3RotaryEmbedding, "olmo3": Olmo3RotaryEmbedding}[hf.model_type](hf)
         kinds = {kind: (f"{kind}_inv_freq", f"{kind}_attention_scaling") for kind in set(hf.layer_types)}
     else:
-        classes = {"llama": LlamaRotaryEmbedding, "olmo2": Olmo2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+        classes = {"llama": LlamaRotaryEmbedding, "olmo2": Olmo2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding,
+                   "smollm3": SmolLM3RotaryEmbedding}  # fmt: skip
         rotary = classes[hf.model_type](hf)
         kinds = {FULL: ("inv_freq", "attention_scaling")}
     return {kind: (getattr(rotary, a).numpy(), getattr(rotary, b)) for kind, (a, b) in kinds.items()}

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from helpers.random_weights import draw
+from helpers.tiny_models import CONFIGS
 from oracle import cases, faults, reference
-from oracle.reference import BASE, FAULT, LIMIT, OWN
+from oracle.reference import BASE, FAULT, LIMIT
 
 import jaxlm
 
@@ -20,9 +21,9 @@ def seeing(folder: Path, tied: bool) -> Any:
     import torch
     import transformers
 
-    fields = {**BASE, **OWN["gemma3"], "num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 2}
+    fields = {**CONFIGS["gemma3"], **BASE, "num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 2}
     fields |= cases.gemma_rope(rope_type="linear", factor=8.0)
-    text = transformers.Gemma3TextConfig(**fields, tie_word_embeddings=tied)
+    text = transformers.AutoConfig.for_model(**fields, tie_word_embeddings=tied)
     vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )

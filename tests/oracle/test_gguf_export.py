@@ -23,7 +23,9 @@ SIZES = {"vocab_size": 157, "hidden_size": 64, "intermediate_size": 96, "num_att
          "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 4096}  # fmt: skip
-GEMMA3 = {"query_pre_attn_scalar": 32, "sliding_window": 24, "num_hidden_layers": 7,
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+WINDOWS = {"sliding_window": 24}
+GEMMA3 = {"query_pre_attn_scalar": 32, **WINDOWS, "num_hidden_layers": 7,
           "layer_types": [*[SLIDING] * 5, FULL, SLIDING]}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama3", {}),
@@ -31,9 +33,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3.1": ("llama3", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     "llama, linear": ("llama3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "qwen3": ("qwen3", {}),
-    "qwen3, yarn": ("qwen3", {"rope_theta": 1e6, "rope_scaling": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+    "qwen3, yarn": ("qwen3", {"rope_theta": 1e6, "rope_scaling": YARN}),
     "olmo2": ("olmo2", {"hidden_size": 128}),
+    "olmo3": ("olmo3", {"hidden_size": 128, **WINDOWS, "num_hidden_layers": 5,
+                        "layer_types": [SLIDING, SLIDING, SLIDING, FULL, SLIDING], "rope_scaling": YARN}),
+    "olmo3, other layers": ("olmo3", {"hidden_size": 128, **WINDOWS, "layer_types": [SLIDING, FULL]}),
+    "smollm3": ("smollm3", {"hidden_size": 128, "num_hidden_layers": 5, "no_rope_layers": None,
+                            "rope_scaling": YARN}),
     "gemma3": ("gemma3", {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     "gemma3, other layers": ("gemma3", {**GEMMA3, "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2}),
 }  # fmt: skip

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import FAMILIES
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 
 import jaxlm
 from jaxlm.checkpoint import gguf as gguf_format
@@ -17,9 +18,12 @@ pytestmark = pytest.mark.oracle
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
          "head_dim": 32, "tie_word_embeddings": False}  # fmt: skip
 OWN = {"gemma3": {"query_pre_attn_scalar": 32, "tie_word_embeddings": True, "num_hidden_layers": 6,
-                  "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}}  # fmt: skip
+                  "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+       "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None}}  # fmt: skip
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "rope_theta": 5e5}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "attention_factor": 1.2,
+        "rope_theta": 5e5}  # fmt: skip
 # Types in files that are common: matrices of other types follow each other.
 KINDS = ("Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "F16", "BF16", "MXFP4", "F32")
 
@@ -38,7 +42,7 @@ def write(oracle: Any, family: str, path: Path, kinds: tuple[str, ...]) -> Path:
     import gguf
     import torch
 
-    architecture, cfg = {"llama3": "llama"}.get(family, family), oracle.config
+    architecture, cfg = {"llama3": "llama", "olmo3": "olmo2"}.get(family, family), oracle.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(cfg.max_position_embeddings)
     writer.add_embedding_length(cfg.hidden_size)
@@ -47,15 +51,21 @@ def write(oracle: Any, family: str, path: Path, kinds: tuple[str, ...]) -> Path:
     writer.add_head_count(cfg.num_attention_heads)
     writer.add_head_count_kv(cfg.num_key_value_heads)
     writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
-    rope = cfg.rope_parameters if family != "gemma3" else cfg.rope_parameters["full_attention"]
+    rope = cfg.rope_parameters.get("full_attention", cfg.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_key_length(cfg.head_dim if hasattr(cfg, "head_dim") and cfg.head_dim else SIZES["head_dim"])
     writer.add_value_length(SIZES["head_dim"])
-    if family == "gemma3":
+    if family in ("olmo3", "gemma3"):
         writer.add_sliding_window(cfg.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in cfg.layer_types])
     if rope["rope_type"] == "llama3":
         radians = 1.0 / rope["rope_theta"] ** (torch.arange(0, SIZES["head_dim"], 2).float() / SIZES["head_dim"])
         writer.add_tensor("rope_freqs.weight", (radians / reference._rotary(oracle).inv_freq).numpy())
+    if rope["rope_type"] == "yarn":  # as for Olmo3ForCausalLM
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -66,7 +76,7 @@ def write(oracle: Any, family: str, path: Path, kinds: tuple[str, ...]) -> Path:
         if name == "lm_head.weight" and cfg.tie_word_embeddings:
             continue
         value = parameter.numpy()
-        turned = family == "llama3" and ("q_proj" in name or "k_proj" in name)
+        turned = family in ("llama3", "smollm3") and ("q_proj" in name or "k_proj" in name)
         value = permuted(value, SIZES["head_dim"]) if turned else value
         shift = np.float32(family == "gemma3" and "norm" in name)
         kind = gguf.GGMLQuantizationType["F32" if value.ndim == 1 else kinds[matrices % len(kinds)]]
@@ -85,7 +95,7 @@ def write(oracle: Any, family: str, path: Path, kinds: tuple[str, ...]) -> Path:
 
 def built(family: str, path: Path, kinds: tuple[str, ...] = KINDS, **fields: Any) -> tuple[Any, jaxlm.Model]:
     sizes = {**SIZES, **OWN.get(family, {}), **fields}
-    if family == "olmo2":
+    if "olmo" in family:
         sizes.pop("head_dim")
     oracle = reference.build(family, **sizes)
     return oracle, jaxlm.load(write(oracle, family, path, kinds), dtype="float32")
@@ -103,6 +113,7 @@ def compare(oracle: Any, model: jaxlm.Model) -> float:
 
 CASES = [(family, {}) for family in FAMILIES] + [
     ("llama3", {"rope_parameters": ROPE, "tie_word_embeddings": True}),
+    ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}}),
     ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
 ]  # fmt: skip

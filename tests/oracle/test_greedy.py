@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import DISTINCT, families, layers
 from oracle import faults, reference
-from oracle.reference import FAMILIES, FULL, SLIDING
 
 import jaxlm
 
@@ -12,13 +12,11 @@ pytestmark = pytest.mark.oracle
 PROMPT = [5, 0, 17, 2, 88, 1, 40]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_greedy_text(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    fields = {"num_hidden_layers": 3}
-    if family == "gemma3":  # tied, these weights repeat themselves
-        fields |= {"layer_types": [SLIDING, SLIDING, FULL], "tie_word_embeddings": False}
+    fields = {**layers(family, 3), "tie_word_embeddings": False}  # tied, these weights repeat themselves
     with reference.quiet():
         oracle = reference.build(family, seed=3, **fields)
         model = reference.pair(oracle, tmp_path)

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import DISTINCT, families, layers
 from oracle import reference
 from oracle.cases import CASES, Case
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 
 import jaxlm
 
@@ -69,10 +70,10 @@ def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, planted: 
         assert reference.distance(reference.faulty_logits(faulty, model, tokens, pos), expected) >= FAULT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 def test_hidden_states_of_every_layer(family: str, tmp_path: Path) -> None:
     with reference.quiet():
-        oracle = reference.build(family, num_hidden_layers=3, **{"layer_types": None} if family == "gemma3" else {})
+        oracle = reference.build(family, **layers(family, 3))
         model = reference.pair(oracle, tmp_path)
     tokens, pos = reference.near_and_far()
     expected = [h.numpy() for h in reference.run(oracle, tokens, pos, output_hidden_states=True).hidden_states]

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_adapter import beside, drawn
+from helpers.tiny_models import DISTINCT
 from oracle import reference
-from oracle.reference import FAMILIES, FAULT, LIMIT
+from oracle.reference import FAULT, LIMIT
 from oracle.test_gemma_layouts import seeing
 
 import jaxlm
@@ -35,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of peft.Lo
     "one layer": ({"r": 3, "lora_alpha": 9, "target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]}, {}),
     "a pattern of names": ({"r": 2, "lora_alpha": 5, "target_modules": r".*\.(q|v)_proj", "lora_dropout": 0.3}, {}),
 }  # fmt: skip
-ROWS = [(family, name) for family in FAMILIES for name in CASES if family == "llama3" or name == "patterns"]
+ROWS = [(family, name) for family in DISTINCT for name in CASES if family == "llama3" or name == "patterns"]
 ROWS += [("gemma3", "the head")]
 
 
@@ -147,7 +148,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [(f, "every product") for f in FAMILIES] + [("llama3", n) for n in WRITTEN][1:]
+    ("family", "name"), [(f, "every product") for f in DISTINCT] + [("llama3", n) for n in WRITTEN][1:]
 )
 def test_adapters_for_peft(family: str, name: str, tmp_path: Path) -> None:
     """peft loads our files completely (missing and unexpected tensors are warnings in peft, and errors here)."""

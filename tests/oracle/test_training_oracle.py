@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from helpers.tiny_adapter import drawn
-from helpers.tiny_models import tiny
-from oracle.reference import FAMILIES, QUICK, V, build, masks, share_frequencies
+from helpers.tiny_models import DISTINCT, families, tiny
+from oracle.reference import QUICK, V, build, masks, share_frequencies
 
 import jaxlm
 from jaxlm.checkpoint import peft
 from jaxlm.data.packing import Batch
-from jaxlm.nn import attention_cpu, attention_reference, attention_tpu, lora, params
+from jaxlm.nn import attention_cpu, attention_reference, attention_tpu, layer_types, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss
@@ -103,7 +103,7 @@ def splash_in_blocks(q: Any, k: Any, v: Any, tokens: Any, window: int | None, sc
 BACKENDS = {"cpu": attention_cpu.causal, "reference": attention_reference.causal, "splash": splash_in_blocks}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*DISTINCT))
 @pytest.mark.parametrize("backend", [
     name if name == "cpu" else pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS
 ])  # fmt: skip
@@ -118,7 +118,7 @@ def test_ten_steps(family: str, backend: str, tmp_path: Any, monkeypatch: pytest
     losses, gradients = torch_run(oracle)
 
     of = Optimizer(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=DECAY, clip=CLIP)
-    stacked = stack(model.weights, len(params.period(model.config.windows)))
+    stacked = stack(model.weights, layer_types.layer_period(model.config))
     tx = optimizers.make_optimizer(of, STEPS, params.letters(model.family.PARAMS, stacked))
     run = jax.jit(step.make_step(model.family, model.config, tx), compiler_options=OPTIONS.get(family, QUICK))
     state, ours_losses = jax.jit(partial(step.init_state, tx))(stacked), []
@@ -148,7 +148,7 @@ def test_ten_steps_of_an_adapter(family: str, tmp_path: Any) -> None:
     oracle.save_pretrained(tmp_path / "base")
     model = jaxlm.load(tmp_path / "base")
     share_frequencies(oracle, model)
-    table, cfg, period = model.family.PARAMS, model.config, len(params.period(model.config.windows))
+    table, cfg, period = model.family.PARAMS, model.config, layer_types.layer_period(model.config)
     tree = drawn(model)
     peft.write(tmp_path / "adapter", tree, table, cfg)
     losses, _ = torch_run(PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True).get_base_model())

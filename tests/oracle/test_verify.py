@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import meta_files
+from helpers.tiny_models import FAMILIES
 from oracle import faults, reference
-from oracle.cases import gemma_rope, llama3_rope, shape
+from oracle.cases import WIDE_YARN, gemma_rope, llama3_rope, shape
 from oracle.reference import FULL, SLIDING
 
 import jaxlm
@@ -26,6 +27,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "llama3": shape(N=6, K=3, D=96, tie_word_embeddings=True, **llama3_rope(32.0)),
     "qwen3": shape(head_dim=20),
     "olmo2": shape(N=3, K=3),
+    "olmo3": shape(**gemma_rope(5e5, 5e5, **WIDE_YARN)),
+    "smollm3": shape(no_rope_layers=[1, 0], layer_types=[FULL, SLIDING], use_sliding_window=True, sliding_window=8),
     "gemma3": shape(layer_types=[SLIDING, FULL], **gemma_rope(rope_type="linear", factor=8.0)),
 }
 
@@ -41,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tried]:
     return cache(lambda family: make(tmp_path_factory.mktemp(family), family, **FIELDS[family]))
 
 
-@pytest.fixture(params=reference.FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def tried(request: pytest.FixtureRequest, made: Callable[[str], Tried]) -> Tried:
     return made(request.param)
 
@@ -113,6 +116,10 @@ PLANTED = [
     ("qwen3", "the last layer", late_layer),
     ("qwen3", "position when decoding", position_when_decoding),
     ("olmo2", "norm of each head", faults.norm_of_each_head),
+    ("olmo3", "factor on local layers", faults.scaling_everywhere),
+    ("olmo3", "window off when decoding", window_off_when_decoding),
+    ("smollm3", "RoPE in every layer", faults.rope_in_every_layer),
+    ("smollm3", "window wider by one", faults.window(1)),
     ("gemma3", "norm without the +1", norm_offset_forgotten),
     ("gemma3", "window off when decoding", window_off_when_decoding),
     ("gemma3", "window wider by one", faults.window(1)),

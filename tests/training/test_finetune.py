@@ -22,7 +22,7 @@ import jaxlm
 from jaxlm.checkpoint import safetensors
 from jaxlm.cli import main
 from jaxlm.data.packing import Batch
-from jaxlm.nn import lora, params
+from jaxlm.nn import layer_types, lora, params
 from jaxlm.training import loop, optimizers, step
 from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
 from jaxlm.training.setup import set_up
@@ -41,7 +41,7 @@ def new_run(family: str, stacked: bool, dropout: float = 0.0) -> tuple[Any, ...]
     """A model, the step of an adapter of rank 2 with random b (zero would hide a), its state, the frozen weights."""
     model = tiny(family)
     table, cfg = model.family.PARAMS, model.config
-    form = partial(params.stack, period=len(params.period(cfg.windows))) if stacked else (lambda w: w)
+    form = partial(params.stack, period=layer_types.layer_period(cfg)) if stacked else (lambda w: w)
 
     @jax.jit
     def adapter() -> Any:

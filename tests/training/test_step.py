@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny
+from helpers.tiny_models import FAMILIES, tiny
 
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh, topology
-from jaxlm.nn import attention_reference, lora, params
+from jaxlm.nn import attention_reference, layer_types, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import Optimizer
 from jaxlm.training.loss import loss, token_logprobs
@@ -69,7 +69,7 @@ def expected(model, textbook) -> tuple[float, Any]:
 
 @pytest.fixture(scope="module")
 def stacked(model) -> Any:
-    return jax.jit(params.stack, static_argnums=1)(model.weights, len(params.period(model.config.windows)))
+    return jax.jit(params.stack, static_argnums=1)(model.weights, layer_types.layer_period(model.config))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_moments_are_sharded_as_their_weights(family, method, spec) -> None:
     def weights() -> Any:
         adapter = lora.init(lora.targets(table, cfg, ("all-linear",)), cfg.L, 128, 2.0, jax.random.key(0))
         full = params.init(table, cfg, jax.random.key(0), model.family.NORM_IDENTITY)
-        return params.stack(full if method == "full" else adapter, len(params.period(cfg.windows)))
+        return params.stack(full if method == "full" else adapter, layer_types.layer_period(cfg))
 
     shapes = jax.eval_shape(weights)
     for name, clip in itertools.product(("adamw", "muon", "adafactor", "lion"), (1.0, 0.0)):
@@ -294,7 +294,7 @@ def test_schedules() -> None:
     assert at(Optimizer(lr=1.0, warmup=0, schedule="wsd", decay=0.2, final=0.0), 0, 80, 90, 100) == [1.0, 1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_norms_do_not_decay(family) -> None:
     """Stacked or listed. Every weight of every family has known letters."""
     model = tiny(family)

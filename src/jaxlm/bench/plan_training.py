@@ -15,7 +15,7 @@ from jaxlm.devices import mesh
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import roofline
 from jaxlm.inference.roofline import Layout, Roof
-from jaxlm.nn import chunked_logits, flops, params
+from jaxlm.nn import chunked_logits, flops, layer_types, params
 
 FACTORED = 128  # least size of both axes of a matrix whose second moment adafactor factors (optax)
 COMPUTE = 2  # bytes of a number in the compute dtype, bfloat16
@@ -137,7 +137,7 @@ def state_elements(of: Layout, optimizer: str) -> tuple[int, int]:
 
 def stacked(of: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Letters and shape of each array of the trained weights: layers are stacked by period, with a leading axis L."""
-    period = len(params.period(of.cfg.windows))
+    period = layer_types.layer_period(of.cfg)
     whole = of.cfg.L // period
     for row in params.tensors(of.table, of.cfg):
         layer = row.path.split(".")[1] if row.path.startswith("layers.") else ""

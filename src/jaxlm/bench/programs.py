@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.compilation import compile_program
 from jaxlm.inference.prefill import empty_rows
-from jaxlm.nn import attention_tpu, kv_cache, params
+from jaxlm.nn import attention_tpu, kv_cache, layer_types, params
 
 # libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
 NO_TPU = {
@@ -175,7 +175,7 @@ def training_shapes(where: Setting, how: Training) -> TrainingShapes:
 
     family, cfg, over = where.family, where.cfg, where.over
     made = params.shapes(family.PARAMS, cfg, jnp.dtype(how.weight_dtype))
-    made = jax.eval_shape(partial(params.stack, period=len(params.period(cfg.windows))), made)
+    made = jax.eval_shape(partial(params.stack, period=layer_types.layer_period(cfg)), made)
     tx = optimizers.make_optimizer(Optimizer(name=how.optimizer), 1000, params.letters(family.PARAMS, made))
     shapes = jax.eval_shape(partial(step.init_state, tx, moment_dtype=jnp.dtype(how.moment_dtype)), made)
     one = None if where.device is None else jax.sharding.SingleDeviceSharding(where.device)
@@ -251,7 +251,7 @@ def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
         compile: Compiles the program for a setting.
         where: The model with all its layers.
     """
-    period = max(2, len(params.period(where.cfg.windows)))
+    period = max(2, layer_types.layer_period(where.cfg))
     if 2 * period >= where.cfg.L:
         return whole(compile, where)
     one, two = (account(compile(with_layers(where, n * period))) for n in (1, 2))
@@ -263,8 +263,8 @@ def of_all_layers(compile: Callable[[Setting], Any], where: Setting) -> Account:
 
 def with_layers(where: Setting, L: int) -> Setting:
     """The same setting for the first L layers of the model."""
-    own = any(field.name == "windows" for field in fields(where.cfg))  # of each layer, where families have windows
-    return where._replace(cfg=replace(where.cfg, L=L, **({"windows": where.cfg.windows[:L]} if own else {})))
+    own = {name: values[:L] for name, values in layer_types.per_layer(where.cfg).items()}
+    return where._replace(cfg=replace(where.cfg, L=L, **own))
 
 
 def compiled_or_refused(compile: Callable[[], Any]) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.bench import limits, memory_use
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh
-from jaxlm.nn import flops, lora, params
+from jaxlm.nn import flops, layer_types, lora, params
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import LoraOptions, Optimizer
 
@@ -123,7 +123,7 @@ class TrainSession:
         model, of = self.model, Optimizer()
         self.dtype = self.dtype or ("float32" if model.device.platform == "cpu" else "bfloat16")
         family, cfg = model.family, model.config
-        period = len(params.period(cfg.windows))
+        period = layer_types.layer_period(cfg)
         base, frozen, size = params.stack(model.weights, period), None, None
         if self.method == "lora":
             targets = lora.targets(family.PARAMS, cfg, ("all-linear",))

@@ -41,8 +41,8 @@ NAMES = {
     "norm": "output_norm.weight",
     "head": "output.weight",
 }
-# OLMo 2 has only norms after attention and MLP.
-OLMO2 = {"layers.attn_norm": NAMES["layers.attn_out_norm"], "layers.mlp_norm": NAMES["layers.mlp_out_norm"]}
+# OLMo 2 and 3 have only norms after attention and MLP.
+OLMO = {"layers.attn_norm": NAMES["layers.attn_out_norm"], "layers.mlp_norm": NAMES["layers.mlp_out_norm"]}
 HEADS_IN_PAIRS = ("q", "k")  # weights whose rows may be ordered by rotated pairs
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -67,9 +67,12 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", in_pairs=True),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", OLMO2),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", OLMO),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", in_pairs=True),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM"),
 }
+# Architectures that stand for another model_type if the metadata have a sliding window.
+WITH_WINDOWS = {"olmo2": Architecture("olmo3", "Olmo3ForCausalLM", OLMO)}
 # Key behind the name of the architecture: field of config.json.
 FIELDS = {
     "context_length": "max_position_embeddings",
@@ -189,7 +192,8 @@ def _architecture(metadata: Mapping[str, Any]) -> Architecture:
         raise ValueError(
             f"the architecture {brief(name)} is not supported in GGUF. Supported: {', '.join(ARCHITECTURES)}"
         )
-    return ARCHITECTURES[name]
+    window = metadata.get(f"{name}.attention.sliding_window")
+    return WITH_WINDOWS[name] if window and name in WITH_WINDOWS else ARCHITECTURES[name]
 
 
 def _from_tensors(tensors: Mapping[str, Tensor]) -> tuple[int | None, bool, np.ndarray | None]:
@@ -220,7 +224,7 @@ def hf_config(
     left = {key.removeprefix(name + "."): _plain(key, v) for key, v in metadata.items() if key.startswith(name + ".")}
     if missing := [f"{name}.{key}" for key in REQUIRED if key not in left]:
         raise ValueError(f"its metadata lack {listed(missing)}: download the file again, or convert the model again")
-    architecture = ARCHITECTURES[name]
+    architecture = _architecture(metadata)
     config: dict[str, Any] = {
         "architectures": [architecture.transformers],
         "model_type": architecture.model_type,
@@ -243,6 +247,12 @@ def hf_config(
     config["rope_scaling"] = _rope_scaling(factors, left, config, left.pop("rope.dimension_count", H))
     if name == "gemma3":
         config |= _gemma3(config, left.pop("attention.sliding_window_pattern", None))
+    if architecture.model_type == "olmo3":
+        config |= _pattern(left.pop("attention.sliding_window_pattern", None))
+        # The converter writes transformers' attention_factor there, which yarn gives anyway.
+        section, factor = config["rope_scaling"] or {}, left.get(SCALING + "attn_factor", 1.0)
+        if section.get("rope_type") == "yarn" and factor != 1.0:
+            section["attention_factor"] = left.pop(SCALING + "attn_factor")
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
         config["bos_token_id"] = bos
     ends = eos_ids(metadata)
@@ -266,16 +276,20 @@ def _gemma3(config: Mapping[str, Any], pattern: Any) -> dict[str, Any]:
     """Fields of Gemma 3 that follow from the architecture in llama.cpp, unless the metadata have them."""
     D, N, L = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     fields: dict[str, Any] = {"query_pre_attn_scalar": D // N if L == GEMMA3_27B else config.get("head_dim")}
-    if isinstance(pattern, list):
-        fields["layer_types"] = ["sliding_attention" if local else "full_attention" for local in pattern]
-    elif pattern is not None:
-        fields["sliding_window_pattern"] = pattern
+    fields |= _pattern(pattern)
     if not config.get("sliding_window"):
         fields |= {
             "sliding_window": None,
             "layer_types": ["full_attention"] * min(integer(config, "num_hidden_layers", 0), MOST),
         }
     return fields
+
+
+def _pattern(pattern: Any) -> dict[str, Any]:
+    """The field for attention.sliding_window_pattern: a period, or whether each layer has a window."""
+    if isinstance(pattern, list):
+        return {"layer_types": ["sliding_attention" if local else "full_attention" for local in pattern]}
+    return {} if pattern is None else {"sliding_window_pattern": pattern}
 
 
 def _rope_scaling(

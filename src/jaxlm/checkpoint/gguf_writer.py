@@ -23,6 +23,7 @@ from jaxlm.checkpoint.gguf_models import (
     ROPE_FACTORS,
     SCALING,
     SIZES,
+    WITH_WINDOWS,
     YARN,
     Architecture,
     hf_config,
@@ -40,7 +41,8 @@ CHOICES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 NUMBERS = {block.name: number for number, block in TYPES.items()}
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
-GEMMA3_PERIOD = 6  # one full-attention layer in so many, without the key
+# One full-attention layer in so many, without the key attention.sliding_window_pattern.
+PERIODS = {"gemma3": 6, "olmo2": 4}
 
 
 class Entry(NamedTuple):
@@ -63,7 +65,7 @@ class Entry(NamedTuple):
 
 def architecture_of(family: Any) -> str:
     """The name in GGUF of a family's architecture. ValueError if there is none."""
-    for name, architecture in ARCHITECTURES.items():
+    for name, architecture in [*ARCHITECTURES.items(), *WITH_WINDOWS.items()]:
         if models.FAMILIES.get(architecture.model_type) is family:
             return name
     raise ValueError(
@@ -91,7 +93,9 @@ def model_metadata(name: str, family: Any, cfg: Any) -> dict[str, Any]:
     }
     own |= _rope_scaling(cfg.rope)
     if name == "gemma3":
-        own |= _gemma3(cfg)
+        own["rope.freq_base_swa"] = float(cfg.local_rope.theta)
+    if any(cfg.windows) and name in PERIODS:
+        own |= _windows(cfg, PERIODS[name])
     metadata = {"general.architecture": name, **{f"{name}.{key}": value for key, value in own.items()}}
     read = family.Config.from_hf(hf_config(_as_read(metadata), cfg.V, cfg.tied, rope_factors(cfg)))
     if differ := [field for field in vars(cfg) if getattr(cfg, field) != getattr(read, field)]:
@@ -122,15 +126,11 @@ def rope_factors(cfg: Any) -> np.ndarray | None:
     return Rope(cfg.rope.theta).frequencies(cfg.H).radians / cfg.rope.frequencies(cfg.H).radians
 
 
-def _gemma3(cfg: Any) -> dict[str, Any]:
-    """The RoPE base of local layers, their window, and which layers they are."""
-    found: dict[str, Any] = {"rope.freq_base_swa": float(cfg.local_rope.theta)}
-    local = [window for window in cfg.windows if window is not None]
-    if not local:
-        return found
+def _windows(cfg: Any, default: int) -> dict[str, Any]:
+    """The sliding window, and the period of layers with full attention if it is not the default."""
+    found = {"attention.sliding_window": next(filter(None, cfg.windows))}
     period = cfg.windows.index(None) + 1 if None in cfg.windows else cfg.L + 1
-    found["attention.sliding_window"] = local[0]
-    return found if period == GEMMA3_PERIOD else found | {"attention.sliding_window_pattern": period}
+    return found if period == default else found | {"attention.sliding_window_pattern": period}
 
 
 def type_metadata(entries: Iterable[Entry]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ A family is a module with the attributes of `Family`, and its `Config` (family.p
 
 from typing import Any
 
-from jaxlm.models import gemma3, llama3, olmo2, qwen3
+from jaxlm.models import gemma3, llama3, olmo2, olmo3, qwen3, smollm3
 from jaxlm.models.config import brief
 from jaxlm.models.family import Family
 from jaxlm.models.unsupported import REASONS
@@ -27,6 +27,8 @@ FAMILIES: dict[str, Family] = {
     "llama": llama3,
     "qwen3": qwen3,
     "olmo2": olmo2,
+    "olmo3": olmo3,
+    "smollm3": smollm3,
     "gemma3_text": gemma3,
     "gemma3": gemma3,
 }

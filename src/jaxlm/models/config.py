@@ -113,17 +113,23 @@ class Fields:
         """Sliding window of each layer; None for full attention. Without layer_types, every n-th layer is full."""
         window = self.number("sliding_window", default_window)
         every = self.number("sliding_window_pattern", self.number("_sliding_window_pattern", default_every))
-        kinds = self("layer_types", [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
+        return self.windows_by_type(window, [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(L)])
+
+    def windows_by_type(self, window: int, default: list[str]) -> tuple[int | None, ...]:
+        """Sliding window of each layer, from layer_types or this default for it."""
+        kinds, L = self("layer_types", default), len(default)
         if not isinstance(kinds, list) or len(kinds) != L or not all(kind in (_FULL, _SLIDING) for kind in kinds):
             raise ValueError(f"config.json: layer_types must list {_FULL!r} or {_SLIDING!r} for each of {L} layers")
         return tuple(window if kind == _SLIDING else None for kind in kinds)
 
-    def rope(self, context: int) -> Rope:
+    def rope(self, context: int, default_theta: float | None = None) -> Rope:
         """The rope section, in transformers 4's format (rope_theta, rope_scaling) or 5's (rope_parameters)."""
         sections = self.section("rope_scaling") | self.section("rope_parameters")
         if (original := self("original_max_position_embeddings", None)) is not None:
             sections["original_max_position_embeddings"] = original  # it has priority in transformers too
-        return read_rope({"rope_theta": self("rope_theta", None), **sections}, context, self.allow)
+        if sections.get("rope_theta") is None:
+            sections["rope_theta"] = self("rope_theta", default_theta)
+        return read_rope(sections, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
         """The section of rope_parameters for each layer type; empty if the file has none."""

@@ -17,7 +17,8 @@ class Config(Protocol):
     """The sizes and constants of one model: a frozen, hashable dataclass.
 
     Fields are named by the letters of the alphabet, so that `getattr(cfg, letter)` is the size of an axis. A family may
-    have more fields (Gemma's `local_rope` and `scale`).
+    have more fields (Gemma's `scale`). A tuple of L values, such as `windows`, has one value per layer: layers with
+    equal values in all such fields have one type (`layer_types.layer_period`).
     """
 
     @property

@@ -6,7 +6,7 @@ internlm2 and baichuan the code in the repositories of the models.
 
 _LLAMA = "Models with model_type llama load"
 _QWEN3 = "Qwen3 models load (model_type qwen3)"
-_OLMO2 = "OLMo 2 models load (model_type olmo2)"
+_OLMO2 = "OLMo 2 and 3 load (model_type olmo2 and olmo3)"
 _GEMMA3 = "Gemma 3 models load (model_type gemma3 or gemma3_text)"
 _EXPERTS = "its MLPs are experts (mixture of experts). Dense models load, such as Qwen3-8B"
 _WINDOWS = (
@@ -47,13 +47,11 @@ REASONS = {
     "gemma4": f"it has heads of two widths, and layers that share keys and values. {_GEMMA3}",
     "gemma4_text": f"it has heads of two widths, and layers that share keys and values. {_GEMMA3}",
     "olmo": f"its norms are LayerNorm without weights, and some models clip queries, keys and values. {_OLMO2}",
-    "olmo3": f"it has sliding windows. {_OLMO2}",
     "phi": f"its norms are LayerNorm, its RoPE rotates a part of each head, attention and MLP are parallel. {_LLAMA}",
     "phi3": f"its query, key and value weights are one tensor, and some models have RoPE type longrope. {_LLAMA}",
     "granite": f"it has factors on embeddings, residuals, attention and logits. {_LLAMA}",
     "cohere": f"its norms are LayerNorm, attention and MLP are parallel, and its logits have a factor. {_LLAMA}",
     "cohere2": f"its norms are LayerNorm, attention and MLP are parallel, and it has sliding windows. {_LLAMA}",
-    "smollm3": "some of its layers have no RoPE. SmolLM and SmolLM2 load (model_type llama)",
     "stablelm": f"its norms are LayerNorm, and its RoPE rotates a part of each head. {_LLAMA}",
     "starcoder2": f"its norms are LayerNorm, its weights have biases, and it has sliding windows. {_LLAMA}",
     "exaone4": f"it has sliding windows, and norms on queries, keys and outputs. {_LLAMA}",

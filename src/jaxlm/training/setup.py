@@ -28,7 +28,7 @@ from jaxlm.devices import distributed, mesh, topology
 from jaxlm.exporting import sources
 from jaxlm.loading import resolving
 from jaxlm.model import Model
-from jaxlm.nn import lora, params
+from jaxlm.nn import layer_types, lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.training import metrics, optimizers, samples, step
 from jaxlm.training.config import Run, to_dict
@@ -131,7 +131,7 @@ def new_weights(run: Run, family: Any, cfg: Any, key: jax.Array) -> Any:
 
 def period(cfg: Any) -> int:
     """Returns the period of the layer types, which are stacked separately (Gemma 3: 6)."""
-    return len(params.period(cfg.windows))
+    return layer_types.layer_period(cfg)
 
 
 def _abstract_state(run: Run, tx: optax.GradientTransformation, weights: Any, over: Any, table: Any) -> step.State:

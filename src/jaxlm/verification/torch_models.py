@@ -109,8 +109,10 @@ def _masks(model: Any, pos: np.ndarray) -> Any:
         visible = (distance >= 0) & (True if window is None else distance < window)
         return torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, least)
 
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return {FULL: mask(None), SLIDING: mask(window)} if "gemma3" in model.config.model_type else mask(None)
+    text = model.config.get_text_config()
+    if SLIDING not in (getattr(text, "layer_types", None) or ()):
+        return mask(None)
+    return {FULL: mask(None), SLIDING: mask(text.sliding_window)}
 
 
 def _frequencies(model: Any, subject: Resolved) -> tuple[dict[str, np.ndarray], dict[str, float]]:
