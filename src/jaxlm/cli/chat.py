@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.completion import CompletionChunk
     from jaxlm.inference.conversation import Conversation
 
-# Chat models that need no license, by hub id: parameters, and memory for bfloat16 weights and the KV cache of 4,096 tokens.
+# Chat models that need no license: parameters, and memory for bfloat16 weights and the KV cache of 4,096 tokens.
 CHAT_MODELS = {
     "Qwen/Qwen3-0.6B": ("0.6B", "1.7 GB"),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("1.7B", "4.2 GB"),

@@ -141,9 +141,7 @@ class Conversation:
             ValueError: `text` is no str, the context is full, or the chat template cannot render the messages.
         """
         if not isinstance(text, str):
-            raise ValueError(
-                f"send takes the text of a message, not {reprlib.repr(text)}: jaxlm.generate takes messages"
-            )
+            raise ValueError(f"send takes a text, not {reprlib.repr(text)}: jaxlm.generate takes messages")
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 
