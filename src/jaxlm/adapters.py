@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.checkpoint import peft
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.writer import LazyTensor
-from jaxlm.model import Model, Weights
+from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import lora, multi_lora, params
 from jaxlm.processing.tokenizer import Tokenizer
 from jaxlm.processing.tokenizer_files import eos_ids
@@ -115,6 +115,7 @@ def fuse(model: Model) -> Model:
     Raises:
         ValueError: The model has no adapter, or the adapter also changes tensors that are not loaded (vision).
     """
+    require_model(model, "fuse")
     if not lora.count(model.weights):
         raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
     checkpoint = None if model.checkpoint is None else without_adapter(model.checkpoint)

@@ -23,7 +23,7 @@ from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
 from jaxlm.loading import loading_bar, wanted_dtype
 from jaxlm.loading.resolving import loaded_generation_config, resolve
-from jaxlm.model import Model
+from jaxlm.model import Model, require_model
 from jaxlm.nn import lora, params
 from jaxlm.processing.gguf_tokenizer_writer import tokenizer_metadata, without_row
 from jaxlm.processing.tokenizer_files import eos_ids
@@ -85,6 +85,7 @@ def export(
         FileExistsError: `out` exists and is not a checkpoint, or `force` is False.
         OSError: The disk is full, or a file cannot be written. Nothing is left at `out`.
     """
+    require_model(model, "export")
     check_format(out, format, dtype, type)
     if lora.count(model.weights):
         raise ValueError(f"{model.source} has an adapter: merge it first, with jaxlm.fuse(model) or `jaxlm fuse`")
@@ -386,9 +387,7 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 def _field_names(value: Any) -> Collection[str]:
     """The names of all fields, including nested ones."""
-    if not isinstance(value, dict):
-        return set()
-    return set(value).union(*map(_field_names, value.values()))
+    return set(value).union(*map(_field_names, value.values())) if isinstance(value, dict) else set()
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

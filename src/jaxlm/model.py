@@ -1,20 +1,24 @@
 """Model: the functions of a family bound to weights."""
 
+import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm.activations import Patch, marked, matching, names_of, run
 from jaxlm.checkpoint.hf import Checkpoint
-from jaxlm.devices import hardware, mesh
+from jaxlm.devices import hardware, mesh, pickling
+from jaxlm.nn import check_weights, lora, params
 from jaxlm.nn import kv_cache as caches
-from jaxlm.nn import lora, params
+from jaxlm.processing import html_views
 from jaxlm.processing.tokenizer import Tokenizer
 
 Weights = dict[str, Any]
@@ -22,9 +26,13 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A language model: weights (a plain pytree) and pure functions of them. Use `dataclasses.replace` to change it.
+    """A language model: weights (a plain pytree) and pure functions of them.
 
     A model can be unpacked: `weights, forward, init_kv, tokenizer, config = model`.
+
+    `dataclasses.replace(model, weights=weights)` is the model with other weights, such as those of a training loop of
+    one's own. They have the names and shapes of the model's own, in any floating point dtype; others raise ValueError.
+    A model can be pickled and copied, with the shardings of its weights.
 
     Attributes:
         family: The module of the architecture (jaxlm.models.llama3 and others).
@@ -43,10 +51,30 @@ class Model:
     generation_config: dict[str, Any] = field(default_factory=dict)
     source: str = "random weights"
     checkpoint: Checkpoint | None = None
+    _process: int = field(init=False)  # the process that it was made in
 
     def __post_init__(self) -> None:
         if self.generation_config is None:
             object.__setattr__(self, "generation_config", {})
+        check_weights.check(self.family.PARAMS, self.config, self.weights)
+        object.__setattr__(self, "_process", os.getpid())
+
+    def __getstate__(self) -> dict[str, Any]:
+        family, weights = pickling.to_name(self.family), pickling.to_host(self.weights)
+        return {**vars(self), "family": family, "weights": weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        family, weights = pickling.to_module(state["family"]), pickling.to_devices(state["weights"])
+        vars(self).update(state, family=family, weights=weights, _process=os.getpid())
+
+    def __copy__(self) -> "Model":
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Model":
+        """A model whose arrays are copies, on the same devices. The original's may then be donated."""
+        weights = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, self.weights)
+        tokenizer, generation_config = copy.deepcopy((self.tokenizer, self.generation_config), memo)
+        return replace(self, weights=weights, tokenizer=tokenizer, generation_config=generation_config)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.weights, self.forward, self.init_kv, self.tokenizer, self.config))
@@ -69,7 +97,8 @@ class Model:
 
         Raises:
             ValueError: The shapes are wrong, or token ids are outside the vocabulary (checked for lists and numpy
-                arrays only).
+                arrays only: an id of a jax array that is too large stands for the last id, as XLA clamps indices).
+            RuntimeError: The process was forked after JAX had started.
         """
         tokens, pos = self._inputs(tokens, kv, pos)
         with mesh.use_mesh_of(weights):
@@ -77,18 +106,35 @@ class Model:
 
     def _inputs(self, tokens: Any, kv: caches.KVCache | None, pos: Any) -> tuple[jax.Array, Any]:
         """The token ids as an array, and pos as an array or None, checked against the KV cache."""
+        self.check_process()
         tokens = self._ids(tokens)
+        if kv is not None and not isinstance(kv, caches.KVCache):
+            raise TypeError(f"kv must be a KV cache from init_kv, or None, not {type(kv).__name__}")
         if kv is not None and (rows := next(iter(kv.positions.values())).shape[0]) != tokens.shape[0]:
             raise ValueError(
                 f"{tokens.shape[0]} rows of tokens do not fit a KV cache of {rows}: init_kv(batch, length)"
             )
         if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a KV cache of {kv.length}")
+        if pos is not None and not isinstance(pos, jax.Array):
+            pos = np.asarray(pos)
+        if pos is not None and not jnp.issubdtype(pos.dtype, jnp.integer):
+            raise ValueError(f"pos must be integers, not {pos.dtype}")
         return tokens, pos if pos is None else jnp.asarray(pos, jnp.int32)
 
     def _ids(self, tokens: Any) -> jax.Array:
+        if isinstance(tokens, str | Mapping):
+            raise TypeError(f"tokens must be token ids [B,T], not {type(tokens).__name__}: "
+                            "model.forward([model.tokenizer.encode(text)], model.weights)")  # fmt: skip
         if not isinstance(tokens, jax.Array):
-            ids = np.asarray(tokens)
+            try:
+                ids = np.asarray(tokens)
+            except ValueError:
+                raise ValueError(
+                    "the rows of tokens have different lengths: pad them, and pass pos with -1 for padding"
+                ) from None
+            if ids.dtype.kind not in "iuf":
+                raise ValueError(f"tokens must be integers, not {'text' if ids.dtype.kind == 'U' else ids.dtype}")
             if ids.size and (ids.min() < 0 or ids.max() >= self.config.V):
                 raise ValueError(f"tokens must be ids from 0 to {self.config.V - 1}, not {ids.min()} to {ids.max()}")
         tokens = jnp.asarray(tokens)
@@ -212,6 +258,14 @@ class Model:
         sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
         return _empty(self.mesh or self.device, *sizes)()
 
+    def check_process(self) -> None:
+        """Raises RuntimeError in a process that was forked from the one that made the model: JAX would hang there."""
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "this process was forked after JAX had started, where JAX hangs: start processes with "
+                "multiprocessing.get_context('spawn')"
+            )
+
     @property
     def ignored(self) -> list[str]:
         """Names of known tensors of the checkpoint and adapter that are not loaded, such as those of a vision tower."""
@@ -258,7 +312,40 @@ class Model:
         count, added = params.count(self.family.PARAMS, self.config), lora.count(self.weights)
         adapter = f" and {added:,} of an adapter" if added else ""
         name = self.family.__name__.rpartition(".")[2]
-        return f"Model({self.source}: {name}, {count:,} parameters{adapter}, {self.dtype})"
+        over = "" if self.mesh is None else f", mesh {_axes(self.mesh)}"
+        return f"Model({self.source}: {name}, {count:,} parameters{adapter}, {self.dtype}{over})"
+
+    def _repr_html_(self) -> str:
+        cfg, tokenizer = self.config, self.tokenizer
+        rows = {
+            "model": repr(self).removeprefix(f"Model({self.source}: ").removesuffix(")"),
+            "memory": f"{hardware.gigabytes(params.nbytes(self.weights))} on {self.device.device_kind}",
+            "layers": f"{cfg.L} of width {cfg.D:,}, {cfg.N} query heads, {cfg.K} kv heads",
+            "context": f"{cfg.context:,} tokens",
+            "tokenizer": "none" if tokenizer is None else f"{len(tokenizer):,} tokens",
+            "chat template": "yes" if tokenizer is not None and tokenizer.has_template else "no",
+        }
+        return html_views.table(self.source, rows)
+
+
+def _axes(over: Mesh) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in over.shape.items())
+
+
+def require_model(model: Any, caller: str) -> None:
+    """Raises TypeError, with the way to a Model, if `model` is something else."""
+    if isinstance(model, Model):
+        return
+    homes = {cls.__module__ for cls in type(model).__mro__}
+    if isinstance(model, str | Path):
+        way = f"jaxlm.{caller}(jaxlm.load({str(model)!r}), …)"
+    elif "jaxlm.nnx" in homes:
+        way = "pass module.to_model()"
+    elif any(home.startswith(("transformers.", "torch.")) for home in homes):
+        way = "load its checkpoint with jaxlm.load"
+    else:
+        way = "jaxlm.load(NAME) makes one"
+    raise TypeError(f"{caller} needs a jaxlm.Model, not {type(model).__name__}: {way}")
 
 
 def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Array:
@@ -296,6 +383,7 @@ def _programs(family: Any, cfg: Any) -> dict[str, Any]:
     """The jitted functions of one architecture, shared by all models with this config."""
 
     def forward(tokens: jax.Array, weights: Weights, kv: Any, pos: Any, **options: Any) -> Any:
+        check_weights.check(family.PARAMS, cfg, weights)
         pos = positions(tokens, kv, pos)
         x, new = family.forward(cfg, tokens, weights, kv, pos, **options)
         logits = family.logits(cfg, x, weights)

@@ -232,7 +232,7 @@ def test_a_model_without_chat_template_continues_text_and_names_chat_models(mode
     assert plain.tokenizer.decode(lines.conversation._prefixes[0].ids) == "one" + "".join(out)
     ChatSession(lines.conversation).greet()
     err = capsys.readouterr().err
-    assert re.search("tiny/plain has no chat template.*Qwen/Qwen3-0.6B", err)
+    assert re.search("(?s)tiny/plain has no chat template.*Qwen/Qwen3-0.6B", err)
 
 
 @pytest.mark.parametrize(("name", "typed", "value"), [

@@ -1,14 +1,18 @@
 """Conversations against a slow twin that sees the same ids at once, without a cache."""
 
+import copy
 import gc
 import itertools
 import json
+import pickle
 import random
+import re
 import threading
 import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +25,7 @@ from jaxlm import Engine
 from jaxlm.devices import hardware
 from jaxlm.inference import memory
 from jaxlm.inference.compilation import CompiledSteps
+from jaxlm.inference.completion import Completion, join_chunks
 from jaxlm.inference.conversation import Conversation
 from jaxlm.inference.scheduler import Scheduler
 from jaxlm.model import Model
@@ -473,3 +478,50 @@ def test_retry_without_messages_raises(gemma):
 def test_model_without_tokenizer_raises(gemma):
     with pytest.raises(ValueError, match="has no tokenizer"):
         Conversation(Model(gemma.family, gemma.config, gemma.weights))
+
+
+def test_a_conversation_can_be_pickled_and_continued_in_another_way(gemma: Model) -> None:
+    conversation = talk(gemma, system="be brief", seed=3)
+    chunks = [*conversation.send("one two")]
+    branch = copy.deepcopy(conversation)
+    there = pickle.loads(pickle.dumps(conversation))
+    assert branch.model is gemma
+    assert there.model is not gemma
+    expected = "".join(conversation.send("three"))
+    for other in (branch, there):
+        assert (other.system, other.options) == (conversation.system, conversation.options)
+        assert "".join(other.send("three")) == expected
+        assert other.messages == conversation.messages
+    assert [*branch.send("four")]
+    assert len(branch.messages) == len(conversation.messages) + 2
+    assert repr(branch).startswith("Conversation(random weights, 6 messages, system='be brief'")
+    assert len(repr(branch)) < 200
+    chunk = pickle.loads(pickle.dumps(chunks[-1]))
+    assert (chunk, chunk.tokens, chunk.finish_reason, chunk.request) == (*attributes(chunks[-1]), None)
+    whole = join_chunks(chunks)
+    assert attributes(pickle.loads(pickle.dumps(whole))) == attributes(copy.copy(whole)) == attributes(whole)
+
+
+def attributes(completion: Any) -> tuple[Any, ...]:
+    return completion, completion.tokens, completion.finish_reason
+
+
+def test_notebook_views_escape_what_a_model_writes(gemma: Model) -> None:
+    conversation = talk(gemma, system="<script>")
+    conversation.messages = [{"role": "user", "content": "1 < 2 & <b>"}, {"role": "assistant", "content": "yes\n<img>"}]
+    html = conversation._repr_html_()
+    assert "1 &lt; 2 &amp; &lt;b&gt;" in html
+    assert not re.search("<script>|<img>", html)
+    whole = Completion("<img>\nok")
+    whole.generation_tokens, whole.tokens_per_second, whole.finish_reason = 1, 2.0, "stop"
+    assert "&lt;img&gt;\nok" in whole._repr_html_()
+    assert "1 token, 2.0 tokens/s, ended by stop" in whole._repr_html_()
+
+
+def test_send_takes_text_only(gemma: Model) -> None:
+    conversation = talk(gemma)
+    with pytest.raises(ValueError, match="send takes a text"):
+        conversation.send([{"role": "user", "content": "one"}])  # pyright: ignore
+    with pytest.raises(ValueError, match="system=3"):
+        talk(gemma, system=3)
+    assert conversation.messages == []

@@ -95,7 +95,7 @@ class TrainSession:
                                  f"{model.config.context:,}: choose a smaller -p")  # fmt: skip
         self.rates.devices, device, where = limits.devices_of(model), model.device, model.mesh or model.device
         state, frozen, take, size = self._prepare()
-        self.model = model = replace(model, weights={})
+        self.model = model = replace(model, weights=jax.eval_shape(lambda tree: tree, model.weights))
         for batch, length in self.cases:
             progress(f"batch {batch}, {length} tokens: compiling", None)
             operations = flops.training(model.family.PARAMS, model.config, length, size) * batch * length

@@ -44,7 +44,8 @@ def _explain(error: Exception, repo: str, revision: str | None, is_cached: bool)
         hint = "a copy is cached, add --offline to use it" if is_cached else f"then {AGAIN}"
         return ConnectionError(
             f"there is no folder {repo!r} here, and no connection to {HfApi().endpoint} "
-            f"({error or type(error).__name__}): check the network, HF_ENDPOINT and the proxy; {hint}"
+            f"({error or type(error).__name__}): check the network, HF_ENDPOINT and the proxy; {hint}. A local folder "
+            "or .gguf file needs no network"
         )
     if is_disk_full(error):
         free = count_bytes(shutil.disk_usage(constants.HF_HUB_CACHE).free)

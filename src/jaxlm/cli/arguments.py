@@ -83,35 +83,40 @@ class Arguments:
             usage(f"{name} needs a value: {name} {flag.metavar} (jaxlm {self.command} --help)")
         for start in range(0, len(values), width):
             group = values[start : start + width]
-            for text, kind in zip(group, flag.types):
-                self.check_value(name, text, kind)
+            group = [self.checked_value(name, text, kind) for text, kind in zip(group, flag.types)]
             self.out += [f"{flag.name}={group[0]}", *group[1:]]
 
     def can_follow(self) -> bool:
         """Whether a positional argument may follow."""
         return bool(self.positional) and len(self.free) < len(self.positional)
 
-    def check_value(self, name: str, text: str, kind: Any) -> None:
-        """Exits with status 2 if the text is not a value of the type."""
+    def checked_value(self, name: str, text: str, kind: Any) -> str:
+        """The text of a value; a choice in the case in which it is listed. Exits with status 2 if it is not of the
+        type."""
         if get_origin(kind) is Literal:
-            if text not in get_args(kind):
+            choices = {choice.lower(): choice for choice in get_args(kind)}
+            if text.lower() not in choices:
                 usage(f"{name} must be one of {', '.join(get_args(kind))}, not {text!r} (jaxlm {self.command} --help)")
-        elif kind in (int, float):
+            return choices[text.lower()]
+        if kind in (int, float):
             try:
                 kind(text)
             except ValueError:
                 what = "an integer" if kind is int else "a number"
                 usage(f"{name} takes {what}, not {text!r} (jaxlm {self.command} --help)")
+        return text
 
     def check_positional(self) -> None:
         """Exits with status 2 for too many positional arguments or an invalid value of one."""
-        for flag, text in zip(self.positional, self.free):
-            self.check_value(flag.metavar, text, flag.types[0])
+        for number, (flag, text) in enumerate(zip(self.positional, self.free)):
+            self.free[number] = self.checked_value(flag.metavar, text, flag.types[0])
         if len(self.free) > len(self.positional) and not any(flag.repeats for flag in self.positional):
             extra = self.free[len(self.positional)]
             line = " ".join(["jaxlm", self.command, *(flag.metavar for flag in self.positional), "[flags]"])
             quote = "; quote a text with spaces" if self.positional else ""
-            usage(f"unexpected argument {extra!r}. Usage: {line}{quote}")
+            takes_model = "-m" in self.named and not any(arg.startswith("--model=") for arg in self.out)
+            model = f"; a model is named with -m {extra}" if takes_model and not self.positional else ""
+            usage(f"unexpected argument {extra!r}. Usage: {line}{quote}{model}")
 
 
 def looks_like_flag(arg: str) -> bool:

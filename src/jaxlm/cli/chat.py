@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli import line_input, terminal
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.common import STORIES, ModelFlags
 from jaxlm.cli.errors import explain
 from jaxlm.cli.flags import flags_of
 from jaxlm.cli.generate import SamplingFlags, template_args
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from jaxlm.inference.completion import CompletionChunk
     from jaxlm.inference.conversation import Conversation
 
-CHAT_MODELS = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it",
-               "allenai/OLMo-2-0425-1B-Instruct")  # fmt: skip
+# Chat models that need no license: parameters, and memory for bfloat16 weights and the KV cache of 4,096 tokens.
+CHAT_MODELS = {
+    "Qwen/Qwen3-0.6B": ("0.6B", "1.7 GB"),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("1.7B", "4.2 GB"),
+    "Qwen/Qwen3-4B": ("4.0B", "8.6 GB"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,18 @@ class ChatSession:
             self.fail(error)
 
     def greet(self) -> None:
+        keys = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat"
         if self.has_template:
-            note(f"{self.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat")
+            note(f"{self.model.source}: {keys}")
+            return
+        if self.model.source == str(STORIES):
+            note("The story model has 3 million parameters. It cannot answer questions, follow instructions or chat.")
         else:
-            note(
-                f"{self.model.source} has no chat template: it continues your text. Some chat models: "
-                f"{', '.join(CHAT_MODELS)}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat"
-            )
+            note(f"{self.model.source} has no chat template: it continues your text.")
+        note("Chat models, with the memory that weights and 4,096 tokens take:")
+        for name, (parameters, memory) in CHAT_MODELS.items():
+            note(f"  -m {name:36} {parameters} parameters, {memory}")
+        note(keys)
 
     def take(self, text: str) -> None:
         """Handles a command, or answers a message."""

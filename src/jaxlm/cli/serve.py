@@ -4,7 +4,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,6 +14,7 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 from jaxlm.checkpoint.source import ModelSource
+from jaxlm.cli import terminal
 from jaxlm.cli.common import STORIES, ModelFlags
 from jaxlm.cli.terminal import is_quiet, note
 
@@ -80,6 +81,7 @@ class Serve(ModelFlags):
     def run(self) -> int:
         keys = read_keys(self.api_key_file) if self.api_key_file else []
         with explain_missing_package("jaxlm serve", "jaxlm[server]"):
+            from jaxlm.server.starting import refusing
             from jaxlm.server.state import Server
         self._check()
         with ExitStack() as opened:
@@ -87,9 +89,10 @@ class Serve(ModelFlags):
             is_local = listening is not None and ip_address(listening.getsockname()[0]).is_loopback
             if listening and not is_local and not keys:
                 note("Everyone who reaches this address can use the server: it has no --api-key-file.")
-            engine = self._load_engine()
-            if self.prepare:
-                engine.prepare()
+            with nullcontext() if listening is None else refusing(listening):
+                engine = self._load_engine()
+                if self.prepare:
+                    prepare(engine)
             if listening is None:
                 follow(engine)
                 return 0
@@ -147,6 +150,17 @@ class Serve(ModelFlags):
                 note(f"{name}: {text}.")
         kind = Leader if model.is_multiprocess and distributed.is_coordinator() else Engine
         return kind(model, self.slots, length=self.max_length, adapters=adapters)
+
+
+def prepare(engine: "Engine") -> None:
+    """Compiles all programs. On a terminal, the progress takes the place of a notice for each program."""
+    from jaxlm.inference.compilation import on_compile
+
+    shown = on_compile.set(lambda name, seconds=None: None) if terminal.shows_progress() else None
+    engine.prepare(progress=lambda done, of: terminal.progress_line(f"compiling: {done} of {of} groups of programs"))
+    terminal.erase_line()
+    if shown is not None:
+        on_compile.reset(shown)
 
 
 def serve(server: "Server", listening: socket.socket) -> None:

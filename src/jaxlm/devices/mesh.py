@@ -133,7 +133,7 @@ def active() -> bool:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of a tree's arrays; None on a single device."""
-    leaf = jax.tree.leaves(tree)[0]
+    leaf = next(iter(jax.tree.leaves(tree)), None)
     if traced(leaf):  # within another program, which has set its own mesh
         return None
     mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None

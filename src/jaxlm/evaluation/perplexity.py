@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,10 +14,8 @@ from jaxlm.data.formats import Format
 from jaxlm.data.readers import InvalidRow, explain_invalid
 from jaxlm.data.sources import find_sources
 from jaxlm.evaluation.scoring import ScoreRequest, scores, windows
+from jaxlm.model import Model, require_model
 from jaxlm.processing.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from jaxlm.model import Model
 
 LENGTH = 2048  # default: tokens of a window at most
 BLOCK = 1 << 20  # tokens packed together; bounds host memory and the time to the first result
@@ -145,7 +143,7 @@ class DocumentReader:
                 parts = []
 
 
-def window_sizes(model: "Model", length: int | None, stride: int | None, batch: int | None) -> tuple[int, int]:
+def window_sizes(model: Model, length: int | None, stride: int | None, batch: int | None) -> tuple[int, int]:
     """Returns the length and the stride of windows, with their defaults. Raises ValueError for values out of range."""
     context = model.config.context
     T = min(context, LENGTH) if length is None else length
@@ -160,7 +158,7 @@ def window_sizes(model: "Model", length: int | None, stride: int | None, batch: 
 
 
 def evaluate(
-    model: "Model",
+    model: Model,
     files: Files,
     *,
     length: int | None = None,
@@ -213,15 +211,14 @@ def evaluate(
     return _checked(Evaluation(nats, tokens, reader.bytes, reader.documents, dict(reader.dropped), notes), model)
 
 
-def _tokenizer(model: "Model") -> Tokenizer:
-    if isinstance(model, str | Path):
-        raise ValueError(f"evaluate needs a model, not a name: jaxlm.evaluate(jaxlm.load({str(model)!r}), …)")
+def _tokenizer(model: Model) -> Tokenizer:
+    require_model(model, "evaluate")
     if model.tokenizer is None:
         raise ValueError(f"{model.source} has no tokenizer: load it with tokenizer=FOLDER (--tokenizer)")
     return model.tokenizer
 
 
-def _checked(result: Evaluation, model: "Model") -> Evaluation:
+def _checked(result: Evaluation, model: Model) -> Evaluation:
     if not result.tokens:
         counts = ", ".join(f"{count:,} {why}" for why, count in result.dropped.items())
         raise ValueError(f"there is no text to score (rows dropped: {counts or 'none'})")

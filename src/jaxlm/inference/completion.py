@@ -1,9 +1,11 @@
 """The text of an answer with its token counts and speeds: in chunks while it is generated, and as a whole."""
 
 import time
+from typing import Any
 
 from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.requests import Logprobs, Request
+from jaxlm.processing import html_views
 from jaxlm.processing.detokenizer import TextStream
 
 
@@ -13,7 +15,7 @@ class CompletionChunk(str):
     Attributes:
         index: Index of the prompt.
         sample: Index among the samples of the prompt (`n`).
-        request: The request, for `Engine.cancel`.
+        request: The request, for `Engine.cancel`. None in a copy that pickle made.
         tokens: Token ids of the text.
         logprobs: One Logprobs per token if `logprobs` was set, else None. With `echo`, None for the first token.
         prompt_logprobs: On the first chunk, if `prompt_logprobs` was set, one Logprobs per token of the prompt, None
@@ -49,6 +51,9 @@ class CompletionChunk(str):
     def text(self) -> str:
         return str(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "request": None}  # it may have functions and locks of the engine
+
 
 class Completion(str):
     """A str with the text of one completion. The attributes are those of CompletionChunk, for the whole text."""
@@ -68,6 +73,11 @@ class Completion(str):
     @property
     def text(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        """The text and its counts, for notebooks."""
+        tokens = "1 token" if self.generation_tokens == 1 else f"{self.generation_tokens:,} tokens"
+        return html_views.text(self, f"{tokens}, {self.tokens_per_second:.1f} tokens/s, ended by {self.finish_reason}")
 
 
 class Detokenization:

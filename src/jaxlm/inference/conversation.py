@@ -1,6 +1,8 @@
 """Conversation: a multi-turn chat that keeps the KV cache. Each turn prefills only its new tokens."""
 
+import copy
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -15,10 +17,11 @@ from jaxlm.inference.engine import Engine
 from jaxlm.inference.requests import Request, resolve
 from jaxlm.inference.sampling import request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
+from jaxlm.model import Model, require_model
+from jaxlm.processing import html_views
 from jaxlm.processing.chat_template import THINKING, split_thinking
 
 if TYPE_CHECKING:
-    from jaxlm.model import Model
     from jaxlm.processing.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -82,12 +85,13 @@ class Conversation:
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         *,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         **options: Unpack[SamplingOptions],
     ):
+        require_model(model, "Conversation")
         if model.tokenizer is None:
             raise ValueError(
                 f"a conversation needs a tokenizer, and {model.source} has no tokenizer: load it with tokenizer=, or "
@@ -96,11 +100,46 @@ class Conversation:
         self.model: Model = model
         self.tokenizer: Tokenizer = model.tokenizer
         self._engine = Engine(model, 1)
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"system={reprlib.repr(system)}: must be a text")
         self.system: str | None = system
         self.template_args: dict[str, Any] = dict(template_args or {})
         self.options: SamplingParams = from_kwargs(**options)
         self._running: Answer | None = None
         self.reset()
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={reprlib.repr(value)}" for name, value in self._given().items())
+        return f"Conversation({self.model.source}, {len(self.messages)} messages{options})"
+
+    def _repr_html_(self) -> str:
+        """The messages, for notebooks."""
+        system = [("system", self.system)] if self.system else []
+        turns = [(message["role"], message["content"]) for message in self.messages]
+        return html_views.messages(self.model.source, system + turns)
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults."""
+        more = {"system": self.system, "template_args": self.template_args}
+        return {name: value for name, value in more.items() if value} | _non_default(self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle stores: all but the KV cache, which the next turn computes again."""
+        self.stop()
+        return {"model": self.model, "given": self._given(), "messages": self.messages, "turns": self._turns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Conversation.__init__(self, state["model"], **state["given"])
+        self.messages, self._turns = state["messages"], state["turns"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Conversation":
+        """A conversation with the same messages, which can be continued in another way. Both share the model."""
+        other = object.__new__(Conversation)
+        other.__setstate__({**copy.deepcopy({**self.__getstate__(), "model": None}, memo), "model": self.model})
+        return other
+
+    def __copy__(self) -> "Conversation":
+        return copy.deepcopy(self)
 
     def reset(self) -> None:
         """Deletes all messages. The system message and the options are kept."""
@@ -129,8 +168,10 @@ class Conversation:
         later (the iterator is closed, Ctrl-C, the next call), the answer so far is kept.
 
         Raises:
-            ValueError: The context is full, or the chat template cannot render the messages.
+            ValueError: `text` is no str, the context is full, or the chat template cannot render the messages.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"send takes a text, not {reprlib.repr(text)}: jaxlm.generate takes messages")
         self.stop()
         return self._turn([*self.messages, {"role": "user", "content": text}])
 

@@ -7,10 +7,11 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, NoReturn, Unpack
 from weakref import WeakSet
 
 from jaxlm.adapters import combine
@@ -20,13 +21,11 @@ from jaxlm.inference.compilation import CompiledSteps
 from jaxlm.inference.completion import CompletionChunk
 from jaxlm.inference.memory import CacheLengths
 from jaxlm.inference.prompts import TooLongError
-from jaxlm.inference.requests import Request, RequestOptions, requests_for
+from jaxlm.inference.requests import Request, RequestOptions, requests_for, require_untraced
 from jaxlm.inference.sampling import LogitsProcessor
 from jaxlm.inference.scheduler import Scheduler
 from jaxlm.inference.streams import Stream, checked
-
-if TYPE_CHECKING:
-    from jaxlm.model import Model
+from jaxlm.model import Model, require_model
 
 
 class Engine:
@@ -53,13 +52,13 @@ class Engine:
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         slots: int | None = None,
         *,
         length: int | None = None,
         prefix_cache: bool = True,
         logits_processors: Sequence[LogitsProcessor] = (),
-        adapters: "Mapping[str, Model] | None" = None,
+        adapters: Mapping[str, Model] | None = None,
         lengths: CacheLengths | None = None,
     ):
         """Plans the memory of the KV caches. They are allocated when they are needed.
@@ -81,6 +80,9 @@ class Engine:
             MemoryError: The KV caches do not fit.
             ValueError: slots or length is out of range, or an adapter does not belong to the model.
         """
+        require_model(model, "Engine")
+        require_untraced(model, "Engine")
+        model.check_process()
         if slots is not None and slots < 1:
             raise ValueError(f"slots={slots}: must be 1 or more")
         self.model: Model = model
@@ -103,6 +105,12 @@ class Engine:
         has_slot = sum(slot.request is not None for slot in self.scheduler.rows)
         waiting = len(self.scheduler.waiting) + len(self._inbox)
         return f"Engine({self.slots} slots of {self.length:,} tokens, {has_slot} in use, {waiting} requests waiting)"
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine cannot be pickled or copied, because it has threads and compiled programs: create another one "
+            "from its model"
+        )
 
     # Requests
 
@@ -346,7 +354,8 @@ class Engine:
         """Starts the thread that runs the steps, unless it runs."""
         with self._changed:
             if (self._driver is None or not self._driver.is_alive()) and not self._closed:
-                self._driver = threading.Thread(target=self._drive, name="jaxlm-engine", daemon=True)
+                run = copy_context().run  # with the callback for compilations of the caller
+                self._driver = threading.Thread(target=run, args=(self._drive,), name="jaxlm-engine", daemon=True)
                 _running.add(self)
                 _close_at_exit()
                 self._driver.start()

@@ -1,20 +1,19 @@
 """generate and stream: text from prompts in any format, with token counts and speeds."""
 
 import hashlib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from numbers import Integral
+from typing import Any, Unpack, overload
 
 from jaxlm.devices import distributed, hardware
 from jaxlm.inference.completion import Completion, CompletionChunk, join_chunks
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.memory import check_memory
 from jaxlm.inference.prompts import split_prompts
-from jaxlm.inference.requests import RequestOptions, requests_for
+from jaxlm.inference.requests import RequestOptions, requests_for, require_untraced
 from jaxlm.inference.sampling import LogitsProcessor
-
-if TYPE_CHECKING:
-    from jaxlm.model import Model
+from jaxlm.model import Model, require_model
 
 Message = Mapping[str, Any]  # {"role", "content"}, for a chat template
 # One prompt: text, messages, or token ids.
@@ -23,7 +22,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 @overload
 def generate(
-    model: "Model",
+    model: Model,
     prompt: Prompt,
     *,
     n: None = None,
@@ -35,7 +34,7 @@ def generate(
 
 @overload
 def generate(
-    model: "Model",
+    model: Model,
     prompt: Sequence[Prompt],
     *,
     n: None = None,
@@ -47,7 +46,7 @@ def generate(
 
 @overload
 def generate(
-    model: "Model",
+    model: Model,
     prompt: Prompt,
     *,
     n: int,
@@ -59,7 +58,7 @@ def generate(
 
 @overload
 def generate(
-    model: "Model",
+    model: Model,
     prompt: Sequence[Prompt],
     *,
     n: int,
@@ -70,7 +69,7 @@ def generate(
 
 
 def generate(
-    model: "Model",
+    model: Model,
     prompt: Prompt | Sequence[Prompt],
     *,
     n: int | None = None,
@@ -97,12 +96,11 @@ def generate(
         A Completion, which is a str; a list of them for a batch or if n is given, and a list of lists for both.
 
     Raises:
+        TypeError: An argument is of another kind, or it is called within jax.jit, jax.grad or jax.vmap.
         ValueError: A prompt or an option is invalid, or the logits are not finite.
         MemoryError: The KV cache does not fit.
     """
-    if isinstance(model, str | Path):
-        raise ValueError(f"generate needs a model, not a name: jaxlm.generate(jaxlm.load({str(model)!r}), …)")
-    prompts, single = split_prompts(prompt)
+    prompts, single = _checked("generate", model, prompt, n, batch_size, logits_processors)
     samples = 1 if n is None else n
     chunks: list[list[list[CompletionChunk]]] = [[[] for _ in range(samples)] for _ in prompts]
     for chunk in _stream(model, prompts, n, batch_size, logits_processors, options):
@@ -115,7 +113,7 @@ def generate(
 
 
 def stream(
-    model: "Model",
+    model: Model,
     prompt: Prompt | Sequence[Prompt],
     *,
     n: int | None = None,
@@ -128,12 +126,37 @@ def stream(
     `index` and `sample` say whose text a chunk is. A chunk never ends inside a character or inside a possible stop
     string. The arguments and errors are those of `generate`.
     """
-    prompts, _ = split_prompts(prompt)
+    prompts, _ = _checked("stream", model, prompt, n, batch_size, logits_processors)
     return _stream(model, prompts, n, batch_size, logits_processors, options)
 
 
+def _checked(
+    caller: str,
+    model: Model,
+    prompt: Any,
+    n: int | None,
+    batch_size: int | None,
+    logits_processors: Sequence[LogitsProcessor],
+) -> tuple[list[Any], bool]:
+    """Checks the arguments. Returns the prompts as a list, and whether there is a single one."""
+    if isinstance(prompt, Model):
+        raise TypeError(f"the arguments are in the wrong order: jaxlm.{caller}(model, prompt)")
+    require_model(model, caller)
+    require_untraced(model, caller)
+    for name, value in (("n", n), ("batch_size", batch_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name}={reprlib.repr(value)}: must be an integer, 1 or more")
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be 1 or more (--{name.replace('_', '-')})")
+    if not isinstance(logits_processors, Sequence) or not all(map(callable, logits_processors)):
+        raise ValueError("logits_processors must be a list of functions of the logits")
+    return split_prompts(prompt)
+
+
 def _stream(
-    model: "Model",
+    model: Model,
     prompts: list[Any],
     n: int | None,
     batch_size: int | None,
@@ -141,10 +164,6 @@ def _stream(
     options: Mapping[str, Any],
 ) -> Iterator[CompletionChunk]:
     """Prepares the requests. Computation starts when the first chunk is requested."""
-    if n is not None and n < 1:
-        raise ValueError(f"n={n}: must be 1 or more")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be 1 or more (--batch-size)")
     requests = requests_for(model, prompts, options, n or 1)
     if model.is_multiprocess:
         inputs = [(r.ids, r.max_tokens, sorted(r.stop_ids)) for r in requests]

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
+from jaxlm.data.formats import is_system
 from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.processing.messages import ASSISTANT, ROLES
 from jaxlm.processing.tokenizer import Tokenizer
@@ -16,6 +18,7 @@ from jaxlm.processing.tokenizer_files import eos_ids
 if TYPE_CHECKING:
     from jaxlm.model import Model
 
+KINDS = "a str, a list of messages or a list of token ids"
 DEFAULT_TOKENS = 256  # max_tokens if neither the user nor the model sets it
 
 # Arguments of Tokenizer.chat that continue the last message.
@@ -35,24 +38,43 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
             raise ValueError("a chat must be a list of messages: [{'role': 'user', 'content': …}]")
         prompt = prompt["input_ids"]
     if not isinstance(prompt, list | tuple):
-        prompt = np.asarray(prompt).tolist()
+        prompt = _listed(prompt)
     if not len(prompt):
         raise ValueError("the list of prompts is empty: pass at least one prompt")
     single = isinstance(prompt[0], Integral | Mapping)
     return [prompt] if single else list(prompt), single
 
 
-def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any]) -> list[int]:
+def _listed(prompt: Any) -> list[Any]:
+    """The list of an array of token ids.
+
+    Raises:
+        TypeError: The array is traced.
+        ValueError: It is something else.
+    """
+    if isinstance(prompt, jax.core.Tracer):
+        raise TypeError("a prompt cannot be traced, because text is generated on the host: call it outside of jax.jit, "
+                        "jax.grad and jax.vmap, or use model.forward")  # fmt: skip
+    found = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else None
+    if not isinstance(found, list):
+        raise ValueError(f"a prompt must be {KINDS}, or a list of these, not {reprlib.repr(prompt)}")
+    return found
+
+
+def to_ids(model: "Model", prompt: Any, template_args: dict[str, Any], system: str | None = None) -> list[int]:
     """Converts one prompt to token ids.
 
     Args:
         model: The model.
         prompt: A str, a list of messages, or a list of token ids. A last message of the assistant is continued.
         template_args: Other arguments of Tokenizer.chat: tools, and variables of the chat template.
+        system: A system message to put in front of messages.
 
     Raises:
         ValueError: The prompt is invalid or empty, or has ids outside the vocabulary.
     """
+    if system is not None:
+        prompt = _with_system(prompt, system)
     if isinstance(prompt, str) and prompt:
         ids = _tokenizer(model).encode(prompt)
     elif isinstance(prompt, list | tuple) and any(isinstance(part, Mapping) for part in prompt):
@@ -78,6 +100,19 @@ def is_continued(prompt: Any, template_args: Mapping[str, Any]) -> bool:
     return ROLES.get(str(last.get("role", last.get("from"))).lower()) == ASSISTANT
 
 
+def _with_system(prompt: Any, system: str) -> list[Any]:
+    """Messages with a system message in front of them."""
+    if not isinstance(prompt, list | tuple) or not any(isinstance(part, Mapping) for part in prompt):
+        kind = "a text" if isinstance(prompt, str) else "token ids"
+        raise ValueError(
+            f"system= needs messages, because {kind} as a prompt is continued without the chat template: pass "
+            "[{'role': 'user', 'content': …}]"
+        )
+    if any(is_system(message) for message in prompt):
+        raise ValueError("the messages have a system message, and so has system=: omit one of them")
+    return [{"role": "system", "content": system}, *prompt]
+
+
 def _tokenizer(model: "Model") -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError(f"{model.source} has no tokenizer: pass token ids (a list of int) instead of text")
@@ -88,9 +123,7 @@ def _integers(prompt: Any) -> list[int]:
     try:
         return [operator.index(i) for i in prompt]
     except TypeError:
-        raise ValueError(
-            f"a prompt must be a str, a list of messages or a list of token ids, not {reprlib.repr(prompt)}"
-        ) from None
+        raise ValueError(f"a prompt must be {KINDS}, not {reprlib.repr(prompt)}") from None
 
 
 class TooLongError(ValueError):

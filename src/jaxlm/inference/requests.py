@@ -1,6 +1,7 @@
 """A request: one prompt with its sampling parameters, and the state of its answer."""
 
 import os
+import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.devices import distributed
@@ -48,6 +51,7 @@ class RequestOptions(SamplingOptions, total=False):
     """Options of one request: the fields of SamplingParams, and these.
 
     Attributes:
+        system: System message, in front of messages that have none.
         template_args: Variables of the chat template, such as {"enable_thinking": False}.
         schema: JSON schema of the answer: a dict, or a pydantic model.
         regex: Regular expression that the whole answer matches.
@@ -59,6 +63,7 @@ class RequestOptions(SamplingOptions, total=False):
         skip_special_tokens: Omit special tokens from the text (the default).
     """
 
+    system: str | None
     template_args: Mapping[str, Any] | None
     schema: Any
     regex: str | None
@@ -141,13 +146,44 @@ class Request:
         self.finished, self.error = "error", error
 
 
-def resolve(model: "Model", options: Mapping[str, Any]) -> SamplingParams:
+def require_untraced(model: "Model", caller: str) -> None:
+    """Raises TypeError within jax.jit, or if the weights are traced: sampling and scheduling run on the host."""
+    leaf = model.weights["embed"]
+    if isinstance(leaf, jax.core.Tracer) or isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise TypeError(
+            f"{caller} cannot be called within jax.jit, jax.grad or jax.vmap, because its loop runs on the host: call "
+            "it outside, or use model.forward"
+        )
+
+
+def resolve(model: "Model", options: Mapping[str, Any], others: Sequence[str] = ()) -> SamplingParams:
     """Sampling parameters with all values set: the given value, else that of generation_config.json, else the neutral
-    value. Without a given seed, a random one is drawn; all processes use that of the coordinator."""
-    given = from_kwargs(**options)
+    value. Without a given seed, a random one is drawn; all processes use that of the coordinator.
+    `others` are names of other options of the caller, for the message about an unknown one."""
+    given = from_kwargs(others, **options)
     seed = int.from_bytes(os.urandom(4), "little") if given.seed is None else given.seed
     seed = int(distributed.broadcast(str(seed))) if given.seed is None and model.is_multiprocess else seed
     return replace(given.resolve(model.generation_config), seed=seed, max_tokens=given.max_tokens)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+# The options beside those of SamplingParams: a test of a value, and what it must be. "schema" may be many things, which
+# compile_grammar checks.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "system": (lambda value: isinstance(value, str), "a text"),
+    "template_args": (lambda value: isinstance(value, Mapping), "a dict of variables of the chat template"),
+    "schema": (lambda value: True, ""),
+    "regex": (lambda value: isinstance(value, str), "a text"),
+    "grammar": (lambda value: isinstance(value, str), "a text"),
+    "constraint": (callable, "a function that returns a new Constraint"),
+    "prompt_logprobs": (_is_bool, "True or False"),
+    "echo": (_is_bool, "True or False"),
+    "stop_when": (callable, "a function of the list of token ids"),
+    "skip_special_tokens": (_is_bool, "True or False"),
+}
 
 
 def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, Any], n: int = 1) -> list[Request]:
@@ -166,10 +202,12 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
         ValueError: A prompt or an option is invalid.
         TypeError: An option is unknown.
     """
-    more: dict[str, Any] = {name: options[name] for name in RequestOptions.__annotations__ if name in options}
-    for name in SamplingOptions.__annotations__:
-        more.pop(name, None)
-    params = resolve(model, {name: value for name, value in options.items() if name not in more})
+    more: dict[str, Any] = {name: options[name] for name in _KINDS if options.get(name) is not None}
+    for name, value in more.items():
+        is_valid, text = _KINDS[name]
+        if not is_valid(value):
+            raise ValueError(f"{name}={reprlib.repr(value)}: must be {text}")
+    params = resolve(model, {name: value for name, value in options.items() if name not in _KINDS}, tuple(_KINDS))
     stops = stop_ids(model, params)
     start, echo = _constraint(model, more, stops), bool(more.get("echo"))
     scored = bool(more.get("prompt_logprobs")) or (echo and params.logprobs is not None)
@@ -180,7 +218,7 @@ def requests_for(model: "Model", prompts: Sequence[Any], options: Mapping[str, A
     requests = []
     for number, prompt in enumerate(prompts):
         try:
-            ids = to_ids(model, prompt, dict(more.get("template_args") or {}))
+            ids = to_ids(model, prompt, dict(more.get("template_args") or {}), more.get("system"))
             max_tokens = resolve_max_tokens(model, ids, params.max_tokens)
         except ValueError as error:
             text = f"prompts[{number}]: {error}" if len(prompts) > 1 else str(error)

@@ -133,8 +133,12 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
 
 
-def from_kwargs(**kwargs: Any) -> SamplingParams:
+def from_kwargs(others: Sequence[str] = (), /, **kwargs: Any) -> SamplingParams:
     """Creates validated SamplingParams from keyword arguments.
+
+    Args:
+        others: Names of other options of the caller, for the message about an unknown one.
+        **kwargs: Fields of SamplingParams.
 
     Raises:
         TypeError: A name is unknown; the message suggests the correct one.
@@ -143,9 +147,9 @@ def from_kwargs(**kwargs: Any) -> SamplingParams:
     names = [field.name for field in fields(SamplingParams)]
     for name in kwargs:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(name, [*names, *others], n=1)
             hint = _OTHER_TOOLS.get(name) or (
-                f"did you mean {close[0]!r}?" if close else f"options: {', '.join(names)}"
+                f"did you mean {close[0]!r}?" if close else f"options: {', '.join([*names, *others])}"
             )
             raise TypeError(f"unknown option {name!r}; {hint}")
     return SamplingParams(**kwargs).validate()
@@ -243,6 +247,12 @@ _OTHER_TOOLS = {
     "repeat_penalty": "did you mean 'repetition_penalty'?",
     "eos_token_id": "did you mean 'stop_token_ids'?",
     "top_logprobs": "did you mean 'logprobs'?",
+    "num_return_sequences": "did you mean 'n', of jaxlm.generate?",
+    "response_format": "did you mean 'schema', of jaxlm.generate?",
+    "json_schema": "did you mean 'schema', of jaxlm.generate?",
+    "enable_thinking": "pass it to the chat template: template_args={'enable_thinking': False}",
+    "tools": "pass them to the chat template: template_args={'tools': […]}",
+    "streamer": "jaxlm.stream yields the text in chunks",
 }
 
 # Neutral values of fields of transformers' GenerationConfig, other than null, false and empty.

@@ -21,7 +21,7 @@ from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
 from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
-from jaxlm.model import Model, Weights
+from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
 
 
@@ -65,6 +65,8 @@ def load(
         OSError: A file does not exist or cannot be read, or the hub cannot be reached.
         MemoryError: The weights do not fit in device memory.
     """
+    if not isinstance(name, str | Path | ModelSource):
+        raise TypeError(f"load needs a hub id, a folder or a GGUF file, not {type(name).__name__}")
     source = ModelSource.of(
         name,
         adapter=adapter,
@@ -122,6 +124,7 @@ def load_adapter(
         ValueError: The adapter does not fit the model, or the model has an adapter already, or no checkpoint.
         OSError: A file does not exist or cannot be read, or the hub cannot be reached.
     """
+    require_model(model, "load_adapter")
     if model.checkpoint is None or model.checkpoint.adapter is not None:
         has = "has an adapter already: load its base" if model.checkpoint else "was not loaded: load it from a folder"
         raise ValueError(f"{name} cannot be loaded onto {model.source}, which {has}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxlm.models import gemma3, llama3, olmo2, olmo3, qwen3, smollm3
 from jaxlm.models.config import brief
-from jaxlm.models.family import Family
+from jaxlm.models.family import Family, check_family
 from jaxlm.models.unsupported import REASONS
 
 FAMILIES: dict[str, Family] = {
@@ -40,7 +40,13 @@ def register(model_type: str, family: Family) -> None:
     Args:
         model_type: The field `model_type` of config.json.
         family: A module, or another object with the attributes of `Family`. It does not need a `load`.
+
+    Raises:
+        ValueError: The family lacks attributes, or a row of its PARAMS is invalid. All misfits are named together.
     """
+    if not isinstance(model_type, str):
+        raise ValueError(f"model_type must be a str, not {brief(model_type)}: register(model_type, family)")
+    check_family(family)
     FAMILIES[model_type] = family
 
 

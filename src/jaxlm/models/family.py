@@ -157,3 +157,40 @@ class Family(Protocol):
     def logits(self, cfg: Any, x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T V"]:
         """Computes float32 logits from hidden states. Of the weights, only the output head is used."""
         ...
+
+
+def check_family(family: Any) -> None:
+    """Checks that an object has the attributes of `Family`, its Config those of `Config`, and the form of its PARAMS.
+
+    Raises:
+        ValueError: It does not. The message names everything that is missing or wrong.
+    """
+    name = getattr(family, "__name__", type(family).__name__)
+    wrong = [f"it lacks {each}" for each in _members(Family) if not hasattr(family, each)]
+    config, table = getattr(family, "Config", None), getattr(family, "PARAMS", None)
+    fields: set[str] = set()
+    if isinstance(config, type):
+        fields = {field for base in config.__mro__ for field in (*vars(base), *vars(base).get("__annotations__", ()))}
+        wrong += [f"its Config lacks {each}" for each in _members(Config) if each not in fields]
+    if isinstance(table, Mapping):
+        wrong += [f"PARAMS lacks the row {path!r}" for path in ("embed", "norm") if path not in table]
+        wrong += [fault for path, row in table.items() for fault in _faults(path, row, fields)]
+    elif table is not None:
+        wrong.append("PARAMS is not a dict of rows")
+    if wrong:
+        raise ValueError(f"{name} is not a model family (jaxlm.models.family): {'; '.join(wrong)}")
+
+
+def _members(protocol: type) -> list[str]:
+    return [name for name in vars(protocol) if not name.startswith("_")]
+
+
+def _faults(path: Any, row: Any, fields: Collection[str]) -> list[str]:
+    """What is wrong with a row of PARAMS: path -> (letters, checkpoint name, aliases ...)."""
+    if not isinstance(row, tuple | list) or len(row) < 2 or not all(isinstance(text, str) for text in (path, *row)):
+        return [f"PARAMS[{path!r}] must be (letters, checkpoint name, aliases ...)"]
+    letters, *names = row
+    wrong = [f"PARAMS[{path!r}]: Config has no size {letter}" for letter in letters if fields and letter not in fields]
+    if path.startswith("layers."):
+        wrong += [f"PARAMS[{path!r}]: {name!r} needs {{}} for the layer" for name in names if name.count("{}") != 1]
+    return wrong

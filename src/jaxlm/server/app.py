@@ -190,7 +190,7 @@ async def health(server: Server, http: HttpRequest) -> Response:
 
 
 async def ready(server: Server, http: HttpRequest) -> Response:
-    """The command listens before it loads the model, and answers afterwards."""
+    """Status 200. While the command loads the model, all requests get status 503 (starting.py)."""
     return JSONResponse({"status": "ready"})
 
 

@@ -1,0 +1,72 @@
+"""Checks weights against the PARAMS table of a family, for weights that a user puts in place of a model's own."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxlm.nn import params
+from jaxlm.nn.linear import WeightForm
+
+
+def check(table: params.Table, cfg: Any, weights: Any) -> None:
+    """Checks names, shapes and dtypes of weights. Nothing is computed, so tracers and jax.ShapeDtypeStruct are taken.
+
+    The shapes of a WeightForm (LoRA) are not checked: its product does.
+
+    Args:
+        table: The family's PARAMS.
+        cfg: The family's Config.
+        weights: A tree such as `model.weights`. The layers are a list, or stacked (`params.stack`).
+
+    Raises:
+        ValueError: The weights do not fit; the message names the first misfits.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"weights must be a dict like model.weights, not {_kind(weights)}")
+    expected = {row.path: row.shape for row in params.tensors(table, cfg)}
+    found = dict(_leaves(weights))
+    wrong = [f"{path} is missing" for path in expected if path not in found]
+    wrong += [f"{path} is unknown" for path in found if path not in expected]
+    for path, (shape, leaf) in found.items():
+        if isinstance(leaf, WeightForm) or path not in expected:
+            continue
+        if shape is None or not jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating):
+            wrong.append(f"{path} is {_kind(leaf)}, not an array of floating point numbers")
+        elif shape != expected[path]:
+            wrong.append(f"{path} has the shape {list(shape)}, not {list(expected[path])}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+
+
+def _leaves(weights: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, ...] | None, Any]]]:
+    """The path of each weight, with the shape of one layer, and the weight."""
+    for name, leaf in weights.items():
+        if name != "layers":
+            yield name, (getattr(leaf, "shape", None), leaf)
+    layers = weights.get("layers", [])
+    if not isinstance(layers, Mapping):
+        for number, layer in enumerate(layers if isinstance(layers, list | tuple) else ()):
+            yield from _layer(number, layer, 0)
+        return
+    stacked, rest = layers.get("stacked", []), layers.get("rest", [])
+    sizes = [shape[0] for layer in stacked for leaf in layer.values() if (shape := getattr(leaf, "shape", None))]
+    count = max(sizes, default=0)  # all layers of a stack have one size; a WeightForm has no shape
+    for number in range(count * len(stacked)):
+        yield from _layer(number, stacked[number % len(stacked)], 1)
+    for number, layer in enumerate(rest, count * len(stacked)):
+        yield from _layer(number, layer, 0)
+
+
+def _layer(number: int, layer: Any, axes: int) -> Iterator[tuple[str, tuple[tuple[int, ...] | None, Any]]]:
+    """The weights of a layer, whose shapes have this number of leading axes more."""
+    for name, leaf in layer.items() if isinstance(layer, Mapping) else ():
+        shape = getattr(leaf, "shape", None)
+        yield f"layers.{number}.{name}", (None if shape is None else tuple(shape[axes:]), leaf)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ if dtype is None else f"an array of {dtype}"
