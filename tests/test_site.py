@@ -71,3 +71,20 @@ def test_the_reference_has_every_flag_and_key():
         assert f"reference/{name}.md" in (ROOT / "mkdocs.yml").read_text()
     for key in field_names(Run):
         assert f"<code>{key.rpartition('.')[2]}</code>" in pages["training_yaml"], key
+
+
+def test_links_to_source_files_become_links_to_pages():
+    pages = script("source_pages")
+    text = "[a](../src/jaxlm/model.py#L7) [b](data.md) `[c](../src/x.py)`\n```\n[d](../x.py)\n```\n[e](../README.md)"
+    expected = text.replace("../src/jaxlm/model.py#L7", "../source/src/jaxlm/model.py.md#__codelineno-0-7")
+    expected = expected.replace("../README.md", "../source/README.md.md")
+    assert pages.with_site_links(text, ROOT / "docs/page.md", "sub/page.md") == expected
+    assert pages.linked_files(text, ROOT / "docs/page.md") == [ROOT / "src/jaxlm/model.py", ROOT / "README.md"]
+    assert pages.with_site_links("[f](docs/data.md)", ROOT / "README.md", "source/README.md.md") == "[f](../data.md)"
+
+
+def test_what_another_host_would_send_is_found():
+    loaded = script("source_pages").LOADED
+    assert loaded.search('<script async src="https://example.org/a.js">')
+    assert loaded.search("<link rel=stylesheet href=https://example.org/a.css>")
+    assert not loaded.search('<a href="https://example.org">text</a> <script src="assets/a.js">')

@@ -1,7 +1,7 @@
 """A hook of mkdocs: the reference of all flags and of the YAML keys of training, as pages of the site.
 
-They are made from the dataclasses of the commands, as `--help` is, and are not stored. `jaxlm generate --help` in a page
-becomes a link to the flags of that command.
+They are made from the dataclasses of the commands, as `--help` is, and are not stored. `jaxlm generate --help` in a
+page becomes a link to the flags of that command.
 """
 
 import html
@@ -43,10 +43,11 @@ def pages() -> dict[str, str]:
 
 def overview(commands: dict[str, type]) -> str:
     """The commands, the environment variables and the exit status."""
-    lines = ["# Commands", "", "Each command has a page with all of its flags. `jaxlm COMMAND --help` prints the same.", ""]
+    lines = ["# Commands", "", "Each command has a page with its flags. `jaxlm COMMAND --help` prints the same.", ""]
     for title, row in help.COMMANDS.items():
         lines += [f"## {title}", ""]
-        lines += [f"- [`jaxlm {name}`]({name}.md): {prose(help.first_sentence(commands[name]))}" for name in row.split()]
+        for name in row.split():
+            lines += [f"- [`jaxlm {name}`]({name}.md): {prose(help.first_sentence(commands[name]))}"]
         lines += [""]
     lines += ["## Environment variables", "", "| Variable | Meaning |", "| --- | --- |"]
     lines += [f"| {code(name)} | {prose(text)} |" for name, text in help.ENVIRONMENT.items()]
@@ -72,10 +73,10 @@ def command_page(name: str, command: type) -> str:
 def yaml_page(commands: dict[str, type]) -> str:
     """The keys of the YAML file of `jaxlm train` and `jaxlm finetune`."""
     lines = [
-        "# YAML keys of training", "",
+        "# YAML keys of training { #yaml-keys }", "",
         "`jaxlm train -c run.yaml` and `jaxlm finetune -c run.yaml` read these keys. They are also the fields of",
-        "[`Run`](../api/training.md#jaxlm.training.config.Run) in Python. A flag on the command line overrides the file.",
-        "Where `jaxlm finetune` has another default, the default names it.", "",
+        "[`Run`](../api/training.md#jaxlm.training.config.Run) in Python. A flag overrides the file.",
+        "Where `jaxlm finetune` has another default, it is in brackets.", "",
     ]  # fmt: skip
     run = {flag.name: flag for flag in flags_of(Run)}
     finetune = {flag.name: flag for flag in flags_of(commands["finetune"])}
@@ -107,6 +108,8 @@ def flag_name(flag: Flag, command: str) -> str:
 
 def kind(flag: Flag) -> str:
     """What a flag takes: nothing, a value, one of some words, or a list of these."""
+    if flag.positional:
+        return "list of texts" if flag.repeats else "text"
     if not flag.types:
         return "switch"
     choices = re.fullmatch(r"\{(.*)\}", flag.metavar)

@@ -1,8 +1,9 @@
 """A hook of mkdocs: files of the repository that the documentation links to become a part of the site.
 
 Pages link to source files by relative paths, such as ../src/jaxlm/models/llama3.py, which a code host follows. In the
-site, a text file becomes a page with highlighted source, a Markdown file a page, and any other file is copied. A link to
-a file that does not exist is a warning, which --strict turns into an error.
+site, a text file becomes a page with highlighted source, a Markdown file a page, and any other file is copied. A link
+to a file that does not exist is a warning, and so is what a page loads from another host. --strict turns warnings into
+errors.
 """
 
 import json
@@ -12,21 +13,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^()\s#]*)(#[^()\s]*)?(?=\))")
 CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$|`[^`\n]+`", re.M | re.S)
 LANGUAGES = {
-    ".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json", ".js": "javascript",
-    ".css": "css", ".html": "html", ".txt": "text", ".cff": "yaml", ".jinja": "jinja",
+    ".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json",
+    ".js": "javascript", ".css": "css", ".html": "html", ".txt": "text", ".cff": "yaml", ".jinja": "jinja",
 }  # fmt: skip
+LOADED = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*\s(?:src|href)=[\"']?https?:[^>]*>")
 MAX_BYTES = 200_000  # larger text files are copied
 log = logging.getLogger("mkdocs.hooks.source_pages")
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Adds a file to the site for each file of the repository that a page, or such a file, links to."""
     waiting = [(page.src_uri, page.content_string, DOCS / page.src_uri) for page in files.documentation_pages()]
     while waiting:
@@ -40,6 +40,12 @@ def on_files(files: Files, config: Any) -> Files:
                 if target.suffix == ".md":
                     waiting.append((file.src_uri, target.read_text(encoding="utf-8"), target))
     return files
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> None:
+    """Warns of what a browser would load from another host: the site works without a network."""
+    for tag in LOADED.findall(output):
+        log.warning(f"'{page.file.src_uri}' loads from another host: {tag}")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -102,8 +108,10 @@ def site_path(target: Path) -> str:
     return f"{path}.md" if is_text and not large else path
 
 
-def file_of(target: Path, config: Any) -> File:
+def file_of(target: Path, config: Any) -> Any:
     """A file of the site for a file of the repository."""
+    from mkdocs.structure.files import File
+
     uri, name = site_path(target), target.relative_to(ROOT).as_posix()
     if not uri.endswith(".md"):
         return File.generated(config, uri, abs_src_path=str(target))
