@@ -83,6 +83,14 @@ def test_links_to_source_files_become_links_to_pages():
     assert pages.with_site_links("[f](docs/data.md)", ROOT / "README.md", "source/README.md.md") == "[f](../data.md)"
 
 
+def test_names_of_source_files_become_links():
+    pages = script("source_pages")
+    text = "`nn/rope.py` `tests/test_site.py` `nn/gone.py` [`nn/rope.py`](a.md)\n```\n`nn/rope.py`\n```"
+    expected = text.replace("`nn/rope.py`", "[`nn/rope.py`](../src/jaxlm/nn/rope.py)", 1)
+    expected = expected.replace("`tests/test_site.py`", "[`tests/test_site.py`](../tests/test_site.py)")
+    assert pages.with_code_links(text, ROOT / "docs/page.md") == expected
+
+
 def test_what_another_host_would_send_is_found():
     loaded = script("source_pages").LOADED
     assert loaded.search('<script async src="https://example.org/a.js">')

@@ -1,22 +1,27 @@
 """A hook of mkdocs: files of the repository that the documentation links to become a part of the site.
 
 Pages link to source files by relative paths, such as ../src/jaxlm/models/llama3.py, which a code host follows. In the
-site, a text file becomes a page with highlighted source, a Markdown file a page, and any other file is copied. A link
-to a file that does not exist is a warning, and so is what a page loads from another host. --strict turns warnings into
-errors.
+site, a text file becomes a page with highlighted source, a Markdown file a page, and any other file is copied. Names of
+files that are written as code, such as `nn/rope.py` or `tests/test_terms.py`, become links too.
+
+A link to a file that does not exist is a warning, and so is what a page loads from another host. --strict turns warnings
+into errors.
 """
 
 import json
 import logging
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^()\s#]*)(#[^()\s]*)?(?=\))")
-CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$|`[^`\n]+`", re.M | re.S)
+FENCE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$", re.M | re.S)
+CODE = re.compile(FENCE.pattern + r"|`[^`\n]+`", re.M | re.S)
+PATH = re.compile(r"(?<!\[)`((?:[\w.]+/)*\w+\.(?:py|yaml|sh))`(?!\])")
 LANGUAGES = {
     ".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json",
     ".js": "javascript", ".css": "css", ".html": "html", ".txt": "text", ".cff": "yaml", ".jinja": "jinja",
@@ -28,7 +33,8 @@ log = logging.getLogger("mkdocs.hooks.source_pages")
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds a file to the site for each file of the repository that a page, or such a file, links to."""
-    waiting = [(page.src_uri, page.content_string, DOCS / page.src_uri) for page in files.documentation_pages()]
+    pages = [(page.src_uri, DOCS / page.src_uri) for page in files.documentation_pages() if page.generated_by is None]
+    waiting = [(uri, with_code_links(path.read_text(encoding="utf-8"), path), path) for uri, path in pages]
     while waiting:
         uri, text, path = waiting.pop()
         for target in linked_files(text, path):
@@ -51,8 +57,19 @@ def on_post_page(output: str, page: Any, **_: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Points the links to files of the repository at their pages."""
     uri = page.file.src_uri
-    path = ROOT / uri.removeprefix("source/").removesuffix(".md") if uri.startswith("source/") else DOCS / uri
-    return with_site_links(markdown, path, uri)
+    if uri.startswith("source/"):
+        return with_site_links(markdown, ROOT / uri.removeprefix("source/").removesuffix(".md"), uri)
+    return with_site_links(with_code_links(markdown, DOCS / uri), DOCS / uri, uri)
+
+
+def with_code_links(markdown: str, path: Path) -> str:
+    """The text of a page, with links around names of files, which are relative to src/jaxlm/ or to the repository."""
+
+    def replaced(match: re.Match[str]) -> str:
+        target = next((root / match[1] for root in (ROOT / "src/jaxlm", ROOT) if (root / match[1]).is_file()), None)
+        return f"[{match[0]}]({posixpath.relpath(target, path.parent)})" if target else match[0]
+
+    return outside(FENCE, markdown, lambda text: PATH.sub(replaced, text))
 
 
 def with_site_links(markdown: str, path: Path, uri: str) -> str:
@@ -66,36 +83,38 @@ def with_site_links(markdown: str, path: Path, uri: str) -> str:
         anchor = f"#__codelineno-0-{line[1]}" if line else match[2] or ""
         return posixpath.relpath(site_path(target), posixpath.dirname(uri)) + anchor
 
-    return outside_code(markdown, lambda text: LINK.sub(replaced, text))
+    return outside(CODE, markdown, lambda text: LINK.sub(replaced, text))
 
 
 def linked_files(markdown: str, path: Path) -> list[Path]:
     """The files of the repository outside docs/ that a Markdown file links to."""
     found: list[Path | None] = []
-    outside_code(markdown, lambda text: found.extend(resolved(match[1], path) for match in LINK.finditer(text)) or text)
+    outside(
+        CODE, markdown, lambda text: found.extend(resolved(match[1], path) for match in LINK.finditer(text)) or text
+    )
     return [target for target in found if target is not None and not is_page(target)]
 
 
-def outside_code(markdown: str, change: Any) -> str:
-    """Applies a function to the parts of a text that are not code."""
+def outside(code: re.Pattern[str], markdown: str, change: Callable[[str], str]) -> str:
+    """Applies a function to the parts of a text between matches of a pattern."""
     parts, end = [], 0
-    for match in CODE.finditer(markdown):
+    for match in code.finditer(markdown):
         parts += [change(markdown[end : match.start()]), match[0]]
         end = match.end()
     return "".join([*parts, change(markdown[end:])])
 
 
 def resolved(target: str, path: Path) -> Path | None:
-    """The file that a link means: one of the repository, unless it is a page of docs/ that links to another."""
+    """The file that a link means: one of the repository, unless it is a page that links to another."""
     if not target or ":" in target or target.startswith("/"):
         return None
     there = Path(posixpath.normpath(path.parent / target))
-    inside = path.is_relative_to(DOCS) and there.is_relative_to(DOCS)
-    return None if inside or not there.is_relative_to(ROOT) else there
+    return None if (is_page(path) and is_page(there)) or not there.is_relative_to(ROOT) else there
 
 
 def is_page(target: Path) -> bool:
-    return target.is_relative_to(DOCS)
+    """Whether a file is a part of the site by itself: all of docs/ but the scripts."""
+    return target.is_relative_to(DOCS) and not target.is_relative_to(DOCS / "scripts")
 
 
 def site_path(target: Path) -> str:
