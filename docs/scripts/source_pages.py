@@ -4,7 +4,7 @@ Pages link to source files by relative paths, such as ../src/jaxlm/models/llama3
 site, a text file becomes a page with highlighted source, a Markdown file a page, and any other file is copied. Names of
 files that are written as code, such as `nn/rope.py` or `tests/test_terms.py`, become links too.
 
-A link to a file that does not exist is a warning, and so is what a page loads from another host. --strict turns warnings
+A link to a file that does not exist is a warning, and so is what a page loads from another host. --strict turns them
 into errors.
 """
 
