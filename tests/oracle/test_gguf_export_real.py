@@ -116,7 +116,7 @@ def run(folder: Path, *argv: str) -> str:
 
 
 def test_a_fine_tuned_model_answers_in_llama_cpp(real, shared, llama, tmp_path):
-    """The example of docs/training.md."""
+    """The example of docs/finetuning.md."""
     base = str(real / SMOLLM2)
     data = shared / "corpora/instruct_rasbt/instruction-data.json"
     ask = ["--temperature", "0", "--max-tokens", "24", QUESTION]

@@ -286,13 +286,18 @@ def invocation(flag: Flag, negations: bool) -> str:
 
 def text_of(flag: Flag) -> str:
     """The description of a flag: the docstring of the field, and its default if the docstring does not have it."""
-    classes = defining_classes(flag.owner, flag.field)
-    documented = (field_docstrings(cls.__module__).get((cls.__name__, flag.field)) for cls in classes)
-    text = next(filter(None, documented), "")
+    text = docstring_of(flag)
     if isinstance(flag.default, bool | tuple | dict) or flag.default in (None, "") or "default:" in text.lower():
         return text
     default = f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
     return f"{text} (default:\u00a0{default})"  # on one line
+
+
+def docstring_of(flag: Flag) -> str:
+    """The docstring of the field of a flag."""
+    classes = defining_classes(flag.owner, flag.field)
+    documented = (field_docstrings(cls.__module__).get((cls.__name__, flag.field)) for cls in classes)
+    return next(filter(None, documented), "")
 
 
 @functools.cache

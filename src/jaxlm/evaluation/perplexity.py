@@ -186,7 +186,11 @@ def evaluate(
         length: Length of a window in tokens. Default: the context, at most 2048.
         stride: Tokens from one window of a document to the next. Default: half of length.
         batch: Batch size: rows of `length` tokens. The default depends on the platform.
-        format, train_on, text_field, prompt_field, completion_field: As in training (TextOptions).
+        format: Row format. Default: detected from the first row.
+        train_on: Which tokens are scored: "assistant", "completion" or "all". Default: as in training.
+        text_field: Field of a row that holds the text.
+        prompt_field: Field of a row that holds the prompt.
+        completion_field: Field of a row that holds the completion.
         on_bad: "stop" raises at a row that cannot be used, "skip" counts it.
         split: Split of a hub dataset, or of a folder whose files are named after splits.
         offline: Use the local cache only.

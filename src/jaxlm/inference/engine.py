@@ -299,7 +299,9 @@ class Engine:
         """Yields the chunks of one request. Closing or dropping the iterator cancels the request.
 
         Args:
-            prompt, adapter, **options: As for `submit`.
+            prompt: As for `submit`.
+            adapter: As for `submit`.
+            **options: As for `submit`.
 
         Raises:
             ValueError: The prompt or an option is invalid. The error of the request, if it has one, is raised too.

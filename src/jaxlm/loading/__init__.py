@@ -47,9 +47,16 @@ def load(
     Args:
         name: Hub id, folder, .gguf file (on the hub: `org/name:file.gguf`) or ModelSource. If it is a LoRA adapter, its
             base model is loaded too.
-        adapter, format, tokenizer, rope_factor, revision, token, offline, allow_fields: See ModelSource.
+        adapter: Hub id or folder of a LoRA adapter to apply.
+        format: "hf", or "meta" for Meta's original Llama 3 files. Default: detected.
+        tokenizer: Folder of the tokenizer, or a tokenizer.model, if it is not stored with the weights.
+        rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
         dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file, and is bfloat16 for a quantized
             GGUF file.
+        revision: Branch, tag or commit on the hub.
+        token: Hub access token. Default: HF_TOKEN, or the token saved by `hf auth login`.
+        offline: Use the local cache only.
+        allow_fields: Names of config fields that are refused, to ignore because they do not change the result.
         family: Module of jaxlm.models that the checkpoint must belong to. Default: any.
         mesh: Devices to shard the weights over, as "data=2,model=4", {"data": 2, "model": 4} or a jax Mesh with these
             axes. Default with several devices: all of them, with the sizes that decode a full batch fastest by
@@ -114,7 +121,11 @@ def load_adapter(
     Args:
         model: The base model.
         name: Hub id or folder of the adapter.
-        dtype, revision, token, offline, allow_fields: As in `load`, for the adapter.
+        dtype: dtype of the factors, as in `load`.
+        revision: Branch, tag or commit of the adapter on the hub.
+        token: Hub access token, as in `load`.
+        offline: Use the local cache only.
+        allow_fields: Names of fields of the adapter's config that are refused, to ignore.
 
     Returns:
         The model with the adapter. It has the tokenizer and chat template in the folder of the adapter, if there are

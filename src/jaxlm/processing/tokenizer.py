@@ -86,8 +86,8 @@ class Tokenizer:
             folder: A local folder. Its chat template is read from chat_template.jinja, tokenizer_config.json or
                 chat_template.json. The path of a tokenizer.json selects its folder. The path of a tokenizer.model
                 or of a GGUF file selects that file only.
-            generation_config, config: Contents of generation_config.json and config.json, for their `eos_token_id`.
-                None reads the files in the folder.
+            generation_config: Contents of generation_config.json, for its `eos_token_id`. None reads the file.
+            config: Contents of config.json, for its `eos_token_id`. None reads the file.
 
         Returns:
             The tokenizer; None if the folder has none.
