@@ -83,7 +83,7 @@ class LayerType:
 
     @property
     def words(self) -> str:
-        window = "full attention" if self.window is None else f"sliding window of {self.window:,} tokens"
+        window = "full attention" if self.window is None else f"sliding window of {self.window:,}"
         return f"{window}, {f'RoPE {self.rope}' if self.rope else 'no RoPE'}"
 
 

@@ -286,7 +286,7 @@ def overview(families: list[Architecture], columns: int) -> str:
             one.text(8, 20, family.name, "head")
             picture.add(f'<g transform="translate({12 + i * pitch:g} {y:g})">{"".join(one.elements)}</g>')
         y += max(bottoms) + 18
-    y = draw_key(picture, reference.name, 20, y, 20 if columns < 3 else 180)
+    y = draw_key(picture, reference.name, 20, y, 20 if columns < 3 else 220)
     texts = [f"{one.name}: {description(one, *all_steps(one, reference))}" for one in families]
     return document(picture, 16 + columns * pitch, y, "One layer of each family", " ".join(texts))
 
