@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxlm.cli.wrapping import WordWrap, cells, visible
+from jaxlm.cli.wrapping import WordWrap, cells, hanging, visible
 
 
 def wrapped(text: str, columns: int = 20, size: int = 0) -> str:
@@ -91,3 +91,13 @@ def test_random_text_never_breaks_a_word():
 def test_control_characters_are_visible():
     assert visible("a\033]52;c;eA==\x07b\x9b\r\n\tc") == "a\\x1b]52;c;eA==\\x07b\\x9b\n\tc"
     assert visible("日本\u200d é") == "日本\u200d é"
+
+
+def test_hanging_lines():
+    assert (
+        hanging("memory      weights 19.5 MB, peak 2.7 GB", 30, 12)
+        == "memory      weights 19.5 MB,\n            peak 2.7 GB"
+    )
+    assert hanging("one two and\n    three", 11) == "one two\nand\n    three"
+    assert hanging("model/with-a-long-name", 10) == "model/with-a-long-name"
+    assert hanging("as it is  here", 0) == hanging("as it is  here", 80) == "as it is  here"

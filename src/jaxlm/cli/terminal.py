@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from jaxlm.cli import interrupts
-from jaxlm.cli.wrapping import STYLE, WordWrap
+from jaxlm.cli.wrapping import STYLE, WordWrap, hanging
 
 DIM, RESET = "\033[2m", "\033[0m"
 PASTE_ON, PASTE_OFF = "\033[?2004h", "\033[?2004l"  # bracketed paste: the terminal marks pasted text
@@ -135,10 +135,10 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     return codecs.lookup_error("backslashreplace")(error)
 
 
-def columns() -> int:
-    """The width of the terminal on stdout, 0 if it is not known."""
+def columns(stream: Any = None) -> int:
+    """The width of the terminal on stdout, or on another stream; 0 if it is not known."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns
+        return os.get_terminal_size((stream or sys.stdout).fileno()).columns
     except (OSError, ValueError, AttributeError):  # no terminal, or a stream of a test
         return 0
 
@@ -157,13 +157,14 @@ def wrapping() -> Iterator[WordWrap | None]:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, dim on a terminal, unless --quiet. During the line of an answer it waits for its end."""
+    """Prints a line on stderr, unless --quiet. On a terminal it is dim, and wrapped at words. During the line of an
+    answer it waits for its end."""
     if _State.quiet:
         return
     if _State.mid_line and are_one_file(sys.stdout, sys.stderr):
         _State.waiting += (text,)
     else:
-        say(dim(text, sys.stderr))
+        say(dim(hanging(text, columns(sys.stderr)), sys.stderr))
 
 
 def say(text: str) -> None:

@@ -16,7 +16,8 @@ from jaxlm.cli.common import ProcessFlags
 from jaxlm.cli.errors import usage
 from jaxlm.cli.flags import flags_of
 from jaxlm.cli.suggestions import unknown_key
-from jaxlm.cli.terminal import console, dim, is_styled, note, shows_progress
+from jaxlm.cli.terminal import columns, console, dim, is_styled, note, shows_progress
+from jaxlm.cli.wrapping import hanging
 from jaxlm.training.config import RENAMED_FIELDS, Optimizer, Run, field_names, flags
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}  # of finetune, by method
@@ -96,7 +97,8 @@ def dry_run(run: Run) -> int:
 
     with Display() as display:
         setup = set_up(run, display.log_progress)
-    print("\n".join(plan.describe(setup, plan.plan_memory(setup, jit_step(setup)))))
+    for line in plan.describe(setup, plan.plan_memory(setup, jit_step(setup))):
+        print(hanging(line, columns(), indent=12))  # below the text behind the names
     for number, pieces in enumerate(plan.examples(setup, 2), 1):
         print(f"\nexample {number} (outside the loss mask: {mark('like this', False)})")
         print("".join(mark(text, trained_on) for text, trained_on in pieces))

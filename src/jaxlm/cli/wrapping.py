@@ -1,6 +1,7 @@
-"""Wraps streamed text at words."""
+"""Wraps text at words: `WordWrap` streamed text, `hanging` a line."""
 
 import re
+import textwrap
 import unicodedata
 from collections.abc import Callable
 
@@ -116,6 +117,18 @@ class WordWrap:
         if 0 < width < self.column:  # the terminal broke the line
             self.column = (self.column - 1) % width + 1
         return text
+
+
+def hanging(text: str, columns: int, indent: int = 0) -> str:
+    """The text with line breaks at words, where a line is longer than `columns` (0: unknown). What follows a break is
+    indented. Words are not broken."""
+    if columns <= 2 * indent + 1:
+        return text
+    options = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
+    lines = [
+        textwrap.wrap(line, columns - 1, **options) if len(line) >= columns else [line] for line in text.split("\n")
+    ]
+    return "\n".join(part for wrapped in lines for part in wrapped)
 
 
 def cells(text: str, column: int = 0) -> int:
