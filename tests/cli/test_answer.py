@@ -16,9 +16,9 @@ DIM, RESET = "\033[2m", "\033[0m"
 THINKING = tokenizer_of(TEMPLATE, thinking=True)
 
 
-def shown(capsys, monkeypatch, *chunks, opened=False, tokenizer=THINKING, tty=True) -> str:
+def shown(capsys, monkeypatch, *chunks, opened=False, tokenizer=THINKING, tty=True, before="") -> str:
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    last = print_answer(iter(map(CompletionChunk, chunks)), tokenizer, opened)
+    last = print_answer(iter(map(CompletionChunk, chunks)), tokenizer, opened, before)
     assert last == chunks[-1]
     return capsys.readouterr().out
 
@@ -30,6 +30,12 @@ def test_reasoning_is_dim_on_a_terminal(capsys, monkeypatch):
     assert shown(capsys, monkeypatch, *chunks, tty=False) == "<think>hm</think>yes\n"
     assert shown(capsys, monkeypatch, *chunks, tokenizer=None) == "<think>hm</think>yes\n"
     assert shown(capsys, monkeypatch, *chunks, tokenizer=tokenizer_of(TEMPLATE)) == "<think>hm</think>yes\n"
+
+
+def test_a_terminal_shows_the_text_that_is_continued(capsys, monkeypatch):
+    given = {"before": "Once upon\x07", "tokenizer": None}
+    assert shown(capsys, monkeypatch, " a time", **given) == f"{DIM}Once upon\\x07{RESET} a time\n"
+    assert shown(capsys, monkeypatch, " a time", **given, tty=False) == " a time\n"
 
 
 def test_an_interrupt_resets_the_terminal(capsys, monkeypatch):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_answer(
-    chunks: "Iterator[CompletionChunk]", tokenizer: "Tokenizer | None", opened: bool
+    chunks: "Iterator[CompletionChunk]", tokenizer: "Tokenizer | None", opened: bool, before: str = ""
 ) -> "CompletionChunk | None":
     """Streams an answer to stdout. On a terminal, reasoning is dim, lines break at words, and control characters are
     escapes.
@@ -23,6 +23,7 @@ def print_answer(
         chunks: The answer.
         tokenizer: The tokenizer, for the tags around reasoning.
         opened: Whether the prompt ends inside a reasoning block.
+        before: The text that the answer continues. A terminal shows it, dim.
 
     Returns:
         The last chunk, None for an empty answer.
@@ -36,6 +37,8 @@ def print_answer(
     with terminal.wrapping() as wrap:
         held = DIM if tags and opened else ""
         try:
+            if wrap and before:
+                terminal.write(wrap.feed(terminal.dim(visible(before), sys.stdout)))
             for chunk in chunks:
                 text = visible(str(chunk)) if wrap else str(chunk)
                 if tags:

@@ -94,7 +94,8 @@ class Generate(SamplingFlags, ModelFlags):
             opened = [not self.raw and inside_reasoning(model, ids) for ids in prompts]
             print_answers(chunks, model, [line.fields for line in lines], opened, self.n)
         else:
-            print_text(chunks, prompts[0], model)
+            prompt = prompt_of(lines[0].prompt, model, self.system, self.raw)
+            print_text(chunks, prompts[0], model, prompt if isinstance(prompt, str) else "")
         return 0
 
     def _structure(self) -> dict[str, Any]:
@@ -191,9 +192,9 @@ def note_continued(lines: list[PromptLine], args: dict[str, Any]) -> None:
         )
 
 
-def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "Model") -> None:
-    """Streams one answer to stdout, then the counts to stderr."""
-    chunk = print_answer(chunks, model.tokenizer, opened=inside_reasoning(model, prompt))
+def print_text(chunks: "Iterator[CompletionChunk]", prompt: list[int], model: "Model", before: str) -> None:
+    """Streams one answer to stdout, then the counts to stderr. A terminal also shows `before`, which it continues."""
+    chunk = print_answer(chunks, model.tokenizer, inside_reasoning(model, prompt), before)
     if chunk is not None:
         full = len(prompt) + chunk.generation_tokens >= model.config.context
         limit = f" · stopped at {'the context length' if full else '--max-tokens'}"
