@@ -61,6 +61,13 @@ COUNTS = {
     "google-gemma-3-27b": 27_009_002_240 + 64 * 5376,
 }
 
+# Models whose config.json is not among the published files: the total of their safetensors files, without a tied head.
+MORE_COUNTS = {
+    "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
+    "allenai/Olmo-3-32B-Think": 32_233_522_176,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+}
+
 
 def _params(D: int, L: int, N: int, multiplier: float, multiple: int, scaled: bool = True) -> dict[str, Any]:
     return {"dim": D, "n_layers": L, "n_heads": N, "n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5,

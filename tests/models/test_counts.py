@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.published_configs import CONFIGS, COUNTS, MIXTURE_OF_EXPERTS, tensor_shapes
+from helpers.published_configs import CONFIGS, COUNTS, MIXTURE_OF_EXPERTS, MORE_COUNTS, tensor_shapes
 
 from jaxlm import Model, models
+from jaxlm.bench.published import MODELS
 from jaxlm.nn import Rope, layer_types, params
 
 REFUSED = "Qwen-Qwen3-30B-A3B"
@@ -33,8 +34,9 @@ def config_of(raw: dict[str, Any]) -> Any:
 
 def test_counts_and_shapes_at_full_size() -> None:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    for name, count in COUNTS.items():
-        raw = CONFIGS[name]
+    configs = {**CONFIGS, **{id: MODELS[id].config for id in MORE_COUNTS}}
+    for name, count in (COUNTS | MORE_COUNTS).items():
+        raw = configs[name]
         family = models.family_of(raw["model_type"])
         cfg = family.Config.from_hf(raw)
         weights = params.shapes(family.PARAMS, cfg)

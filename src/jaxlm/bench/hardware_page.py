@@ -10,7 +10,7 @@ from jaxlm.bench.records import Record, file_of
 from jaxlm.devices.hardware import gigabytes
 
 FAMILIES = {"llama3": "Llama 3 and other models of `model_type` llama", "qwen3": "Qwen3", "olmo2": "OLMo 2",
-            "gemma3": "Gemma 3"}  # fmt: skip
+            "olmo3": "OLMo 3", "smollm3": "SmolLM3", "gemma3": "Gemma 3"}  # fmt: skip
 # The columns that come first, in this order. Other devices follow in the order of their names.
 COLUMNS = ("cpu", "A100", "A100-8", "H100", "H100-8", "H200", "v2-8", "v5e-1", "v5e-8", "v6e-1", "v6e-8", "v5p-8")
 NOT_CHECKED = "not checked"

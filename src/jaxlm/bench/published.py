@@ -1,7 +1,9 @@
 """The published models of the families: hub id -> what config.json on the Hugging Face hub says of the text model.
 
 Facts from the config.json files of the repositories. tests/models/test_counts.py compares them, and the numbers of
-parameters that follow, with published files.
+parameters that follow, with published files. For OLMo 3 and SmolLM3 these files were not at hand: the sizes are those
+of allenai/OLMo-core (olmo3_7B, olmo3_32B) and of transformers' SmolLM3Config, the rest is what others quote of the
+files, and the test compares the published numbers of parameters.
 """
 
 import difflib
@@ -58,6 +60,14 @@ def _olmo(D: int, F: int, L: int, N: int, K: int, dtype: str = "float32") -> dic
     return _config("olmo2", D, F, L, N, K, 100352, **common) | {"torch_dtype": dtype}
 
 
+def _olmo3(D: int, F: int, L: int, N: int, K: int) -> dict[str, Any]:
+    """Three layers of sliding-window attention, then one of full attention, whose context is extended."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32.0,
+            "beta_slow": 1.0, "attention_factor": 1.2079441541679836}  # fmt: skip
+    common = {"rope_theta": 500000, "rope_scaling": yarn, "sliding_window": 4096, "hidden_act": "silu"}
+    return _config("olmo3", D, F, L, N, K, 100278, max_position_embeddings=65536, **common)
+
+
 def _gemma(D: int, F: int, L: int, N: int, K: int, V: int = 262144, **fields: Any) -> dict[str, Any]:
     """A text model: five layers of sliding-window attention, then one of full attention."""
     common = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6,
@@ -108,6 +118,10 @@ _FAMILIES: list[tuple[dict[str, Any], str | None, tuple[str, ...]]] = [
     (_olmo(5120, 13824, 40, 40, 40, "bfloat16"), None, ("allenai/OLMo-2-1124-13B-Instruct",)),
     (_olmo(5120, 27648, 64, 40, 8), "allenai/OLMo-2-0325-32B", ()),
     (_olmo(5120, 27648, 64, 40, 8, "bfloat16"), None, ("allenai/OLMo-2-0325-32B-Instruct",)),
+    (_olmo3(4096, 11008, 32, 32, 32), None, ("allenai/Olmo-3-7B-Instruct", "allenai/Olmo-3-7B-Think")),
+    (_olmo3(5120, 27648, 64, 40, 8), None, ("allenai/Olmo-3-32B-Think", "allenai/Olmo-3.1-32B-Instruct")),
+    (_config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rope_theta=5000000, no_rope_layer_interval=4,
+             max_position_embeddings=65536, tie_word_embeddings=True), None, ("HuggingFaceTB/SmolLM3-3B",)),
     (_gemma(640, 2048, 18, 4, 1), "google/gemma-3-270m", ("google/gemma-3-270m-it",)),
     (_gemma(1152, 6912, 26, 4, 1), "google/gemma-3-1b-pt", ("google/gemma-3-1b-it",)),
     (_vision(2560, 10240, 34, 8, 4), "google/gemma-3-4b-pt", ("google/gemma-3-4b-it",)),

@@ -2,13 +2,13 @@
 
 A family is a module with the attributes of `Family`, and its `Config` (family.py). To add one to the package:
 
-- Copy llama3.py and list the new module in FAMILIES.
-- Give it a recording (tests/recordings/make.py), and a configuration with planted faults (tests/oracle/reference.py,
-  cases.py, faults.py).
-- Give it a tiny configuration (tests/helpers/tiny_models.py), and add it to the lists of families in the tests
-  (devices/test_mesh.py, nn/test_lora.py, test_nnx.py, test_loading_mesh.py, models/test_forward.py,
-  training/test_step.py, oracle/test_verify.py, oracle/test_frequencies.py).
-- If it has sliding windows, build the masks that transformers takes for it in verification/torch_models.py: `_masks`.
+- Copy llama3.py and list the new module in FAMILIES. Take the model_type out of unsupported.py.
+- Give it a tiny configuration in tests/helpers/tiny_models.py, from which all tests take their families.
+- Give it cases with planted faults (tests/oracle/cases.py, faults.py, test_verify.py), its class of rotary frequencies
+  (test_frequencies.py), and a recording (tests/recordings/make.py).
+- For GGUF, list its architecture in checkpoint/gguf_models.py, and in tests/helpers/gguf_writer.py.
+
+docs/add_a_model.md goes through these steps.
 
 `register` adds a family from outside the package:
 
