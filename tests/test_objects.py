@@ -202,7 +202,7 @@ CALLS = {
     (TorchModel(), "not TorchModel: load its checkpoint with jaxlm.load"), ({}, "not dict"), (None, "not NoneType"),
 ])  # fmt: skip
 def test_what_is_no_model(call: str, given: Any, way: str) -> None:
-    with pytest.raises(TypeError, match=f"^{call} needs a jaxlm.Model, .*{way}"):
+    with pytest.raises(ValueError, match=f"^{call} needs a jaxlm.Model, .*{way}"):
         CALLS[call](given)
 
 

@@ -333,7 +333,7 @@ def _axes(over: Mesh) -> str:
 
 
 def require_model(model: Any, caller: str) -> None:
-    """Raises TypeError, with the way to a Model, if `model` is something else."""
+    """Raises ValueError, with the way to a Model, if `model` is something else."""
     if isinstance(model, Model):
         return
     homes = {cls.__module__ for cls in type(model).__mro__}
@@ -345,7 +345,7 @@ def require_model(model: Any, caller: str) -> None:
         way = "load its checkpoint with jaxlm.load"
     else:
         way = "jaxlm.load(NAME) makes one"
-    raise TypeError(f"{caller} needs a jaxlm.Model, not {type(model).__name__}: {way}")
+    raise ValueError(f"{caller} needs a jaxlm.Model, not {type(model).__name__}: {way}")
 
 
 def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Array:

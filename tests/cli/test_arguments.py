@@ -175,3 +175,17 @@ def test_values_of_template_variables(typed, value):
             template_args(model, (wrong,), False)
         with pytest.raises(ValueError, match="NAME=VALUE"):
             Data(template_arg=(wrong,)).template_variables  # noqa: B018
+
+
+def test_choices_in_any_case():
+    command = cli.parse(["export", "m", "out.gguf", "--type", "Q8_0", "--dtype=BFloat16"])
+    assert (command.type, command.dtype) == ("q8_0", "bfloat16")
+
+
+@pytest.mark.parametrize(("line", "hint"), [
+    ("serve org/name", "-m org/name"), ("chat org/name --raw-x", None), ("serve -m a b", None),
+    ("generate a b", None), ("export a b c", None),
+])  # fmt: skip
+def test_a_model_without_its_flag(line, hint, capsys):
+    said = refused(capsys, *line.split())
+    assert said.endswith(f"a model is named with {hint}") if hint else "a model is named" not in said

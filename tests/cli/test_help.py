@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -97,3 +99,28 @@ def test_negations_are_shown_where_they_exist(capsys):
     assert "--[no-]dry-run" in shown(capsys, "train")
     assert "--lora.[no-]rslora" in shown(capsys, "finetune")
     assert "[no-]" not in shown(capsys, "generate")
+
+
+HEAVY = {
+    "jax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "jinja2",
+    "optax",
+    "datasets",
+    "rich",
+    "pydantic",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"), [(["--version"], {"tyro"}), (["--help"], set()), (["serve", "-h"], set())]
+)
+def test_help_imports_nothing_that_takes_time(arguments, more):
+    code = f"import sys; from jaxlm.cli import main; main({arguments}); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert "jaxlm.cli" in done.stderr.split()
+    assert not (HEAVY | more) & set(done.stderr.split())

@@ -126,6 +126,9 @@ def commands() -> dict[str, type]:
 
 def parse(argv: list[str]) -> Any:
     """Parses a command line to a command. Exits with status 0 after --help and 2 for wrong usage."""
+    if argv in (["--version"], ["-V"]):
+        print(f"jaxlm {__version__}", flush=True)
+        raise SystemExit(0)
     import tyro
 
     from jaxlm.cli import help
@@ -135,9 +138,6 @@ def parse(argv: list[str]) -> Any:
     from jaxlm.cli.suggestions import unknown_command
 
     name, *args = argv
-    if argv in (["--version"], ["-V"]):
-        print(f"jaxlm {__version__}", flush=True)
-        raise SystemExit(0)
     known = commands()
     # DisallowNone: an absent flag is None. "None" is not accepted as a value.
     markers: tuple[Any, ...] = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)

@@ -138,10 +138,12 @@ class Serve(ModelFlags):
         """Loads the model and its adapters."""
         model = self.load()
         from jaxlm.devices import distributed
+        from jaxlm.inference.compilation import on_compile
         from jaxlm.inference.engine import Engine
         from jaxlm.inference.lockstep import Leader
         from jaxlm.loading import load_adapter
 
+        on_compile.set(log_compilation)
         adapters = {}
         for name, folder in named_adapters(self.adapter).items():
             fields = {"token": self.token, "offline": self.offline, "allow_fields": self.allow_field}
@@ -152,15 +154,22 @@ class Serve(ModelFlags):
         return kind(model, self.slots, length=self.max_length, adapters=adapters)
 
 
+def log_compilation(name: str, seconds: float | None = None) -> None:
+    """Writes a line before a program is compiled. It is complete, because other lines may be written meanwhile."""
+    if seconds is None:
+        note(f"compiling {name} …")
+
+
 def prepare(engine: "Engine") -> None:
-    """Compiles all programs. On a terminal, the progress takes the place of a notice for each program."""
+    """Compiles all programs, with a bar on a terminal, and with a line for each program elsewhere."""
     from jaxlm.inference.compilation import on_compile
 
-    shown = on_compile.set(lambda name, seconds=None: None) if terminal.shows_progress() else None
-    engine.prepare(progress=lambda done, of: terminal.progress_line(f"compiling: {done} of {of} groups of programs"))
-    terminal.erase_line()
-    if shown is not None:
-        on_compile.reset(shown)
+    if not terminal.shows_progress():
+        engine.prepare(progress=lambda done, of: None)
+        return
+    shown = on_compile.set(lambda name, seconds=None: None)
+    engine.prepare()
+    on_compile.reset(shown)
 
 
 def serve(server: "Server", listening: socket.socket) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 THINKING = ("<think>", "</think>")  # tags around the reasoning of a model
 # Conversions that also work for subclasses, such as enumerations, that override __str__ and others.
 EXACT: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
@@ -33,6 +31,8 @@ def plain_data(value: Any) -> Any:
     Other objects have methods that the sandbox cannot check; some of them write files. A value without a plain form is
     replaced by the name of its type.
     """
+    from numpy import generic  # here, because the command line imports this file to show help
+
     if isinstance(value, bool) or value is None:
         return value
     for kind, exact in EXACT.items():
@@ -44,7 +44,7 @@ def plain_data(value: Any) -> Any:
         return [plain_data(item) for item in value]
     if isinstance(value, tuple):
         return tuple(plain_data(item) for item in value)
-    if isinstance(value, np.generic):
+    if isinstance(value, generic):
         return plain_data(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain_data(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -114,7 +114,7 @@ def finish(setup: Setup, state: step.State) -> Path:
         }
         has_vision = "text_config" in setup.raw
         weights = params.unstack(state.weights)
-        model = setup.model({})
+        model = setup.model()
         more = partial(write_sidecars, sidecars=tokenizer_files(model), model=model)
         peft.write(folder, weights, table, setup.config, has_vision=has_vision, force=True, more=more, **options)
         distributed.gather("written")

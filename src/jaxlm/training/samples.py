@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def check(setup: "Setup") -> None:
     """Raises ValueError for a sample prompt that is empty or longer than the context."""
     for prompt in setup.run.samples:
-        _limit(setup, setup.model({}), _prompt(setup, prompt))  # prompts need no weights
+        _limit(setup, setup.model(), _prompt(setup, prompt))  # prompts need no weights
 
 
 def generate_all(setup: "Setup", weights: Any) -> Iterator[dict[str, Any]]:

@@ -75,8 +75,9 @@ class Setup(NamedTuple):
     new_rows: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
-    def model(self, weights: Any) -> Model:
-        """Returns a model with these weights, whose layers are a list."""
+    def model(self, weights: Any = None) -> Model:
+        """Returns a model with these weights, whose layers are a list. None: with the shapes of the weights."""
+        weights = params.shapes(self.family.PARAMS, self.config) if weights is None else weights
         more = {"source": str(self.run.model or self.run.shape), "checkpoint": self.checkpoint}
         return Model(self.family, self.config, weights, self.tokenizer, self.generation_config, **more)
 
