@@ -5,7 +5,9 @@ jaxlm and its commands are checked.
 """
 
 import io
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,29 +28,36 @@ from helpers.documentation import (
     lost_commands,
 )
 from helpers.documentation_checks import all_flags, check_block, check_command, check_inline, run_python
+from helpers.serving import serving
 
+import jaxlm
 from jaxlm import cli
+from jaxlm.server.state import Server
 
 # Commands that are parsed and not run. The others run in this process, with the tiny models of documentation_files.
 PARSED = {
-    "bench": "it measures for minutes",
-    "check": "it measures for minutes",
-    "serve": "it runs until it is stopped",
-    "verify": "it takes a minute: the slow tier runs it",
-    "train": "it takes seconds to compile: the slow tier runs it",
-    "finetune": "it takes seconds to compile: the slow tier runs it",
+    "chat": "it answers without a limit of tokens: tests/cli/test_chat_command.py runs it",
+    "bench": "it measures for minutes: tests/bench runs its parts",
+    "check": "it measures for minutes: tests/cli/test_check.py runs it",
+    "serve": "it runs until it is stopped: tests/cli/test_serve.py runs it",
+    "verify": "it takes most of a minute: tests/verification runs it",
 }
-PARSED_FLAGS = {
+PARSED_ARGUMENTS = {
     "--mesh": "the mesh is larger than that of the tests",
     "--tasks": "lm-eval downloads its tasks",
     "--compile": "it compiles for another platform",
     "--format": "none of the tiny models is in Meta's format",
     "--distributed": "it waits for other processes",
     "--coordinator": "it waits for other processes",
+    "-c": "the runs of YAML files take half an hour",
+    "org/name": "a name that the reader fills in",
 }
-# What the slow tier adds to these commands, so that they are short.
-SHORT = ["--steps", "2", "--batch", "2", "--length", "32", "--save-every", "2"]
-SLOW = {"train": SHORT, "finetune": SHORT, "verify": ["--against", "self"]}
+# Commands and Python that compile for many seconds: only the slow tier runs them. Commands get these flags.
+SLOW = {"train": "--steps 2 --batch 2 --length 32", "finetune": "--steps 2 --batch 2 --length 32"}
+SLOW_PYTHON = re.compile(r"\btrain\(Run\(|\bnnx\.jit\b|\brestored\(|\bcorrupted\b")
+# Tiny models have one layer. In Python; a server's address joins them.
+REPLACED = {r"\blayers\.\d+\.": "layers.0."}
+SERVER = "http://127.0.0.1:8000"
 READERS = {"generate", "info", "plan", "eval"}  # they write no files: equal commands of several pages run once
 
 
@@ -127,50 +136,88 @@ def test_commands_are_parsed(folder: Path, capsys: pytest.CaptureFixture[str]) -
 def why_parsed(command: Command) -> str | None:
     """Why a command of jaxlm is only parsed; None for one that runs."""
     _, name, *args = command.words
-    flag = next((PARSED_FLAGS[arg] for arg in args if arg in PARSED_FLAGS), None)
+    argument = next((PARSED_ARGUMENTS[arg] for arg in args if arg in PARSED_ARGUMENTS), None)
     path = "a path of the reader's machine" if any(arg.startswith("/") for arg in args) else None
-    return command.reason or PARSED.get(name) or flag or path
+    return command.reason or PARSED.get(name) or argument or path
 
 
 DONE: set[tuple[str, ...]] = set()
 
 
-def run_command(command: Command, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """Runs a command of jaxlm in this process, with a line of text on stdin."""
-    words = [*command.words[1:], *more]
+def run_command(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    """Runs a command of jaxlm in this process, with a line of text on stdin. Returns an error, or ""."""
+    words = list(command.words[1:])
+    words += [word for word in SLOW.get(words[0], "").split() if word not in words]
     if words[0] in READERS:
         if command.words in DONE:
             return ""
         DONE.add(command.words)
+    if out := getattr(cli.parse(words), "out", None):
+        documentation_files.remove(Path(out))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     capsys.readouterr()
     status = cli.main(words)
     out, err = capsys.readouterr()
     if status:
         return f"{command.where}: jaxlm {' '.join(words)}: exit status {status}: {err.strip()[-600:]}"
-    if words[0] in READERS and not out.strip():
+    if words[0] in READERS - {"generate"} and not out.strip():  # a random model may begin with the end of its answer
         return f"{command.where}: jaxlm {' '.join(words)}: nothing on stdout"
     if command.output:
         Path(command.output).write_text(out)
     return ""
 
 
-def runs(block: Block) -> bool:
-    """Whether a block has something to run."""
+def runs(block: Block) -> list[Command | Block]:
+    """What of a block runs: its Python, or its commands of jaxlm that are not only parsed."""
     if block.reason:
-        return False
-    return block.language in PYTHON or any(c.words[0] == "jaxlm" and not why_parsed(c) for c in commands(block))
+        return []
+    if block.language in PYTHON:
+        return [block]
+    return [command for command in commands(block) if command.words[0] == "jaxlm" and not why_parsed(command)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, blocks(page)))])
-def test_page_runs(page: str, folder: Path, world: Any, monkeypatch: Any, capsys: Any) -> None:
-    """The blocks of a page, from the top, in one folder and one namespace."""
-    errors, namespace = list[str](), {"__name__": "page"}
-    for block in filter(runs, blocks(page)):
-        world.add(block.text)
-        if block.language in PYTHON:
-            errors.append(run_python(block, namespace, {}))
-        for command in commands(block):
-            if command.words[0] == "jaxlm" and not why_parsed(command):
-                errors.append(run_command(command, [], monkeypatch, capsys))
+def is_slow(part: Command | Block) -> bool:
+    return bool(SLOW_PYTHON.search(part.text)) if isinstance(part, Block) else part.words[1] in SLOW
+
+
+def run_page(page: str, folder: Path, world: Any, monkeypatch: Any, capsys: Any, with_slow: bool) -> None:
+    """Runs the blocks of a page, from the top, in one folder and one namespace."""
+    errors, namespace = list[str](), documentation_files.given()
+    parts = [part for block in blocks(page) for part in runs(block) if with_slow or not is_slow(part)]
+    needs_server = any(isinstance(part, Block) and SERVER in part.text for part in parts)
+    with served(world) if needs_server else nullcontext(SERVER) as url:
+        for part in parts:
+            if isinstance(part, Command):
+                world.add(" ".join(part.words))
+                errors.append(run_command(part, monkeypatch, capsys))
+            else:
+                world.add(part.text)
+                documentation_files.remove(folder / "out")
+                errors.append(run_python(part, namespace, {**REPLACED, SERVER: url}))
     fail_with([error for error in errors if error])
+
+
+@contextmanager
+def served(world: documentation_files.Hub) -> Iterator[str]:
+    """A server with the default model. Its answers have 200 tokens at most: a random model does not end them."""
+    model = jaxlm.load(documentation_files.DEFAULT)
+    with jaxlm.Engine(model, 2, length=256) as engine, serving(Server(model, engine, model.source)) as url:
+        yield url
+
+
+def pages(slow: bool) -> list[str]:
+    """The pages that have something to run, in the slow tier or in the light one."""
+    found = {page: [is_slow(part) for block in blocks(page) for part in runs(block)] for page in PAGES}
+    return [page for page, parts in found.items() if (any(parts) if slow else not all(parts))]
+
+
+@pytest.mark.parametrize("page", pages(slow=False))
+def test_page_runs(page: str, folder: Path, world: Any, monkeypatch: Any, capsys: Any) -> None:
+    run_page(page, folder, world, monkeypatch, capsys, with_slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages(slow=True))
+def test_page_with_training_runs(page: str, folder: Path, world: Any, monkeypatch: Any, capsys: Any) -> None:
+    DONE.clear()
+    run_page(page, folder, world, monkeypatch, capsys, with_slow=True)

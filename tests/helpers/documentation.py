@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ PROGRAMS = {
 }  # fmt: skip
 MARK = re.compile(r"<!--\s*not run: (.+?)\s*-->", re.DOTALL)
 LOST = re.compile(r"^(?: {4,}|\t)(?:\S*\$ )?(?:jaxlm|pip|pytest|python|mpirun|srun) \S")
+UNQUOTED_ELLIPSIS = re.compile(r"(?<![\"'\w])…(?![\"'\w])")
 PROMPT = re.compile(r"^(?:[a-z]+\d*)?\$ ")  # `$ jaxlm`, `node0$ jaxlm`
 INDENTED = ("!!! ", "??? ", "???+ ", "=== ")  # what is indented below these is Markdown (MkDocs)
 
@@ -153,7 +154,9 @@ def begins_command(line: str) -> bool:
 def split(where: str, line: str, block: Block) -> Iterator[Command]:
     """The commands of a shell line."""
     line = re.sub(r"\$\(.*?\)|\$\w+", "1", line)  # values of variables do not matter
-    line = re.sub(r"\s2>\S+|(?<![\"'\w])…(?![\"'\w])", "", line)
+    line, incomplete = UNQUOTED_ELLIPSIS.subn("", re.sub(r"\s2>\S+", "", line))
+    if incomplete and block.reason is None:
+        block = replace(block, reason="the reader completes it")
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words, output, waits = list[str](), "", ""

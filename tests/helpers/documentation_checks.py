@@ -137,10 +137,16 @@ def all_flags() -> dict[str, list[Flag]]:
 
 
 def run_python(block: Block, namespace: dict[str, Any], replaced: dict[str, str]) -> str:
-    """Runs a block. Its line numbers are those of the page."""
+    """Runs a block. Its line numbers are those of the page.
+
+    Args:
+        block: The block.
+        namespace: The names that the blocks above it have defined.
+        replaced: Regular expressions, and what the tests have in their place.
+    """
     text = block.text
-    for old, new in replaced.items():
-        text = text.replace(old, new)
+    for pattern, new in replaced.items():
+        text = re.sub(pattern, new, text)
     try:
         exec(compile("\n" * (block.line - 1) + text, block.page, "exec"), namespace)
     except Exception as error:
