@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -69,7 +70,8 @@ def resolve(name: str) -> Any:
     for part in rest:
         here = f"{here}.{part}"
         if not hasattr(found, part):
-            importlib.import_module(here)  # a submodule
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(here)  # a submodule
         found = getattr(found, part)
     return found
 

@@ -123,11 +123,10 @@ def write_files(folder: Path, hub: Hub) -> None:
     """Writes the files and folders that commands and code of the pages name."""
     hub.add(DEFAULT)
     model, config = hub.made["Qwen/Qwen3-"], next(iter(HUB.values()))
-    for name in ("MODEL", "BASE", "checkpoint", "run/model"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in ("MODEL", "BASE", "checkpoint"):
         (folder / name).symlink_to(model)
-    for name in ("ADAPTER", "run/adapter"):
-        write_adapter(folder / name, DEFAULT, config)
+    write_adapter(folder / "ADAPTER", DEFAULT, config)
+    write_results(folder, hub)
     for name in GGUF:
         (folder / name).symlink_to(hub.gguf())
     lines = {
@@ -144,3 +143,12 @@ def write_files(folder: Path, hub: Hub) -> None:
         (folder / name).write_text(text * 20)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "person.json").write_text(json.dumps(PERSON))
+
+
+def write_results(folder: Path, hub: Hub) -> None:
+    """Writes what a run leaves, a model or an adapter, where no command of the page has left it."""
+    (folder / "run").mkdir(exist_ok=True)
+    if not (folder / "run" / "model").exists():
+        (folder / "run" / "model").symlink_to(hub.made["Qwen/Qwen3-"])
+    if not (folder / "run" / "adapter").exists():
+        write_adapter(folder / "run" / "adapter", DEFAULT, next(iter(HUB.values())))
