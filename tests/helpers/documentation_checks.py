@@ -81,6 +81,8 @@ def check_command(command: Command) -> str:
     program, *args = command.words
     if program == "jaxlm":
         return check_jaxlm(args)
+    if program == "uv" and args[:1] == ["pip"]:
+        program, *args = args
     if program == "pip" and args[:1] == ["install"]:
         return check_pip(args[1:])
     if program == "pytest" and "-m" in args:
