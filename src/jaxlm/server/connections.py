@@ -43,6 +43,7 @@ def http_server(app: ASGIApp, max_connections: int, **settings: Any) -> uvicorn.
         http=Bounded,
         ws="none",
         lifespan="on",
+        log_config=None,  # uvicorn's own would close all handlers of this process, and some close their stream
         log_level="critical",
         access_log=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
