@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import DISTINCT
+from helpers.tiny_models import DISTINCT, FAMILIES
 from oracle import reference
 from oracle.reference import FULL, SLIDING, V
 
@@ -26,6 +26,7 @@ BOUND_OLMO = 0.9
 B, T, MODELS = 4, 256, 8
 HALF = [(family, "bfloat16") for family in DISTINCT] + [("llama3", "float16")]
 HALF += [pytest.param(family, "float16", marks=pytest.mark.slow) for family in DISTINCT if family != "llama3"]
+HALF += [pytest.param(family, "bfloat16", marks=pytest.mark.slow) for family in FAMILIES if family not in DISTINCT]
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:

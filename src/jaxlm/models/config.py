@@ -127,8 +127,8 @@ class Fields:
         sections = self.section("rope_scaling") | self.section("rope_parameters")
         if (original := self("original_max_position_embeddings", None)) is not None:
             sections["original_max_position_embeddings"] = original  # it has priority in transformers too
-        if sections.get("rope_theta") is None:
-            sections["rope_theta"] = self("rope_theta", default_theta)
+        theta = self("rope_theta", default_theta)
+        sections["rope_theta"] = theta if sections.get("rope_theta") is None else sections["rope_theta"]
         return read_rope(sections, context, self.allow)
 
     def rope_sections(self) -> dict[str, dict[str, Any]]:
