@@ -180,6 +180,8 @@ def test_token_by_token_is_what_generate_writes() -> None:
     options: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
     assert jaxlm.generate(model, prompt[0], **options).tokens == tokens
     assert jaxlm.generate(module.to_model(), prompt[0], **options).tokens == tokens
+    with pytest.raises(ValueError, match=r"pass module\.to_model\(\)"):
+        jaxlm.generate(module, prompt[0], **options)
     same(module([[1]], module.init_kv(1, 8), 3)[0], model.forward([[1]], model.weights, model.init_kv(1, 8), 3)[0])
 
 

@@ -17,14 +17,16 @@ import pytest
 from helpers import tiny_files
 from helpers.tiny_chat import SIZES, TEMPLATE, bias_of, model_of, quick_compilation, tokenizer_of
 
-from jaxlm import cli
+from jaxlm import cli, models
+from jaxlm.bench import published
 from jaxlm.cli import terminal
-from jaxlm.cli.chat import ChatSession, parse
+from jaxlm.cli.chat import CHAT_MODELS, ChatSession, parse
 from jaxlm.inference.conversation import Conversation
 from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.model import Model
 from jaxlm.models import llama3
-from jaxlm.nn import Rope
+from jaxlm.nn import Rope, params
+from jaxlm.nn.kv_cache import slot_counts
 
 CONFIG = llama3.Config(**SIZES, L=1, rope=Rope(), context=128)
 
@@ -346,3 +348,17 @@ def test_in_a_terminal(folder, tmp_path):
     assert stopped[1]["content"]
     pasted = json.loads((tmp_path / "pasted.json").read_text())["messages"]
     assert [m["content"] for m in pasted if m["role"] == "user"] == ["tell me all", "and\nmore"]
+
+
+def test_the_chat_models_that_are_named_load_and_take_the_memory_that_is_said():
+    smollm2 = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+               "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49152, "rope_theta": 130000,
+               "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
+    for name, (parameters, memory) in CHAT_MODELS.items():
+        raw = smollm2 if "SmolLM2" in name else published.MODELS[name].config
+        family = models.family_of(raw["model_type"])
+        cfg = family.Config.from_hf(raw)
+        count = params.count(family.PARAMS, cfg)
+        cache = 2 * sum(slot_counts(4096, cfg.windows, 4096)) * cfg.K * cfg.H
+        assert parameters == f"{count / 1e9:.1f}B"
+        assert memory == f"{2 * (count + cache) / 1e9:.1f} GB"
