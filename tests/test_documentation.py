@@ -29,7 +29,6 @@ from helpers.documentation import (
 )
 from helpers.documentation_checks import all_flags, check_block, check_command, check_inline, run_python
 from helpers.serving import serving
-from helpers.tiny_chat import quick_compilation
 
 import jaxlm
 from jaxlm import cli
@@ -69,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[documentation_fi
     from huggingface_hub import constants
 
     hub = documentation_files.Hub(tmp_path_factory.mktemp("hub"))
-    with pytest.MonkeyPatch.context() as patch, quick_compilation():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(hub.folder / "cache"))
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         yield hub
