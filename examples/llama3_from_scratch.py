@@ -220,9 +220,7 @@ def evaluate(cfg: Config, params: Params, rows: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def sample(
-    cfg: Config, params: Params, prompt: jax.Array, count: int, key: jax.Array, temperature: float
-) -> jax.Array:
+def sample(cfg: Config, params: Params, prompt: jax.Array, count: int, key: jax.Array, temperature: float) -> jax.Array:
     """Samples `count` tokens [B,count] after a prompt [B,T]. Temperature 0 takes the most likely token.
 
     The prompt is computed at once and leaves its keys and values in the KV cache (prefill). Each further step computes
