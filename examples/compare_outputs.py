@@ -4,8 +4,8 @@
     python examples/compare_outputs.py
     python examples/compare_outputs.py --model meta-llama/Llama-3.1-8B --scripts single_device mesh reference
 
-Each generate_*.py runs in a process of its own. The exit status is 1 if the tokens differ. `jaxlm verify` compares more:
-rotary frequencies, hidden states and logits, with a limit for each.
+Each generate_*.py runs in a process of its own. The exit status is 1 if the tokens differ. `jaxlm verify` compares
+more: rotary frequencies, hidden states and logits, with a limit for each.
 """
 
 import json

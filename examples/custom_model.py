@@ -8,8 +8,8 @@ The architecture is a Llama whose attention and MLP read the same normalized vec
 and PaLM (arXiv:2204.02311, section 2). So a layer has one norm instead of two, and two products may run at a time.
 
 A family is a module, or a file like this one, with Config, PARAMS, layer, forward, logits and two constants
-(src/jaxlm/models/family.py). Loading, export, training, LoRA, generation and sharding follow from them. The default data
-are the pages of docs/, which are too few for good text.
+(src/jaxlm/models/family.py). Loading, export, training, LoRA, generation and sharding follow from them. The default
+data are the pages of docs/, which are too few for good text.
 """
 
 import json

@@ -4,8 +4,8 @@
     python examples/finetune_lora.py
     python examples/finetune_lora.py --model Qwen/Qwen3-0.6B --steps 60 --out runs/pirate
 
-The model learns to answer like a pirate. The questions at the end are not among the twenty. `jaxlm finetune` does the
-same from the command line, with your own data:
+The model learns to answer like a pirate. The questions at the end are not among the twenty. It learns the style and no
+facts, so a small model still gives wrong answers. `jaxlm finetune` does the same on the command line, with your data:
 
     jaxlm finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data.train chats.jsonl --out run
 """
@@ -60,8 +60,8 @@ def main(
     print(f"{base!r}, before:")
     before = answers(base)
 
-    # With a chat template, a prompt becomes the user's turn and the completion the assistant's. Only the completion is in
-    # the loss mask.
+    # With a chat template, a prompt becomes the user's turn and the completion the assistant's. Only the completion is
+    # in the loss mask.
     data = out / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in ANSWERS.items()))
     run = Run(

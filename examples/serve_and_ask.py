@@ -7,7 +7,6 @@
 The server listens on 127.0.0.1 only, on a free port, and ends with this script. docs/serving.md describes it.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,23 +49,17 @@ def main(
 
 @contextmanager
 def serving(model: str) -> Iterator[str]:
-    """Runs the server while the block runs. Yields its address, which the server prints when it is ready."""
-    command = [sys.executable, "-m", "jaxlm", "serve", "-m", model, "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """Runs the server while the block runs. Yields its address."""
+    command = [sys.executable, "-m", "jaxlm", "serve", "-m", model, "--port", "0", "--quiet"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield address(server)
+        url = server.stdout.readline().strip()  # with --quiet, all that the server prints
+        if not url:
+            raise SystemExit("The server did not start: its error is above.")
+        yield url
     finally:
         server.terminate()  # it finishes the running answers, and ends
         server.communicate()
-
-
-def address(server: subprocess.Popen[str]) -> str:
-    printed = ""
-    for line in server.stdout:
-        printed += line
-        if found := re.search(r"http://\S+/v1", line):
-            return found[0]
-    raise SystemExit(f"The server did not start: {printed}{server.stderr.read()}")
 
 
 if __name__ == "__main__":
