@@ -67,8 +67,7 @@ class Model:
         family, weights = pickling.to_module(state["family"]), pickling.to_devices(state["weights"])
         vars(self).update(state, family=family, weights=weights, _process=os.getpid())
 
-    def __copy__(self) -> "Model":
-        return replace(self)
+    __copy__ = replace
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Model":
         """A model whose arrays are copies, on the same devices. The original's may then be donated."""

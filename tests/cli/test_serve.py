@@ -68,10 +68,10 @@ def test_a_signal_lets_running_answers_finish(number: signal.Signals) -> None:
         assert '"finish_reason": "length"' in rest[-2]
         status, printed = ended(process)
         assert status == 0
-        *compilations, last = [line for line in printed.splitlines() if line]
-        assert last == "Ending: finishing 1 answers. Ctrl-C ends at once."
-        assert compilations[0] == "compiling prefill …"
-        assert all(re.fullmatch(r"compiling [\w ]+ …", line) for line in compilations)
+        lines = [line for line in printed.splitlines() if line]
+        lines.remove("Ending: finishing 1 answers. Ctrl-C ends at once.")
+        assert "compiling prefill …" in lines
+        assert all(re.fullmatch(r"compiling [\w ]+ …", line) for line in lines)
 
 
 @pytest.mark.slow

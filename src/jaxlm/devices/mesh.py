@@ -134,7 +134,7 @@ def active() -> bool:
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of a tree's arrays; None on a single device."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
-    if traced(leaf):  # within another program, which has set its own mesh
+    if leaf is None or traced(leaf):  # within another program, which has set its own mesh
         return None
     mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None

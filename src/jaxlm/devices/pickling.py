@@ -11,8 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxlm.devices.mesh import traced
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ def to_host(tree: Any) -> Any:
 
 
 def _to_host(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
-    if isinstance(leaf, jax.core.Tracer):
+    if traced(leaf):
         raise TypeError("traced arrays cannot be pickled: pickle the model outside of jax.jit, jax.grad and jax.vmap")
     if not leaf.is_fully_addressable:
         raise TypeError("a model that is sharded over several processes cannot be pickled: write it with jaxlm.export")

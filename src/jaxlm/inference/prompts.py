@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.formats import is_system
+from jaxlm.devices.mesh import traced
 from jaxlm.inference.sampling_params import SamplingParams
 from jaxlm.processing.messages import ASSISTANT, ROLES
 from jaxlm.processing.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def _listed(prompt: Any) -> list[Any]:
         TypeError: The array is traced.
         ValueError: It is something else.
     """
-    if isinstance(prompt, jax.core.Tracer):
+    if isinstance(prompt, jax.Array) and traced(prompt):
         raise TypeError("a prompt cannot be traced, because text is generated on the host: call it outside of jax.jit, "
                         "jax.grad and jax.vmap, or use model.forward")  # fmt: skip
     found = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else None

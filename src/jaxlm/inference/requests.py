@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.devices import distributed
+from jaxlm.devices import distributed, mesh
 from jaxlm.inference.prompts import TooLongError, resolve_max_tokens, stop_ids, to_ids
 from jaxlm.inference.sampling import bias_of, request_key
 from jaxlm.inference.sampling_params import SamplingOptions, SamplingParams, from_kwargs
@@ -149,7 +148,7 @@ class Request:
 def require_untraced(model: "Model", caller: str) -> None:
     """Raises TypeError within jax.jit, or if the weights are traced: sampling and scheduling run on the host."""
     leaf = model.weights["embed"]
-    if isinstance(leaf, jax.core.Tracer) or isinstance(jnp.zeros(()), jax.core.Tracer):
+    if mesh.traced(leaf) or mesh.traced(jnp.zeros(())):
         raise TypeError(
             f"{caller} cannot be called within jax.jit, jax.grad or jax.vmap, because its loop runs on the host: call "
             "it outside, or use model.forward"

@@ -31,7 +31,8 @@ def check(table: params.Table, cfg: Any, weights: Any) -> None:
     for path, (shape, leaf) in found.items():
         if isinstance(leaf, WeightForm) or path not in expected:
             continue
-        if shape is None or not jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating):
+        dtype = getattr(leaf, "dtype", None)
+        if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             wrong.append(f"{path} is {_kind(leaf)}, not an array of floating point numbers")
         elif shape != expected[path]:
             wrong.append(f"{path} has the shape {list(shape)}, not {list(expected[path])}")
