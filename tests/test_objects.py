@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_a_forked_process_does_not_hang(model: Model) -> None:
     calls = [lambda: model.forward(TOKENS, model.weights), lambda: jaxlm.generate(model, [1, 2])]
     child = os.fork()
     if child == 0:
+        signal.alarm(30)  # if it hangs after all
         refused = 0
         for call in calls:
             try:

@@ -260,10 +260,8 @@ class Model:
     def check_process(self) -> None:
         """Raises RuntimeError in a process that was forked from the one that made the model: JAX would hang there."""
         if self._process != os.getpid():
-            raise RuntimeError(
-                "this process was forked after JAX had started, where JAX hangs: start processes with "
-                "multiprocessing.get_context('spawn')"
-            )
+            raise RuntimeError("this process was forked after JAX had started, where JAX hangs: start processes with "
+                               "multiprocessing.get_context('spawn')")  # fmt: skip
 
     @property
     def ignored(self) -> list[str]:
@@ -334,7 +332,7 @@ def _axes(over: Mesh) -> str:
 def require_model(model: Any, caller: str) -> None:
     """Raises ValueError, with the way to a Model, if `model` is something else."""
     if isinstance(model, Model):
-        return
+        return model.check_process()
     homes = {cls.__module__ for cls in type(model).__mro__}
     if isinstance(model, str | Path):
         way = f"jaxlm.{caller}(jaxlm.load({str(model)!r}), …)"

@@ -82,7 +82,6 @@ class Engine:
         """
         require_model(model, "Engine")
         require_untraced(model, "Engine")
-        model.check_process()
         if slots is not None and slots < 1:
             raise ValueError(f"slots={slots}: must be 1 or more")
         self.model: Model = model
