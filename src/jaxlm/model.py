@@ -349,7 +349,7 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
     """Positions [B,T] int32 from any `pos` that `Model.forward` accepts."""
     B, T = tokens.shape
     if pos is None:
-        first = 0 if kv is None else caches.next_position(kv)[:, None]
+        first = 0 if kv is None else next_position(kv)[:, None]
     elif jnp.shape(pos) == (B, T):
         return jnp.asarray(pos, jnp.int32)
     elif jnp.shape(pos) == ():
@@ -357,6 +357,11 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
     else:
         raise ValueError(f"pos has shape {jnp.shape(pos)}; it must be one int or have the tokens' shape {(B, T)}")
     return jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32), (B, T))
+
+
+def next_position(kv: caches.KVCache) -> jax.Array:
+    """The position after the newest token of each row [B]; 0 for an empty row."""
+    return jnp.max(jnp.stack([a.max(axis=1) for a in kv.positions.values()]), axis=0) + 1
 
 
 @lru_cache(maxsize=32)

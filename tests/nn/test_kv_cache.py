@@ -10,6 +10,7 @@ from helpers.tiny_models import tiny
 
 from jaxlm import Model
 from jaxlm.inference import cache_rows
+from jaxlm.model import next_position
 from jaxlm.nn import kv_cache
 
 pytestmark = pytest.mark.smoke
@@ -53,7 +54,7 @@ def test_padding_is_never_written() -> None:
     cache = kv_cache.init(2, 6, [None], K=1, H=2, dtype=jnp.float32, chunk=None)
     cache = written(cache, [[0, 1, -1, -1, 2, 3], [-1, -1, -1, -1, 0, 1]], [[-1, 4, 5], [-1, -1, -1]])
     np.testing.assert_array_equal(cache.positions["6"], [[0, 1, 2, 3, 4, 5], [0, 1, -1, -1, -1, -1]])
-    np.testing.assert_array_equal(kv_cache.next_position(cache), [6, 2])
+    np.testing.assert_array_equal(next_position(cache), [6, 2])
     cache, (view,) = advance(cache, np.full((2, 2), -1, np.int32))
     ones = np.ones((2, 2, 1, 2), np.float32)
     assert not np.any(write(view, ones, ones).k)
@@ -106,7 +107,7 @@ def test_insert_equals_direct_prefill(gemma: Model, chunk: int | None) -> None:
     joined = insert(stale, part, np.array([0, 2]))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((joined.positions, joined.layers))):
         np.testing.assert_array_equal(a, np.asarray(b)[1])
-    np.testing.assert_array_equal(kv_cache.next_position(joined), [12, 12, 7])
+    np.testing.assert_array_equal(next_position(joined), [12, 12, 7])
     after = [12, 12, 7]
     np.testing.assert_allclose(step(gemma, joined, [5, 6, 7], after), step(gemma, direct, [5, 6, 7], after), atol=1e-5)
     swapped = insert(stale, part, np.array([2, 0]))

@@ -134,11 +134,6 @@ def advance(cache: KVCache, pos: Int[Array, "B T"]) -> tuple[KVCache, list[Layer
     return replace(cache, positions=positions), views
 
 
-def next_position(cache: KVCache) -> Int[Array, " B"]:
-    """The position after the newest token of each row; 0 for an empty row."""
-    return jnp.max(jnp.stack([a.max(axis=1) for a in cache.positions.values()]), axis=0) + 1
-
-
 def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
     """Writes keys and values to the slots of `index`, in the cache's dtype."""
     k, v = (put(old, new.swapaxes(1, 2), cache.index, 2) for old, new in ((cache.k, k), (cache.v, v)))
