@@ -200,11 +200,11 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("given", "way"), [
-    ("org/name", r"not str: jaxlm\.\w+\(jaxlm\.load\('org/name'\), …\)"), (Path("name"), "jaxlm.load"),
+    ("org/name", r"not a name: jaxlm\.\w+\(jaxlm\.load\('org/name'\), …\)"), (Path("name"), "jaxlm.load"),
     (TorchModel(), "not TorchModel: load its checkpoint with jaxlm.load"), ({}, "not dict"), (None, "not NoneType"),
 ])  # fmt: skip
 def test_what_is_no_model(call: str, given: Any, way: str) -> None:
-    with pytest.raises(ValueError, match=f"^{call} needs a jaxlm.Model, .*{way}"):
+    with pytest.raises(ValueError, match=f"^{call} needs a model, .*{way}"):
         CALLS[call](given)
 
 

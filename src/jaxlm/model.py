@@ -333,16 +333,16 @@ def require_model(model: Any, caller: str) -> None:
     """Raises ValueError, with the way to a Model, if `model` is something else."""
     if isinstance(model, Model):
         return model.check_process()
-    homes = {cls.__module__ for cls in type(model).__mro__}
+    homes, what = {cls.__module__ for cls in type(model).__mro__}, type(model).__name__
     if isinstance(model, str | Path):
-        way = f"jaxlm.{caller}(jaxlm.load({str(model)!r}), …)"
+        what, way = "a name", f"jaxlm.{caller}(jaxlm.load({str(model)!r}), …)"
     elif "jaxlm.nnx" in homes:
         way = "pass module.to_model()"
     elif any(home.startswith(("transformers.", "torch.")) for home in homes):
         way = "load its checkpoint with jaxlm.load"
     else:
         way = "jaxlm.load(NAME) makes one"
-    raise ValueError(f"{caller} needs a jaxlm.Model, not {type(model).__name__}: {way}")
+    raise ValueError(f"{caller} needs a model, not {what}: {way}")
 
 
 def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Array:
