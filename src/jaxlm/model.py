@@ -154,14 +154,10 @@ class Model:
         Returns:
             L + 1 arrays [B,T,D]: the residual stream before the first layer and after each layer, the last one
             normalized.
-
-        Raises:
-            ValueError: As in `forward`.
         """
         weights = self.weights if weights is None else weights
-        tokens, pos = self._inputs(tokens, None, pos)
         with mesh.use_mesh_of(weights):
-            return _programs(self.family, self.config)["hidden"](tokens, weights, pos)
+            return _programs(self.family, self.config)["hidden"](*self._inputs(tokens, None, pos), weights)
 
     @property
     def activation_names(self) -> tuple[str, ...]:
@@ -390,7 +386,7 @@ def _programs(family: Any, cfg: Any) -> dict[str, Any]:
         logits = family.logits(cfg, x, weights)
         return (logits if kv is None else jnp.where((pos < kv.length)[:, :, None], logits, jnp.nan)), new
 
-    def hidden(tokens: jax.Array, weights: Weights, pos: Any) -> list[jax.Array]:
+    def hidden(tokens: jax.Array, pos: Any, weights: Weights) -> list[jax.Array]:
         check_weights.check(family.PARAMS, cfg, weights)
         states: list[jax.Array] = []
         x, _ = family.forward(cfg, tokens, weights, None, positions(tokens, None, pos), hidden=states)
