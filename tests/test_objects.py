@@ -6,8 +6,9 @@ import os
 import pickle
 import re
 import signal
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ import jaxlm
 from jaxlm import models
 from jaxlm.cli.common import STORIES
 from jaxlm.devices import pickling
+from jaxlm.inference.prompts import split_prompts
 from jaxlm.loading import spread
 from jaxlm.model import Model
 from jaxlm.models import llama3
@@ -116,7 +118,11 @@ def test_a_spawned_process_generates_the_same_text(stories: Model) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_process_does_not_hang(model: Model) -> None:
     """JAX would wait for threads that the child does not have."""
-    calls = [lambda: model.forward(TOKENS, model.weights), lambda: jaxlm.generate(model, [1, 2])]
+    calls = [
+        lambda: model.forward(TOKENS, model.weights),
+        lambda: model.hidden_states(TOKENS),
+        lambda: jaxlm.generate(model, [1, 2]),
+    ]
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # if it hangs after all
@@ -159,8 +165,9 @@ def test_weights_that_do_not_fit(model: Model, case: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(model, weights=make(model.weights))
     if case != "float":  # which jax.jit makes an array
-        with pytest.raises(ValueError, match=message):
-            model.forward(TOKENS, make(model.weights))
+        for function in (model.forward, model.hidden_states):
+            with pytest.raises(ValueError, match=message):
+                function(TOKENS, make(model.weights))
 
 
 # In notebooks
@@ -230,6 +237,8 @@ def test_tokens_that_forward_does_not_take(model: Model, tokens: Any, error: typ
 def test_positions_and_caches_that_forward_does_not_take(model: Model) -> None:
     with pytest.raises(ValueError, match="pos must be integers"):
         model.forward(TOKENS, model.weights, None, 1.5)
+    with pytest.raises(ValueError, match="pos must be integers"):
+        model.hidden_states(TOKENS, pos=1.5)
     with pytest.raises(TypeError, match="kv must be a KV cache"):
         model.forward(TOKENS, model.weights, 3)  # pyright: ignore
 
@@ -293,6 +302,13 @@ def test_unknown_options(model: Model, option: str, message: str) -> None:
         jaxlm.generate(model, "a", **{option: "x"})
 
 
+def test_a_sequence_of_token_ids_is_a_prompt(model: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 3, "temperature": 0}
+    assert jaxlm.generate(model, range(3, 6), **options).tokens == jaxlm.generate(model, [3, 4, 5], **options).tokens
+    assert split_prompts(range(2)) == ([[0, 1]], True)
+    assert split_prompts(deque(["a", "b"])) == (["a", "b"], False)
+
+
 def test_a_system_message_stands_in_front(model: Model) -> None:
     engine = jaxlm.Engine(model, 1, length=64)
     [with_option] = engine.requests([CHAT], {"system": "be brief"})
@@ -309,6 +325,19 @@ def outside_family(**changes: Any) -> Any:
     for name in ("Config", "PARAMS", "NORM_IDENTITY", "IGNORED_PREFIXES", "layer", "forward", "logits"):
         setattr(family, name, changes.get(name, getattr(llama3, name)))
     return family
+
+
+def test_fields_of_a_config_are_found_without_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Python 3.14, the namespace of a class has no __annotations__."""
+
+    @dataclass(frozen=True)
+    class Config(llama3.Config):
+        extra: int = 0
+
+    for cls in (Config, llama3.Config):
+        monkeypatch.delattr(cls, "__annotations__")
+    monkeypatch.setattr(models, "FAMILIES", {})
+    models.register("outside", outside_family(Config=Config))
 
 
 class Incomplete:

@@ -157,7 +157,7 @@ class Model:
         """
         weights = self.weights if weights is None else weights
         with mesh.use_mesh_of(weights):
-            return _programs(self.family, self.config)["hidden"](self._ids(tokens), weights, pos)
+            return _programs(self.family, self.config)["hidden"](*self._inputs(tokens, None, pos), weights)
 
     @property
     def activation_names(self) -> tuple[str, ...]:
@@ -386,7 +386,8 @@ def _programs(family: Any, cfg: Any) -> dict[str, Any]:
         logits = family.logits(cfg, x, weights)
         return (logits if kv is None else jnp.where((pos < kv.length)[:, :, None], logits, jnp.nan)), new
 
-    def hidden(tokens: jax.Array, weights: Weights, pos: Any) -> list[jax.Array]:
+    def hidden(tokens: jax.Array, pos: Any, weights: Weights) -> list[jax.Array]:
+        check_weights.check(family.PARAMS, cfg, weights)
         states: list[jax.Array] = []
         x, _ = family.forward(cfg, tokens, weights, None, positions(tokens, None, pos), hidden=states)
         return [*states[:-1], x]

@@ -29,15 +29,21 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path:
     """
     import jax
 
-    path = Path(folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(path, os.W_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable and "://" not in str(folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+    name = str(folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla")
+    path = Path(name).expanduser()
+    is_local = "://" not in name  # a bucket, such as gs://name/xla, is for jax to open
+    if is_local and not _is_writable(path):
         _log.warning("%s cannot be written, so compiled programs are not stored: set JAX_COMPILATION_CACHE_DIR", path)
         return path
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_dir", str(path) if is_local else name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
     return path
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be written into a folder, which is made if there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

@@ -96,7 +96,7 @@ def generate(
         A Completion, which is a str; a list of them for a batch or if n is given, and a list of lists for both.
 
     Raises:
-        TypeError: An argument is of another kind, or it is called within jax.jit, jax.grad or jax.vmap.
+        TypeError: An option is unknown, or it is called within jax.jit, jax.grad or jax.vmap.
         ValueError: A prompt or an option is invalid, or the logits are not finite.
         MemoryError: The KV cache does not fit.
     """

@@ -2,7 +2,7 @@
 
 import operator
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
 
 
 def _listed(prompt: Any) -> list[Any]:
-    """The list of an array of token ids.
+    """The list of an array of token ids, or of a sequence such as a range.
 
     Raises:
         TypeError: The array is traced.
@@ -56,6 +56,8 @@ def _listed(prompt: Any) -> list[Any]:
     if isinstance(prompt, jax.Array) and traced(prompt):
         raise TypeError("a prompt cannot be traced, because text is generated on the host: call it outside of jax.jit, "
                         "jax.grad and jax.vmap, or use model.forward")  # fmt: skip
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
+        return list(prompt)
     found = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else None
     if not isinstance(found, list):
         raise ValueError(f"a prompt must be {KINDS}, or a list of these, not {reprlib.repr(prompt)}")

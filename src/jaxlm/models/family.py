@@ -170,7 +170,7 @@ def check_family(family: Any) -> None:
     config, table = getattr(family, "Config", None), getattr(family, "PARAMS", None)
     fields: set[str] = set()
     if isinstance(config, type):
-        fields = {field for base in config.__mro__ for field in (*vars(base), *vars(base).get("__annotations__", ()))}
+        fields = {*dir(config), *getattr(config, "__dataclass_fields__", ())}  # not all fields are attributes
         wrong += [f"its Config lacks {each}" for each in _members(Config) if each not in fields]
     if isinstance(table, Mapping):
         wrong += [f"PARAMS lacks the row {path!r}" for path in ("embed", "norm") if path not in table]
