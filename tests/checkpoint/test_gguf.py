@@ -160,6 +160,16 @@ def test_yarn(tmp_path):
     assert rope.amplitude == pytest.approx(0.1 * np.log(4) + 1)
 
 
+def test_the_attention_factor_of_olmo3():
+    """Only layers with full attention have yarn. The converter writes transformers' attention_factor as it is."""
+    metadata, _ = tiny_file("olmo3")
+    metadata |= {"olmo2.rope.scaling.type": "yarn", "olmo2.rope.scaling.factor": 4.0,
+                 "olmo2.rope.scaling.original_context_length": 8192, "olmo2.rope.scaling.attn_factor": 1.3}  # fmt: skip
+    config = config_of(metadata, 199)
+    assert (config.rope.type, config.rope.amplitude) == ("yarn", 1.3)
+    assert config.local_rope.type == "default"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": (
         {"general.architecture": "mamba"},

@@ -155,6 +155,17 @@ def test_windows_of_gemma(kinds, pattern, tmp_path):
     assert jaxlm.load(tmp_path / "model.gguf").config == model.config
 
 
+@pytest.mark.parametrize(("period", "pattern"), [(4, None), (2, 2)])
+def test_windows_of_olmo3(period, pattern, tmp_path):
+    kinds = ([SLIDING] * (period - 1) + [FULL]) * (4 // period)
+    model = wide("olmo3", num_hidden_layers=4, layer_types=kinds)
+    jaxlm.export(model, tmp_path / "model.gguf")
+    file = gguf.read(tmp_path / "model.gguf").metadata
+    assert file.get("olmo2.attention.sliding_window_pattern") == pattern  # llama.cpp's default is 4
+    assert file["olmo2.attention.sliding_window"] == 5
+    assert jaxlm.load(tmp_path / "model.gguf").config == model.config
+
+
 NO_KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a query scale": ("gemma3", {"query_pre_attn_scalar": 12}, r"scale is 0\.28.*, not 0\.25"),
     "irregular windows": ("gemma3", {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING, SLIDING]}, "windows is"),

@@ -254,6 +254,17 @@ def test_expected_programs_are_compiled_while_one_is_waited_for(monkeypatch: pyt
     assert {"decode", "first token", "insert", "prefill"} == {key[0] for key in executables(model.family, model.config)}
 
 
+def test_notices_reach_the_caller_of_a_thread_of_the_engine() -> None:
+    names: list[str] = []
+    token = compilation.on_compile.set(lambda name, seconds=None: names.append(name))
+    try:
+        with jaxlm.Engine(model_with(4011), 1, length=64) as engine:
+            assert [*engine.stream(ids(9), max_tokens=2, **GREEDY)]
+    finally:
+        compilation.on_compile.reset(token)
+    assert "prefill" in names
+
+
 @pytest.mark.parametrize("program", ["prefill", "step"])
 def test_error_of_the_compiler_reaches_the_caller(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lower = model_with(4009), compilation.lower_program

@@ -172,6 +172,7 @@ def test_layers_without_rope() -> None:
     assert config("smollm3", **by_interval).rotated == (True, True, True, False, True)
     assert config("smollm3", **by_interval, no_rope_layer_interval=2).rotated == (True, False, True, False, True)
     assert config("smollm3").rope == Rope(2e6)
+    assert config("smollm3", without=("num_key_value_heads",), num_attention_heads=8).K == 4
     for wrong in ([1], [1, 2], "11", [True, None]):
         with pytest.raises(ValueError, match="no_rope_layers must list 1"):
             config("smollm3", no_rope_layers=wrong)

@@ -1,6 +1,7 @@
 """Slow clients, time limits, CORS and the bound of connections, with raw sockets."""
 
 import json
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -315,3 +316,19 @@ def test_pages_of_other_origins_are_refused_unless_allowed(model: Model) -> None
         else:
             assert preflight.status_code in (401, 405)
             assert not [name for name in (*preflight.headers, *plain.headers) if name.startswith("access-control")]
+
+
+def test_handlers_of_the_process_stay_open(served: tuple[Server, str]) -> None:
+    """uvicorn's logging configuration would close all of them: a program that embeds the server loses its log file."""
+    closed: list[bool] = []
+
+    class Handler(logging.Handler):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    handler = Handler()
+    connections.http_server(create_app(served[0]), 1)
+    assert closed == []
+    handler.close()
+    assert closed == [True]
