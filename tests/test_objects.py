@@ -243,6 +243,12 @@ def test_positions_and_caches_that_forward_does_not_take(model: Model) -> None:
         model.forward(TOKENS, model.weights, 3)  # pyright: ignore
 
 
+@pytest.mark.parametrize("kind", [int, np.int64])
+def test_positions_past_the_end_of_the_cache(model: Model, kind: Any) -> None:
+    with pytest.raises(ValueError, match="do not fit a KV cache of 4"):
+        model.forward(TOKENS, model.weights, model.init_kv(1, 4), kind(2))
+
+
 def test_ids_in_jax_arrays_are_clamped(model: Model) -> None:
     """They may be traced, so they cannot be checked. The docstring of forward says what happens."""
     last = model.config.V - 1

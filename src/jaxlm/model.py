@@ -113,7 +113,7 @@ class Model:
             raise ValueError(
                 f"{tokens.shape[0]} rows of tokens do not fit a KV cache of {rows}: init_kv(batch, length)"
             )
-        if kv is not None and isinstance(pos, int) and pos + tokens.shape[1] > kv.length:
+        if kv is not None and isinstance(pos, int | np.integer) and pos + tokens.shape[1] > kv.length:
             raise ValueError(f"positions {pos} to {pos + tokens.shape[1] - 1} do not fit a KV cache of {kv.length}")
         if pos is not None and not isinstance(pos, jax.Array):
             pos = np.asarray(pos)

@@ -124,7 +124,7 @@ class Conversation:
         return {name: value for name, value in more.items() if value} | _non_default(self.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle stores: all but the KV cache, which the next turn computes again."""
+        """What pickle stores: all but the KV cache, which the next turn computes again. It stops a running answer."""
         self.stop()
         return {"model": self.model, "given": self._given(), "messages": self.messages, "turns": self._turns}
 
