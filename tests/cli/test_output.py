@@ -92,7 +92,7 @@ def on_screen(monkeypatch) -> Screen:
     monkeypatch.setattr(sys, "stdout", one)
     monkeypatch.setattr(sys, "stderr", one)
     monkeypatch.setattr(terminal, "are_one_file", lambda *streams: True)
-    monkeypatch.setattr(terminal, "columns", lambda: 20)
+    monkeypatch.setattr(terminal, "columns", lambda stream=None: 20)
     return one
 
 

@@ -93,7 +93,7 @@ def metadata_of(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         "attention.head_count": N,
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps", 1e-5 if architecture == "olmo2" else 1e-6),
-        "rope.freq_base": float(config.get("rope_theta", THETAS.get(config["model_type"], 1e4))),
+        "rope.freq_base": float(config.get("rope_theta", THETAS.get(config.get("model_type"), 1e4))),
         "vocab_size": config["vocab_size"],
     }
     if "head_dim" in config:

@@ -89,7 +89,7 @@ def served_tiny() -> Iterator[tuple[Server, str]]:
         template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + TEMPLATE
         model = replace(tiny("llama3", max_position_embeddings=64), tokenizer=tokenizer_of(template))
         server = Server(model, jaxlm.Engine(model, 2, prefix_cache=False), "tiny", max_waiting=8)
-        with serving(server, log_config=None) as url:
+        with serving(server) as url:
             yield server, url
 
 

@@ -65,7 +65,8 @@ def read_prompts(path: Path, stdin: Callable[[], str] | None = None, raw: bool =
         if not line.strip():
             continue
         where = location(name, number, by_lines=True)
-        with explain_errors(f"{where}: the line is not valid JSON", on=(ValueError, RecursionError)):
+        hint = 'write {"prompt": "…"} or "…"'
+        with explain_errors(f"{where}: the line is not valid JSON", hint, (ValueError, RecursionError)):
             value = json.loads(line)
         with explain_errors(where):
             prompts.append(_prompt_line(where, value, raw))

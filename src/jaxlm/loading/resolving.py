@@ -130,7 +130,7 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
     if (gguf := gguf_files.find(source, headers_only)) is not None:
         known, config, checkpoint = gguf_models.open_gguf(gguf, source.allow_fields)
         if family is not None and known is not family:
-            raise ValueError(f"{gguf} does not belong to {family.__name__}: omit family=")
+            raise ValueError(f"{gguf} is a model of {known.__name__}, not of {family.__name__}: use jaxlm.load")
         return Resolved(known, config, checkpoint, None, {})
     if headers_only:
         folder, read_index = headers.find(source)
@@ -143,7 +143,9 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
     with explain_errors(str(source.name)):
         known = models.family_of(raw.get("model_type"))
         if family is not None and known is not family:
-            raise ValueError(f"model_type {raw['model_type']!r} does not belong to {family.__name__}: omit family=")
+            raise ValueError(
+                f"model_type {raw['model_type']!r} belongs to {known.__name__}, not {family.__name__}: use jaxlm.load"
+            )
         if is_meta:
             config, checkpoint = _match_meta(source, folder, known)
         elif source.rope_factor is not None:
