@@ -46,7 +46,10 @@ def weights(name: str, change: Callable[[jax.Array], jax.Array]) -> Fault:
 
 
 def skipped_layer(model: Model, patch: pytest.MonkeyPatch) -> Model:
-    return _with(model, weights={**model.weights, "layers": model.weights["layers"][:-1]})
+    """The last layer adds nothing to the residual stream."""
+    layers = model.weights["layers"]
+    skipped = {**layers[-1], **{name: jnp.zeros_like(layers[-1][name]) for name in ("o", "down")}}
+    return _with(model, weights={**model.weights, "layers": [*layers[:-1], skipped]})
 
 
 def tied_head_ignored(model: Model, patch: pytest.MonkeyPatch) -> Model:
@@ -54,7 +57,9 @@ def tied_head_ignored(model: Model, patch: pytest.MonkeyPatch) -> Model:
     return _with(model, replace(model.config, tied=False), {**model.weights, "head": head})
 
 
-tied_by_mistake = config(tied=True)
+def tied_by_mistake(model: Model, patch: pytest.MonkeyPatch) -> Model:
+    weights = {name: weight for name, weight in model.weights.items() if name != "head"}
+    return _with(model, replace(model.config, tied=True), weights)
 
 
 def interleaved(model: Model, patch: pytest.MonkeyPatch) -> Model:
