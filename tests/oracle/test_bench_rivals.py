@@ -47,11 +47,13 @@ def test_a_longer_case_takes_longer(rival, folder) -> None:
     try:
         for kind, short, long in (("prefill", 16, 1024), ("decode", 4, 64)):
             best = {short: float("inf"), long: float("inf")}
-            for tokens in [short, long] * 5:
+            for n, tokens in enumerate([short, long] * 25):  # on a busy machine the best of a few is not the best
                 case = Case(kind, tokens, 0, 1)
                 sample = process.run(case, case.prompts(258))
                 assert sample is not None
                 best[tokens] = min(best[tokens], sample.seconds)
+                if n >= 9 and best[long] > 2 * best[short]:
+                    break
             assert best[long] > 2 * best[short], kind
     finally:
         process.close()
