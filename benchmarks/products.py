@@ -37,10 +37,10 @@ def flat(form: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[str, ja
 
 
 FORMS = {
-    "letters": linear._product,
-    "two": flat(lambda x, w: linear._product("BD,FD->BF", x, w)),
+    "letters": linear.plain_einsum,
+    "two": flat(lambda x, w: linear.plain_einsum("BD,FD->BF", x, w)),
     "one by one": flat(linear._few_rows),
-    "left": flat(lambda x, w: linear._product("FD,BD->FB", w, x).T),
+    "left": flat(lambda x, w: linear.plain_einsum("FD,BD->FB", w, x).T),
 }
 
 

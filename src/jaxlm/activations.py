@@ -13,7 +13,7 @@ them. Nothing is compiled again for another patch, and a patch that changes noth
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -48,6 +48,10 @@ class MarkedWeight(WeightForm):
             x = checkpoint_name(x, f"{MARK}{self.name}.input")
         y = checkpoint_name(einsum(spec, x, self.w), MARK + self.name)
         return y.astype(jnp.float32)  # einsum converts it back to x's dtype
+
+    def letters(self, own: str) -> "MarkedWeight":
+        """The letters of the weight."""
+        return replace(self, w=params.letters_of(self.w, own))
 
 
 def products(table: params.Table) -> dict[str, bool]:

@@ -34,7 +34,7 @@ def adapted(weights: Weights, checkpoint: Checkpoint, wanted: Callable[[np.dtype
     """
     if checkpoint.adapter is None:
         return weights
-    platform = next(iter(weights["embed"].sharding.device_set)).platform
+    platform = next(iter(jax.tree.leaves(weights["embed"])[0].sharding.device_set)).platform
     tree = peft.read(checkpoint.adapter, len(weights["layers"]), lambda file_dtype: wanted(file_dtype, platform), where)
     return lora.join(weights, tree)
 

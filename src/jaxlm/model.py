@@ -284,13 +284,13 @@ class Model:
     @property
     def is_multiprocess(self) -> bool:
         """Whether the weights are sharded over several processes. All of them must then make the same calls."""
-        embed = self.weights["embed"]
-        return isinstance(embed, jax.Array) and not embed.is_fully_addressable
+        leaf = jax.tree.leaves(self.weights["embed"])[0]
+        return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
     @property
     def device(self) -> Any:
         """One of the devices of the weights."""
-        return next(iter(self.weights["embed"].devices()))
+        return next(iter(jax.tree.leaves(self.weights["embed"])[0].devices()))
 
     @classmethod
     def init(cls, family: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32, **more: Any) -> "Model":

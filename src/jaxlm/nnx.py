@@ -59,7 +59,7 @@ class Module(nnx.Module):
         Raises:
             ValueError: It is called within nnx.jit, where the devices are not known.
         """
-        if mesh.traced(self.weights["embed"]):
+        if mesh.traced(jax.tree.leaves(self.weights)[0]):
             raise ValueError("init_kv cannot be called within nnx.jit or nnx.grad: create the KV cache outside, and "
                              "pass it in")  # fmt: skip
         return self.to_model().init_kv(batch, length, **options)
@@ -81,6 +81,7 @@ def _is_param(x: Any) -> bool:
 def _on_mesh(weights: Weights) -> AbstractContextManager[Any]:
     """Within nnx.jit and nnx.grad, a context with the mesh of the weights, unless jax.set_mesh has set one. Without a
     mesh, the shardings of activations and caches would be left to the compiler."""
-    if not mesh.traced(weights["embed"]) or mesh.active():
+    leaf = jax.tree.leaves(weights)[0]
+    if not mesh.traced(leaf) or mesh.active():
         return nullcontext()
-    return jax.sharding.use_abstract_mesh(jax.typeof(weights["embed"]).sharding.mesh)
+    return jax.sharding.use_abstract_mesh(jax.typeof(leaf).sharding.mesh)

@@ -289,6 +289,7 @@ def load_weights(
     loaded_dtype: Callable[[np.dtype], np.dtype],
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
+    convert: Callable[[params.TensorSpec, jax.Array], Any] = lambda row, array: array,
 ) -> dict[str, Any]:
     """Reads every tensor onto its devices. A process reads the blocks that its devices hold, each once.
 
@@ -297,6 +298,7 @@ def load_weights(
         loaded_dtype: the type to load a type of the file in.
         where: the sharding of a row's array.
         advance: called with the number of bytes, as they are read.
+        convert: called with each array; returns the weight, such as a quantized one.
 
     Returns:
         The weights, layers listed.
@@ -313,7 +315,7 @@ def load_weights(
             if len(placed) == len(sharding.addressable_devices):
                 if not isinstance(sharding, SingleDeviceSharding):
                     array = jax.make_array_from_single_device_arrays(row.shape, sharding, placed)
-                params.put(weights, row.path, array)
+                params.put(weights, row.path, convert(row, array))
                 placed.clear()
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -147,7 +148,7 @@ class Request:
 
 def require_untraced(model: "Model", caller: str) -> None:
     """Raises TypeError within jax.jit, or if the weights are traced: sampling and scheduling run on the host."""
-    leaf = model.weights["embed"]
+    leaf = jax.tree.leaves(model.weights["embed"])[0]
     if mesh.traced(leaf) or mesh.traced(jnp.zeros(())):
         raise TypeError(
             f"{caller} cannot be called within jax.jit, jax.grad or jax.vmap, because its loop runs on the host: call "

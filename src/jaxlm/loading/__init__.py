@@ -23,6 +23,7 @@ from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
+from jaxlm.nn.quantize import quantizer
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
     tokenizer: str | Path | None = None,
     rope_factor: float | None = None,
     dtype: Any = "auto",
+    quantize: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -53,6 +55,7 @@ def load(
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
         dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file, and is bfloat16 for a quantized
             GGUF file.
+        quantize: Quantize the weights while they are loaded: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py).
         revision: Branch, tag or commit on the hub.
         token: Hub access token. Default: HF_TOKEN, or the token saved by `hf auth login`.
         offline: Use the local cache only.
@@ -88,7 +91,7 @@ def load(
     resolved = resolve(source, family)
     checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device)
     _assert_same_model(str(source), resolved, dtype, where)
-    weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress)
+    weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress, quantize)
     weights = adapters.adapted(weights, checkpoint, partial(wanted_dtype, dtype), where)
     model = Model(
         family=resolved.family,
@@ -195,7 +198,12 @@ def _assert_same_model(name: str, resolved: Resolved, dtype: Any, where: Callabl
 
 
 def read_weights(
-    name: str, pairs: Any, dtype: Any, where: Callable[[params.TensorSpec], Any], progress: bool | None
+    name: str,
+    pairs: Any,
+    dtype: Any,
+    where: Callable[[params.TensorSpec], Any],
+    progress: bool | None,
+    quantize: str | None = None,
 ) -> Weights:
     """Reads the tensors of a checkpoint onto their devices.
 
@@ -205,6 +213,7 @@ def read_weights(
         dtype: As in `load`.
         where: The sharding of the array of a TensorSpec.
         progress: As in `load`.
+        quantize: As in `load`.
 
     Raises:
         MemoryError: The weights do not fit. Raised before anything is read.
@@ -227,7 +236,9 @@ def read_weights(
     hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
     with loading_bar(total, progress) as advance:
-        return hf.load_weights(pairs, loaded_dtype, where, advance)
+        if quantize is None:
+            return hf.load_weights(pairs, loaded_dtype, where, advance)
+        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
 
 
 def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:

@@ -1,4 +1,4 @@
-"""Products of activations and weights. Weights dispatch their own product (plain, LoRA)."""
+"""Products of activations and weights. Weights dispatch their own product (plain, LoRA, quantized)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -44,11 +44,19 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
 
 
 class WeightForm(ABC):
-    """A weight that is not a plain array, such as LoRA: a pytree node that implements its own product."""
+    """A weight that is not a plain array, such as LoRA or integers with scales: a pytree node that implements its own product."""
 
     @abstractmethod
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         """The result of `multiply` with the represented array, in float32."""
+
+    @abstractmethod
+    def letters(self, own: str) -> Any:
+        """The letters of the fields, in a form like this one, of a weight with the letters `own`."""
+
+    def rows(self, index: Any) -> jax.Array:
+        """Rows of the represented array [V,D], such as the embeddings of tokens."""
+        raise ValueError(f"the embedding cannot be {type(self).__name__}: it is looked up, not multiplied")
 
 
 def product(spec: str, x: jax.Array, w: Any) -> jax.Array:
@@ -79,19 +87,19 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """
     summed = _summed(spec)
     if not summed:
-        return _product(spec, x, w)
+        return plain_einsum(spec, x, w)
     x_letters, w_letters = spec.split("->")[0].split(",")
     if (x.ndim, w.ndim) != (len(x_letters), len(w_letters)) or x.shape[-summed:] != w.shape[-summed:]:
         # Checked before reshaping. Afterwards, einsum would accept a weight [D,H,N] in place of [D,N,H].
         raise ValueError(f"einsum {spec!r}: shapes {x.shape} and {w.shape} do not fit its letters")
     decoding = 1 <= mesh.local_size(x_letters[:-summed], x.shape[:-summed]) <= MAX_DECODE_ROWS
     if mesh.active():
-        forms = {"default": partial(_product, spec)} | ({"tpu": partial(_rows_first, spec)} if decoding else {})
+        forms = {"default": partial(plain_einsum, spec)} | ({"tpu": partial(_rows_first, spec)} if decoding else {})
         return _for_platform(forms, x, w)
     rows, kept = x.shape[:-summed], w.shape[:-summed]
     width = math.prod(w.shape[-summed:])
     flat_x, flat_w = x.reshape(math.prod(rows), width), w.reshape(math.prod(kept), width)
-    forms = {"default": partial(_product, "BD,FD->BF")} | ({"tpu": _eight_rows} if decoding else {})
+    forms = {"default": partial(plain_einsum, "BD,FD->BF")} | ({"tpu": _eight_rows} if decoding else {})
     if 1 <= math.prod(rows) <= MAX_SINGLE_ROWS:
         forms["cpu"] = _few_rows
     return _for_platform(forms, flat_x, flat_w).reshape(*rows, *kept)
@@ -116,7 +124,7 @@ def _summed(spec: str) -> int:
     return len(summed) if (rows + summed, kept + summed, rows + kept) == (x_letters, w_letters, out) else 0
 
 
-def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def plain_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
 
@@ -124,7 +132,7 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 def _rows_first(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """One product of few rows on TPU. The barrier keeps XLA from computing x again for each part of the weight,
     as in silu(gate) * up before `down`."""
-    return _product(spec, jax.lax.optimization_barrier(x), w)
+    return plain_einsum(spec, jax.lax.optimization_barrier(x), w)
 
 
 def _eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -137,10 +145,10 @@ def _eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [B,D], w [F,D] -> [B,F], one row at a time."""
     w = w.astype(jnp.float32)  # converted once, so that the gradients of the rows are summed in float32
-    return jnp.stack([_single_row(row, w) for row in x.astype(jnp.float32)])
+    return jnp.stack([single_row(row, w) for row in x.astype(jnp.float32)])
 
 
-def _single_row(x: jax.Array, w: jax.Array) -> jax.Array:
+def single_row(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [D], w [F,D] -> [F], float32: the product of a single token on CPU, limited by memory bandwidth only.
 
     XLA reads the weight once and converts it on the fly if a vector is multiplied with the transpose of float32 rows
@@ -157,12 +165,14 @@ def _single_row(x: jax.Array, w: jax.Array) -> jax.Array:
     return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 
 
-def embed(tokens: Any, w: jax.Array) -> jax.Array:
+def embed(tokens: Any, w: Any) -> jax.Array:
     """Looks up token embeddings [B,T,D] in the table w [V,D].
 
     The gradient of a row is summed over its tokens in float32. In half precision, the sum over a frequent token would
     stop growing.
     """
+    if isinstance(w, WeightForm):
+        return mesh.constrain(w.rows(tokens), "BTD")
     return mesh.constrain(_rows(mesh.constrain(w, "VD"), tokens), "BTD")
 
 

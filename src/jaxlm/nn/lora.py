@@ -51,6 +51,12 @@ class Lora(WeightForm):
         y = product(of_a, y, self.a).astype(x.dtype)
         return product(spec, x, self.w) + self.scale * product(of_b, y, self.b)
 
+    def letters(self, own: str) -> "Lora":
+        """The letters of the fields of a weight with the letters `own`."""
+        last = params.summed_letters(own)
+        w, key = None if self.w is None else params.letters_of(self.w, own), None if self.key is None else ""
+        return replace(self, w=w, a=f"r{last}", b=f"{own.removesuffix(last)}r", key=key)
+
     def merged(self) -> Float[Array, "*w"]:
         """w + scale * b a as one array in w's dtype, added in float32."""
         if self.a.ndim + self.b.ndim > self.w.ndim + 2:  # layers stacked for a scan

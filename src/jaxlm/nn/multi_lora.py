@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.nn import lora
+from jaxlm.nn import lora, params
 from jaxlm.nn.linear import WeightForm, product
 
 BASE = -1  # the index of rows without an adapter
@@ -52,6 +52,13 @@ class MultiLora(WeightForm):
         h = jnp.where(_per_row(self._is_used(), h.ndim), h, jnp.zeros((), h.dtype))
         scale = jnp.asarray(self.scales, jnp.float32)[self.adapter]
         return y + _per_row(scale[:, None], y.ndim) * product(of_b, h, self.b)
+
+    def letters(self, own: str) -> "MultiLora":
+        """The letters of the fields of a weight with the letters `own`."""
+        last = params.summed_letters(own)
+        adapter = None if self.adapter is None else "B"
+        w = params.letters_of(self.w, own)
+        return replace(self, w=w, a=f"r{last}", b=f"{own.removesuffix(last)}r", adapter=adapter)
 
     def _is_used(self) -> Bool[Array, "B R"]:
         """Whether a row uses the adapter that a rank belongs to."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.nn.linear import WeightForm
 from jaxlm.nn.scan_layers import unstack_layers
 
 Table = Mapping[str, tuple[str, ...]]
@@ -99,15 +100,17 @@ def summed_letters(letters: str) -> str:
 def letters(table: Table, weights: Any) -> Any:
     """The letters of each weight, as a tree like the weights. Those of stacked weights begin with L."""
 
-    def of(path: Any, leaf: Any) -> str:
+    def of(path: Any, leaf: Any) -> Any:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
-        if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b"):  # of a Lora
-            last = summed_letters(own)
-            own = f"r{last}" if path[-1].name == "a" else f"{own.removesuffix(last)}r"
-        return "L" * ("stacked" in names) + own
+        return jax.tree.map(lambda part: "L" * ("stacked" in names) + part, letters_of(leaf, own))
 
-    return jax.tree_util.tree_map_with_path(of, weights)
+    return jax.tree_util.tree_map_with_path(of, weights, is_leaf=lambda leaf: isinstance(leaf, WeightForm))
+
+
+def letters_of(leaf: Any, own: str) -> Any:
+    """The letters of an array, or of the fields of a WeightForm that represents an array with these letters."""
+    return leaf.letters(own) if isinstance(leaf, WeightForm) else own
 
 
 def init(table: Table, cfg: Any, key: jax.Array, norm_identity: float, dtype: Any = jnp.float32) -> dict[str, Any]:

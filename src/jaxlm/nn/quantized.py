@@ -1,0 +1,277 @@
+"""Quantized weights: integers or 8-bit floating point numbers, with scales. Their products never form the whole float
+weight.
+
+A weight is scale * (q - zero) + offset. It has one of two layouts:
+
+- channels: q has the shape of the weight, and each output channel has a scale (LLM.int8(), arXiv:2208.07339).
+- groups: the inputs of a channel are divided into groups of consecutive ones (GPTQ, arXiv:2210.17323, section 4). Each
+  group of each channel has a scale, and sometimes an offset. q is transposed, in blocks of BLOCK inputs, so that the
+  channels are the last axes: a CPU then multiplies many channels at once (quantized_cpu.py).
+
+quantize.py makes such weights from arrays.
+
+With `activations`, a product also rounds its input to 8 bits: each token has a scale (channels), or each block of
+inputs of each token (groups, on CPU). Integer products are twice as fast as bfloat16 on CPU. When a product is
+differentiated, its input is not rounded: gradients are those through the dequantized weight.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxlm.devices import mesh
+from jaxlm.nn import quantized_cpu as cpu
+from jaxlm.nn.linear import WeightForm, plain_einsum
+from jaxlm.nn.quantized_cpu import BLOCK
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized(WeightForm):
+    """A weight in few bits: scale * (q - zero) + offset.
+
+    Instead of arrays, the leaves may be their shapes, shardings or letters. In the shapes here the weight is [F,D];
+    output channels may have several axes ([N,H,D]).
+
+    Attributes:
+        q: channels: [F,D] int8 or float8_e4m3fn. groups: [I,BLOCK,F] int8 or uint8, where I is the number of inputs /
+            BLOCK; of 4 bits [I,BLOCK/2,F] uint8, where byte i holds input i of the block in its low bits and input
+            i + BLOCK/2 in its high bits.
+        scale: channels: [F]. groups: [g,F] for g groups.
+        offset: [g,F], or None.
+        outer_scale: [h,F], or None: a factor on the scales of g / h groups each, as in GGUF's K-quants.
+        outer_offset: [h,F], or None: a factor on the offsets.
+        order: [D] int32, or None: the order of the inputs in q, for groups whose inputs are not consecutive (GPTQ's
+            act-order).
+        kind: "int8" (8-bit integers), "fp8" (e4m3), "int4" (4-bit integers, 0 to 15) or "mxfp4" (e2m1, times 2).
+        inputs: Sizes of the input axes of the weight, which are its last.
+        zero: Subtracted from q.
+        dtype: dtype of the represented weight, and of activations.
+        activations: Whether a product also rounds its input to 8 bits.
+    """
+
+    q: Any
+    scale: Any
+    offset: Any = None
+    outer_scale: Any = None
+    outer_offset: Any = None
+    order: Any = None
+    kind: str = field(default="int8", metadata={"static": True})
+    grouped: bool = field(default=False, metadata={"static": True})
+    inputs: tuple[int, ...] = field(default=(), metadata={"static": True})
+    zero: int = field(default=0, metadata={"static": True})
+    dtype: Any = field(default=jnp.bfloat16, metadata={"static": True})
+    activations: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return (*self.scale.shape[self.grouped :], *self.inputs)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def letters(self, own: str) -> "Quantized":
+        """The letters of the fields of a weight with the letters `own`. The axis of groups has the first letter of the
+        inputs, so that it is sharded like them."""
+        kept, inputs = own[: -len(self.inputs)], own[-len(self.inputs) :]
+        if not self.grouped:
+            return replace(self, q=own, scale=kept)
+        names = {"q": f"{inputs[0]} {kept}", "scale": f"{inputs[0]}{kept}", "order": ""}
+        names |= dict.fromkeys(("offset", "outer_scale", "outer_offset"), names["scale"])
+        return replace(self, **{name: letters for name, letters in names.items() if getattr(self, name) is not None})
+
+    def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
+        """The product with the weight, in float32. The inputs of the weight are the last axes of x."""
+        if mesh.active():
+            return jax.checkpoint(_on_mesh, static_argnums=0, prevent_cse=False)(spec, x, self)
+        kept = self.shape[: -len(self.inputs)]
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        y = _product(x.reshape(math.prod(rows), math.prod(self.inputs)), self.flat())
+        return y.reshape(*rows, *kept)
+
+    def flat(self) -> "Quantized":
+        """The weight with one axis of output channels and one of inputs."""
+        channels = math.prod(self.shape[: -len(self.inputs)])
+        if not self.grouped:
+            q, scale = self.q.reshape(channels, -1), self.scale.reshape(channels)
+            return replace(self, q=q, scale=scale, inputs=(q.shape[1],))
+        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+        parts = {name: a for name in names if (a := getattr(self, name)) is not None}
+        parts = {name: a.reshape(*a.shape[: 2 if name == "q" else 1], channels) for name, a in parts.items()}
+        return replace(self, **parts, inputs=(math.prod(self.inputs),))
+
+    def dense(self) -> Float[Array, "*w"]:
+        """The whole weight as an array in `dtype`."""
+        flat = self.flat()
+        if not self.grouped:
+            w = flat.q.astype(jnp.float32) * flat.scale.astype(jnp.float32)[:, None]
+        else:
+            w = flat.values(jnp.float32).T
+            w = w if flat.order is None else jnp.zeros_like(w).at[:, flat.order].set(w)
+        return w.astype(self.dtype).reshape(self.shape)
+
+    def rows(self, index: Any) -> Float[Array, "*index D"]:
+        """Rows of a weight [V,D] in `dtype`, such as the embeddings of tokens."""
+        if self.grouped:
+            return self.dense()[index]
+        return (self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]).astype(self.dtype)
+
+    def scales(self) -> tuple[Float[Array, "g F"], Any]:
+        """Scales and offsets of the groups in float32; None without offsets."""
+
+        def whole(a: Any, factor: Any) -> Any:
+            if a is None or factor is None:
+                return a if a is None else a.astype(jnp.float32)
+            a = a.astype(jnp.float32).reshape(factor.shape[0], -1, *a.shape[1:]) * factor.astype(jnp.float32)[:, None]
+            return a.reshape(-1, *a.shape[2:])
+
+        return whole(self.scale, self.outer_scale), whole(self.offset, self.outer_offset)
+
+    def values(self, dtype: Any) -> Float[Array, "D F"]:
+        """The values of a flat weight in groups, transposed, in the order of q."""
+        if self.kind in ("int4", "mxfp4"):
+            q = jnp.concatenate([cpu.codes(self.q & 15, self.kind), cpu.codes(self.q >> 4, self.kind)], axis=1)
+        else:
+            q = self.q
+        scale, offset = self.scales()
+        q = q.reshape(len(scale), -1, q.shape[-1]).astype(jnp.float32)
+        q = q + (cpu.center(self.kind) - self.zero) if cpu.center(self.kind) != self.zero else q
+        w = q * scale[:, None] if offset is None else q * scale[:, None] + offset[:, None]
+        return w.astype(dtype).reshape(-1, q.shape[-1])
+
+    def parts(self, blocks: int) -> tuple[int, int, Callable[[Any, Any], Array]]:
+        """A division of a flat weight in groups into parts of whole groups and about this number of blocks.
+
+        Returns:
+            The number of parts, their number of inputs, and a function from the number of a part and a dtype to its
+            values [inputs,F].
+        """
+        outer = self.scale if self.outer_scale is None else self.outer_scale
+        least = max(1, self.q.shape[0] // outer.shape[0])  # blocks of a group, or of groups with one factor
+        sizes = [n for n in range(least, max(blocks, least) + 1, least) if self.q.shape[0] % n == 0]
+        size = sizes[-1]
+        count = self.q.shape[0] // size
+
+        def values(i: Any, dtype: Any) -> Array:
+            def cut(a: Any) -> Any:
+                n = a.shape[0] // count
+                return jax.lax.dynamic_slice_in_dim(a, i * n, n)
+
+            names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+            return replace(self, **{n: cut(a) for n in names if (a := getattr(self, n)) is not None}).values(dtype)
+
+        return count, size * BLOCK, values
+
+
+def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
+    if w.order is not None:
+        x, w = x[:, w.order], replace(w, order=None)
+    return _differentiable(x, w)
+
+
+@jax.custom_vjp
+def _differentiable(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
+    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, default=_on_accelerator)
+
+
+def _differentiable_forward(x: Array, w: Quantized) -> tuple[Array, tuple[Array, Quantized]]:
+    return _differentiable(x, replace(w, activations=False)), (x[:0], w)
+
+
+def _differentiable_backward(residuals: tuple[Array, Quantized], y: Array) -> tuple[Array, Any]:
+    like, w = residuals
+    y = y.astype(like.dtype)
+    x = jax.lax.platform_dependent(y, w, cpu=_transposed_on_cpu, default=_transposed).astype(like.dtype)
+    return x, jax.tree.map(_no_gradient, w)
+
+
+def _no_gradient(a: Array) -> Any:
+    if jnp.issubdtype(a.dtype, jnp.floating):
+        return jnp.zeros_like(a)
+    return np.zeros(a.shape, jax.dtypes.float0)
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
+    if w.grouped:
+        if x.shape[0] <= cpu.MAX_SINGLE_ROWS:
+            return jnp.stack([cpu.grouped_row(row, w) for row in x])
+        return cpu.by_blocks(x, w)
+    product = cpu.integer_channels if w.activations and w.kind == "int8" else cpu.float_channels
+    return product(x, w.q) * w.scale.astype(jnp.float32)
+
+
+def _transposed_on_cpu(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B D"]:
+    if w.grouped:
+        return cpu.from_blocks(y, w)
+    return cpu.from_channels((y.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(y.dtype), w.q)
+
+
+def _on_accelerator(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
+    if w.grouped:
+        return plain_einsum("BD,DF->BF", x, w.values(x.dtype))
+    scale = w.scale.astype(jnp.float32)
+    if w.activations and w.kind == "int8":
+        rounded, of_rows = cpu.round_rows(x)
+        y = jnp.einsum("BD,FD->BF", rounded, w.q, preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32) * of_rows * scale
+    return plain_einsum("BD,FD->BF", x, w.q.astype(x.dtype)) * scale
+
+
+def _transposed(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B D"]:
+    if w.grouped:
+        return plain_einsum("BF,DF->BD", y, w.values(y.dtype))
+    y = (y.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(y.dtype)
+    return plain_einsum("BF,FD->BD", y, w.q.astype(y.dtype))
+
+
+def _on_mesh(spec: str, x: Float[Array, "*x"], w: Quantized) -> Float[Array, "*y"]:
+    """The product on each device's part of x and of the weight, and an all-reduce of sharded inputs."""
+    of_x, own = spec.split("->")[0].split(",")
+    inputs, out = own[-len(w.inputs) :], spec.split("->")[1]
+    if w.order is not None:  # the inputs of a group may be on any device
+        flat = x.reshape(*x.shape[: x.ndim - len(w.inputs)], -1)[..., w.order]
+        x, w = flat.reshape(x.shape), replace(w, order=None)
+    names = w.letters(own)
+    arrays, tree = jax.tree.flatten(w)
+    first = _first_axes(inputs, w, arrays)
+
+    def part(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Inputs are sharded over `first`, if at all."""
+        axes = list(mesh.traced_spec(letters.replace(inputs[0], " "), shape))
+        axes += [None] * (len(shape) - len(axes))
+        if inputs[0] in letters:
+            axes[letters.index(inputs[0])] = first or None
+        return PartitionSpec(*axes)
+
+    def local(x: Array, *parts: Array) -> Array:
+        here = replace(jax.tree.unflatten(tree, parts), inputs=x.shape[-len(inputs) :])
+        rows = x.shape[: -len(inputs)]
+        y = _product(x.reshape(math.prod(rows), -1), here.flat()).reshape(*rows, *here.shape[: -len(inputs)])
+        return jax.lax.psum(y, first) if first else y
+
+    in_specs = (part(of_x, x.shape), *map(part, jax.tree.leaves(names), [a.shape for a in arrays]))
+    shape = (*x.shape[: -len(inputs)], *w.shape[: -len(inputs)])
+    axes = set(jax.sharding.get_abstract_mesh().axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.shard_map(
+        local, in_specs=in_specs, out_specs=part(out, shape), axis_names=axes, check_vma=False
+    )(x, *arrays)  # fmt: skip
+
+
+def _first_axes(inputs: str, w: Quantized, arrays: list[Any]) -> tuple[str, ...]:
+    """The mesh axes of the first input axis, if they divide it and the groups; otherwise none."""
+    axes = next(iter(mesh.traced_spec(inputs, w.inputs)), None)
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    size = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    return axes if not w.grouped or all(a.shape[0] % size == 0 for a in arrays) else ()
