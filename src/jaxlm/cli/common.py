@@ -33,6 +33,9 @@ class _ModelFlags:
     """LoRA adapter (of PEFT or mlx-lm) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto keeps the type in the checkpoint."""
+    quantize: Literal["int8", "int8-weights", "int4", "fp8"] | None = None
+    """Quantize the weights while they are loaded: int8 and fp8 need half of the memory of bfloat16, int4 a third.
+    int8-weights keeps activations as they are; int8 rounds them to 8 bits too, which is faster."""
     format: Literal["hf", "meta"] | None = None
     """Checkpoint format: Hugging Face, or Meta's original files (consolidated.*.pth). Default: detected."""
     tokenizer: Path | None = None
@@ -184,7 +187,8 @@ class ModelFlags(ProcessFlags, _ModelFlags):
             note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():
             note(unseen)
-        return jaxlm.load(self.source(name), dtype=self.dtype, mesh=self.mesh, progress=progress_flag())
+        return jaxlm.load(self.source(name), dtype=self.dtype, quantize=self.quantize, mesh=self.mesh,
+                          progress=progress_flag())  # fmt: skip
 
 
 def set_up_process() -> None:

@@ -44,7 +44,8 @@ def einsum(spec: str | tuple[str, ...], x: jax.Array, w: Any, dtype: Any = None)
 
 
 class WeightForm(ABC):
-    """A weight that is not a plain array, such as LoRA or integers with scales: a pytree node that implements its own product."""
+    """A weight that is not a plain array, such as LoRA or integers with scales: a pytree node that implements its own
+    product."""
 
     @abstractmethod
     def product(self, spec: str, x: jax.Array) -> jax.Array:
