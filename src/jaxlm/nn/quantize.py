@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
 from jaxlm.nn import params
-from jaxlm.nn.quantized import Quantized
+from jaxlm.nn.quantized import Quantized, tile
 from jaxlm.nn.quantized_cpu import BLOCK
 
 # What `load(quantize=)` and --quantize take. int8 also rounds activations to 8 bits, a scale for each token.
@@ -83,9 +83,17 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
         kind = "fp8" if type == "fp8" else "int8"
         return Quantized(q.reshape(w.shape), scale.reshape(kept), kind=kind, inputs=summed, dtype=w.dtype,
                          activations=type == "int8")  # fmt: skip
-    q, scale, offset = (jnp.moveaxis(a, 0, -1) for a in parts)  # the channels last
-    q, scale, offset = (a.reshape(*a.shape[:-1], *kept) for a in (q, scale, offset))
-    return Quantized(q, scale, offset, kind="int4", grouped=True, inputs=summed, dtype=w.dtype, activations=True)
+    q, scale, offset = parts
+    scale, offset = (a.T.reshape(-1, *kept) for a in (scale, offset))
+    return Quantized(tiled(q, kept), scale, offset, kind="int4", grouped=True, inputs=summed, zero=8, dtype=w.dtype,
+                     activations=True)  # fmt: skip
+
+
+def tiled(q: Array, kept: tuple[int, ...]) -> Array:
+    """q of a weight in groups, [channels,I,s], as it is stored: [I,*kept[:-1],kept[-1] / t,s,t]."""
+    size = tile(kept[-1])
+    q = q.reshape(-1, size, *q.shape[1:]).transpose(2, 0, 3, 1)
+    return q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
 
 
 def _channel(type: str, w: Float[Array, " D"]) -> tuple[Array, Array]:
@@ -108,15 +116,15 @@ def _int4(w: Float[Array, " D"]) -> tuple[Array, Array, Array]:
         better = found[0] < best[0]
         best = tuple(jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(found, best))
     _, code, scale, offset = best
-    code = code.astype(jnp.uint8)
+    code = (code + 8).astype(jnp.uint8)
     return code[:, : BLOCK // 2] | code[:, BLOCK // 2 :] << 4, scale, offset
 
 
 def _codes(w: Float[Array, "g s"], low: Float[Array, " g"], high: Float[Array, " g"]) -> tuple[Array, ...]:
-    """Squared error, codes 0 to 15, scales and offsets for a range of values. Scale and offset are then fitted to the
+    """Squared error, codes -8 to 7, scales and offsets for a range of values. Scale and offset are then fitted to the
     codes (linear regression), in float16, as they are stored."""
     scale = jnp.where(high > low, high - low, 1.0) / 15
-    code = jnp.clip(jnp.round((w - low[:, None]) / scale[:, None]), 0, 15)
+    code = jnp.clip(jnp.round((w - low[:, None]) / scale[:, None]), 0, 15) - 8
     mean = code.mean(axis=1)
     centered = code - mean[:, None]
     variance = jnp.sum(centered**2, axis=1)

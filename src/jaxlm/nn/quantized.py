@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
 from jaxlm.nn import quantized_cpu as cpu
-from jaxlm.nn.linear import WeightForm, plain_einsum
+from jaxlm.nn.linear import MAX_SINGLE_ROWS, WeightForm, plain_einsum
 from jaxlm.nn.quantized_cpu import BLOCK
 
 
@@ -41,9 +41,9 @@ class Quantized(WeightForm):
     output channels may have several axes ([N,H,D]).
 
     Attributes:
-        q: channels: [F,D] int8 or float8_e4m3fn. groups: [I,BLOCK,F] int8 or uint8, where I is the number of inputs /
-            BLOCK; of 4 bits [I,BLOCK/2,F] uint8, where byte i holds input i of the block in its low bits and input
-            i + BLOCK/2 in its high bits.
+        q: channels: [F,D] int8 or float8_e4m3fn. groups: [I,F/t,BLOCK,t] int8 or uint8, where I is the number of
+            inputs / BLOCK, in tiles of t channels (`tile`); of 4 bits [I,F/t,BLOCK/2,t] uint8, where byte i holds
+            input i of the block in its low bits and input i + BLOCK/2 in its high bits.
         scale: channels: [F]. groups: [g,F] for g groups.
         offset: [g,F], or None.
         outer_scale: [h,F], or None: a factor on the scales of g / h groups each, as in GGUF's K-quants.
@@ -85,7 +85,7 @@ class Quantized(WeightForm):
         kept, inputs = own[: -len(self.inputs)], own[-len(self.inputs) :]
         if not self.grouped:
             return replace(self, q=own, scale=kept)
-        names = {"q": f"{inputs[0]} {kept}", "scale": f"{inputs[0]}{kept}", "order": ""}
+        names = {"q": f"{inputs[0]}{kept}", "scale": f"{inputs[0]}{kept}", "order": ""}
         names |= dict.fromkeys(("offset", "outer_scale", "outer_offset"), names["scale"])
         return replace(self, **{name: letters for name, letters in names.items() if getattr(self, name) is not None})
 
@@ -106,7 +106,10 @@ class Quantized(WeightForm):
             return replace(self, q=q, scale=scale, inputs=(q.shape[1],))
         names = ("q", "scale", "offset", "outer_scale", "outer_offset")
         parts = {name: a for name in names if (a := getattr(self, name)) is not None}
-        parts = {name: a.reshape(*a.shape[: 2 if name == "q" else 1], channels) for name, a in parts.items()}
+        parts = {
+            name: a.reshape(a.shape[0], -1, *a.shape[-2:]) if name == "q" else a.reshape(a.shape[0], channels)
+            for name, a in parts.items()
+        }
         return replace(self, **parts, inputs=(math.prod(self.inputs),))
 
     def dense(self) -> Float[Array, "*w"]:
@@ -138,10 +141,9 @@ class Quantized(WeightForm):
 
     def values(self, dtype: Any) -> Float[Array, "D F"]:
         """The values of a flat weight in groups, transposed, in the order of q."""
+        q = self.q.swapaxes(1, 2).reshape(self.q.shape[0], self.q.shape[2], -1)  # [I,·,F]
         if self.kind in ("int4", "mxfp4"):
-            q = jnp.concatenate([cpu.codes(self.q & 15, self.kind), cpu.codes(self.q >> 4, self.kind)], axis=1)
-        else:
-            q = self.q
+            q = jnp.concatenate([cpu.codes(q & 15, self.kind), cpu.codes(q >> 4, self.kind)], axis=1)
         scale, offset = self.scales()
         q = q.reshape(len(scale), -1, q.shape[-1]).astype(jnp.float32)
         q = q + (cpu.center(self.kind) - self.zero) if cpu.center(self.kind) != self.zero else q
@@ -170,6 +172,12 @@ class Quantized(WeightForm):
             return replace(self, **{n: cut(a) for n in names if (a := getattr(self, n)) is not None}).values(dtype)
 
         return count, size * BLOCK, values
+
+
+def tile(channels: int) -> int:
+    """Channels that are stored together, in groups: a power of two that divides the last axis of channels. The bytes
+    that a CPU reads for a block of inputs are then consecutive."""
+    return math.gcd(channels, BLOCK)
 
 
 def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
@@ -208,7 +216,9 @@ def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
         if x.shape[0] <= cpu.MAX_SINGLE_ROWS:
             return jnp.stack([cpu.grouped_row(row, w) for row in x])
         return cpu.by_blocks(x, w)
-    product = cpu.integer_channels if w.activations and w.kind == "int8" else cpu.float_channels
+    # Few rows are limited by memory bandwidth: integers would not be faster.
+    integers = w.activations and w.kind == "int8" and x.shape[0] > MAX_SINGLE_ROWS
+    product = cpu.integer_channels if integers else cpu.float_channels
     return product(x, w.q) * w.scale.astype(jnp.float32)
 
 

@@ -14,7 +14,6 @@ from jaxlm.nn import linear
 # Inputs that are multiplied with integers before a scale is applied. The sum of 32 products of 8 and 4 bits fits in 16
 # bits, so that a vector instruction has twice the lanes that float32 has.
 BLOCK = 32
-MAX_WIDTH = 2048  # of a product of one row: XLA's fast kernel takes vectors of less than 16 KiB
 MAX_SINGLE_ROWS = 2  # up to this number of rows, weights in groups are multiplied row by row
 CHANNELS, BLOCKS = 512, 16  # channels, or blocks of inputs, that are dequantized at a time for more rows
 
@@ -29,16 +28,7 @@ def round_rows(x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B D"], Float[Array
 def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Array, "B F"]:
     """x rounded to int8, times q, without the scales of q."""
     x, scale = round_rows(x)
-    if x.shape[0] > linear.MAX_SINGLE_ROWS:
-        y = jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32)
-    else:
-        y = jnp.stack([_integer_row(row, q) for row in x])
-    return y.astype(jnp.float32) * scale
-
-
-def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Int[Array, " F"]:
-    parts = [slice(begin, begin + MAX_WIDTH) for begin in range(0, x.size, MAX_WIDTH)]
-    return sum(x[part].astype(jnp.int32) @ q[:, part].astype(jnp.int32).T for part in parts)
+    return jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32).astype(jnp.float32) * scale
 
 
 def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
@@ -75,31 +65,28 @@ def grouped_row(x: Float[Array, " D"], w: Any) -> Float[Array, " F"]:
     With `activations`, x is rounded to 8 bits in blocks. Sums of integers over a block are exact in 16 bits if q has 4.
     """
     x = x.astype(jnp.float32).reshape(-1, BLOCK)
-    factor = jnp.ones(len(x), jnp.float32)
-    dtype = jnp.float32
+    dtype, factor = jnp.float32, jnp.ones((len(x), 1), jnp.float32)
     if w.activations and w.kind != "mxfp4":
-        rounded, scale = round_rows(x)
         dtype = jnp.int16 if w.kind == "int4" else jnp.int32
-        x, factor = rounded.astype(jnp.float32) * scale, scale[:, 0]
-        inputs = jax.lax.optimization_barrier(rounded.astype(dtype))
-    else:
-        inputs = jax.lax.optimization_barrier(x)
+        factor = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / 127
+        x = jnp.round(x / factor)
+    x, sums, factor = jax.lax.optimization_barrier((x.astype(dtype), jnp.sum(x, axis=1)[:, None], factor))
     half, low = BLOCK // 2, w.kind in ("int4", "mxfp4")
-    total: Any = jnp.zeros((), dtype)
+    of, total = x[:, None, :, None], jnp.zeros((), dtype)
     for i in range(half if low else BLOCK):
         if low:
-            total += inputs[:, i, None] * codes(w.q[:, i] & 15, w.kind).astype(dtype)
-            total += inputs[:, i + half, None] * codes(w.q[:, i] >> 4, w.kind).astype(dtype)
+            total += of[:, :, i] * codes(w.q[:, :, i] & 15, w.kind).astype(dtype)
+            total += of[:, :, i + half] * codes(w.q[:, :, i] >> 4, w.kind).astype(dtype)
         else:
-            total += inputs[:, i, None] * w.q[:, i].astype(dtype)
-    total = jax.lax.optimization_barrier(total).astype(jnp.float32)
-    scale, offset = w.scales()
-    total = (total.reshape(len(scale), -1, total.shape[-1]) * scale[:, None]).reshape(total.shape)
-    y = factor @ jax.lax.optimization_barrier(total)
-    sums = x.reshape(len(scale), -1).sum(axis=1)
+            total += of[:, :, i] * w.q[:, :, i].astype(dtype)
+    total = jax.lax.optimization_barrier(total).reshape(len(x), -1).astype(jnp.float32)
+    scale, offset = (a if a is None else a[:, None] for a in w.scales())
+    by_group = (scale.shape[0], -1, scale.shape[-1])
+    sums, total = sums.reshape(by_group[0], -1, 1), total.reshape(by_group)
     if (shift := center(w.kind) - w.zero) != 0:
-        y += shift * (sums @ scale)
-    return y if offset is None else y + sums @ offset
+        total += shift * sums
+    total = total * scale if offset is None else total * scale + sums * offset
+    return factor[:, 0] @ jax.lax.optimization_barrier(total.reshape(len(x), -1))
 
 
 def center(kind: str) -> int:
@@ -124,7 +111,7 @@ def by_blocks(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
         of_x = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
         return y + linear.plain_einsum("BD,DF->BF", of_x, each(i, x.dtype))
 
-    return jax.lax.fori_loop(0, parts, add, jnp.zeros((x.shape[0], w.q.shape[-1]), jnp.float32))
+    return jax.lax.fori_loop(0, parts, add, jnp.zeros((x.shape[0], w.scale.shape[-1]), jnp.float32))
 
 
 def from_blocks(y: Float[Array, "B F"], w: Any) -> Float[Array, "B D"]:
