@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
 from jaxlm.nn import quantized_cpu as cpu
-from jaxlm.nn.linear import MAX_SINGLE_ROWS, WeightForm, plain_einsum
+from jaxlm.nn.linear import WeightForm, plain_einsum
 from jaxlm.nn.quantized_cpu import BLOCK
 
 
@@ -216,9 +216,7 @@ def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
         if x.shape[0] <= cpu.MAX_SINGLE_ROWS:
             return jnp.stack([cpu.grouped_row(row, w) for row in x])
         return cpu.by_blocks(x, w)
-    # Few rows are limited by memory bandwidth: integers would not be faster.
-    integers = w.activations and w.kind == "int8" and x.shape[0] > MAX_SINGLE_ROWS
-    product = cpu.integer_channels if integers else cpu.float_channels
+    product = cpu.integer_channels if w.activations and w.kind == "int8" else cpu.float_channels
     return product(x, w.q) * w.scale.astype(jnp.float32)
 
 

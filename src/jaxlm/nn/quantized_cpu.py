@@ -28,7 +28,22 @@ def round_rows(x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B D"], Float[Array
 def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Array, "B F"]:
     """x rounded to int8, times q, without the scales of q."""
     x, scale = round_rows(x)
-    return jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32).astype(jnp.float32) * scale
+    if x.shape[0] > linear.MAX_SINGLE_ROWS:
+        y = jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32)
+    else:
+        y = jnp.stack([_integer_row(row, q) for row in x])
+    return y.astype(jnp.float32) * scale
+
+
+def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Int[Array, " F"]:
+    """As linear.single_row. Without the barrier, the sum of parts would be fused with the products."""
+    width = x.size if x.size < 4096 else 2048
+
+    def part(begin: int) -> Array:
+        y = x[begin : begin + width].astype(jnp.int32) @ q[:, begin : begin + width].astype(jnp.int32).T
+        return jax.lax.optimization_barrier(y)
+
+    return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 
 
 def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
