@@ -3,19 +3,23 @@
     python benchmarks/quantized.py speed [--shape Qwen/Qwen3-0.6B] [--types int8,int4] [--rounds 5] [--rivals]
     python benchmarks/quantized.py loss MODEL TEXT [--types int8,int8-weights,int4,fp8]
 
-`speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `loss` evaluates each type on
-the same text: bits per byte, the KL divergence from the unquantized model, how often both have the same likeliest token,
-bytes of the weights, and decoded tokens per second; with --rivals those of llama.cpp at the nearest type.
+`speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `loss` compares each type with
+the unquantized model on the same text: bits per byte, KL divergence, how often the likeliest token is the same, and bytes
+of the weights.
 """
 
 import argparse
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+import jaxlm
 from jaxlm.bench import rivals
 from jaxlm.bench.cases import Case
 from jaxlm.bench.measure import Jaxlm
@@ -27,7 +31,7 @@ from jaxlm.devices.hardware import gigabytes
 from jaxlm.exporting import export
 from jaxlm.model import Model
 from jaxlm.nn import params
-from jaxlm.nn.quantize import quantizer
+from jaxlm.nn.quantize import TYPES, quantizer
 
 NEAREST = {"bfloat16": "bf16", "int8": "q8_0", "int8-weights": "q8_0", "int4": "q4_0", "fp8": "q8_0"}
 
@@ -72,11 +76,48 @@ def measure(contestants: dict[str, Any], cases: list[Case], V: int, rounds: int)
                 if number and sample is not None:
                     tokens = case.batch * case.tokens
                     found.setdefault((case, name), []).append(tokens / sample.seconds)
+                    print(f"{case.name}, batch {case.batch}, {name}: {tokens / sample.seconds:.1f}", file=sys.stderr)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds: tokens/s, best (median)")
     print(f"| | {' | '.join(contestants)} |\n" + "| --- " * (len(contestants) + 1) + "|")
     for case in cases:
         cells = [f"{max(a):.1f} ({statistics.median(a):.1f})" for name in contestants if (a := found[case, name])]
         print(f"| {case.name}, batch {case.batch} | {' | '.join(cells)} |", flush=True)
+
+
+def loss(args: argparse.Namespace) -> None:
+    """Every type on the same text, beside the model as it is loaded in float32."""
+    model = jaxlm.load(args.model, dtype=args.dtype)
+    text = Path(args.text).read_bytes()[: args.bytes].decode(errors="ignore")
+    ids = np.array(model.tokenizer.encode(text), np.int32)
+    rows = ids[: len(ids) // args.length * args.length].reshape(-1, args.length)
+    nbytes = len(model.tokenizer.decode(rows.ravel().tolist()).encode())
+    print(f"{Path(args.model).name}: {rows.size:,} tokens in rows of {args.length}, {nbytes:,} bytes, jax {jax.__version__}")
+    print("| type | bits per byte | change | KL, nats | same top-1 | weights |\n| --- | --- | --- | --- | --- | --- |")
+    whole = None
+    for type in (None, *args.types.split(",")):
+        other = model if type is None else jaxlm.load(args.model, dtype=args.dtype, quantize=type)
+        sums = compare(model, other, rows, args.batch)
+        bits = sums[0] / np.log(2) / nbytes
+        whole = whole or bits
+        count = rows.size - len(rows)
+        size = gigabytes(params.nbytes(other.weights))
+        print(f"| {type or args.dtype} | {bits:.4f} | {bits / whole - 1:+.2%} | {sums[1] / count:.4f} | "
+              f"{sums[2] / count:.2%} | {size} |", flush=True)  # fmt: skip
+
+
+def compare(model: Model, other: Model, rows: np.ndarray, batch: int) -> np.ndarray:
+    """Sums over all predicted tokens: nats of `other`, KL(model || other), and equal likeliest tokens."""
+
+    @jax.jit
+    def of_batch(tokens: jax.Array, one: Any, two: Any) -> jax.Array:
+        p, q = (jax.nn.log_softmax(model.forward(tokens, w)[0][:, :-1]) for w in (one, two))
+        nats = -jnp.sum(jnp.take_along_axis(q, tokens[:, 1:, None], axis=-1))
+        same = jnp.sum(p.argmax(axis=-1) == q.argmax(axis=-1)).astype(jnp.float32)
+        return jnp.stack([nats, jnp.sum(jnp.exp(p) * (p - q)), same])
+
+    parts = [of_batch(jnp.asarray(rows[i : i + batch]), model.weights, other.weights)
+             for i in range(0, len(rows) // batch * batch or 1, batch)]  # fmt: skip
+    return np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
 
 
 def main() -> None:
@@ -90,6 +131,15 @@ def main() -> None:
     of_speed.add_argument("--rivals", action="store_true")
     of_speed.add_argument("--out", type=Path, default=Path("build/quantized"))
     of_speed.set_defaults(run=speed)
+    of_loss = commands.add_parser("loss")
+    of_loss.add_argument("model")
+    of_loss.add_argument("text")
+    of_loss.add_argument("--types", default=",".join(TYPES))
+    of_loss.add_argument("--bytes", type=int, default=120_000)
+    of_loss.add_argument("--dtype", default="float32")
+    of_loss.add_argument("--length", type=int, default=512)
+    of_loss.add_argument("--batch", type=int, default=4)
+    of_loss.set_defaults(run=loss)
     args = parser.parse_args()
     args.run(args)
 
