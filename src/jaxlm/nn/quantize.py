@@ -30,8 +30,6 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
     Norms are not. With int4, embedding and head are int8: a lookup needs rows, and errors of the head reach every
     logit. Neither are weights int4 whose number of inputs is not a multiple of a group's; they are int8.
     """
-    if name not in TYPES:
-        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
     if row.letters in params.NORMS:
         return None
     in_groups = row.path not in ("embed", "head") and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
@@ -45,6 +43,8 @@ def num_inputs(row: params.TensorSpec) -> int:
 
 def quantizer(name: str) -> Callable[[params.TensorSpec, jax.Array], Any]:
     """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices."""
+    if name not in TYPES:
+        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
 
     def run(row: params.TensorSpec, w: jax.Array) -> Any:
         if (type := type_of(row, name)) is None:
