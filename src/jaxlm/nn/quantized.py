@@ -125,7 +125,9 @@ class Quantized(WeightForm):
     def rows(self, index: Any) -> Float[Array, "*index D"]:
         """Rows of a weight [V,D] in `dtype`, such as the embeddings of tokens."""
         if self.grouped:
-            return self.dense()[index]
+            names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+            taken = replace(self, **{name: a[..., index] for name in names if (a := getattr(self, name)) is not None})
+            return taken.dense()
         return (self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]).astype(self.dtype)
 
     def scales(self) -> tuple[Float[Array, "g F"], Any]:

@@ -1,0 +1,151 @@
+"""Weights of quantized checkpoints: the tensors that make one, and its numbers in the layout of nn.quantized.Quantized.
+
+A format (quantized_formats.py, gguf_packed.py) reads some output channels at a time, so that no second copy of a large
+tensor exists. Nothing becomes a float on the way.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.checkpoint.safetensors import DTYPES, Tensor, aligned, read_into
+from jaxlm.nn.quantized import Quantized
+from jaxlm.nn.quantized_cpu import BLOCK
+
+ELEMENTS = 1 << 24  # weights that are read at a time
+# Output channels that are transposed at a time: the lines of the cache that they share stay in it.
+CHANNELS = 2048
+ALIGNMENT = 8  # output channels that some formats store in one number
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), **DTYPES,
+}  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """A weight of a quantized checkpoint, in place of its Tensor.
+
+    Attributes:
+        name: name of the weight that it stands for.
+        dtype: type of the dequantized weight, as in safetensors.
+        shape: shape of the weight, as a matrix [F,D].
+        encoding: its type, for messages ("int4").
+        parts: the tensors that it is stored as.
+        read: function of the parts, first and last output channel to the flat Quantized of numpy arrays.
+        in_rows: whether the channels are read as they are stored (layout channels): all of them at once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str
+    parts: tuple[Tensor, ...]
+    read: Callable[["Packed", int, int], Quantized]
+    in_rows: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def offset(self) -> int:
+        return self.parts[0].offset
+
+    def part(self, end: str) -> Tensor | None:
+        """The part whose name ends like this."""
+        return next((part for part in self.parts if part.name.endswith(end)), None)
+
+
+def read_rows(tensor: Tensor, begin: int, end: int) -> np.ndarray:
+    """Rows of a tensor, in its type."""
+    dtype = INTEGERS[tensor.dtype]
+    each = tensor.nbytes // tensor.shape[0]
+    raw = aligned((end - begin) * each)
+    read_into(raw, tensor, begin * each)
+    return raw.view(dtype).reshape(end - begin, *tensor.shape[1:])
+
+
+def read_columns(tensor: Tensor, begin: int, end: int) -> np.ndarray:
+    """Columns of a matrix, in its type."""
+    dtype, (rows, columns) = INTEGERS[tensor.dtype], tensor.shape
+    raw = aligned(rows * (end - begin) * dtype.itemsize).reshape(rows, -1)
+    read_into(raw, tensor, begin * dtype.itemsize, columns * dtype.itemsize)
+    return raw.view(dtype)
+
+
+def read_all(tensor: Tensor) -> np.ndarray:
+    """A small tensor."""
+    raw = aligned(tensor.nbytes)
+    read_into(raw, tensor, 0)
+    return raw.view(INTEGERS[tensor.dtype]).reshape(tensor.shape)
+
+
+def in_blocks(codes: np.ndarray, kind: str) -> np.ndarray:
+    """q of Quantized, from numbers in blocks of inputs [I,BLOCK,F]. Numbers of 4 bits are packed. The memory keeps its
+    order; `whole` transposes it."""
+    if kind not in ("int4", "mxfp4"):
+        return codes
+    return codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << np.uint8(4)
+
+
+def by_inputs(codes: np.ndarray) -> np.ndarray:
+    """Numbers [F,D] in blocks of inputs [I,BLOCK,F]: a view."""
+    return codes.reshape(len(codes), -1, BLOCK).transpose(1, 2, 0)
+
+
+def whole(packed: Packed) -> Quantized:
+    """All output channels of a weight, as a flat Quantized of numpy arrays."""
+    channels, width = packed.shape[0], packed.shape[1]
+    step = channels if packed.in_rows else max(ELEMENTS // width // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+    if packed.in_rows:
+        return packed.read(packed, 0, channels)
+    out: dict[str, np.ndarray] = {}
+    part: Any = None
+    for begin in range(0, channels, step):
+        end = min(begin + step, channels)
+        part = packed.read(packed, begin, end)
+        for name in FIELDS:
+            if (a := getattr(part, name)) is None:
+                continue
+            if begin == 0:
+                raw = aligned(a.size // a.shape[-1] * channels * a.itemsize)
+                out[name] = raw.view(a.dtype).reshape(*a.shape[:-1], channels)
+            for i in range(0, end - begin, CHANNELS):
+                out[name][..., begin + i : min(begin + i + CHANNELS, end)] = a[..., i : i + CHANNELS]
+    return replace(part, **out)
+
+
+FIELDS = ("q", "scale", "offset", "outer_scale", "outer_offset")  # fields with an axis of output channels
+
+
+def dense_into(packed: Packed, out: np.ndarray, row: int, column: int) -> None:
+    """Fills `out` [...,columns] with a block of the dequantized weight, some output channels at a time."""
+    columns = out.shape[-1]
+    rows, width = out.size // columns, packed.shape[1]
+    flat = out.reshape(rows, columns)  # a view, or a copy
+    step = max(ELEMENTS // 4 // width // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+    for begin in range(row // ALIGNMENT * ALIGNMENT, row + rows, step):
+        first, end = max(begin, row), min(begin + step, row + rows)
+        stop = min(-(-end // ALIGNMENT) * ALIGNMENT, packed.shape[0])
+        values = dense(packed.read(packed, begin, stop))
+        flat[first - row : end - row] = values[first - begin : end - begin, column : column + columns]
+    if not np.shares_memory(flat, out):
+        out[...] = flat.reshape(out.shape)
+
+
+def dense(w: Quantized) -> np.ndarray:
+    """The dequantized weight [F,D] float32."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(_dense(replace(w, dtype=jnp.float32)))
+
+
+_dense = jax.jit(lambda w: w.dense())
