@@ -29,8 +29,8 @@ def packed(tensor: Tensor | ConcatTensor) -> Packed | None:
     if part.encoding not in FORMS or len(part.shape) != 2:
         return None
     heads = tensor.H if isinstance(tensor, ConcatTensor) else 0
-    read = partial(_read, heads=heads)
-    return Packed(tensor.name, tensor.dtype, tensor.shape, part.encoding, (part,), read)
+    bits = 4 if part.encoding in FOUR_BITS else 8
+    return Packed(tensor.name, tensor.dtype, tensor.shape, part.encoding, (part,), partial(_read, heads=heads), bits)
 
 
 def _read(packed: Packed, begin: int, end: int, heads: int) -> Quantized:
@@ -51,8 +51,7 @@ def _read(packed: Packed, begin: int, end: int, heads: int) -> Quantized:
 
 def _blocks(numbers: np.ndarray, kind: str = "int8") -> dict[str, Any]:
     """q from numbers [F,n,elements of a block]."""
-    codes = numbers.reshape(len(numbers), -1, BLOCK).transpose(1, 2, 0)
-    return {"q": in_blocks(codes, kind), "kind": kind}
+    return {"q": in_blocks(numbers, kind), "kind": kind}
 
 
 def _halves(raw: Raw, at: int) -> np.ndarray:
@@ -71,7 +70,7 @@ def _unpack(raw: Raw, bits: int, width: int) -> np.ndarray:
 
 def _nibbles(raw: Raw) -> np.ndarray:
     """q of 4 bits, from blocks whose byte i holds numbers i and i + 16, as in a Quantized."""
-    return raw.reshape(len(raw), -1, BLOCK // 2).transpose(1, 2, 0)
+    return raw.reshape(len(raw), -1, BLOCK // 2)
 
 
 def _q4_0(raw: Raw) -> dict[str, Any]:
@@ -163,3 +162,4 @@ FORMS: dict[str, Callable[[Raw], dict[str, Any]]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q2_K": _q2_k, "Q3_K": _q3_k,
     "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
+FOUR_BITS = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "MXFP4")

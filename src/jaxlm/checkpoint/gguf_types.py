@@ -123,7 +123,9 @@ def k_factors(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     to 11 are the low bits of scales and minima 4 to 7, whose high bits are the highest 2 bits of the first 8 bytes.
     """
     a, b, c = np.split(raw[:, 4:16], 3, axis=1)
-    return np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
+    return np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate(
+        [b & 63, c >> 4 | b >> 6 << 4], axis=1
+    )
 
 
 def _k_scales(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ A format (quantized_formats.py, gguf_packed.py) reads some output channels at a 
 tensor exists. Nothing becomes a float on the way.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ CHANNELS = 2048
 ALIGNMENT = 8  # output channels that some formats store in one number
 INTEGERS: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32),
-    "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), **DTYPES,
+    "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu), **DTYPES,
 }  # fmt: skip
 
 
@@ -36,8 +37,10 @@ class Packed(NamedTuple):
         shape: shape of the weight, as a matrix [F,D].
         encoding: its type, for messages ("int4").
         parts: the tensors that it is stored as.
-        read: function of the parts, first and last output channel to the flat Quantized of numpy arrays.
-        in_rows: whether the channels are read as they are stored (layout channels): all of them at once.
+        read: function of this, the first and the last output channel to a flat Quantized of numpy arrays. In groups,
+            its q is by channels [F,I,s].
+        bits: bits of a number in a Quantized.
+        in_rows: whether the numbers are read as they are stored (layout channels): all of them at once.
     """
 
     name: str
@@ -46,11 +49,17 @@ class Packed(NamedTuple):
     encoding: str
     parts: tuple[Tensor, ...]
     read: Callable[["Packed", int, int], Quantized]
+    bits: int = 8
     in_rows: bool = False
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """About the bytes of the Quantized."""
+        return max(self.nbytes, math.prod(self.shape) * self.bits // 8)
 
     @property
     def file(self) -> Path:
@@ -90,37 +99,38 @@ def read_all(tensor: Tensor) -> np.ndarray:
 
 
 def in_blocks(codes: np.ndarray, kind: str) -> np.ndarray:
-    """q of Quantized, from numbers in blocks of inputs [I,BLOCK,F]. Numbers of 4 bits are packed. The memory keeps its
-    order; `whole` transposes it."""
+    """Numbers [F,D] in blocks of inputs, [F,I,BLOCK], of which those of 4 bits are packed as in Quantized.q."""
+    codes = codes.reshape(len(codes), -1, BLOCK)
     if kind not in ("int4", "mxfp4"):
         return codes
-    return codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << np.uint8(4)
+    return codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << np.uint8(4)
 
 
-def by_inputs(codes: np.ndarray) -> np.ndarray:
-    """Numbers [F,D] in blocks of inputs [I,BLOCK,F]: a view."""
-    return codes.reshape(len(codes), -1, BLOCK).transpose(1, 2, 0)
+def as_stored(q: np.ndarray) -> np.ndarray:
+    """A view of blocks of inputs by channels [F,I,s] with the axes of Quantized.q."""
+    return q.transpose(1, 2, 0)
 
 
 def whole(packed: Packed) -> Quantized:
     """All output channels of a weight, as a flat Quantized of numpy arrays."""
-    channels, width = packed.shape[0], packed.shape[1]
-    step = channels if packed.in_rows else max(ELEMENTS // width // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+    channels, width = packed.shape
     if packed.in_rows:
         return packed.read(packed, 0, channels)
+    step = max(ELEMENTS // width // ALIGNMENT * ALIGNMENT, ALIGNMENT)
     out: dict[str, np.ndarray] = {}
     part: Any = None
     for begin in range(0, channels, step):
-        end = min(begin + step, channels)
-        part = packed.read(packed, begin, end)
+        part = packed.read(packed, begin, min(begin + step, channels))
+        part = replace(part, q=as_stored(part.q))
         for name in FIELDS:
             if (a := getattr(part, name)) is None:
                 continue
             if begin == 0:
                 raw = aligned(a.size // a.shape[-1] * channels * a.itemsize)
                 out[name] = raw.view(a.dtype).reshape(*a.shape[:-1], channels)
-            for i in range(0, end - begin, CHANNELS):
-                out[name][..., begin + i : min(begin + i + CHANNELS, end)] = a[..., i : i + CHANNELS]
+            for i in range(0, a.shape[-1], CHANNELS):
+                some = a[..., i : i + CHANNELS]
+                out[name][..., begin + i : begin + i + some.shape[-1]] = some
     return replace(part, **out)
 
 
@@ -143,7 +153,8 @@ def dense_into(packed: Packed, out: np.ndarray, row: int, column: int) -> None:
 
 
 def dense(w: Quantized) -> np.ndarray:
-    """The dequantized weight [F,D] float32."""
+    """The dequantized weight [F,D] float32. Blocks of inputs are by channels."""
+    w = replace(w, q=as_stored(w.q)) if w.grouped else w
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return np.asarray(_dense(replace(w, dtype=jnp.float32)))
 
