@@ -23,7 +23,7 @@ from jaxlm.checkpoint.safetensors import DTYPES, Tensor
 from jaxlm.devices import mesh
 from jaxlm.models.config import QUANTIZATION, brief
 from jaxlm.nn import params
-from jaxlm.nn.quantized import Quantized
+from jaxlm.nn.quantized import Quantized, tile
 from jaxlm.nn.quantized_cpu import BLOCK
 
 AHEAD = 2  # weights that are read ahead of the one that is put on its devices
@@ -352,7 +352,7 @@ def load_weights(
     pool = ThreadPoolExecutor(AHEAD, "jaxlm-read")
     try:
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
-            waiting.append((row, tensor, pool.submit(whole, tensor)))
+            waiting.append((row, tensor, pool.submit(whole, tensor, tile(_axes(row)[0][-1]))))
             if len(waiting) > AHEAD:
                 finish()
         while waiting:
@@ -363,11 +363,12 @@ def load_weights(
 
 def placed(flat: Quantized, row: params.TensorSpec, sharding: Any) -> Quantized:
     """A flat Quantized of numpy arrays with the axes of a row, on the devices of the sharding of the row's array."""
-    inputs = len(params.summed_letters(row.letters))
-    kept, summed = row.shape[: len(row.shape) - inputs], row.shape[len(row.shape) - inputs :]
+    kept, summed = _axes(row)
     own = {name: a for name in FIELDS if (a := getattr(flat, name)) is not None}
     if flat.grouped:
-        own = {name: a.reshape(*a.shape[:-1], *kept) for name, a in own.items()}
+        q, size = own.pop("q"), tile(kept[-1])
+        own = {name: a.reshape(-1, *kept) for name, a in own.items()}
+        own["q"] = q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
     else:
         own = {"q": flat.q.reshape(row.shape), "scale": flat.scale.reshape(kept)}
     shaped = replace(flat, **own, inputs=summed)
@@ -380,3 +381,9 @@ def placed(flat: Quantized, row: params.TensorSpec, sharding: Any) -> Quantized:
     return tree.unflatten(
         jax.make_array_from_callback(a.shape, each, lambda index, a=a: a[index]) for a, each in zip(leaves, over)
     )
+
+
+def _axes(row: params.TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of the axes of output channels and of inputs."""
+    split = len(row.shape) - len(params.summed_letters(row.letters))
+    return row.shape[:split], row.shape[split:]

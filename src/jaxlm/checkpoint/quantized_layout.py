@@ -21,7 +21,7 @@ from jaxlm.nn.quantized_cpu import BLOCK
 ELEMENTS = 1 << 24  # weights that are read at a time
 # Output channels that are transposed at a time: the lines of the cache that they share stay in it.
 CHANNELS = 2048
-ALIGNMENT = 8  # output channels that some formats store in one number
+ALIGNMENT = 32  # output channels that are read at a time are a multiple of it: that of formats and of `tile`
 INTEGERS: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32),
     "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu), **DTYPES,
@@ -106,13 +106,8 @@ def in_blocks(codes: np.ndarray, kind: str) -> np.ndarray:
     return codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << np.uint8(4)
 
 
-def as_stored(q: np.ndarray) -> np.ndarray:
-    """A view of blocks of inputs by channels [F,I,s] with the axes of Quantized.q."""
-    return q.transpose(1, 2, 0)
-
-
-def whole(packed: Packed) -> Quantized:
-    """All output channels of a weight, as a flat Quantized of numpy arrays."""
+def whole(packed: Packed, tile: int) -> Quantized:
+    """All output channels of a weight, as a flat Quantized of numpy arrays. tile: channels that q stores together."""
     channels, width = packed.shape
     if packed.in_rows:
         return packed.read(packed, 0, channels)
@@ -121,16 +116,16 @@ def whole(packed: Packed) -> Quantized:
     part: Any = None
     for begin in range(0, channels, step):
         part = packed.read(packed, begin, min(begin + step, channels))
-        part = replace(part, q=as_stored(part.q))
-        for name in FIELDS:
-            if (a := getattr(part, name)) is None:
-                continue
+        q = part.q.reshape(-1, tile, *part.q.shape[1:]).transpose(2, 0, 3, 1)
+        arrays = {"q": q, **{name: a for name in FIELDS if name != "q" and (a := getattr(part, name)) is not None}}
+        for name, a in arrays.items():
+            each = tile if name == "q" else 1
             if begin == 0:
-                raw = aligned(a.size // a.shape[-1] * channels * a.itemsize)
-                out[name] = raw.view(a.dtype).reshape(*a.shape[:-1], channels)
-            for i in range(0, a.shape[-1], CHANNELS):
-                some = a[..., i : i + CHANNELS]
-                out[name][..., begin + i : begin + i + some.shape[-1]] = some
+                raw = aligned(a.size // a.shape[1] * channels // each * a.itemsize)
+                out[name] = raw.view(a.dtype).reshape(a.shape[0], channels // each, *a.shape[2:])
+            for i in range(0, a.shape[1], CHANNELS // each):
+                some = a[:, i : i + CHANNELS // each]
+                out[name][:, begin // each + i :][:, : some.shape[1]] = some
     return replace(part, **out)
 
 
@@ -154,7 +149,7 @@ def dense_into(packed: Packed, out: np.ndarray, row: int, column: int) -> None:
 
 def dense(w: Quantized) -> np.ndarray:
     """The dequantized weight [F,D] float32. Blocks of inputs are by channels."""
-    w = replace(w, q=as_stored(w.q)) if w.grouped else w
+    w = replace(w, q=w.q.swapaxes(0, 1)[..., None]) if w.grouped else w
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return np.asarray(_dense(replace(w, dtype=jnp.float32)))
 
