@@ -153,7 +153,7 @@ def test_groups_that_do_not_divide_the_inputs_are_an_error(tmp_path):
 def test_unequal_groups_are_an_error(tmp_path):
     made = quantized_files.made("GPTQ", F, D)
     made.arrays["g_idx"][:] = np.minimum(np.arange(D) // 30, 5)
-    with pytest.raises(ValueError, match="groups of w.weight"):
+    with pytest.raises(ValueError, match=r"groups of w\.weight"):
         quantized_layout.whole(joined(tmp_path, made), 32)
 
 

@@ -217,7 +217,9 @@ def folder(path: Path, name: str, **fields: Any) -> tuple[Path, dict[str, np.nda
     raw = {**WIDE, **fields}
     arrays, values, section = {}, {}, {}
     plain = checkpoint_files.tensors(raw, "BF16")
-    for i, row in enumerate(params.tensors(checkpoint_files.FAMILY[raw["model_type"]].PARAMS, checkpoint_files.config(raw))):
+    for i, row in enumerate(
+        params.tensors(checkpoint_files.FAMILY[raw["model_type"]].PARAMS, checkpoint_files.config(raw))
+    ):
         own = row.names[0]
         if row.path.endswith("norm") or (row.path in ("embed", "head") and name.split(",")[0] not in EMBEDDING):
             arrays[own], values[row.path] = plain[own], plain[own].astype(np.float32).reshape(row.shape)

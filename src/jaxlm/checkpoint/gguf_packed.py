@@ -1,5 +1,5 @@
-"""Quantized tensors of GGUF files as nn.quantized.Quantized, without dequantizing them: their numbers, scales and minima
-are those of the file.
+"""Quantized tensors of GGUF files as nn.quantized.Quantized, without dequantizing them: numbers, scales and minima are
+those of the file.
 
 A Quantized has 4 or 8 bits: numbers of 2 and 3 bits take 4, those of 5 and 6 bits, and of tables (IQ4), take 8. Layout
 of the blocks: gguf_types.py.

@@ -132,8 +132,18 @@ def join(
 
 
 class Spec(NamedTuple):
-    """How a module is stored: the shape of its weight, its type, the ends of its tensors' names, those of them that must
-    be there, its bits, the inputs of a group, and the function that reads it (Packed.read)."""
+    """How a module is stored.
+
+    Attributes:
+        shape: shape of its weight [F,D].
+        encoding: its type, for messages.
+        ends: ends of the names of its tensors.
+        needed: those of them that must be there.
+        bits: bits of a number.
+        group: number of inputs of a group.
+        read: as in Packed.
+        in_rows: as in Packed.
+    """
 
     shape: tuple[int, ...]
     encoding: str

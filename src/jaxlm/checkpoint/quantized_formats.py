@@ -1,7 +1,7 @@
 """The formats of quantized checkpoints in safetensors: how the tensors of a module make one weight.
 
-All weights are scale * (number - zero). Where zeros differ from group to group, or numbers have a minimum instead, it is
-an offset of the group: it is exact in float32. Numbers of fewer than 4 bits take 4, of 5 to 7 bits take 8.
+All weights are scale * (number - zero). Where zeros differ from group to group, they become offsets of the groups,
+which is exact in float32. Numbers of fewer than 4 bits take 4 bits, those of 5 to 7 bits take 8.
 
 Sources: compressed_tensors/compressors in neuralmagic/compressed-tensors; integrations/finegrained_fp8.py in
 huggingface/transformers; nn_modules/qlinear in AutoGPTQ/AutoGPTQ and ModelCloud/GPTQModel; utils/packing_utils.py in

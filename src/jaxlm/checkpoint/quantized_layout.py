@@ -24,7 +24,8 @@ CHANNELS = 2048
 ALIGNMENT = 32  # output channels that are read at a time are a multiple of it: that of formats and of `tile`
 INTEGERS: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32),
-    "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu), **DTYPES,
+    "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    **DTYPES,
 }  # fmt: skip
 
 

@@ -260,7 +260,7 @@ def _on_mesh(spec: str, x: Float[Array, "*x"], w: Quantized) -> Float[Array, "*y
     first = _first_axes(inputs, w, arrays)
 
     def part(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Inputs are sharded over `first`, if at all. In groups, q is divided into whole tiles, and all else like it."""
+        """Inputs are sharded over `first`, if at all; channels in groups as the tiles of q are."""
         last, tiles = own[-len(w.inputs) - 1], w.q.shape[-3] if w.grouped else 0
         counts = [tiles if tiles and letter == last else n for letter, n in zip(letters.ljust(len(shape)), shape)]
         axes = list(mesh.traced_spec(letters.replace(inputs[0], " "), counts))
