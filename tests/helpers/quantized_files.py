@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from helpers import checkpoint_files
 
+from helpers import checkpoint_files
 from jaxlm.nn import params
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

@@ -1,5 +1,6 @@
-"""The values of quantized formats (helpers/quantized_files.py) beside the packages that define them: compressed-tensors,
-MLX and transformers. tests/checkpoint/test_quantized.py compares what jaxlm reads with the same values."""
+"""The values of quantized formats (helpers/quantized_files.py) beside the packages that define them.
+
+tests/checkpoint/test_quantized.py compares what jaxlm reads with the same values."""
 
 from typing import Any
 

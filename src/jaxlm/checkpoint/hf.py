@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint import gguf
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
-from jaxlm.checkpoint.quantized_layout import Packed, dense_into
+from jaxlm.checkpoint.quantized_layout import AnyTensor, Packed, dense_into
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_json as read_json
@@ -36,9 +36,6 @@ PIECE = 64 << 20  # bytes sent to an accelerator at a time
 SAMPLES, SAMPLE = 64, 64 << 10
 # Buffers in some checkpoints that follow from the config.
 IGNORABLE = (".rotary_emb.inv_freq",)
-
-
-AnyTensor = Tensor | ConcatTensor | Packed
 
 
 class MatchResult(NamedTuple):
@@ -144,7 +141,7 @@ def _report(faults: Mapping[str, list[str]], config: str) -> None:
         raise ValueError(f"the weights do not match {config}. {'; '.join(report)}{hint}")
 
 
-def alike(head: AnyTensor, embed: AnyTensor) -> bool:
+def alike(head: Any, embed: Any) -> bool:
     """Whether a stored head is the embedding that config.json ties it to, by SAMPLES of both.
 
     Both would take as long to read as the embedding takes twice, and the head is not needed. A head that was trained
@@ -152,10 +149,9 @@ def alike(head: AnyTensor, embed: AnyTensor) -> bool:
     """
     if (head.dtype, head.shape) != (embed.dtype, embed.shape):
         return False
-    if isinstance(head, Packed) and isinstance(embed, Packed):
-        return len(head.parts) == len(embed.parts) and all(map(alike, head.parts, embed.parts))
-    if not (isinstance(head, Tensor) and isinstance(embed, Tensor)):
-        return False
+    if isinstance(head, Packed) or isinstance(embed, Packed):
+        same_kind = type(head) is type(embed) and len(head.parts) == len(embed.parts)
+        return same_kind and all(map(alike, head.parts, embed.parts))
     a, b = (aligned(min(SAMPLE, head.nbytes)) for _ in range(2))
     for begin in sorted({(head.nbytes - a.nbytes) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
         read_into(a, head, begin)
@@ -165,7 +161,7 @@ def alike(head: AnyTensor, embed: AnyTensor) -> bool:
     return True
 
 
-def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two tensors have the same bytes. All of them are compared, because nothing in Meta's files ties the head:
     one that differs in a few rows is a head of its own. A head in the embedding's storage is not read."""
     if isinstance(a, ConcatTensor) and isinstance(b, ConcatTensor):

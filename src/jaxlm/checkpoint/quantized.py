@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.checkpoint import gguf_packed, hf
 from jaxlm.checkpoint import quantized_formats as formats
@@ -103,7 +103,7 @@ def join(
     """
     method, faults = METHODS[scheme.method], dict[str, list[str]]()
     left = {name: t for name, t in tensors.items() if not name.startswith(tuple(ignored_prefixes))}
-    kept = {name: t for name, t in tensors.items() if name not in left}
+    kept: dict[str, Any] = {name: t for name, t in tensors.items() if name not in left}
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in left.items():
         module, _, end = name.rpartition(".")
@@ -387,6 +387,7 @@ def placed(flat: Quantized, row: params.TensorSpec, sharding: Any) -> Quantized:
         [device] = sharding.device_set
         return tree.unflatten(hf.place(leaves, [device] * len(leaves)))
     letters = jax.tree.leaves(shaped.letters(row.letters))
+    assert isinstance(sharding.mesh, Mesh)
     over = [mesh.sharding(name, a.shape, sharding.mesh) for name, a in zip(letters, leaves, strict=True)]
     return tree.unflatten(
         jax.make_array_from_callback(a.shape, each, lambda index, a=a: a[index]) for a, each in zip(leaves, over)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, aligned, read_into
 from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
@@ -73,6 +74,9 @@ class Packed(NamedTuple):
     def part(self, end: str) -> Tensor | None:
         """The part whose name ends like this."""
         return next((part for part in self.parts if part.name.endswith(end)), None)
+
+
+AnyTensor = Tensor | ConcatTensor | Packed
 
 
 def read_rows(tensor: Tensor, begin: int, end: int) -> np.ndarray:

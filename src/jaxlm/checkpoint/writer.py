@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.hf import pieces_of, read_block
 from jaxlm.checkpoint.meta import ConcatTensor
-from jaxlm.checkpoint.quantized_layout import Packed
+from jaxlm.checkpoint.quantized_layout import AnyTensor
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes of an array at a time
@@ -45,8 +45,8 @@ class Entry(NamedTuple):
 class LazyTensor:
     """A tensor on disk in place of an array, in the model's shape and row order. Rows are read when they are needed."""
 
-    def __init__(self, tensor: Tensor | ConcatTensor | Packed, shape: tuple[int, ...]):
-        self.tensor: Tensor | ConcatTensor | Packed = tensor
+    def __init__(self, tensor: AnyTensor, shape: tuple[int, ...]):
+        self.tensor: AnyTensor = tensor
         self.shape: tuple[int, ...] = shape
         # What a file stores in another type than it is loaded in is rounded once, when it is written.
         parts = tensor.parts if isinstance(tensor, ConcatTensor) else (tensor,)

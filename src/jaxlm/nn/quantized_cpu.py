@@ -99,7 +99,8 @@ def grouped_row(x: Float[Array, " D"], w: Any) -> Float[Array, " F"]:
         else:
             totals[i * parts // BLOCK] += of[:, :, i] * w.q[:, :, i].astype(dtype)
     total = jax.lax.optimization_barrier(jnp.stack(totals, axis=1)).reshape(len(x) * parts, -1).astype(jnp.float32)
-    scale, offset = (a if a is None else a[:, None] for a in w.scales())
+    scale, offset = w.scales()
+    scale, offset = scale[:, None], offset if offset is None else offset[:, None]
     by_group = (scale.shape[0], -1, scale.shape[-1])
     sums, total = sums.reshape(by_group[0], -1, 1), total.reshape(by_group)
     if (shift := center(w.kind) - w.zero) != 0:
