@@ -122,7 +122,7 @@ def float_quantized(rng: Any, F: int, D: int, *, strategy: str = "channel") -> M
     return Made({"weight": q, "weight_scale": scale}, values, _compressed("float-quantized", weights, inputs))
 
 
-def fp8_blocks(rng: Any, F: int, D: int, *, block: tuple[int, int] = (40, 64), dtype: Any = np.float32) -> Made:
+def fp8_blocks(rng: Any, F: int, D: int, *, block: tuple[int, int] = (40, 128), dtype: Any = np.float32) -> Made:
     """The last blocks of both axes are smaller. The scale multiplies, in spite of its name."""
     q = _e4m3(rng, F, D)
     scale = _scales(rng, -(-F // block[0]), -(-D // block[1])).astype(dtype)

@@ -79,8 +79,8 @@ def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
 def grouped_row(x: Float[Array, " D"], w: Any) -> Float[Array, " F"]:
     """One row of x times a weight in groups.
 
-    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. With
-    q of 8 bits they would take 32, and integers are no faster than float32 (jax 0.12), or much slower (0.10).
+    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. For
+    q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
     """
     x = x.astype(jnp.float32).reshape(-1, BLOCK)
     dtype, factor = jnp.float32, jnp.ones((len(x), 1), jnp.float32)
