@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import adapters
-from jaxlm.checkpoint import gguf_writer
+from jaxlm.checkpoint import gguf_writer, quantized
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged, staged_file
 from jaxlm.checkpoint.gguf_files import SUFFIX, is_gguf
@@ -369,15 +369,16 @@ def config_json(model: Model, config: dict[str, Any] | None, dtype: str | None) 
             "`Config.from_hf` as export(model, out, config={...})"
         )
     raw = config if config is not None else checkpoint.config if checkpoint else {}
+    plain = quantized.without_section(raw)  # the weights that are written are not quantized
     # Unknown fields were checked when the model was loaded.
     allow = _field_names(raw) if config is None else ()
     if difference := _difference(model.config, model.family.Config.from_hf(raw, allow)):
         raise ValueError(
             f"config.json does not describe this model ({difference}): pass the correct contents as config="
         )
-    if config is None and dtype is None and checkpoint and checkpoint.format == "hf":
+    if config is None and dtype is None and checkpoint and checkpoint.format == "hf" and plain == raw:
         return {CONFIG: checkpoint.folder / CONFIG}  # unchanged, so the file is copied
-    return {CONFIG: raw if dtype is None else _with_dtype(raw, dtype)}
+    return {CONFIG: plain if dtype is None else _with_dtype(plain, dtype)}
 
 
 def _difference(ours: Any, theirs: Any) -> str:

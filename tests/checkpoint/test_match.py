@@ -32,7 +32,7 @@ def test_all_misfits_are_reported_together_with_counts(tmp_path):
         "missing: 2 (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
         "unexpected: 1 (model.layers.0.self_attn.q_proj.bias); "
         "misshapen: 1 (model.layers.0.mlp.gate_proj.weight [8, 12] instead of [12, 8]); "
-        "of an unsupported type (supported: F32, BF16, F16; quantized checkpoints are not): "
+        "of an unsupported type (supported: F32, BF16, F16; config.json names no quantization): "
         "1 (model.layers.1.self_attn.o_proj.weight I8). "
         "Are both files of the same model and revision?"
     )
@@ -49,7 +49,8 @@ def test_quantised_checkpoint(tmp_path):
     arrays = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in checkpoint_files.tensors().items()}
     message = misfit(tmp_path, arrays)
     assert (
-        "(supported: F32, BF16, F16; quantized checkpoints are not): 21 (model.embed_tokens.weight F8_E4M3, " in message
+        "(supported: F32, BF16, F16; config.json names no quantization): 21 (model.embed_tokens.weight F8_E4M3, "
+        in message
     )
 
 

@@ -35,7 +35,8 @@ def tensors(raw: dict[str, Any] = LLAMA, kind: str = "F32", spelling: int = 0) -
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     """A sound safetensors file."""
-    other = {"I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    other = {"I8": np.int8, "U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64,
+             "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}  # fmt: skip
     kinds = {np.dtype(kind): name for name, kind in (KINDS | other).items()}
     header, data = {}, b""
     for name, array in arrays.items():

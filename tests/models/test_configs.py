@@ -76,33 +76,11 @@ def test_unknown_fields_are_named_in_one_line(family: str, caplog: pytest.LogCap
     assert not caplog.records
 
 
-QUANTIZED = [
-    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "'gptq', 4 bits"),
-    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, "'awq', 4 bits"),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "'bitsandbytes', 4 bits"),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "'bitsandbytes', 8 bits"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, "'fp8'"),
-    ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "'compressed-tensors'"),
-    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "'mxfp4'"),
-    ({"group_size": 64, "bits": 4, "mode": "affine"}, "'MLX', 4 bits"),  # as `quantization`, and a copy in the other
-]
-
-
 @pytest.mark.parametrize("field", ["quantization_config", "quantization", "compression_config"])
-@pytest.mark.parametrize(("quantization", "kind"), QUANTIZED, ids=[kind for _, kind in QUANTIZED])
-def test_a_quantized_checkpoint_says_so(quantization: dict[str, Any], kind: str, field: str) -> None:
-    """Allowing the field would change the result, so it is not proposed, and does not help."""
-    with pytest.raises(ValueError, match=rf"quantized \({kind}\).*What loads: .*base_model.*GGUF") as refused:
-        config("llama3", allow=(field,), **{field: quantization})
-    assert "allow" not in str(refused.value)
-
-
-def test_a_vision_language_model_may_be_quantized_too() -> None:
-    text = {"num_hidden_layers": 34, "hidden_size": 2560}
-    for fields in ({"quantization": {"bits": 4, "group_size": 64}}, {"quantization_config": {"quant_method": "gptq"}}):
-        for hf in ({"text_config": text, **fields}, {"text_config": {**text, **fields}}):
-            with pytest.raises(ValueError, match="quantized"):
-                models.gemma3.Config.from_hf({"model_type": "gemma3", **hf})
+def test_the_quantization_is_not_part_of_the_config(field: str) -> None:
+    """checkpoint/quantized.py reads it, or refuses it."""
+    section = {"quant_method": "gptq", "bits": 4}
+    assert config("llama3", **{field: section}) == config("llama3")
 
 
 def test_several_faults_are_named_together() -> None:

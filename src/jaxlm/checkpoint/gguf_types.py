@@ -36,7 +36,7 @@ TYPES = {
 }  # fmt: skip
 BY_NAME = {block.name: block for block in TYPES.values()}
 # The values of 4 bits in IQ4_NL and IQ4_XS, and in MXFP4 (twice those of e2m1).
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
@@ -61,7 +61,7 @@ def _float(raw: np.ndarray, dtype: type = np.float16) -> np.ndarray:
     return np.ascontiguousarray(raw).view(dtype).astype(np.float32)
 
 
-def _unpack(raw: np.ndarray, bits: int, width: int) -> np.ndarray:
+def unpack(raw: np.ndarray, bits: int, width: int) -> np.ndarray:
     """Numbers of a few bits [n,m] from bytes [n,m * bits / 8]. Of each `width` bytes, the lowest bits of all bytes are
     the first `width` numbers, the next bits the next ones."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
@@ -77,16 +77,16 @@ def _scaled(scale: np.ndarray, numbers: np.ndarray, minimum: np.ndarray | None =
 
 
 def _q4_0(raw: np.ndarray) -> np.ndarray:
-    return _scaled(_float(raw[:, :2]), _unpack(raw[:, 2:], 4, 16).astype(np.int8) - np.int8(8))
+    return _scaled(_float(raw[:, :2]), unpack(raw[:, 2:], 4, 16).astype(np.int8) - np.int8(8))
 
 
 def _q4_1(raw: np.ndarray) -> np.ndarray:
-    return _scaled(_float(raw[:, :2]), _unpack(raw[:, 4:], 4, 16)) + _float(raw[:, 2:4])[:, :, None]
+    return _scaled(_float(raw[:, :2]), unpack(raw[:, 4:], 4, 16)) + _float(raw[:, 2:4])[:, :, None]
 
 
 def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Numbers of 5 bits: four in `low`, and the fifth of number i in bit i of `high`."""
-    return _unpack(low, 4, 16) | np.unpackbits(high, axis=1, bitorder="little") << np.uint8(4)
+    return unpack(low, 4, 16) | np.unpackbits(high, axis=1, bitorder="little") << np.uint8(4)
 
 
 def _q5_0(raw: np.ndarray) -> np.ndarray:
@@ -104,62 +104,68 @@ def _q8_0(raw: np.ndarray) -> np.ndarray:
 def _q2_k(raw: np.ndarray) -> np.ndarray:
     scales, numbers, d, least = np.split(raw, [16, 80, 82], axis=1)
     scale, minimum = _float(d) * (scales & 15).astype(np.float32), _float(least) * (scales >> 4).astype(np.float32)
-    return _scaled(scale, _unpack(numbers, 2, 32), minimum)
+    return _scaled(scale, unpack(numbers, 2, 32), minimum)
 
 
 def _q3_k(raw: np.ndarray) -> np.ndarray:
     high, low, scales, d = np.split(raw, [32, 96, 108], axis=1)
     # 16 scales of 6 bits: 4 bits of each in 8 bytes, then 2 bits of each in 4 bytes.
-    scales = (_unpack(scales[:, :8], 4, 8) | _unpack(scales[:, 8:], 2, 4) << np.uint8(4)).astype(np.int8) - np.int8(32)
+    scales = (unpack(scales[:, :8], 4, 8) | unpack(scales[:, 8:], 2, 4) << np.uint8(4)).astype(np.int8) - np.int8(32)
     # A high bit of 0 subtracts 4.
-    numbers = (_unpack(low, 2, 32) | _unpack(high, 1, 32) << np.uint8(2)).astype(np.int8) - np.int8(4)
+    numbers = (unpack(low, 2, 32) | unpack(high, 1, 32) << np.uint8(2)).astype(np.int8) - np.int8(4)
     return _scaled(_float(d) * scales.astype(np.float32), numbers)
 
 
-def _k_scales(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and minima [n,8] of Q4_K and Q5_K: factors of 6 bits in 12 bytes, times the block's two float16.
+def k_factors(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors [n,8] of 6 bits, in 12 bytes, of the scales and minima of Q4_K and Q5_K.
 
     Bytes 0 to 3 hold scales 0 to 3, bytes 4 to 7 minima 0 to 3, in their low 6 bits. The low and high 4 bits of bytes 8
     to 11 are the low bits of scales and minima 4 to 7, whose high bits are the highest 2 bits of the first 8 bytes.
     """
     a, b, c = np.split(raw[:, 4:16], 3, axis=1)
-    scale = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1).astype(np.float32)
-    minimum = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1).astype(np.float32)
+    return np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate(
+        [b & 63, c >> 4 | b >> 6 << 4], axis=1
+    )
+
+
+def _k_scales(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and minima [n,8] of Q4_K and Q5_K: factors, times the block's two float16."""
+    scale, minimum = (factor.astype(np.float32) for factor in k_factors(raw))
     return _float(raw[:, :2]) * scale, _float(raw[:, 2:4]) * minimum
 
 
 def _q4_k(raw: np.ndarray) -> np.ndarray:
     scale, minimum = _k_scales(raw)
-    return _scaled(scale, _unpack(raw[:, 16:], 4, 32), minimum)
+    return _scaled(scale, unpack(raw[:, 16:], 4, 32), minimum)
 
 
 def _q5_k(raw: np.ndarray) -> np.ndarray:
     scale, minimum = _k_scales(raw)
-    numbers = _unpack(raw[:, 48:], 4, 32) | _unpack(raw[:, 16:48], 1, 32) << np.uint8(4)
+    numbers = unpack(raw[:, 48:], 4, 32) | unpack(raw[:, 16:48], 1, 32) << np.uint8(4)
     return _scaled(scale, numbers, minimum)
 
 
 def _q6_k(raw: np.ndarray) -> np.ndarray:
     low, high, scales, d = np.split(raw, [128, 192, 208], axis=1)
-    numbers = (_unpack(low, 4, 64) | _unpack(high, 2, 32) << np.uint8(4)).astype(np.int8) - np.int8(32)
+    numbers = (unpack(low, 4, 64) | unpack(high, 2, 32) << np.uint8(4)).astype(np.int8) - np.int8(32)
     return _scaled(_float(d) * _float(scales, np.int8), numbers)
 
 
 def _iq4_nl(raw: np.ndarray) -> np.ndarray:
-    return _scaled(_float(raw[:, :2]), _IQ4[_unpack(raw[:, 2:], 4, 16)])
+    return _scaled(_float(raw[:, :2]), IQ4[unpack(raw[:, 2:], 4, 16)])
 
 
 def _iq4_xs(raw: np.ndarray) -> np.ndarray:
     # 8 scales of 6 bits: 2 bits of each in a 16-bit number, 4 bits of each in 4 bytes, two scales in a byte.
     high, low = np.split(raw[:, 2:8], [2], axis=1)
-    scales = (_unpack(low, 4, 1) | _unpack(high, 2, 1) << np.uint8(4)).astype(np.int8) - np.int8(32)
-    return _scaled(_float(raw[:, :2]) * scales.astype(np.float32), _IQ4[_unpack(raw[:, 8:], 4, 16)])
+    scales = (unpack(low, 4, 1) | unpack(high, 2, 1) << np.uint8(4)).astype(np.int8) - np.int8(32)
+    return _scaled(_float(raw[:, :2]) * scales.astype(np.float32), IQ4[unpack(raw[:, 8:], 4, 16)])
 
 
 def _mxfp4(raw: np.ndarray) -> np.ndarray:
     # Half of 2^(e - 127), because _E2M1 has twice the values. In float32, 2^-127 and 2^-128 are subnormal.
     scale = np.ldexp(np.float32(1), raw[:, :1].astype(np.int32) - 128)
-    return _scaled(scale, _E2M1[_unpack(raw[:, 1:], 4, 16)])
+    return _scaled(scale, _E2M1[unpack(raw[:, 1:], 4, 16)])
 
 
 # The types that are read, and the function of each from blocks [n,bytes] uint8 to float32.

@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint import gguf
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
+from jaxlm.checkpoint.quantized_layout import AnyTensor, Packed, dense_into
 from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks, listed, read_into
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_json as read_json
@@ -47,7 +48,7 @@ class MatchResult(NamedTuple):
         no_weights: why there are no tensors; empty if there are (jaxlm.loading.resolving.match_tensors, headers_only).
     """
 
-    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]]
+    pairs: list[tuple[params.TensorSpec, AnyTensor]]
     heads: list[Tensor]
     ignored: list[Tensor]
     no_weights: str = ""
@@ -94,7 +95,7 @@ def match(
     Args:
         table: the family's PARAMS.
         cfg: the family's Config.
-        tensors: Tensor or ConcatTensor by name.
+        tensors: Tensor, ConcatTensor or Packed by name.
         ignored_prefixes: prefixes of tensor names that are known and not used.
         faults: misfits found before (what is wrong: names), to report with the others.
         config: name of the file that the sizes are from, for messages.
@@ -125,7 +126,7 @@ def match(
         "missing": missing,
         "unexpected": [name for name in left if name not in passed],
         "misshapen": misshapen,
-        f"of an unsupported type (supported: {', '.join(DTYPES)}; quantized checkpoints are not)": unreadable,
+        f"of an unsupported type (supported: {', '.join(DTYPES)}; config.json names no quantization)": unreadable,
         "stored under two names": duplicate,
         f"unlike the embedding that {config} ties them to (to use them, set tie_word_embeddings to false)": differ,
     }
@@ -140,7 +141,7 @@ def _report(faults: Mapping[str, list[str]], config: str) -> None:
         raise ValueError(f"the weights do not match {config}. {'; '.join(report)}{hint}")
 
 
-def alike(head: Tensor, embed: Tensor) -> bool:
+def alike(head: Any, embed: Any) -> bool:
     """Whether a stored head is the embedding that config.json ties it to, by SAMPLES of both.
 
     Both would take as long to read as the embedding takes twice, and the head is not needed. A head that was trained
@@ -148,6 +149,9 @@ def alike(head: Tensor, embed: Tensor) -> bool:
     """
     if (head.dtype, head.shape) != (embed.dtype, embed.shape):
         return False
+    if isinstance(head, Packed) or isinstance(embed, Packed):
+        same_kind = type(head) is type(embed) and len(head.parts) == len(embed.parts)
+        return same_kind and all(map(alike, head.parts, embed.parts))
     a, b = (aligned(min(SAMPLE, head.nbytes)) for _ in range(2))
     for begin in sorted({(head.nbytes - a.nbytes) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
         read_into(a, head, begin)
@@ -157,7 +161,7 @@ def alike(head: Tensor, embed: Tensor) -> bool:
     return True
 
 
-def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two tensors have the same bytes. All of them are compared, because nothing in Meta's files ties the head:
     one that differs in a few rows is a head of its own. A head in the embedding's storage is not read."""
     if isinstance(a, ConcatTensor) and isinstance(b, ConcatTensor):
@@ -170,11 +174,11 @@ def same(a: Tensor | ConcatTensor, b: Tensor | ConcatTensor) -> bool:
 
 
 Index = tuple[slice, ...]  # a block of an array: one slice per axis
-Piece = tuple[Tensor, np.ndarray, int, int]  # the arguments of `read_block`
+Piece = tuple[Tensor | Packed, np.ndarray, int, int]  # the arguments of `read_block`
 
 
 def new_block(
-    tensor: Tensor | ConcatTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype
+    tensor: AnyTensor, shape: tuple[int, ...], index: Index, dtype: np.dtype
 ) -> tuple[np.ndarray, Iterator[Piece]]:
     """Allocates a block of a tensor in host memory.
 
@@ -206,9 +210,12 @@ def _run(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> tuple[int, in
     return start * each, (stop - start) * each
 
 
-def pieces_of(tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: int) -> Iterator[Piece]:
+def pieces_of(tensor: AnyTensor, out: np.ndarray, row: int, column: int) -> Iterator[Piece]:
     """The pieces, of about SLICE bytes (CONVERTED if they are not only read), that fill `out` with the block of a
     tensor that begins at a row and a column, the tensor seen as a matrix."""
+    if isinstance(tensor, Packed):
+        yield tensor, out, row, column
+        return
     joined = (
         tensor if isinstance(tensor, ConcatTensor) else ConcatTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,))
     )
@@ -232,12 +239,15 @@ def pieces_of(tensor: Tensor | ConcatTensor, out: np.ndarray, row: int, column: 
             yield part, block, top - above + begin, left - beside
 
 
-def read_block(tensor: Tensor, out: np.ndarray, row: int = 0, column: int = 0) -> int:
+def read_block(tensor: Tensor | Packed, out: np.ndarray, row: int = 0, column: int = 0) -> int:
     """Fills `out` with the block of a tensor that begins at a row and a column, the tensor seen as a matrix.
 
     out has any type and strides. Its last axis is the block's columns, the others together are its rows. Returns the
     number of bytes of the elements in `tensor.dtype`.
     """
+    if isinstance(tensor, Packed):
+        dense_into(tensor, out, row, column)
+        return out.size * DTYPES[tensor.dtype].itemsize
     source, width, columns = DTYPES[tensor.dtype], _matrix(tensor.shape)[1], out.shape[-1]
     direct = source == out.dtype and out.flags.c_contiguous and not tensor.encoding
     if tensor.encoding:
@@ -285,7 +295,7 @@ _fill = jax.jit(
 
 
 def load_weights(
-    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]],
+    pairs: list[tuple[params.TensorSpec, AnyTensor]],
     loaded_dtype: Callable[[np.dtype], np.dtype],
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
@@ -343,7 +353,7 @@ class Block(NamedTuple):
 
 
 def _blocks(
-    pairs: list[tuple[params.TensorSpec, Tensor | ConcatTensor]],
+    pairs: list[tuple[params.TensorSpec, AnyTensor]],
     loaded_dtype: Callable[[np.dtype], np.dtype],
     where: Callable[[params.TensorSpec], Any],
 ) -> Iterator[Block]:

@@ -20,8 +20,8 @@ import numpy as np
 from jaxlm.checkpoint import hf
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged
-from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft_config import CONFIG, MLX, PEFT, WEIGHTS, Layout, Settings, read_settings
+from jaxlm.checkpoint.quantized_layout import AnyTensor
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, listed, read_header
 from jaxlm.nn import lora, params
 
@@ -54,7 +54,7 @@ def find(
     cfg: Any,
     ignored_prefixes: Collection[str] = (),
     allow: Collection[str] = (),
-    base: Mapping[str, Tensor | ConcatTensor] = MappingProxyType({}),
+    base: Mapping[str, AnyTensor] = MappingProxyType({}),
 ) -> Adapter:
     """The adapter in a folder, its tensors matched with the weights that they adapt.
 
@@ -99,7 +99,7 @@ def find(
     return Adapter(folder, settings, pairs, passed)
 
 
-def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, Tensor | ConcatTensor]) -> bool:
+def _copied(tensor: Tensor, table: params.Table, cfg: Any, base: Mapping[str, AnyTensor]) -> bool:
     """Whether a tensor equals the base's embedding or head, in the tensor's type. PEFT stores copies of them with an
     adapter of the head, or if it considers the vocabulary resized."""
     name = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.hf import pieces_of, read_block
 from jaxlm.checkpoint.meta import ConcatTensor
+from jaxlm.checkpoint.quantized_layout import AnyTensor
 from jaxlm.checkpoint.safetensors import BITS, DTYPES, Tensor, chunks, listed
 
 SLICE = 8 << 20  # bytes of an array at a time
@@ -44,10 +45,10 @@ class Entry(NamedTuple):
 class LazyTensor:
     """A tensor on disk in place of an array, in the model's shape and row order. Rows are read when they are needed."""
 
-    def __init__(self, tensor: Tensor | ConcatTensor, shape: tuple[int, ...]):
-        self.tensor: Tensor | ConcatTensor = tensor
+    def __init__(self, tensor: AnyTensor, shape: tuple[int, ...]):
+        self.tensor: AnyTensor = tensor
         self.shape: tuple[int, ...] = shape
-        # What a GGUF file stores in another type than it is loaded in is rounded once, when it is written.
+        # What a file stores in another type than it is loaded in is rounded once, when it is written.
         parts = tensor.parts if isinstance(tensor, ConcatTensor) else (tensor,)
         self.dtype: np.dtype[Any] = DTYPES["F32" if any(part.encoding for part in parts) else tensor.dtype]
         self.nbytes: int = math.prod(shape) * self.dtype.itemsize

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from jaxlm.checkpoint import quantized
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft import Adapter
@@ -89,12 +90,16 @@ def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, A
         size = {"dtype": dtype.name, "bytes": count * dtype.itemsize}
         return {"present": False, "reason": tensors.no_weights, **size, "config_dtype": named}, dtype
     stored, counts, loaded = Counter[str](), Counter[str](), Counter[str]()
+    kept = 0  # bytes of weights that stay quantized
     for row, tensor in tensors.pairs:
         part = tensor.parts[0] if isinstance(tensor, ConcatTensor) else tensor
         kind = part.encoding or DTYPES[tensor.dtype].name
         stored[kind] += tensor.nbytes
         counts[kind] += 1
-        loaded[tensor.dtype] += math.prod(row.shape) * DTYPES[tensor.dtype].itemsize
+        packed = quantized.packed(tensor)
+        nbytes = math.prod(row.shape) * DTYPES[tensor.dtype].itemsize if packed is None else packed.loaded_nbytes
+        loaded[tensor.dtype] += nbytes
+        kept += 0 if packed is None else nbytes
     dtype = DTYPES[loaded.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
     all_tensors = [*(tensor for _, tensor in tensors.pairs), *tensors.heads, *tensors.ignored]
     return {
@@ -102,6 +107,7 @@ def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, A
         "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
         "bytes": loaded.total() if dtype_name == "auto" else count * dtype.itemsize,
+        "quantized": kept if dtype_name == "auto" else 0,
         "format": checkpoint.format,
         "stored": dict(stored),
         "counts": dict(counts),

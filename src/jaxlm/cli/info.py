@@ -89,6 +89,8 @@ def _architecture(facts: dict[str, Any]) -> str:
 
 def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
     size = f"{_gigabytes(weights['bytes'])} in {weights['dtype']}"
+    if weights.get("quantized"):
+        size = f"{_gigabytes(weights['bytes'])}, of which {_gigabytes(weights['quantized'])} quantized"
     if not weights["present"]:
         assumed = "" if weights["config_dtype"] else " (config.json names no type)"
         return f"not found; {size}{assumed}", [weights["reason"]] if weights["reason"] else []

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters
-from jaxlm.checkpoint import hf
+from jaxlm.checkpoint import hf, quantized
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
@@ -53,8 +53,8 @@ def load(
         format: "hf", or "meta" for Meta's original Llama 3 files. Default: detected.
         tokenizer: Folder of the tokenizer, or a tokenizer.model, if it is not stored with the weights.
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
-        dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file, and is bfloat16 for a quantized
-            GGUF file.
+        dtype: "float32", "bfloat16" or "float16" for all weights, which dequantizes those of a quantized checkpoint.
+            "auto" keeps the types of the files: quantized weights stay quantized.
         quantize: Quantize the weights while they are loaded: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py).
         revision: Branch, tag or commit on the hub.
         token: Hub access token. Default: HF_TOKEN, or the token saved by `hf auth login`.
@@ -223,6 +223,11 @@ def read_weights(
     def loaded_dtype(file_dtype: np.dtype) -> np.dtype:
         return wanted_dtype(dtype, file_dtype, device.platform)
 
+    # Without another wish, quantized weights stay as they are.
+    as_stored = quantize is None and isinstance(dtype, str) and dtype == "auto"
+    packed = [(row, found) for row, tensor in pairs if as_stored and (found := quantized.packed(tensor))]
+    paths = {row.path for row, _ in packed}
+    pairs = [pair for pair in pairs if pair[0].path not in paths]
     # For each tensor: the elements per device, and the number of different blocks on the devices of this process.
     blocks = [
         (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
@@ -231,14 +236,18 @@ def read_weights(
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
     is_float32 = pairs and loaded_dtype(file_dtypes[0]).itemsize == 4
     needed = sum(n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes))
+    needed += sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
     half = hardware.gigabytes(needed // 2)
     smaller = f", or dtype='bfloat16' (--dtype bfloat16), which needs {half}" if is_float32 else ""
     hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
+    total += sum(tensor.nbytes for _, tensor in packed)
     with loading_bar(total, progress) as advance:
-        if quantize is None:
-            return hf.load_weights(pairs, loaded_dtype, where, advance)
-        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
+        if quantize is not None:
+            return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
+        weights = hf.load_weights(pairs, loaded_dtype, where, advance)
+        quantized.load_weights(weights, packed, where, advance)
+        return weights
 
 
 def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:

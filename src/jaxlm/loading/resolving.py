@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm import adapters, models
-from jaxlm.checkpoint import gguf_files, gguf_models, headers, hf, hub, meta, peft
+from jaxlm.checkpoint import gguf_files, gguf_models, headers, hf, hub, meta, peft, quantized
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxlm.checkpoint.peft_config import Settings, read_settings
@@ -152,8 +152,9 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
             raise ValueError("--rope-factor (rope_factor=) applies to Meta's files only: config.json has the factor; "
                              "omit it")  # fmt: skip
         else:
+            scheme = quantized.scheme_of(raw)
             config = known.Config.from_hf(raw, source.allow_fields)
-            tensors = _match_hf(folder, known, config, read_index, headers_only)
+            tensors = _match_hf(folder, known, config, scheme, read_index, headers_only)
             checkpoint = hf.Checkpoint(folder, raw, {}, tensors)
     if (path := folder / "generation_config.json").exists():
         checkpoint = replace(checkpoint, generation_config=hf.read_json(path))
@@ -163,7 +164,12 @@ def _match_folder(source: ModelSource, family: Any, headers_only: bool) -> Resol
 
 
 def _match_hf(
-    folder: Path, family: Any, config: Any, read_index: headers.ReadIndex, headers_only: bool
+    folder: Path,
+    family: Any,
+    config: Any,
+    scheme: quantized.Scheme | None,
+    read_index: headers.ReadIndex,
+    headers_only: bool,
 ) -> hf.MatchResult:
     """Matches the tensors of a checkpoint in Hugging Face's format."""
     try:
@@ -173,7 +179,10 @@ def _match_hf(
         if not headers_only or (folder / ADAPTER_CONFIG).is_file():
             raise
         return hf.MatchResult([], [], [], no_weights=str(error))
-    return hf.match(family.PARAMS, config, index, family.IGNORED_PREFIXES, headers_only=headers_only)
+    ignored, faults = family.IGNORED_PREFIXES, {}
+    if scheme is not None:
+        index, faults = quantized.join(scheme, index, ignored)
+    return hf.match(family.PARAMS, config, index, ignored, faults, headers_only=headers_only)
 
 
 def _match_meta(source: ModelSource, folder: Path, family: Any) -> tuple[Any, hf.Checkpoint]:

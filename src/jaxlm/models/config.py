@@ -145,10 +145,10 @@ class Fields:
         """Returns the config, and logs the names of unknown fields.
 
         Raises:
-            ValueError: The checkpoint is quantized, or has fields that change the output and are not computed.
+            ValueError: Fields change the output and are not computed.
         """
-        if quantization := next(filter(None, map(self.left.get, QUANTIZATION)), None):
-            raise ValueError(_quantized(quantization))
+        for name in QUANTIZATION:  # checkpoint/quantized.py reads them, or refuses them
+            self.left.pop(name, None)
         self._drop_unused_windows()
         unknown = []
         for name, value in self.left.items():
@@ -185,19 +185,6 @@ class Fields:
         ):
             left.pop("use_sliding_window", None)
             left.pop("sliding_window", None)
-
-
-def _quantized(quantization: Any) -> str:
-    """The error message for a quantized checkpoint. MLX names no method."""
-    fields = quantization if isinstance(quantization, dict) else {}
-    method = fields.get("quant_method") or ("MLX" if "group_size" in fields else "unknown method")
-    bits = next((f", {bits} bits" for bits in map(fields.get, ("bits", "w_bit")) if type(bits) is int), "")
-    bits = bits or next((f", {n} bits" for n in (4, 8) if fields.get(f"load_in_{n}bit") is True), "")
-    return (
-        f"the checkpoint is quantized ({brief(method)}{bits}), which is not supported yet. What loads: the original in "
-        "bfloat16, float16 or float32, whose name is base_model in the model card (for an adapter of it: -m ORIGINAL "
-        "--adapter ADAPTER), or a GGUF file of the model"
-    )
 
 
 def _positive(name: str, value: Any) -> float:

@@ -125,7 +125,11 @@ class Quantized(WeightForm):
     def rows(self, index: Any) -> Float[Array, "*index D"]:
         """Rows of a weight [V,D] in `dtype`, such as the embeddings of tokens."""
         if self.grouped:
-            return self.dense()[index]
+            i, size = jnp.clip(jnp.ravel(index), 0, self.shape[0] - 1), self.q.shape[-1]
+            names = ("scale", "offset", "outer_scale", "outer_offset")
+            taken = {name: a[:, i] for name in names if (a := getattr(self, name)) is not None}
+            q = self.q[:, i // size, :, i % size].swapaxes(0, 1)[..., None]  # [I,rows,s,1]
+            return replace(self, q=q, **taken).dense().reshape(*jnp.shape(index), -1)
         return (self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]).astype(self.dtype)
 
     def scales(self) -> tuple[Float[Array, "g F"], Any]:
@@ -256,8 +260,10 @@ def _on_mesh(spec: str, x: Float[Array, "*x"], w: Quantized) -> Float[Array, "*y
     first = _first_axes(inputs, w, arrays)
 
     def part(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Inputs are sharded over `first`, if at all."""
-        axes = list(mesh.traced_spec(letters.replace(inputs[0], " "), shape))
+        """Inputs are sharded over `first`, if at all; channels in groups as the tiles of q are."""
+        last, tiles = own[-len(w.inputs) - 1], w.q.shape[-3] if w.grouped else 0
+        counts = [tiles if tiles and letter == last else n for letter, n in zip(letters.ljust(len(shape)), shape)]
+        axes = list(mesh.traced_spec(letters.replace(inputs[0], " "), counts))
         axes += [None] * (len(shape) - len(axes))
         if inputs[0] in letters:
             axes[letters.index(inputs[0])] = first or None
