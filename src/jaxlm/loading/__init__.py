@@ -204,6 +204,7 @@ def read_weights(
     where: Callable[[params.TensorSpec], Any],
     progress: bool | None,
     quantize: str | None = None,
+    rules: meshes.Rules = meshes.RULES,
 ) -> Weights:
     """Reads the tensors of a checkpoint onto their devices.
 
@@ -214,6 +215,7 @@ def read_weights(
         where: The sharding of the array of a TensorSpec.
         progress: As in `load`.
         quantize: As in `load`.
+        rules: How quantized weights are sharded (nn.quantize.quantizer).
 
     Raises:
         MemoryError: The weights do not fit. Raised before anything is read.
@@ -238,7 +240,7 @@ def read_weights(
     with loading_bar(total, progress) as advance:
         if quantize is None:
             return hf.load_weights(pairs, loaded_dtype, where, advance)
-        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
+        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize, rules))
 
 
 def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:

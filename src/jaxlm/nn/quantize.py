@@ -43,25 +43,50 @@ def num_inputs(row: params.TensorSpec) -> int:
     return len(params.summed_letters(row.letters))
 
 
-def quantizer(name: str) -> Callable[[params.TensorSpec, jax.Array], Any]:
-    """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices."""
+def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
+    """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices.
+
+    Args:
+        name: One of TYPES.
+        rules: How the result is sharded over a mesh: `mesh.RULES`, or `mesh.FSDP_RULES` in training.
+    """
 
     def run(row: params.TensorSpec, w: jax.Array) -> Any:
         if (type := type_of(row, name)) is None:
             return w
-        return jax.block_until_ready(_program(type, num_inputs(row), row.letters, w.shape, w.dtype, w.sharding)(w))
+        sizes = (type, num_inputs(row), row.letters, w.shape, w.dtype, w.sharding, tuple(rules.items()))
+        return jax.block_until_ready(_program(*sizes)(w))
 
     return run
 
 
+def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, Any]:
+    """The weights of a model that is quantized to `name` of TYPES, as jax.ShapeDtypeStruct.
+
+    Args:
+        table: PARAMS of the family.
+        cfg: Config of the model.
+        dtype: dtype of the represented weights.
+        name: One of TYPES.
+    """
+    weights: dict[str, Any] = {}
+    for row in params.tensors(table, cfg):
+        type, leaf = type_of(row, name), jax.ShapeDtypeStruct(row.shape, dtype)
+        make = partial(quantize, type=type or "", inputs=num_inputs(row), by_parts=False)
+        params.put(weights, row.path, leaf if type is None else jax.eval_shape(make, leaf))
+    return weights
+
+
 @lru_cache(maxsize=64)
-def _program(type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any) -> Any:
+def _program(
+    type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any, rules: tuple[Any, ...]
+) -> Any:
     make = partial(quantize, type=type, inputs=inputs)
     if not isinstance(where, NamedSharding):
         return jax.jit(make, out_shardings=where)
     made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
     of = made.letters(letters)
-    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh), made, of)
+    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh, dict(rules)), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
 
 

@@ -172,6 +172,18 @@ class Quantized(WeightForm):
         return count, size * BLOCK, values
 
 
+def is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def without_rounding(weights: Any) -> Any:
+    """Weights whose products do not round their inputs, in training too where no gradient flows to an input: the
+    embedding before the first layer."""
+    return jax.tree.map(
+        lambda w: replace(w, activations=False) if is_quantized(w) else w, weights, is_leaf=is_quantized
+    )
+
+
 def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.order is not None:
         x, w = x[:, w.order], replace(w, order=None)
