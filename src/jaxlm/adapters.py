@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxlm.checkpoint import peft
 from jaxlm.checkpoint.hf import Checkpoint
@@ -157,7 +157,7 @@ def _merged(table: params.Table, path: Any, leaf: Any) -> Any:
     if not lora.is_lora(leaf):
         return leaf
     where = leaf.a.sharding  # on one device, that of every array
-    if isinstance(where, NamedSharding):
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
         shape = jax.eval_shape(lora.fused, leaf).shape
         where = meshes.sharding("".join(params.own_letters(table, path)), shape, where.mesh)
     return jax.jit(lora.fused, out_shardings=where)(leaf)

@@ -1,5 +1,6 @@
 """Makes quantized weights from arrays: int8 and fp8 with a scale for each output channel, int4 in groups of 32."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
@@ -82,7 +83,7 @@ def _program(
     type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any, rules: tuple[Any, ...]
 ) -> Any:
     make = partial(quantize, type=type, inputs=inputs)
-    if not isinstance(where, NamedSharding):
+    if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return jax.jit(make, out_shardings=where)
     made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
     of = made.letters(letters)
@@ -135,6 +136,33 @@ def _int4(w: Float[Array, " D"]) -> tuple[Array, Array, Array]:
     _, code, scale, offset = best
     code = code.astype(jnp.uint8)
     return code[:, : BLOCK // 2] | code[:, BLOCK // 2 :] << 4, scale, offset
+
+
+@jax.jit
+def symmetric_scales(w: Float[Array, "F g s"]) -> Float[Array, "F g"]:
+    """Scales of groups in float16, for codes -8 to 7 without an offset: w is about scale * code.
+
+    They have the least squared error of those tried: the largest value of a group becomes -8 or 7, or is clipped
+    (RANGES). A scale may be negative.
+    """
+    most = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=-1, keepdims=True), axis=-1)[..., 0]
+    best: Any = None
+    for part, code_of_most in itertools.product(RANGES, (-8.0, 7.0)):
+        code = _symmetric_codes(w, most * part / code_of_most)
+        total = jnp.sum(code**2, axis=-1)
+        scale = (jnp.sum(code * w, axis=-1) / jnp.where(total > 0, total, 1.0)).astype(jnp.float16)  # linear regression
+        wide = scale.astype(jnp.float32)
+        error = jnp.sum((wide[..., None] * _symmetric_codes(w, wide) - w) ** 2, axis=-1)
+        best = (
+            (error, scale)
+            if best is None
+            else tuple(jnp.where(error < best[0], a, b) for a, b in zip((error, scale), best))
+        )
+    return best[1]
+
+
+def _symmetric_codes(w: Float[Array, "F g s"], scale: Float[Array, "F g"]) -> Array:
+    return jnp.clip(jnp.round(w / jnp.where(scale == 0, 1.0, scale)[..., None]), -8, 7)
 
 
 def _codes(w: Float[Array, "g s"], low: Float[Array, " g"], high: Float[Array, " g"]) -> tuple[Array, ...]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -203,13 +202,7 @@ def _differentiable_backward(residuals: tuple[Array, Quantized], y: Array) -> tu
     like, w = residuals
     y = y.astype(like.dtype)
     x = jax.lax.platform_dependent(y, w, cpu=_transposed_on_cpu, default=_transposed).astype(like.dtype)
-    return x, jax.tree.map(_no_gradient, w)
-
-
-def _no_gradient(a: Array) -> Any:
-    if jnp.issubdtype(a.dtype, jnp.floating):
-        return jnp.zeros_like(a)
-    return np.zeros(a.shape, jax.dtypes.float0)
+    return x, None  # zero: the weight is frozen
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
