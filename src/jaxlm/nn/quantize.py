@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from jaxlm.devices import mesh
+from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
-from jaxlm.nn.quantized import Quantized
+from jaxlm.nn.quantized import Quantized, is_quantized
 from jaxlm.nn.quantized_cpu import BLOCK
 
 # What `load(quantize=)` and --quantize take. int8 also rounds activations to 8 bits, a scale for each token.
@@ -37,6 +38,15 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
         return None
     in_groups = row.path not in ("embed", "head") and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
     return name if name != "int4" or in_groups else "int8"
+
+
+def describe(weights: Any) -> str:
+    """What a repr says of quantized weights: the type of most, and the memory of all weights ("int8 in 0.62 GB, ").
+    Empty if no weight is quantized."""
+    leaves = [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_quantized) if is_quantized(leaf)]
+    names = [f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}" for leaf in leaves]
+    found = Counter(names).most_common(1)
+    return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
 
 
 def num_inputs(row: params.TensorSpec) -> int:
