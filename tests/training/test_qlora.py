@@ -21,6 +21,8 @@ from jaxlm.nn import lora, params
 from jaxlm.nn.quantized import is_quantized, without_rounding
 from jaxlm.training import loop, optimizers, step
 from jaxlm.training.config import Data, LoraOptions, Optimizer, Run
+from jaxlm.training.init_state import frozen_weights
+from jaxlm.training.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -110,6 +112,8 @@ def test_a_run(tmp_path, capsys) -> None:
     assert saved[0] == saved[1]
     assert sum(p.stat().st_size for p in (run.out / "checkpoints").rglob("*") if p.is_file()) < 300_000  # no base
 
+    frozen = jax.tree.leaves(frozen_weights(set_up(run)), is_leaf=is_quantized)
+    assert {leaf.activations for leaf in frozen if is_quantized(leaf)} == {False}
     model = jaxlm.load(base, adapter=first.model, quantize="int4")
     assert {leaf.w.kind for _, leaf in lora.leaves(model.weights) if is_quantized(leaf.w)} == {"int4"}
     with pytest.raises(ValueError, match="trains all of them: use --method lora"):

@@ -97,7 +97,8 @@ def _program(
         return jax.jit(make, out_shardings=where)
     made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
     of = made.letters(letters)
-    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh, dict(rules)), made, of)
+    over = where.mesh
+    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over, dict(rules)), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
 
 
