@@ -131,11 +131,11 @@ def test_without_quantization(tmp_path) -> None:
         expected = params.get(same.weights, row.path)
         np.testing.assert_allclose(tensors[row.names[0]].reshape(row.shape), expected, atol=1e-7)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
-    jaxlm.export(model, tmp_path / "a.gguf", type="q8_0")
-    jaxlm.export(same, tmp_path / "b.gguf", type="q8_0")
+    jaxlm.export(model, tmp_path / "a.gguf", type="f16")
+    jaxlm.export(same, tmp_path / "b.gguf", type="f16")
     ours, theirs = (jaxlm.load(tmp_path / f"{name}.gguf", dtype="float32").weights for name in "ab")
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=0.01 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ MODEL, SAMPLING = names(_ModelFlags), names(SamplingParams)
 DISTRIBUTED = [name for name in names(ProcessFlags) if name not in ("quiet", "debug")]
 RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
-    "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter"],
+    "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter", "quantize"],
     "data": [],  # a nested dataclass: --data.*
     "Training": ["steps", "epochs", "batch", "length", "accumulate", "dtype", "weight_dtype", "grad_dtype", "remat",
                  "z_loss", "mesh", "seed"],
@@ -195,6 +195,7 @@ EXAMPLES: dict[str, list[str]] = {
     "finetune": [
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --out run",
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --lora.rank 8",
+        "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --quantize int4",
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --method full",
         "jaxlm finetune -c run.yaml --dry-run",
     ],
