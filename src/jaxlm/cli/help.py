@@ -68,7 +68,11 @@ RUN = {
     "Logging and checkpoints": ["log_every", "report", "save_every", "keep"],
     "Distributed": DISTRIBUTED,
 }  # fmt: skip
-WRITTEN = {"Output": ["out", "dtype", "type", "format", "force"], "Model": MODEL, "Distributed": DISTRIBUTED}
+WRITTEN = {
+    "Output": ["out", "dtype", "type", "quantize", "format", "force"],
+    "Model": MODEL,
+    "Distributed": DISTRIBUTED,
+}
 
 # Fields of each command by group, in the order of the help. A field belongs to the first group that lists it. Fields
 # without a group are under "Arguments" if they are positional, else under "Options".
