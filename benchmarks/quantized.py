@@ -91,7 +91,9 @@ def loss(args: argparse.Namespace) -> None:
     ids = np.array(model.tokenizer.encode(text), np.int32)
     rows = ids[: len(ids) // args.length * args.length].reshape(-1, args.length)
     nbytes = len(model.tokenizer.decode(rows.ravel().tolist()).encode())
-    print(f"{Path(args.model).name}: {rows.size:,} tokens in rows of {args.length}, {nbytes:,} bytes, jax {jax.__version__}")
+    print(
+        f"{Path(args.model).name}: {rows.size:,} tokens in rows of {args.length}, {nbytes:,} bytes, jax {jax.__version__}"
+    )
     print("| type | bits per byte | change | KL, nats | same top-1 | weights |\n| --- | --- | --- | --- | --- | --- |")
     whole = None
     for type in (None, *args.types.split(",")):

@@ -27,7 +27,7 @@ ORDER = (
     "inference",
     "server",
     "evaluation",
-    "loading exporting",
+    "loading sidecars exporting",
     "verification",
     "training",
     "bench",

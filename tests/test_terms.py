@@ -63,7 +63,7 @@ RENAMED = [
     ("checkpoint/meta.py", ["Joined"], ["ConcatTensor"]),
     ("checkpoint/writer.py", ["Stored", "rows"], ["LazyTensor", "gather_rows"]),
     ("loading/resolving.py", ["Found", "way_out"], ["Resolved"]),
-    ("exporting.py", ["other_texts"], ["sidecar_files"]),
+    ("sidecars.py", ["other_texts"], ["sidecar_files"]),
     ("nn/params.py", ["rows"], ["tensors"]),
 ]
 COMMON = {"first", "rows"}  # plain as a variable, not as the name of a function

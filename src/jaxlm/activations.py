@@ -43,6 +43,11 @@ class MarkedWeight(WeightForm):
     name: str
     has_input: bool
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.w.shape
+
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         if self.has_input:
             x = checkpoint_name(x, f"{MARK}{self.name}.input")

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxlm.checkpoint import peft
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.writer import LazyTensor
+from jaxlm.devices import mesh as meshes
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import lora, multi_lora, params
 from jaxlm.processing.tokenizer import Tokenizer
@@ -101,16 +103,19 @@ def _extends(base: Tokenizer, tokenizer: Tokenizer) -> bool:
 
 
 def placed(leaf: Any, row: params.TensorSpec, where: Where) -> Any:
-    """Moves a weight, with or without an adapter, to the devices of its sharding."""
-    if not lora.is_lora(leaf):
-        return jax.device_put(leaf, where(row))
-    shardings = (where(half) for half in lora.halves(row, leaf.a.shape[0]))
-    a, b = (jax.device_put(array, sharding) for array, sharding in zip((leaf.a, leaf.b), shardings))
-    return replace(leaf, w=jax.device_put(leaf.w, where(row)), a=a, b=b)
+    """Moves a weight, an array or a WeightForm, to the devices of its sharding."""
+
+    def put(array: jax.Array, letters: str) -> jax.Array:
+        return jax.device_put(array, where(row._replace(letters=letters, shape=array.shape)))
+
+    return jax.tree.map(put, leaf, params.letters_of(leaf, row.letters))
 
 
 def fuse(model: Model) -> Model:
     """Merges the adapter of a model into its weights, which keep their dtype and sharding.
+
+    Quantized weights that the adapter changes are dequantized: the sum is an array in the dtype of the activations, so
+    that nothing is rounded to few bits a second time. The others stay quantized.
 
     Raises:
         ValueError: The model has no adapter, or the adapter also changes tensors that are not loaded (vision).
@@ -119,7 +124,8 @@ def fuse(model: Model) -> Model:
     if not lora.count(model.weights):
         raise ValueError(f"{model.source} has no adapter: load it with one (adapter=)")
     checkpoint = None if model.checkpoint is None else without_adapter(model.checkpoint)
-    weights = jax.tree.map(_merged, model.weights, is_leaf=lora.is_lora)
+    merge = partial(_merged, model.family.PARAMS)
+    weights = jax.tree_util.tree_map_with_path(merge, model.weights, is_leaf=lora.is_lora)
     return with_stop_ids(replace(model, weights=weights, checkpoint=checkpoint))
 
 
@@ -147,10 +153,14 @@ def without_adapter(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, adapter=None)
 
 
-def _merged(leaf: Any) -> Any:
+def _merged(table: params.Table, path: Any, leaf: Any) -> Any:
     if not lora.is_lora(leaf):
         return leaf
-    return jax.jit(lora.fused, out_shardings=leaf.w.sharding)(leaf)
+    where = leaf.a.sharding  # on one device, that of every array
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        shape = jax.eval_shape(lora.fused, leaf).shape
+        where = meshes.sharding("".join(params.own_letters(table, path)), shape, where.mesh)
+    return jax.jit(lora.fused, out_shardings=where)(leaf)
 
 
 def fused_on_disk(weights: Weights, checkpoint: Checkpoint) -> Weights:
@@ -192,7 +202,7 @@ def combine(model: Model, adapted: Sequence[Model]) -> Model:
         raise ValueError(f"{model.source} has an adapter itself: load the base without it")
     for each in adapted:
         leaves = jax.tree.leaves(each.weights, is_leaf=lora.is_lora)
-        bases = [leaf.w if lora.is_lora(leaf) else leaf for leaf in leaves]
+        bases = jax.tree.leaves([leaf.w if lora.is_lora(leaf) else leaf for leaf in leaves])
         if any(one is not other for one, other in zip(bases, jax.tree.leaves(model.weights), strict=True)):
             raise ValueError(f"{each.source} is not an adapter of this model: load it with load_adapter(model, …)")
     return replace(model, weights=multi_lora.combine(model.weights, [each.weights for each in adapted]))

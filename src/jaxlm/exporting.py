@@ -2,8 +2,8 @@
 
 import itertools
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,27 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import adapters
-from jaxlm.checkpoint import gguf_writer, quantized
+from jaxlm.checkpoint import gguf_writer, quantized_writer
 from jaxlm.checkpoint import writer as files
 from jaxlm.checkpoint.atomic import staged, staged_file
 from jaxlm.checkpoint.gguf_files import SUFFIX, is_gguf
 from jaxlm.checkpoint.hf import Checkpoint
-from jaxlm.checkpoint.hub import CONFIG, OPTIONAL, TOKENIZER_FILES
 from jaxlm.checkpoint.safetensors import DTYPES, listed
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.checkpoint.writer import Entry
 from jaxlm.devices import distributed
 from jaxlm.loading import loading_bar, wanted_dtype
-from jaxlm.loading.resolving import loaded_generation_config, resolve
+from jaxlm.loading.resolving import resolve
 from jaxlm.model import Model, require_model
 from jaxlm.nn import lora, params
+from jaxlm.nn.quantize import TYPES
+from jaxlm.nn.quantized import is_quantized
 from jaxlm.processing.gguf_tokenizer_writer import tokenizer_metadata, without_row
 from jaxlm.processing.tokenizer_files import eos_ids
+from jaxlm.sidecars import config_json, sidecar_files, write_sidecars
 
 SMALL = 32 << 20  # bytes of disk space for headers and for a tokenizer that cannot be copied
-GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
-MODEL_FILES = (GENERATION, "preprocessor_config.json", "processor_config.json")  # other OPTIONAL files: tokenizer
-SidecarFiles = dict[str, Any]  # file name -> JSON contents, text, or path of the file to copy
 
 
 class Exported(NamedTuple):
@@ -50,6 +49,7 @@ def export(
     format: str = "hf",
     dtype: Any = None,
     type: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     config: dict[str, Any] | None = None,
     progress: bool | None = None,
@@ -58,8 +58,10 @@ def export(
     or file appears at `out` only when it is complete.
 
     Tensors keep the dtypes of the model's checkpoint, even if it was loaded in another dtype, and in Hugging Face's
-    format their names. Tensors that are not loaded (vision) and tokenizer files are copied. If the weights are sharded
-    over several processes, all of them must call this function; the coordinator writes.
+    format their names. Quantized weights stay quantized in a folder, which is then in the format of compressed-tensors
+    (checkpoint/quantized_writer.py); in a GGUF file they are dequantized. Tensors that are not loaded (vision) and
+    tokenizer files are copied. If the weights are sharded over several processes, all of them must call this function;
+    the coordinator writes.
 
     A GGUF file has the weights of the language model, the config, the tokenizer and the chat template. Norms are
     float32. Sampling parameters of generation_config.json are not in it.
@@ -68,16 +70,18 @@ def export(
         model: The model.
         out: Folder or .gguf file to write.
         format: "hf" (Hugging Face). A name that ends in .gguf selects GGUF.
-        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the dtype in the file. For a
-            folder only.
+        dtype: "float32", "bfloat16" or "float16" for all loaded tensors. None or "auto": the dtype in the file.
+            Without `quantize`, quantized weights are dequantized to it. For a folder only.
         type: "f32", "f16", "bf16", "q8_0" or "q4_0" for the matrices of a GGUF file. None: as in the checkpoint. The
             output head, and an embedding that is tied to it, are q8_0 in a q4_0 file.
+        quantize: Quantize the matrices of the layers: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py). For a
+            folder only.
         force: Replace an existing checkpoint folder or GGUF file at `out`.
         config: Contents of config.json, for a model without a checkpoint (`Model.init`). For a folder only.
         progress: Show a progress bar on stderr. Default: only on a terminal.
 
     Returns:
-        The folder or file, the number of tensors, their size in bytes, and notes on what is not in a GGUF file.
+        The folder or file, the number of tensors, their size in bytes, and notes on what it does not have.
 
     Raises:
         ValueError: The model has an adapter, an argument is invalid, the config does not describe the model, or GGUF
@@ -86,7 +90,7 @@ def export(
         OSError: The disk is full, or a file cannot be written. Nothing is left at `out`.
     """
     require_model(model, "export")
-    check_format(out, format, dtype, type)
+    check_format(out, format, dtype, type, quantize)
     if lora.count(model.weights):
         raise ValueError(f"{model.source} has an adapter: merge it first, with jaxlm.fuse(model) or `jaxlm fuse`")
     out = Path(os.path.realpath(os.path.expanduser(out)))
@@ -97,8 +101,13 @@ def export(
     check = partial(files.check_target, out, sources(model.checkpoint), force)
     _check_everywhere(check, model.is_multiprocess)
     wanted = None if dtype is None or str(dtype) == "auto" else wanted_dtype(dtype, np.dtype(np.float32), "cpu")
-    sidecars = sidecar_files(model) | config_json(model, config, _config_dtype(model, wanted))
-    entries = _entries(model, wanted)
+    form = quantized_writer.form_to_write(quantize) if quantize else _own_form(model) if wanted is None else None
+    entries, packed, dense = _entries(model, wanted, form, quantize is not None)
+    if packed and model.is_multiprocess:
+        raise ValueError("quantized weights are written by one process: load the model in one, or choose dtype=")
+    prefixes = model.family.IGNORED_PREFIXES if model.ignored else ()
+    added = quantized_writer.quantization_config(form, dense, prefixes) if packed and form else None
+    sidecars = sidecar_files(model) | config_json(model, config, _config_dtype(model, wanted), added)
     nbytes = sum(entry.nbytes for entry in entries)
     needed = nbytes + SMALL + sum(path.stat().st_size for path in sidecars.values() if isinstance(path, Path))
     if not model.is_multiprocess or distributed.is_coordinator():
@@ -109,7 +118,10 @@ def export(
         _gather_for_coordinator(itertools.chain(*files.in_files(entries)))
     if model.is_multiprocess:
         distributed.gather("written")
-    return Exported(out, len(entries), nbytes)
+    rounded = not all(each.is_exact for each in packed)
+    notes = ("the int4 weights were rounded again, to groups without offsets, which other tools read: export the "
+             "original model with --quantize int4 (quantize=) for smaller errors",) if rounded else ()  # fmt: skip
+    return Exported(out, len(entries), nbytes, notes)
 
 
 def _export_gguf(model: Model, out: Path, type: str | None, force: bool, progress: bool | None) -> Exported:
@@ -152,7 +164,7 @@ def _left_out(model: Model) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def check_format(out: str | Path, format: str, dtype: Any, type: str | None) -> None:
+def check_format(out: str | Path, format: str, dtype: Any, type: str | None, quantize: str | None = None) -> None:
     """Raises ValueError for a format that cannot be written, and for a type that does not apply to it."""
     if format == "meta":
         raise ValueError(
@@ -169,6 +181,11 @@ def check_format(out: str | Path, format: str, dtype: Any, type: str | None) -> 
     if to_gguf and dtype is not None and str(dtype) != "auto":
         raise ValueError(f"--dtype {dtype} (dtype=) applies to a folder, and {out} is a GGUF file: choose a --type "
                          f"(type=) of {types}")  # fmt: skip
+    if quantize is not None and to_gguf:
+        raise ValueError(f"--quantize {quantize} (quantize=) applies to a folder, and {out} is a GGUF file: choose "
+                         "--type q8_0 or q4_0 (type=)")  # fmt: skip
+    if quantize is not None and quantize not in TYPES:
+        raise ValueError(f"unknown type {quantize!r} of quantized weights: choose one of {', '.join(TYPES)}")
     if type is not None and type not in gguf_writer.CHOICES:
         raise ValueError(f"unknown type {type!r}: choose one of {types}")
 
@@ -240,19 +257,39 @@ def sources(checkpoint: Checkpoint | None) -> set[Path]:
 # Tensors
 
 
-def _entries(model: Model, wanted: np.dtype | None) -> list[Entry]:
-    """The tensors to write, with the names and dtypes of the checkpoint unless `wanted` is given."""
+def _own_form(model: Model) -> quantized_writer.Form | None:
+    """The form of most of the layers' quantized weights, if other tools know it."""
+    forms = [quantized_writer.form_of(leaf) for path, leaf in _weights(model).items() if path.startswith("layers.")]
+    return next((form for form, _ in Counter(filter(None, forms)).most_common(1)), None)
+
+
+def _entries(
+    model: Model, wanted: np.dtype | None, form: quantized_writer.Form | None, every: bool
+) -> tuple[list[Entry], list[quantized_writer.Packed], list[str]]:
+    """The tensors to write, with the names and dtypes of the checkpoint unless `wanted` is given; the weights that are
+    written in `form`, which are all matrices of the layers or those that are in this form already; and the names of the
+    layers' other matrices."""
     leaves, checkpoint, tensors, entries = _leaves(model), model.checkpoint, _tensors(model), []
+    weights, packed, dense = _weights(model), [], []
     for row in params.tensors(model.family.PARAMS, model.config):
         tensor, leaf = tensors.get(row.path), leaves[row.path]
         name = tensor.name if tensor and tensor.name in row.names else row.names[0]
+        if form is not None and quantized_writer.fits(row, form):
+            of_form = quantized_writer.form_of(weights[row.path]) == form
+            if of_form or every:
+                own = weights[row.path] if of_form else None
+                packed.append(quantized_writer.Packed(leaf, row.stored_shape[-1], form, own))
+                entries += quantized_writer.packed_entries(name, packed[-1], row.stored_shape)
+                continue
+        if row.letters not in params.NORMS and row.path.startswith("layers."):
+            dense.append(name)
         entries.append(files.array_entry(name, leaf, row.stored_shape, wanted or _file_dtype(tensor, leaf)))
     if checkpoint and checkpoint.format == "hf":
         for head in checkpoint.tensors.heads:  # a stored copy of the embedding is written too
             dtype = wanted or _file_dtype(head, leaves["embed"])
             entries.append(files.array_entry(head.name, leaves["embed"], leaves["embed"].shape, dtype))
         entries += map(files.copied_entry, checkpoint.tensors.ignored)
-    return entries
+    return entries, packed, dense
 
 
 def _tensors(model: Model) -> dict[str, Any]:
@@ -278,13 +315,8 @@ def _config_dtype(model: Model, wanted: np.dtype | None) -> str | None:
 
 
 def _leaves(model: Model) -> dict[str, Any]:
-    """The weights by path. Raises ValueError if they do not match the config."""
-    weights = model.weights
-    if isinstance(weights["layers"], dict):  # stacked for scan_layers
-        weights = params.unstack(weights)
-    leaves = {path: leaf for path, leaf in weights.items() if path != "layers"}
-    for i, layer in enumerate(weights["layers"]):
-        leaves |= {f"layers.{i}.{name}": leaf for name, leaf in layer.items()}
+    """The weights by path, quantized ones as DequantizedTensor. Raises ValueError if they do not match the config."""
+    leaves = _weights(model)
     shapes = {row.path: row.shape for row in params.tensors(model.family.PARAMS, model.config)}
     faults = [f"{path} missing" for path in shapes.keys() - leaves.keys()]
     faults += [f"{path} unknown" for path in leaves.keys() - shapes.keys()]
@@ -294,107 +326,17 @@ def _leaves(model: Model) -> dict[str, Any]:
             faults.append(f"{path} has shape {shape} instead of {shapes[path]}")
     if faults:
         raise ValueError(f"the weights do not match the config: {listed(sorted(faults))}")
+    return {
+        path: quantized_writer.DequantizedTensor(leaf) if is_quantized(leaf) else leaf for path, leaf in leaves.items()
+    }
+
+
+def _weights(model: Model) -> dict[str, Any]:
+    """The weights by path."""
+    weights = model.weights
+    if isinstance(weights["layers"], dict):  # stacked for scan_layers
+        weights = params.unstack(weights)
+    leaves = {path: leaf for path, leaf in weights.items() if path != "layers"}
+    for i, layer in enumerate(weights["layers"]):
+        leaves |= {f"layers.{i}.{name}": leaf for name, leaf in layer.items()}
     return leaves
-
-
-# Sidecar files: config.json, the tokenizer's files, generation_config.json
-
-
-def sidecar_files(model: Model) -> SidecarFiles:
-    """Files of the checkpoint to copy: tokenizer, chat template, generation_config.json."""
-    checkpoint = model.checkpoint
-    sidecars: SidecarFiles = {}
-    if checkpoint is not None:
-        folder = checkpoint.tokenizer or checkpoint.folder  # the tokenizer may be in another folder
-        paths = {name: (checkpoint.folder if name in MODEL_FILES else folder) / name for name in OPTIONAL}
-        if folder.is_file() and not is_gguf(folder):
-            paths["tokenizer.model"] = folder
-        sidecars = {name: path for name, path in paths.items() if path.is_file()}
-    if model.tokenizer is not None and model.tokenizer.has_new_tokens:
-        sidecars = {name: path for name, path in sidecars.items() if name not in TOKENIZER_FILES}
-    template = None if model.tokenizer is None else model.tokenizer.hf.chat_template
-    if model.tokenizer is not None and isinstance(template, str) and template != model.tokenizer.loaded_template:
-        sidecars.pop("chat_template.json", None)
-        sidecars[TEMPLATE] = template
-    generation_config = {k: v for k, v in model.generation_config.items() if v not in (None, [])}
-    if checkpoint is None or checkpoint.format != "hf":  # there is no such file
-        sidecars |= {GENERATION: generation_config} if generation_config and GENERATION not in sidecars else {}
-    elif model.generation_config != loaded_generation_config(checkpoint):
-        sidecars[GENERATION] = generation_config
-    return sidecars
-
-
-def tokenizer_files(model: Model) -> SidecarFiles:
-    """Files of the tokenizer and the chat template, to be written beside an adapter."""
-    return {name: content for name, content in sidecar_files(model).items() if name not in MODEL_FILES}
-
-
-def write_sidecars(folder: Path, sidecars: SidecarFiles, model: Model) -> None:
-    """Copies and writes the sidecar files. The tokenizer is saved if its files cannot be copied."""
-    if model.tokenizer is not None and lacks_tokenizer(model, sidecars):
-        model.tokenizer.hf.save_pretrained(folder)
-        sidecars.pop("tokenizer.model", None)  # in Meta's format, which transformers would read as SentencePiece
-    for name, content in sidecars.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        elif isinstance(content, str):
-            (folder / name).write_text(content, "utf-8")
-        else:
-            files.write_json(folder / name, content)
-
-
-def lacks_tokenizer(model: Model, sidecars: SidecarFiles) -> bool:
-    """Whether the model has a tokenizer and no sidecar file has it in a format that transformers reads."""
-    checkpoint = model.checkpoint
-    if model.tokenizer is None or checkpoint is None or model.tokenizer.has_new_tokens:
-        return model.tokenizer is not None
-    return (checkpoint.format != "hf" or checkpoint.tokenizer is not None) and "tokenizer.json" not in sidecars
-
-
-def config_json(model: Model, config: dict[str, Any] | None, dtype: str | None) -> SidecarFiles:
-    """config.json as a sidecar file.
-
-    Args:
-        model: The model.
-        config: Contents to write. None: those of the checkpoint.
-        dtype: dtype to set in the file; None does not change it.
-
-    Raises:
-        ValueError: The contents are missing or do not describe the model.
-    """
-    checkpoint = model.checkpoint
-    if config is None and checkpoint is None:
-        raise ValueError(
-            f"{model} has no checkpoint, so there is no config.json to write: pass its contents in the format of "
-            "`Config.from_hf` as export(model, out, config={...})"
-        )
-    raw = config if config is not None else checkpoint.config if checkpoint else {}
-    plain = quantized.without_section(raw)  # the weights that are written are not quantized
-    # Unknown fields were checked when the model was loaded.
-    allow = _field_names(raw) if config is None else ()
-    if difference := _difference(model.config, model.family.Config.from_hf(raw, allow)):
-        raise ValueError(
-            f"config.json does not describe this model ({difference}): pass the correct contents as config="
-        )
-    if config is None and dtype is None and checkpoint and checkpoint.format == "hf" and plain == raw:
-        return {CONFIG: checkpoint.folder / CONFIG}  # unchanged, so the file is copied
-    return {CONFIG: plain if dtype is None else _with_dtype(plain, dtype)}
-
-
-def _difference(ours: Any, theirs: Any) -> str:
-    names = [name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)]
-    return ", ".join(f"{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in names)
-
-
-def _field_names(value: Any) -> Collection[str]:
-    """The names of all fields, including nested ones."""
-    return set(value).union(*map(_field_names, value.values())) if isinstance(value, dict) else set()
-
-
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A config with another dtype, in the field `dtype` or `torch_dtype`, also in its text_config."""
-    fields = [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
-    config = {**config, **dict.fromkeys(fields, name)}
-    if text := config.get("text_config"):
-        config["text_config"] = {**text, **{field: name for field in ("dtype", "torch_dtype") if field in text}}
-    return config

@@ -11,12 +11,12 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from jaxlm.activations import Patch, marked, matching, names_of, run
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh, pickling
-from jaxlm.nn import check_weights, lora, params
+from jaxlm.nn import check_weights, lora, params, quantize
 from jaxlm.nn import kv_cache as caches
 from jaxlm.processing import html_views
 from jaxlm.processing.tokenizer import Tokenizer
@@ -309,8 +309,10 @@ class Model:
         count, added = params.count(self.family.PARAMS, self.config), lora.count(self.weights)
         adapter = f" and {added:,} of an adapter" if added else ""
         name = self.family.__name__.rpartition(".")[2]
-        over = "" if self.mesh is None else f", mesh {_axes(self.mesh)}"
-        return f"Model({self.source}: {name}, {count:,} parameters{adapter}, {self.dtype}{over})"
+        sizes = {} if self.mesh is None else self.mesh.shape
+        over = f", mesh {','.join(f'{axis}={size}' for axis, size in sizes.items())}" if sizes else ""
+        weights = f"{count:,} parameters{adapter}, {quantize.describe(self.weights)}{self.dtype}{over}"
+        return f"Model({self.source}: {name}, {weights})"
 
     def _repr_html_(self) -> str:
         cfg, tokenizer = self.config, self.tokenizer
@@ -323,10 +325,6 @@ class Model:
             "chat template": "yes" if tokenizer is not None and tokenizer.has_template else "no",
         }
         return html_views.table(self.source, rows)
-
-
-def _axes(over: Mesh) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in over.shape.items())
 
 
 def require_model(model: Any, caller: str) -> None:

@@ -112,7 +112,9 @@ def test_errors_of_a_weight(type: str) -> None:
 @pytest.mark.parametrize("type", quantize.TYPES)
 def test_weights_without_a_range(type: str) -> None:
     """Zeros, a constant, one sign, and numbers that are very small or large."""
-    w = np.stack([np.zeros(64), np.full(64, 0.75), np.linspace(1, 2, 64), np.full(64, -3e-6), np.linspace(-9e3, 9e3, 64)])
+    w = np.stack(
+        [np.zeros(64), np.full(64, 0.75), np.linspace(1, 2, 64), np.full(64, -3e-6), np.linspace(-9e3, 9e3, 64)]
+    )
     dense = np.asarray(quantize.quantize(jnp.asarray(w, jnp.float32), type, 1).dense())
     assert (dense[0] == 0).all()
     np.testing.assert_allclose(dense[1:], w[1:], atol=0.07 * np.abs(w[1:]).max(axis=1, keepdims=True))
@@ -124,7 +126,9 @@ def fields(kind: str, **more: Any) -> Quantized:
     q = rng.integers(0 if four else -128, 256 if four else 128, (3, 64, BLOCK // 2 if four else BLOCK))
     q = quantize.tiled(jnp.asarray(q.transpose(1, 0, 2), jnp.uint8 if four else jnp.int8), (64,))
     groups = {"scale": 3, "offset": 3, "outer_scale": 1, "outer_offset": 1}
-    arrays = {name: jnp.asarray(rng.uniform(0.5, 2, (more.pop(name, n), 64)), jnp.float32) for name, n in groups.items()}
+    arrays = {
+        name: jnp.asarray(rng.uniform(0.5, 2, (more.pop(name, n), 64)), jnp.float32) for name, n in groups.items()
+    }
     arrays = {name: a for name, a in arrays.items() if len(a)}
     return Quantized(q, **arrays, kind=kind, grouped=True, inputs=(2, 48), dtype=jnp.dtype("float32"), **more)
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxlm import models
@@ -31,7 +30,7 @@ from jaxlm.checkpoint.gguf_models import (
 from jaxlm.checkpoint.gguf_types import BY_NAME, QUANTIZABLE, TYPES, quantize
 from jaxlm.checkpoint.meta import in_pairs
 from jaxlm.checkpoint.safetensors import DTYPES
-from jaxlm.checkpoint.writer import converted, counted, row_slices
+from jaxlm.checkpoint.writer import converted, counted, is_spread, row_slices
 from jaxlm.nn import params
 from jaxlm.nn.rope import Rope
 
@@ -153,7 +152,7 @@ def entries(name: str, family: Any, cfg: Any, leaves: Mapping[str, Any], types: 
         name: the architecture in GGUF.
         family: the family.
         cfg: its Config.
-        leaves: weight by path (`layers.3.q`): jax.Array or LazyTensor, in the model's shape.
+        leaves: weight by path (`layers.3.q`): jax.Array or LazyRows, in the model's shape.
         types: one of CHOICES, or the type in GGUF by path. Tensors of one axis are F32 in any case, as llama.cpp
             expects them.
 
@@ -175,8 +174,7 @@ def entries(name: str, family: Any, cfg: Any, leaves: Mapping[str, Any], types: 
             )
         leaf = leaves[row.path]
         chunks = partial(_encoded, leaf, row, dtype, architecture, 1.0 - family.NORM_IDENTITY)
-        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        found.append(Entry(row.names[0], dtype, row.stored_shape, chunks, spread))
+        found.append(Entry(row.names[0], dtype, row.stored_shape, chunks, is_spread(leaf)))
     return found
 
 

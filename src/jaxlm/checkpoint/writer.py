@@ -6,6 +6,7 @@ written, no more than a slice is in memory.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,8 +43,31 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-class LazyTensor:
-    """A tensor on disk in place of an array, in the model's shape and row order. Rows are read when they are needed."""
+class LazyRows(ABC):
+    """What takes the place of an array that is written: rows of the leading axis are read when they are needed.
+
+    Attributes:
+        shape: The shape of the array.
+        dtype: Its dtype.
+        nbytes: Its bytes in host memory.
+        spread: Whether it is sharded over several processes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+    spread: bool = False
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def read_rows(self, begin: int, count: int) -> np.ndarray:
+        """Rows of the leading axis [count,...]."""
+
+
+class LazyTensor(LazyRows):
+    """A tensor on disk in place of an array, in the model's shape and row order."""
 
     def __init__(self, tensor: AnyTensor, shape: tuple[int, ...]):
         self.tensor: AnyTensor = tensor
@@ -52,9 +76,6 @@ class LazyTensor:
         parts = tensor.parts if isinstance(tensor, ConcatTensor) else (tensor,)
         self.dtype: np.dtype[Any] = DTYPES["F32" if any(part.encoding for part in parts) else tensor.dtype]
         self.nbytes: int = math.prod(shape) * self.dtype.itemsize
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     def read_rows(self, begin: int, count: int) -> np.ndarray:
         """Rows of the leading axis [count,...]."""
@@ -69,12 +90,18 @@ class LazyTensor:
 
 def array_entry(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
     """An array as a tensor of `shape` (axes joined as in a file). ValueError if float16 cannot hold its values."""
-    spread = isinstance(value, jax.Array) and not value.is_fully_addressable
-    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype), spread)
+    entry = Entry(name, KINDS[dtype], shape, partial(array_bytes, name, value, dtype), is_spread(value))
     if dtype == np.float16 and value.dtype != dtype:
         for _ in entry.chunks():  # converts all of it once, to check it before anything is written
             pass
     return entry
+
+
+def is_spread(value: Any) -> bool:
+    """Whether an array is sharded over several processes."""
+    if isinstance(value, LazyRows):
+        return value.spread
+    return isinstance(value, jax.Array) and not value.is_fully_addressable
 
 
 def copied_entry(tensor: Tensor) -> Entry:
@@ -98,7 +125,7 @@ def row_slices(value: Any) -> Iterator[np.ndarray]:
 
 def _read_rows(value: Any, begin: int, count: int) -> np.ndarray:
     """Rows of an array in host memory: a view if the array is in host memory."""
-    if isinstance(value, LazyTensor):
+    if isinstance(value, LazyRows):
         return value.read_rows(begin, count)
     # np.asarray of an array on other devices would copy all of it, and jax would cache the copy.
     if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:

@@ -21,6 +21,9 @@ class WriteFlags(ModelFlags):
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
     """Type of the weights in a .gguf file; q8_0 and q4_0 are quantized to 8 and 4 bits. Default: that of the model,
     bf16 if it is quantized. Norms are float32."""
+    quantize: Literal["int8", "int8-weights", "int4", "fp8"] | None = None
+    """Quantize the matrices of the layers in a folder, in the format of compressed-tensors, which transformers and vLLM
+    read."""
     format: str = "hf"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Format of a folder: hf (Hugging Face)."""
     force: bool = False
@@ -32,11 +35,14 @@ class WriteFlags(ModelFlags):
         from jaxlm.devices.hardware import gigabytes
         from jaxlm.exporting import check_format, export, open_model
 
-        check_format(out, self.format, self.dtype, self.type)  # the format to write; that of the model is detected
+        check_format(
+            out, self.format, self.dtype, self.type, self.quantize
+        )  # the format to write; that of the model is detected
         model = open_model(replace(self.source(name), format=None), fuse=fuse)
         for text in model.checkpoint.notes if model.checkpoint else ():
             note(f"{text}.")
-        done = export(model, out, dtype=self.dtype, type=self.type, force=self.force, progress=progress_flag())
+        options = {"dtype": self.dtype, "type": self.type, "quantize": self.quantize, "force": self.force}
+        done = export(model, out, **options, progress=progress_flag())
         for text in done.notes:
             note(f"{text}.")
         note(f"wrote {done.folder}: {done.tensors} tensors, {gigabytes(done.nbytes)}")

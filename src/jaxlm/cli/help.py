@@ -58,7 +58,7 @@ MODEL, SAMPLING = names(_ModelFlags), names(SamplingParams)
 DISTRIBUTED = [name for name in names(ProcessFlags) if name not in ("quiet", "debug")]
 RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
-    "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter"],
+    "Model": ["model", "shape", "tokenizer", "chat_template", "method", "adapter", "quantize"],
     "data": [],  # a nested dataclass: --data.*
     "Training": ["steps", "epochs", "batch", "length", "accumulate", "dtype", "weight_dtype", "grad_dtype", "remat",
                  "z_loss", "mesh", "seed"],
@@ -68,7 +68,11 @@ RUN = {
     "Logging and checkpoints": ["log_every", "report", "save_every", "keep"],
     "Distributed": DISTRIBUTED,
 }  # fmt: skip
-WRITTEN = {"Output": ["out", "dtype", "type", "format", "force"], "Model": MODEL, "Distributed": DISTRIBUTED}
+WRITTEN = {
+    "Output": ["out", "dtype", "type", "quantize", "format", "force"],
+    "Model": MODEL,
+    "Distributed": DISTRIBUTED,
+}
 
 # Fields of each command by group, in the order of the help. A field belongs to the first group that lists it. Fields
 # without a group are under "Arguments" if they are positional, else under "Options".
@@ -195,6 +199,7 @@ EXAMPLES: dict[str, list[str]] = {
     "finetune": [
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --out run",
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --lora.rank 8",
+        "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --quantize int4",
         "jaxlm finetune --model Qwen/Qwen3-0.6B --data.train chats.jsonl --method full",
         "jaxlm finetune -c run.yaml --dry-run",
     ],

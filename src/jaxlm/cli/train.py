@@ -63,7 +63,8 @@ class Train(ProcessFlags, Run):
         with Display() as display:
             trained = train(run, display.log, display.log_progress)
         if trained.model.name == "adapter":
-            note(f"adapter: {trained.model} (jaxlm generate -m {self.model} --adapter {trained.model} …)")
+            base = f"{self.model} --quantize {self.quantize}" if self.quantize else self.model
+            note(f"adapter: {trained.model} (jaxlm generate -m {base} --adapter {trained.model} …)")
         else:
             note(f"model: {trained.model} (jaxlm generate -m {trained.model} …)")
         if (plot := trained.folder / "loss.png").exists():

@@ -4,6 +4,7 @@ The file belongs to one model, because keys and values depend on its weights (`w
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +93,19 @@ def weights_digest(model: "Model") -> np.ndarray:
     """A digest of the config, of the static fields of weight forms, such as the scale of an adapter, and of type, shape
     and a checksum of each weight; [32] bytes."""
     leaves = jax.tree.leaves(model.weights)
-    forms = [leaf for leaf in jax.tree.leaves(model.weights, is_leaf=_is_form) if _is_form(leaf)]
-    static = [getattr(form, each.name) for form in forms for each in fields(form) if each.metadata.get("static")]
-    described = (model.config, static, [(leaf.shape, str(leaf.dtype)) for leaf in leaves])
+    described = (model.config, [*_static_fields(model.weights)], [(leaf.shape, str(leaf.dtype)) for leaf in leaves])
     digest = hashlib.sha256(repr(described).encode())
     for value in jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])(leaves)):
         digest.update(value.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _static_fields(weights: Any) -> Iterator[Any]:
+    """The static fields of weight forms, also of those within others, such as a quantized weight with an adapter."""
+    for form in filter(_is_form, jax.tree.leaves(weights, is_leaf=_is_form)):
+        for each in fields(form):
+            value = getattr(form, each.name)
+            yield from [value] if each.metadata.get("static") else _static_fields(value)
 
 
 def _is_form(leaf: Any) -> bool:

@@ -204,6 +204,7 @@ def read_weights(
     where: Callable[[params.TensorSpec], Any],
     progress: bool | None,
     quantize: str | None = None,
+    rules: meshes.Rules = meshes.RULES,
 ) -> Weights:
     """Reads the tensors of a checkpoint onto their devices.
 
@@ -214,6 +215,7 @@ def read_weights(
         where: The sharding of the array of a TensorSpec.
         progress: As in `load`.
         quantize: As in `load`.
+        rules: How quantized weights are sharded (nn.quantize.quantizer).
 
     Raises:
         MemoryError: The weights do not fit. Raised before anything is read.
@@ -244,7 +246,7 @@ def read_weights(
     total += sum(tensor.nbytes for _, tensor in packed)
     with loading_bar(total, progress) as advance:
         if quantize is not None:
-            return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
+            return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize, rules))
         weights = hf.load_weights(pairs, loaded_dtype, where, advance)
         quantized.load_weights(weights, packed, where, advance)
         return weights

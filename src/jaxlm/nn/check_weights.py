@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import params
@@ -12,7 +13,7 @@ from jaxlm.nn.linear import WeightForm
 def check(table: params.Table, cfg: Any, weights: Any) -> None:
     """Checks names, shapes and dtypes of weights. Nothing is computed, so tracers and jax.ShapeDtypeStruct are taken.
 
-    The shapes of a WeightForm (LoRA) are not checked: its product does.
+    Of a WeightForm, such as a quantized weight, the shape is checked.
 
     Args:
         table: The family's PARAMS.
@@ -29,9 +30,9 @@ def check(table: params.Table, cfg: Any, weights: Any) -> None:
     wrong = [f"{path} is missing" for path in expected if path not in found]
     wrong += [f"{path} is unknown" for path in found if path not in expected]
     for path, (shape, leaf) in found.items():
-        if isinstance(leaf, WeightForm) or path not in expected:
+        if path not in expected:
             continue
-        dtype = getattr(leaf, "dtype", None)
+        dtype = jnp.float32 if isinstance(leaf, WeightForm) else getattr(leaf, "dtype", None)
         if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             wrong.append(f"{path} is {_kind(leaf)}, not an array of floating point numbers")
         elif shape != expected[path]:
@@ -52,8 +53,8 @@ def _leaves(weights: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, 
             yield from _layer(number, layer, 0)
         return
     stacked, rest = layers.get("stacked", []), layers.get("rest", [])
-    sizes = [shape[0] for layer in stacked for leaf in layer.values() if (shape := getattr(leaf, "shape", None))]
-    count = max(sizes, default=0)  # all layers of a stack have one size; a WeightForm has no shape
+    arrays = jax.tree.leaves(stacked)
+    count = max((shape[0] for a in arrays if (shape := getattr(a, "shape", None))), default=0)
     for number in range(count * len(stacked)):
         yield from _layer(number, stacked[number % len(stacked)], 1)
     for number, layer in enumerate(rest, count * len(stacked)):
@@ -63,8 +64,13 @@ def _leaves(weights: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[int, 
 def _layer(number: int, layer: Any, axes: int) -> Iterator[tuple[str, tuple[tuple[int, ...] | None, Any]]]:
     """The weights of a layer, whose shapes have this number of leading axes more."""
     for name, leaf in layer.items() if isinstance(layer, Mapping) else ():
-        shape = getattr(leaf, "shape", None)
-        yield f"layers.{number}.{name}", (None if shape is None else tuple(shape[axes:]), leaf)
+        if isinstance(leaf, WeightForm) and axes:
+            leaf = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[axes:], a.dtype), leaf)
+            shape = leaf.shape
+        else:
+            shape = getattr(leaf, "shape", None)
+            shape = None if shape is None else tuple(shape[axes:])
+        yield f"layers.{number}.{name}", (shape, leaf)
 
 
 def _kind(value: Any) -> str:

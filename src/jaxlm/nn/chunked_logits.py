@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.devices import mesh
+from jaxlm.nn import params
+from jaxlm.nn.quantized import is_quantized
 
 # Logits per device that are in memory at once: at most this many tokens, and bytes in float32. Each chunk of the
 # backward pass reads and writes the head's gradient, [V,D] in float32. So chunks are large: 2,048 tokens of 151,936
@@ -47,7 +49,7 @@ def map_chunked_logits(
 
     def map_rows(rows: tuple[Array, Array], weights: Any) -> Any:
         B, T, _ = rows[0].shape
-        count = -(-T // min(T, max(1, limit // B)))
+        count = -(-T // min(T, max(1, limit // mesh.local_size("B", (B,)))))
         size = -(-T // count)  # of equal size, or else the last chunk would be mostly padding
 
         def split(a: Array) -> Array:
@@ -60,7 +62,13 @@ def map_chunked_logits(
         out = jax.lax.map(jax.checkpoint(map_chunk), jax.tree.map(split, rows))
         return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size)[:, :T], out)
 
-    return _per_data_shard(map_rows, (x, targets), {head_name(cfg): weights[head_name(cfg)]})
+    head = weights[head_name(cfg)]
+    if any(map(is_quantized, jax.tree.leaves(head, is_leaf=is_quantized))):
+        # Its product runs on each device's part by itself (nn/quantized.py). It has no gradient, and is gathered here,
+        # once for all chunks.
+        head = jax.tree.map(mesh.constrain, head, params.letters_of(head, "VD"))
+        return map_rows((x, targets), {head_name(cfg): head})
+    return _per_data_shard(map_rows, (x, targets), {head_name(cfg): head})
 
 
 def _per_data_shard(run: Callable[[Any, Any], Any], rows: Any, weights: Any) -> Any:

@@ -47,6 +47,11 @@ class WeightForm(ABC):
     """A weight that is not a plain array, such as LoRA or integers with scales: a pytree node that implements its own
     product."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the represented array."""
+
     @abstractmethod
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         """The result of `multiply` with the represented array, in float32."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.nn import params
 from jaxlm.nn.linear import WeightForm, product
+from jaxlm.nn.quantized import is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +45,11 @@ class Lora(WeightForm):
     scale: float = field(default=1.0, metadata={"static": True})
     rate: float = field(default=0.0, metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.w.shape
+
     def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
         """x w + scale * b (a x)."""
         of_a, of_b = factor_specs(spec)
@@ -58,11 +64,12 @@ class Lora(WeightForm):
         return replace(self, w=w, a=f"r{last}", b=f"{own.removesuffix(last)}r", key=key)
 
     def merged(self) -> Float[Array, "*w"]:
-        """w + scale * b a as one array in w's dtype, added in float32."""
+        """w + scale * b a as one array in w's dtype, added in float32. A quantized w is dequantized."""
         if self.a.ndim + self.b.ndim > self.w.ndim + 2:  # layers stacked for a scan
             return jax.vmap(Lora.merged)(self)
         delta = jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1, precision="highest")
-        return (self.w.astype(jnp.float32) + self.scale * delta).astype(self.w.dtype)
+        w = replace(self.w, dtype=jnp.float32).dense() if is_quantized(self.w) else self.w.astype(jnp.float32)
+        return (w + self.scale * delta).astype(self.w.dtype)
 
 
 def factor_specs(spec: str) -> tuple[str, str]:

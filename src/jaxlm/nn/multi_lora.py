@@ -42,6 +42,11 @@ class MultiLora(WeightForm):
     ranks: tuple[int, ...] = field(default=(), metadata={"static": True})
     scales: tuple[float, ...] = field(default=(), metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.w.shape
+
     def product(self, spec: str, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
         """x w + scale * b (a x) with the adapter of each row. The first letter of the spec is that of the rows."""
         y = product(spec, x, self.w)

@@ -101,11 +101,17 @@ def letters(table: Table, weights: Any) -> Any:
     """The letters of each weight, as a tree like the weights. Those of stacked weights begin with L."""
 
     def of(path: Any, leaf: Any) -> Any:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
-        return jax.tree.map(lambda part: "L" * ("stacked" in names) + part, letters_of(leaf, own))
+        stacked, own = own_letters(table, path)
+        return jax.tree.map(lambda part: stacked + part, letters_of(leaf, own))
 
     return jax.tree_util.tree_map_with_path(of, weights, is_leaf=lambda leaf: isinstance(leaf, WeightForm))
+
+
+def own_letters(table: Table, path: Any) -> tuple[str, str]:
+    """L if the weight at a path of jax.tree_util is stacked, else an empty string; and the letters of one layer's."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    own = table["layers." + names[-1] if names[0] == "layers" else names[-1]][0]
+    return "L" * ("stacked" in names), own
 
 
 def letters_of(leaf: Any, own: str) -> Any:

@@ -1,18 +1,20 @@
 """Makes quantized weights from arrays: int8 and fp8 with a scale for each output channel, int4 in groups of 32."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from jaxlm.devices import mesh
+from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
-from jaxlm.nn.quantized import Quantized, tile
+from jaxlm.nn.quantized import Quantized, is_quantized, tile
 from jaxlm.nn.quantized_cpu import BLOCK
 
 # What `load(quantize=)` and --quantize take. int8 also rounds activations to 8 bits, a scale for each token.
@@ -36,32 +38,67 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
     return name if name != "int4" or in_groups else "int8"
 
 
+def describe(weights: Any) -> str:
+    """What a repr says of quantized weights: the type of most, and the memory of all weights ("int8 in 0.62 GB, ").
+    Empty if no weight is quantized."""
+    leaves = [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_quantized) if is_quantized(leaf)]
+    names = [f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}" for leaf in leaves]
+    found = Counter(names).most_common(1)
+    return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
+
+
 def num_inputs(row: params.TensorSpec) -> int:
     """The number of input axes of a weight."""
     return len(params.summed_letters(row.letters))
 
 
-def quantizer(name: str) -> Callable[[params.TensorSpec, jax.Array], Any]:
-    """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices."""
+def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
+    """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices.
+
+    Args:
+        name: One of TYPES.
+        rules: How the result is sharded over a mesh: `mesh.RULES`, or `mesh.FSDP_RULES` in training.
+    """
     if name not in TYPES:
         raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
 
     def run(row: params.TensorSpec, w: jax.Array) -> Any:
         if (type := type_of(row, name)) is None:
             return w
-        return jax.block_until_ready(_program(type, num_inputs(row), row.letters, w.shape, w.dtype, w.sharding)(w))
+        sizes = (type, num_inputs(row), row.letters, w.shape, w.dtype, w.sharding, tuple(rules.items()))
+        return jax.block_until_ready(_program(*sizes)(w))
 
     return run
 
 
+def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, Any]:
+    """The weights of a model that is quantized to `name` of TYPES, as jax.ShapeDtypeStruct.
+
+    Args:
+        table: PARAMS of the family.
+        cfg: Config of the model.
+        dtype: dtype of the represented weights.
+        name: One of TYPES.
+    """
+    weights: dict[str, Any] = {}
+    for row in params.tensors(table, cfg):
+        type, leaf = type_of(row, name), jax.ShapeDtypeStruct(row.shape, dtype)
+        make = partial(quantize, type=type or "", inputs=num_inputs(row), by_parts=False)
+        params.put(weights, row.path, leaf if type is None else jax.eval_shape(make, leaf))
+    return weights
+
+
 @lru_cache(maxsize=64)
-def _program(type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any) -> Any:
+def _program(
+    type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any, rules: tuple[Any, ...]
+) -> Any:
     make = partial(quantize, type=type, inputs=inputs)
-    if not isinstance(where, NamedSharding):
+    if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return jax.jit(make, out_shardings=where)
     made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
     of = made.letters(letters)
-    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh), made, of)
+    over = where.mesh
+    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over, dict(rules)), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
 
 
@@ -118,6 +155,33 @@ def _int4(w: Float[Array, " D"]) -> tuple[Array, Array, Array]:
     _, code, scale, offset = best
     code = (code + 8).astype(jnp.uint8)
     return code[:, : BLOCK // 2] | code[:, BLOCK // 2 :] << 4, scale, offset
+
+
+@jax.jit
+def symmetric_scales(w: Float[Array, "F g s"]) -> Float[Array, "F g"]:
+    """Scales of groups in float16, for codes -8 to 7 without an offset: w is about scale * code.
+
+    They have the least squared error of those tried: the largest value of a group becomes -8 or 7, or is clipped
+    (RANGES). A scale may be negative.
+    """
+    most = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=-1, keepdims=True), axis=-1)[..., 0]
+    best: Any = None
+    for part, code_of_most in itertools.product(RANGES, (-8.0, 7.0)):
+        code = _symmetric_codes(w, most * part / code_of_most)
+        total = jnp.sum(code**2, axis=-1)
+        scale = (jnp.sum(code * w, axis=-1) / jnp.where(total > 0, total, 1.0)).astype(jnp.float16)  # linear regression
+        wide = scale.astype(jnp.float32)
+        error = jnp.sum((wide[..., None] * _symmetric_codes(w, wide) - w) ** 2, axis=-1)
+        best = (
+            (error, scale)
+            if best is None
+            else tuple(jnp.where(error < best[0], a, b) for a, b in zip((error, scale), best))
+        )
+    return best[1]
+
+
+def _symmetric_codes(w: Float[Array, "F g s"], scale: Float[Array, "F g"]) -> Array:
+    return jnp.clip(jnp.round(w / jnp.where(scale == 0, 1.0, scale)[..., None]), -8, 7)
 
 
 def _codes(w: Float[Array, "g s"], low: Float[Array, " g"], high: Float[Array, " g"]) -> tuple[Array, ...]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -184,6 +183,18 @@ def tile(channels: int) -> int:
     return math.gcd(channels, BLOCK)
 
 
+def is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def without_rounding(weights: Any) -> Any:
+    """Weights whose products do not round their inputs, in training too where no gradient flows to an input: the
+    embedding before the first layer."""
+    return jax.tree.map(
+        lambda w: replace(w, activations=False) if is_quantized(w) else w, weights, is_leaf=is_quantized
+    )
+
+
 def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.order is not None:
         x, w = x[:, w.order], replace(w, order=None)
@@ -203,13 +214,7 @@ def _differentiable_backward(residuals: tuple[Array, Quantized], y: Array) -> tu
     like, w = residuals
     y = y.astype(like.dtype)
     x = jax.lax.platform_dependent(y, w, cpu=_transposed_on_cpu, default=_transposed).astype(like.dtype)
-    return x, jax.tree.map(_no_gradient, w)
-
-
-def _no_gradient(a: Array) -> Any:
-    if jnp.issubdtype(a.dtype, jnp.floating):
-        return jnp.zeros_like(a)
-    return np.zeros(a.shape, jax.dtypes.float0)
+    return x, None  # zero: the weight is frozen
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)

@@ -141,6 +141,8 @@ class Run(Checked):
     """Train all weights (full) or a LoRA adapter (lora)."""
     adapter: Path | None = None
     """LoRA adapter to start from, in PEFT's format."""
+    quantize: Literal["int8", "int8-weights", "int4", "fp8"] | None = None
+    """Quantize the frozen weights while they are loaded, with --method lora (QLoRA)."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -196,6 +198,8 @@ class Run(Checked):
             raise ValueError("give either --model (a checkpoint) or --shape (the config.json of a new model)")
         if self.adapter is not None and self.method != "lora":
             raise ValueError("--adapter needs --method lora; to train all weights, merge it first (jaxlm fuse)")
+        if self.quantize is not None and self.method != "lora":
+            raise ValueError("--quantize needs frozen weights, and --method full trains all of them: use --method lora")
         if not self.data.train and not self.data.dataset:
             raise ValueError("no training data: give --data.train FILES or --dataset NAME")
         if not 0 <= self.data.valid_split < 1:

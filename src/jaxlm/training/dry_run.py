@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.devices import hardware, mesh
-from jaxlm.nn import params
+from jaxlm.nn import params, quantize
+from jaxlm.nn.quantized import without_rounding
 from jaxlm.training import loaders, step
 from jaxlm.training.loop import flops_per_token
 from jaxlm.training.setup import Setup, period
@@ -71,7 +72,10 @@ def _frozen_shapes(setup: Setup) -> Any:
     trained."""
     if setup.run.method == "full":
         return None
-    weights = params.shapes(setup.family.PARAMS, setup.config, jnp.dtype(setup.run.dtype))
+    sizes = (setup.family.PARAMS, setup.config, jnp.dtype(setup.run.dtype))
+    weights = params.shapes(*sizes)
+    if setup.run.quantize:
+        weights = without_rounding(quantize.shapes(*sizes, setup.run.quantize))
     shapes = jax.eval_shape(partial(params.stack, period=period(setup.config)), weights)
     if setup.mesh is None:
         return shapes

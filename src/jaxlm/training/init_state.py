@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jaxlm import loading
 from jaxlm.checkpoint import peft
+from jaxlm.devices import mesh
 from jaxlm.nn import params
+from jaxlm.nn.quantized import without_rounding
 from jaxlm.training import step
 from jaxlm.training.setup import Setup, new_weights, period
 from jaxlm.training.vocabulary import read_with_new_rows
@@ -40,7 +42,7 @@ def init_weights(setup: Setup) -> Any:
 
 def frozen_weights(setup: Setup) -> Any:
     """Returns the frozen base weights of an adapter, with stacked layers; None if all weights are trained."""
-    return _read_checkpoint(setup) if setup.run.method == "lora" else None
+    return without_rounding(_read_checkpoint(setup)) if setup.run.method == "lora" else None
 
 
 def _shardings(shapes: Any) -> Any:
@@ -51,7 +53,7 @@ def _shardings(shapes: Any) -> Any:
 
 def _read_checkpoint(setup: Setup) -> Any:
     """Returns the weights of the checkpoint, with stacked layers and rows for new tokens: in weight_dtype if they are
-    trained, else in the compute dtype."""
+    trained, else in the compute dtype or quantized."""
     run, checkpoint = setup.run, setup.checkpoint
     assert checkpoint is not None
 
@@ -67,7 +69,7 @@ def _read_checkpoint(setup: Setup) -> Any:
         assert setup.new_rows is not None
         row = row._replace(shape=(setup.config.V, *row.shape[1:]))
         grown[row.path] = read_with_new_rows(tensor, row.shape, setup.new_rows, sharding(row)).astype(dtype)
-    weights = loading.read_weights(str(run.model), rest, dtype, sharding, None)
+    weights = loading.read_weights(str(run.model), rest, dtype, sharding, None, run.quantize, mesh.FSDP_RULES)
     for path, value in grown.items():
         params.put(weights, path, value)
     return _stack_in_place(weights, setup)

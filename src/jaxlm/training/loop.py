@@ -25,8 +25,9 @@ from jaxlm.adapters import with_stop_ids
 from jaxlm.checkpoint import peft
 from jaxlm.data.packing import DataLoader
 from jaxlm.devices import distributed, hardware, mesh
-from jaxlm.exporting import export, tokenizer_files, write_sidecars
+from jaxlm.exporting import export
 from jaxlm.nn import flops, params
+from jaxlm.sidecars import tokenizer_files, write_sidecars
 from jaxlm.training import loaders, metrics, optimizers, resume, samples, step
 from jaxlm.training.config import Run, to_dict
 from jaxlm.training.init_state import frozen_weights, init_state

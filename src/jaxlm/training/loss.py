@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.chunked_logits import head_name, map_chunked_logits, target_logits
+from jaxlm.nn.quantized import is_quantized
 
 
 class Sums(NamedTuple):
@@ -44,12 +45,14 @@ def token_logprobs(
         return target_logits(logits, targets) - log_z, log_z
 
     # In float32, because the gradients of the chunks are summed in the dtype that enters the loop.
-    weights = jax.tree.map(_float32, {head_name(cfg): weights[head_name(cfg)]})
+    # Quantized weights are frozen, and stay in few bits.
+    weights = jax.tree.map(_float32, {head_name(cfg): weights[head_name(cfg)]}, is_leaf=is_quantized)
     return map_chunked_logits(family, cfg, weights, x, targets, of_chunk, chunk)
 
 
-def _float32(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # an adapter may hold a random key
+def _float32(a: Any) -> Any:
+    is_float = not is_quantized(a) and jnp.issubdtype(a.dtype, jnp.floating)  # an adapter may hold a random key
+    return a.astype(jnp.float32) if is_float else a
 
 
 def loss(

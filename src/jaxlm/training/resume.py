@@ -29,7 +29,7 @@ MUTABLE_FIELDS = (
     "optimizer.lr", FILES,
 )  # fmt: skip
 # Fields of this version whose values in runs of earlier versions are known.
-EARLIER_VALUES = dict.fromkeys(("weight_dtype", "grad_dtype", "optimizer.moment_dtype"), "float32")
+EARLIER_VALUES = dict.fromkeys(("weight_dtype", "grad_dtype", "optimizer.moment_dtype"), "float32") | {"quantize": None}
 
 
 class EarlierState(NamedTuple):
