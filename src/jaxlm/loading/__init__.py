@@ -23,6 +23,7 @@ from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
+from jaxlm.nn.quantized_kv import check_name
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
     tokenizer: str | Path | None = None,
     rope_factor: float | None = None,
     dtype: Any = "auto",
+    kv_dtype: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -53,6 +55,8 @@ def load(
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
         dtype: "float32", "bfloat16" or "float16"; "auto" keeps the type of the file, and is bfloat16 for a quantized
             GGUF file.
+        kv_dtype: dtype of the KV caches of the model: "float32", "bfloat16", "float16", or 8 bits, "int8" or "fp8".
+            "auto" depends on the platform.
         revision: Branch, tag or commit on the hub.
         token: Hub access token. Default: HF_TOKEN, or the token saved by `hf auth login`.
         offline: Use the local cache only.
@@ -85,6 +89,7 @@ def load(
         offline=offline,
         allow_fields=allow_fields,
     )
+    check_name(kv_dtype)
     resolved = resolve(source, family)
     checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device)
     _assert_same_model(str(source), resolved, dtype, where)
@@ -98,6 +103,7 @@ def load(
         generation_config=resolved.generation_config,
         source=str(source),
         checkpoint=checkpoint,
+        kv_dtype=kv_dtype,
     )
     if model.is_multiprocess:
         distributed.gather("loaded")  # wait for slower processes: the first collective of a program has a timeout
