@@ -57,8 +57,8 @@ def over_cache(
 
 def _in_float32(q: Array, k: Any, v: Any, *rest: Any) -> Array:
     """`reference` in float32: XLA compiles batched bfloat16 matmuls on CPU that it cannot run (jax 0.10 and 0.12)."""
-    q32, k32, v32 = (x if isinstance(x, QuantizedKV) else x.astype(jnp.float32) for x in (q, k, v))
-    return attention_reference.reference(q32, k32, v32, *rest).astype(q.dtype)
+    k32, v32 = (x if isinstance(x, QuantizedKV) else x.astype(jnp.float32) for x in (k, v))
+    return attention_reference.reference(q.astype(jnp.float32), k32, v32, *rest).astype(q.dtype)
 
 
 def causal_blocked(
@@ -189,6 +189,16 @@ def _online_softmax(
 
 def _in_block(stored: Any) -> tuple[Array, Any]:
     """The float32 numbers [B,K,s,H] of a block of slots, and their scale [B,K,1,1,s], 1 for floats."""
-    if isinstance(stored, QuantizedKV):
-        return stored.values.astype(jnp.float32), stored.scale[:, :, None, None]
-    return stored.astype(jnp.float32), 1.0
+    if not isinstance(stored, QuantizedKV):
+        return stored.astype(jnp.float32), 1.0
+    scale = stored.scale[:, :, None, None]
+    if stored.dtype == jnp.int8:
+        return stored.numbers(jnp.float32), scale
+    return _shifted_to_float16(stored.values).astype(jnp.float32), scale * 2.0**8
+
+
+def _shifted_to_float16(bits: Array) -> Array:
+    """Numbers of float8_e4m3fn times 2**-8 in float16, whose exponent has one more bit and another bias. XLA's own
+    conversion takes longer (docs/performance.md). NaN becomes a number: a QuantizedKV has it in its scale."""
+    bits = bits.astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)

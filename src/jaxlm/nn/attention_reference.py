@@ -170,20 +170,19 @@ def _block(
     B, T, N, H = q.shape
     K = k.shape[2]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    f32, q, quantized = jnp.float32, q.reshape(B, T, K, N // K, H), isinstance(k, QuantizedKV)
-    keys, values = ((x.values if isinstance(x, QuantizedKV) else x).astype(q.dtype) for x in (k, v))
+    f32, q = jnp.float32, q.reshape(B, T, K, N // K, H)
+    keys, values = (x.numbers(q.dtype) if isinstance(x, QuantizedKV) else x.astype(q.dtype) for x in (k, v))
     # In this order of the axes, the softmax of a decoding step is one kernel on GPU.
     scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, keys, precision=precision, preferred_element_type=f32) * scale
-    if quantized:
+    if isinstance(k, QuantizedKV):
         scores = scores * _over_scores(k.scale)
     scores = jnp.where(attention_mask(query, key, window)[:, None, :, None], scores, MASK_VALUE)
-    probs = jax.nn.softmax(scores, axis=-1)
-    if quantized:
-        probs = probs * (_over_scores(v.scale) * LARGEST[v.dtype])  # scales alone are small for float16
+    probs, divisor = jax.nn.softmax(scores, axis=-1), 1.0
+    if isinstance(v, QuantizedKV):
+        divisor = LARGEST[v.dtype]  # probabilities times scales are small for float16
+        probs = probs * (_over_scores(v.scale) * divisor)
     probs = probs.astype(values.dtype)
-    out = jnp.einsum("BKTGS,BSKH->BTKGH", probs, values, precision=precision, preferred_element_type=f32)
-    if quantized:
-        out = out / LARGEST[v.dtype]
+    out = jnp.einsum("BKTGS,BSKH->BTKGH", probs, values, precision=precision, preferred_element_type=f32) / divisor
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 

@@ -101,9 +101,7 @@ def over_cache(
         report_fallback("splash attention", reason)
         return attention_reference.over_cache(q, k, v, keys, values, query, key, window, scale, SCORE_BLOCK)
 
-    def run(
-        q: Array, k: Array, v: Array, keys: Any, values: Any, query: TokenPositions, key: TokenPositions
-    ) -> Array:
+    def run(q: Array, k: Array, v: Array, keys: Any, values: Any, query: TokenPositions, key: TokenPositions) -> Array:
         def first(keys: Any, values: Any) -> Array:
             return splash(q, as_stored(k, keys.dtype), as_stored(v, values.dtype), query, window, scale)
 

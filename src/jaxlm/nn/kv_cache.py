@@ -172,9 +172,10 @@ def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K 
     """Writes keys and values to the slots of `index`, in the cache's dtype."""
 
     def written(old: Any, new: Array) -> Any:
-        new = new.swapaxes(1, 2)
-        new = quantized_kv.quantize(new, old.dtype) if isinstance(old, QuantizedKV) else new
-        return jax.tree.map(lambda old, new: put(old, new, cache.index, 2), old, new)
+        heads: Any = new.swapaxes(1, 2)
+        if isinstance(old, QuantizedKV):
+            heads = quantized_kv.quantize(heads, old.dtype)
+        return jax.tree.map(lambda old, new: put(old, new, cache.index, 2), old, heads)
 
     return replace(cache, k=written(cache.k, k), v=written(cache.v, v))
 
