@@ -31,6 +31,7 @@ from jaxlm.bench.programs import Setting, state, tpu_slice, weights
 from jaxlm.devices import hardware
 from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import params
+from jaxlm.nn.quantized_kv import DTYPES, dtype_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Case:
     rows: int
     context: int
     chip: str = "v6e"
+    kv_dtype: str = "bfloat16"
 
 
 TABLE = [
@@ -73,7 +75,14 @@ def setting(case: Case, layers: int) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     device = tpu_slice(f"{case.chip}:2x2")[0]
-    return Setting(family, family.Config.from_hf({**hf, "num_hidden_layers": layers}), None, case.rows, device)
+    return Setting(
+        family,
+        family.Config.from_hf({**hf, "num_hidden_layers": layers}),
+        None,
+        case.rows,
+        device,
+        kv_dtype=dtype_of(case.kv_dtype),
+    )
 
 
 def compiled(case: Case, where: Setting) -> Any:
@@ -134,7 +143,7 @@ def measure(case: Case) -> dict[str, Any]:
     accounts = []
     for layers in (period, 2 * period):
         where = setting(case, layers)
-        keys = min(params.nbytes(layer["k"]) for layer in state(where, case.context).kv.layers)
+        keys = min(params.nbytes(jax.tree.leaves(layer["k"])[0]) for layer in state(where, case.context).kv.layers)
         accounts.append(account(compiled(case, where), keys, steps))
     layer = Account(*((two - one) / period for one, two in zip(*accounts)))
     total = Account(*(one + (L - period) * each for one, each in zip(accounts[0], layer)))
@@ -160,9 +169,10 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--kv-dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    for case in [Case(args.model, args.rows, args.context, args.chip)] if args.model else TABLE:
+    for case in [Case(args.model, args.rows, args.context, args.chip, args.kv_dtype)] if args.model else TABLE:
         row = measure(case)
         if args.json:
             print(json.dumps(row), flush=True)

@@ -4,8 +4,8 @@
     python benchmarks/quantized.py loss MODEL TEXT [--types int8,int8-weights,int4,fp8]
 
 `speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `loss` compares each type with
-the unquantized model on the same text: bits per byte, KL divergence, how often the likeliest token is the same, and bytes
-of the weights.
+the unquantized model on the same text: bits per byte, KL divergence, how often the likeliest token is the same, and
+bytes of the weights.
 """
 
 import argparse
@@ -89,11 +89,12 @@ def loss(args: argparse.Namespace) -> None:
     model = jaxlm.load(args.model, dtype=args.dtype)
     text = Path(args.text).read_bytes()[: args.bytes].decode(errors="ignore")
     ids = np.array(model.tokenizer.encode(text), np.int32)
-    rows = ids[: len(ids) // args.length * args.length].reshape(-1, args.length)
+    size = args.length * args.batch
+    rows = ids[: len(ids) // size * size].reshape(-1, args.length)
     nbytes = len(model.tokenizer.decode(rows.ravel().tolist()).encode())
-    print(
-        f"{Path(args.model).name}: {rows.size:,} tokens in rows of {args.length}, {nbytes:,} bytes, jax {jax.__version__}"
-    )
+    if model.tokenizer.bos_id is not None:  # some models need it; it is not predicted
+        rows = np.insert(rows, 0, model.tokenizer.bos_id, axis=1)
+    print(f"{Path(args.model).name}: {rows.size:,} tokens, {nbytes:,} bytes, jax {jax.__version__}")
     print("| type | bits per byte | change | KL, nats | same top-1 | weights |\n| --- | --- | --- | --- | --- | --- |")
     whole = None
     for type in (None, *args.types.split(",")):
@@ -118,7 +119,7 @@ def compare(model: Model, other: Model, rows: np.ndarray, batch: int) -> np.ndar
         return jnp.stack([nats, jnp.sum(jnp.exp(p) * (p - q)), same])
 
     parts = [of_batch(jnp.asarray(rows[i : i + batch]), model.weights, other.weights)
-             for i in range(0, len(rows) // batch * batch or 1, batch)]  # fmt: skip
+             for i in range(0, len(rows), batch)]  # fmt: skip
     return np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
 
 

@@ -118,9 +118,8 @@ def export(
         _gather_for_coordinator(itertools.chain(*files.in_files(entries)))
     if model.is_multiprocess:
         distributed.gather("written")
-    rounded = not all(each.is_exact for each in packed)
-    notes = ("the int4 weights were rounded again, to groups without offsets, which other tools read: export the "
-             "original model with --quantize int4 (quantize=) for smaller errors",) if rounded else ()  # fmt: skip
+    again = form is not None and not all(each.is_exact for each in packed)
+    notes = (_rounded_again(form.type),) if again else ()
     return Exported(out, len(entries), nbytes, notes)
 
 
@@ -150,6 +149,11 @@ def _export_gguf(model: Model, out: Path, type: str | None, force: bool, progres
     if model.is_multiprocess:
         distributed.gather("written")
     return Exported(out, len(entries), nbytes, _left_out(model))
+
+
+def _rounded_again(type: str) -> str:
+    return (f"the {type} weights were rounded again, to the form that other tools read: export the original model with "
+            f"--quantize {type} (quantize=) for smaller errors")  # fmt: skip
 
 
 def _left_out(model: Model) -> tuple[str, ...]:

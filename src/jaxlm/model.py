@@ -4,20 +4,20 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jaxlm.activations import Patch, marked, matching, names_of, run
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.devices import hardware, mesh, pickling
 from jaxlm.nn import check_weights, lora, params, quantize
 from jaxlm.nn import kv_cache as caches
+from jaxlm.nn.quantized_kv import check_name, dtype_of, head_bytes
 from jaxlm.processing import html_views
 from jaxlm.processing.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ class Model:
         generation_config: Contents of generation_config.json, with every EOS id in `eos_token_id`.
         source: The hub id or folder that it was loaded from.
         checkpoint: The files of the checkpoint; None for a model without a checkpoint.
+        kv_dtype: Name of the dtype of KV caches (nn/quantized_kv.py: DTYPES), or "auto": by platform.
     """
 
     family: Any
@@ -51,12 +52,14 @@ class Model:
     generation_config: dict[str, Any] = field(default_factory=dict)
     source: str = "random weights"
     checkpoint: Checkpoint | None = None
+    kv_dtype: str = "auto"
     _process: int = field(init=False)  # the process that it was made in
 
     def __post_init__(self) -> None:
         if self.generation_config is None:
             object.__setattr__(self, "generation_config", {})
         check_weights.check(self.family.PARAMS, self.config, self.weights)
+        check_name(self.kv_dtype)
         object.__setattr__(self, "_process", os.getpid())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,23 +242,23 @@ class Model:
             length: Maximum number of tokens per row.
             chunk: Maximum number of tokens per call of `forward`. If given, a sliding-window layer stores only
                 window + chunk - 1 positions, in a ring buffer.
-            dtype: dtype of keys and values. The default depends on the platform.
+            dtype: dtype of keys and values, as `kv_dtype`, which is the default.
 
         Raises:
-            ValueError: `batch` or `length` is less than 1.
+            ValueError: `batch` or `length` is less than 1, or the dtype is unknown.
             MemoryError: It does not fit in the memory of the model's device.
         """
         cfg = self.config
         if batch < 1 or length < 1:
             raise ValueError(f"a KV cache needs at least one row and one position, not {batch} and {length}")
-        dtype = dtype or hardware.cache_dtype(self.dtype, self.device.platform)
+        dtype = self.cache_dtype if dtype is None else dtype_of(dtype)
         if self.mesh is None:
             slots = sum(caches.slot_counts(length, cfg.windows, min(chunk or length, length)))
-            nbytes = 2 * batch * slots * cfg.K * cfg.H * jnp.dtype(dtype).itemsize
+            nbytes = 2 * batch * slots * cfg.K * head_bytes(dtype, cfg.H)
             what = f"the keys and values of a KV cache of {batch:,} rows and {length:,} tokens"
             hardware.require(nbytes, self.device, what, "use fewer rows or a shorter length")
-        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, jnp.dtype(dtype), chunk)
-        return _empty(self.mesh or self.device, *sizes)()
+        sizes = (batch, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
+        return caches.allocator(self.mesh or self.device, *sizes)()
 
     def check_process(self) -> None:
         """Raises RuntimeError in a process that was forked from the one that made the model: JAX would hang there."""
@@ -275,6 +278,12 @@ class Model:
     def dtype(self) -> Any:
         """dtype of the activations, which is that of the embedding."""
         return self.weights["embed"].dtype
+
+    @property
+    def cache_dtype(self) -> Any:
+        """dtype of KV caches."""
+        automatic = self.kv_dtype == "auto"
+        return hardware.cache_dtype(self.dtype, self.device.platform) if automatic else dtype_of(self.kv_dtype)
 
     @property
     def mesh(self) -> Any:
@@ -360,17 +369,6 @@ def positions(tokens: jax.Array, kv: caches.KVCache | None, pos: Any) -> jax.Arr
 def next_position(kv: caches.KVCache) -> jax.Array:
     """The position after the newest token of each row [B]; 0 for an empty row."""
     return jnp.max(jnp.stack([a.max(axis=1) for a in kv.positions.values()]), axis=0) + 1
-
-
-@lru_cache(maxsize=32)
-def _empty(over: Any, *sizes: Any) -> Any:
-    """A function that creates an empty KV cache on a mesh, of which each device allocates only its own shard, or on a
-    device, committed to it, so that a jitted loop compiles once."""
-    create = partial(caches.init, *sizes)
-    if isinstance(over, jax.Device):
-        return jax.jit(create, out_shardings=SingleDeviceSharding(over))
-    where = caches.map_arrays(jax.eval_shape(create), lambda a, letters: mesh.sharding(letters, a.shape, over))
-    return jax.jit(create, out_shardings=where)
 
 
 @lru_cache(maxsize=32)

@@ -73,15 +73,22 @@ def test_the_account_of_a_program(programs: Any) -> None:
     assert found == programs.Account(cycles=(40 + 2 * 100) / 2, temporaries=7, copies=64, kernels=(3 + 2) / 2)
 
 
-LIMITS = [(1, 2048, 0.85), (8, 2048, 0.85), (64, 512, 0.77)]  # rows, context, predicted fraction of the floor
+# Rows, context, dtype of the KV cache, predicted fraction of the floor.
+LIMITS = [
+    (1, 2048, "bfloat16", 0.85),
+    (8, 2048, "bfloat16", 0.85),
+    (64, 512, "bfloat16", 0.77),
+    (8, 2048, "int8", 0.85),
+    (8, 2048, "fp8", 0.85),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "context", "fraction"), LIMITS)
+@pytest.mark.parametrize(("rows", "context", "kv_dtype", "fraction"), LIMITS)
 def test_the_kv_cache_is_not_copied_and_the_step_is_near_its_limit(
-    rows: int, context: int, fraction: float, tpu: Any
+    rows: int, context: int, kv_dtype: str, fraction: float, tpu: Any
 ) -> None:
-    found = tpu.measure(tpu.Case("llama-3.1-8b", rows, context))
+    found = tpu.measure(tpu.Case("llama-3.1-8b", rows, context, kv_dtype=kv_dtype))
     assert found["copies"] == 0
     assert found["temporaries"] < 0.2e9
     assert found["fraction"] > fraction

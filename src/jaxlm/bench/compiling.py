@@ -8,6 +8,7 @@ import jax
 from jaxlm.bench import hlo, plan, plan_training, programs
 from jaxlm.devices import hardware
 from jaxlm.inference import roofline
+from jaxlm.nn.quantized_kv import dtype_of
 
 # The TPU compiler has no estimate for kernels. Splash attention is assumed to reach this fraction of the peak: what a
 # video model on TPU 7x, most of whose work is attention, reaches as a whole with its own variant of the kernel
@@ -16,7 +17,7 @@ SPLASH_RATE = 0.4
 
 
 def generation(
-    family: Any, cfg: Any, found: plan.Plan, dtype: Any, progress: Callable[[str], None]
+    family: Any, cfg: Any, found: plan.Plan, dtype: Any, progress: Callable[[str], None], kv_dtype: Any = None
 ) -> dict[str, dict[str, Any]]:
     """Compiles decode and prefill of all layers.
 
@@ -26,7 +27,8 @@ def generation(
     """
     on = programs.devices(found.spec, found.count)
     where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype))
-    of = roofline.layout(family.PARAMS, cfg, found.mesh, jax.numpy.dtype(dtype).itemsize)
+    where = where._replace(kv_dtype=dtype_of(kv_dtype or dtype))
+    of = roofline.layout(family.PARAMS, cfg, found.mesh, jax.numpy.dtype(dtype).itemsize, where.kv_dtype)
     facts = {}
     for name, run in (("decode", programs.decode), ("prefill", programs.prefill)):
         progress(f"compiling {name} of {cfg.L} layers for {found.count} x {found.spec.name} …")

@@ -107,7 +107,7 @@ def layout_of(model: "Model") -> Layout:
     """The model on the devices whose memory and arithmetic count (`devices_of`), for bytes and FLOPs of one device."""
     sizes = dict(model.mesh.shape) if model.mesh is not None and devices_of(model) > 1 else {mesh.DATA: 1}
     over = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize)
+    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize, model.cache_dtype)
 
 
 def _read(model: "Model", of: Layout, batch: int, length: int) -> float:

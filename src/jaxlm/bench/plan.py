@@ -13,6 +13,7 @@ from jaxlm.devices import mesh, specs, topology
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Layout, Roof
+from jaxlm.nn.quantized_kv import dtype_of
 
 MOST = 512  # devices that `needs` tries
 
@@ -90,6 +91,7 @@ def plan(
     context: int = 4096,
     dtype: Any = "bfloat16",
     sizes: Mapping[str, int] | None = None,
+    kv_dtype: Any = None,
 ) -> Plan:
     """Plans generation.
 
@@ -100,8 +102,9 @@ def plan(
         count: Number of devices.
         batch: Rows that are decoded together.
         context: Tokens per row.
-        dtype: Of weights, activations and KV cache.
+        dtype: Of weights and activations.
         sizes: Mesh axis sizes. Default: those with the shortest decode step.
+        kv_dtype: Of the KV cache (nn/quantized_kv.py: DTYPES). Default: that of the activations.
 
     Raises:
         ValueError: A mesh that does not match the devices or the model, or a batch or context below 1.
@@ -110,16 +113,17 @@ def plan(
         raise ValueError(f"batch {batch} and context {context}: both are at least 1")
     check_context(cfg, context)
     table, itemsize = family.PARAMS, np.dtype(dtype).itemsize
-    best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize)
+    kv_dtype = dtype_of(kv_dtype or dtype)
+    best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize, kv_dtype=kv_dtype)
     sizes = check_mesh(count, sizes, best) if sizes else best
-    of = roofline.layout(table, cfg, sizes, itemsize)
+    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype)
     usable = int(roofline.USABLE * spec.memory)
 
     def fit(rows: int, length: int, on: Layout = of) -> bool:
         return memory(on, spec, rows, length).total <= usable
 
     def fits_on(n: int) -> bool:
-        return fit(batch, context, roofline.layout(table, cfg, least_memory(cfg, n), itemsize))
+        return fit(batch, context, roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype))
 
     return Plan(
         spec,

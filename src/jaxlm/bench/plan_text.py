@@ -41,11 +41,12 @@ def common(shape: Shape, found: plan.Plan | plan_training.Plan) -> dict[str, Any
     }
 
 
-def facts(shape: Shape, found: plan.Plan, dtype: str) -> dict[str, Any]:
+def facts(shape: Shape, found: plan.Plan, dtype: str, kv_dtype: str) -> dict[str, Any]:
     """A plan of generation as JSON values. Bytes are of one device, times in seconds."""
     return {
         **common(shape, found),
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
         "batch": found.batch,
         "context": found.context,
         "decode": roof_facts(found.decode),
@@ -74,9 +75,11 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
     """The text of a plan."""
     spec, memory = found.spec, found.memory
     devices = f"{found.count} x {spec.name}" if found.count > 1 else spec.name
-    kind = (
-        facts["dtype"] if isinstance(found, plan.Plan) else f"{found.how.optimizer}, weights {found.how.weight_dtype}"
-    )
+    if isinstance(found, plan.Plan):
+        same = facts["kv_dtype"] == facts["dtype"]
+        kind = facts["dtype"] if same else f"{facts['dtype']}, KV cache {facts['kv_dtype']}"
+    else:
+        kind = f"{found.how.optimizer}, weights {found.how.weight_dtype}"
     yield f"{name} on {devices}, {kind}, mesh {plan.text(found.mesh)}"
     slots = {}
     if isinstance(found, plan.Plan) and (length := decoding.bucket(found.context)) != found.context:

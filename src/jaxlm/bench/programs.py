@@ -47,6 +47,7 @@ class Setting(NamedTuple):
         batch: Rows.
         device: The device without a mesh.
         dtype: Of weights and activations.
+        kv_dtype: Of the KV cache. None: that of the activations.
     """
 
     family: Any
@@ -55,6 +56,7 @@ class Setting(NamedTuple):
     batch: int
     device: Any = None
     dtype: Any = jnp.bfloat16
+    kv_dtype: Any = None
 
     @property
     def data(self) -> int:
@@ -117,7 +119,7 @@ def weights(where: Setting) -> Any:
 def cache(where: Setting, context: int, chunk: int) -> kv_cache.KVCache:
     """The KV cache of all rows. chunk: tokens of the longest write."""
     cfg, length = where.cfg, decoding.bucket(context)
-    made = partial(kv_cache.init, where.batch, length, cfg.windows, cfg.K, cfg.H, where.dtype, chunk)
+    made = partial(kv_cache.init, where.batch, length, cfg.windows, cfg.K, cfg.H, where.kv_dtype or where.dtype, chunk)
     return kv_cache.map_arrays(jax.eval_shape(made), where.put)
 
 

@@ -98,7 +98,8 @@ def model_line(model: "Model") -> str:
     """Name, family, size and dtype of a model."""
     count, size = params.count(model.family.PARAMS, model.config), gigabytes(params.nbytes(model.weights))
     family = model.family.__name__.rpartition(".")[2]
-    return f"- {model.source}: {family}, {count:,} parameters, {size} as {model.dtype.name}"
+    cache = "" if model.kv_dtype == "auto" else f", KV cache in {model.kv_dtype}"
+    return f"- {model.source}: {family}, {count:,} parameters, {size} as {model.dtype.name}{cache}"
 
 
 # Prefill and decoding

@@ -10,7 +10,8 @@ quantize neither. The formats (https://github.com/vllm-project/compressed-tensor
 
 int4 is symmetric, without the offsets that `Quantized` has: zero points in this format are integers, and transformers
 5.24 cannot open files with them. Weights are fitted again to symmetric groups (nn.quantize.symmetric_scales), except
-those whose groups are symmetric already. The other formats have the values of `Quantized`.
+those whose groups are symmetric already. int8 weights that `Quantized` has rotated are rounded again, too. The other
+formats have the values of `Quantized`.
 """
 
 import math
@@ -71,16 +72,21 @@ class DequantizedTensor(LazyRows):
         if self.spread:
             raise ValueError("quantized weights that are sharded over several processes cannot be exported: load the "
                              "model in one process")  # fmt: skip
-        return np.asarray(_dense_rows(self.w, begin, count))
+        # With one axis of channels, whole tiles of them are read.
+        size = self.w.q.shape[-1] if self.w.grouped and self.w.scale.ndim == 2 else 1
+        first, last = begin // size, -(-(begin + count) // size)
+        return np.asarray(_dense_rows(self.w, first, last - first, size))[begin - first * size :][:count]
 
 
-@partial(jax.jit, static_argnums=2)
-def _dense_rows(w: Quantized, begin: Any, count: int) -> jax.Array:
-    axes = {name: int(w.grouped) + (name == "q" and w.grouped) for name in ("q", "scale", "offset")}
-    axes |= {"outer_scale": 1, "outer_offset": 1}
-    parts = {name: jax.lax.dynamic_slice_in_dim(a, begin, count, axis) for name, axis in axes.items()
-             if (a := getattr(w, name)) is not None}  # fmt: skip
-    return Quantized(**{**vars(w), **parts, "dtype": jnp.float32}).dense()
+@partial(jax.jit, static_argnums=(2, 3))
+def _dense_rows(w: Quantized, first: Any, tiles: int, size: int) -> jax.Array:
+    def cut(name: str, a: jax.Array) -> jax.Array:
+        n = 1 if name == "q" else size
+        return jax.lax.dynamic_slice_in_dim(a, first * n, tiles * n, int(w.grouped))
+
+    names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+    parts = {name: cut(name, a) for name in names if (a := getattr(w, name)) is not None}
+    return Quantized(**{**vars(w), **parts, "dtype": jnp.dtype("float32")}).dense()
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Packed:
         if self.form.type == "int4":
             scale = np.concatenate([np.asarray(symmetric_scales(part)) for part in self.rows()])
             return np.where(self.is_symmetric, self._own()[0], scale)
-        if self.quantized is not None:
+        if self.quantized is not None and self.is_exact:
             return np.asarray(self.quantized.scale, np.float32).reshape(-1, 1)
         limit = np.float32(FP8_MAX if self.form.type == "fp8" else 127)
         most = np.concatenate([np.abs(part).max(axis=-1) for part in self.rows()])
@@ -126,7 +132,9 @@ class Packed:
     @property
     def is_exact(self) -> bool:
         """Whether no value that was quantized already is rounded again."""
-        return self.quantized is None or self.form.type != "int4" or bool(self.is_symmetric.all())
+        if self.quantized is None or self.form.type != "int4":
+            return self.quantized is None or self.quantized.rotation <= 1
+        return bool(self.is_symmetric.all())
 
     def _own(self) -> tuple[np.ndarray, np.ndarray]:
         """Scales and offsets [F,g] for codes 0 to 15; NaN of a weight that is not quantized in this form."""

@@ -23,6 +23,7 @@ RIVALS = ("transformers", "llama.cpp")
 MODES = {"gen": ("generation", "serve"), "depth": ("generation",), "against": ("generation", "serve"),
          "plot": ("generation",), "method": ("train",), "rank": ("train",), "prompt": ("generation", "train", "serve"),
          "batch": ("generation", "train"), "random_weights": ("generation", "train"),
+         "kv_dtype": ("generation", "serve"),
          **dict.fromkeys(ServeFlags.__annotations__, ("serve",))}  # fmt: skip
 
 
@@ -117,7 +118,7 @@ class Bench(ServeFlags):
         note("making random weights …")
         on_compile.set(compiling)
         shape = sources.find(self.source(str(self.random_weights)))
-        return random_model(shape, self.dtype, self.mesh), shape.raw
+        return replace(random_model(shape, self.dtype, self.mesh), kv_dtype=self.kv_dtype), shape.raw
 
     def _run_generation(self, name: str | None) -> int:
         self.begin()

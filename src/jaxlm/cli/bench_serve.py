@@ -11,7 +11,7 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 from jaxlm.cli.bench_common import integers, numbers_above_zero
-from jaxlm.cli.common import ModelFlags, ProcessFlags
+from jaxlm.cli.common import GenerationFlags, ProcessFlags
 from jaxlm.cli.errors import usage
 from jaxlm.cli.prompt_lines import PromptLine, has_messages, read_prompts
 from jaxlm.cli.terminal import note
@@ -25,7 +25,7 @@ LENGTHS = 256  # the length of a slot is a multiple of it
 
 
 @dataclass(frozen=True)
-class ServeFlags(ModelFlags):
+class ServeFlags(GenerationFlags):
     """The flags that only serve has."""
 
     url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
@@ -112,7 +112,8 @@ class ServeFlags(ModelFlags):
         if name is None:
             return f"- the server at {self.url}"
         where = f"; jaxlm at {self.url}" if self.url else ""
-        return f"- {name}, {self.dtype} weights{where}; {self.slots or SLOTS} slots of {length:,} tokens"
+        cache = "" if self.kv_dtype == "auto" else f", KV cache in {self.kv_dtype}"
+        return f"- {name}, {self.dtype} weights{cache}{where}; {self.slots or SLOTS} slots of {length:,} tokens"
 
     @contextmanager
     def servers(self, name: str | None, rivals: Sequence[str], length: int) -> "Iterator[list[Server]]":
@@ -150,7 +151,7 @@ class ServeFlags(ModelFlags):
         if self.adapter is not None:
             raise ValueError("bench serve measures a model without adapters: merge --adapter first (jaxlm fuse)")
         arguments, of_processes = ["-m", str(name)], {field.name for field in fields(ProcessFlags)}
-        for field in fields(ModelFlags):
+        for field in fields(GenerationFlags):
             value = getattr(self, field.name)
             if field.name in of_processes | {"model"} or value == field.default:
                 continue

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli import line_input, terminal
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import STORIES, ModelFlags
+from jaxlm.cli.common import STORIES, GenerationFlags
 from jaxlm.cli.errors import explain
 from jaxlm.cli.flags import flags_of
 from jaxlm.cli.generate import SamplingFlags, template_args
@@ -35,7 +35,7 @@ CHAT_MODELS = {
 
 
 @dataclass(frozen=True)
-class Chat(SamplingFlags, ModelFlags):
+class Chat(SamplingFlags, GenerationFlags):
     """Chat with a model in the terminal. /help lists the commands of a chat.
 
     The KV cache is kept between turns, so that each turn prefills only its new tokens. Ctrl-C stops an answer, Ctrl-D

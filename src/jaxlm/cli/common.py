@@ -6,7 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -187,8 +187,22 @@ class ModelFlags(ProcessFlags, _ModelFlags):
             note("No model given (-m): using the story model that ships with jaxlm. It continues children's stories.")
         if unseen := unseen_accelerator():
             note(unseen)
-        return jaxlm.load(self.source(name), dtype=self.dtype, quantize=self.quantize, mesh=self.mesh,
-                          progress=progress_flag())  # fmt: skip
+        return jaxlm.load(self.source(name), **self.load_options(), progress=progress_flag())
+
+    def load_options(self) -> dict[str, Any]:
+        """Arguments of `load` besides the source."""
+        return {"dtype": self.dtype, "quantize": self.quantize, "mesh": self.mesh}
+
+
+@dataclass(frozen=True)
+class GenerationFlags(ModelFlags):
+    """ModelFlags, and those of the KV cache."""
+
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
+    """Data type of the KV cache. int8 and fp8 take about half the memory of bfloat16. auto depends on the platform."""
+
+    def load_options(self) -> dict[str, Any]:
+        return {**super().load_options(), "kv_dtype": self.kv_dtype}
 
 
 def set_up_process() -> None:

@@ -17,7 +17,7 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli import terminal
-from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.common import GenerationFlags
 from jaxlm.cli.errors import usage
 from jaxlm.cli.terminal import note, print_json
 from jaxlm.data.formats import Format
@@ -30,7 +30,7 @@ TASK_FLAGS = ("tasks_folder", "shots", "limit", "chat")
 
 
 @dataclass(frozen=True)
-class Eval(ModelFlags):
+class Eval(GenerationFlags):
     """Evaluate a model: perplexity and bits per byte on texts, or --tasks of EleutherAI's lm-eval.
 
     Bits per byte are comparable across tokenizers; perplexity is per token. All tokens of a text are scored, and the

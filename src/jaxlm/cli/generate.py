@@ -12,7 +12,7 @@ import tyro
 
 from jaxlm.checkpoint.errors import explain_errors
 from jaxlm.cli.answer import print_answer, statistics
-from jaxlm.cli.common import ModelFlags
+from jaxlm.cli.common import GenerationFlags
 from jaxlm.cli.errors import usage
 from jaxlm.cli.line_input import check_text
 from jaxlm.cli.prompt_lines import PromptLine, has_messages, read_prompts
@@ -40,7 +40,7 @@ class SamplingFlags(SamplingParams):
 
 
 @dataclass(frozen=True)
-class Generate(SamplingFlags, ModelFlags):
+class Generate(SamplingFlags, GenerationFlags):
     """Generate text from a prompt and stream it to stdout.
 
     With a chat template the prompt is a user message. With --raw, or for a model without a chat template, the model

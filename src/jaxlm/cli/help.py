@@ -55,6 +55,7 @@ def names(flags: type) -> list[str]:
 
 
 MODEL, SAMPLING = names(_ModelFlags), names(SamplingParams)
+GENERATION_MODEL = [*MODEL, "kv_dtype"]
 DISTRIBUTED = [name for name in names(ProcessFlags) if name not in ("quiet", "debug")]
 RUN = {
     "Run": ["config", "dry_run", "out", "resume"],
@@ -79,22 +80,22 @@ WRITTEN = {
 GROUPS: dict[str, dict[str, list[str]]] = {
     "generate": {
         "Prompt": ["prompt", "prompts", "batch_size", "n", "system", "raw", "no_think", "template_arg"],
-        "Model": MODEL, "Sampling": SAMPLING, "Structured output": ["json_schema", "regex", "grammar"],
+        "Model": GENERATION_MODEL, "Sampling": SAMPLING, "Structured output": ["json_schema", "regex", "grammar"],
         "Output": ["json"], "Distributed": DISTRIBUTED,
     },
     "chat": {
         "Conversation": ["system", "no_think", "template_arg"],
-        "Model": MODEL, "Sampling": SAMPLING, "Distributed": DISTRIBUTED,
+        "Model": GENERATION_MODEL, "Sampling": SAMPLING, "Distributed": DISTRIBUTED,
     },
     "serve": {
         "Server": ["host", "port", "served_model_name", "api_key_file", "allow_host", "allow_origin",
                    "request_timeout"],
         "Engine": ["slots", "max_length", "max_waiting", "prepare"],
-        "Model": MODEL, "Distributed": DISTRIBUTED,
+        "Model": GENERATION_MODEL, "Distributed": DISTRIBUTED,
     },
     "plan": {
         "Devices": ["device", "chips", "mesh"],
-        "Generation": ["batch", "context", "dtype"],
+        "Generation": ["batch", "context", "dtype", "kv_dtype"],
         "Training": ["train", "accumulate", "optimizer", "remat", "weight_dtype", "grad_dtype", "moment_dtype"],
         "Output": ["compile", "json"], "Model": MODEL, "Distributed": DISTRIBUTED,
     },
@@ -111,7 +112,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "Texts": ["length", "stride", "batch", "data_format", "train_on", "text_field", "prompt_field",
                   "completion_field", "on_bad", "split"],
         "Tasks": ["tasks", "tasks_folder", "shots", "limit", "chat"],
-        "Model": MODEL, "Output": ["json"], "Distributed": DISTRIBUTED,
+        "Model": GENERATION_MODEL, "Output": ["json"], "Distributed": DISTRIBUTED,
     },
     "bench": {
         "Cases": ["prompt", "gen", "depth", "batch", "repetitions", "random_weights"],
@@ -119,7 +120,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "Training": ["method", "rank"],
         "Serving": ["url", "clients", "rate", "requests", "seconds", "prompts", "slots", "max_length",
                     "first_token_limit"],
-        "Output": ["json", "plot"], "Model": MODEL, "Distributed": DISTRIBUTED,
+        "Output": ["json", "plot"], "Model": GENERATION_MODEL, "Distributed": DISTRIBUTED,
     },
     "tokenizer": {
         "Data": ["text_field", "split", "config", "offline"],

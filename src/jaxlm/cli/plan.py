@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cli.common import ModelFlags, set_up_process
+from jaxlm.cli.common import GenerationFlags, set_up_process
 from jaxlm.cli.errors import usage
 from jaxlm.cli.terminal import note, print_json
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan(ModelFlags):
+class Plan(GenerationFlags):
     """Show whether a model fits on devices, the best mesh, and how fast they can be. Nothing is loaded or allocated.
 
     Memory is arithmetic, calibrated on the compilers' accounts. Times are lower bounds, from published bandwidth and
@@ -90,13 +90,14 @@ class Plan(ModelFlags):
 
         dtype = shape.dtype if self.dtype == "auto" else self.dtype
         batch = 8 if self.batch is None else self.batch
+        kv_dtype = dtype if self.kv_dtype == "auto" else self.kv_dtype
         where: dict[str, Any] = {"batch": batch, "context": self.context, "dtype": dtype, "sizes": sizes}
-        found = plan.plan(shape.family, shape.config, spec, count, **where)
-        facts = plan_text.facts(shape, found, dtype)
+        found = plan.plan(shape.family, shape.config, spec, count, **where, kv_dtype=kv_dtype)
+        facts = plan_text.facts(shape, found, dtype, kv_dtype)
         if self.compile:
             from jaxlm.bench import compiling
 
-            facts["compiled"] = compiling.generation(shape.family, shape.config, found, dtype, note)
+            facts["compiled"] = compiling.generation(shape.family, shape.config, found, dtype, note, kv_dtype)
         return found, facts
 
     def training(

@@ -15,7 +15,7 @@ import tyro
 from jaxlm.checkpoint.errors import explain_errors, explain_missing_package
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.cli import terminal
-from jaxlm.cli.common import STORIES, ModelFlags
+from jaxlm.cli.common import STORIES, GenerationFlags
 from jaxlm.cli.terminal import is_quiet, note
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ OTHER_FILES = 128  # that are no connections
 
 
 @dataclass(frozen=True)
-class Serve(ModelFlags):
+class Serve(GenerationFlags):
     """Serve a model over HTTP with the protocol of OpenAI. Needs pip install 'jaxlm[server]'.
 
     The server prints its address when it is ready. Ctrl-C or SIGTERM ends it: it takes no new requests and finishes the
@@ -40,7 +40,7 @@ class Serve(ModelFlags):
     """Address to listen on. Others than loopback addresses are reachable from the network."""
     port: int = 8000
     """Port to listen on. 0 takes a free one."""
-    # Of another type than in ModelFlags: an adapter is a model of its own here.
+    # Of another type than in GenerationFlags: an adapter is a model of its own here.
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ADAPTER")] = ()  # pyright: ignore
     """LoRA adapter (of PEFT or mlx-lm) of the model, served under this name beside the model. Can be repeated. A batch
     may use several."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.data.packing import best_fit
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference.decoding import bucket
+from jaxlm.nn import kv_cache, quantized_kv
 from jaxlm.nn.chunked_logits import map_chunked_logits, target_logits
 
 if TYPE_CHECKING:
@@ -48,7 +49,14 @@ class Score(NamedTuple):
 
 
 def score(
-    family: Any, cfg: Any, weights: Any, tokens: jax.Array, pos: jax.Array, positions: jax.Array, targets: jax.Array
+    family: Any,
+    cfg: Any,
+    weights: Any,
+    tokens: jax.Array,
+    pos: jax.Array,
+    positions: jax.Array,
+    targets: jax.Array,
+    kv_dtype: Any = None,
 ) -> Score:
     """Returns the scores [B,M] of targets. Pure. Logits are computed at `positions` only, in chunks.
 
@@ -59,8 +67,13 @@ def score(
         tokens, pos: [B,T] int32.
         positions: [B,M] int32, indices into the rows of tokens after which a target is predicted.
         targets: [B,M] int32.
+        kv_dtype: None, or the dtype of a KV cache through which attention reads keys and values.
     """
-    x, _ = family.forward(cfg, tokens, weights, None, pos)
+    (B, T), kv = tokens.shape, None
+    if kv_dtype is not None:
+        kv = kv_cache.init(B, T, cfg.windows, cfg.K, cfg.H, kv_dtype, None)
+        kv = kv_cache.map_arrays(kv, mesh.constrain)
+    x, _ = family.forward(cfg, tokens, weights, kv, pos)
     x = jnp.take_along_axis(x, positions[..., None], axis=1)
 
     def of_chunk(logits: jax.Array, targets: jax.Array) -> Score:
@@ -74,16 +87,19 @@ def score(
 
 
 @lru_cache(maxsize=16)
-def _jitted_score(family: Any, cfg: Any) -> Callable[..., Score]:
-    return jax.jit(partial(score, family, cfg))
+def _jitted_score(family: Any, cfg: Any, kv_dtype: Any) -> Callable[..., Score]:
+    return jax.jit(partial(score, family, cfg, kv_dtype=kv_dtype))
 
 
 def scores(model: "Model", requests: Sequence[ScoreRequest], batch: int | None = None) -> Iterator[tuple[int, Score]]:
     """Yields the index of each request and its scores [m] as they are computed, longest request first.
 
+    With a KV cache in 8 bits (Model.kv_dtype), the scores are those of generation: attention reads the cache.
+
     Args:
         model: The model.
-        requests: The requests. They are packed into rows of the length of the longest one.
+        requests: The requests. They are packed into rows of the length of the longest one; with a KV cache, each has a
+            row.
         batch: Batch size in rows. The default depends on the platform.
 
     Raises:
@@ -96,10 +112,13 @@ def scores(model: "Model", requests: Sequence[ScoreRequest], batch: int | None =
         raise ValueError(f"the text has the token id {largest}, but vocab_size of {model.source} is {model.config.V}: "
                          "the tokenizer belongs to another model")  # fmt: skip
     T = bucket(max(len(request.tokens) for request in requests))
-    rows = pack_rows([len(request.tokens) for request in requests], T)
+    kv_dtype = model.cache_dtype if model.cache_dtype in quantized_kv.LARGEST else None
+    lengths = [len(request.tokens) for request in requests]
+    alone = [[i] for i in sorted(range(len(requests)), key=lambda i: -lengths[i])]
+    rows = pack_rows(lengths, T) if kv_dtype is None else alone
     M = bucket(max(sum(len(requests[i].positions) for i in row) for row in rows))
     B = mesh.round_up_batch(min(batch or max(1, hardware.TOKENS[model.device.platform] // T), len(rows)), model.mesh)
-    jitted, weights = _jitted_score(model.family, model.config), model.weights
+    jitted, weights = _jitted_score(model.family, model.config, kv_dtype), model.weights
     previous: tuple[list[list[int]], Score] | None = None  # fetched while the device computes the next batch
     for first in range(0, len(rows), B):
         part = rows[first : first + B]

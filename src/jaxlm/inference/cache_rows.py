@@ -31,7 +31,7 @@ def insert(cache: KVCache, part: KVCache, rows: Int[Array, " b"]) -> KVCache:
         # On a mesh, the row of a slice may be on another device.
         slices = _same_slots(cache, part, i) and not mesh.active()
         put_rows = partial(_put_slices, rows=rows) if slices else partial(_put_slots, rows=rows, index=index)
-        layers.append({name: put_rows(new[name], old[name].astype(new[name].dtype)) for name in ("k", "v")})
+        layers.append(jax.tree.map(put_rows, new, old))
     return replace(cache, positions=positions, layers=layers)
 
 
@@ -50,8 +50,8 @@ def take(part: KVCache, cache: KVCache, rows: Int[Array, " b"], keep: Int[Array,
     positions = {S: _put_first(empty, kept) for S, empty in part.positions.items()}
 
     def copy(new: Array, old: Array) -> Array:  # zero behind the prefix: see `clear`
-        first = old[rows, :, :few]
-        return _put_first(new, jnp.where(kept[:, None, :, None] >= 0, first, 0).astype(new.dtype))
+        first, is_kept = old[rows, :, :few], jnp.expand_dims(kept >= 0, (1, *range(3, old.ndim)))
+        return _put_first(new, jnp.where(is_kept, first, 0).astype(new.dtype))
 
     layers = [jax.tree.map(copy, new, old) for new, old in zip(part.layers, cache.layers, strict=True)]
     return replace(part, positions=positions, layers=layers)
@@ -73,6 +73,8 @@ def _same_slots(cache: KVCache, part: KVCache, layer: int) -> bool:
 def _put_slices(old: Array, new: Array, rows: Int[Array, " b"]) -> Array:
     """Writes whole rows, each as one slice. XLA writes the slots of a scatter one by one."""
 
+    new = new.astype(old.dtype)
+
     def put_row(i: Array, old: Array) -> Array:
         where = (rows[i], *(0,) * (old.ndim - 1))
         slice_ = jax.lax.dynamic_slice(old, where, (1, *new.shape[1:]))
@@ -84,7 +86,7 @@ def _put_slices(old: Array, new: Array, rows: Int[Array, " b"]) -> Array:
 
 def _put_slots(old: Array, new: Array, rows: Int[Array, " b"], index: Int[Array, "b s"]) -> Array:
     """Writes each slot of rows to the slots of `index`."""
-    new = new.swapaxes(1, 2)  # the indexed axes come first in the values
+    new = new.swapaxes(1, 2).astype(old.dtype)  # the indexed axes come first in the values
     return old.at[rows[:, None], :, index].set(new, mode="drop")
 
 
@@ -96,7 +98,7 @@ def resize_cache(cache: KVCache, part: KVCache) -> KVCache:
         index = slot_index(stored, S, cache.length)
         positions[str(S)] = put(cache.positions[str(S)], stored, index)
         copy = _put_first if _same_slots(cache, part, i) else partial(put, index=index, axis=2)
-        layers.append({name: copy(new[name], old[name]) for name in ("k", "v")})
+        layers.append(jax.tree.map(copy, new, old))
     return replace(cache, positions=positions, layers=layers)
 
 

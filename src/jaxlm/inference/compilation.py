@@ -295,8 +295,8 @@ def signature(tree: Any) -> Any:
 
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, caches.KVCache):
-        first = leaf.layers[0]["k"]
+        first = [(a.shape, a.dtype, a.sharding) for a in jax.tree.leaves(leaf.layers[0]["k"])]
         # A cache that a program returns has sorted keys, a new one may not.
         sizes = tuple(sorted(leaf.positions)), leaf.length, leaf.chunk
-        return *sizes, first.shape, first.dtype, first.sharding
+        return *sizes, *first
     return leaf.shape, leaf.dtype, leaf.sharding

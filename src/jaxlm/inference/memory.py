@@ -10,7 +10,7 @@ import jax
 from jaxlm.devices import distributed, hardware, mesh
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.requests import Request
-from jaxlm.nn import kv_cache, params
+from jaxlm.nn import kv_cache, params, quantized_kv
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -157,9 +157,8 @@ def kv_memory(model: "Model", slots: int, lengths: CacheLengths, rings: bool = T
 
 def cache_bytes(model: "Model", length: int, chunk: int) -> int:
     """Bytes per device of a KV cache of one row and this length, written in chunks of `chunk` tokens."""
-    cfg, platform = model.config, model.device.platform
-    dtype = hardware.cache_dtype(model.dtype, platform)
-    make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, dtype, chunk)
+    cfg = model.config
+    make = partial(kv_cache.init, 1, length, cfg.windows, cfg.K, cfg.H, model.cache_dtype, chunk)
     return params.nbytes(jax.eval_shape(make)) // memories(model)[1]
 
 
@@ -168,7 +167,8 @@ def temporary_bytes(model: "Model", slots: int, length: int) -> int:
     platform, shape = model.device.platform, {} if model.mesh is None else dict(model.mesh.shape)
     data = 1 if platform == "cpu" else shape.get(mesh.DATA, 1)
     tensor = 1 if platform == "cpu" else math.prod(shape.values()) // data
-    of = roofline.layout(model.family.PARAMS, model.config, {"data": data, "model": tensor}, model.dtype.itemsize)
+    sizes, kv_dtype = {"data": data, "model": tensor}, model.cache_dtype
+    of = roofline.layout(model.family.PARAMS, model.config, sizes, model.dtype.itemsize, kv_dtype)
     programs = (("decode", slots), ("prefill", roofline.prefill_rows(slots, data)))
     return max(roofline.temporaries(of, platform, rows, length, name) for name, rows in programs)
 
@@ -183,4 +183,4 @@ def kv_bytes(model: "Model", length: int) -> int:
     """Bytes of the KV cache that a decoding step reads for a sequence of `length` tokens."""
     cfg = model.config
     slots = sum(length if window is None else min(length, window) for window in cfg.windows)
-    return 2 * slots * cfg.K * cfg.H * hardware.cache_dtype(model.dtype, model.device.platform).itemsize
+    return 2 * slots * cfg.K * quantized_kv.head_bytes(model.cache_dtype, cfg.H)

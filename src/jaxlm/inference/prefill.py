@@ -136,8 +136,8 @@ def prefills(steps: CompiledSteps, kv: caches.KVCache, sizes: Sequence[int]) -> 
     """The prefill programs of these chunk sizes on a single device, for `CompiledSteps.expect`."""
     if steps.model.mesh is not None:
         return []
-    rows, where = next(iter(kv.positions.values())).shape[0], kv.layers[0]["k"].sharding
-    cache = shapes(kv)
+    positions, cache = next(iter(kv.positions.values())), shapes(kv)
+    rows, where = positions.shape[0], positions.sharding
     hidden: Any = jax.ShapeDtypeStruct((rows, steps.model.config.D), steps.model.dtype, sharding=where)
     tokens: list[Any] = [jax.ShapeDtypeStruct((rows, T), np.int32, sharding=where) for T in dict.fromkeys(sizes)]
     adapter: Any = jax.ShapeDtypeStruct((rows,), np.int32, sharding=where)

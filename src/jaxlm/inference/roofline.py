@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from jaxlm.devices import hardware, mesh, specs, topology
 from jaxlm.inference import decoding
 from jaxlm.nn import flops, kv_cache, params
+from jaxlm.nn.quantized_kv import head_bytes as kv_head_bytes
 
 # Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed, and
 # in no predicted time: they decide between meshes, where many small all-reduces stand against fewer bytes.
@@ -35,12 +36,19 @@ class Layout(NamedTuple):
         cfg: The model's Config.
         over: The mesh, of which only the sizes matter.
         itemsize: Bytes of a weight and of an activation.
+        kv_dtype: dtype of the KV cache. None: its numbers have `itemsize` bytes, as those of the activations.
     """
 
     table: Any
     cfg: Any
     over: AbstractMesh
     itemsize: int
+    kv_dtype: Any = None
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the keys of one token and kv head in the KV cache."""
+        return self.cfg.H * self.itemsize if self.kv_dtype is None else kv_head_bytes(self.kv_dtype, self.cfg.H)
 
     @property
     def data(self) -> int:
@@ -53,10 +61,10 @@ class Layout(NamedTuple):
         return self.over.size // self.data
 
 
-def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2) -> Layout:
-    """The layout for axis sizes such as {"data": 2, "model": 4}."""
+def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2, kv_dtype: Any = None) -> Layout:
+    """The layout for axis sizes such as {"data": 2, "model": 4}. The other arguments are those of Layout."""
     axes = topology.factor_kv_heads(sizes, cfg.K)
-    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize)
+    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype)
 
 
 def weight_bytes(of: Layout) -> int:
@@ -86,8 +94,8 @@ def cache_bytes(of: Layout, rows: int, length: int, chunk: int = 1) -> int:
     """
     slots = kv_cache.slot_counts(length, of.cfg.windows, min(chunk, length))
     heads = of.cfg.K // mesh.num_shards("K", (of.cfg.K,), of.over)
-    values = 2 * sum(slots) * heads * of.cfg.H * of.itemsize
-    return -(-rows // of.data) * (values + 4 * sum(set(slots)))  # positions are int32
+    stored = 2 * sum(slots) * heads * of.head_bytes
+    return -(-rows // of.data) * (stored + 4 * sum(set(slots)))  # positions are int32
 
 
 def temporaries(of: Layout, platform: str, rows: int, length: int, program: str) -> int:
@@ -219,7 +227,15 @@ def meshes(cfg: Any, count: int) -> list[dict[str, int]]:
 
 
 def best_mesh(
-    table: Any, cfg: Any, spec: specs.Spec, count: int, rows: int, context: int, itemsize: int = 2, host: int = 0
+    table: Any,
+    cfg: Any,
+    spec: specs.Spec,
+    count: int,
+    rows: int,
+    context: int,
+    itemsize: int = 2,
+    host: int = 0,
+    kv_dtype: Any = None,
 ) -> dict[str, int]:
     """The mesh with the shortest predicted decode step, of those that fit. Latency of all-reduces is included.
 
@@ -236,11 +252,12 @@ def best_mesh(
         itemsize: Bytes of a weight.
         host: Number of devices that have fast links to each other: GPUs of a host, TPUs of a slice. A tensor-parallel
             group is larger only if the model does not fit otherwise. 0: all devices.
+        kv_dtype: As in Layout.
 
     Returns:
         {"data": ..., "model": ...}.
     """
-    found = [(sizes, layout(table, cfg, sizes, itemsize)) for sizes in meshes(cfg, count)]
+    found = [(sizes, layout(table, cfg, sizes, itemsize, kv_dtype)) for sizes in meshes(cfg, count)]
     length = decoding.bucket(context)
     needed = [
         weight_bytes(of) + cache_bytes(of, rows, length) + cache_bytes(of, prefill_rows(rows, of.data), length)

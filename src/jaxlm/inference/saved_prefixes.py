@@ -18,8 +18,10 @@ from jaxlm.checkpoint.atomic import staged_file
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor
 from jaxlm.devices import mesh
 from jaxlm.inference.scheduler import Scheduler
+from jaxlm.nn import quantized_kv
 from jaxlm.nn.kv_cache import KVCache
 from jaxlm.nn.linear import WeightForm
+from jaxlm.nn.quantized_kv import QuantizedKV
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -27,7 +29,11 @@ if TYPE_CHECKING:
 DIGEST = "weights_digest"  # [32] bytes
 ADAPTERS = "adapters"  # index of the adapter of each row, [rows] int32
 TOKENS = "{}.tokens"  # of a row: [n] int32
-LAYER = "{}.layers.{}.{}"  # of a row and a layer, "k" or "v": [K,n,H]
+LAYER = "{}.layers.{}.{}"  # of a row and a layer, "k" or "v" [K,n,H], in 8 bits also "k_scale" or "v_scale" [K,n]
+# Types in the file, and the arrays that they are read into. Those of float8 have the bits.
+TYPES = {**DTYPES, "I8": np.dtype(np.int8), "F8_E4M3": np.dtype(np.uint8)}
+KINDS = {dtype: kind for kind, dtype in TYPES.items()}
+NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "F8_E4M3": "fp8"}  # kv_dtype
 PRIMES = (2654435761, 2246822519, 3266489917, 668265263)  # large odd numbers, one for each axis
 
 
@@ -46,10 +52,12 @@ def save(scheduler: Scheduler, path: Path) -> int:
         assert scheduler.state is not None
         n, ids = len(slot.ids), slot.ids
         entries.append(writer.Entry(TOKENS.format(number), "I32", (n,), lambda ids=ids: [ids.view(np.uint8)]))
-        for layer, arrays in enumerate(scheduler.state.kv.layers):
-            for name, array in arrays.items():
-                kept = np.asarray(array[row])[:, :n]
-                entries.append(writer.array_entry(LAYER.format(number, layer, name), kept, kept.shape, kept.dtype))
+        for layer, stored in enumerate(scheduler.state.kv.layers):
+            for name, array in _named_arrays(stored).items():
+                kept = np.ascontiguousarray(np.asarray(array[row])[:, :n])
+                kind, bits = KINDS[kept.dtype], kept.reshape(-1).view(np.uint8)
+                path_of = LAYER.format(number, layer, name)
+                entries.append(writer.Entry(path_of, kind, kept.shape, lambda bits=bits: [bits]))
     with staged_file(path, sum(entry.nbytes for entry in entries)) as file:
         writer.write_safetensors(file, entries, lambda nbytes: None)
     return sum(len(slot.ids) for _, slot in cached)
@@ -63,7 +71,7 @@ def load(scheduler: Scheduler, path: Path) -> int:
         The number of tokens.
 
     Raises:
-        ValueError: The file is damaged, is not a prefix cache, or belongs to another model.
+        ValueError: The file is damaged, is not a prefix cache, or belongs to another model or another kv_dtype.
     """
     tensors = safetensors.read_header(path)
     if DIGEST not in tensors:
@@ -73,7 +81,12 @@ def load(scheduler: Scheduler, path: Path) -> int:
         raise ValueError(f"{path} was saved with other weights, or another dtype, than those of {model.source}")
     saved = sum(name.endswith(TOKENS.format("")) for name in tensors)
     expected = [ADAPTERS, *(TOKENS.format(n) for n in range(saved))]
-    expected += [LAYER.format(n, i, name) for n in range(saved) for i in range(model.config.L) for name in ("k", "v")]
+    first, own = tensors.get(LAYER.format(0, 0, "k")), quantized_kv.name_of(model.cache_dtype)
+    if first is not None and (other := NAMES.get(first.dtype)) != own:
+        raise ValueError(f"{path} was saved from a KV cache in {other}, and that of this engine is {own}: load the "
+                         f"model with kv_dtype={other!r} (--kv-dtype {other})")  # fmt: skip
+    names = ("k", "v", "k_scale", "v_scale") if model.cache_dtype in quantized_kv.LARGEST else ("k", "v")
+    expected += [LAYER.format(n, i, name) for n in range(saved) for i in range(model.config.L) for name in names]
     if missing := [name for name in expected if name not in tensors]:
         raise ValueError(f"{path} lacks {safetensors.listed(missing)}: save it again")
     adapters = _read(tensors[ADAPTERS], np.dtype(np.int32))
@@ -82,8 +95,8 @@ def load(scheduler: Scheduler, path: Path) -> int:
         ids = _read(tensors[TOKENS.format(number)], np.dtype(np.int32))[: scheduler.lengths.prefill[-1] - 1]
         layers = []
         for layer in range(model.config.L):
-            found = {name: tensors[LAYER.format(number, layer, name)] for name in ("k", "v")}
-            layers.append({name: _read(tensor, DTYPES[tensor.dtype])[:, : len(ids)] for name, tensor in found.items()})
+            found = {name: tensors[LAYER.format(number, layer, name)] for name in names}
+            layers.append({name: _read(tensor, TYPES[tensor.dtype])[:, : len(ids)] for name, tensor in found.items()})
         scheduler.store_prefix(ids, int(adapters[number]), _kv_cache(scheduler, len(ids), layers))
         total += len(ids)
     return total
@@ -122,8 +135,16 @@ def _checksum(a: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * factor, dtype=jnp.uint32)
 
 
+def _named_arrays(stored: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a layer's KV cache by their names in the file."""
+    arrays: dict[str, Any] = {}
+    for name, of in stored.items():
+        arrays |= {name: of.values, f"{name}_scale": of.scale} if isinstance(of, QuantizedKV) else {name: of}
+    return arrays
+
+
 def _kv_cache(scheduler: Scheduler, n: int, layers: list[dict[str, np.ndarray]]) -> KVCache:
-    """A KV cache with n positions of a prefix in its first row. layers: {"k", "v"} of each layer, [K,n,H]."""
+    """A KV cache with n positions of a prefix in its first row. layers: the named arrays of each layer."""
     model, rows = scheduler.model, mesh.round_up_batch(1, scheduler.model.mesh)
     length = next(length for length in scheduler.lengths.prefill if length >= n)
     kv = model.init_kv(rows, length)
@@ -135,7 +156,11 @@ def _kv_cache(scheduler: Scheduler, n: int, layers: list[dict[str, np.ndarray]])
 
     pos = np.where(np.arange(length) < n, np.arange(length, dtype=np.int32), np.int32(-1))
     positions = {S: jax.device_put(np.tile(pos, (rows, 1)), empty.sharding) for S, empty in kv.positions.items()}
-    return replace(kv, positions=positions, layers=jax.tree.map(filled, kv.layers, layers))
+    stored = [
+        {name: QuantizedKV(of[name], of[f"{name}_scale"]) if f"{name}_scale" in of else of[name] for name in ("k", "v")}
+        for of in layers
+    ]
+    return replace(kv, positions=positions, layers=jax.tree.map(filled, kv.layers, stored))
 
 
 def _read(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:

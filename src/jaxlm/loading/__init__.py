@@ -24,6 +24,7 @@ from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokeni
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
 from jaxlm.nn.quantize import quantizer
+from jaxlm.nn.quantized_kv import check_name
 
 
 def load(
@@ -35,6 +36,7 @@ def load(
     rope_factor: float | None = None,
     dtype: Any = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -56,6 +58,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16" for all weights, which dequantizes those of a quantized checkpoint.
             "auto" keeps the types of the files: quantized weights stay quantized.
         quantize: Quantize the weights while they are loaded: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py).
+        kv_dtype: dtype of the KV caches of the model: "float32", "bfloat16", "float16", or 8 bits, "int8" or "fp8".
+            "auto" depends on the platform.
         revision: Branch, tag or commit on the hub.
         token: Hub access token. Default: HF_TOKEN, or the token saved by `hf auth login`.
         offline: Use the local cache only.
@@ -88,6 +92,7 @@ def load(
         offline=offline,
         allow_fields=allow_fields,
     )
+    check_name(kv_dtype)
     resolved = resolve(source, family)
     checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device)
     _assert_same_model(str(source), resolved, dtype, where)
@@ -101,6 +106,7 @@ def load(
         generation_config=resolved.generation_config,
         source=str(source),
         checkpoint=checkpoint,
+        kv_dtype=kv_dtype,
     )
     if model.is_multiprocess:
         distributed.gather("loaded")  # wait for slower processes: the first collective of a program has a timeout

@@ -13,6 +13,8 @@ Each platform has a module with the same two functions, `causal` and `over_cache
     attention_gpu         cuDNN's flash attention on NVIDIA GPUs
     attention_tpu         splash attention (Pallas)
 
+Over a KV cache in 8 bits (quantized_kv.py) the kernels compute the first chunk of a prompt, and XLA the rest.
+
 What runs on CPU is tested against a float64 twin in numpy (tests/nn/test_attention.py), the kernels against the
 reference over one table of cases (tests/nn/test_attention_backends.py).
 """

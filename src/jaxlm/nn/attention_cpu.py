@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxlm.devices import mesh
 from jaxlm.nn import attention_reference
 from jaxlm.nn.attention_reference import MASK_VALUE, TokenPositions, attention_mask
+from jaxlm.nn.quantized_kv import QuantizedKV
 
 # Slots of the KV cache that `cache_blocked` reads at a time in prefill (docs/performance.md).
 PREFILL_BLOCK = 128
@@ -41,8 +42,8 @@ def over_cache(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "B K S H"] | QuantizedKV,
+    values: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -51,13 +52,13 @@ def over_cache(
     """Attention over a KV cache, to which k and v are already written."""
     if math.prod(q.shape[:3]) * PREFILL_BLOCK <= attention_reference.MAX_SCORE_ELEMENTS:
         return cache_blocked(q, keys, values, query, key, window, scale)
-    return _in_float32(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), query, key, window, scale)
+    return _in_float32(q, *attention_reference.slots_first((keys, values)), query, key, window, scale)
 
 
-def _in_float32(q: Array, k: Array, v: Array, *rest: Any) -> Array:
+def _in_float32(q: Array, k: Any, v: Any, *rest: Any) -> Array:
     """`reference` in float32: XLA compiles batched bfloat16 matmuls on CPU that it cannot run (jax 0.10 and 0.12)."""
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    return attention_reference.reference(q32, k32, v32, *rest).astype(q.dtype)
+    k32, v32 = (x if isinstance(x, QuantizedKV) else x.astype(jnp.float32) for x in (k, v))
+    return attention_reference.reference(q.astype(jnp.float32), k32, v32, *rest).astype(q.dtype)
 
 
 def causal_blocked(
@@ -92,8 +93,8 @@ def causal_blocked(
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def cache_blocked(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | QuantizedKV,
+    v: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -126,16 +127,16 @@ def _cache_blocked_jvp(
     """A loop of a number of steps that is not known has no gradient. This is the derivative of `reference`."""
     *arrays, query, key = primals
 
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        return _in_float32(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, window, scale)
+    def attention(q: Array, k: Any, v: Any) -> Array:
+        return _in_float32(q, *attention_reference.slots_first((k, v)), query, key, window, scale)
 
     return jax.jvp(attention, tuple(arrays), tuple(tangents[:3]))
 
 
 def _online_softmax(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | QuantizedKV,
+    v: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -164,14 +165,14 @@ def _online_softmax(
         top, total, out = sums
         begin = jnp.minimum(i * block, S - block)  # the last block may overlap the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block)
-        keys, values = (part(x, axis=2).astype(jnp.float32) for x in (k, v))
-        scores = product("BKGTH,BKSH->BKGTS", q32, keys)
+        (keys, k_scale), (values, v_scale) = (_in_block(jax.tree.map(partial(part, axis=2), x)) for x in (k, v))
+        scores = product("BKGTH,BKSH->BKGTS", q32, keys) * k_scale
         mask = attention_mask(query, TokenPositions(*(part(x, axis=1) for x in key)), window)
         attended = mask & (part(slots, axis=0) >= i * block)
         scores = jnp.where(attended[:, None, None], scores, MASK_VALUE)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         exps, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        weighted = product("BKGTS,BKSH->BKGTH", exps, values)
+        weighted = product("BKGTS,BKSH->BKGTH", exps * v_scale, values)
         return highest, total * kept + jnp.sum(exps, axis=-1), out * kept[..., None] + weighted
 
     oldest = jnp.min(query.pos, axis=1, keepdims=True, where=query.pos >= 0, initial=jnp.iinfo(query.pos.dtype).max)
@@ -184,3 +185,20 @@ def _online_softmax(
     _, total, out = jax.lax.fori_loop(first // block, (last + block) // block, add, nothing)
     total = jnp.maximum(total, 1)[..., None]  # 0 if nothing was read, else at least 1
     return (out / total).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _in_block(stored: Any) -> tuple[Array, Any]:
+    """The float32 numbers [B,K,s,H] of a block of slots, and their scale [B,K,1,1,s], 1 for floats."""
+    if not isinstance(stored, QuantizedKV):
+        return stored.astype(jnp.float32), 1.0
+    scale = stored.scale[:, :, None, None]
+    if stored.dtype == jnp.int8:
+        return stored.numbers(jnp.float32), scale
+    return _shifted_to_float16(stored.values).astype(jnp.float32), scale * 2.0**8
+
+
+def _shifted_to_float16(bits: Array) -> Array:
+    """Numbers of float8_e4m3fn times 2**-8 in float16, whose exponent has one more bit and another bias. XLA's own
+    conversion takes longer (docs/performance.md). NaN becomes a number: a QuantizedKV has it in its scale."""
+    bits = bits.astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)

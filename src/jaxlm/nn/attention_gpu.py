@@ -8,6 +8,7 @@ the positions, so each device decides when the program runs.
 import functools
 import importlib.util
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from jaxlm.devices import mesh
 from jaxlm.nn import attention_reference
 from jaxlm.nn.attention_reference import TokenPositions, attention_mask, consecutive, holds_only, report_fallback
+from jaxlm.nn.quantized_kv import QuantizedKV, as_stored
 
 MAX_MASK_ELEMENTS = 1 << 28  # of a dense mask per device: half a gigabyte in half precision
 
@@ -88,8 +90,8 @@ def over_cache(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "B K S H"] | QuantizedKV,
+    values: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -103,14 +105,13 @@ def over_cache(
         report_fallback("cuDNN", reason)
         return attention_reference.over_cache(q, k, v, keys, values, query, key, window, scale)
 
-    def run(
-        q: Array, k: Array, v: Array, keys: Array, values: Array, query: TokenPositions, key: TokenPositions
-    ) -> Array:
-        def first(keys: Array, values: Array) -> Array:
-            return _causal_mode(q, k.astype(keys.dtype), v.astype(values.dtype), query, window, scale)
+    def run(q: Array, k: Array, v: Array, keys: Any, values: Any, query: TokenPositions, key: TokenPositions) -> Array:
+        def first(keys: Any, values: Any) -> Array:
+            return _causal_mode(q, as_stored(k, keys.dtype), as_stored(v, values.dtype), query, window, scale)
 
-        def later(keys: Array, values: Array) -> Array:
-            if q.shape[0] * q.shape[1] * keys.shape[2] <= MAX_MASK_ELEMENTS:
+        def later(keys: Any, values: Any) -> Array:
+            fits = q.shape[0] * q.shape[1] * keys.shape[2] <= MAX_MASK_ELEMENTS
+            if fits and not isinstance(keys, QuantizedKV):  # cuDNN takes no int8, and another fp8
                 return _dense_mask(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), query, key, window, scale)
             return attention_reference.over_cache(q, k, v, keys, values, query, key, window, scale)
 

@@ -3,13 +3,14 @@ backends (nn/attention.py)."""
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.devices import mesh
+from jaxlm.nn.quantized_kv import LARGEST, QuantizedKV
 
 # Largest block of attention scores that is computed at once, in float32 elements per device.
 MAX_SCORE_ELEMENTS = 1 << 25
@@ -61,8 +62,8 @@ def holds_only(key: TokenPositions, query: TokenPositions) -> Bool[Array, ""]:
 
 def reference(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S K H"] | QuantizedKV,
+    v: Float[Array, "B S K H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -75,8 +76,8 @@ def reference(
 
     Args:
         q: Queries.
-        k: Keys.
-        v: Values.
+        k: Keys. A QuantizedKV has values [B,S,K,H] and a scale [B,S,K].
+        v: Values, likewise.
         query: Positions and segments of the queries [B,T].
         key: Positions and segments of the keys [B,S].
         window: Sliding window in tokens; None for full attention.
@@ -132,8 +133,8 @@ def over_cache(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "B K S H"] | QuantizedKV,
+    values: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -141,7 +142,13 @@ def over_cache(
     block: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """`reference` over a KV cache, to which k and v are already written."""
-    return reference(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), query, key, window, scale, block)
+    keys, values = slots_first((keys, values))
+    return reference(q, keys, values, query, key, window, scale, block)
+
+
+def slots_first(stored: Any) -> Any:
+    """Keys or values of a KV cache with slots before heads, as `reference` takes them."""
+    return jax.tree.map(lambda a: a.swapaxes(1, 2), stored)
 
 
 @functools.cache
@@ -152,8 +159,8 @@ def report_fallback(kernel: str, reason: str) -> None:
 
 def _block(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S K H"] | QuantizedKV,
+    v: Float[Array, "B S K H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -163,11 +170,21 @@ def _block(
     B, T, N, H = q.shape
     K = k.shape[2]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    f32, k, v = jnp.float32, k.astype(q.dtype), v.astype(q.dtype)
-    q = q.reshape(B, T, K, N // K, H)
+    f32, q = jnp.float32, q.reshape(B, T, K, N // K, H)
+    keys, values = (x.numbers(q.dtype) if isinstance(x, QuantizedKV) else x.astype(q.dtype) for x in (k, v))
     # In this order of the axes, the softmax of a decoding step is one kernel on GPU.
-    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, precision=precision, preferred_element_type=f32) * scale
+    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, keys, precision=precision, preferred_element_type=f32) * scale
+    if isinstance(k, QuantizedKV):
+        scores = scores * _over_scores(k.scale)
     scores = jnp.where(attention_mask(query, key, window)[:, None, :, None], scores, MASK_VALUE)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKTGS,BSKH->BTKGH", probs, v, precision=precision, preferred_element_type=f32)
+    probs, divisor = jax.nn.softmax(scores, axis=-1), 1.0
+    if isinstance(v, QuantizedKV):
+        divisor = LARGEST[v.dtype]  # probabilities times scales are small for float16
+        probs = probs * (_over_scores(v.scale) * divisor)
+    probs = probs.astype(values.dtype)
+    out = jnp.einsum("BKTGS,BSKH->BTKGH", probs, values, precision=precision, preferred_element_type=f32) / divisor
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _over_scores(scale: Float[Array, "B S K"]) -> Float[Array, "B K 1 1 S"]:
+    return scale.swapaxes(1, 2)[:, :, None, None]

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from jaxlm.devices import mesh
 from jaxlm.nn import attention_reference
 from jaxlm.nn.attention_reference import TokenPositions, consecutive, holds_only, report_fallback
+from jaxlm.nn.quantized_kv import QuantizedKV, as_stored
 
 SCORE_BLOCK = 1 << 23  # scores that XLA computes at once, in float32 elements (docs/performance.md)
 BLOCKS = (1024, 512, 256, 128)  # tokens per block of the kernel: the largest that divides the length
@@ -85,8 +86,8 @@ def over_cache(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "B K S H"] | QuantizedKV,
+    values: Float[Array, "B K S H"] | QuantizedKV,
     query: TokenPositions,
     key: TokenPositions,
     window: int | None,
@@ -100,13 +101,11 @@ def over_cache(
         report_fallback("splash attention", reason)
         return attention_reference.over_cache(q, k, v, keys, values, query, key, window, scale, SCORE_BLOCK)
 
-    def run(
-        q: Array, k: Array, v: Array, keys: Array, values: Array, query: TokenPositions, key: TokenPositions
-    ) -> Array:
-        def first(keys: Array, values: Array) -> Array:
-            return splash(q, k.astype(keys.dtype), v.astype(values.dtype), query, window, scale)
+    def run(q: Array, k: Array, v: Array, keys: Any, values: Any, query: TokenPositions, key: TokenPositions) -> Array:
+        def first(keys: Any, values: Any) -> Array:
+            return splash(q, as_stored(k, keys.dtype), as_stored(v, values.dtype), query, window, scale)
 
-        def later(keys: Array, values: Array) -> Array:
+        def later(keys: Any, values: Any) -> Array:
             return attention_reference.over_cache(q, k, v, keys, values, query, key, window, scale, SCORE_BLOCK)
 
         plain = holds_only(key, query)

@@ -5,16 +5,23 @@ S = window + chunk - 1 slots, at most the length. Writing `chunk` tokens then do
 first of them attends to. The attention mask is computed from the stored positions. Layers with the same number of slots
 share one array of positions. The slots of one head are contiguous, [B,K,S,H], as the batched products of attention need
 them (docs/decisions.md).
+
+Keys and values are arrays of floats, or a QuantizedKV in 8 bits (quantized_kv.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
+
+from jaxlm.devices import mesh
+from jaxlm.nn import quantized_kv
+from jaxlm.nn.quantized_kv import QuantizedKV
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["positions", "layers"], meta_fields=["length", "chunk"])
@@ -27,7 +34,7 @@ class KVCache:
     Attributes:
         positions: Position of the token in each slot, [B,S] int32, -1 if empty. One array for each number of slots that
             layers have, under the key str(S).
-        layers: {"k", "v"} of each layer, [B,K,S,H].
+        layers: {"k", "v"} of each layer, [B,K,S,H], an array or a QuantizedKV.
         length: Maximum number of positions, 0 to length - 1.
         chunk: Maximum number of tokens per row and call.
     """
@@ -41,6 +48,11 @@ class KVCache:
         """Number of slots of a layer."""
         return self.layers[layer]["k"].shape[2]
 
+    @property
+    def dtype(self) -> Any:
+        """dtype of the stored keys and values."""
+        return self.layers[0]["k"].dtype
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "index", "positions"], meta_fields=[])
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class LayerCache:
     """One layer's part of the KV cache during a call.
 
     Attributes:
-        k, v: Keys and values [B,K,S,H].
+        k, v: Keys and values [B,K,S,H], an array or a QuantizedKV.
         index: Slot of each token of the call [B,T].
         positions: Positions of all slots after these tokens are written [B,S].
     """
@@ -76,15 +88,31 @@ def init(
         windows: Sliding window of each layer; None for full attention.
         K: Number of kv heads.
         H: Head width.
-        dtype: dtype of keys and values.
+        dtype: dtype of keys and values; int8 and float8_e4m3fn have a scale (quantized_kv.py).
         chunk: Maximum number of tokens per row and call. None: any number, for which every layer stores all `length`
             positions.
     """
     chunk = min(chunk or length, length)
     slots = slot_counts(length, windows, chunk)
     positions = {str(S): jnp.full((batch, S), -1, jnp.int32) for S in slots}
-    layers = [{name: jnp.zeros((batch, K, S, H), dtype) for name in ("k", "v")} for S in slots]
+    layers = [{name: quantized_kv.empty((batch, K, S, H), dtype) for name in ("k", "v")} for S in slots]
     return KVCache(positions, layers, length, chunk)
+
+
+@lru_cache(maxsize=32)
+def allocator(over: Any, *sizes: Any) -> Callable[[], KVCache]:
+    """A function that creates an empty KV cache on a mesh, of which each device allocates only its own shard, or on a
+    device, committed to it, so that a jitted loop compiles once.
+
+    Args:
+        over: The mesh or the device.
+        sizes: Arguments of `init`.
+    """
+    create = partial(init, *sizes)
+    if isinstance(over, jax.Device):
+        return jax.jit(create, out_shardings=SingleDeviceSharding(over))
+    where = map_arrays(jax.eval_shape(create), lambda a, letters: mesh.sharding(letters, a.shape, over))
+    return jax.jit(create, out_shardings=where)
 
 
 def slot_counts(length: int, windows: Sequence[int | None], chunk: int) -> list[int]:
@@ -95,8 +123,14 @@ def slot_counts(length: int, windows: Sequence[int | None], chunk: int) -> list[
 def map_arrays(cache: KVCache, put: Callable[[Any, str], Any]) -> KVCache:
     """Applies `put(array, letters)` to every array of a cache, for example to constrain its sharding."""
     positions = {S: put(a, "BS") for S, a in cache.positions.items()}
-    layers = [{name: put(a, "BKSH") for name, a in layer.items()} for layer in cache.layers]
+    layers = [{name: _map_layer(a, put) for name, a in layer.items()} for layer in cache.layers]
     return replace(cache, positions=positions, layers=layers)
+
+
+def _map_layer(stored: Any, put: Callable[[Any, str], Any]) -> Any:
+    if isinstance(stored, QuantizedKV):
+        return QuantizedKV(put(stored.values, "BKSH"), put(stored.scale, "BKS"))
+    return put(stored, "BKSH")
 
 
 def slot_index(pos: Int[Array, "B T"], S: int, length: int) -> Int[Array, "B T"]:
@@ -136,8 +170,14 @@ def advance(cache: KVCache, pos: Int[Array, "B T"]) -> tuple[KVCache, list[Layer
 
 def write(cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
     """Writes keys and values to the slots of `index`, in the cache's dtype."""
-    k, v = (put(old, new.swapaxes(1, 2), cache.index, 2) for old, new in ((cache.k, k), (cache.v, v)))
-    return replace(cache, k=k, v=v)
+
+    def written(old: Any, new: Array) -> Any:
+        heads: Any = new.swapaxes(1, 2)
+        if isinstance(old, QuantizedKV):
+            heads = quantized_kv.quantize(heads, old.dtype)
+        return jax.tree.map(lambda old, new: put(old, new, cache.index, 2), old, heads)
+
+    return replace(cache, k=written(cache.k, k), v=written(cache.v, v))
 
 
 def put(old: Array, new: Array, index: Int[Array, "B T"], axis: int = 1) -> Array:

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
-from jaxlm.nn.quantized import Quantized, is_quantized, tile
+from jaxlm.nn.quantized import Quantized, is_quantized, rotated, tile
 from jaxlm.nn.quantized_cpu import BLOCK
 
-# What `load(quantize=)` and --quantize take. int8 also rounds activations to 8 bits, a scale for each token.
+# What `load(quantize=)` and --quantize take. int8 also rounds activations to 8 bits, a scale for each token; for that,
+# inputs are rotated (quantized.rotated), the most of ROTATIONS that divides their number.
 TYPES = ("int8", "int8-weights", "int4", "fp8")
+ROTATIONS = (1, 4, 16, 64)
 FP8_MAX = 448.0  # the largest value of e4m3
 # Elements that are quantized at a time on one device: temporary arrays in float32 are several times as large.
 ELEMENTS = 1 << 20
@@ -113,13 +115,14 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
     """
     kept, summed = w.shape[: w.ndim - inputs], w.shape[w.ndim - inputs :]
     flat = w.reshape(math.prod(kept), math.prod(summed))
+    rotation = max(n for n in ROTATIONS if flat.shape[1] % n == 0) if type == "int8" else 0
     size = max(1, min(len(flat), ELEMENTS // flat.shape[1])) if by_parts else len(flat)
-    parts = jax.lax.map(_int4 if type == "int4" else partial(_channel, type), flat, batch_size=size)
+    parts = jax.lax.map(_int4 if type == "int4" else partial(_channel, type, rotation), flat, batch_size=size)
     if type != "int4":
         q, scale = parts
         kind = "fp8" if type == "fp8" else "int8"
         return Quantized(q.reshape(w.shape), scale.reshape(kept), kind=kind, inputs=summed, dtype=w.dtype,
-                         activations=type == "int8")  # fmt: skip
+                         activations=type == "int8", rotation=rotation)  # fmt: skip
     q, scale, offset = parts
     scale, offset = (a.T.reshape(-1, *kept) for a in (scale, offset))
     return Quantized(tiled(q, kept), scale, offset, kind="int4", grouped=True, inputs=summed, zero=8, dtype=w.dtype,
@@ -133,10 +136,10 @@ def tiled(q: Array, kept: tuple[int, ...]) -> Array:
     return q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
 
 
-def _channel(type: str, w: Float[Array, " D"]) -> tuple[Array, Array]:
+def _channel(type: str, rotation: int, w: Float[Array, " D"]) -> tuple[Array, Array]:
     """q [D] and the scale of a channel, whose largest value becomes the largest of the type."""
     limit = FP8_MAX if type == "fp8" else 127.0
-    w = w.astype(jnp.float32)
+    w = rotated(w.astype(jnp.float32), rotation)
     most = jnp.max(jnp.abs(w))
     scale = jnp.where(most > 0, most, limit) / limit
     return (w / scale).astype(jnp.float8_e4m3fn) if type == "fp8" else jnp.round(w / scale).astype(jnp.int8), scale

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -54,6 +55,7 @@ class Quantized(WeightForm):
         zero: Subtracted from q.
         dtype: dtype of the represented weight, and of activations.
         activations: Whether a product also rounds its input to 8 bits.
+        rotation: Inputs that q has rotated together (`rotated`); 0 or 1 for none. Only in the layout channels.
     """
 
     q: Any
@@ -68,6 +70,7 @@ class Quantized(WeightForm):
     zero: int = field(default=0, metadata={"static": True})
     dtype: Any = field(default=jnp.bfloat16, metadata={"static": True})
     activations: bool = field(default=False, metadata={"static": True})
+    rotation: int = field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +118,7 @@ class Quantized(WeightForm):
         """The whole weight as an array in `dtype`."""
         flat = self.flat()
         if not self.grouped:
-            w = flat.q.astype(jnp.float32) * flat.scale.astype(jnp.float32)[:, None]
+            w = rotated(flat.q.astype(jnp.float32) * flat.scale.astype(jnp.float32)[:, None], self.rotation)
         else:
             w = flat.values(jnp.float32).T
             w = w if flat.order is None else jnp.zeros_like(w).at[:, flat.order].set(w)
@@ -129,7 +132,8 @@ class Quantized(WeightForm):
             taken = {name: a[:, i] for name in names if (a := getattr(self, name)) is not None}
             q = self.q[:, i // size, :, i % size].swapaxes(0, 1)[..., None]  # [I,rows,s,1]
             return replace(self, q=q, **taken).dense().reshape(*jnp.shape(index), -1)
-        return (self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]).astype(self.dtype)
+        values = self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]
+        return rotated(values, self.rotation).astype(self.dtype)
 
     def scales(self) -> tuple[Float[Array, "g F"], Any]:
         """Scales and offsets of the groups in float32; None without offsets."""
@@ -183,6 +187,22 @@ def tile(channels: int) -> int:
     return math.gcd(channels, BLOCK)
 
 
+def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
+    """Each `size` consecutive numbers of the last axis, multiplied with a normalized Hadamard matrix.
+
+    A few channels of activations are much larger than the others. Rotated, they are spread over `size` numbers, so that
+    rounding to 8 bits loses less. The product of rotated inputs and rotated weights is that of both without a rotation
+    (QuaRot, arXiv:2404.00456). The matrix is its own inverse. size: a power of 4, so that its elements are exact.
+    """
+    if size <= 1:
+        return x
+    signs = np.ones((1, 1), np.float32)
+    while len(signs) < size:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    y = plain_einsum("BD,DF->BF", x.reshape(-1, size), jnp.asarray(signs / math.sqrt(size), x.dtype))
+    return y.astype(x.dtype).reshape(x.shape)
+
+
 def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
@@ -198,7 +218,7 @@ def without_rounding(weights: Any) -> Any:
 def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.order is not None:
         x, w = x[:, w.order], replace(w, order=None)
-    return _differentiable(x, w)
+    return _differentiable(rotated(x, w.rotation), w)
 
 
 @jax.custom_vjp
@@ -293,4 +313,6 @@ def _first_axes(inputs: str, w: Quantized, arrays: list[Any]) -> tuple[str, ...]
     axes = next(iter(mesh.traced_spec(inputs, w.inputs)), None)
     axes = (axes,) if isinstance(axes, str) else axes or ()
     size = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    return axes if not w.grouped or all(a.shape[0] % size == 0 for a in arrays) else ()
+    if w.grouped:
+        return axes if all(a.shape[0] % size == 0 for a in arrays) else ()
+    return axes if math.prod(w.inputs) // size % max(w.rotation, 1) == 0 else ()

@@ -32,8 +32,8 @@ def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Arra
         y = jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32)
     else:
         y = jnp.stack([_integer_row(row, q) for row in x])
-    # reduce_precision to the precision of float32 does not change values. It keeps XLA from fusing the scales with a norm
-    # after the product, which is slower.
+    # reduce_precision to the precision of float32 does not change values. It keeps XLA from fusing the scales with a
+    # norm after the product, which is slower.
     return jax.lax.reduce_precision(y.astype(jnp.float32) * scale, exponent_bits=8, mantissa_bits=23)
 
 
