@@ -42,7 +42,7 @@ TORCH_IN = ("verification", "bench/rivals.py")
 UPWARD = {"jaxlm.models.config": {"jaxlm.loading"}}
 ROOT_FILES = 7  # besides __init__ and __main__
 # Lines. Of a documented function only what follows the docstring counts: a public docstring lists shapes and errors.
-FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 2350
+FILE, FUNCTION, FAMILY, REACHED = 400, 50, 160, 2400
 # Not counted in REACHED: a table of names, which no code path runs through.
 TABLES = {"jaxlm.models.config_fields"}
 # Longer than FUNCTION, with the reason.

@@ -60,7 +60,7 @@ CASES = {"int8": ("int-quantized", 8), "int8-weights": ("pack-quantized", 8), "f
 
 @pytest.mark.parametrize("type", CASES)
 def test_a_folder_has_the_values_of_the_model(type: str, tmp_path) -> None:
-    """Embedding and head are floats."""
+    """Embedding and head are floats. int8 is rounded again, without the rotation, by at most a step of a channel."""
     form, bits = CASES[type]
     model, same = quantized("qwen3", type)
     done = jaxlm.export(model, tmp_path / "out", config=RAW)
@@ -69,13 +69,15 @@ def test_a_folder_has_the_values_of_the_model(type: str, tmp_path) -> None:
         name, expected = row.names[0].removesuffix(".weight"), params.get(same.weights, row.path)
         found = dequantized(tensors, name, bits) if f"{name}.weight_scale" in tensors else tensors[f"{name}.weight"]
         assert (f"{name}.weight_scale" in tensors) == name.endswith("_proj")
-        np.testing.assert_allclose(found.reshape(row.shape), expected, rtol=1e-6, atol=1e-9)
+        again = type == "int8" and name.endswith("_proj")
+        step = np.abs(np.asarray(expected)).max() / 127 if again else 1e-9
+        np.testing.assert_allclose(found.reshape(row.shape), expected, rtol=1e-6, atol=float(step))
     config = config["quantization_config"]
     (group,) = config["config_groups"].values()
     assert (config["format"], config["ignore"], group["targets"]) == (form, ["lm_head"], ["Linear"])
     assert group["weights"]["strategy"] == "channel"
     assert (group["input_activations"] is None) == (type != "int8")
-    assert done.notes == ()
+    assert len(done.notes) == (type == "int8")
     assert done.nbytes == sum(array.nbytes for array in tensors.values())
 
 
@@ -108,7 +110,7 @@ def test_int4_with_offsets_is_rounded_again_and_says_so(tmp_path) -> None:
     done = jaxlm.export(model, tmp_path / "out", config=RAW)
     assert "rounded again" in done.notes[0]
     layers = [
-        {name: replace(w, offset=-8 * w.scale) if getattr(w, "grouped", False) else w for name, w in layer.items()}
+        {name: replace(w, offset=0 * w.scale) if getattr(w, "grouped", False) else w for name, w in layer.items()}
         for layer in model.weights["layers"]
     ]
     symmetric = replace(model, weights={**model.weights, "layers": layers})

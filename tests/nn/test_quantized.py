@@ -99,8 +99,11 @@ def test_what_is_not_differentiated_is_rounded_and_what_is_is_not() -> None:
 def test_errors_of_a_weight(type: str) -> None:
     """int8: half a step of a channel. fp8: e4m3 has 4 significant bits. int4: better than from smallest to largest."""
     w = weight((40, 64))
-    error = np.abs(np.asarray(quantize.quantize(jnp.asarray(w), type, 1).dense()) - w)
-    if type.startswith("int8"):
+    made = quantize.quantize(jnp.asarray(w), type, 1)
+    error = np.abs(np.asarray(made.dense()) - w)
+    if type == "int8":  # of rotated numbers, which a rotation back leaves as large on average
+        assert (np.sqrt((error**2).mean(axis=1)) <= made.scale / 2 * (1 + 1e-5)).all()
+    elif type == "int8-weights":
         assert (error <= np.abs(w).max(axis=1, keepdims=True) / 127 / 2 * (1 + 1e-5)).all()
     elif type == "fp8":
         assert (error <= np.maximum(np.abs(w) / 16, np.abs(w).max(axis=1, keepdims=True) / 448 / 2**9)).all()
@@ -121,7 +124,7 @@ def test_weights_without_a_range(type: str) -> None:
     )
     dense = np.asarray(quantize.quantize(jnp.asarray(w, jnp.float32), type, 1).dense())
     assert (dense[0] == 0).all()
-    np.testing.assert_allclose(dense[1:], w[1:], atol=0.07 * np.abs(w[1:]).max(axis=1, keepdims=True))
+    assert (np.abs(dense - w) <= 0.07 * np.abs(w).max(axis=1, keepdims=True)).all()
 
 
 def fields(kind: str, **more: Any) -> Quantized:
@@ -179,7 +182,7 @@ def test_every_field_of_groups(kind: str, form: str, activations: bool) -> None:
     x = rng.normal(size=(3, 1, 2, 48)).astype(np.float32)
     for rows in (1, 3):
         flat = x[:rows].reshape(rows, 96).astype(np.float64)
-        if activations and rows == 1 and kind != "mxfp4":
+        if activations and rows == 1 and kind == "int4":
             order = np.arange(96) if w.order is None else np.asarray(w.order)
             flat[:, order] = rounded(flat[:, order], BLOCK)
         y = jax.jit(partial(einsum, "BTNH,DNH->BTD"))(x[:rows], w)
@@ -219,7 +222,7 @@ def test_a_weight_is_quantized_where_it_is() -> None:
     w = mesh.place(weight(row.shape), row.letters, over)
     made = quantize.quantizer("int4")(row, w)
     assert made.scale.sharding.spec == jax.sharding.PartitionSpec(None, "model")
-    assert made.q.sharding.spec in ((None,), ()) or made.q.sharding.spec[1] is None  # 3 tiles of 32 channels
+    assert made.q.sharding.is_fully_replicated  # 3 tiles of 32 channels
     np.testing.assert_array_equal(made.dense(), quantize.quantize(jnp.asarray(weight(row.shape)), "int4", 1).dense())
 
 

@@ -142,7 +142,7 @@ class Packed:
             nothing = np.full((1, 1), np.nan, np.float16)
             return nothing, nothing
         scale, offset = self.quantized.flat().scales()
-        offset = -self.quantized.zero * scale if offset is None else offset
+        offset = (0 if offset is None else offset) - self.quantized.zero * scale
         return np.asarray(scale).T.astype(np.float16), np.asarray(offset).T
 
     def codes(self) -> Iterator[np.ndarray]:
