@@ -117,7 +117,7 @@ def test_export_writes_dequantized_weights(models, tmp_path):
 
 def test_quantize_replaces_the_quantization_of_the_file(models):
     folder, values = models["MLX"]
-    weight = jaxlm.load(folder, quantize="int8").weights["layers"][0]["up"]
+    weight = jaxlm.load(folder, quantize="int8-weights").weights["layers"][0]["up"]
     assert (weight.kind, weight.grouped) == ("int8", False)
     assert np.abs(np.asarray(weight.dense(), np.float32) - values["layers.0.up"]).max() < 0.01
 

@@ -229,7 +229,7 @@ def test_a_weight_is_quantized_where_it_is() -> None:
 def test_which_weights_are_quantized() -> None:
     rows = {
         "embed": ("VD", (96, 64)), "head": ("VD", (96, 64)), "layers.0.q": ("NHD", (4, 16, 64)),
-        "layers.0.o": ("DNH", (64, 3, 20)), "layers.0.attn_norm": ("D", (64,)), "layers.0.q_norm": ("NH", (4, 16)),
+        "layers.0.k": ("KHD", (2, 16, 64)), "layers.0.o": ("DNH", (64, 3, 20)), "layers.0.attn_norm": ("D", (64,)), "layers.0.q_norm": ("NH", (4, 16)),
     }  # fmt: skip
     found = {
         path: [quantize.type_of(params.TensorSpec(path, letters, shape, shape, ()), type) for type in quantize.TYPES]
@@ -238,7 +238,7 @@ def test_which_weights_are_quantized() -> None:
     whole = ["int8", "int8-weights", "int4", "fp8"]
     assert found == {
         "embed": ["int8", "int8-weights", "int8", "fp8"], "head": ["int8", "int8-weights", "int8", "fp8"],
-        "layers.0.q": whole, "layers.0.o": ["int8", "int8-weights", "int8", "fp8"],
+        "layers.0.q": whole, "layers.0.k": ["int8", "int8-weights", "int8", "fp8"], "layers.0.o": ["int8", "int8-weights", "int8", "fp8"],
         "layers.0.attn_norm": [None] * 4, "layers.0.q_norm": [None] * 4,
     }  # fmt: skip
     with pytest.raises(ValueError, match="int7"):

@@ -31,12 +31,17 @@ RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 def type_of(row: params.TensorSpec, name: str) -> str | None:
     """The type of one weight of a model that is quantized to `name` of TYPES; None if it is not quantized.
 
-    Norms are not. With int4, embedding and head are int8: a lookup needs rows, and errors of the head reach every
-    logit. Neither are weights int4 whose number of inputs is not a multiple of a group's; they are int8.
+    Norms are not. With int4, some weights are int8: embedding and head, because errors of the head reach every logit;
+    those of keys and values, which are small, and whose errors reach every later token; and those whose number of inputs
+    is not a multiple of a group's.
     """
     if row.letters in params.NORMS:
         return None
-    in_groups = row.path not in ("embed", "head") and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
+    in_groups = (
+        row.path not in ("embed", "head")
+        and "K" not in row.letters
+        and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
+    )
     return name if name != "int4" or in_groups else "int8"
 
 
@@ -196,7 +201,7 @@ def _codes(w: Float[Array, "g s"], low: Float[Array, " g"], high: Float[Array, "
     centered = code - mean[:, None]
     variance = jnp.sum(centered**2, axis=1)
     slope = jnp.sum(centered * w, axis=1) / jnp.where(variance > 0, variance, 1.0)
-    scale = jnp.where(variance > 0, slope, scale).astype(jnp.float16)
+    scale = jnp.where(variance > 0, slope, 0.0).astype(jnp.float16)
     offset = (w.mean(axis=1) - scale.astype(jnp.float32) * mean).astype(jnp.float16)
     fitted = scale.astype(jnp.float32)[:, None] * code + offset.astype(jnp.float32)[:, None]
     return jnp.sum((fitted - w) ** 2, axis=1), code, scale, offset
