@@ -118,8 +118,7 @@ def export(
         _gather_for_coordinator(itertools.chain(*files.in_files(entries)))
     if model.is_multiprocess:
         distributed.gather("written")
-    again = form is not None and not all(each.is_exact for each in packed)
-    notes = (_rounded_again(form.type),) if again else ()
+    notes = () if form is None or all(each.is_exact for each in packed) else (_rounded_again(form.type),)
     return Exported(out, len(entries), nbytes, notes)
 
 
