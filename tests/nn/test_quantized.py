@@ -227,18 +227,17 @@ def test_a_weight_is_quantized_where_it_is() -> None:
 
 
 def test_which_weights_are_quantized() -> None:
-    rows = {
+    shapes = {
         "embed": ("VD", (96, 64)), "head": ("VD", (96, 64)), "layers.0.q": ("NHD", (4, 16, 64)),
-        "layers.0.k": ("KHD", (2, 16, 64)), "layers.0.o": ("DNH", (64, 3, 20)), "layers.0.attn_norm": ("D", (64,)), "layers.0.q_norm": ("NH", (4, 16)),
+        "layers.0.k": ("KHD", (2, 16, 64)), "layers.0.o": ("DNH", (64, 3, 20)),
+        "layers.0.attn_norm": ("D", (64,)), "layers.0.q_norm": ("NH", (4, 16)),
     }  # fmt: skip
-    found = {
-        path: [quantize.type_of(params.TensorSpec(path, letters, shape, shape, ()), type) for type in quantize.TYPES]
-        for path, (letters, shape) in rows.items()
-    }
-    whole = ["int8", "int8-weights", "int4", "fp8"]
+    rows = {path: params.TensorSpec(path, letters, shape, shape, ()) for path, (letters, shape) in shapes.items()}
+    found = {path: [quantize.type_of(row, type) for type in quantize.TYPES] for path, row in rows.items()}
+    not_int4 = ["int8", "int8-weights", "int8", "fp8"]
     assert found == {
-        "embed": ["int8", "int8-weights", "int8", "fp8"], "head": ["int8", "int8-weights", "int8", "fp8"],
-        "layers.0.q": whole, "layers.0.k": ["int8", "int8-weights", "int8", "fp8"], "layers.0.o": ["int8", "int8-weights", "int8", "fp8"],
+        "embed": not_int4, "head": not_int4, "layers.0.k": not_int4, "layers.0.o": not_int4,
+        "layers.0.q": ["int8", "int8-weights", "int4", "fp8"],
         "layers.0.attn_norm": [None] * 4, "layers.0.q_norm": [None] * 4,
     }  # fmt: skip
     with pytest.raises(ValueError, match="int7"):

@@ -32,16 +32,13 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
     """The type of one weight of a model that is quantized to `name` of TYPES; None if it is not quantized.
 
     Norms are not. With int4, some weights are int8: embedding and head, because errors of the head reach every logit;
-    those of keys and values, which are small, and whose errors reach every later token; and those whose number of inputs
-    is not a multiple of a group's.
+    those of keys and values, which are small, and whose errors reach every later token; and those whose number of
+    inputs is not a multiple of a group's.
     """
     if row.letters in params.NORMS:
         return None
-    in_groups = (
-        row.path not in ("embed", "head")
-        and "K" not in row.letters
-        and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
-    )
+    kept = row.path in ("embed", "head") or "K" in row.letters
+    in_groups = not kept and math.prod(row.shape[-num_inputs(row) :]) % BLOCK == 0
     return name if name != "int4" or in_groups else "int8"
 
 
