@@ -39,6 +39,7 @@ class Case:
     rows: int
     context: int
     chip: str = "v6e"
+    quantize: str | None = None
 
 
 TABLE = [
@@ -73,7 +74,8 @@ def setting(case: Case, layers: int) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     device = tpu_slice(f"{case.chip}:2x2")[0]
-    return Setting(family, family.Config.from_hf({**hf, "num_hidden_layers": layers}), None, case.rows, device)
+    cfg = family.Config.from_hf({**hf, "num_hidden_layers": layers})
+    return Setting(family, cfg, None, case.rows, device, quantize=case.quantize)
 
 
 def compiled(case: Case, where: Setting) -> Any:

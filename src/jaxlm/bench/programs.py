@@ -27,6 +27,7 @@ from jaxlm.inference import decoding, roofline
 from jaxlm.inference.compilation import compile_program
 from jaxlm.inference.prefill import empty_rows
 from jaxlm.nn import attention_tpu, kv_cache, layer_types, params
+from jaxlm.nn.quantize import stored
 
 # libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
 NO_TPU = {
@@ -47,6 +48,7 @@ class Setting(NamedTuple):
         batch: Rows.
         device: The device without a mesh.
         dtype: Of weights and activations.
+        quantize: The type of quantized weights (nn/quantize.py); None if they are not.
     """
 
     family: Any
@@ -55,6 +57,7 @@ class Setting(NamedTuple):
     batch: int
     device: Any = None
     dtype: Any = jnp.bfloat16
+    quantize: str | None = None
 
     @property
     def data(self) -> int:
@@ -110,7 +113,8 @@ def weights(where: Setting) -> Any:
     """The weights, sharded as `load` shards them."""
     found: dict[str, Any] = {}
     for row in params.tensors(where.family.PARAMS, where.cfg):
-        params.put(found, row.path, where.put(jax.ShapeDtypeStruct(row.shape, where.dtype), row.letters))
+        leaf = stored(row, where.dtype, where.quantize)
+        params.put(found, row.path, jax.tree.map(where.put, leaf, params.letters_of(leaf, row.letters)))
     return found
 
 

@@ -43,6 +43,19 @@ def num_inputs(row: params.TensorSpec) -> int:
     return len(params.summed_letters(row.letters))
 
 
+def stored(row: params.TensorSpec, dtype: Any, name: str | None) -> Any:
+    """A weight of a model that is quantized to `name` of TYPES, or is not (None): shapes and dtypes, nothing is
+    computed."""
+    if name is None or (type := type_of(row, name)) is None:
+        return jax.ShapeDtypeStruct(row.shape, dtype)
+    return _shapes(type, num_inputs(row), row.shape, jnp.dtype(dtype))
+
+
+@lru_cache(maxsize=256)
+def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.eval_shape(partial(quantize, type=type, inputs=inputs), jax.ShapeDtypeStruct(shape, dtype))
+
+
 def quantizer(name: str) -> Callable[[params.TensorSpec, jax.Array], Any]:
     """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices."""
 

@@ -1,0 +1,140 @@
+"""Products with quantized weights on TPU and GPU. Forms and figures: docs/performance.md, "Quantized products on TPU and
+GPU".
+
+All arrays have two axes, or three: x [B,D], q [F,D] (channels) or blocks of inputs [I,·,F] (groups, quantized.py).
+
+Weights of channels are converted within the product, which then reads 8 bits a weight: integers and e4m3 alike, so that
+no device needs units for fp8. Activations are rounded only in products of many rows, which arithmetic limits. Those of
+few rows are limited by memory, and rounding would only add to them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.nn import quantized_cpu as cpu
+from jaxlm.nn.linear import MAX_DECODE_ROWS, eight_rows, plain_einsum
+from jaxlm.nn.quantized_cpu import BLOCK
+
+ROWS_ON_GPU = 2  # up to this number of rows, a weight in groups is reduced without the matrix units of a GPU
+ROWS_ON_TPU = 8  # up to this number of rows, each block of inputs of a weight in groups has its own product on TPU
+CHANNELS = 1024  # channels of a weight in groups that are dequantized at a time for more rows
+
+
+def on_tpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """x times a flat weight, on TPU."""
+    if w.grouped:
+        return by_blocks(x, w) if x.shape[0] <= ROWS_ON_TPU and _is_block_scaled(w) else by_channels(x, w)
+    if x.shape[0] <= MAX_DECODE_ROWS:
+        return eight_rows(x, w.q.astype(x.dtype)) * w.scale.astype(jnp.float32)
+    return _channels(x, w)
+
+
+def on_gpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """x times a flat weight, on GPU."""
+    if w.grouped:
+        return reduced(x, w) if x.shape[0] <= ROWS_ON_GPU else by_channels(x, w)
+    return _channels(x, w)
+
+
+def transposed(y: Float[Array, "B F"], w: Any) -> Float[Array, "B D"]:
+    """y times the transpose of a flat weight: the gradient of an input."""
+    if w.grouped:
+        return cpu.from_blocks(y, w)
+    y = (y.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(y.dtype)
+    return plain_einsum("BF,FD->BD", y, w.q.astype(y.dtype))
+
+
+def _channels(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    scale = w.scale.astype(jnp.float32)
+    if w.activations and w.kind == "int8" and x.shape[0] > MAX_DECODE_ROWS:
+        rounded, of_rows = cpu.round_rows(x)
+        y = jnp.einsum("BD,FD->BF", rounded, w.q, preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32) * of_rows * scale
+    return plain_einsum("BD,FD->BF", x, w.q.astype(x.dtype)) * scale
+
+
+def by_blocks(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """Few rows on TPU: a product of each block with the integers, whose results are scaled and summed. XLA converts the
+    integers within the product. It would write a weight that is scaled before the product to memory."""
+    rows, blocks = x.shape[0], w.q.shape[0]
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 8 - rows), (0, 0))))
+    scale, offset = w.scales()
+    parts = [plain_einsum("BIS,ISF->IBF", of_x, codes.astype(x.dtype)) for of_x, codes in _halves(x, w)]
+    y = (sum(parts) * jnp.repeat(scale, blocks // len(scale), axis=0)[:, None]).sum(axis=0)
+    added = (cpu.center(w.kind) - w.zero) * scale + (0 if offset is None else offset)
+    sums = x.astype(jnp.float32).reshape(len(x), len(scale), -1).sum(axis=2)
+    return (y + plain_einsum("BI,IF->BF", sums, added))[:rows]
+
+
+def by_channels(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """Many rows: CHANNELS channels are dequantized at a time, which the caches of the device hold."""
+    channels, size = w.q.shape[-1], min(CHANNELS, w.q.shape[-1])
+    x = jax.lax.optimization_barrier(x)
+
+    def add(i: Any, y: Array) -> Array:
+        begin = jnp.minimum(i * size, channels - size)  # the last part overlaps the one before
+        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+        arrays = {name: a for name in names if (a := getattr(w, name)) is not None}
+        part = replace(w, **{n: jax.lax.dynamic_slice_in_dim(a, begin, size, a.ndim - 1) for n, a in arrays.items()})
+        products = [
+            plain_einsum("BD,DF->BF", of_x.reshape(len(x), -1), values.astype(x.dtype).reshape(-1, size))
+            for of_x, values in _values(x, part)
+        ]
+        return jax.lax.dynamic_update_slice_in_dim(y, sum(products), begin, axis=1)
+
+    return jax.lax.fori_loop(0, -(-channels // size), add, jnp.zeros((len(x), channels), jnp.float32))
+
+
+def reduced(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """Few rows on GPU: one reduction over the inputs, in float32, with an operand for each row. It reads the weight
+    once, and XLA writes no dequantized part of it to memory, as it does before a product."""
+    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
+    pieces = list(_values(x, w))
+    operands = [sum(of_x[row, :, :, None] * values for of_x, values in pieces) for row in range(len(x))]
+    zeros = [jnp.zeros((), jnp.float32)] * len(operands)
+
+    def add(a: list[Array], b: list[Array]) -> list[Array]:
+        return [one + other for one, other in zip(a, b, strict=True)]
+
+    return jnp.stack(jax.lax.reduce(operands, zeros, add, (0, 1)))
+
+
+def _is_block_scaled(w: Any) -> bool:
+    """Whether a group is one or several whole blocks."""
+    return w.q.shape[0] % w.scale.shape[0] == 0
+
+
+def _halves(x: Float[Array, "B D"], w: Any) -> Iterator[tuple[Array, Array]]:
+    """Inputs [B,I,S] and codes [I,S,F] as int8. Of 4 bits, those in the low and those in the high bits: the codes are
+    not concatenated, because XLA would write the result to memory."""
+    x = x.reshape(len(x), -1, BLOCK)
+    if w.q.shape[1] == BLOCK:
+        yield x, w.q
+        return
+    yield x[..., : BLOCK // 2], cpu.codes(w.q & 15, w.kind)
+    yield x[..., BLOCK // 2 :], cpu.codes(w.q >> 4, w.kind)
+
+
+def _values(x: Float[Array, "B D"], w: Any) -> Iterator[tuple[Array, Array]]:
+    """Inputs [B,I,S] and the values of the weight [I,S,F] in float32."""
+    scale, offset = w.scales()
+    shift = cpu.center(w.kind) - w.zero
+    pieces = list(_halves(x, w))
+    for i, (of_x, codes) in enumerate(pieces):
+
+        def spread(a: Array, i: int = i, size: int = codes.shape[1]) -> Array:
+            """Scales or offsets [g,F] of the inputs of this piece: [I,S,F], or [I,1,F]."""
+            if _is_block_scaled(w):
+                return jnp.repeat(a, w.q.shape[0] // len(a), axis=0)[:, None]
+            each = jnp.repeat(a, math.prod(w.inputs) // len(a), axis=0).reshape(w.q.shape[0], BLOCK, -1)
+            return each[:, i * size : (i + 1) * size]
+
+        values = codes.astype(jnp.float32) + shift if shift else codes.astype(jnp.float32)
+        values = values * spread(scale)
+        yield of_x, values if offset is None else values + spread(offset)
