@@ -16,7 +16,7 @@ SPLASH_RATE = 0.4
 
 
 def generation(
-    family: Any, cfg: Any, found: plan.Plan, dtype: Any, progress: Callable[[str], None]
+    family: Any, cfg: Any, found: plan.Plan, dtype: Any, quantize: str | None, progress: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Compiles decode and prefill of all layers.
 
@@ -25,8 +25,8 @@ def generation(
         TPU compiler's estimate. "refused" with the reason, if the compiler finds that it does not fit.
     """
     on = programs.devices(found.spec, found.count)
-    where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype))
-    of = roofline.layout(family.PARAMS, cfg, found.mesh, jax.numpy.dtype(dtype).itemsize)
+    where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype), quantize)
+    of = roofline.layout(family.PARAMS, cfg, found.mesh, jax.numpy.dtype(dtype).itemsize, quantize)
     facts = {}
     for name, run in (("decode", programs.decode), ("prefill", programs.prefill)):
         progress(f"compiling {name} of {cfg.L} layers for {found.count} x {found.spec.name} …")

@@ -46,6 +46,8 @@ def facts(shape: Shape, found: plan.Plan, dtype: str) -> dict[str, Any]:
     return {
         **common(shape, found),
         "dtype": dtype,
+        "quantize": found.quantize,
+        "quantize_that_fits": found.smaller,
         "batch": found.batch,
         "context": found.context,
         "decode": roof_facts(found.decode),
@@ -74,9 +76,10 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
     """The text of a plan."""
     spec, memory = found.spec, found.memory
     devices = f"{found.count} x {spec.name}" if found.count > 1 else spec.name
-    kind = (
-        facts["dtype"] if isinstance(found, plan.Plan) else f"{found.how.optimizer}, weights {found.how.weight_dtype}"
-    )
+    if isinstance(found, plan.Plan):
+        kind = facts["dtype"] if found.quantize is None else f"weights {found.quantize}, activations {facts['dtype']}"
+    else:
+        kind = f"{found.how.optimizer}, weights {found.how.weight_dtype}"
     yield f"{name} on {devices}, {kind}, mesh {plan.text(found.mesh)}"
     slots = {}
     if isinstance(found, plan.Plan) and (length := decoding.bucket(found.context)) != found.context:
@@ -143,6 +146,8 @@ def advice(found: plan.Plan | plan_training.Plan) -> str:
     """What would fit, in words."""
     ways = []
     if isinstance(found, plan.Plan):
+        for name, nbytes in found.smaller.items():
+            ways.append(f"--quantize {name} (weights {gigabytes(nbytes)})")
         if found.max_batch:
             ways.append(f"batch {found.max_batch:,}")
         if found.max_context:

@@ -102,11 +102,19 @@ def devices(spec: Spec, count: int) -> list[Any]:
     return found
 
 
-def setting(family: Any, cfg: Any, on: list[Any], sizes: dict[str, int], batch: int, dtype: Any) -> Setting:
+def setting(
+    family: Any,
+    cfg: Any,
+    on: list[Any],
+    sizes: dict[str, int],
+    batch: int,
+    dtype: Any,
+    quantize: str | None = None,
+) -> Setting:
     """A model on devices `on`, sharded by a mesh with these axis sizes."""
     if len(on) == 1:
-        return Setting(family, cfg, None, batch, on[0], dtype)
-    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype)
+        return Setting(family, cfg, None, batch, on[0], dtype, quantize)
+    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype, quantize)
 
 
 def weights(where: Setting) -> Any:

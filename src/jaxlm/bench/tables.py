@@ -16,6 +16,7 @@ from jaxlm.bench.cases import Row
 from jaxlm.bench.limits import Rates
 from jaxlm.devices.hardware import gigabytes
 from jaxlm.nn import params
+from jaxlm.nn.quantize import type_of_weights
 from jaxlm.version import __version__
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def model_line(model: "Model") -> str:
     """Name, family, size and dtype of a model."""
     count, size = params.count(model.family.PARAMS, model.config), gigabytes(params.nbytes(model.weights))
     family = model.family.__name__.rpartition(".")[2]
-    return f"- {model.source}: {family}, {count:,} parameters, {size} as {model.dtype.name}"
+    return f"- {model.source}: {family}, {count:,} parameters, {size} as {type_of_weights(model.weights)}"
 
 
 # Prefill and decoding

@@ -62,7 +62,7 @@ class Bench(ServeFlags):
     json: bool = False
     """Print one JSON object."""
 
-    memory_hint = "a smaller -b, shorter -p, -n and -d, --dtype bfloat16 or a smaller model"
+    memory_hint = "a smaller -b, shorter -p, -n and -d, --dtype bfloat16, --quantize int8 (or int4) or a smaller model"
 
     def run(self) -> int:
         mode, name = self._mode()
@@ -117,7 +117,7 @@ class Bench(ServeFlags):
         note("making random weights …")
         on_compile.set(compiling)
         shape = sources.find(self.source(str(self.random_weights)))
-        return random_model(shape, self.dtype, self.mesh), shape.raw
+        return random_model(shape, self.dtype, self.mesh, self.quantize), shape.raw
 
     def _run_generation(self, name: str | None) -> int:
         self.begin()
@@ -203,7 +203,7 @@ class Bench(ServeFlags):
         from jaxlm.bench import tables
         from jaxlm.bench.load_time import LoadSession
 
-        session = LoadSession(self.source(name), {"dtype": self.dtype, "mesh": self.mesh}, self.repetitions)
+        session = LoadSession(self.source(name), {"dtype": self.dtype, "mesh": self.mesh, "quantize": self.quantize}, self.repetitions)
         try:
             with progress_line() as progress:
                 session.run(progress)

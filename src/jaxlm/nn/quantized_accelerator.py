@@ -21,7 +21,7 @@ from jaxlm.nn import quantized_cpu as cpu
 from jaxlm.nn.linear import MAX_DECODE_ROWS, eight_rows, plain_einsum
 from jaxlm.nn.quantized_cpu import BLOCK
 
-ROWS_ON_GPU = 2  # up to this number of rows, a weight in groups is reduced without the matrix units of a GPU
+ROWS_ON_GPU = 4  # up to this number of rows, a weight in groups is multiplied without the matrix units of a GPU
 ROWS_ON_TPU = 8  # up to this number of rows, each block of inputs of a weight in groups has its own product on TPU
 CHANNELS = 1024  # channels of a weight in groups that are dequantized at a time for more rows
 
@@ -38,7 +38,7 @@ def on_tpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 def on_gpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     """x times a flat weight, on GPU."""
     if w.grouped:
-        return reduced(x, w) if x.shape[0] <= ROWS_ON_GPU else by_channels(x, w)
+        return reduced(x, w) if x.shape[0] <= ROWS_ON_GPU and _is_block_scaled(w) else by_channels(x, w)
     return _channels(x, w)
 
 
@@ -64,12 +64,10 @@ def by_blocks(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     integers within the product. It would write a weight that is scaled before the product to memory."""
     rows, blocks = x.shape[0], w.q.shape[0]
     x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 8 - rows), (0, 0))))
-    scale, offset = w.scales()
+    scale = w.scales()[0]
     parts = [plain_einsum("BIS,ISF->IBF", of_x, codes.astype(x.dtype)) for of_x, codes in _halves(x, w)]
     y = (sum(parts) * jnp.repeat(scale, blocks // len(scale), axis=0)[:, None]).sum(axis=0)
-    added = (cpu.center(w.kind) - w.zero) * scale + (0 if offset is None else offset)
-    sums = x.astype(jnp.float32).reshape(len(x), len(scale), -1).sum(axis=2)
-    return (y + plain_einsum("BI,IF->BF", sums, added))[:rows]
+    return (y + _added(x, w))[:rows]
 
 
 def by_channels(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
@@ -92,17 +90,25 @@ def by_channels(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 
 
 def reduced(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
-    """Few rows on GPU: one reduction over the inputs, in float32, with an operand for each row. It reads the weight
-    once, and XLA writes no dequantized part of it to memory, as it does before a product."""
+    """Few rows on GPU: float32 sums over each block, without matrix units. XLA writes no part of the weight as floating
+    point numbers to memory, as it does before a product."""
+    scale = w.scales()[0]
+    scale = jnp.repeat(scale, w.q.shape[0] // len(scale), axis=0)
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
-    pieces = list(_values(x, w))
-    operands = [sum(of_x[row, :, :, None] * values for of_x, values in pieces) for row in range(len(x))]
-    zeros = [jnp.zeros((), jnp.float32)] * len(operands)
+    rows: list[Any] = [0] * len(x)
+    for of_x, codes in _halves(x, w):
+        for i in range(codes.shape[1]):
+            values = codes[:, i].astype(jnp.float32)
+            rows = [total + of_x[row, :, i, None] * values for row, total in enumerate(rows)]
+    y = jnp.stack([(total * scale).sum(axis=0) for total in rows])
+    return y + _added(x, w)
 
-    def add(a: list[Array], b: list[Array]) -> list[Array]:
-        return [one + other for one, other in zip(a, b, strict=True)]
 
-    return jnp.stack(jax.lax.reduce(operands, zeros, add, (0, 1)))
+def _added(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """What offsets and the zero of the codes add to a product: multiples of the sums of x over groups."""
+    scale, offset = w.scales()
+    each = (cpu.center(w.kind) - w.zero) * scale + (0 if offset is None else offset)
+    return plain_einsum("BI,IF->BF", x.astype(jnp.float32).reshape(len(x), len(scale), -1).sum(axis=2), each)
 
 
 def _is_block_scaled(w: Any) -> bool:
