@@ -35,9 +35,7 @@ def random_model(shape: Shape, dtype: str = "auto", mesh: Any = None, quantize: 
     return draw(shape.family, shape.config, dtype, mesh, quantize, source=f"{shape.name} (random weights)")
 
 
-def draw(
-    family: Any, cfg: Any, dtype: Any, mesh: Any = None, quantize: str | None = None, **more: Any
-) -> Model:
+def draw(family: Any, cfg: Any, dtype: Any, mesh: Any = None, quantize: str | None = None, **more: Any) -> Model:
     """A model with random weights, sharded as `load` shards them. Each device draws its part, so that a model may be
     larger than the memory of one device.
 

@@ -91,6 +91,8 @@ class Bench(ServeFlags):
         for field, modes in MODES.items():
             if mode not in modes and getattr(self, field) != getattr(Bench, field):
                 usage(f"--{field.replace('_', '-')} does not apply to {mode} (jaxlm bench --help)")
+        if mode == "train" and self.method == "full" and self.quantize is not None:
+            usage("--quantize needs --method lora: quantized weights are not trained (jaxlm bench --help)")
         if self.repetitions < 1 or self.rank < 1:
             flag, value = ("-r", self.repetitions) if self.repetitions < 1 else ("--rank", self.rank)
             usage(f"{flag} is {value}, but must be at least 1 (jaxlm bench --help)")
@@ -203,7 +205,8 @@ class Bench(ServeFlags):
         from jaxlm.bench import tables
         from jaxlm.bench.load_time import LoadSession
 
-        session = LoadSession(self.source(name), {"dtype": self.dtype, "mesh": self.mesh, "quantize": self.quantize}, self.repetitions)
+        options = {"dtype": self.dtype, "mesh": self.mesh, "quantize": self.quantize}
+        session = LoadSession(self.source(name), options, self.repetitions)
         try:
             with progress_line() as progress:
                 session.run(progress)

@@ -112,7 +112,9 @@ class ServeFlags(ModelFlags):
         if name is None:
             return f"- the server at {self.url}"
         where = f"; jaxlm at {self.url}" if self.url else ""
-        return f"- {name}, {self.quantize or self.dtype} weights{where}; {self.slots or SLOTS} slots of {length:,} tokens"
+        return (
+            f"- {name}, {self.quantize or self.dtype} weights{where}; {self.slots or SLOTS} slots of {length:,} tokens"
+        )
 
     @contextmanager
     def servers(self, name: str | None, rivals: Sequence[str], length: int) -> "Iterator[list[Server]]":

@@ -57,9 +57,7 @@ class Layout(NamedTuple):
         return self.over.size // self.data
 
 
-def layout(
-    table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2, quantize: str | None = None
-) -> Layout:
+def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2, quantize: str | None = None) -> Layout:
     """The layout for axis sizes such as {"data": 2, "model": 4}. quantize: the type of quantized weights, as in
     `jaxlm.load`."""
     axes = topology.factor_kv_heads(sizes, cfg.K)

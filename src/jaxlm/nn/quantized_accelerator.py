@@ -1,5 +1,4 @@
-"""Products with quantized weights on TPU and GPU. Forms and figures: docs/performance.md, "Quantized products on TPU and
-GPU".
+"""Products with quantized weights on TPU and GPU. Figures: docs/performance.md, "Quantized products on TPU and GPU".
 
 All arrays have two axes, or three: x [B,D], q [F,D] (channels) or blocks of inputs [I,·,F] (groups, quantized.py).
 
