@@ -64,8 +64,11 @@ def by_blocks(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     rows, blocks = x.shape[0], w.q.shape[0]
     x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 8 - rows), (0, 0))))
     scale = w.scales()[0]
-    parts = [plain_einsum("BIS,ISF->IBF", of_x, codes.astype(x.dtype)) for of_x, codes in _halves(x, w)]
-    y = (sum(parts) * jnp.repeat(scale, blocks // len(scale), axis=0)[:, None]).sum(axis=0)
+    scale = jnp.repeat(scale, blocks // len(scale), axis=0)[:, None]
+    # Each product is summed on its own: XLA (jax 0.10 and 0.12) computes wrong sums of two added products with a batch
+    # axis, as the test shows.
+    products = [plain_einsum("BIS,ISF->IBF", of_x, codes.astype(x.dtype)) for of_x, codes in _halves(x, w)]
+    y = sum((each * scale).sum(axis=0) for each in products)
     return (y + _added(x, w))[:rows]
 
 
