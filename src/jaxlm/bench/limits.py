@@ -110,7 +110,7 @@ def layout_of(model: "Model") -> Layout:
     sizes = dict(model.mesh.shape) if model.mesh is not None and devices_of(model) > 1 else {mesh.DATA: 1}
     over = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     leaf = partial(_leaf, model.weights)
-    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize, leaf)
+    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize, leaf=leaf)
 
 
 def _leaf(weights: Any, row: params.TensorSpec) -> Any:

@@ -7,7 +7,7 @@ predicted time is a lower bound: no program is faster.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -37,13 +37,15 @@ class Layout(NamedTuple):
         cfg: The model's Config.
         over: The mesh, of which only the sizes matter.
         itemsize: Bytes of an activation, and of a weight without a form.
-        leaf: A function from a row of PARAMS to its weight, an array or a WeightForm, or their shapes. None: arrays.
+        quantize: The type of quantized weights, as in `jaxlm.load`; None if they are not quantized.
+        leaf: For a model that exists, a function from a row of PARAMS to its weight, an array or a WeightForm.
     """
 
     table: Any
     cfg: Any
     over: AbstractMesh
     itemsize: int
+    quantize: str | None = None
     leaf: Callable[[params.TensorSpec], Any] | None = None
 
     @property
@@ -61,9 +63,7 @@ def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2, qu
     """The layout for axis sizes such as {"data": 2, "model": 4}. quantize: the type of quantized weights, as in
     `jaxlm.load`."""
     axes = topology.factor_kv_heads(sizes, cfg.K)
-    # Scales of channels are float32, those of groups float16: they do not depend on the dtype of activations.
-    leaf = None if quantize is None else partial(stored, dtype=f"float{8 * itemsize}", name=quantize)
-    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, leaf)
+    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, quantize)
 
 
 def weight_bytes(of: Layout) -> int:
@@ -73,11 +73,23 @@ def weight_bytes(of: Layout) -> int:
 
 def row_bytes(of: Layout, row: params.TensorSpec) -> int:
     """Bytes of one weight on one device. A quantized weight knows its arrays."""
-    if of.leaf is None:
-        return of.itemsize * _elements(of, row)
-    leaf = of.leaf(row)
-    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(params.letters_of(leaf, row.letters)), strict=True)
-    return sum(params.nbytes(a) // mesh.num_shards(letters, a.shape, of.over) for a, letters in pairs)
+    if of.leaf is not None:
+        return _leaf_bytes(of.leaf(row), row.letters, of.over)
+    if of.quantize is not None:
+        alike = row._replace(path="layers" if row.path.startswith("layers.") else row.path, names=())
+        return _quantized_bytes(alike, of.quantize, of.itemsize, of.over)
+    return of.itemsize * _elements(of, row)
+
+
+@lru_cache(maxsize=1024)
+def _quantized_bytes(row: params.TensorSpec, name: str, itemsize: int, over: AbstractMesh) -> int:
+    # Of the dtype only the size matters: that of the weights that are not quantized.
+    return _leaf_bytes(stored(row, f"float{8 * itemsize}", name), row.letters, over)
+
+
+def _leaf_bytes(leaf: Any, own: str, over: AbstractMesh) -> int:
+    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(params.letters_of(leaf, own)), strict=True)
+    return sum(params.nbytes(a) // mesh.num_shards(letters, a.shape, over) for a, letters in pairs)
 
 
 def _elements(of: Layout, row: params.TensorSpec) -> int:

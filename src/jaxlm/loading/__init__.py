@@ -255,7 +255,8 @@ def read_weights(
     with loading_bar(total, progress) as advance:
         if quantize is None:
             return hf.load_weights(pairs, loaded_dtype, where, advance)
-        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize))
+        # Reading is faster than quantizing: little has to be read ahead, and memory is what quantizing is for.
+        return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize), hf.AHEAD // 4)
 
 
 def _shard_bytes(leaf: Any, row: params.TensorSpec, sharding: Any) -> int:

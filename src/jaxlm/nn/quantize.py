@@ -51,9 +51,18 @@ def stored(row: params.TensorSpec, dtype: Any, name: str | None) -> Any:
     return _shapes(type, num_inputs(row), row.shape, jnp.dtype(dtype))
 
 
-@lru_cache(maxsize=256)
-def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.eval_shape(partial(quantize, type=type, inputs=inputs), jax.ShapeDtypeStruct(shape, dtype))
+def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any) -> Quantized:
+    """What `quantize` makes. Tracing it would take a second for each shape."""
+    kept, summed = shape[: len(shape) - inputs], shape[len(shape) - inputs :]
+    options: dict[str, Any] = {"inputs": summed, "dtype": dtype, "activations": type in ("int8", "int4")}
+    if type == "int4":
+        blocks = math.prod(summed) // BLOCK
+        q = jax.ShapeDtypeStruct((blocks, BLOCK // 2, *kept), jnp.uint8)
+        scale = jax.ShapeDtypeStruct((blocks, *kept), jnp.float16)
+        return Quantized(q, scale, scale, kind="int4", grouped=True, **options)
+    q = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn if type == "fp8" else jnp.int8)
+    kind = "fp8" if type == "fp8" else "int8"
+    return Quantized(q, jax.ShapeDtypeStruct(kept, jnp.float32), kind=kind, **options)
 
 
 def type_of_weights(weights: Any) -> str:
@@ -79,7 +88,7 @@ def _program(type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype
     make = partial(quantize, type=type, inputs=inputs)
     if not isinstance(where, NamedSharding):
         return jax.jit(make, out_shardings=where)
-    made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
+    made = _shapes(type, inputs, shape, dtype)
     of = made.letters(letters)
     shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
@@ -99,8 +108,7 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
     if type == "int4":
         q, scale, offset = (a.reshape(*a.shape[:-1], *kept) for a in _blocks(flat, by_parts))
         return Quantized(q, scale, offset, kind="int4", grouped=True, inputs=summed, dtype=w.dtype, activations=True)
-    size = max(1, min(len(flat), ELEMENTS // flat.shape[1])) if by_parts else len(flat)
-    q, scale = jax.lax.map(partial(_channel, type), flat, batch_size=size)
+    q, scale = _by_parts(partial(_channels, type), flat) if by_parts else _channels(type, flat)
     kind = "int8"
     if type == "fp8":
         kind, q = "fp8", jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
@@ -108,13 +116,27 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
                      activations=type == "int8")  # fmt: skip
 
 
-def _channel(type: str, w: Float[Array, " D"]) -> tuple[Array, Array]:
-    """q [D], of fp8 its bits, and the scale of a channel, whose largest value becomes the largest of the type."""
+def _by_parts(make: Callable[[Array], tuple[Array, Array]], w: Float[Array, "F D"]) -> tuple[Array, Array]:
+    """`make(w)`, some rows at a time. lax.map with a batch size would copy the whole weight, if it has a rest."""
+    size = max(1, min(len(w), ELEMENTS // w.shape[1]))
+
+    def add(i: Any, made: tuple[Array, Array]) -> tuple[Array, ...]:
+        begin = jnp.minimum(i * size, len(w) - size)  # the last part overlaps the one before
+        part = make(jax.lax.dynamic_slice_in_dim(w, begin, size))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, begin, 0) for a, b in zip(made, part, strict=True))
+
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make, w))
+    return jax.lax.fori_loop(0, -(-len(w) // size), add, empty)
+
+
+def _channels(type: str, w: Float[Array, "F D"]) -> tuple[Array, Array]:
+    """q [F,D], of fp8 its bits, and the scales [F] of channels, whose largest value becomes the largest of the type."""
     limit = FP8_MAX if type == "fp8" else 127.0
     w = w.astype(jnp.float32)
-    most = jnp.max(jnp.abs(w))
+    most = jnp.max(jnp.abs(w), axis=1)
     scale = jnp.where(most > 0, most, limit) / limit
-    return e4m3(w / scale) if type == "fp8" else jnp.round(w / scale).astype(jnp.int8), scale
+    w = w / scale[:, None]
+    return e4m3(w) if type == "fp8" else jnp.round(w).astype(jnp.int8), scale
 
 
 def e4m3(x: Float[Array, "*x"]) -> UInt8[Array, "*x"]:
