@@ -90,7 +90,8 @@ def _program(type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype
         return jax.jit(make, out_shardings=where)
     made = _shapes(type, inputs, shape, dtype)
     of = made.letters(letters)
-    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, where.mesh), made, of)
+    over: Any = where.mesh
+    shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
 
 
@@ -180,7 +181,7 @@ def _int4(w: Float[Array, "*I S F"]) -> tuple[Array, Array, Array]:
         slope = sum((c - center) * v for c, v in zip(code, x, strict=True)) / jnp.where(variance > 0, variance, 1.0)
         scale = jnp.where(variance > 0, slope, step).astype(jnp.float16)
         offset = (mean - scale.astype(jnp.float32) * center).astype(jnp.float16)
-        error = sum(
+        error: Any = sum(
             (scale.astype(jnp.float32) * c + offset.astype(jnp.float32) - v) ** 2 for c, v in zip(code, x, strict=True)
         )
         return error, code, scale, offset

@@ -127,8 +127,8 @@ class Quantized(WeightForm):
         count = math.prod(index.shape)
         # A single row is looked up with others: on TPU, XLA would copy the whole table to another layout at each step.
         several = jnp.pad(index.reshape(-1), (0, 7)) if count == 1 else index.reshape(-1)
-        rows = self.q[several].astype(jnp.float32) * self.scale[several].astype(jnp.float32)[:, None]
-        return rows[:count].reshape(*index.shape, -1).astype(self.dtype)
+        w = self.q[several].astype(jnp.float32) * self.scale[several].astype(jnp.float32)[:, None]
+        return w[:count].reshape(*index.shape, -1).astype(self.dtype)
 
     def scales(self) -> tuple[Float[Array, "g F"], Any]:
         """Scales and offsets of the groups in float32; None without offsets."""

@@ -7,9 +7,7 @@ no device needs units for fp8. Activations are rounded only in products of many 
 few rows are limited by memory, and rounding would only add to them.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -79,9 +77,7 @@ def by_channels(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 
     def add(i: Any, y: Array) -> Array:
         begin = jnp.minimum(i * size, channels - size)  # the last part overlaps the one before
-        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
-        arrays = {name: a for name in names if (a := getattr(w, name)) is not None}
-        part = replace(w, **{n: jax.lax.dynamic_slice_in_dim(a, begin, size, a.ndim - 1) for n, a in arrays.items()})
+        part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size, a.ndim - 1), w)
         products = [
             plain_einsum("BD,DF->BF", of_x.reshape(len(x), -1), values.astype(x.dtype).reshape(-1, size))
             for of_x, values in _values(x, part)
@@ -132,17 +128,15 @@ def _halves(x: Float[Array, "B D"], w: Any) -> Iterator[tuple[Array, Array]]:
 def _values(x: Float[Array, "B D"], w: Any) -> Iterator[tuple[Array, Array]]:
     """Inputs [B,I,S] and the values of the weight [I,S,F] in float32."""
     scale, offset = w.scales()
-    shift = cpu.center(w.kind) - w.zero
     pieces = list(_halves(x, w))
+
+    def spread(a: Array, i: int) -> Array:
+        """Scales or offsets [g,F] of the inputs of a piece: [I,S,F], or [I,1,F]."""
+        if _is_block_scaled(w):
+            return jnp.repeat(a, w.q.shape[0] // len(a), axis=0)[:, None]
+        each = jnp.repeat(a, x.shape[1] // len(a), axis=0).reshape(w.q.shape[0], BLOCK, -1)
+        return jnp.split(each, len(pieces), axis=1)[i]
+
     for i, (of_x, codes) in enumerate(pieces):
-
-        def spread(a: Array, i: int = i, size: int = codes.shape[1]) -> Array:
-            """Scales or offsets [g,F] of the inputs of this piece: [I,S,F], or [I,1,F]."""
-            if _is_block_scaled(w):
-                return jnp.repeat(a, w.q.shape[0] // len(a), axis=0)[:, None]
-            each = jnp.repeat(a, math.prod(w.inputs) // len(a), axis=0).reshape(w.q.shape[0], BLOCK, -1)
-            return each[:, i * size : (i + 1) * size]
-
-        values = codes.astype(jnp.float32) + shift if shift else codes.astype(jnp.float32)
-        values = values * spread(scale)
-        yield of_x, values if offset is None else values + spread(offset)
+        values = (codes.astype(jnp.float32) + (cpu.center(w.kind) - w.zero)) * spread(scale, i)
+        yield of_x, values if offset is None else values + spread(offset, i)

@@ -57,8 +57,8 @@ def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
 
 def _channels(q: Any, begin: Any, size: int) -> Any:
     """Channels of q. The bits of e4m3 are sliced: XLA on CPU would slice by way of the whole weight in float16."""
-    bits = jax.lax.bitcast_convert_type(q, jnp.uint8)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, begin, size), q.dtype)
+    part = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(q, jnp.uint8), begin, size)
+    return jax.lax.bitcast_convert_type(part, q.dtype)
 
 
 def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
