@@ -41,6 +41,7 @@ class Case:
     context: int
     chip: str = "v6e"
     kv_dtype: str = "bfloat16"
+    quantize: str | None = None
 
 
 TABLE = [
@@ -75,14 +76,9 @@ def setting(case: Case, layers: int) -> Setting:
     hf = MODELS[case.model]
     family = models.family_of(hf["model_type"])
     device = tpu_slice(f"{case.chip}:2x2")[0]
-    return Setting(
-        family,
-        family.Config.from_hf({**hf, "num_hidden_layers": layers}),
-        None,
-        case.rows,
-        device,
-        kv_dtype=dtype_of(case.kv_dtype),
-    )
+    cfg = family.Config.from_hf({**hf, "num_hidden_layers": layers})
+    return Setting(family, cfg, None, case.rows, device, quantize=case.quantize,
+                   kv_dtype=dtype_of(case.kv_dtype))  # fmt: skip
 
 
 def compiled(case: Case, where: Setting) -> Any:

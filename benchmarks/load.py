@@ -146,7 +146,7 @@ class Sampler(threading.Thread):
             self.peak = {name: max(value, now[name]) for name, value in self.peak.items()}
 
 
-def memory(folder: Path, dtype: str) -> dict[str, float]:
+def memory(folder: Path, dtype: str, quantize: str | None = None) -> dict[str, float]:
     """The memory of a load. Runs in a process that has done nothing else."""
     import jax
 
@@ -156,7 +156,7 @@ def memory(folder: Path, dtype: str) -> dict[str, float]:
     jaxlm.load  # noqa: B018  the package is lazy: this is its import
     before, sampler = status(), Sampler()
     sampler.start()
-    model = jaxlm.load(folder, dtype=dtype, progress=False)
+    model = jaxlm.load(folder, dtype=dtype, quantize=quantize, progress=False)
     jax.block_until_ready(model.weights)
     after = status()
     sampler.done.set()
@@ -256,7 +256,7 @@ def fresh(function: str, *args: object) -> Any:
 def child(function: str, *args: str) -> Any:
     if function == "first":
         return first(args[0], Path(args[1]), args[2])
-    return {"memory": memory, "speeds": speeds}[function](Path(args[0]), args[1])
+    return {"memory": memory, "speeds": speeds}[function](Path(args[0]), *args[1:])
 
 
 def report_memory(stored: str, dtype: str, r: dict[str, float]) -> bool:

@@ -69,6 +69,17 @@ def test_peak_memory_of_a_quantized_file_is_the_weights(dtype, bench, tmp_path_f
     assert found["RssFile"] < 16e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_of_a_load_that_quantizes(bench, tmp_path_factory):
+    """The quantized weights, the largest array and what is read ahead, but not all arrays. The constant also holds the
+    compiler's memory."""
+    folder = tmp_path_factory.getbasetemp() / "load-memory-bfloat16-16"
+    bench.make(folder, "bfloat16", layers=16, vocabulary=16384, shard=64 << 20)
+    found = bench.fresh("memory", folder, "bfloat16", "int8")
+    assert found["peak"] >= found["weights"]
+    assert found["peak"] <= FACTOR * found["weights"] + 2 * 16384 * 1024 + hf.AHEAD / 4 + 2 * CONSTANT, found
+
+
 @pytest.fixture
 def free(tmp_path, monkeypatch):
     """Sets the free memory of the system, and what a cgroup limit leaves of it."""
@@ -101,6 +112,24 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(stored, limit,
     half = f"--dtype bfloat16), which needs {needed / 2e6:.1f} MB"
     assert (half in str(caught.value)) == (stored == "F32")
     assert not read
+
+
+def test_the_message_names_the_types_that_fit(free, tmp_path):
+    """Many layers of small arrays: int8 and the largest array need less than bfloat16."""
+    config = {**checkpoint_files.LLAMA, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+    arrays = checkpoint_files.tensors(config, kind="BF16")
+    folder = checkpoint_files.folder(tmp_path / "m", config, arrays)
+    needed = sum(array.nbytes for array in arrays.values())
+    free(needed - 4096, 1 << 40)
+    with pytest.raises(MemoryError, match=r"--quantize int8, which needs .*, or --quantize int4, which needs"):
+        jaxlm.load(folder)
+    free(needed // 2, 1 << 40)
+    with pytest.raises(MemoryError) as caught:
+        jaxlm.load(folder, quantize="int8")
+    assert "--quantize int8, which" not in str(caught.value)
+    assert "--quantize int4, which needs" in str(caught.value)
+    free(needed - 4096, 1 << 40)
+    jaxlm.load(folder, quantize="int8")
 
 
 def test_weights_that_just_fit_are_loaded(free, tmp_path):

@@ -42,11 +42,27 @@ def test_the_largest_batch_and_context_fit_and_more_does_not(capsys: pytest.Capt
 def test_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "llama-3.1-70b", "--device", "H100")
     assert status == 1
-    assert "Does not fit. Any one of these fits: H100-4" in out
+    assert "Does not fit. Any one of these fits: --quantize int4" in out
+    assert "or H100-4" in out
     assert facts(capsys, "llama-3.1-70b", "--device", "H100-4")["fits"]
     assert not facts(capsys, "llama-3.1-70b", "--device", "H100-2")["fits"]
     _, out, _ = run(capsys, "qwen3-8b", "--device", "v5p-2", "--batch", "500")
     assert "Any one of these fits: batch " in out
+
+
+def test_quantized_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of Llama 3.1 8B: a byte for each weight but norms, and 4 bytes of scale for each output channel; int4 has 5 bits
+    for each weight of the layers, and the embedding and the head as int8."""
+    table, norms = 2 * 128256 * 4096, 65 * 4096
+    layers = 8_030_261_248 - table - norms
+    channels = 2 * 128256 + 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    sizes = {"int8": table + layers + 4 * channels, "int4": table + 4 * 2 * 128256 + layers * 5 // 8}
+    for name, nbytes in sizes.items():
+        found = facts(capsys, "llama-3.1-8b", "--device", "v6e", "--quantize", name)
+        assert (found["quantize"], found["memory"]["weights"]) == (name, nbytes + 2 * norms)
+    status, out, _ = run(capsys, "llama-3.1-70b", "--device", "H100")
+    assert (status, "--quantize int4 (weights" in out, "--quantize int8" in out) == (1, True, False)
+    assert facts(capsys, "llama-3.1-70b", "--device", "H100", "--quantize", "int4")["fits"]
 
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from jaxlm import models
 from jaxlm.bench import published
 from jaxlm.devices import mesh, specs, topology
 from jaxlm.inference import roofline
-from jaxlm.nn import kv_cache, params
+from jaxlm.nn import kv_cache, params, quantize
 
 
 def layout(name: str, **sizes: int) -> roofline.Layout:
@@ -83,6 +83,19 @@ def test_bytes_are_those_of_the_arrays(name: str, sizes: dict[str, int]) -> None
         cache = kv_cache.init(rows, length, cfg.windows, cfg.K, cfg.H, jnp.float32, chunk)
         nbytes = kv_cache.map_arrays(cache, on_first)
         assert roofline.cache_bytes(of, rows, length, chunk) == sum(jax.tree.leaves(nbytes))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "model": 1}, {"data": 2, "model": 2}])
+def test_bytes_of_quantized_weights_are_those_of_the_arrays(sizes: dict[str, int]) -> None:
+    model = tiny("llama3")
+    cfg, table = model.config, model.family.PARAMS
+    over = topology.make(sizes, cfg.K, jax.devices()[: sizes["data"] * sizes["model"]])
+    for name in quantize.TYPES:
+        convert, held = quantize.quantizer(name), 0
+        for row in params.tensors(table, cfg):
+            array = jax.device_put(params.get(model.weights, row.path), mesh.sharding(row.letters, row.shape, over))
+            held += sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(convert(row, array)))
+        assert roofline.weight_bytes(roofline.layout(table, cfg, sizes, 4, name)) == held
 
 
 def test_small_models_are_replicated_and_large_ones_are_split() -> None:

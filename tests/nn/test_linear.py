@@ -130,7 +130,7 @@ def test_padding_to_eight_rows_changes_no_value(rows: int) -> None:
         return jnp.sum(form(x, w) * weighs[:, 0])
 
     plain, padded = (jax.value_and_grad(partial(value, form), (0, 1))(x[:, 0], w) for form in (
-        partial(linear.plain_einsum, "BD,FD->BF"), linear._eight_rows))  # fmt: skip
+        partial(linear.plain_einsum, "BD,FD->BF"), linear.eight_rows))  # fmt: skip
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(padded)):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 

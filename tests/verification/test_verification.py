@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import checkpoint_files
 from helpers.published import SHARED
 from helpers.tiny_models import CONFIGS, SLIDING, tiny
 
@@ -19,7 +21,8 @@ import jaxlm
 from jaxlm import loading
 from jaxlm.cli import main
 from jaxlm.inference import compilation
-from jaxlm.nn import Rope, attention
+from jaxlm.nn import Rope, attention, quantize
+from jaxlm.nn.linear import WeightForm
 from jaxlm.verification import checks, meta_code, ours, probes, recordings, report
 
 STORIES = SHARED / "checkpoints" / "stories260K"
@@ -260,3 +263,33 @@ def test_metas_code_has_one_rope(changed, monkeypatch) -> None:
     subject.config.rope = replace(rope, **changed)
     with pytest.raises(ValueError, match="high_freq_factor"):
         meta_code.Meta().require(subject)
+
+
+def test_a_quantized_model_is_compared_with_its_float_model(not_itself, tmp_path, monkeypatch) -> None:
+    folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(kind="F32"))
+    found = jaxlm.verify(folder, quantize="int8-weights")
+    assert (found.about["weights"], found.passed) == ("int8", True)
+    figures = {check.what: check.figure for check in found.checks}
+    exact, model = (jaxlm.load(folder, dtype="float32", quantize=name) for name in (None, "int8-weights"))
+    dense = jax.tree.map(
+        lambda leaf: leaf.dense() if isinstance(leaf, WeightForm) else leaf,
+        model.weights,
+        is_leaf=lambda leaf: isinstance(leaf, WeightForm),
+    )
+    inputs = probes.probes_for(exact.config, None)
+    logits = [ours.trace(each, inputs, None).logits for each in (replace(model, weights=dense), exact)]
+    kl = figures["logits, mean KL(float || quantized)"]
+    assert 1e-3 < kl == pytest.approx(checks.logits_distance(*logits).kl, rel=1e-3)
+    with pytest.raises(ValueError, match="--against"):
+        jaxlm.verify(folder, "transformers", quantize="int8")
+    given = quantize.quantize
+
+    def wrong(w: Any, *args: Any, **more: Any) -> Any:  # the scales of other channels
+        made = given(w, *args, **more)
+        return replace(made, scale=jnp.roll(made.scale, 1) * 8)
+
+    monkeypatch.setattr(quantize, "quantize", wrong)
+    quantize._program.cache_clear()
+    faulty = jaxlm.verify(folder, quantize="int8")
+    quantize._program.cache_clear()
+    assert not faulty.passed

@@ -36,6 +36,7 @@ def estimate(subject: Subject, device: Device, settings: Settings) -> Plan:
     """The plan of the model on the device (bench/plan.py): memory by arithmetic, mesh, needed devices."""
     context = min(settings.context, subject.cfg.context)
     fields: dict[str, Any] = {"batch": settings.batch, "context": context, "dtype": settings.dtype}
+    fields["quantize"] = settings.quantize
     return plan.plan(subject.family, subject.cfg, device.spec, device.count, **fields)
 
 
@@ -85,9 +86,9 @@ def _compiled(subject: Subject, settings: Settings, on: list[Any], found: Plan) 
     compiler ten times as long as one of decode.
     """
     dtype = jnp.dtype(settings.dtype)
-    where = programs.setting(subject.family, subject.cfg, on, found.mesh, settings.batch, dtype)
+    where = programs.setting(subject.family, subject.cfg, on, found.mesh, settings.batch, dtype, settings.quantize)
     platform, compiled = found.spec.platform, {}
-    of = roofline.layout(subject.family.PARAMS, subject.cfg, found.mesh, dtype.itemsize)
+    of = roofline.layout(subject.family.PARAMS, subject.cfg, found.mesh, dtype.itemsize, settings.quantize)
     # What exists while new rows are prefilled: the KV cache of those that decode, and an untied head.
     head = roofline.weight_bytes(of) - plan.weights_of_prefill(of)
     beside = {"decode": 0, "prefill": head + programs.share(programs.cache(where, found.context, 1))}
@@ -150,9 +151,9 @@ def running(
     try:
         progress("loading")
         model = (
-            draw(subject.family, subject.cfg, settings.dtype, source=subject.name)
+            draw(subject.family, subject.cfg, settings.dtype, quantize=settings.quantize, source=subject.name)
             if source is None
-            else loading.load(source, dtype=settings.dtype)
+            else loading.load(source, dtype=settings.dtype, quantize=settings.quantize)
         )
     except MemoryError as error:
         return {**result, "status": "does not fit", "error": short(error)}

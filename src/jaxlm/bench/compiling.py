@@ -17,7 +17,13 @@ SPLASH_RATE = 0.4
 
 
 def generation(
-    family: Any, cfg: Any, found: plan.Plan, dtype: Any, progress: Callable[[str], None], kv_dtype: Any = None
+    family: Any,
+    cfg: Any,
+    found: plan.Plan,
+    dtype: Any,
+    quantize: str | None,
+    progress: Callable[[str], None],
+    kv_dtype: Any = None,
 ) -> dict[str, dict[str, Any]]:
     """Compiles decode and prefill of all layers.
 
@@ -26,9 +32,10 @@ def generation(
         TPU compiler's estimate. "refused" with the reason, if the compiler finds that it does not fit.
     """
     on = programs.devices(found.spec, found.count)
-    where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype))
+    where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype), quantize)
     where = where._replace(kv_dtype=dtype_of(kv_dtype or dtype))
-    of = roofline.layout(family.PARAMS, cfg, found.mesh, jax.numpy.dtype(dtype).itemsize, where.kv_dtype)
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    of = roofline.layout(family.PARAMS, cfg, found.mesh, itemsize, where.kv_dtype, quantize)
     facts = {}
     for name, run in (("decode", programs.decode), ("prefill", programs.prefill)):
         progress(f"compiling {name} of {cfg.L} layers for {found.count} x {found.spec.name} …")

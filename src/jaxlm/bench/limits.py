@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh
 from jaxlm.devices import hardware, mesh
 from jaxlm.inference import memory, roofline
 from jaxlm.inference.roofline import Layout
+from jaxlm.nn import params
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -107,7 +109,12 @@ def layout_of(model: "Model") -> Layout:
     """The model on the devices whose memory and arithmetic count (`devices_of`), for bytes and FLOPs of one device."""
     sizes = dict(model.mesh.shape) if model.mesh is not None and devices_of(model) > 1 else {mesh.DATA: 1}
     over = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    return Layout(model.family.PARAMS, model.config, over, np.dtype(model.dtype).itemsize, model.cache_dtype)
+    itemsize, leaf = np.dtype(model.dtype).itemsize, partial(_leaf, model.weights)
+    return Layout(model.family.PARAMS, model.config, over, itemsize, model.cache_dtype, leaf=leaf)
+
+
+def _leaf(weights: Any, row: params.TensorSpec) -> Any:
+    return params.get(weights, row.path)
 
 
 def _read(model: "Model", of: Layout, batch: int, length: int) -> float:

@@ -80,11 +80,13 @@ class Settings(NamedTuple):
         batch: Rows that are decoded together.
         context: Tokens per row in the KV cache, at most the context length of the model.
         dtype: Name of the dtype of weights and activations.
+        quantize: The type of quantized weights; None if they are not.
     """
 
     batch: int = 8
     context: int = 4096
     dtype: str = "bfloat16"
+    quantize: str | None = None
 
 
 def published() -> list[Subject]:
@@ -225,4 +227,5 @@ def blank(subject: Subject, device: Device, settings: Settings, method: str, com
         "batch": settings.batch,
         "context": min(settings.context, subject.cfg.context),
         "dtype": settings.dtype,
+        **({} if settings.quantize is None else {"quantize": settings.quantize}),
     }

@@ -13,9 +13,11 @@ from jaxlm.devices import mesh, specs, topology
 from jaxlm.devices.specs import Spec
 from jaxlm.inference import decoding, roofline
 from jaxlm.inference.roofline import Layout, Roof
+from jaxlm.nn import params
 from jaxlm.nn.quantized_kv import dtype_of
 
 MOST = 512  # devices that `needs` tries
+SMALLER = ("int8", "int4")  # types that are proposed; the others need as much memory as int8
 
 
 class Memory(NamedTuple):
@@ -56,6 +58,9 @@ class Plan(NamedTuple):
         max_batch: The most rows of this context that fit; 0 if none.
         max_context: The longest context of this batch that fits, at most that of the model; 0 if none.
         needs: The least number of such devices that this batch and context fit on; None if more than 512.
+        quantize: The type of quantized weights; None if they are not quantized.
+        smaller: Types of quantized weights that would fit, each with the bytes of the weights on one device, if weights
+            that are not quantized do not fit.
     """
 
     spec: Spec
@@ -70,6 +75,8 @@ class Plan(NamedTuple):
     max_batch: int
     max_context: int
     needs: int | None
+    quantize: str | None
+    smaller: dict[str, int]
 
     @property
     def fits(self) -> bool:
@@ -90,6 +97,7 @@ def plan(
     batch: int = 8,
     context: int = 4096,
     dtype: Any = "bfloat16",
+    quantize: str | None = None,
     sizes: Mapping[str, int] | None = None,
     kv_dtype: Any = None,
 ) -> Plan:
@@ -103,6 +111,7 @@ def plan(
         batch: Rows that are decoded together.
         context: Tokens per row.
         dtype: Of weights and activations.
+        quantize: The type of quantized weights, as in `jaxlm.load`.
         sizes: Mesh axis sizes. Default: those with the shortest decode step.
         kv_dtype: Of the KV cache (nn/quantized_kv.py: DTYPES). Default: that of the activations.
 
@@ -114,16 +123,23 @@ def plan(
     check_context(cfg, context)
     table, itemsize = family.PARAMS, np.dtype(dtype).itemsize
     kv_dtype = dtype_of(kv_dtype or dtype)
-    best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize, kv_dtype=kv_dtype)
+    best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize, kv_dtype=kv_dtype, quantize=quantize)
     sizes = check_mesh(count, sizes, best) if sizes else best
-    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype)
+    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype, quantize)
     usable = int(roofline.USABLE * spec.memory)
 
     def fit(rows: int, length: int, on: Layout = of) -> bool:
         return memory(on, spec, rows, length).total <= usable
 
+    def smaller() -> dict[str, int]:
+        if quantize is not None or fit(batch, context):
+            return {}
+        found = {name: roofline.layout(table, cfg, sizes, itemsize, kv_dtype, name) for name in SMALLER}
+        return {name: roofline.weight_bytes(on) for name, on in found.items() if fit(batch, context, on)}
+
     def fits_on(n: int) -> bool:
-        return fit(batch, context, roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype))
+        on = roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype, quantize)
+        return fit(batch, context, on)
 
     return Plan(
         spec,
@@ -138,6 +154,8 @@ def plan(
         of.data * most(lambda rows: fit(rows * of.data, context), 1 << 20),
         most(lambda length: fit(batch, length), cfg.context),
         next((n for n in counts(spec) if fits_on(n)), None),
+        quantize,
+        smaller(),
     )
 
 
@@ -211,9 +229,8 @@ def program_memory(of: Layout, spec: Spec, rows: int, context: int, program: str
 
 def weights_of_prefill(of: Layout) -> int:
     """Bytes of the weights that prefill takes: all but an untied head."""
-    rows = 0 if of.cfg.tied else of.cfg.V * of.cfg.D * of.itemsize
-    shards = mesh.num_shards("VD", (of.cfg.V, of.cfg.D), of.over)
-    return roofline.weight_bytes(of) - rows // shards
+    heads = [row for row in params.tensors(of.table, of.cfg) if row.path == "head"]
+    return roofline.weight_bytes(of) - sum(roofline.row_bytes(of, row) for row in heads)
 
 
 def code(of: Layout, spec: Spec, rows: int, program: str) -> int:

@@ -47,6 +47,8 @@ def facts(shape: Shape, found: plan.Plan, dtype: str, kv_dtype: str) -> dict[str
         **common(shape, found),
         "dtype": dtype,
         "kv_dtype": kv_dtype,
+        "quantize": found.quantize,
+        "quantize_that_fits": found.smaller,
         "batch": found.batch,
         "context": found.context,
         "decode": roof_facts(found.decode),
@@ -76,8 +78,8 @@ def lines(name: str, found: plan.Plan | plan_training.Plan, facts: dict[str, Any
     spec, memory = found.spec, found.memory
     devices = f"{found.count} x {spec.name}" if found.count > 1 else spec.name
     if isinstance(found, plan.Plan):
-        same = facts["kv_dtype"] == facts["dtype"]
-        kind = facts["dtype"] if same else f"{facts['dtype']}, KV cache {facts['kv_dtype']}"
+        kind = facts["dtype"] if found.quantize is None else f"weights {found.quantize}, activations {facts['dtype']}"
+        kind += "" if facts["kv_dtype"] == facts["dtype"] else f", KV cache {facts['kv_dtype']}"
     else:
         kind = f"{found.how.optimizer}, weights {found.how.weight_dtype}"
     yield f"{name} on {devices}, {kind}, mesh {plan.text(found.mesh)}"
@@ -146,6 +148,8 @@ def advice(found: plan.Plan | plan_training.Plan) -> str:
     """What would fit, in words."""
     ways = []
     if isinstance(found, plan.Plan):
+        for name, nbytes in found.smaller.items():
+            ways.append(f"--quantize {name} (weights {gigabytes(nbytes)})")
         if found.max_batch:
             ways.append(f"batch {found.max_batch:,}")
         if found.max_context:

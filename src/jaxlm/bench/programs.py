@@ -27,6 +27,7 @@ from jaxlm.inference import decoding, roofline
 from jaxlm.inference.compilation import compile_program
 from jaxlm.inference.prefill import empty_rows
 from jaxlm.nn import attention_tpu, kv_cache, layer_types, params
+from jaxlm.nn.quantize import stored
 
 # libtpu asks the cloud for the machine type, warns if there is no answer, and can be loaded by one process only.
 NO_TPU = {
@@ -48,6 +49,7 @@ class Setting(NamedTuple):
         device: The device without a mesh.
         dtype: Of weights and activations.
         kv_dtype: Of the KV cache. None: that of the activations.
+        quantize: The type of quantized weights (nn/quantize.py); None if they are not.
     """
 
     family: Any
@@ -57,6 +59,7 @@ class Setting(NamedTuple):
     device: Any = None
     dtype: Any = jnp.bfloat16
     kv_dtype: Any = None
+    quantize: str | None = None
 
     @property
     def data(self) -> int:
@@ -101,18 +104,27 @@ def devices(spec: Spec, count: int) -> list[Any]:
     return found
 
 
-def setting(family: Any, cfg: Any, on: list[Any], sizes: dict[str, int], batch: int, dtype: Any) -> Setting:
+def setting(
+    family: Any,
+    cfg: Any,
+    on: list[Any],
+    sizes: dict[str, int],
+    batch: int,
+    dtype: Any,
+    quantize: str | None = None,
+) -> Setting:
     """A model on devices `on`, sharded by a mesh with these axis sizes."""
     if len(on) == 1:
-        return Setting(family, cfg, None, batch, on[0], dtype)
-    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype)
+        return Setting(family, cfg, None, batch, on[0], dtype, quantize)
+    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype, quantize)
 
 
 def weights(where: Setting) -> Any:
     """The weights, sharded as `load` shards them."""
     found: dict[str, Any] = {}
     for row in params.tensors(where.family.PARAMS, where.cfg):
-        params.put(found, row.path, where.put(jax.ShapeDtypeStruct(row.shape, where.dtype), row.letters))
+        leaf = stored(row, where.dtype, where.quantize)
+        params.put(found, row.path, jax.tree.map(where.put, leaf, params.letters_of(leaf, row.letters)))
     return found
 
 

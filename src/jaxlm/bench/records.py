@@ -6,7 +6,8 @@ A record is a dict of JSON values. FIELDS lists what every record has. Others, b
     compile     compiled: by program ("decode", "prefill") the compiler's account in bytes and the seconds it took;
                 same_as: the model of the same shapes whose programs these are
     run         figures: what was timed; verify: the result of `jaxlm.verify`; memory_of: batch and context of `memory`
-    any         error: why the status is "fails", or why nothing was compiled
+    any         error: why the status is "fails", or why nothing was compiled; quantize: the type of quantized weights,
+                which the name of the device ends with
 """
 
 import json

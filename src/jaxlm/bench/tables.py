@@ -16,6 +16,7 @@ from jaxlm.bench.cases import Row
 from jaxlm.bench.limits import Rates
 from jaxlm.devices.hardware import gigabytes
 from jaxlm.nn import params
+from jaxlm.nn.quantize import type_of_weights
 from jaxlm.version import __version__
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def model_line(model: "Model") -> str:
     count, size = params.count(model.family.PARAMS, model.config), gigabytes(params.nbytes(model.weights))
     family = model.family.__name__.rpartition(".")[2]
     cache = "" if model.kv_dtype == "auto" else f", KV cache in {model.kv_dtype}"
-    return f"- {model.source}: {family}, {count:,} parameters, {size} as {model.dtype.name}{cache}"
+    return f"- {model.source}: {family}, {count:,} parameters, {size} as {type_of_weights(model.weights)}{cache}"
 
 
 # Prefill and decoding

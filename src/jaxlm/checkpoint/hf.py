@@ -300,6 +300,7 @@ def load_weights(
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
     convert: Callable[[params.TensorSpec, jax.Array], Any] = lambda row, array: array,
+    ahead: int = AHEAD,
 ) -> dict[str, Any]:
     """Reads every tensor onto its devices. A process reads the blocks that its devices hold, each once.
 
@@ -309,6 +310,7 @@ def load_weights(
         where: the sharding of a row's array.
         advance: called with the number of bytes, as they are read.
         convert: called with each array; returns the weight, such as a quantized one.
+        ahead: bytes that may be read ahead.
 
     Returns:
         The weights, layers listed.
@@ -330,7 +332,7 @@ def load_weights(
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
-        for blocks in _grouped(_blocks(pairs, loaded_dtype, where), lambda block: block.value.nbytes, AHEAD // 2):
+        for blocks in _grouped(_blocks(pairs, loaded_dtype, where), lambda block: block.value.nbytes, ahead // 2):
             pieces = (piece for block in blocks for piece in block.pieces)
             tasks = _grouped(pieces, lambda piece: piece[1].nbytes, SLICE)
             reading.append((blocks, [pool.submit(_read_pieces, task) for task in tasks]))

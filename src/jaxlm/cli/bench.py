@@ -63,7 +63,7 @@ class Bench(ServeFlags):
     json: bool = False
     """Print one JSON object."""
 
-    memory_hint = "a smaller -b, shorter -p, -n and -d, --dtype bfloat16 or a smaller model"
+    memory_hint = "a smaller -b, shorter -p, -n and -d, --dtype bfloat16, --quantize int8 (or int4) or a smaller model"
 
     def run(self) -> int:
         mode, name = self._mode()
@@ -92,6 +92,8 @@ class Bench(ServeFlags):
         for field, modes in MODES.items():
             if mode not in modes and getattr(self, field) != getattr(Bench, field):
                 usage(f"--{field.replace('_', '-')} does not apply to {mode} (jaxlm bench --help)")
+        if mode == "train" and self.method == "full" and self.quantize is not None:
+            usage("--quantize needs --method lora: quantized weights are not trained (jaxlm bench --help)")
         if self.repetitions < 1 or self.rank < 1:
             flag, value = ("-r", self.repetitions) if self.repetitions < 1 else ("--rank", self.rank)
             usage(f"{flag} is {value}, but must be at least 1 (jaxlm bench --help)")
@@ -118,7 +120,8 @@ class Bench(ServeFlags):
         note("making random weights …")
         on_compile.set(compiling)
         shape = sources.find(self.source(str(self.random_weights)))
-        return replace(random_model(shape, self.dtype, self.mesh), kv_dtype=self.kv_dtype), shape.raw
+        model = random_model(shape, self.dtype, self.mesh, self.quantize)
+        return replace(model, kv_dtype=self.kv_dtype), shape.raw
 
     def _run_generation(self, name: str | None) -> int:
         self.begin()
@@ -204,7 +207,8 @@ class Bench(ServeFlags):
         from jaxlm.bench import tables
         from jaxlm.bench.load_time import LoadSession
 
-        session = LoadSession(self.source(name), {"dtype": self.dtype, "mesh": self.mesh}, self.repetitions)
+        options = {"dtype": self.dtype, "mesh": self.mesh, "quantize": self.quantize}
+        session = LoadSession(self.source(name), options, self.repetitions)
         try:
             with progress_line() as progress:
                 session.run(progress)

@@ -113,7 +113,8 @@ class ServeFlags(GenerationFlags):
             return f"- the server at {self.url}"
         where = f"; jaxlm at {self.url}" if self.url else ""
         cache = "" if self.kv_dtype == "auto" else f", KV cache in {self.kv_dtype}"
-        return f"- {name}, {self.dtype} weights{cache}{where}; {self.slots or SLOTS} slots of {length:,} tokens"
+        slots = f"{self.slots or SLOTS} slots of {length:,} tokens"
+        return f"- {name}, {self.quantize or self.dtype} weights{cache}{where}; {slots}"
 
     @contextmanager
     def servers(self, name: str | None, rivals: Sequence[str], length: int) -> "Iterator[list[Server]]":

@@ -38,6 +38,8 @@ class Check:
     """Number of tokens per row in the KV cache of compiled programs."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Data type of the weights."""
+    quantize: Literal["int8", "int8-weights", "int4", "fp8"] | None = None
+    """Quantize the weights."""
     random_weights: bool = False
     """Measure the speed with random weights, without a checkpoint."""
     listed_as: Annotated[str | None, tyro.conf.arg(aliases=["--as"], metavar="NAME")] = None
@@ -91,8 +93,10 @@ class Check:
 
         if self.device is None:
             set_up_process()  # the cache on disk does not take programs for devices that are not here
-        settings = matrix.Settings(self.batch, self.context, self.dtype)
+        settings = matrix.Settings(self.batch, self.context, self.dtype, self.quantize)
         device = matrix.named(self.device) if self.device is not None else matrix.at_hand(self.name)
+        if self.quantize is not None:  # a column of its own: a file has one record of a model
+            device = device._replace(name=f"{device.name} {self.quantize}")
         if self.models:
             subjects = [matrix.subject_of(name, self.listed_as, self.tokenizer) for name in self.models]
         else:
@@ -110,6 +114,7 @@ class Check:
         words += ["--name", self.name] if self.name is not None else []
         words += ["--random-weights"] if self.random_weights else []
         words += ["--batch", str(self.batch), "--context", str(self.context), "--dtype", self.dtype]
+        words += ["--quantize", self.quantize] if self.quantize is not None else []
         return shlex.join(["jaxlm", "check", *words])
 
 

@@ -60,7 +60,9 @@ class _ModelFlags:
 class ProcessFlags:
     """Flags for distributed runs and error output. Listed before other base classes, so that its flags come last."""
 
-    memory_hint: ClassVar[str] = "--dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
+    memory_hint: ClassVar[str] = (
+        "--quantize int8 (or int4), --dtype bfloat16, fewer --max-tokens, a smaller --batch-size or a smaller model"
+    )
     """How to reduce device memory, for the message of an out-of-memory error."""
 
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from jaxlm.checkpoint import quantized
 from jaxlm.checkpoint.hf import Checkpoint
@@ -15,22 +14,27 @@ from jaxlm.checkpoint.peft import Adapter
 from jaxlm.checkpoint.safetensors import DTYPES
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh, topology
+from jaxlm.inference import roofline
 from jaxlm.inference.sampling_params import DEFAULTS, SamplingParams, unsupported
 from jaxlm.loading import resolving
 from jaxlm.models.config import ROPE_FIELDS
 from jaxlm.nn import Rope, params
+from jaxlm.nn.quantize import stored
 from jaxlm.processing.tokenizer import Tokenizer
 
 LENGTHS = (1024, 8192)  # sequence lengths to compute the KV cache size for, besides the context length
 
 
-def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = None) -> dict[str, Any]:
+def describe(
+    source: ModelSource, dtype: str = "auto", mesh_spec: str | None = None, quantize: str | None = None
+) -> dict[str, Any]:
     """Everything that `jaxlm info` shows, as JSON values.
 
     Args:
         source: The checkpoint.
         dtype: Data type of the weights; auto keeps the type of the files.
         mesh_spec: Device mesh, such as "data=1,model=8", for sizes per device.
+        quantize: The type of quantized weights, as in `jaxlm.load`.
     """
     resolved = resolving.match_tensors(source, headers_only=True)
     try:
@@ -41,6 +45,9 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
     family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
     adapter, windows = checkpoint.adapter, cfg.windows
     weights, loaded_dtype = _weights(resolved, dtype)
+    if quantize is not None:
+        quantized = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
+        weights |= {"bytes": sum(map(params.nbytes, quantized)), "quantize": quantize}
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
     facts = {
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
@@ -64,7 +71,7 @@ def describe(source: ModelSource, dtype: str = "auto", mesh_spec: str | None = N
             for w in sorted(set(windows), key=lambda w: (w is None, w or 0))
         ],
         "kv": _kv_cache(cfg, loaded_dtype),
-        "mesh": _mesh(family, cfg, loaded_dtype, mesh_spec) if mesh_spec else None,
+        "mesh": _mesh(family, cfg, loaded_dtype, mesh_spec, quantize) if mesh_spec else None,
         "context": cfg.context,
         "rope": _ropes(cfg),
         "tokenizer": tokenizer,
@@ -132,18 +139,15 @@ def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _mesh(family: Any, cfg: Any, dtype: Any, spec: str) -> dict[str, Any]:
+def _mesh(family: Any, cfg: Any, dtype: Any, spec: str, quantize: str | None) -> dict[str, Any]:
     """For a device of a mesh: bytes of weights and of the KV cache of one sequence, and the shards per letter."""
     sizes = topology.parse(spec)
-    axes = topology.factor_kv_heads(sizes, cfg.K)
-    over = AbstractMesh(tuple(axes.values()), tuple(axes))
-    rows = params.tensors(family.PARAMS, cfg)
-    elements = sum(math.prod(row.shape) // mesh.num_shards(row.letters, row.shape, over) for row in rows)
-    shards = {letter: mesh.num_shards(letter, (getattr(cfg, letter),), over) for letter in "NKFV"}
+    of = roofline.layout(family.PARAMS, cfg, sizes, dtype.itemsize, quantize)
+    shards = {letter: mesh.num_shards(letter, (getattr(cfg, letter),), of.over) for letter in "NKFV"}
     return {
         **sizes,
         "devices": math.prod(sizes.values()),
-        "weights": elements * dtype.itemsize,
+        "weights": roofline.weight_bytes(of),
         "kv": {length: nbytes // shards["K"] for length, nbytes in _kv_cache(cfg, dtype)["bytes"].items()},
         "shards": shards,
     }

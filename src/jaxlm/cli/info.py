@@ -19,7 +19,7 @@ class Info(ModelFlags):
     """Show a model's architecture: shapes, parameters, memory, context, tokenizer. Weights are not loaded.
 
     A folder or a config.json without weights is sufficient. From the hub, only small files are downloaded. Of a GGUF
-    file, only the header is read. --dtype shows the sizes for another data type than that of the files.
+    file, only the header is read. --dtype and --quantize show the sizes for another data type than that of the files.
     """
 
     name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
@@ -32,7 +32,7 @@ class Info(ModelFlags):
             usage("pass one model: a hub id, a folder or a config.json or .gguf file (jaxlm info --help)")
         from jaxlm.cli.facts import describe
 
-        facts = describe(self.source(self.name), self.dtype, self.mesh)
+        facts = describe(self.source(self.name), self.dtype, self.mesh, self.quantize)
         if self.json:
             print_json(facts, indent=2)
         else:
@@ -88,7 +88,7 @@ def _architecture(facts: dict[str, Any]) -> str:
 
 
 def _weights(weights: dict[str, Any]) -> tuple[str, list[str]]:
-    size = f"{_gigabytes(weights['bytes'])} in {weights['dtype']}"
+    size = f"{_gigabytes(weights['bytes'])} in {weights.get('quantize', weights['dtype'])}"
     if weights.get("quantized"):
         size = f"{_gigabytes(weights['bytes'])}, of which {_gigabytes(weights['quantized'])} quantized"
     if not weights["present"]:

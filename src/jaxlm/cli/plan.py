@@ -70,6 +70,8 @@ class Plan(GenerationFlags):
             specs.slice_shape(spec, count)  # an error names the slices that there are
         shape = sources.find(self.source(self.name))
         sizes = topology.parse(self.mesh) if self.mesh else None
+        if self.train and self.quantize is not None:
+            usage("--quantize does not apply to --train, which trains all weights (jaxlm plan --help)")
         if self.train:
             found, facts = self.training(shape, spec, count, sizes)
         else:
@@ -91,13 +93,14 @@ class Plan(GenerationFlags):
         dtype = shape.dtype if self.dtype == "auto" else self.dtype
         batch = 8 if self.batch is None else self.batch
         kv_dtype = dtype if self.kv_dtype == "auto" else self.kv_dtype
-        where: dict[str, Any] = {"batch": batch, "context": self.context, "dtype": dtype, "sizes": sizes}
-        found = plan.plan(shape.family, shape.config, spec, count, **where, kv_dtype=kv_dtype)
+        where: dict[str, Any] = {"batch": batch, "context": self.context, "dtype": dtype, "quantize": self.quantize}
+        found = plan.plan(shape.family, shape.config, spec, count, sizes=sizes, kv_dtype=kv_dtype, **where)
         facts = plan_text.facts(shape, found, dtype, kv_dtype)
         if self.compile:
             from jaxlm.bench import compiling
 
-            facts["compiled"] = compiling.generation(shape.family, shape.config, found, dtype, note, kv_dtype)
+            types = (dtype, self.quantize)
+            facts["compiled"] = compiling.generation(shape.family, shape.config, found, *types, note, kv_dtype)
         return found, facts
 
     def training(

@@ -34,7 +34,9 @@ class Serve(GenerationFlags):
     others. docs/serving.md has the endpoints, and examples with the openai client.
     """
 
-    memory_hint: ClassVar[str] = "--dtype bfloat16, fewer --slots, a shorter --max-length or a smaller model"
+    memory_hint: ClassVar[str] = (
+        "--quantize int8 (or int4), --dtype bfloat16, fewer --slots, a shorter --max-length or a smaller model"
+    )
 
     host: str = "127.0.0.1"
     """Address to listen on. Others than loopback addresses are reachable from the network."""

@@ -64,14 +64,15 @@ class Verify(ModelFlags):
             require_plots()  # fails before the long computation
             if Path(self.report).exists() and not Path(self.report).is_dir():
                 raise FileExistsError(f"--report {self.report} is a file: pass a folder")
-        if self.against is None and importlib.util.find_spec("torch") is None:
+        if self.against is None and self.quantize is None and importlib.util.find_spec("torch") is None:
             note("PyTorch is not installed: the model is compared with itself only, not with transformers. "
                  "pip install torch, or compare with a recording (--against FILE)")  # fmt: skip
         import jaxlm
 
         report = jaxlm.verify(
-            self.source(name), self.against, record=self.record, dtype=self.dtype, mesh=self.mesh, progress=note
-        )
+            self.source(name), self.against, record=self.record, dtype=self.dtype, quantize=self.quantize,
+            mesh=self.mesh, progress=note,
+        )  # fmt: skip
         if self.json:
             print_json(report.json(), indent=2)
         else:

@@ -6,7 +6,8 @@ predicted time is a lower bound: no program is faster.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh
 from jaxlm.devices import hardware, mesh, specs, topology
 from jaxlm.inference import decoding
 from jaxlm.nn import flops, kv_cache, params
+from jaxlm.nn.quantize import stored
 from jaxlm.nn.quantized_kv import head_bytes as kv_head_bytes
 
 # Seconds that a hop takes between neighbors of a TPU slice, and a small all-reduce between GPUs of a host. Assumed, and
@@ -35,8 +37,10 @@ class Layout(NamedTuple):
         table: PARAMS of the family.
         cfg: The model's Config.
         over: The mesh, of which only the sizes matter.
-        itemsize: Bytes of a weight and of an activation.
+        itemsize: Bytes of an activation, and of a weight without a form.
         kv_dtype: dtype of the KV cache. None: its numbers have `itemsize` bytes, as those of the activations.
+        quantize: The type of quantized weights, as in `jaxlm.load`; None if they are not quantized.
+        leaf: For a model that exists, a function from a row of PARAMS to its weight, an array or a WeightForm.
     """
 
     table: Any
@@ -44,6 +48,8 @@ class Layout(NamedTuple):
     over: AbstractMesh
     itemsize: int
     kv_dtype: Any = None
+    quantize: str | None = None
+    leaf: Callable[[params.TensorSpec], Any] | None = None
 
     @property
     def head_bytes(self) -> int:
@@ -61,15 +67,43 @@ class Layout(NamedTuple):
         return self.over.size // self.data
 
 
-def layout(table: Any, cfg: Any, sizes: Mapping[str, int], itemsize: int = 2, kv_dtype: Any = None) -> Layout:
+def layout(
+    table: Any,
+    cfg: Any,
+    sizes: Mapping[str, int],
+    itemsize: int = 2,
+    kv_dtype: Any = None,
+    quantize: str | None = None,
+) -> Layout:
     """The layout for axis sizes such as {"data": 2, "model": 4}. The other arguments are those of Layout."""
     axes = topology.factor_kv_heads(sizes, cfg.K)
-    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype)
+    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype, quantize)
 
 
 def weight_bytes(of: Layout) -> int:
     """Bytes of the weights on one device."""
-    return of.itemsize * sum(_elements(of, row) for row in params.tensors(of.table, of.cfg))
+    return sum(row_bytes(of, row) for row in params.tensors(of.table, of.cfg))
+
+
+def row_bytes(of: Layout, row: params.TensorSpec) -> int:
+    """Bytes of one weight on one device. A quantized weight knows its arrays."""
+    if of.leaf is not None:
+        return _leaf_bytes(of.leaf(row), row.letters, of.over)
+    if of.quantize is not None:
+        alike = row._replace(path="layers" if row.path.startswith("layers.") else row.path, names=())
+        return _quantized_bytes(alike, of.quantize, of.itemsize, of.over)
+    return of.itemsize * _elements(of, row)
+
+
+@lru_cache(maxsize=1024)
+def _quantized_bytes(row: params.TensorSpec, name: str, itemsize: int, over: AbstractMesh) -> int:
+    # Of the dtype only the size matters: that of the weights that are not quantized.
+    return _leaf_bytes(stored(row, f"float{8 * itemsize}", name), row.letters, over)
+
+
+def _leaf_bytes(leaf: Any, own: str, over: AbstractMesh) -> int:
+    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(params.letters_of(leaf, own)), strict=True)
+    return sum(params.nbytes(a) // mesh.num_shards(letters, a.shape, over) for a, letters in pairs)
 
 
 def _elements(of: Layout, row: params.TensorSpec) -> int:
@@ -80,7 +114,7 @@ def read_bytes(of: Layout) -> int:
     """Bytes of the weights that a decode step reads on one device: all but an untied embedding, of which it reads rows
     of tokens."""
     rows = params.tensors(of.table, of.cfg)
-    return of.itemsize * sum(_elements(of, row) for row in rows if of.cfg.tied or row.path != "embed")
+    return sum(row_bytes(of, row) for row in rows if of.cfg.tied or row.path != "embed")
 
 
 def cache_bytes(of: Layout, rows: int, length: int, chunk: int = 1) -> int:
@@ -236,6 +270,7 @@ def best_mesh(
     itemsize: int = 2,
     host: int = 0,
     kv_dtype: Any = None,
+    quantize: str | None = None,
 ) -> dict[str, int]:
     """The mesh with the shortest predicted decode step, of those that fit. Latency of all-reduces is included.
 
@@ -249,15 +284,16 @@ def best_mesh(
         count: Number of devices.
         rows: Rows that are decoded together.
         context: Tokens per row.
-        itemsize: Bytes of a weight.
+        itemsize: Bytes of an activation, and of a weight that is not quantized.
         host: Number of devices that have fast links to each other: GPUs of a host, TPUs of a slice. A tensor-parallel
             group is larger only if the model does not fit otherwise. 0: all devices.
         kv_dtype: As in Layout.
+        quantize: As in Layout.
 
     Returns:
         {"data": ..., "model": ...}.
     """
-    found = [(sizes, layout(table, cfg, sizes, itemsize, kv_dtype)) for sizes in meshes(cfg, count)]
+    found = [(sizes, layout(table, cfg, sizes, itemsize, kv_dtype, quantize)) for sizes in meshes(cfg, count)]
     length = decoding.bucket(context)
     needed = [
         weight_bytes(of) + cache_bytes(of, rows, length) + cache_bytes(of, prefill_rows(rows, of.data), length)
@@ -274,8 +310,8 @@ def best_mesh(
     return found[min(near or fits, key=seconds)][0]
 
 
-def default_mesh(table: Any, cfg: Any) -> dict[str, int]:
-    """The default mesh of `load` for all devices of jax.
+def default_mesh(table: Any, cfg: Any, quantize: str | None = None) -> dict[str, int]:
+    """The default mesh of `load` for all devices of jax, for weights of this type.
 
     On accelerators that devices/specs.py lists, the best for a full batch of the platform's default size. Elsewhere
     tensor parallelism, as far as heads and MLP width divide.
@@ -287,4 +323,4 @@ def default_mesh(table: Any, cfg: Any) -> dict[str, int]:
     # A host of GPUs is a slice to jax. Local devices are those of a process, which may be one GPU of a host.
     host = min(Counter(getattr(device, "slice_index", 0) for device in jax.devices()).values())
     rows = hardware.BATCH[device.platform]
-    return best_mesh(table, cfg, spec, count, rows, min(cfg.context, CONTEXT), host=host)
+    return best_mesh(table, cfg, spec, count, rows, min(cfg.context, CONTEXT), host=host, quantize=quantize)

@@ -23,7 +23,7 @@ from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
-from jaxlm.nn.quantize import quantizer
+from jaxlm.nn.quantize import quantizer, stored
 from jaxlm.nn.quantized_kv import check_name
 
 
@@ -94,7 +94,7 @@ def load(
     )
     check_name(kv_dtype)
     resolved = resolve(source, family)
-    checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device)
+    checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device, quantize)
     _assert_same_model(str(source), resolved, dtype, where)
     weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress, quantize)
     weights = adapters.adapted(weights, checkpoint, partial(wanted_dtype, dtype), where)
@@ -164,11 +164,13 @@ def load_adapter(
     )
 
 
-def placement(table: params.Table, cfg: Any, mesh: Any, device: Any) -> Callable[[params.TensorSpec], Any]:
-    """A function from a TensorSpec to the sharding of its array, for the arguments `mesh` and `device` of `load`."""
+def placement(
+    table: params.Table, cfg: Any, mesh: Any, device: Any, quantize: str | None = None
+) -> Callable[[params.TensorSpec], Any]:
+    """A function from a TensorSpec to the sharding of its array, for these arguments of `load`."""
     one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
-        mesh = roofline.default_mesh(table, cfg)
+        mesh = roofline.default_mesh(table, cfg, quantize)
     if mesh is None:
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
@@ -240,22 +242,46 @@ def read_weights(
     blocks = [
         (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
     ]
-    elements = [n * count if device.platform == "cpu" else n for n, count in blocks]
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
-    is_float32 = pairs and loaded_dtype(file_dtypes[0]).itemsize == 4
-    needed = sum(n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes))
-    needed += sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
-    half = hardware.gigabytes(needed // 2)
-    smaller = f", or dtype='bfloat16' (--dtype bfloat16), which needs {half}" if is_float32 else ""
-    hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
+
+    def held(type: str | None) -> int:
+        """Bytes of the weights in device memory. While they are quantized, also those of the largest array."""
+        copies = [count if device.platform == "cpu" else 1 for _, count in blocks]
+        dtypes = [loaded_dtype(file_dtype) for file_dtype in file_dtypes]
+        arrays = [n * count * dtype.itemsize for (n, _), count, dtype in zip(blocks, copies, dtypes)]
+        if type is None:
+            return sum(arrays) + sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
+        leaves = [stored(row, dtype, type) for (row, _), dtype in zip(pairs, dtypes)]
+        shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
+        return sum(n * count for n, count in zip(shards, copies)) + max(arrays)
+
+    needed, free = held(quantize), hardware.available_memory(device)
+    smaller = [f"dtype='bfloat16' (--dtype bfloat16), which needs {hardware.gigabytes(needed // 2)}"]
+    if quantize is not None or not pairs or loaded_dtype(file_dtypes[0]).itemsize < 4:
+        smaller = []
+    if free is not None and needed > free and quantize != "int4":
+        types = [type for type in ("int8", "int4") if held(type) <= free and type != quantize]
+        smaller += [f"--quantize {type}, which needs {hardware.gigabytes(held(type))}" for type in types]
+    hint = ", or ".join(["use a smaller model or a larger machine", *smaller])
+    hardware.require(needed, device, f"the weights of {name}", hint)
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
     total += sum(tensor.nbytes for _, tensor in packed)
     with loading_bar(total, progress) as advance:
         if quantize is not None:
-            return hf.load_weights(pairs, loaded_dtype, where, advance, quantizer(quantize, rules))
+            # Reading is faster than quantizing: little has to be read ahead, and memory is what quantizing is for.
+            convert = quantizer(quantize, rules)
+            return hf.load_weights(pairs, loaded_dtype, where, advance, convert, hf.AHEAD // 4)
         weights = hf.load_weights(pairs, loaded_dtype, where, advance)
         quantized.load_weights(weights, packed, where, advance)
         return weights
+
+
+def _shard_bytes(leaf: Any, row: params.TensorSpec, sharding: Any) -> int:
+    """Bytes of a weight on one device, an array or a WeightForm, where an array of the row has this sharding."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return params.nbytes(leaf)
+    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(params.letters_of(leaf, row.letters)), strict=True)
+    return sum(params.nbytes(a) // meshes.num_shards(letters, a.shape, sharding.mesh) for a, letters in pairs)
 
 
 def wanted_dtype(dtype: Any, file_dtype: np.dtype, platform: str) -> np.dtype:

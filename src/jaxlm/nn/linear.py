@@ -105,7 +105,7 @@ def multiply(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     rows, kept = x.shape[:-summed], w.shape[:-summed]
     width = math.prod(w.shape[-summed:])
     flat_x, flat_w = x.reshape(math.prod(rows), width), w.reshape(math.prod(kept), width)
-    forms = {"default": partial(plain_einsum, "BD,FD->BF")} | ({"tpu": _eight_rows} if decoding else {})
+    forms = {"default": partial(plain_einsum, "BD,FD->BF")} | ({"tpu": eight_rows} if decoding else {})
     if 1 <= math.prod(rows) <= MAX_SINGLE_ROWS:
         forms["cpu"] = _few_rows
     return _for_platform(forms, flat_x, flat_w).reshape(*rows, *kept)
@@ -141,7 +141,7 @@ def _rows_first(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return plain_einsum(spec, jax.lax.optimization_barrier(x), w)
 
 
-def _eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+def eight_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [B,D], w [F,D] -> [B,F] on TPU, for few rows. Fewer than 8 are padded to 8, because XLA computes the
     product of a few rows without the matrix unit."""
     rows = x.shape[0]

@@ -4,13 +4,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxlm.devices import hardware, mesh
 from jaxlm.nn import params
@@ -56,6 +56,42 @@ def num_inputs(row: params.TensorSpec) -> int:
     return len(params.summed_letters(row.letters))
 
 
+def stored(row: params.TensorSpec, dtype: Any, name: str | None) -> Any:
+    """A weight of a model that is quantized to `name` of TYPES, or is not (None): shapes and dtypes, nothing is
+    computed."""
+    if name is None or (type := type_of(row, name)) is None:
+        return jax.ShapeDtypeStruct(row.shape, dtype)
+    return _shapes(type, num_inputs(row), row.shape, jnp.dtype(dtype))
+
+
+def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any) -> Quantized:
+    """What `quantize` makes. Tracing it would take a second for each shape."""
+    kept, summed = shape[: len(shape) - inputs], shape[len(shape) - inputs :]
+    options: dict[str, Any] = {"inputs": summed, "dtype": dtype, "activations": type in ("int8", "int4")}
+    size = tile(kept[-1])
+    if type == "int4":
+        blocks = math.prod(summed) // BLOCK
+        q = jax.ShapeDtypeStruct((blocks, *kept[:-1], kept[-1] // size, BLOCK // 2, size), jnp.uint8)
+        scale = jax.ShapeDtypeStruct((blocks, *kept), jnp.float16)
+        return Quantized(q, scale, scale, kind="int4", grouped=True, zero=8, **options)
+    q = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn if type == "fp8" else jnp.int8)
+    kind = "fp8" if type == "fp8" else "int8"
+    return Quantized(q, jax.ShapeDtypeStruct(kept, jnp.float32), kind=kind,
+                     rotation=rotation_of(type, math.prod(summed)), **options)  # fmt: skip
+
+
+def rotation_of(type: str, inputs: int) -> int:
+    """The number of inputs that a type rotates together; 0 for none."""
+    return max(n for n in ROTATIONS if inputs % n == 0) if type == "int8" else 0
+
+
+def type_of_weights(weights: Any) -> str:
+    """The types of a model's weights, for messages: "bfloat16", or of a quantized model "int4 and int8"."""
+    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    kinds = dict.fromkeys(leaf.kind for leaf in leaves if isinstance(leaf, Quantized))
+    return " and ".join(sorted(kinds)) or jnp.dtype(leaves[0].dtype).name
+
+
 def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
     """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices.
 
@@ -86,9 +122,7 @@ def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, An
     """
     weights: dict[str, Any] = {}
     for row in params.tensors(table, cfg):
-        type, leaf = type_of(row, name), jax.ShapeDtypeStruct(row.shape, dtype)
-        make = partial(quantize, type=type or "", inputs=num_inputs(row), by_parts=False)
-        params.put(weights, row.path, leaf if type is None else jax.eval_shape(make, leaf))
+        params.put(weights, row.path, stored(row, dtype, name))
     return weights
 
 
@@ -99,7 +133,7 @@ def _program(
     make = partial(quantize, type=type, inputs=inputs)
     if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return jax.jit(make, out_shardings=where)
-    made = jax.eval_shape(partial(make, by_parts=False), jax.ShapeDtypeStruct(shape, dtype))
+    made = _shapes(type, inputs, shape, dtype)
     of = made.letters(letters)
     over = where.mesh
     shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over, dict(rules)), made, of)
@@ -113,22 +147,22 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
         w: The weight. Its last `inputs` axes are those that a product sums.
         type: One of TYPES.
         inputs: Number of input axes.
-        by_parts: Quantize some output channels at a time, to save memory. Not for an array on several devices.
+        by_parts: Quantize a part of the weight at a time, to save memory. Not for an array on several devices.
     """
     kept, summed = w.shape[: w.ndim - inputs], w.shape[w.ndim - inputs :]
     flat = w.reshape(math.prod(kept), math.prod(summed))
-    rotation = max(n for n in ROTATIONS if flat.shape[1] % n == 0) if type == "int8" else 0
-    size = max(1, min(len(flat), ELEMENTS // flat.shape[1])) if by_parts else len(flat)
-    parts = jax.lax.map(_int4 if type == "int4" else partial(_channel, type, rotation), flat, batch_size=size)
-    if type != "int4":
-        q, scale = parts
-        kind = "fp8" if type == "fp8" else "int8"
-        return Quantized(q.reshape(w.shape), scale.reshape(kept), kind=kind, inputs=summed, dtype=w.dtype,
-                         activations=type == "int8", rotation=rotation)  # fmt: skip
-    q, scale, offset = parts
-    scale, offset = (a.T.reshape(-1, *kept) for a in (scale, offset))
-    return Quantized(tiled(q, kept), scale, offset, kind="int4", grouped=True, inputs=summed, zero=8, dtype=w.dtype,
-                     activations=True)  # fmt: skip
+    if type == "int4":
+        q, scale, offset = _blocks(flat, by_parts)
+        scale, offset = (a.reshape(-1, *kept) for a in (scale, offset))
+        return Quantized(tiled(jnp.moveaxis(q, -1, 0), kept), scale, offset, kind="int4", grouped=True, inputs=summed,
+                         zero=8, dtype=w.dtype, activations=True)  # fmt: skip
+    rotation = rotation_of(type, flat.shape[1])
+    q, scale = _by_parts(partial(_channels, type, rotation), flat) if by_parts else _channels(type, rotation, flat)
+    kind = "int8"
+    if type == "fp8":
+        kind, q = "fp8", jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
+    return Quantized(q.reshape(w.shape), scale.reshape(kept), kind=kind, inputs=summed, dtype=w.dtype,
+                     activations=type == "int8", rotation=rotation)  # fmt: skip
 
 
 def tiled(q: Array, kept: tuple[int, ...]) -> Array:
@@ -138,28 +172,86 @@ def tiled(q: Array, kept: tuple[int, ...]) -> Array:
     return q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
 
 
-def _channel(type: str, rotation: int, w: Float[Array, " D"]) -> tuple[Array, Array]:
-    """q [D] and the scale of a channel, whose largest value becomes the largest of the type."""
+def _by_parts(make: Callable[[Array], tuple[Array, Array]], w: Float[Array, "F D"]) -> tuple[Array, Array]:
+    """`make(w)`, some rows at a time. lax.map with a batch size would copy the whole weight, if it has a rest."""
+    size = max(1, min(len(w), ELEMENTS // w.shape[1]))
+
+    def add(i: Any, made: tuple[Array, Array]) -> tuple[Array, ...]:
+        begin = jnp.minimum(i * size, len(w) - size)  # the last part overlaps the one before
+        part = make(jax.lax.dynamic_slice_in_dim(w, begin, size))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, begin, 0) for a, b in zip(made, part, strict=True))
+
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make, w))
+    return jax.lax.fori_loop(0, -(-len(w) // size), add, empty)
+
+
+def _channels(type: str, rotation: int, w: Float[Array, "F D"]) -> tuple[Array, Array]:
+    """q [F,D], of fp8 its bits, and the scales [F] of channels, whose largest value becomes the largest of the type."""
     limit = FP8_MAX if type == "fp8" else 127.0
     w = rotated(w.astype(jnp.float32), rotation)
-    most = jnp.max(jnp.abs(w))
+    most = jnp.max(jnp.abs(w), axis=1)
     scale = jnp.where(most > 0, most, limit) / limit
-    return (w / scale).astype(jnp.float8_e4m3fn) if type == "fp8" else jnp.round(w / scale).astype(jnp.int8), scale
+    w = w / scale[:, None]
+    return e4m3(w) if type == "fp8" else jnp.round(w).astype(jnp.int8), scale
 
 
-def _int4(w: Float[Array, " D"]) -> tuple[Array, Array, Array]:
-    """Bytes [g,BLOCK/2], scales and offsets [g] of a channel, with the least squared error of those tried."""
-    w = w.astype(jnp.float32).reshape(-1, BLOCK)
-    low, high = w.min(axis=1), w.max(axis=1)
-    best = _codes(w, low, high)
-    for part in RANGES[1:]:
-        cut = (high - low) * (1 - part) / 2
-        found = _codes(w, low + cut, high - cut)
-        better = found[0] < best[0]
-        best = tuple(jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(found, best))
-    _, code, scale, offset = best
-    code = (code + 8).astype(jnp.uint8)
-    return code[:, : BLOCK // 2] | code[:, BLOCK // 2 :] << 4, scale, offset
+def e4m3(x: Float[Array, "*x"]) -> UInt8[Array, "*x"]:
+    """The bits of float32 of at most FP8_MAX as e4m3, rounded to nearest even. XLA's own conversion takes 10 times as
+    long on CPU, which also copies e4m3 by way of float16."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)  # 3 bits of the mantissa; a bias of 7, not 127
+    subnormal = jnp.round(jnp.abs(x) * 512).astype(jnp.uint32)  # multiples of 2**-9
+    return (jnp.where(jnp.abs(x) < 2**-6, subnormal, normal) | bits >> 31 << 7).astype(jnp.uint8)
+
+
+def _blocks(w: Float[Array, "F D"], by_parts: bool) -> tuple[Array, Array, Array]:
+    """Bytes [I,BLOCK/2,F], scales and offsets [I,F]."""
+    if not by_parts:
+        return _int4(jnp.moveaxis(w.reshape(len(w), -1, BLOCK), 0, -1))
+    parts = jax.lax.map(
+        lambda i: _int4(jax.lax.dynamic_slice_in_dim(w, i * BLOCK, BLOCK, axis=1).T), jnp.arange(w.shape[1] // BLOCK)
+    )
+    return parts
+
+
+def _int4(w: Float[Array, "*I S F"]) -> tuple[Array, Array, Array]:
+    """Bytes [*I,BLOCK/2,F], scales and offsets [*I,F] of blocks of inputs, with the least squared error of RANGES.
+
+    The values of a block are separate arrays over the channels: on CPU, XLA sums such arrays with vector instructions,
+    and an axis without them.
+    """
+    w = jax.lax.optimization_barrier(w.astype(jnp.float32))  # otherwise each use of a value transposes again
+    x = [w[..., i, :] for i in range(BLOCK)]
+    low, high, mean = reduce(jnp.minimum, x), reduce(jnp.maximum, x), sum(x) / BLOCK
+
+    def fitted(part: Array) -> tuple[Array, list[Array], Array, Array]:
+        """Squared error, codes -8 to 7, scales and offsets for a part of the range of values. Scale and offset are
+        fitted to the codes (linear regression), in float16, as they are stored."""
+        step = jnp.where(high > low, high - low, 1.0) * part / 15
+        least = low + (high - low) * (1 - part) / 2
+        code = [jnp.clip(jnp.round((v - least) / step), 0, 15) - 8 for v in x]
+        center = sum(code) / BLOCK
+        variance = sum((c - center) ** 2 for c in code)
+        slope = sum((c - center) * v for c, v in zip(code, x, strict=True)) / jnp.where(variance > 0, variance, 1.0)
+        scale = jnp.where(variance > 0, slope, 0.0).astype(jnp.float16)
+        offset = (mean - scale.astype(jnp.float32) * center).astype(jnp.float16)
+        error: Any = sum(
+            (scale.astype(jnp.float32) * c + offset.astype(jnp.float32) - v) ** 2 for c, v in zip(code, x, strict=True)
+        )
+        return error, code, scale, offset
+
+    def attempt(i: Any, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        part = jnp.asarray(RANGES, jnp.float32)[i]
+        error = fitted(part)[0]
+        return jnp.minimum(error, best[0]), jnp.where(error < best[0], part, best[1])
+
+    first = jnp.full_like(low, jnp.inf), jnp.ones_like(low)
+    _, code, scale, offset = fitted(jax.lax.fori_loop(0, len(RANGES), attempt, first)[1])
+    pairs = zip(code[: BLOCK // 2], code[BLOCK // 2 :], strict=True)
+    halves = [((lower + 8).astype(jnp.uint8), (upper + 8).astype(jnp.uint8)) for lower, upper in pairs]
+    q = jnp.stack([lower | upper << 4 for lower, upper in halves], axis=-2)
+    return q, scale, offset
 
 
 @jax.jit
@@ -187,18 +279,3 @@ def symmetric_scales(w: Float[Array, "F g s"]) -> Float[Array, "F g"]:
 
 def _symmetric_codes(w: Float[Array, "F g s"], scale: Float[Array, "F g"]) -> Array:
     return jnp.clip(jnp.round(w / jnp.where(scale == 0, 1.0, scale)[..., None]), -8, 7)
-
-
-def _codes(w: Float[Array, "g s"], low: Float[Array, " g"], high: Float[Array, " g"]) -> tuple[Array, ...]:
-    """Squared error, codes -8 to 7, scales and offsets for a range of values. Scale and offset are then fitted to the
-    codes (linear regression), in float16, as they are stored."""
-    scale = jnp.where(high > low, high - low, 1.0) / 15
-    code = jnp.clip(jnp.round((w - low[:, None]) / scale[:, None]), 0, 15) - 8
-    mean = code.mean(axis=1)
-    centered = code - mean[:, None]
-    variance = jnp.sum(centered**2, axis=1)
-    slope = jnp.sum(centered * w, axis=1) / jnp.where(variance > 0, variance, 1.0)
-    scale = jnp.where(variance > 0, slope, 0.0).astype(jnp.float16)
-    offset = (w.mean(axis=1) - scale.astype(jnp.float32) * mean).astype(jnp.float16)
-    fitted = scale.astype(jnp.float32)[:, None] * code + offset.astype(jnp.float32)[:, None]
-    return jnp.sum((fitted - w) ** 2, axis=1), code, scale, offset

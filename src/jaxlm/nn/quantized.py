@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
+from jaxlm.nn import quantized_accelerator as accelerator
 from jaxlm.nn import quantized_cpu as cpu
 from jaxlm.nn.linear import WeightForm, plain_einsum
 from jaxlm.nn.quantized_cpu import BLOCK
@@ -132,8 +133,12 @@ class Quantized(WeightForm):
             taken = {name: a[:, i] for name in names if (a := getattr(self, name)) is not None}
             q = self.q[:, i // size, :, i % size].swapaxes(0, 1)[..., None]  # [I,rows,s,1]
             return replace(self, q=q, **taken).dense().reshape(*jnp.shape(index), -1)
-        values = self.q[index].astype(jnp.float32) * self.scale[index].astype(jnp.float32)[..., None]
-        return rotated(values, self.rotation).astype(self.dtype)
+        index = jnp.asarray(index)
+        count = index.size
+        # A single row is looked up with others: on TPU, XLA would copy the whole table to another layout at each step.
+        several = jnp.pad(index.reshape(-1), (0, 7)) if count == 1 else index.reshape(-1)
+        w = self.q[several].astype(jnp.float32) * self.scale[several].astype(jnp.float32)[:, None]
+        return rotated(w[:count], self.rotation).reshape(*index.shape, -1).astype(self.dtype)
 
     def scales(self) -> tuple[Float[Array, "g F"], Any]:
         """Scales and offsets of the groups in float32; None without offsets."""
@@ -223,7 +228,7 @@ def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
 
 @jax.custom_vjp
 def _differentiable(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
-    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, default=_on_accelerator)
+    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, tpu=accelerator.on_tpu, default=accelerator.on_gpu)
 
 
 def _differentiable_forward(x: Array, w: Quantized) -> tuple[Array, tuple[Array, Quantized]]:
@@ -233,7 +238,7 @@ def _differentiable_forward(x: Array, w: Quantized) -> tuple[Array, tuple[Array,
 def _differentiable_backward(residuals: tuple[Array, Quantized], y: Array) -> tuple[Array, Any]:
     like, w = residuals
     y = y.astype(like.dtype)
-    x = jax.lax.platform_dependent(y, w, cpu=_transposed_on_cpu, default=_transposed).astype(like.dtype)
+    x = jax.lax.platform_dependent(y, w, cpu=_transposed_on_cpu, default=accelerator.transposed).astype(like.dtype)
     return x, None  # zero: the weight is frozen
 
 
@@ -253,24 +258,6 @@ def _transposed_on_cpu(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B 
     if w.grouped:
         return cpu.from_blocks(y, w)
     return cpu.from_channels((y.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(y.dtype), w.q)
-
-
-def _on_accelerator(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
-    if w.grouped:
-        return plain_einsum("BD,DF->BF", x, w.values(x.dtype))
-    scale = w.scale.astype(jnp.float32)
-    if w.activations and w.kind == "int8":
-        rounded, of_rows = cpu.round_rows(x)
-        y = jnp.einsum("BD,FD->BF", rounded, w.q, preferred_element_type=jnp.int32)
-        return y.astype(jnp.float32) * of_rows * scale
-    return plain_einsum("BD,FD->BF", x, w.q.astype(x.dtype)) * scale
-
-
-def _transposed(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B D"]:
-    if w.grouped:
-        return plain_einsum("BF,DF->BD", y, w.values(y.dtype))
-    y = (y.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(y.dtype)
-    return plain_einsum("BF,FD->BD", y, w.q.astype(y.dtype))
 
 
 def _on_mesh(spec: str, x: Float[Array, "*x"], w: Quantized) -> Float[Array, "*y"]:

@@ -56,10 +56,16 @@ def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
 
     def add(i: Any, y: Array) -> Array:
         begin = jnp.minimum(i * size, channels - size)  # the last part overlaps the one before
-        part = jax.lax.dynamic_slice_in_dim(q, begin, size).astype(x.dtype)
+        part = _channels(q, begin, size).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y, linear.plain_einsum("BD,FD->BF", x, part), begin, axis=1)
 
     return jax.lax.fori_loop(0, -(-channels // size), add, jnp.zeros((x.shape[0], channels), jnp.float32))
+
+
+def _channels(q: Any, begin: Any, size: int) -> Any:
+    """Channels of q. The bits of e4m3 are sliced: XLA on CPU would slice by way of the whole weight in float16."""
+    part = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(q, jnp.uint8), begin, size)
+    return jax.lax.bitcast_convert_type(part, q.dtype)
 
 
 def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
@@ -68,7 +74,7 @@ def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
 
     def add(i: Any, x: Array) -> Array:
         begin = jnp.minimum(i * size, channels - size)
-        part = jax.lax.dynamic_slice_in_dim(q, begin, size).astype(y.dtype)
+        part = _channels(q, begin, size).astype(y.dtype)
         of_y = jax.lax.dynamic_slice_in_dim(y, begin, size, axis=1)
         fresh = (begin + jnp.arange(size)) >= i * size  # the last part overlaps the one before
         return x + linear.plain_einsum("BF,FD->BD", jnp.where(fresh, of_y, jnp.zeros((), y.dtype)), part)

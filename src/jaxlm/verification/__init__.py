@@ -29,7 +29,7 @@ from jaxlm.loading.resolving import Resolved
 from jaxlm.model import Model
 from jaxlm.nn import params
 from jaxlm.verification import ours, recordings
-from jaxlm.verification.checks import Check, compare, compare_meshes
+from jaxlm.verification.checks import Check, compare, compare_meshes, compare_quantized
 from jaxlm.verification.probes import Probes, Trace, probes_for
 from jaxlm.verification.report import Report
 from jaxlm.verification.torch_models import RUNS
@@ -43,6 +43,7 @@ def verify(
     *,
     record: str | Path | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     mesh: Any = None,
     progress: Callable[[str], None] = lambda what: None,
     **fields: Any,
@@ -56,6 +57,9 @@ def verify(
         record: File to write the outputs of the first reference to.
         dtype: dtype of jaxlm's weights. Use float32 to check the implementation. In another dtype, the tolerance is a
             multiple of the error of the reference in that dtype.
+        quantize: As in `load`. The quantized model is compared with the float model of the same checkpoint, which jaxlm
+            loads in `dtype` and frees: KL divergence and top-1 agreement, which are reported, in place of the bounds
+            of parity. Not with `against`, `record` and `mesh`.
         mesh: As in `load`. The model also runs sharded over it, and is compared with itself on one device.
         progress: Called with a description of each step.
         **fields: Fields of ModelSource, if `model` is a name.
@@ -69,6 +73,8 @@ def verify(
     """
     source = model if isinstance(model, Model) else ModelSource.of(model, **fields)
     subject = ours.subject_of(source)
+    if quantize is not None:
+        return _quantized(source, subject, dtype, quantize, (against, record, mesh), progress)
     if mesh is not None:
         _require_several_devices(mesh, subject.config)
     names = _references(against, subject)
@@ -86,6 +92,29 @@ def verify(
         progress(f"running jaxlm on {mesh} …")
         compare_meshes(report, one, spread(one, mesh), probes)
     return report
+
+
+def _quantized(
+    source: Model | ModelSource,
+    subject: Resolved,
+    dtype: str,
+    quantize: str,
+    others: tuple[Any, ...],
+    progress: Callable[[str], None],
+) -> Report:
+    """The report of a quantized model, beside the float model of the same checkpoint."""
+    if isinstance(source, Model):
+        raise ValueError("quantize= needs the name of a checkpoint, which is loaded twice: pass the model's source")
+    if any(other is not None for other in others):
+        raise ValueError("a quantized model is compared with its own checkpoint on one device: leave out --against, "
+                         "--record and --mesh")  # fmt: skip
+    probes, device = probes_for(subject.config, subject.tokenizer), jax.local_devices()[0]
+    progress(f"running jaxlm in {dtype} …")
+    exact = ours.trace(ours.loaded(source, dtype, device), probes, None)
+    exact.name = f"jaxlm in {dtype}"
+    gc.collect()
+    progress(f"running jaxlm in {quantize} …")
+    return compare_quantized(ours.loaded(source, dtype, device, quantize), probes, exact)
 
 
 def _require_several_devices(mesh: Any, cfg: Any) -> None:

@@ -67,12 +67,40 @@ def compare(model: Any, probes: Probes, traces: Sequence[list[Trace]]) -> Report
         report.checks += _logits(mine, theirs)
         report.checks += _text(mine, theirs[0])
         report.checks += _tokens(mine, theirs[0])
-    limit = tolerances.ITSELF[report.dtype]
+    report.checks += _itself(model, tolerances.ITSELF[report.dtype])
+    return report
+
+
+def compare_quantized(model: Any, probes: Probes, exact: Trace) -> Report:
+    """The distance of a quantized model from the float model of the same checkpoint, and the model against itself.
+
+    Args:
+        model: The quantized model.
+        probes: The inputs.
+        exact: The outputs of the float model.
+    """
+    report, mine = Report.of(model), ours.trace(model, probes, None)
+    report.tokens = {"jaxlm": mine.greedy, exact.name: exact.greedy}
+    far = logits_distance(mine.logits, exact.logits)
+    differ = int((mine.logits.argmax(-1) != exact.logits.argmax(-1)).sum())
+    title = f"most likely token, of {exact.logits[..., 0].size}"
+    text = sum(a != b for a, b in zip(mine.greedy, exact.greedy, strict=True))
     report.checks += [
+        Check(exact.name, "logits, mean KL(float || quantized)", far.kl, tolerances.QUANTIZED_KL, "nats"),
+        Check(exact.name, "logits, RMS", far.rms, None, STD),
+        Check(exact.name, title, differ, None, "differ", f"{far.top1:.1%} agree"),
+        Check(exact.name, f"greedy text, {len(exact.greedy)} tokens", text, None, "differ", "expected from rounding"),
+    ]
+    limit = max(tolerances.ITSELF[report.dtype], tolerances.ROUNDED)
+    report.checks += _itself(model, limit)
+    return report
+
+
+def _itself(model: Any, limit: float) -> list[Check]:
+    return [
         Check("itself", f"{name}, logits, RMS", distance(a, b).rms, limit, STD)
         for name, (a, b) in ours.itself(model).items()
     ]
-    return report
 
 
 def compare_meshes(report: Report, one: Any, spread: Any, probes: Probes) -> None:

@@ -28,9 +28,9 @@ def subject_of(model: Model | ModelSource) -> resolving.Resolved:
     return resolving.resolve(model)
 
 
-def loaded(model: Model | ModelSource, dtype: str, device: Any = None) -> Model:
+def loaded(model: Model | ModelSource, dtype: str, device: Any = None, quantize: str | None = None) -> Model:
     """The model, read from its source if it is not in memory yet."""
-    return model if isinstance(model, Model) else loading.load(model, dtype=dtype, device=device)
+    return model if isinstance(model, Model) else loading.load(model, dtype=dtype, device=device, quantize=quantize)
 
 
 def dtype_of(model: Any, dtype: str) -> str:

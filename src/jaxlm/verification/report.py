@@ -10,6 +10,7 @@ import jax
 
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.nn import params
+from jaxlm.nn.quantize import type_of_weights
 from jaxlm.version import __version__
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Report:
         about = {
             "parameters": f"{params.count(model.family.PARAMS, model.config):,}",
             "type": str(model.dtype),
+            "weights": type_of_weights(model.weights),
             "matrix precision": precision,
             "device": f"{device.device_kind} ({device.platform})",
             "jaxlm": __version__,

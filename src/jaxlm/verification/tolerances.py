@@ -27,6 +27,13 @@ OWN_ERROR = 2.0
 # the full forward pass sum in different orders and round by 2**-8 and 2**-11; over tens of layers that is some steps.
 ITSELF = {"float32": EXACT.rms, "bfloat16": 8 * 2**-8, "float16": 8 * 2**-11}
 
+# A quantized model is not its float model: its error is reported. The limit is for faults, such as scales of other
+# channels or inputs in another order, which cost several nats.
+QUANTIZED_KL = 0.5
+# A product that rounds its input to 8 bits turns a difference in the last place into a step of 1 / 254 of the largest
+# input. Over tens of layers that is as much as bfloat16 rounds.
+ROUNDED = 8 * 2**-8
+
 # Units in the last place of a rotary frequency: numpy, XLA and torch differ by one in a quarter of them.
 ULPS = 2
 # Meta's code has only cos and sin: computing the angle from them costs as much again.
