@@ -78,14 +78,15 @@ def test_e4m3_is_rounded_as_ml_dtypes_rounds() -> None:
     np.testing.assert_array_equal(jax.jit(e4m3)(jnp.asarray(x)), x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
 
 
-SHAPE = (4096, 1024)  # of a weight: 8 MB as bfloat16
+SHAPE = (8192, 4096)  # of a weight: 67 MB as bfloat16
+LARGE = (32768, 4096)  # 268 MB: more than the VMEM of a TPU, whose arrays are not among the temporaries
 ROWS = (1, 8, 256)
 
 
-def temporaries(product: Callable[..., Any], name: str, rows: int, device: Any) -> int:
+def temporaries(product: Callable[..., Any], name: str, rows: int, device: Any, shape: Any = SHAPE) -> int:
     """Bytes of temporary arrays of a compiled product."""
-    made = jax.eval_shape(partial(quantize, type=name, inputs=1), jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16))
-    args = jax.ShapeDtypeStruct((rows, SHAPE[1]), jnp.bfloat16), made
+    made = jax.eval_shape(partial(quantize, type=name, inputs=1), jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    args = jax.ShapeDtypeStruct((rows, shape[1]), jnp.bfloat16), made
     one = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), args)
     return jax.jit(product).lower(*placed).compile().memory_analysis().temp_size_in_bytes
@@ -130,10 +131,10 @@ def test_no_program_for_tpu_or_gpu_forms_the_float_weight(name: str) -> None:
         pytest.skip("no compiler for TPU or GPU: pip install 'jax[tpu]' or 'jax[cuda13]'")
     for device, one in devices.items():
         for rows in ROWS:
-            results = 4 * rows * (SHAPE[0] + SHAPE[1])
-            found = temporaries(product_of, name, rows, one)
-            assert found < SHAPE[0] * SHAPE[1] + 2 * results, (device, rows)
-        assert temporaries(forming_the_weight, name, 1, one) >= 2 * SHAPE[0] * SHAPE[1], device
+            results = 4 * rows * (LARGE[0] + LARGE[1])
+            found = temporaries(product_of, name, rows, one, LARGE)
+            assert found < LARGE[0] * LARGE[1] + 2 * results, (device, rows)
+        assert temporaries(forming_the_weight, name, 1, one, LARGE) >= 2 * LARGE[0] * LARGE[1], device
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "check": {
         "Device": ["device", "name"],
-        "Models": ["batch", "context", "dtype", "random_weights", "listed_as", "tokenizer"],
+        "Models": ["batch", "context", "dtype", "quantize", "random_weights", "listed_as", "tokenizer"],
         "Output": ["out", "page", "again"],
     },
 }  # fmt: skip

@@ -37,13 +37,14 @@ def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Arra
     return jax.lax.reduce_precision(y.astype(jnp.float32) * scale, exponent_bits=8, mantissa_bits=23)
 
 
-def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Int[Array, " F"]:
-    """As linear.single_row. Without the barrier, the sum of parts would be fused with the products."""
+def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Float[Array, " F"]:
+    """As linear.single_row: if the sum of the parts were fused with the products, XLA would write q as int32 to memory."""
     width = x.size if x.size < 4096 else 2048
 
     def part(begin: int) -> Array:
-        y = x[begin : begin + width].astype(jnp.int32) @ q[:, begin : begin + width].astype(jnp.int32).T
-        return jax.lax.optimization_barrier(y)
+        of_x, of_q = x[begin : begin + width], q[:, begin : begin + width]
+        y = jax.lax.optimization_barrier(of_x.astype(jnp.int32) @ of_q.astype(jnp.int32).T)
+        return jax.lax.reduce_precision(y.astype(jnp.float32), exponent_bits=8, mantissa_bits=23)
 
     return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 
@@ -63,7 +64,11 @@ def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
 
 
 def _channels(q: Any, begin: Any, size: int) -> Any:
-    """Channels of q. The bits of e4m3 are sliced: XLA on CPU would slice by way of the whole weight in float16."""
+    """Channels of q. The bits of e4m3 are sliced: XLA on CPU would slice by way of the whole weight in float16. The
+    barrier keeps it from copying the bits of the whole weight before the loop."""
+    if q.dtype != jnp.float8_e4m3fn:
+        return jax.lax.dynamic_slice_in_dim(q, begin, size)
+    q, begin = jax.lax.optimization_barrier((q, begin))
     part = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(q, jnp.uint8), begin, size)
     return jax.lax.bitcast_convert_type(part, q.dtype)
 
