@@ -43,11 +43,13 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
 
 
 def describe(weights: Any) -> str:
-    """What a repr says of quantized weights: the type of most, and the memory of all weights ("int8 in 0.62 GB, ").
+    """What a repr says of quantized weights: the type of most in the layers, and the memory of all weights ("int8 in 0.62 GB, ").
     Empty if no weight is quantized."""
-    leaves = [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_quantized) if is_quantized(leaf)]
-    names = [f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}" for leaf in leaves]
-    found = Counter(names).most_common(1)
+    sizes: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(weights["layers"], is_leaf=is_quantized):
+        if is_quantized(leaf):
+            sizes[f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}"] += math.prod(leaf.shape)
+    found = sizes.most_common(1)
     return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
 
 
