@@ -43,8 +43,8 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
 
 
 def describe(weights: Any) -> str:
-    """What a repr says of quantized weights: the type of most in the layers, and the memory of all weights ("int8 in 0.62 GB, ").
-    Empty if no weight is quantized."""
+    """What a repr says of quantized weights: the type of most in the layers, and the memory of all weights, as in
+    "int8 in 0.62 GB, ". Empty if no weight is quantized."""
     sizes: Counter[str] = Counter()
     for leaf in jax.tree.leaves(weights["layers"], is_leaf=is_quantized):
         if is_quantized(leaf):
