@@ -189,3 +189,11 @@ def test_choices_in_any_case():
 def test_a_model_without_its_flag(line, hint, capsys):
     said = refused(capsys, *line.split())
     assert said.endswith(f"a model is named with {hint}") if hint else "a model is named" not in said
+
+
+@pytest.mark.parametrize(
+    "command", ["info NAME", "plan NAME", "verify NAME", "bench --random-weights NAME", "bench load NAME"]
+)
+def test_quantize_is_refused_where_it_would_change_nothing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--quantize", "int8"]) == 2
+    assert "--quantize does not apply" in capsys.readouterr().err

@@ -23,7 +23,7 @@ RIVALS = ("transformers", "llama.cpp")
 MODES = {"gen": ("generation", "serve"), "depth": ("generation",), "against": ("generation", "serve"),
          "plot": ("generation",), "method": ("train",), "rank": ("train",), "prompt": ("generation", "train", "serve"),
          "batch": ("generation", "train"), "random_weights": ("generation", "train"),
-         "kv_dtype": ("generation", "serve"),
+         "kv_dtype": ("generation", "serve"), "quantize": ("generation", "serve"),
          **dict.fromkeys(ServeFlags.__annotations__, ("serve",))}  # fmt: skip
 
 
@@ -89,6 +89,8 @@ class Bench(ServeFlags):
             self.check_serve(name if self.model in (None, name) else None, self._rivals(), self.prompt)
         elif (name is None) == (self.random_weights is None) or (name is not None and self.model not in (None, name)):
             usage("pass one model: a hub id, a folder, a .gguf file or --random-weights NAME (jaxlm bench --help)")
+        if self.random_weights is not None:
+            self.refuse_quantize("bench --random-weights")
         for field, modes in MODES.items():
             if mode not in modes and getattr(self, field) != getattr(Bench, field):
                 usage(f"--{field.replace('_', '-')} does not apply to {mode} (jaxlm bench --help)")

@@ -56,6 +56,7 @@ class Plan(GenerationFlags):
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
             usage("pass one model: a published name, hub id, folder or config.json (jaxlm plan --help)")
+        self.refuse_quantize("plan")
         from jaxlm.bench import local, sources
         from jaxlm.devices import specs, topology
 

@@ -52,6 +52,7 @@ class Verify(ModelFlags):
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
             usage("pass one model: a hub id or a folder (jaxlm verify --help)")
+        self.refuse_quantize("verify")
         name = str(self.name or self.model)
         if not self.is_single_process:
             raise ValueError("verify runs in a single process: start it without --num-processes or a launcher")

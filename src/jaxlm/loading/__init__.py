@@ -23,7 +23,7 @@ from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
-from jaxlm.nn.quantize import quantizer
+from jaxlm.nn.quantize import check_type, quantizer, stored_bytes
 from jaxlm.nn.quantized_kv import check_name
 
 
@@ -243,10 +243,15 @@ def read_weights(
     elements = [n * count if device.platform == "cpu" else n for n, count in blocks]
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
     is_float32 = pairs and loaded_dtype(file_dtypes[0]).itemsize == 4
-    needed = sum(n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes))
+    sizes = [n * loaded_dtype(file_dtype).itemsize for n, file_dtype in zip(elements, file_dtypes)]
+    needed = sum(sizes)
+    if quantize is not None:  # each is quantized when it is read: the largest array exists meanwhile
+        check_type(quantize)
+        each = [stored_bytes(row, loaded_dtype(kind).itemsize, quantize) for (row, _), kind in zip(pairs, file_dtypes)]
+        needed = round(sum(n * nbytes for n, nbytes in zip(elements, each))) + max(sizes)
     needed += sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
     half = hardware.gigabytes(needed // 2)
-    smaller = f", or dtype='bfloat16' (--dtype bfloat16), which needs {half}" if is_float32 else ""
+    smaller = f", or dtype='bfloat16' (--dtype bfloat16), which needs {half}" if is_float32 and not quantize else ""
     hardware.require(needed, device, f"the weights of {name}", f"use a smaller model or a larger machine{smaller}")
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
     total += sum(tensor.nbytes for _, tensor in packed)

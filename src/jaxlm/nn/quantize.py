@@ -58,6 +58,12 @@ def num_inputs(row: params.TensorSpec) -> int:
     return len(params.summed_letters(row.letters))
 
 
+def check_type(name: str) -> None:
+    """Raises ValueError for a name that is not one of TYPES."""
+    if name not in TYPES:
+        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
+
+
 def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
     """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices.
 
@@ -65,8 +71,7 @@ def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.Ten
         name: One of TYPES.
         rules: How the result is sharded over a mesh: `mesh.RULES`, or `mesh.FSDP_RULES` in training.
     """
-    if name not in TYPES:
-        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
+    check_type(name)
 
     def run(row: params.TensorSpec, w: jax.Array) -> Any:
         if (type := type_of(row, name)) is None:
@@ -75,6 +80,14 @@ def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.Ten
         return jax.block_until_ready(_program(*sizes)(w))
 
     return run
+
+
+def stored_bytes(row: params.TensorSpec, itemsize: int, name: str) -> float:
+    """Bytes of an element of a weight that is quantized to `name` of TYPES, scales included; itemsize: without."""
+    if (type := type_of(row, name)) is None:
+        return itemsize
+    # float32 scales of channels; float16 scales and offsets of groups
+    return 0.5 + 4 / BLOCK if type == "int4" else 1 + 4 / math.prod(row.shape[-num_inputs(row) :])
 
 
 def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, Any]:
