@@ -11,7 +11,7 @@ import tyro
 from jaxlm.checkpoint.errors import explain_missing_package
 from jaxlm.cli.bench_common import integers, own_flags, progress_line
 from jaxlm.cli.bench_serve import ServeFlags
-from jaxlm.cli.errors import usage
+from jaxlm.cli.errors import refuse_quantize, usage
 from jaxlm.cli.terminal import compiling, note, print_json
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Bench(ServeFlags):
         elif (name is None) == (self.random_weights is None) or (name is not None and self.model not in (None, name)):
             usage("pass one model: a hub id, a folder, a .gguf file or --random-weights NAME (jaxlm bench --help)")
         if self.random_weights is not None:
-            self.refuse_quantize("bench --random-weights")
+            refuse_quantize(self.quantize, "bench --random-weights")
         for field, modes in MODES.items():
             if mode not in modes and getattr(self, field) != getattr(Bench, field):
                 usage(f"--{field.replace('_', '-')} does not apply to {mode} (jaxlm bench --help)")

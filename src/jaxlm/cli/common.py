@@ -189,13 +189,6 @@ class ModelFlags(ProcessFlags, _ModelFlags):
             note(unseen)
         return jaxlm.load(self.source(name), **self.load_options(), progress=progress_flag())
 
-    def refuse_quantize(self, command: str) -> None:
-        """Exits with status 2 for --quantize, which would change nothing."""
-        if self.quantize is not None:
-            from jaxlm.cli.errors import usage
-
-            usage(f"--quantize does not apply to {command}: leave it out (generate, chat, serve and eval take it)")
-
     def load_options(self) -> dict[str, Any]:
         """Arguments of `load` besides the source."""
         return {"dtype": self.dtype, "quantize": self.quantize, "mesh": self.mesh}

@@ -30,3 +30,9 @@ def usage(*lines: str) -> NoReturn:
     for line in lines:
         terminal.say(f"jaxlm: {line}")
     raise SystemExit(2)
+
+
+def refuse_quantize(quantize: str | None, command: str) -> None:
+    """Exits with status 2 for --quantize, which would change nothing in this command."""
+    if quantize is not None:
+        usage(f"--quantize does not apply to {command}: leave it out (generate, chat, serve and eval take it)")

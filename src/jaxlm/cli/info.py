@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from jaxlm.cli.common import ModelFlags
-from jaxlm.cli.errors import usage
+from jaxlm.cli.errors import refuse_quantize, usage
 from jaxlm.cli.terminal import console, print_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Info(ModelFlags):
     def run(self) -> int:
         if (self.name is not None and self.model is not None) or (self.name, self.model, self.adapter) == (None,) * 3:
             usage("pass one model: a hub id, a folder or a config.json or .gguf file (jaxlm info --help)")
-        self.refuse_quantize("info")
+        refuse_quantize(self.quantize, "info")
         from jaxlm.cli.facts import describe
 
         facts = describe(self.source(self.name), self.dtype, self.mesh)

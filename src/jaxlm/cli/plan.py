@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxlm.cli.common import GenerationFlags, set_up_process
-from jaxlm.cli.errors import usage
+from jaxlm.cli.errors import refuse_quantize, usage
 from jaxlm.cli.terminal import note, print_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Plan(GenerationFlags):
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
             usage("pass one model: a published name, hub id, folder or config.json (jaxlm plan --help)")
-        self.refuse_quantize("plan")
+        refuse_quantize(self.quantize, "plan")
         from jaxlm.bench import local, sources
         from jaxlm.devices import specs, topology
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from jaxlm.cli.common import ModelFlags
-from jaxlm.cli.errors import usage
+from jaxlm.cli.errors import refuse_quantize, usage
 from jaxlm.cli.terminal import console, note, print_json
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Verify(ModelFlags):
     def run(self) -> int:
         if (self.name is None) == (self.model is None):
             usage("pass one model: a hub id or a folder (jaxlm verify --help)")
-        self.refuse_quantize("verify")
+        refuse_quantize(self.quantize, "verify")
         name = str(self.name or self.model)
         if not self.is_single_process:
             raise ValueError("verify runs in a single process: start it without --num-processes or a launcher")
