@@ -12,6 +12,7 @@ from helpers import checkpoint_files, gguf_writer
 import jaxlm
 from jaxlm.checkpoint import hf, safetensors
 from jaxlm.devices import host_memory
+from jaxlm.nn import params
 
 # Far less than a second copy of the weights or of the file; what the conversion uses is a buffer for each reader.
 FACTOR, CONSTANT = 1.1, 64e6
@@ -140,3 +141,22 @@ def test_weights_that_just_fit_are_loaded(free, tmp_path):
     jaxlm.load(folder)
     with pytest.raises(MemoryError, match=r"the weights of .* need"):  # twice as much
         jaxlm.load(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("type", ["int8", "int4"])
+def test_the_memory_of_quantized_weights_decides(type, free, tmp_path):
+    """While a weight is quantized, it exists as an array too. The quantized model fits where the other does not."""
+    config = {**checkpoint_files.LLAMA, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+    arrays = checkpoint_files.tensors(config, kind="F32")
+    folder = checkpoint_files.folder(tmp_path / "m", config, arrays)
+    whole, largest = sum(a.nbytes for a in arrays.values()), max(a.nbytes for a in arrays.values())
+    few = params.nbytes(jaxlm.load(folder, quantize=type).weights)
+    enough = -(-(few + largest) // 1024) * 1024
+    assert enough < whole
+    free(enough, enough)
+    assert params.nbytes(jaxlm.load(folder, quantize=type).weights) == few
+    with pytest.raises(MemoryError, match=r"the weights of .* need"):
+        jaxlm.load(folder)
+    free(few, few)
+    with pytest.raises(MemoryError, match=r"the weights of .* need"):
+        jaxlm.load(folder, quantize=type)

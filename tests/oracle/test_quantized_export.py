@@ -39,12 +39,12 @@ def test_logits_of_a_quantized_folder(type: str, tmp_path) -> None:
 
 
 def test_logits_of_int4(tmp_path) -> None:
-    """The symmetric groups of the file, which `export` fits, are those of a model whose offsets are -8 scales."""
+    """The symmetric groups of the file, which `export` fits, are those of a model whose offsets are 0."""
     from dataclasses import replace
 
     model, _ = quantized("qwen3", "int4")
     layers = [
-        {name: replace(w, offset=-8 * w.scale) if is_quantized(w) and w.grouped else w for name, w in layer.items()}
+        {name: replace(w, offset=0 * w.scale) if is_quantized(w) and w.grouped else w for name, w in layer.items()}
         for layer in model.weights["layers"]
     ]
     model = replace(model, weights={**model.weights, "layers": layers})

@@ -23,7 +23,7 @@ from jaxlm.inference import roofline
 from jaxlm.loading.resolving import Resolved, resolve, with_adapter, with_tokenizer
 from jaxlm.model import Model, Weights, require_model
 from jaxlm.nn import params
-from jaxlm.nn.quantize import quantizer, stored
+from jaxlm.nn.quantize import check_type, quantizer, stored
 from jaxlm.nn.quantized_kv import check_name
 
 
@@ -255,6 +255,8 @@ def read_weights(
         shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
         return sum(n * count for n, count in zip(shards, copies)) + max(arrays)
 
+    if quantize is not None:
+        check_type(quantize)
     needed, free = held(quantize), hardware.available_memory(device)
     smaller = [f"dtype='bfloat16' (--dtype bfloat16), which needs {hardware.gigabytes(needed // 2)}"]
     if quantize is not None or not pairs or loaded_dtype(file_dtypes[0]).itemsize < 4:

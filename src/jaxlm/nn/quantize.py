@@ -43,11 +43,13 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
 
 
 def describe(weights: Any) -> str:
-    """What a repr says of quantized weights: the type of most, and the memory of all weights ("int8 in 0.62 GB, ").
-    Empty if no weight is quantized."""
-    leaves = [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_quantized) if is_quantized(leaf)]
-    names = [f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}" for leaf in leaves]
-    found = Counter(names).most_common(1)
+    """What a repr says of quantized weights: the type of most in the layers, and the memory of all weights, as in
+    "int8 in 0.62 GB, ". Empty if no weight is quantized."""
+    sizes: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(weights["layers"], is_leaf=is_quantized):
+        if is_quantized(leaf):
+            sizes[f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}"] += math.prod(leaf.shape)
+    found = sizes.most_common(1)
     return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
 
 
@@ -92,6 +94,12 @@ def type_of_weights(weights: Any) -> str:
     return " and ".join(sorted(kinds)) or jnp.dtype(leaves[0].dtype).name
 
 
+def check_type(name: str) -> None:
+    """Raises ValueError for a name that is not one of TYPES."""
+    if name not in TYPES:
+        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
+
+
 def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
     """A function that quantizes the array of a row of PARAMS to a type of TYPES, on its devices.
 
@@ -99,8 +107,7 @@ def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.Ten
         name: One of TYPES.
         rules: How the result is sharded over a mesh: `mesh.RULES`, or `mesh.FSDP_RULES` in training.
     """
-    if name not in TYPES:
-        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
+    check_type(name)
 
     def run(row: params.TensorSpec, w: jax.Array) -> Any:
         if (type := type_of(row, name)) is None:

@@ -38,7 +38,7 @@ def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Arra
 
 
 def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Float[Array, " F"]:
-    """As linear.single_row: if the sum of the parts were fused with the products, XLA would write q as int32 to memory."""
+    """As linear.single_row. If the sum of parts were fused with the products, XLA would write q as int32 to memory."""
     width = x.size if x.size < 4096 else 2048
 
     def part(begin: int) -> Array:
