@@ -60,8 +60,8 @@ def test_what_several_devices_hold_is_read_once(tmp_path) -> None:
     there = jaxlm.load(tmp_path / "m", mesh="model=8")
     q, norm = there.weights["layers"][0]["q"], there.weights["norm"]
     assert {shard.data.shape for shard in q.addressable_shards} == {(1, 8, 64)}
-    assert len(hf.local_blocks(q.sharding, q.shape)) == 8
-    assert len(hf.local_blocks(norm.sharding, norm.shape)) == 1
+    assert len(mesh.local_blocks(q.sharding, q.shape)) == 8
+    assert len(mesh.local_blocks(norm.sharding, norm.shape)) == 1
 
 
 def test_the_default_is_all_devices(tmp_path, monkeypatch) -> None:

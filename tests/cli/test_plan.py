@@ -52,11 +52,12 @@ def test_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quantized_weights(capsys: pytest.CaptureFixture[str]) -> None:
     """Of Llama 3.1 8B: a byte for each weight but norms, and 4 bytes of scale for each output channel; int4 has 5 bits
-    for each weight of the layers, and the embedding and the head as int8."""
+    for each weight of the layers, and embedding, head, keys and values as int8."""
     table, norms = 2 * 128256 * 4096, 65 * 4096
     layers = 8_030_261_248 - table - norms
     channels = 2 * 128256 + 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
-    sizes = {"int8": table + layers + 4 * channels, "int4": table + 4 * 2 * 128256 + layers * 5 // 8}
+    as_int8, rest = table + 64 * 1024 * 4096, layers - 64 * 1024 * 4096
+    sizes = {"int8": table + layers + 4 * channels, "int4": as_int8 + 4 * (2 * 128256 + 64 * 1024) + rest * 5 // 8}
     for name, nbytes in sizes.items():
         found = facts(capsys, "llama-3.1-8b", "--device", "v6e", "--quantize", name)
         assert (found["quantize"], found["memory"]["weights"]) == (name, nbytes + 2 * norms)

@@ -190,7 +190,7 @@ def test_bytes_of_a_cache() -> None:
     lengths = few_cache_lengths(4096)
     for name, each in of.items():
         assert memory.kv_bytes(each, 64) == nbytes[name] / 3
-        layout = roofline.layout(each.family.PARAMS, each.config, {"data": 1, "model": 1}, 2, each.cache_dtype)
+        layout = roofline.layout(each.family.PARAMS, each.config, {"data": 1, "model": 1}, 2, kv_dtype=each.cache_dtype)
         kept = sum(a.nbytes for a in jax.tree.leaves(each.init_kv(3, 64)))
         assert roofline.cache_bytes(layout, 3, 64) == kept
     ratio = memory.kv_memory(of["int8"], 8, lengths) / memory.kv_memory(of["bfloat16"], 8, lengths)

@@ -95,7 +95,7 @@ def test_bytes_of_quantized_weights_are_those_of_the_arrays(sizes: dict[str, int
         for row in params.tensors(table, cfg):
             array = jax.device_put(params.get(model.weights, row.path), mesh.sharding(row.letters, row.shape, over))
             held += sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(convert(row, array)))
-        assert roofline.weight_bytes(roofline.layout(table, cfg, sizes, 4, name)) == held
+        assert roofline.weight_bytes(roofline.layout(table, cfg, sizes, 4, quantize=name)) == held
 
 
 def test_small_models_are_replicated_and_large_ones_are_split() -> None:

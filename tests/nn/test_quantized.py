@@ -127,11 +127,12 @@ def test_weights_without_a_range(type: str) -> None:
     assert (np.abs(dense - w) <= 0.07 * np.abs(w).max(axis=1, keepdims=True)).all()
 
 
-def fields(kind: str, **more: Any) -> Quantized:
+def fields(kind: str, in_tiles: bool, **more: Any) -> Quantized:
     """A weight [64,2,48] of random codes in groups, whose scales and offsets differ."""
     rng, four = np.random.default_rng(3), kind in ("int4", "mxfp4")
     q = rng.integers(0 if four else -128, 256 if four else 128, (3, 64, BLOCK // 2 if four else BLOCK))
-    q = quantize.tiled(jnp.asarray(q.transpose(1, 0, 2), jnp.uint8 if four else jnp.int8), (64,))
+    q = jnp.asarray(q.swapaxes(1, 2), jnp.uint8 if four else jnp.int8)
+    q = q.reshape(3, -1, 2, 32).swapaxes(1, 2) if in_tiles else q
     groups = {"scale": 3, "offset": 3, "outer_scale": 1, "outer_offset": 1}
     arrays = {
         name: jnp.asarray(rng.uniform(0.5, 2, (more.pop(name, n), 64)), jnp.float32) for name, n in groups.items()
@@ -142,7 +143,9 @@ def fields(kind: str, **more: Any) -> Quantized:
 
 def plain(w: Quantized) -> np.ndarray:
     """The weight, from the definition in its docstring."""
-    q = np.asarray(w.q).swapaxes(2, 3).reshape(3, 64, -1).transpose(1, 0, 2)  # [F,I,·]
+    q = np.asarray(w.q)
+    q = np.concatenate(list(q.swapaxes(0, 1)), axis=2) if w.tiled else q
+    q = q.transpose(2, 0, 1)  # [F,I,·]
     if w.kind in ("int4", "mxfp4"):
         q = np.concatenate([q & 15, q >> 4], axis=2)
     if w.kind == "mxfp4":
@@ -175,7 +178,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4"])
 def test_every_field_of_groups(kind: str, form: str, activations: bool) -> None:
-    w = fields(kind, activations=activations, **FORMS[form])
+    w = fields(kind, in_tiles=form not in ("outer scales", "one group"), activations=activations, **FORMS[form])
     expected = plain(w)
     np.testing.assert_allclose(w.dense(), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     rng = np.random.default_rng(4)
@@ -190,7 +193,10 @@ def test_every_field_of_groups(kind: str, form: str, activations: bool) -> None:
         np.testing.assert_allclose(y, exact, atol=1e-5 * np.abs(expected).max() * 96)
 
 
-@pytest.mark.parametrize("type", quantize.TYPES)
+WITHOUT_TILES = "int4 without tiles"  # as on accelerators
+
+
+@pytest.mark.parametrize("type", [*quantize.TYPES, WITHOUT_TILES])
 @pytest.mark.parametrize(("spec", "shape", "inputs"), [
     ("BTD,NHD->BTNH", (4, 16, 64), 1), ("BTNH,DNH->BTD", (64, 4, 32), 2), ("BTF,DF->BTD", (64, 96), 1),
     ("BTD,FD->BTF", (96, 64), 1), ("BTD,VD->BTV", (100, 64), 1),
@@ -199,7 +205,8 @@ def test_on_a_mesh(spec: str, shape: tuple[int, ...], inputs: int, type: str) ->
     """Each device multiplies its part: sharded channels, sharded inputs, and what does not divide."""
     over = make({"data": 2, "model": 4}, 4)
     row = params.TensorSpec("layers.0.w", spec.split("->")[0].split(",")[1], shape, shape, ())
-    w = quantize.quantize(jnp.asarray(weight(shape)), type, inputs)
+    type, platform = ("int4", "tpu") if type == WITHOUT_TILES else (type, "cpu")
+    w = quantize.quantize(jnp.asarray(weight(shape)), type, inputs, platform=platform)
     where = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over), w, w.letters(row.letters))
     x = np.random.default_rng(0).normal(size=(4, 1, *shape[len(shape) - inputs :])).astype(np.float32)
     single = jax.jit(partial(einsum, spec, dtype="float32"))(x, w)

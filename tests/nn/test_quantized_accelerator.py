@@ -6,6 +6,7 @@ machine): `pytest -n 0 -m slow`.
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,10 @@ KEY = jax.random.key(0)
 
 
 def weights() -> dict[str, Quantized]:
-    """Weights of 96 channels and 256 inputs: those that quantize.py makes, and those of other tools' files."""
+    """Weights of 96 channels and 256 inputs without rotations, as accelerators hold them: those that quantize.py makes
+    and those of other tools' files."""
     w = jax.random.normal(KEY, (96, 256), jnp.float32)
-    found = {name: quantize(w, name, 1) for name in TYPES}
+    found = {name: replace(quantize(w, name, 1, platform="tpu"), rotation=0) for name in TYPES}
     bits = jax.random.randint(KEY, (8, 32, 96), -128, 128)
     scale = jax.random.uniform(KEY, (16, 96), jnp.float32)
     options: dict[str, Any] = {"grouped": True, "inputs": (256,), "dtype": jnp.float32}
@@ -85,7 +87,8 @@ ROWS = (1, 8, 256)
 
 def temporaries(product: Callable[..., Any], name: str, rows: int, device: Any, shape: Any = SHAPE) -> int:
     """Bytes of temporary arrays of a compiled product."""
-    made = jax.eval_shape(partial(quantize, type=name, inputs=1), jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    make = partial(quantize, type=name, inputs=1, platform=device.platform)
+    made = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     args = jax.ShapeDtypeStruct((rows, shape[1]), jnp.bfloat16), made
     one = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), args)

@@ -35,7 +35,7 @@ def generation(
     where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype), quantize)
     where = where._replace(kv_dtype=dtype_of(kv_dtype or dtype))
     itemsize = jax.numpy.dtype(dtype).itemsize
-    of = roofline.layout(family.PARAMS, cfg, found.mesh, itemsize, where.kv_dtype, quantize)
+    of = roofline.layout(family.PARAMS, cfg, found.mesh, itemsize, kv_dtype=where.kv_dtype, quantize=quantize)
     facts = {}
     for name, run in (("decode", programs.decode), ("prefill", programs.prefill)):
         progress(f"compiling {name} of {cfg.L} layers for {found.count} x {found.spec.name} …")

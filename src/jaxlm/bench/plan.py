@@ -125,7 +125,7 @@ def plan(
     kv_dtype = dtype_of(kv_dtype or dtype)
     best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize, kv_dtype=kv_dtype, quantize=quantize)
     sizes = check_mesh(count, sizes, best) if sizes else best
-    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype, quantize)
+    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=quantize)
     usable = int(roofline.USABLE * spec.memory)
 
     def fit(rows: int, length: int, on: Layout = of) -> bool:
@@ -134,11 +134,13 @@ def plan(
     def smaller() -> dict[str, int]:
         if quantize is not None or fit(batch, context):
             return {}
-        found = {name: roofline.layout(table, cfg, sizes, itemsize, kv_dtype, name) for name in SMALLER}
+        found = {
+            name: roofline.layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=name) for name in SMALLER
+        }
         return {name: roofline.weight_bytes(on) for name, on in found.items() if fit(batch, context, on)}
 
     def fits_on(n: int) -> bool:
-        on = roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype, quantize)
+        on = roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype=kv_dtype, quantize=quantize)
         return fit(batch, context, on)
 
     return Plan(

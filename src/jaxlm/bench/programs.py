@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.bench import gpu_targets
 from jaxlm.bench.plan_training import Training
@@ -71,6 +72,11 @@ class Setting(NamedTuple):
         """Number of devices."""
         return self.over.size if self.over is not None else 1
 
+    @property
+    def platform(self) -> str:
+        device = self.over.devices.flat[0] if isinstance(self.over, Mesh) else self.device
+        return jax.default_backend() if device is None else device.platform
+
     def put(self, a: Any, letters: str) -> jax.ShapeDtypeStruct:
         """An array's shape and dtype, with the sharding that `mesh.place` would give it."""
         if self.over is None:
@@ -115,15 +121,15 @@ def setting(
 ) -> Setting:
     """A model on devices `on`, sharded by a mesh with these axis sizes."""
     if len(on) == 1:
-        return Setting(family, cfg, None, batch, on[0], dtype, quantize)
-    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype, quantize)
+        return Setting(family, cfg, None, batch, on[0], dtype, quantize=quantize)
+    return Setting(family, cfg, topology.make(sizes, cfg.K, on), batch, None, dtype, quantize=quantize)
 
 
 def weights(where: Setting) -> Any:
     """The weights, sharded as `load` shards them."""
     found: dict[str, Any] = {}
     for row in params.tensors(where.family.PARAMS, where.cfg):
-        leaf = stored(row, where.dtype, where.quantize)
+        leaf = stored(row, where.dtype, where.quantize, where.platform)
         params.put(found, row.path, jax.tree.map(where.put, leaf, params.letters_of(leaf, row.letters)))
     return found
 

@@ -25,6 +25,7 @@ from jaxlm.checkpoint.safetensors import DTYPES, SLICE, Tensor, aligned, chunks,
 from jaxlm.checkpoint.safetensors import read_header as read_header
 from jaxlm.checkpoint.safetensors import read_json as read_json
 from jaxlm.checkpoint.weight_files import read_index as read_index
+from jaxlm.devices import mesh
 from jaxlm.nn import params
 
 READERS = 4
@@ -300,7 +301,7 @@ def load_weights(
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
     convert: Callable[[params.TensorSpec, jax.Array], Any] = lambda row, array: array,
-    ahead: int = AHEAD,
+    ahead: int | None = None,
 ) -> dict[str, Any]:
     """Reads every tensor onto its devices. A process reads the blocks that its devices hold, each once.
 
@@ -310,7 +311,7 @@ def load_weights(
         where: the sharding of a row's array.
         advance: called with the number of bytes, as they are read.
         convert: called with each array; returns the weight, such as a quantized one.
-        ahead: bytes that may be read ahead.
+        ahead: bytes that may be read ahead. Default: AHEAD.
 
     Returns:
         The weights, layers listed.
@@ -318,6 +319,7 @@ def load_weights(
     weights: dict[str, Any] = {}
     reading: deque[tuple[list[Block], list[Future[int]]]] = deque()
     placed: list[jax.Array] = []  # the blocks of the current tensor
+    limit = (AHEAD if ahead is None else ahead) // 2
 
     def finish() -> None:
         blocks, futures = reading.popleft()
@@ -332,7 +334,7 @@ def load_weights(
 
     pool = ThreadPoolExecutor(READERS, "jaxlm-read")
     try:
-        for blocks in _grouped(_blocks(pairs, loaded_dtype, where), lambda block: block.value.nbytes, ahead // 2):
+        for blocks in _grouped(_blocks(pairs, loaded_dtype, where), lambda block: block.value.nbytes, limit):
             pieces = (piece for block in blocks for piece in block.pieces)
             tasks = _grouped(pieces, lambda piece: piece[1].nbytes, SLICE)
             reading.append((blocks, [pool.submit(_read_pieces, task) for task in tasks]))
@@ -362,7 +364,7 @@ def _blocks(
     """The blocks that this process reads, in file order: a slow disk is read sequentially."""
     for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
         dtype = loaded_dtype(DTYPES[tensor.dtype])
-        for index, devices in local_blocks(where(row), row.shape):
+        for index, devices in mesh.local_blocks(where(row), row.shape):
             yield Block(row, devices, *new_block(tensor, row.shape, index, dtype))
 
 
@@ -392,11 +394,3 @@ def _placed(
     copies = [(block, device) for block in blocks for device in block.devices]
     arrays = place([block.value for block, _ in copies], [device for _, device in copies])
     return zip((block.row for block, _ in copies), jax.block_until_ready(arrays))
-
-
-def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
-    """The distinct blocks of an array on this process's devices, each with the devices that hold it."""
-    found: dict[str, tuple[Index, list[Any]]] = {}
-    for device, index in where.addressable_devices_indices_map(shape).items():
-        found.setdefault(str(index), (index, []))[1].append(device)
-    return list(found.values())

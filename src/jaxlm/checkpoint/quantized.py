@@ -362,7 +362,8 @@ def load_weights(
     pool = ThreadPoolExecutor(AHEAD, "jaxlm-read")
     try:
         for row, tensor in sorted(pairs, key=lambda pair: (pair[1].file, pair[1].offset)):
-            waiting.append((row, tensor, pool.submit(whole, tensor, tile(_axes(row)[0][-1]))))
+            size = tile(_axes(row)[0][-1], next(iter(where(row).device_set)).platform)
+            waiting.append((row, tensor, pool.submit(whole, tensor, size)))
             if len(waiting) > AHEAD:
                 finish()
         while waiting:
@@ -376,9 +377,10 @@ def placed(flat: Quantized, row: params.TensorSpec, sharding: Any) -> Quantized:
     kept, summed = _axes(row)
     own = {name: a for name in FIELDS if (a := getattr(flat, name)) is not None}
     if flat.grouped:
-        q, size = own.pop("q"), tile(kept[-1])
+        q = own.pop("q")
         own = {name: a.reshape(-1, *kept) for name, a in own.items()}
-        own["q"] = q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
+        tiled = (*kept[:-1], kept[-1] // q.shape[-1], *q.shape[2:]) if flat.tiled else (q.shape[1], *kept)
+        own["q"] = q.reshape(q.shape[0], *tiled)
     else:
         own = {"q": flat.q.reshape(row.shape), "scale": flat.scale.reshape(kept)}
     shaped = replace(flat, **own, inputs=summed)

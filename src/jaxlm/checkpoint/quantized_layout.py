@@ -112,7 +112,7 @@ def in_blocks(codes: np.ndarray, kind: str) -> np.ndarray:
 
 
 def whole(packed: Packed, tile: int) -> Quantized:
-    """All output channels of a weight, as a flat Quantized of numpy arrays. tile: channels that q stores together."""
+    """All output channels of a weight, as a flat Quantized of numpy arrays. tile: channels of a tile of q; 0: none."""
     channels, width = packed.shape
     if packed.in_rows:
         return packed.read(packed, 0, channels)
@@ -121,16 +121,19 @@ def whole(packed: Packed, tile: int) -> Quantized:
     part: Any = None
     for begin in range(0, channels, step):
         part = packed.read(packed, begin, min(begin + step, channels))
-        q = part.q.reshape(-1, tile, *part.q.shape[1:]).transpose(2, 0, 3, 1)
+        tiles = part.q.reshape(-1, tile or len(part.q), *part.q.shape[1:]).transpose(2, 0, 3, 1)
+        q = tiles if tile else tiles[:, 0].reshape(-1, tiles.shape[-1])
         arrays = {"q": q, **{name: a for name in FIELDS if name != "q" and (a := getattr(part, name)) is not None}}
         for name, a in arrays.items():
-            each = tile if name == "q" else 1
+            each = tile if tile and name == "q" else 1
             if begin == 0:
                 raw = aligned(a.size // a.shape[1] * channels // each * a.itemsize)
                 out[name] = raw.view(a.dtype).reshape(a.shape[0], channels // each, *a.shape[2:])
             for i in range(0, a.shape[1], CHANNELS // each):
                 some = a[:, i : i + CHANNELS // each]
                 out[name][:, begin // each + i :][:, : some.shape[1]] = some
+    if not tile:
+        out["q"] = out["q"].reshape(-1, part.q.shape[-1], channels)
     return replace(part, **out)
 
 

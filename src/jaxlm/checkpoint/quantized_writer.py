@@ -73,7 +73,7 @@ class DequantizedTensor(LazyRows):
             raise ValueError("quantized weights that are sharded over several processes cannot be exported: load the "
                              "model in one process")  # fmt: skip
         # With one axis of channels, whole tiles of them are read.
-        size = self.w.q.shape[-1] if self.w.grouped and self.w.scale.ndim == 2 else 1
+        size = self.w.q.shape[-1] if self.w.tiled and self.w.scale.ndim == 2 else 1
         first, last = begin // size, -(-(begin + count) // size)
         return np.asarray(_dense_rows(self.w, first, last - first, size))[begin - first * size :][:count]
 
@@ -82,7 +82,8 @@ class DequantizedTensor(LazyRows):
 def _dense_rows(w: Quantized, first: Any, tiles: int, size: int) -> jax.Array:
     def cut(name: str, a: jax.Array) -> jax.Array:
         n = 1 if name == "q" else size
-        return jax.lax.dynamic_slice_in_dim(a, first * n, tiles * n, int(w.grouped))
+        axis = 2 if name == "q" and w.grouped and not w.tiled else int(w.grouped)
+        return jax.lax.dynamic_slice_in_dim(a, first * n, tiles * n, axis)
 
     names = ("q", "scale", "offset", "outer_scale", "outer_offset")
     parts = {name: cut(name, a) for name in names if (a := getattr(w, name)) is not None}

@@ -142,7 +142,7 @@ def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
 def _mesh(family: Any, cfg: Any, dtype: Any, spec: str, quantize: str | None) -> dict[str, Any]:
     """For a device of a mesh: bytes of weights and of the KV cache of one sequence, and the shards per letter."""
     sizes = topology.parse(spec)
-    of = roofline.layout(family.PARAMS, cfg, sizes, dtype.itemsize, quantize)
+    of = roofline.layout(family.PARAMS, cfg, sizes, dtype.itemsize, quantize=quantize)
     shards = {letter: mesh.num_shards(letter, (getattr(cfg, letter),), of.over) for letter in "NKFV"}
     return {
         **sizes,

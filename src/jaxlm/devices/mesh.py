@@ -174,3 +174,11 @@ def place(x: Any, letters: str, mesh: Any) -> jax.Array:
         host = np.asarray(x)
         out = jax.make_array_from_callback(x.shape, where, lambda index: host[index])
     return jax.random.wrap_key_data(out) if is_key else out
+
+
+def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], list[Any]]]:
+    """The distinct blocks of an array on this process's devices, each with the devices that hold it."""
+    found: dict[str, tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        found.setdefault(str(index), (index, []))[1].append(device)
+    return list(found.values())

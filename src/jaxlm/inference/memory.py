@@ -168,7 +168,7 @@ def temporary_bytes(model: "Model", slots: int, length: int) -> int:
     data = 1 if platform == "cpu" else shape.get(mesh.DATA, 1)
     tensor = 1 if platform == "cpu" else math.prod(shape.values()) // data
     sizes, kv_dtype = {"data": data, "model": tensor}, model.cache_dtype
-    of = roofline.layout(model.family.PARAMS, model.config, sizes, model.dtype.itemsize, kv_dtype)
+    of = roofline.layout(model.family.PARAMS, model.config, sizes, model.dtype.itemsize, kv_dtype=kv_dtype)
     programs = (("decode", slots), ("prefill", roofline.prefill_rows(slots, data)))
     return max(roofline.temporaries(of, platform, rows, length, name) for name, rows in programs)
 

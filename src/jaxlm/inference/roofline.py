@@ -72,12 +72,15 @@ def layout(
     cfg: Any,
     sizes: Mapping[str, int],
     itemsize: int = 2,
+    *,
     kv_dtype: Any = None,
     quantize: str | None = None,
 ) -> Layout:
     """The layout for axis sizes such as {"data": 2, "model": 4}. The other arguments are those of Layout."""
     axes = topology.factor_kv_heads(sizes, cfg.K)
-    return Layout(table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype, quantize)
+    return Layout(
+        table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype=kv_dtype, quantize=quantize
+    )
 
 
 def weight_bytes(of: Layout) -> int:
@@ -293,7 +296,10 @@ def best_mesh(
     Returns:
         {"data": ..., "model": ...}.
     """
-    found = [(sizes, layout(table, cfg, sizes, itemsize, kv_dtype, quantize)) for sizes in meshes(cfg, count)]
+    found = [
+        (sizes, layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=quantize))
+        for sizes in meshes(cfg, count)
+    ]
     length = decoding.bucket(context)
     needed = [
         weight_bytes(of) + cache_bytes(of, rows, length) + cache_bytes(of, prefill_rows(rows, of.data), length)

@@ -240,7 +240,8 @@ def read_weights(
     pairs = [pair for pair in pairs if pair[0].path not in paths]
     # For each tensor: the elements per device, and the number of different blocks on the devices of this process.
     blocks = [
-        (math.prod(where(row).shard_shape(row.shape)), len(hf.local_blocks(where(row), row.shape))) for row, _ in pairs
+        (math.prod(where(row).shard_shape(row.shape)), len(meshes.local_blocks(where(row), row.shape)))
+        for row, _ in pairs
     ]
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
 
@@ -253,7 +254,7 @@ def read_weights(
             return sum(arrays) + sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
         leaves = [stored(row, dtype, type) for (row, _), dtype in zip(pairs, dtypes)]
         shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
-        return sum(n * count for n, count in zip(shards, copies)) + max(arrays)
+        return sum(n * count for n, count in zip(shards, copies)) + max(arrays, default=0)
 
     if quantize is not None:
         check_type(quantize)
@@ -261,7 +262,7 @@ def read_weights(
     smaller = [f"dtype='bfloat16' (--dtype bfloat16), which needs {hardware.gigabytes(needed // 2)}"]
     if quantize is not None or not pairs or loaded_dtype(file_dtypes[0]).itemsize < 4:
         smaller = []
-    if free is not None and needed > free and quantize != "int4":
+    if free is not None and needed > free and quantize != "int4" and not packed:
         types = [type for type in ("int8", "int4") if held(type) <= free and type != quantize]
         smaller += [f"--quantize {type}, which needs {hardware.gigabytes(held(type))}" for type in types]
     hint = ", or ".join(["use a smaller model or a larger machine", *smaller])

@@ -58,22 +58,22 @@ def num_inputs(row: params.TensorSpec) -> int:
     return len(params.summed_letters(row.letters))
 
 
-def stored(row: params.TensorSpec, dtype: Any, name: str | None) -> Any:
+def stored(row: params.TensorSpec, dtype: Any, name: str | None, platform: str = "cpu") -> Any:
     """A weight of a model that is quantized to `name` of TYPES, or is not (None): shapes and dtypes, nothing is
-    computed."""
+    computed. platform: "cpu", "gpu" or "tpu"."""
     if name is None or (type := type_of(row, name)) is None:
         return jax.ShapeDtypeStruct(row.shape, dtype)
-    return _shapes(type, num_inputs(row), row.shape, jnp.dtype(dtype))
+    return _shapes(type, num_inputs(row), row.shape, jnp.dtype(dtype), platform)
 
 
-def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any) -> Quantized:
+def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any, platform: str) -> Quantized:
     """What `quantize` makes. Tracing it would take a second for each shape."""
     kept, summed = shape[: len(shape) - inputs], shape[len(shape) - inputs :]
     options: dict[str, Any] = {"inputs": summed, "dtype": dtype, "activations": type in ("int8", "int4")}
-    size = tile(kept[-1])
     if type == "int4":
-        blocks = math.prod(summed) // BLOCK
-        q = jax.ShapeDtypeStruct((blocks, *kept[:-1], kept[-1] // size, BLOCK // 2, size), jnp.uint8)
+        blocks, size = math.prod(summed) // BLOCK, tile(kept[-1], platform)
+        of_q = (*kept[:-1], kept[-1] // size, BLOCK // 2, size) if size else (BLOCK // 2, *kept)
+        q = jax.ShapeDtypeStruct((blocks, *of_q), jnp.uint8)
         scale = jax.ShapeDtypeStruct((blocks, *kept), jnp.float16)
         return Quantized(q, scale, scale, kind="int4", grouped=True, zero=8, **options)
     q = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn if type == "fp8" else jnp.int8)
@@ -118,7 +118,7 @@ def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.Ten
     return run
 
 
-def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, Any]:
+def shapes(table: params.Table, cfg: Any, dtype: Any, name: str, platform: str = "cpu") -> dict[str, Any]:
     """The weights of a model that is quantized to `name` of TYPES, as jax.ShapeDtypeStruct.
 
     Args:
@@ -126,10 +126,11 @@ def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, An
         cfg: Config of the model.
         dtype: dtype of the represented weights.
         name: One of TYPES.
+        platform: "cpu", "gpu" or "tpu".
     """
     weights: dict[str, Any] = {}
     for row in params.tensors(table, cfg):
-        params.put(weights, row.path, stored(row, dtype, name))
+        params.put(weights, row.path, stored(row, dtype, name, platform))
     return weights
 
 
@@ -137,17 +138,18 @@ def shapes(table: params.Table, cfg: Any, dtype: Any, name: str) -> dict[str, An
 def _program(
     type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any, rules: tuple[Any, ...]
 ) -> Any:
-    make = partial(quantize, type=type, inputs=inputs)
+    platform = next(iter(where.device_set)).platform
+    make = partial(quantize, type=type, inputs=inputs, platform=platform)
     if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return jax.jit(make, out_shardings=where)
-    made = _shapes(type, inputs, shape, dtype)
+    made = _shapes(type, inputs, shape, dtype, platform)
     of = made.letters(letters)
     over = where.mesh
     shardings = jax.tree.map(lambda a, letters: mesh.sharding(letters, a.shape, over, dict(rules)), made, of)
     return jax.jit(partial(make, by_parts=False), out_shardings=shardings)
 
 
-def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = True) -> Quantized:
+def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = True, platform: str = "cpu") -> Quantized:
     """Quantizes a weight.
 
     Args:
@@ -155,13 +157,17 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
         type: One of TYPES.
         inputs: Number of input axes.
         by_parts: Quantize a part of the weight at a time, to save memory. Not for an array on several devices.
+        platform: The platform of the devices, "cpu", "gpu" or "tpu".
     """
     kept, summed = w.shape[: w.ndim - inputs], w.shape[w.ndim - inputs :]
     flat = w.reshape(math.prod(kept), math.prod(summed))
     if type == "int4":
         q, scale, offset = _blocks(flat, by_parts)
         scale, offset = (a.reshape(-1, *kept) for a in (scale, offset))
-        return Quantized(tiled(jnp.moveaxis(q, -1, 0), kept), scale, offset, kind="int4", grouped=True, inputs=summed,
+        q = q.reshape(*q.shape[:2], *kept)
+        if size := tile(kept[-1], platform):
+            q = jnp.moveaxis(q.reshape(*q.shape[:-1], kept[-1] // size, size), 1, -2)
+        return Quantized(q, scale, offset, kind="int4", grouped=True, inputs=summed,
                          zero=8, dtype=w.dtype, activations=True)  # fmt: skip
     rotation = rotation_of(type, flat.shape[1])
     q, scale = _by_parts(partial(_channels, type, rotation), flat) if by_parts else _channels(type, rotation, flat)
@@ -170,13 +176,6 @@ def quantize(w: Float[Array, "*w"], type: str, inputs: int, by_parts: bool = Tru
         kind, q = "fp8", jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
     return Quantized(q.reshape(w.shape), scale.reshape(kept), kind=kind, inputs=summed, dtype=w.dtype,
                      activations=type == "int8", rotation=rotation)  # fmt: skip
-
-
-def tiled(q: Array, kept: tuple[int, ...]) -> Array:
-    """q of a weight in groups, [channels,I,s], as it is stored: [I,*kept[:-1],kept[-1] / t,s,t]."""
-    size = tile(kept[-1])
-    q = q.reshape(-1, size, *q.shape[1:]).transpose(2, 0, 3, 1)
-    return q.reshape(q.shape[0], *kept[:-1], kept[-1] // size, *q.shape[2:])
 
 
 def _by_parts(make: Callable[[Array], tuple[Array, Array]], w: Float[Array, "F D"]) -> tuple[Array, Array]:

@@ -6,7 +6,8 @@ A weight is scale * (q - zero) + offset. It has one of two layouts:
 - channels: q has the shape of the weight, and each output channel has a scale (LLM.int8(), arXiv:2208.07339).
 - groups: the inputs of a channel are divided into groups of consecutive ones (GPTQ, arXiv:2210.17323, section 4). Each
   group of each channel has a scale, and sometimes an offset. q is transposed, in blocks of BLOCK inputs, so that the
-  channels are the last axes: a CPU then multiplies many channels at once (quantized_cpu.py).
+  channels are the last axes: many are multiplied at once. For a CPU, q is also in tiles of channels (`tile`): the bytes
+  that it reads for a block of inputs are then consecutive.
 
 quantize.py makes such weights from arrays.
 
@@ -42,9 +43,9 @@ class Quantized(WeightForm):
     output channels may have several axes ([N,H,D]).
 
     Attributes:
-        q: channels: [F,D] int8 or float8_e4m3fn. groups: [I,F/t,BLOCK,t] int8 or uint8, where I is the number of
-            inputs / BLOCK, in tiles of t channels (`tile`); of 4 bits [I,F/t,BLOCK/2,t] uint8, where byte i holds
-            input i of the block in its low bits and input i + BLOCK/2 in its high bits.
+        q: channels: [F,D] int8 or float8_e4m3fn. groups: [I,S,F] int8 or uint8, where I is the number of inputs /
+            BLOCK and S is BLOCK. Of 4 bits S is BLOCK/2: byte i holds input i of the block in its low bits and input
+            i + BLOCK/2 in its high bits. In tiles of t channels: [I,F/t,S,t].
         scale: channels: [F]. groups: [g,F] for g groups.
         offset: [g,F], or None.
         outer_scale: [h,F], or None: a factor on the scales of g / h groups each, as in GGUF's K-quants.
@@ -82,13 +83,18 @@ class Quantized(WeightForm):
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether q is in tiles of channels."""
+        return self.grouped and self.q.ndim == self.scale.ndim + 2
+
     def letters(self, own: str) -> "Quantized":
         """The letters of the fields of a weight with the letters `own`. The axis of groups has the first letter of the
         inputs, so that it is sharded like them."""
         kept, inputs = own[: -len(self.inputs)], own[-len(self.inputs) :]
         if not self.grouped:
             return replace(self, q=own, scale=kept)
-        names = {"q": f"{inputs[0]}{kept}", "scale": f"{inputs[0]}{kept}", "order": ""}
+        names = {"q": f"{inputs[0]}{'' if self.tiled else ' '}{kept}", "scale": f"{inputs[0]}{kept}", "order": ""}
         names |= dict.fromkeys(("offset", "outer_scale", "outer_offset"), names["scale"])
         return replace(self, **{name: letters for name, letters in names.items() if getattr(self, name) is not None})
 
@@ -110,7 +116,11 @@ class Quantized(WeightForm):
         names = ("q", "scale", "offset", "outer_scale", "outer_offset")
         parts = {name: a for name in names if (a := getattr(self, name)) is not None}
         parts = {
-            name: a.reshape(a.shape[0], -1, *a.shape[-2:]) if name == "q" else a.reshape(a.shape[0], channels)
+            name: a.reshape(a.shape[0], channels)
+            if name != "q"
+            else a.reshape(a.shape[0], -1, *a.shape[-2:])
+            if self.tiled
+            else a.reshape(*a.shape[:2], channels)
             for name, a in parts.items()
         }
         return replace(self, **parts, inputs=(math.prod(self.inputs),))
@@ -131,7 +141,7 @@ class Quantized(WeightForm):
             i, size = jnp.clip(jnp.ravel(index), 0, self.shape[0] - 1), self.q.shape[-1]
             names = ("scale", "offset", "outer_scale", "outer_offset")
             taken = {name: a[:, i] for name in names if (a := getattr(self, name)) is not None}
-            q = self.q[:, i // size, :, i % size].swapaxes(0, 1)[..., None]  # [I,rows,s,1]
+            q = self.q[:, i // size, :, i % size].transpose(1, 2, 0) if self.tiled else self.q[:, :, i]  # [I,S,rows]
             return replace(self, q=q, **taken).dense().reshape(*jnp.shape(index), -1)
         index = jnp.asarray(index)
         count = index.size
@@ -153,7 +163,7 @@ class Quantized(WeightForm):
 
     def values(self, dtype: Any) -> Float[Array, "D F"]:
         """The values of a flat weight in groups, transposed, in the order of q."""
-        q = self.q.swapaxes(1, 2).reshape(self.q.shape[0], self.q.shape[2], -1)  # [I,·,F]
+        q = untiled(self).q
         if self.kind in ("int4", "mxfp4"):
             q = jnp.concatenate([cpu.codes(q & 15, self.kind), cpu.codes(q >> 4, self.kind)], axis=1)
         scale, offset = self.scales()
@@ -186,10 +196,20 @@ class Quantized(WeightForm):
         return count, size * BLOCK, values
 
 
-def tile(channels: int) -> int:
-    """Channels that are stored together, in groups: a power of two that divides the last axis of channels. The bytes
-    that a CPU reads for a block of inputs are then consecutive."""
-    return math.gcd(channels, BLOCK)
+def tile(channels: int, platform: str = "cpu") -> int:
+    """Channels of a tile: a power of two that divides the last axis of channels. 0 on accelerators: no tiles."""
+    return math.gcd(channels, BLOCK) if platform == "cpu" else 0
+
+
+def tiled(w: Quantized) -> Quantized:
+    """A flat weight in groups with q in tiles, [I,F/t,S,t]."""
+    size = tile(w.scale.shape[-1])
+    return w if w.tiled else replace(w, q=w.q.reshape(*w.q.shape[:2], -1, size).swapaxes(1, 2))
+
+
+def untiled(w: Quantized) -> Quantized:
+    """A flat weight in groups with q as [I,S,F]."""
+    return replace(w, q=w.q.swapaxes(1, 2).reshape(w.q.shape[0], w.q.shape[2], -1)) if w.tiled else w
 
 
 def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
@@ -228,7 +248,8 @@ def _product(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
 
 @jax.custom_vjp
 def _differentiable(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
-    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, tpu=accelerator.on_tpu, default=accelerator.on_gpu)
+    on_tpu, on_gpu = (_untiled_first(product) for product in (accelerator.on_tpu, accelerator.on_gpu))
+    return jax.lax.platform_dependent(x, w, cpu=_on_cpu, tpu=on_tpu, default=on_gpu)
 
 
 def _differentiable_forward(x: Array, w: Quantized) -> tuple[Array, tuple[Array, Quantized]]:
@@ -248,10 +269,15 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.grouped:
         if x.shape[0] <= cpu.MAX_SINGLE_ROWS:
+            w = tiled(w)
             return jnp.stack([cpu.grouped_row(row, w) for row in x])
         return cpu.by_blocks(x, w)
     product = cpu.integer_channels if w.activations and w.kind == "int8" else cpu.float_channels
     return product(x, w.q) * w.scale.astype(jnp.float32)
+
+
+def _untiled_first(product: Callable[[Array, Any], Array]) -> Callable[[Array, Quantized], Array]:
+    return lambda x, w: product(x, untiled(w))
 
 
 def _transposed_on_cpu(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B D"]:
@@ -273,7 +299,7 @@ def _on_mesh(spec: str, x: Float[Array, "*x"], w: Quantized) -> Float[Array, "*y
 
     def part(letters: str, shape: tuple[int, ...]) -> PartitionSpec:
         """Inputs are sharded over `first`, if at all; channels in groups as the tiles of q are."""
-        last, tiles = own[-len(w.inputs) - 1], w.q.shape[-3] if w.grouped else 0
+        last, tiles = own[-len(w.inputs) - 1], w.q.shape[-3] if w.tiled else 0
         counts = [tiles if tiles and letter == last else n for letter, n in zip(letters.ljust(len(shape)), shape)]
         axes = list(mesh.traced_spec(letters.replace(inputs[0], " "), counts))
         axes += [None] * (len(shape) - len(axes))

@@ -1,6 +1,6 @@
 """Products with quantized weights on TPU and GPU. Figures: docs/performance.md, "Quantized products on TPU and GPU".
 
-All arrays have two axes, or three: x [B,D], q [F,D] (channels) or blocks of inputs [I,·,F] (groups, quantized.py).
+All arrays have two axes, or three: x [B,D], q [F,D] (channels) or [I,S,F] without tiles (groups, quantized.py).
 
 Weights of channels are converted within the product, which then reads 8 bits a weight: integers and e4m3 alike, so that
 no device needs units for fp8. Activations are rounded only in products of many rows, which arithmetic limits. Those of
@@ -8,7 +8,6 @@ few rows are limited by memory, and rounding would only add to them.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ CHANNELS = 1024  # channels of a weight in groups that are dequantized at a time
 def on_tpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     """x times a flat weight, on TPU."""
     if w.grouped:
-        w = untiled(w)
         return by_blocks(x, w) if x.shape[0] <= ROWS_ON_TPU and _is_block_scaled(w) else by_channels(x, w)
     if x.shape[0] <= MAX_DECODE_ROWS:
         return eight_rows(x, w.q.astype(x.dtype)) * w.scale.astype(jnp.float32)
@@ -37,14 +35,8 @@ def on_tpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 def on_gpu(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     """x times a flat weight, on GPU."""
     if w.grouped:
-        w = untiled(w)
         return reduced(x, w) if x.shape[0] <= ROWS_ON_GPU and _is_block_scaled(w) else by_channels(x, w)
     return _channels(x, w)
-
-
-def untiled(w: Any) -> Any:
-    """A weight in groups with q as [I,S,F], all channels in one tile."""
-    return replace(w, q=w.q.swapaxes(1, 2).reshape(w.q.shape[0], w.q.shape[2], -1))
 
 
 def transposed(y: Float[Array, "B F"], w: Any) -> Float[Array, "B D"]:

@@ -75,7 +75,7 @@ def _frozen_shapes(setup: Setup) -> Any:
     sizes = (setup.family.PARAMS, setup.config, jnp.dtype(setup.run.dtype))
     weights = params.shapes(*sizes)
     if setup.run.quantize:
-        weights = without_rounding(quantize.shapes(*sizes, setup.run.quantize))
+        weights = without_rounding(quantize.shapes(*sizes, setup.run.quantize, jax.default_backend()))
     shapes = jax.eval_shape(partial(params.stack, period=period(setup.config)), weights)
     if setup.mesh is None:
         return shapes
