@@ -176,6 +176,11 @@ def place(x: Any, letters: str, mesh: Any) -> jax.Array:
     return jax.random.wrap_key_data(out) if is_key else out
 
 
+def platform(sharding: Any) -> str:
+    """The platform of a sharding's devices: "cpu", "gpu" or "tpu"."""
+    return next(iter(sharding.device_set)).platform
+
+
 def local_blocks(where: Any, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], list[Any]]]:
     """The distinct blocks of an array on this process's devices, each with the devices that hold it."""
     found: dict[str, tuple[tuple[slice, ...], list[Any]]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import adapters
-from jaxlm.checkpoint import hf, quantized
+from jaxlm.checkpoint import hf, quantized, quantized_loading
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import distributed, hardware, topology
 from jaxlm.devices import mesh as meshes
@@ -251,7 +251,7 @@ def read_weights(
         dtypes = [loaded_dtype(file_dtype) for file_dtype in file_dtypes]
         arrays = [n * count * dtype.itemsize for (n, _), count, dtype in zip(blocks, copies, dtypes)]
         if type is None:
-            return sum(arrays) + sum(quantized.bytes_per_device(row, tensor, where) for row, tensor in packed)
+            return sum(arrays) + sum(quantized_loading.bytes_per_device(row, tensor, where) for row, tensor in packed)
         leaves = [stored(row, dtype, type) for (row, _), dtype in zip(pairs, dtypes)]
         shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
         return sum(n * count for n, count in zip(shards, copies)) + max(arrays, default=0)
@@ -275,7 +275,7 @@ def read_weights(
             convert = quantizer(quantize, rules)
             return hf.load_weights(pairs, loaded_dtype, where, advance, convert, hf.AHEAD // 4)
         weights = hf.load_weights(pairs, loaded_dtype, where, advance)
-        quantized.load_weights(weights, packed, where, advance)
+        quantized_loading.load_weights(weights, packed, where, advance)
         return weights
 
 

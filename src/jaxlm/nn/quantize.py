@@ -138,7 +138,7 @@ def shapes(table: params.Table, cfg: Any, dtype: Any, name: str, platform: str =
 def _program(
     type: str, inputs: int, letters: str, shape: tuple[int, ...], dtype: Any, where: Any, rules: tuple[Any, ...]
 ) -> Any:
-    platform = next(iter(where.device_set)).platform
+    platform = mesh.platform(where)
     make = partial(quantize, type=type, inputs=inputs, platform=platform)
     if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return jax.jit(make, out_shardings=where)
