@@ -13,6 +13,7 @@ from scipy.linalg import hadamard
 from jaxlm.devices import mesh
 from jaxlm.devices.topology import make
 from jaxlm.nn import einsum, embed, params, quantize
+from jaxlm.nn import quantized_cpu as cpu
 from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
 
@@ -25,7 +26,7 @@ PRODUCTS = {
     "BTNH,DNH->BTD": ((36, 2, 48), 2),
     "BTF,DF->BTD": ((520, 4160), 1),
 }
-ROWS = (1, 2, 5)
+ROWS = (1, 2, cpu.MAX_ROWS + 1)
 
 
 def weight(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_products_equal_those_with_the_dense_weight(spec: str, type: str, rows: 
         size = max(n for n in (1, 4, 16, 64) if flat.shape[1] % n == 0)
         turn = np.kron(np.eye(flat.shape[1] // size), hadamard(size) / math.sqrt(size)).astype(np.float32)
         flat = rounded(flat @ turn, flat.shape[1]) @ turn.T
-    elif type == "int4" and rows <= 2:
+    elif type == "int4" and rows <= cpu.MAX_ROWS:
         flat = rounded(flat, BLOCK)
     expected = np.einsum(spec, flat.reshape(x.shape).astype(np.float64), w.astype(np.float64))
     np.testing.assert_allclose(y, expected, atol=3e-5 * np.abs(expected).max())  # float32 sums of 4,160 numbers
@@ -182,10 +183,11 @@ def test_every_field_of_groups(kind: str, form: str, activations: bool) -> None:
     expected = plain(w)
     np.testing.assert_allclose(w.dense(), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     rng = np.random.default_rng(4)
-    x = rng.normal(size=(3, 1, 2, 48)).astype(np.float32)
-    for rows in (1, 3):
+    many = cpu.MAX_ROWS + 1
+    x = rng.normal(size=(many, 1, 2, 48)).astype(np.float32)
+    for rows in (1, 3, many):
         flat = x[:rows].reshape(rows, 96).astype(np.float64)
-        if activations and rows == 1 and kind == "int4":
+        if activations and rows < many and kind == "int4":
             order = np.arange(96) if w.order is None else np.asarray(w.order)
             flat[:, order] = rounded(flat[:, order], BLOCK)
         y = jax.jit(partial(einsum, "BTNH,DNH->BTD"))(x[:rows], w)

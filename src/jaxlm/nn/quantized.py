@@ -268,10 +268,7 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.grouped:
-        if x.shape[0] <= cpu.MAX_SINGLE_ROWS:
-            w = tiled(w)
-            return jnp.stack([cpu.grouped_row(row, w) for row in x])
-        return cpu.by_blocks(x, w)
+        return cpu.grouped_rows(x, tiled(w)) if x.shape[0] <= cpu.MAX_ROWS else cpu.by_blocks(x, w)
     product = cpu.integer_channels if w.activations and w.kind == "int8" else cpu.float_channels
     return product(x, w.q) * w.scale.astype(jnp.float32)
 

@@ -14,7 +14,7 @@ from jaxlm.nn import linear
 # Inputs that are multiplied with integers before a scale is applied. The sum of 32 products of 8 and 4 bits fits in 16
 # bits, so that a vector instruction has twice the lanes that float32 has.
 BLOCK = 32
-MAX_SINGLE_ROWS = 2  # up to this number of rows, weights in groups are multiplied row by row
+MAX_ROWS = 16  # up to this number of rows, weights in groups are multiplied without the dequantized weight
 CHANNELS, BLOCKS = 512, 16  # channels, or blocks of inputs, that are dequantized at a time for more rows
 
 
@@ -87,42 +87,53 @@ def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
     return jax.lax.fori_loop(0, -(-channels // size), add, jnp.zeros((y.shape[0], q.shape[1]), jnp.float32))
 
 
-def grouped_row(x: Float[Array, " D"], w: Any) -> Float[Array, " F"]:
-    """One row of x times a weight in groups.
+def grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """A few rows of x times a weight in groups, in tiles: sums over the inputs of each group, then over all groups.
 
     With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. For
     q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
     """
-    x = x.astype(jnp.float32).reshape(-1, BLOCK)
-    dtype, factor = jnp.float32, jnp.ones((len(x), 1), jnp.float32)
+    rows, groups, t = len(x), w.scale.shape[0], w.q.shape[-1]
+    x = x.astype(jnp.float32).reshape(rows, -1, BLOCK)
+    blocks, dtype, factor = x.shape[1], jnp.float32, jnp.ones(x.shape[:2], jnp.float32)
     if w.activations and w.kind == "int4":
         dtype = jnp.int16
-        factor = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / 127
-        x = jnp.round(x / factor)
-    parts = max(1, w.scale.shape[0] // len(x))  # groups of a block, if they are smaller than it
-    sums = x.reshape(len(x) * parts, -1).sum(axis=1)[:, None]
-    x, sums, factor = jax.lax.optimization_barrier((x.astype(dtype), sums, jnp.repeat(factor, parts)))
+        factor = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127
+        x = jnp.round(x / factor[..., None])
+    parts = max(1, groups // blocks)  # groups of a block, if they are smaller than it
+    sums = x.reshape(rows, blocks * parts, -1).sum(axis=-1)
+    factor = jnp.repeat(factor, parts, axis=1)
+    x, sums, factor = jax.lax.optimization_barrier((x.swapaxes(0, 1).astype(dtype), sums * factor, factor))
     half, low = BLOCK // 2, w.kind in ("int4", "mxfp4")
     # Two sums for 8 bits: with one of 32 products, jax 0.10 takes four times as long.
     sums_of_block = parts if low else 2
-    of, totals = x[:, None, :, None], [jnp.zeros((), dtype) for _ in range(sums_of_block)]
+    of, q = x[:, None, :, :, None], w.q[:, :, None]  # [I,1,B,BLOCK,1], [I,F/t,1,S,t]
+    totals = [jnp.zeros((), dtype) for _ in range(sums_of_block)]
     for i in range(half if low else BLOCK):
         if low:
-            totals[0] += of[:, :, i] * codes(w.q[:, :, i] & 15, w.kind).astype(dtype)
-            totals[-1] += of[:, :, i + half] * codes(w.q[:, :, i] >> 4, w.kind).astype(dtype)
+            totals[0] += of[:, :, :, i] * codes(q[:, :, :, i] & 15, w.kind).astype(dtype)
+            totals[-1] += of[:, :, :, i + half] * codes(q[:, :, :, i] >> 4, w.kind).astype(dtype)
         else:
-            totals[i // half] += of[:, :, i] * w.q[:, :, i].astype(dtype)
+            totals[i // half] += of[:, :, :, i] * q[:, :, :, i].astype(dtype)
     total = jax.lax.optimization_barrier(jnp.stack(totals, axis=1))
     total = total.sum(axis=1) if sums_of_block > parts else total
-    total = total.reshape(len(x) * parts, -1).astype(jnp.float32)
+    total = total.astype(jnp.float32).reshape(groups, -1, w.q.shape[1], rows, t)  # [g,·,F/t,B,t]
+
+    def by_row(a: Float[Array, "B I"]) -> Float[Array, "g n 1 B 1"]:
+        return a.T.reshape(groups, -1, 1, rows, 1)
+
+    def by_channel(a: Float[Array, "g F"]) -> Float[Array, "g 1 n 1 t"]:
+        return a.reshape(groups, 1, -1, 1, t)
+
     scale, offset = w.scales()
-    scale, offset = scale[:, None], offset if offset is None else offset[:, None]
-    by_group = (scale.shape[0], -1, scale.shape[-1])
-    sums, total = sums.reshape(by_group[0], -1, 1), total.reshape(by_group)
-    if (shift := center(w.kind) - w.zero) != 0:
-        total += shift * sums
-    total = total * scale if offset is None else total * scale + sums * offset
-    return factor @ jax.lax.optimization_barrier(total.reshape(len(x) * parts, -1))
+    shift = center(w.kind) - w.zero
+    y = total * (by_channel(scale) * by_row(factor))
+    if offset is not None or shift != 0:
+        y += by_channel(shift * scale + (0 if offset is None else offset)) * by_row(sums)
+    y = jax.lax.optimization_barrier(y.reshape(blocks * parts, -1))
+    # For one row a product with ones is faster than a sum; for several it is slower with jax 0.10.
+    y = jnp.ones(len(y), jnp.float32) @ y if rows == 1 else y.sum(axis=0)
+    return y.reshape(-1, rows, t).swapaxes(0, 1).reshape(rows, -1)
 
 
 def center(kind: str) -> int:
