@@ -181,7 +181,8 @@ def main() -> int:
             print(json.dumps(row), flush=True)
             continue
         print(
-            f"{case.model:12} {case.quantize or '':12} {case.rows:2} x {case.context:5,}  floor {row['floor_ms']:5.2f} ms  predicted "
+            f"{case.model:12} {case.quantize or '':12} {case.rows:2} x {case.context:5,}  "
+            f"floor {row['floor_ms']:5.2f} ms  predicted "
             f"{row['predicted_ms']:5.2f} ms  {row['fraction']:4.0%}  temporaries {row['temporaries'] / 1e9:5.2f} GB  "
             f"copies {row['copies'] / 1e9:5.2f} GB  {row['layer']['kernels']:4.1f} instructions a layer",
             flush=True,
