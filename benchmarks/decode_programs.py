@@ -3,6 +3,7 @@
     pip install "jax[tpu]"
     python benchmarks/decode_programs.py                                     # the table of docs/performance.md
     python benchmarks/decode_programs.py --model llama-3.1-8b --rows 8 --context 2048 [--chip v6e] [--json]
+    python benchmarks/decode_programs.py --model llama-3.1-8b --rows 1 --quantize int8 int4
 
 The program is the one that jaxlm.generate runs on a TPU. It is compiled with one and with two periods of layers; the
 figures of the whole model follow from the difference.
@@ -31,6 +32,7 @@ from jaxlm.bench.programs import Setting, state, tpu_slice, weights
 from jaxlm.devices import hardware
 from jaxlm.devices.specs import BY_NAME
 from jaxlm.nn import params
+from jaxlm.nn.quantize import TYPES
 from jaxlm.nn.quantized_kv import DTYPES, dtype_of
 
 
@@ -166,15 +168,21 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--kv-dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--quantize", choices=("none", *TYPES), nargs="+", default=("none",))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    for case in [Case(args.model, args.rows, args.context, args.chip, args.kv_dtype)] if args.model else TABLE:
+    if not args.model and tuple(args.quantize) != ("none",):
+        parser.error("--quantize needs --model")
+    types = [None if name == "none" else name for name in args.quantize]
+    chosen = [Case(args.model, args.rows, args.context, args.chip, args.kv_dtype, type) for type in types]
+    for case in chosen if args.model else TABLE:
         row = measure(case)
         if args.json:
             print(json.dumps(row), flush=True)
             continue
         print(
-            f"{case.model:12} {case.rows:2} x {case.context:5,}  floor {row['floor_ms']:5.2f} ms  predicted "
+            f"{case.model:12} {case.quantize or '':12} {case.rows:2} x {case.context:5,}  "
+            f"floor {row['floor_ms']:5.2f} ms  predicted "
             f"{row['predicted_ms']:5.2f} ms  {row['fraction']:4.0%}  temporaries {row['temporaries'] / 1e9:5.2f} GB  "
             f"copies {row['copies'] / 1e9:5.2f} GB  {row['layer']['kernels']:4.1f} instructions a layer",
             flush=True,

@@ -132,6 +132,13 @@ def test_info_shows_types_and_bytes(models, capsys):
     assert "quantized" in capsys.readouterr().out
 
 
+def test_info_of_another_type_shows_its_bytes_alone(models, capsys):
+    assert main(["info", str(models["MLX"][0]), "--quantize", "int8"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "weights" in line)
+    assert "in int8" in line
+    assert "quantized" not in line
+
+
 # What is refused
 
 

@@ -47,7 +47,7 @@ def describe(
     weights, loaded_dtype = _weights(resolved, dtype)
     if quantize is not None:
         quantized = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
-        weights |= {"bytes": sum(map(params.nbytes, quantized)), "quantize": quantize}
+        weights |= {"bytes": sum(map(params.nbytes, quantized)), "quantize": quantize, "quantized": 0}
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
     facts = {
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
