@@ -1,11 +1,11 @@
 """Quantized weights against bfloat16 and llama.cpp: speed with random weights, loss and memory of real models.
 
     python benchmarks/quantized.py speed [--shape Qwen/Qwen3-0.6B] [--types int8,int4] [--rounds 5] [--rivals]
-    python benchmarks/quantized.py loss MODEL TEXT [--types int8,int8-weights,int4,fp8]
+    python benchmarks/quantized.py receipts MODEL TEXT [--types int8,int8-weights,int4,fp8] [--stored] [--rivals]
 
-`speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `loss` compares each type with
-the unquantized model on the same text: bits per byte, KL divergence, how often the likeliest token is the same, and
-bytes of the weights.
+`speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `receipts` makes the table of
+docs/quantization.md. It compares each type with the unquantized model on the same text: bits per byte (`jaxlm eval`),
+KL divergence, how often the likeliest token is the same, memory, and decoded tokens per second.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from jaxlm.exporting import export
 from jaxlm.model import Model
 from jaxlm.nn import params
 from jaxlm.nn.quantize import TYPES, quantizer
+from jaxlm.nn.quantized import is_quantized
 
 NEAREST = {"bfloat16": "bf16", "int8": "q8_0", "int8-weights": "q8_0", "int4": "q4_0", "fp8": "q8_0"}
 
@@ -59,14 +60,15 @@ def speed(args: argparse.Namespace) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 export(replace(model, tokenizer=placeholder_tokenizer(model.config.V)), file, type=type)
             others[f"llama.cpp {type}"] = rivals.start_llama_cpp(file, type, slots, context)
-        measure(ours | others, cases, model.config.V, args.rounds)
+        everyone = ours | others
+        show(everyone, measure(everyone, cases, model.config.V, args.rounds), cases, args.rounds)
     finally:
         for rival in others.values():
             rival.close()
 
 
-def measure(contestants: dict[str, Any], cases: list[Case], V: int, rounds: int) -> None:
-    """Tokens per second of each, the best and the median of the rounds."""
+def measure(contestants: dict[str, Any], cases: list[Case], V: int, rounds: int) -> dict[tuple[Case, str], list[float]]:
+    """Tokens per second of each in every round, in turns. The first round compiles."""
     found: dict[tuple[Case, str], list[float]] = {}
     for number in range(rounds + 1):
         for case in cases:
@@ -77,6 +79,12 @@ def measure(contestants: dict[str, Any], cases: list[Case], V: int, rounds: int)
                     tokens = case.batch * case.tokens
                     found.setdefault((case, name), []).append(tokens / sample.seconds)
                     print(f"{case.name}, batch {case.batch}, {name}: {tokens / sample.seconds:.1f}", file=sys.stderr)
+    return found
+
+
+def show(
+    contestants: dict[str, Any], found: dict[tuple[Case, str], list[float]], cases: list[Case], rounds: int
+) -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds: tokens/s, best (median)")
     print(f"| | {' | '.join(contestants)} |\n" + "| --- " * (len(contestants) + 1) + "|")
     for case in cases:
@@ -84,28 +92,67 @@ def measure(contestants: dict[str, Any], cases: list[Case], V: int, rounds: int)
         print(f"| {case.name}, batch {case.batch} | {' | '.join(cells)} |", flush=True)
 
 
-def loss(args: argparse.Namespace) -> None:
-    """Every type on the same text, beside the model as it is loaded in float32."""
-    model = jaxlm.load(args.model, dtype=args.dtype)
-    text = Path(args.text).read_bytes()[: args.bytes].decode(errors="ignore")
-    ids = np.array(model.tokenizer.encode(text), np.int32)
+def receipts(args: argparse.Namespace) -> None:
+    """What each type costs and gives, for a real model: `jaxlm eval` of the text, beside the model in float32; memory;
+    and decoded tokens per second in bfloat16, all in turns, beside llama.cpp at the nearest type."""
+    text = args.out / "text.txt"
+    args.out.mkdir(parents=True, exist_ok=True)
+    text.write_text(Path(args.text).read_bytes()[: args.bytes].decode(errors="ignore"))
+    types = [None, *(["as stored"] if args.stored else []), *args.types.split(",")]
+
+    def load(type: str | None, dtype: str) -> Model:
+        if type == "as stored":  # the blocks of a GGUF file; the dtype is that of products
+            model = jaxlm.load(args.model)
+            as_dtype = lambda w: replace(w, dtype=jnp.dtype(dtype)) if is_quantized(w) else w.astype(dtype)  # noqa: E731
+            return replace(model, weights=jax.tree.map(as_dtype, model.weights, is_leaf=is_quantized))
+        return jaxlm.load(args.model, dtype=dtype, quantize=type)
+
+    model = load(None, "float32")
+    ids = np.array(model.tokenizer.encode(text.read_text()), np.int32)
     size = args.length * args.batch
     rows = ids[: len(ids) // size * size].reshape(-1, args.length)
-    nbytes = len(model.tokenizer.decode(rows.ravel().tolist()).encode())
     if model.tokenizer.bos_id is not None:  # some models need it; it is not predicted
         rows = np.insert(rows, 0, model.tokenizer.bos_id, axis=1)
-    print(f"{Path(args.model).name}: {rows.size:,} tokens, {nbytes:,} bytes, jax {jax.__version__}")
-    print("| type | bits per byte | change | KL, nats | same top-1 | weights |\n| --- | --- | --- | --- | --- | --- |")
-    whole = None
-    for type in (None, *args.types.split(",")):
-        other = model if type is None else jaxlm.load(args.model, dtype=args.dtype, quantize=type)
-        sums = compare(model, other, rows, args.batch)
-        bits = sums[0] / np.log(2) / nbytes
+    found: dict[str | None, list[str]] = {}
+    whole = 0.0
+    for type in types:
+        other = model if type is None else load(type, "float32")
+        bits = jaxlm.evaluate(other, text, length=args.length, stride=args.length).bits_per_byte
+        _, divergence, same = compare(model, other, rows, args.batch) / (rows.size - len(rows))
         whole = whole or bits
-        count = rows.size - len(rows)
-        size = gigabytes(params.nbytes(other.weights))
-        print(f"| {type or args.dtype} | {bits:.4f} | {bits / whole - 1:+.2%} | {sums[1] / count:.4f} | "
-              f"{sums[2] / count:.2%} | {size} |", flush=True)  # fmt: skip
+        found[type] = [f"{bits:.4f}", f"{bits / whole - 1:+.2%}", f"{divergence:.4f}", f"{same:.1%}"]
+        print(type or "float", found[type], file=sys.stderr, flush=True)
+    contestants: dict[str, Any] = {}
+    rivals_of: dict[str | None, str] = {}
+    case = Case("decode", 64, 0, 1)
+    try:
+        for type in types:
+            other = load(type, "bfloat16")
+            contestants[type or "bfloat16"] = Jaxlm(other)
+            found[type].append(gigabytes(params.nbytes(other.weights)))
+            if not args.rivals:
+                continue
+            nearest = NEAREST.get(type or "bfloat16")
+            file = Path(args.model) if nearest is None else args.out / f"{nearest}.gguf"
+            rivals_of[type] = f"llama.cpp {nearest or 'as stored'}"
+            if rivals_of[type] not in contestants:
+                if nearest is not None:
+                    export(
+                        contestants["bfloat16"].model if type is None else load(None, "bfloat16"), file, type=nearest
+                    )
+                contestants[rivals_of[type]] = rivals.start_llama_cpp(file, nearest or "", 1, 256)
+        speeds = measure(contestants, [case], model.config.V, args.rounds)
+    finally:
+        for who in contestants.values():
+            who.close()
+    columns = ["type", "bits per byte", "change", "KL, nats", "same top-1", "weights", "tokens/s"]
+    print(f"{Path(args.model).name}: {len(ids):,} tokens of {Path(args.text).name}, jax {jax.__version__}")
+    print(f"| {' | '.join(columns + ['llama.cpp'] * args.rivals)} |\n" + "| --- " * (len(columns) + args.rivals) + "|")
+    for type in types:
+        cells = [*found[type], f"{max(speeds[case, type or 'bfloat16']):.0f}"]
+        if args.rivals:
+            cells.append(f"{max(speeds[case, rivals_of[type]]):.0f} ({rivals_of[type].removeprefix('llama.cpp ')})")
+        print(f"| {type or 'not quantized'} | {' | '.join(cells)} |")
 
 
 def compare(model: Model, other: Model, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -134,15 +181,18 @@ def main() -> None:
     of_speed.add_argument("--rivals", action="store_true")
     of_speed.add_argument("--out", type=Path, default=Path("build/quantized"))
     of_speed.set_defaults(run=speed)
-    of_loss = commands.add_parser("loss")
-    of_loss.add_argument("model")
-    of_loss.add_argument("text")
-    of_loss.add_argument("--types", default=",".join(TYPES))
-    of_loss.add_argument("--bytes", type=int, default=120_000)
-    of_loss.add_argument("--dtype", default="float32")
-    of_loss.add_argument("--length", type=int, default=512)
-    of_loss.add_argument("--batch", type=int, default=4)
-    of_loss.set_defaults(run=loss)
+    of_receipts = commands.add_parser("receipts")
+    of_receipts.add_argument("model")
+    of_receipts.add_argument("text")
+    of_receipts.add_argument("--types", default=",".join(TYPES))
+    of_receipts.add_argument("--stored", action="store_true", help="also the blocks of a GGUF file as they are stored")
+    of_receipts.add_argument("--bytes", type=int, default=60_000)
+    of_receipts.add_argument("--length", type=int, default=512)
+    of_receipts.add_argument("--batch", type=int, default=4)
+    of_receipts.add_argument("--rounds", type=int, default=5)
+    of_receipts.add_argument("--rivals", action="store_true")
+    of_receipts.add_argument("--out", type=Path, default=Path("build/quantized"))
+    of_receipts.set_defaults(run=receipts)
     args = parser.parse_args()
     args.run(args)
 
