@@ -9,6 +9,7 @@ KL divergence, how often the likeliest token is the same, memory, and decoded to
 """
 
 import argparse
+import json
 import statistics
 import sys
 from dataclasses import replace
@@ -114,11 +115,17 @@ def receipts(args: argparse.Namespace) -> None:
     if model.tokenizer.bos_id is not None:  # some models need it; it is not predicted
         rows = np.insert(rows, 0, model.tokenizer.bos_id, axis=1)
     found: dict[str | None, list[str]] = {}
+    done = args.out / "losses.json"  # a run that was interrupted resumes
+    losses = json.loads(done.read_text()) if done.exists() else {}
     whole = 0.0
     for type in types:
-        other = model if type is None else load(type, "float32")
-        bits = jaxlm.evaluate(other, text, length=args.length, stride=args.length).bits_per_byte
-        _, divergence, same = compare(model, other, rows, args.batch) / (rows.size - len(rows))
+        key = f"{Path(args.model).name}, {args.bytes} bytes, length {args.length}: {type or 'float'}"
+        if key not in losses:
+            other = model if type is None else load(type, "float32")
+            bits = jaxlm.evaluate(other, text, length=args.length, stride=args.length).bits_per_byte
+            losses[key] = [bits, *(compare(model, other, rows, args.batch)[1:] / (rows.size - len(rows)))]
+            done.write_text(json.dumps(losses))
+        bits, divergence, same = losses[key]
         whole = whole or bits
         found[type] = [f"{bits:.4f}", f"{bits / whole - 1:+.2%}", f"{divergence:.4f}", f"{same:.1%}"]
         print(type or "float", found[type], file=sys.stderr, flush=True)
@@ -137,9 +144,7 @@ def receipts(args: argparse.Namespace) -> None:
             rivals_of[type] = f"llama.cpp {nearest or 'as stored'}"
             if rivals_of[type] not in contestants:
                 if nearest is not None:
-                    export(
-                        contestants["bfloat16"].model if type is None else load(None, "bfloat16"), file, type=nearest
-                    )
+                    export(other if type is None else load(None, "bfloat16"), file, type=nearest)
                 contestants[rivals_of[type]] = rivals.start_llama_cpp(file, nearest or "", 1, 256)
         speeds = measure(contestants, [case], model.config.V, args.rounds)
     finally:

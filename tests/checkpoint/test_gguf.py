@@ -304,9 +304,10 @@ def test_info_reads_no_weights(tmp_path, capsys, monkeypatch):
     assert facts["family"] == "llama3"
     assert facts["weights"]["dtype"] == "bfloat16"
     assert facts["weights"]["counts"] == {"Q8_0": 16, "F32": 5}
-    assert 1.0 < facts["weights"]["bytes"] / facts["parameters"]["total"] < 1.1  # Q8_0 has 34 bytes for 32 numbers
-    assert main(["info", str(path), "--json", "--dtype", "bfloat16"]) == 0
-    assert json.loads(capsys.readouterr().out)["weights"]["bytes"] == 2 * facts["parameters"]["total"]
+    assert facts["weights"]["bytes"] == 2 * facts["parameters"]["total"]
+    assert main(["info", str(path), "--json", "--quantize", "stored"]) == 0
+    nbytes = json.loads(capsys.readouterr().out)["weights"]["bytes"]
+    assert 1.0 < nbytes / facts["parameters"]["total"] < 1.1  # Q8_0 has 34 bytes for 32 numbers
     assert facts["context"] == 32768
     assert facts["tokenizer"] is None
     assert main(["info", str(path)]) == 0

@@ -13,6 +13,7 @@ import jaxlm
 from jaxlm.checkpoint import gguf_packed, gguf_types, quantized_layout
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
 from jaxlm.checkpoint.safetensors import Tensor
+from jaxlm.devices import hardware
 from jaxlm.nn import params
 from jaxlm.nn.quantized import Quantized
 
@@ -60,12 +61,13 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama3", Q4_0), ("gemma3", Q6_K)])
-def test_a_quantized_file_stays_quantized(family, kind, tmp_path):
+def test_a_quantized_file_stays_quantized_if_asked(family, kind, tmp_path):
     """Its values are those of the dequantized file, with Llama's rotated pairs and Gemma's norms. Norms are floats."""
     own = {"layer_types": ["full_attention"]} if family == "gemma3" else {}
     path = write(tmp_path / "model.gguf", *tiny_file(family, kind, **SIZES, **own))
-    model, dense = jaxlm.load(path), jaxlm.load(path, dtype="float32")
+    model, dense = jaxlm.load(path, quantize="stored"), jaxlm.load(path, dtype="float32")
     assert model.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(jaxlm.load(path).weights))  # the default
     kept = [row.path for row in params.tensors(model.family.PARAMS, model.config)
             if isinstance(params.get(model.weights, row.path), Quantized)]  # fmt: skip
     assert kept == [
@@ -78,3 +80,16 @@ def test_a_quantized_file_stays_quantized(family, kind, tmp_path):
     norm = np.asarray(model.weights["norm"], np.float32)
     np.testing.assert_allclose(norm, dense.weights["norm"], rtol=2**-8)
     assert params.nbytes(model.weights) < 0.3 * params.nbytes(dense.weights)
+
+
+def test_a_file_that_fits_as_it_is_stored(monkeypatch, tmp_path):
+    """The message names the way; without quantized weights there is nothing to keep."""
+    path = write(tmp_path / "model.gguf", *tiny_file("llama3", Q4_0, **SIZES))
+    free = 0.9 * params.nbytes(jaxlm.load(path).weights)
+    monkeypatch.setattr(hardware, "available_memory", lambda device: free)
+    with pytest.raises(MemoryError, match=r"--quantize stored, which needs "):
+        jaxlm.load(path)
+    monkeypatch.undo()
+    jaxlm.load(path, quantize="stored")
+    with pytest.raises(ValueError, match="has no quantized weights"):
+        jaxlm.load(write(tmp_path / "float.gguf", *tiny_file("llama3")), quantize="stored")

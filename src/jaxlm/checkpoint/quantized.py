@@ -19,6 +19,7 @@ from jaxlm.models.config import QUANTIZATION, brief
 from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
 
+STORED = "stored"  # quantize= of `load` for quantized weights as they are in the files
 LEAST = BLOCK // 2  # inputs of a group, or a multiple of it
 # Tensors of quantized modules that are not needed: scales of activations, which are computed from them, and of a KV
 # cache, and a shape that follows from others.
@@ -317,3 +318,15 @@ REFUSALS: dict[str, Callable[[dict[str, Any]], str]] = {
 def packed(tensor: Any) -> Packed | None:
     """The Packed of a matched tensor of a checkpoint; None if it is not quantized."""
     return tensor if isinstance(tensor, Packed) else gguf_packed.packed(tensor)
+
+
+def kept(tensor: Any, dtype: Any, quantize: str | None) -> Packed | None:
+    """The Packed of a matched tensor that stays quantized with these arguments of `load`; None if it becomes an array.
+
+    Blocks of GGUF stay only with quantize="stored": products with arrays in bfloat16 are faster (docs/performance.md,
+    "GGUF").
+    """
+    if quantize == STORED:
+        return packed(tensor)
+    by_default = quantize is None and isinstance(dtype, str) and dtype == "auto"
+    return tensor if by_default and isinstance(tensor, Packed) else None

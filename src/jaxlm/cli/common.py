@@ -33,9 +33,10 @@ class _ModelFlags:
     """LoRA adapter (of PEFT or mlx-lm) to apply to the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto keeps the type in the checkpoint."""
-    quantize: Literal["int8", "int8-weights", "int4", "fp8"] | None = None
+    quantize: Literal["int8", "int8-weights", "int4", "fp8", "stored"] | None = None
     """Quantize the weights while they are loaded: int8 and fp8 need half of the memory of bfloat16, int4 a third.
-    int8-weights keeps activations as they are; int8 rounds them to 8 bits too, which is faster."""
+    int8-weights keeps activations as they are; int8 rounds them to 8 bits too, which is faster. stored keeps the
+    quantized weights of a GGUF file as they are; by default they become bfloat16."""
     format: Literal["hf", "meta"] | None = None
     """Checkpoint format: Hugging Face, or Meta's original files (consolidated.*.pth). Default: detected."""
     tokenizer: Path | None = None

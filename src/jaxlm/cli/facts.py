@@ -11,6 +11,7 @@ from jaxlm.checkpoint import quantized
 from jaxlm.checkpoint.hf import Checkpoint
 from jaxlm.checkpoint.meta import ConcatTensor
 from jaxlm.checkpoint.peft import Adapter
+from jaxlm.checkpoint.quantized import STORED
 from jaxlm.checkpoint.safetensors import DTYPES
 from jaxlm.checkpoint.source import ModelSource
 from jaxlm.devices import mesh, topology
@@ -44,8 +45,8 @@ def describe(
         tokenizer = {"error": str(error)}
     family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
     adapter, windows = checkpoint.adapter, cfg.windows
-    weights, loaded_dtype = _weights(resolved, dtype)
-    if quantize is not None:
+    weights, loaded_dtype = _weights(resolved, dtype, quantize)
+    if quantize is not None and quantize != STORED:
         quantized = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
         weights |= {"bytes": sum(map(params.nbytes, quantized)), "quantize": quantize, "quantized": 0}
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
@@ -85,7 +86,7 @@ def _architectures(config: dict[str, Any]) -> list[str]:
     return [name[:80] for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, Any], Any]:
+def _weights(resolved: resolving.Resolved, dtype_name: str, quantize: str | None) -> tuple[dict[str, Any], Any]:
     """Bytes and data types of the weights, and the data type that they are loaded in."""
     family, checkpoint = resolved.family, resolved.checkpoint
     tensors, count = checkpoint.tensors, params.count(family.PARAMS, resolved.config)
@@ -103,7 +104,7 @@ def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, A
         kind = part.encoding or DTYPES[tensor.dtype].name
         stored[kind] += tensor.nbytes
         counts[kind] += 1
-        packed = quantized.packed(tensor)
+        packed = quantized.kept(tensor, dtype_name, quantize)
         nbytes = math.prod(row.shape) * DTYPES[tensor.dtype].itemsize if packed is None else packed.loaded_nbytes
         loaded[tensor.dtype] += nbytes
         kept += 0 if packed is None else nbytes
@@ -113,8 +114,8 @@ def _weights(resolved: resolving.Resolved, dtype_name: str) -> tuple[dict[str, A
         "present": True,
         "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
-        "bytes": loaded.total() if dtype_name == "auto" else count * dtype.itemsize,
-        "quantized": kept if dtype_name == "auto" else 0,
+        "bytes": loaded.total() if kept or dtype_name == "auto" else count * dtype.itemsize,
+        "quantized": kept,
         "format": checkpoint.format,
         "stored": dict(stored),
         "counts": dict(counts),
@@ -142,7 +143,8 @@ def _kv_cache(cfg: Any, dtype: Any) -> dict[str, Any]:
 def _mesh(family: Any, cfg: Any, dtype: Any, spec: str, quantize: str | None) -> dict[str, Any]:
     """For a device of a mesh: bytes of weights and of the KV cache of one sequence, and the shards per letter."""
     sizes = topology.parse(spec)
-    of = roofline.layout(family.PARAMS, cfg, sizes, dtype.itemsize, quantize=quantize)
+    type = None if quantize == STORED else quantize
+    of = roofline.layout(family.PARAMS, cfg, sizes, dtype.itemsize, quantize=type)
     shards = {letter: mesh.num_shards(letter, (getattr(cfg, letter),), of.over) for letter in "NKFV"}
     return {
         **sizes,

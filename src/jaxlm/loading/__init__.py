@@ -56,8 +56,10 @@ def load(
         tokenizer: Folder of the tokenizer, or a tokenizer.model, if it is not stored with the weights.
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
         dtype: "float32", "bfloat16" or "float16" for all weights, which dequantizes those of a quantized checkpoint.
-            "auto" keeps the types of the files: quantized weights stay quantized.
+            "auto" keeps the types of the files: quantized weights stay quantized, but those of GGUF files become
+            bfloat16.
         quantize: Quantize the weights while they are loaded: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py).
+            "stored" keeps quantized weights as they are in the files, those of GGUF files too.
         kv_dtype: dtype of the KV caches of the model: "float32", "bfloat16", "float16", or 8 bits, "int8" or "fp8".
             "auto" depends on the platform.
         revision: Branch, tag or commit on the hub.
@@ -170,7 +172,7 @@ def placement(
     """A function from a TensorSpec to the sharding of its array, for these arguments of `load`."""
     one = device if device is not None else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None and one is None and jax.device_count() > 1:
-        mesh = roofline.default_mesh(table, cfg, quantize)
+        mesh = roofline.default_mesh(table, cfg, None if quantize == quantized.STORED else quantize)
     if mesh is None:
         one = jax.local_devices(backend=one)[0] if isinstance(one, str) else one or jax.local_devices()[0]
         return lambda row: SingleDeviceSharding(one)
@@ -233,11 +235,9 @@ def read_weights(
     def loaded_dtype(file_dtype: np.dtype) -> np.dtype:
         return wanted_dtype(dtype, file_dtype, device.platform)
 
-    # Without another wish, quantized weights stay as they are.
-    as_stored = quantize is None and isinstance(dtype, str) and dtype == "auto"
-    packed = [(row, found) for row, tensor in pairs if as_stored and (found := quantized.packed(tensor))]
-    paths = {row.path for row, _ in packed}
-    pairs = [pair for pair in pairs if pair[0].path not in paths]
+    as_stored = [(row, found) for row, tensor in pairs if (found := quantized.packed(tensor))]
+    packed, pairs = _kept_and_others(name, pairs, dtype, quantize)
+    quantize = None if quantize == quantized.STORED else quantize
     # For each tensor: the elements per device, and the number of different blocks on the devices of this process.
     blocks = [
         (math.prod(where(row).shard_shape(row.shape)), len(meshes.local_blocks(where(row), row.shape)))
@@ -256,15 +256,15 @@ def read_weights(
         shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
         return sum(n * count for n, count in zip(shards, copies)) + max(arrays, default=0)
 
-    if quantize is not None:
-        check_type(quantize)
     needed, free = held(quantize), hardware.available_memory(device)
     smaller = [f"dtype='bfloat16' (--dtype bfloat16), which needs {hardware.gigabytes(needed // 2)}"]
     if quantize is not None or not pairs or loaded_dtype(file_dtypes[0]).itemsize < 4:
         smaller = []
     if free is not None and needed > free and quantize != "int4" and not packed:
-        types = [type for type in ("int8", "int4") if held(type) <= free and type != quantize]
-        smaller += [f"--quantize {type}, which needs {hardware.gigabytes(held(type))}" for type in types]
+        sizes = {type: held(type) for type in ("int8", "int4") if type != quantize}
+        if as_stored and quantize is None:
+            sizes[quantized.STORED] = sum(quantized_loading.bytes_per_device(*pair, where) for pair in as_stored)
+        smaller += [f"--quantize {type}, which needs {hardware.gigabytes(n)}" for type, n in sizes.items() if n <= free]
     hint = ", or ".join(["use a smaller model or a larger machine", *smaller])
     hardware.require(needed, device, f"the weights of {name}", hint)
     total = sum(n * count * file_dtype.itemsize for (n, count), file_dtype in zip(blocks, file_dtypes))
@@ -277,6 +277,17 @@ def read_weights(
         weights = hf.load_weights(pairs, loaded_dtype, where, advance)
         quantized_loading.load_weights(weights, packed, where, advance)
         return weights
+
+
+def _kept_and_others(name: str, pairs: Any, dtype: Any, quantize: str | None) -> tuple[list[Any], list[Any]]:
+    """The pairs whose weights stay quantized, with their Packed, and the others."""
+    if quantize is not None and quantize != quantized.STORED:
+        check_type(quantize)
+    packed = [(row, found) for row, tensor in pairs if (found := quantized.kept(tensor, dtype, quantize))]
+    if quantize == quantized.STORED and not packed:
+        raise ValueError(f"{name} has no quantized weights: leave out quantize='stored' (--quantize stored)")
+    paths = {row.path for row, _ in packed}
+    return packed, [pair for pair in pairs if pair[0].path not in paths]
 
 
 def _shard_bytes(leaf: Any, row: params.TensorSpec, sharding: Any) -> int:

@@ -35,6 +35,7 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
     those of keys and values, which are small, and whose errors reach every later token; and those whose number of
     inputs is not a multiple of a group's.
     """
+    check_type(name)
     if row.letters in params.NORMS:
         return None
     kept = row.path in ("embed", "head") or "K" in row.letters
