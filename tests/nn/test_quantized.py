@@ -14,6 +14,7 @@ from jaxlm.devices import mesh
 from jaxlm.devices.topology import make
 from jaxlm.nn import einsum, embed, params, quantize
 from jaxlm.nn import quantized_cpu as cpu
+from jaxlm.nn.linear import MAX_SINGLE_ROWS
 from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
 
@@ -65,10 +66,10 @@ def computed(spec: str, type: str, rows: int) -> tuple[np.ndarray, ...]:
 @pytest.mark.parametrize("type", quantize.TYPES)
 @pytest.mark.parametrize("spec", PRODUCTS)
 def test_products_equal_those_with_the_dense_weight(spec: str, type: str, rows: int) -> None:
-    """int8 rounds a token, and int4 blocks of a single token, which the numpy version does too."""
+    """int8 rounds each token of many, and int4 blocks of few tokens, which the numpy version does too."""
     x, w, _, y, _ = computed(spec, type, rows)
     flat = x.reshape(rows, -1)
-    if type == "int8":
+    if type == "int8" and rows > MAX_SINGLE_ROWS:
         size = max(n for n in (1, 4, 16, 64) if flat.shape[1] % n == 0)
         turn = np.kron(np.eye(flat.shape[1] // size), hadamard(size) / math.sqrt(size)).astype(np.float32)
         flat = rounded(flat @ turn, flat.shape[1]) @ turn.T
@@ -85,6 +86,15 @@ def test_gradients_are_those_through_the_dense_weight(spec: str, type: str) -> N
     expected = np.einsum(f"{spec.split('->')[1]},{spec.split('->')[0].split(',')[1]}->{spec.split(',')[0]}",
                          of_y.astype(np.float64), w.astype(np.float64))  # fmt: skip
     np.testing.assert_allclose(gradient, expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_parts_of_a_weight_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part overlaps the one before."""
+    w = quantize.quantize(jnp.asarray(weight((160, 64))), "int4", 1)
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    whole = jax.jit(cpu.grouped_rows)(x, w)
+    monkeypatch.setattr(cpu, "SUMS", 3 * 2 * 32 * 2)  # two of five tiles
+    np.testing.assert_allclose(jax.jit(lambda x: cpu.grouped_rows(x, w))(x), whole, atol=1e-5)
 
 
 def test_what_is_not_differentiated_is_rounded_and_what_is_is_not() -> None:

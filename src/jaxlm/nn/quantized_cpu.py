@@ -3,6 +3,7 @@
 All arrays have two axes, or three: x [B,D], q [F,D] (channels) or blocks of inputs [I,·,F] (groups, quantized.py).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxlm.nn import linear
 # Inputs that are multiplied with integers before a scale is applied. The sum of 32 products of 8 and 4 bits fits in 16
 # bits, so that a vector instruction has twice the lanes that float32 has.
 BLOCK = 32
+SUMS = 1 << 21  # sums of groups that exist at a time, when a few rows are multiplied
 MAX_ROWS = 16  # up to this number of rows, weights in groups are multiplied without the dequantized weight
 CHANNELS, BLOCKS = 512, 16  # channels, or blocks of inputs, that are dequantized at a time for more rows
 
@@ -28,25 +30,10 @@ def round_rows(x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B D"], Float[Array
 def integer_channels(x: Float[Array, "B D"], q: Int[Array, "F D"]) -> Float[Array, "B F"]:
     """x rounded to int8, times q, without the scales of q."""
     x, scale = round_rows(x)
-    if x.shape[0] > linear.MAX_SINGLE_ROWS:
-        y = jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32)
-    else:
-        y = jnp.stack([_integer_row(row, q) for row in x])
+    y = jnp.einsum("BD,FD->BF", x, q, preferred_element_type=jnp.int32)
     # reduce_precision to the precision of float32 does not change values. It keeps XLA from fusing the scales with a
     # norm after the product, which is slower.
     return jax.lax.reduce_precision(y.astype(jnp.float32) * scale, exponent_bits=8, mantissa_bits=23)
-
-
-def _integer_row(x: Int[Array, " D"], q: Int[Array, "F D"]) -> Float[Array, " F"]:
-    """As linear.single_row. If the sum of parts were fused with the products, XLA would write q as int32 to memory."""
-    width = x.size if x.size < 4096 else 2048
-
-    def part(begin: int) -> Array:
-        of_x, of_q = x[begin : begin + width], q[:, begin : begin + width]
-        y = jax.lax.optimization_barrier(of_x.astype(jnp.int32) @ of_q.astype(jnp.int32).T)
-        return jax.lax.reduce_precision(y.astype(jnp.float32), exponent_bits=8, mantissa_bits=23)
-
-    return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 
 
 def float_channels(x: Float[Array, "B D"], q: Any) -> Float[Array, "B F"]:
@@ -88,7 +75,28 @@ def from_channels(y: Float[Array, "B F"], q: Any) -> Float[Array, "B D"]:
 
 
 def grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
-    """A few rows of x times a weight in groups, in tiles: sums over the inputs of each group, then over all groups.
+    """A few rows of x times a weight in groups, in tiles. SUMS sums of groups are computed at a time."""
+    (blocks, tiles), t = w.q.shape[:2], w.q.shape[-1]
+    size = min(tiles, max(1, SUMS // (len(x) * blocks * t)))
+    if size == tiles:
+        return _grouped_rows(x, w)
+
+    def add(i: Any, y: Array) -> Array:
+        begin = jnp.minimum(i * size, tiles - size)  # the last part overlaps the one before
+
+        def cut(name: str, a: Array) -> Array:
+            n = 1 if name == "q" else t
+            return jax.lax.dynamic_slice_in_dim(a, begin * n, size * n, axis=1)
+
+        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+        part = replace(w, **{name: cut(name, a) for name in names if (a := getattr(w, name)) is not None})
+        return jax.lax.dynamic_update_slice_in_dim(y, _grouped_rows(x, part), begin * t, axis=1)
+
+    return jax.lax.fori_loop(0, -(-tiles // size), add, jnp.zeros((len(x), tiles * t), jnp.float32))
+
+
+def _grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
+    """Sums over the inputs of each group, then over all groups.
 
     With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. For
     q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
