@@ -219,6 +219,7 @@ def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
     A few channels of activations are much larger than the others. Rotated, they are spread over `size` numbers, so that
     rounding to 8 bits loses less. The product of rotated inputs and rotated weights is that of both without a rotation
     (QuaRot, arXiv:2404.00456). The matrix is its own inverse. size: a power of 4, so that its elements are exact.
+    Few rows are returned in float32.
     """
     if size <= 1:
         return x
@@ -227,11 +228,10 @@ def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
         signs = np.block([[signs, signs], [signs, -signs]])
     matrix = jnp.asarray(signs / math.sqrt(size), x.dtype)
     if x.size // x.shape[-1] > MAX_SINGLE_ROWS:
-        y = plain_einsum("BD,DF->BF", x.reshape(-1, size), matrix)
-    else:  # as a product, it makes the products of a row that follow 4 times as slow with jax 0.10 on CPU
-        few = jax.lax.optimization_barrier(x.astype(jnp.float32).reshape(-1, size))
-        y = jax.lax.optimization_barrier((few[:, :, None] * matrix.astype(jnp.float32)).sum(axis=1))
-    return y.astype(x.dtype).reshape(x.shape)
+        return plain_einsum("BD,DF->BF", x.reshape(-1, size), matrix).astype(x.dtype).reshape(x.shape)
+    # A few rows: as a product, or in bfloat16, it makes the products that follow 3 times as slow with jax 0.10 on CPU.
+    x, shape = jax.lax.optimization_barrier(x.astype(jnp.float32).reshape(-1, size)), x.shape
+    return jax.lax.optimization_barrier((x[:, :, None] * matrix.astype(jnp.float32)).sum(axis=1)).reshape(shape)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -282,7 +282,7 @@ def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
 
 
 def _untiled_first(product: Callable[[Array, Any], Array]) -> Callable[[Array, Quantized], Array]:
-    return lambda x, w: product(x, untiled(w))
+    return lambda x, w: product(x.astype(w.dtype), untiled(w))
 
 
 def _transposed_on_cpu(y: Float[Array, "B F"], w: Quantized) -> Float[Array, "B D"]:
