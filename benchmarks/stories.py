@@ -17,7 +17,8 @@ from jaxlm.nn import flops, params
 
 STORIES = Path("build/stories")
 FIRST = {"vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 7,
-         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 256}  # fmt: skip
+         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32,
+         "max_position_embeddings": 256}  # fmt: skip
 SHAPE = json.loads(Path("examples/stories/shape.json").read_text()) | FIRST
 SHAPES = {
     "first story model": {},

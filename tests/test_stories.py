@@ -28,7 +28,9 @@ def test_it_fits_in_the_package(model) -> None:
     assert params.count(model.family.PARAMS, model.config) == 7_572_864
     model = jaxlm.load(STORIES)
     assert model.dtype == jnp.bfloat16
-    assert {leaf.kind for leaf in jax.tree.leaves(model.weights, is_leaf=is_quantized) if is_quantized(leaf)} == {"int8"}
+    assert {leaf.kind for leaf in jax.tree.leaves(model.weights, is_leaf=is_quantized) if is_quantized(leaf)} == {
+        "int8"
+    }
     assert is_quantized(model.weights["embed"])
 
 
