@@ -1,6 +1,7 @@
 """Compares the tokens of jaxlm on one device and on a mesh with those of transformers and of Meta's code.
 
-    pip install torch==2.13.0 tiktoken pydantic pillow && pip install --no-deps llama-models==0.3.0 fairscale==0.4.13
+    pip install torch==2.13.0 compressed-tensors tiktoken pydantic pillow
+    pip install --no-deps llama-models==0.3.0 fairscale==0.4.13
     python examples/compare_outputs.py
     python examples/compare_outputs.py --model meta-llama/Llama-3.1-8B --scripts single_device mesh reference
 

@@ -58,7 +58,7 @@ def forward(cfg, tokens, w, cache, pos, **options):
 
 CONFIG = {
     "model_type": "parallel_llama",
-    "vocab_size": 2048,
+    "vocab_size": 4096,
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,

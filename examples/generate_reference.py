@@ -1,10 +1,11 @@
 """Generates text with transformers on PyTorch, as a reference for the tokens of jaxlm.
 
-    pip install torch==2.13.0
+    pip install torch==2.13.0 compressed-tensors
     python examples/generate_reference.py
     python examples/generate_reference.py --model meta-llama/Llama-3.2-1B --prompt "The capital of France is"
 
-It does not use jaxlm. The default model is the story model that ships with jaxlm, which transformers can load too.
+It does not use jaxlm. The default model is the story model that ships with jaxlm, which transformers can load too, with
+the package compressed-tensors.
 """
 
 from pathlib import Path

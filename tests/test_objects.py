@@ -77,7 +77,7 @@ def test_a_loaded_model_keeps_its_tokenizer_and_checkpoint(stories: Model) -> No
     other = pickle.loads(pickle.dumps(stories))
     assert other.tokenizer.encode("Once upon a time") == stories.tokenizer.encode("Once upon a time")
     assert (other.checkpoint, other.generation_config) == (stories.checkpoint, stories.generation_config)
-    assert copy.copy(stories).weights["embed"] is stories.weights["embed"]
+    assert copy.copy(stories).weights["norm"] is stories.weights["norm"]
 
 
 def test_what_cannot_be_pickled_says_why(model: Model) -> None:

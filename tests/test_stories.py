@@ -2,12 +2,14 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxlm
 from jaxlm.cli.common import STORIES
 from jaxlm.nn import params
+from jaxlm.nn.quantized import is_quantized
 
 pytestmark = pytest.mark.smoke
 
@@ -23,8 +25,12 @@ def model() -> jaxlm.Model:
 
 def test_it_fits_in_the_package(model) -> None:
     assert sum(path.stat().st_size for path in STORIES.iterdir()) <= 8_000_000
-    assert params.count(model.family.PARAMS, model.config) == 3_234_624
-    assert jaxlm.load(STORIES).dtype == jnp.bfloat16
+    assert params.count(model.family.PARAMS, model.config) == 7_572_864
+    model = jaxlm.load(STORIES)
+    assert model.dtype == jnp.bfloat16
+    leaves = [leaf for leaf in jax.tree.leaves(model.weights, is_leaf=is_quantized) if leaf.ndim > 1]
+    assert len(leaves) == 1 + 7 * model.config.L
+    assert all(is_quantized(leaf) and leaf.kind == "int8" and not leaf.activations for leaf in leaves)
 
 
 def test_it_knows_stories(model, tmp_path) -> None:
@@ -42,4 +48,4 @@ def test_what_its_card_says(model, shared, tmp_path) -> None:
     found = jaxlm.evaluate(model, tmp_path / "stories.txt")
     told = re.search(r"story model \| ([\d.]+) \|", (STORIES / "README.md").read_text())
     assert told
-    assert found.bits_per_byte == pytest.approx(float(told[1]), abs=1e-3)  # the package's weights are bfloat16
+    assert found.bits_per_byte == pytest.approx(float(told[1]), abs=1e-3)  # the fixture computes in float32

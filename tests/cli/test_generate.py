@@ -83,7 +83,7 @@ def test_logprobs(small, capsys):
 
 FAILS = [
     (["hi", "--temperature", "-1"], 1, "temperature"),
-    (["hi", "--max-tokens", "9999"], 1, "256"),
+    (["hi", "--max-tokens", "9999"], 1, "512"),
     (["hi", "--system", "be kind"], 1, "template"),
     (["hi", "--no-think"], 1, "template"),
     (["hi", "--template-arg", "nonsense"], 1, "KEY=VALUE"),
@@ -97,7 +97,7 @@ FAILS = [
     (["--prompts", "/"], 1, "/ cannot be read (Is a directory)"),
     (["hi", "--top-k", "many"], 2, "jaxlm generate --help"),
     (["hi", "--nonsense"], 2, "jaxlm generate --help"),
-    (["hi", "--stop-token-ids", "2048"], 1, "stop_token_ids has 2048; this model's ids are 0 to 2047"),
+    (["hi", "--stop-token-ids", "4096"], 1, "stop_token_ids has 4096; this model's ids are 0 to 4095"),
 ]
 
 
@@ -124,7 +124,7 @@ def test_invalid_input_gives_one_message(stories, capsys, monkeypatch, arguments
         ('{"text": "x"}', ":1: the line has 'text': expected one of 'prompt', 'messages'"),
         (b'"a"\n"\xff"', ":2: byte 2 of the line is not UTF-8"),
         # Errors that need the model.
-        ('"a"\n\n[1, 2048]\n', ":3: the prompt has token id 2048"),
+        ('"a"\n\n[1, 4096]\n', ":3: the prompt has token id 4096"),
         ('"a"\n["b"]\n', ":2: a prompt must be a str, a list of messages or a list of token ids"),
         ('"a"\n{"messages": [{"role": "user", "content": "hi"}]}', ":2: this tokenizer has no chat template"),
         ('{"prompt": "a", "chat_template_kwargs": {"x": 1}}', ":1: chat_template_kwargs needs a chat template"),

@@ -186,7 +186,7 @@ def test_the_package_reads_what_was_written(stories, tmp_path):
     assert {tensor.name for tensor in theirs.tensors} <= known
     assert len(theirs.tensors) == 2 + 9 * stories.config.L
     for key, value in {"general.architecture": "llama", "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
-                       "general.quantization_version": gguf.GGML_QUANT_VERSION, "llama.block_count": 7,
+                       "general.quantization_version": gguf.GGML_QUANT_VERSION, "llama.block_count": stories.config.L,
                        "llama.rope.freq_base": 10_000.0, "tokenizer.ggml.pre": "gpt-2"}.items():  # fmt: skip
         assert theirs.fields[key].contents() == value
     embed = np.asarray(stories.weights["embed"])

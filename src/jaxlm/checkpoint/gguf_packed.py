@@ -6,7 +6,6 @@ of the blocks: gguf_types.py.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from jaxlm.checkpoint import gguf_types as types
 from jaxlm.checkpoint.gguf_types import BY_NAME
 from jaxlm.checkpoint.meta import ConcatTensor, in_pairs
-from jaxlm.checkpoint.quantized_layout import Packed, in_blocks
+from jaxlm.checkpoint.quantized_layout import Packed, Reader, in_blocks
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor, aligned, read_into
 from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
@@ -30,7 +29,7 @@ def packed(tensor: Tensor | ConcatTensor) -> Packed | None:
         return None
     heads = tensor.H if isinstance(tensor, ConcatTensor) else 0
     bits = 4 if part.encoding in FOUR_BITS else 8
-    return Packed(tensor.name, tensor.dtype, tensor.shape, part.encoding, (part,), partial(_read, heads=heads), bits)
+    return Packed(tensor.name, tensor.dtype, tensor.shape, part.encoding, (part,), Reader(_read, heads=heads), bits)
 
 
 def _read(packed: Packed, begin: int, end: int, heads: int) -> Quantized:

@@ -8,12 +8,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoint import gguf_packed
 from jaxlm.checkpoint import quantized_formats as formats
-from jaxlm.checkpoint.quantized_layout import Packed
+from jaxlm.checkpoint.quantized_layout import Packed, Reader
 from jaxlm.checkpoint.safetensors import DTYPES, Tensor
 from jaxlm.models.config import QUANTIZATION, brief
 from jaxlm.nn.quantized import Quantized
@@ -176,7 +175,7 @@ def _compressed_tensors(fields: dict[str, Any], module: str, own: dict[str, Tens
         return _microscaled(packed, own, "weight_packed", "weight_scale", 4, kind, "weight_global_scale")
     bits = weights.get("num_bits", 4)
     shape = (packed.shape[0], packed.shape[1] * 32 // bits)
-    read = partial(formats.pack_quantized, bits=bits)
+    read = Reader(formats.pack_quantized, bits=bits)
     needed = "weight_packed weight_scale" + " weight_zero_point" * (weights.get("symmetric") is False)
     return _spec(shape, own.get("weight_scale"), bits, needed, "weight_g_idx weight_zero_point", read)
 
@@ -202,7 +201,7 @@ def _eight_bits(
     sizes = of_scale.shape if of_scale is not None else ()
     in_rows = math.prod(sizes) in (1, channels) and not block and "weight_zero_point" not in own
     activations = activations and weight.dtype == "I8"
-    read = partial(formats.eight_bits, scale=f".{scale}", block=block, activations=activations)
+    read = Reader(formats.eight_bits, scale=f".{scale}", block=block, activations=activations)
     encoding = "fp8" if weight.dtype == "F8_E4M3" else "int8"
     spec = _spec((channels, width), None, 8, f"weight {scale}", "weight_zero_point", read, encoding, in_rows=in_rows)
     group = math.gcd(block[1], width) if block else width // max(sizes[1] if len(sizes) == 2 else 1, 1)
@@ -212,7 +211,7 @@ def _eight_bits(
 def _microscaled(weight: Tensor, own: dict[str, Tensor], name: str, scale: str, bits: int, encoding: str,
                  optional: str = "") -> Spec:  # fmt: skip
     width = weight.nbytes * 8 // bits // weight.shape[0]
-    read = partial(formats.microscaled, weight=f".{name}", scale=f".{scale}", bits=bits)
+    read = Reader(formats.microscaled, weight=f".{name}", scale=f".{scale}", bits=bits)
     return _spec((weight.shape[0], width), own.get(scale), bits, f"{name} {scale}", optional, read, encoding)
 
 
@@ -232,7 +231,7 @@ def _gptq(fields: dict[str, Any], module: str, own: dict[str, Tensor]) -> Spec |
         bits = words.shape[0] * 32 // index.shape[0]
     shape = (words.shape[1], words.shape[0] * 32 // bits)
     first = fields.get("checkpoint_format", "gptq") == "gptq"
-    read = partial(formats.gptq, bits=bits, symmetric=fields.get("sym", True) is True, first_version=first)
+    read = Reader(formats.gptq, bits=bits, symmetric=fields.get("sym", True) is True, first_version=first)
     return _spec(shape, own.get("scales"), bits, "qweight qzeros scales", "g_idx", read, groups_first=True)
 
 
@@ -241,7 +240,7 @@ def _awq(fields: dict[str, Any], module: str, own: dict[str, Tensor]) -> Spec | 
         return None
     bits = fields.get("bits", fields.get("w_bit", 4))
     shape = (words.shape[1] * 32 // bits, words.shape[0])
-    read = partial(formats.awq, bits=bits)
+    read = Reader(formats.awq, bits=bits)
     return _spec(shape, own.get("scales"), bits, "qweight qzeros scales", "", read, groups_first=True)
 
 
@@ -255,7 +254,7 @@ def _mlx(fields: dict[str, Any], module: str, own: dict[str, Tensor]) -> Spec | 
     if mode != "affine":
         return _microscaled(weight, own, "weight", "scales", bits, mode)
     shape = (weight.shape[0], weight.shape[1] * 32 // bits)
-    return _spec(shape, own.get("scales"), bits, "weight scales biases", "", partial(formats.mlx, bits=bits))
+    return _spec(shape, own.get("scales"), bits, "weight scales biases", "", Reader(formats.mlx, bits=bits))
 
 
 METHODS: dict[str, Callable[[dict[str, Any], str, dict[str, Tensor]], Spec | None]] = {

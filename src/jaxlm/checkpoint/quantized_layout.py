@@ -7,6 +7,7 @@ tensor exists. Nothing becomes a float on the way.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,16 @@ INTEGERS: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
     **DTYPES,
 }  # fmt: skip
+
+
+class Reader(partial):
+    """A function with options. Unlike a `partial`, it equals another one of the same, such as its pickled copy."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reader) and (self.func, self.keywords) == (other.func, other.keywords)
+
+    def __hash__(self) -> int:
+        return hash(self.func)
 
 
 class Packed(NamedTuple):

@@ -127,7 +127,7 @@ class ChatSession:
             note(f"{self.model.source}: {keys}")
             return
         if self.model.source == str(STORIES):
-            note("The story model has 3 million parameters. It cannot answer questions, follow instructions or chat.")
+            note("The story model has 8 million parameters. It cannot answer questions, follow instructions or chat.")
         else:
             note(f"{self.model.source} has no chat template: it continues your text.")
         note("Chat models, with the memory that weights and 4,096 tokens take:")
