@@ -2,6 +2,7 @@
 
     python benchmarks/quantized.py speed [--shape Qwen/Qwen3-0.6B] [--types int8,int4] [--rounds 5] [--rivals]
     python benchmarks/quantized.py receipts MODEL TEXT [--types int8,int8-weights,int4,fp8] [--stored] [--rivals]
+    python benchmarks/quantized.py stored MODEL.gguf
 
 `speed` runs all contestants in turns in one process, llama.cpp in processes of its own. `receipts` makes the table of
 docs/quantization.md. It compares each type with the unquantized model on the same text: bits per byte (`jaxlm eval`),
@@ -103,7 +104,7 @@ def receipts(args: argparse.Namespace) -> None:
 
     def load(type: str | None, dtype: str) -> Model:
         if type == "as stored":  # the blocks of a GGUF file; the dtype is that of products
-            model = jaxlm.load(args.model)
+            model = jaxlm.load(args.model, quantize="stored")
             as_dtype = lambda w: replace(w, dtype=jnp.dtype(dtype)) if is_quantized(w) else w.astype(dtype)  # noqa: E731
             return replace(model, weights=jax.tree.map(as_dtype, model.weights, is_leaf=is_quantized))
         return jaxlm.load(args.model, dtype=dtype, quantize=type)
@@ -160,6 +161,21 @@ def receipts(args: argparse.Namespace) -> None:
         print(f"| {type or 'not quantized'} | {' | '.join(cells)} |")
 
 
+def stored(args: argparse.Namespace) -> None:
+    """A GGUF file whose blocks stay as they are, against its weights in bfloat16: tokens per second, and seconds of
+    compilation."""
+    models = {"stored": {"quantize": "stored"}, "bfloat16": {"dtype": "bfloat16"}}
+    contestants: dict[str, Any] = {name: Jaxlm(jaxlm.load(args.model, **options)) for name, options in models.items()}
+    cases = [Case("decode", 32, 0, 1), Case("prefill", 256, 0, 1), Case("decode", 32, 0, 8)]
+    V = contestants["stored"].model.config.V
+    for case in cases:
+        prompts = case.prompts(V)
+        for name, who in contestants.items():
+            if (sample := who.run(case, prompts)) is not None and sample.compile_seconds:
+                print(f"{case.name}, batch {case.batch}, {name}: {sample.compile_seconds:.1f} s to compile")
+    show(contestants, measure(contestants, cases, V, args.rounds), cases, args.rounds)
+
+
 def compare(model: Model, other: Model, rows: np.ndarray, batch: int) -> np.ndarray:
     """Sums over all predicted tokens: nats of `other`, KL(model || other), and equal likeliest tokens."""
 
@@ -198,6 +214,10 @@ def main() -> None:
     of_receipts.add_argument("--rivals", action="store_true")
     of_receipts.add_argument("--out", type=Path, default=Path("build/quantized"))
     of_receipts.set_defaults(run=receipts)
+    of_stored = commands.add_parser("stored")
+    of_stored.add_argument("model")
+    of_stored.add_argument("--rounds", type=int, default=3)
+    of_stored.set_defaults(run=stored)
     args = parser.parse_args()
     args.run(args)
 
