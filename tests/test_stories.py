@@ -34,9 +34,9 @@ def test_it_fits_in_the_package(model) -> None:
 
 
 def test_it_knows_stories(model, tmp_path) -> None:
-    """Random weights would need 3 bits for a byte of a new story."""
+    """Random weights would need 3 bits for a byte of a new story. One wrong matrix costs a quarter of a bit."""
     (tmp_path / "story.txt").write_text(TEXT)
-    assert jaxlm.evaluate(model, tmp_path / "story.txt").bits_per_byte < 1.0
+    assert jaxlm.evaluate(model, tmp_path / "story.txt").bits_per_byte < 0.85
 
 
 @pytest.mark.slow
