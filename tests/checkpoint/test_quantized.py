@@ -152,8 +152,11 @@ def test_a_missing_scale_is_an_error(models, tmp_path):
         assert faults == {"missing, which its quantized weight needs": [f"w.{end}"]}
 
 
-def test_groups_that_do_not_divide_the_inputs_are_an_error(tmp_path):
-    _, faults = joined(tmp_path, quantized_files.fp8_blocks(np.random.default_rng(0), F, 72), faults_expected=True)
+@pytest.mark.parametrize(("inputs", "group"), [(72, 128), (192, 48)])
+def test_groups_that_do_not_divide_the_inputs_are_an_error(inputs, group, tmp_path):
+    """Nor do products take groups that neither divide a block of 32 inputs nor consist of whole ones."""
+    made = quantized_files.fp8_blocks(np.random.default_rng(0), F, inputs, block=(40, group))
+    _, faults = joined(tmp_path, made, faults_expected=True)
     assert list(faults.values()) == [["w"]]
 
 

@@ -90,6 +90,6 @@ def test_a_file_that_fits_as_it_is_stored(monkeypatch, tmp_path):
     with pytest.raises(MemoryError, match=r"--quantize stored, which needs "):
         jaxlm.load(path)
     monkeypatch.undo()
-    jaxlm.load(path, quantize="stored")
+    assert jaxlm.load(path, quantize="stored", dtype="float32").dtype == jnp.float32  # what the numbers stand for
     with pytest.raises(ValueError, match="has no quantized weights"):
         jaxlm.load(write(tmp_path / "float.gguf", *tiny_file("llama3")), quantize="stored")

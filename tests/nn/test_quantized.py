@@ -245,6 +245,18 @@ def test_a_weight_is_quantized_where_it_is() -> None:
     np.testing.assert_array_equal(made.dense(), quantize.quantize(jnp.asarray(weight(row.shape)), "int4", 1).dense())
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_stored_is_the_shape_of_what_is_made(platform: str) -> None:
+    row = params.TensorSpec("layers.0.q", "NHD", (4, 48, 64), (4, 48, 64), ())
+    make = partial(quantize.quantize, type="int4", inputs=1, by_parts=False, platform=platform)
+    made = jax.eval_shape(make, jax.ShapeDtypeStruct(row.shape, jnp.bfloat16))
+    found = quantize.stored(row, jnp.bfloat16, "int4", platform)
+    assert made.tiled == (platform == "cpu")
+    assert jax.tree.structure(found) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(made), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
 def test_which_weights_are_quantized() -> None:
     shapes = {
         "embed": ("VD", (96, 64)), "head": ("VD", (96, 64)), "layers.0.q": ("NHD", (4, 16, 64)),

@@ -88,7 +88,8 @@ def _compiled(subject: Subject, settings: Settings, on: list[Any], found: Plan) 
     dtype = jnp.dtype(settings.dtype)
     where = programs.setting(subject.family, subject.cfg, on, found.mesh, settings.batch, dtype, settings.quantize)
     platform, compiled = found.spec.platform, {}
-    of = roofline.layout(subject.family.PARAMS, subject.cfg, found.mesh, dtype.itemsize, quantize=settings.quantize)
+    options: dict[str, Any] = {"quantize": settings.quantize, "platform": platform}
+    of = roofline.layout(subject.family.PARAMS, subject.cfg, found.mesh, dtype.itemsize, **options)
     # What exists while new rows are prefilled: the KV cache of those that decode, and an untied head.
     head = roofline.weight_bytes(of) - plan.weights_of_prefill(of)
     beside = {"decode": 0, "prefill": head + programs.share(programs.cache(where, found.context, 1))}

@@ -35,7 +35,8 @@ def generation(
     where = programs.setting(family, cfg, on, found.mesh, found.batch, jax.numpy.dtype(dtype), quantize)
     where = where._replace(kv_dtype=dtype_of(kv_dtype or dtype))
     itemsize = jax.numpy.dtype(dtype).itemsize
-    of = roofline.layout(family.PARAMS, cfg, found.mesh, itemsize, kv_dtype=where.kv_dtype, quantize=quantize)
+    options: dict[str, Any] = {"kv_dtype": where.kv_dtype, "quantize": quantize, "platform": found.spec.platform}
+    of = roofline.layout(family.PARAMS, cfg, found.mesh, itemsize, **options)
     facts = {}
     for name, run in (("decode", programs.decode), ("prefill", programs.prefill)):
         progress(f"compiling {name} of {cfg.L} layers for {found.count} x {found.spec.name} …")

@@ -31,7 +31,7 @@ class LoadSession:
 
     Attributes:
         source: What `jaxlm.load` takes.
-        options: Options of `jaxlm.load`: dtype, mesh.
+        options: Options of `jaxlm.load`: dtype, mesh, quantize.
         rounds: How often to load.
         files: Number of weight files.
         file_bytes: Their size.

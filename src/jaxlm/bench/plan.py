@@ -125,7 +125,8 @@ def plan(
     kv_dtype = dtype_of(kv_dtype or dtype)
     best = roofline.best_mesh(table, cfg, spec, count, batch, context, itemsize, kv_dtype=kv_dtype, quantize=quantize)
     sizes = check_mesh(count, sizes, best) if sizes else best
-    of = roofline.layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=quantize)
+    options: dict[str, Any] = {"kv_dtype": kv_dtype, "platform": spec.platform}
+    of = roofline.layout(table, cfg, sizes, itemsize, quantize=quantize, **options)
     usable = int(roofline.USABLE * spec.memory)
 
     def fit(rows: int, length: int, on: Layout = of) -> bool:
@@ -134,13 +135,11 @@ def plan(
     def smaller() -> dict[str, int]:
         if quantize is not None or fit(batch, context):
             return {}
-        found = {
-            name: roofline.layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=name) for name in SMALLER
-        }
+        found = {name: roofline.layout(table, cfg, sizes, itemsize, quantize=name, **options) for name in SMALLER}
         return {name: roofline.weight_bytes(on) for name, on in found.items() if fit(batch, context, on)}
 
     def fits_on(n: int) -> bool:
-        on = roofline.layout(table, cfg, least_memory(cfg, n), itemsize, kv_dtype=kv_dtype, quantize=quantize)
+        on = roofline.layout(table, cfg, least_memory(cfg, n), itemsize, quantize=quantize, **options)
         return fit(batch, context, on)
 
     return Plan(

@@ -15,6 +15,7 @@ from jaxlm.bench import limits, memory_use
 from jaxlm.data.packing import Batch
 from jaxlm.devices import mesh
 from jaxlm.nn import flops, layer_types, lora, params
+from jaxlm.nn.quantized import is_quantized
 from jaxlm.training import optimizers, step
 from jaxlm.training.config import LoraOptions, Optimizer
 
@@ -130,7 +131,7 @@ class TrainSession:
             scale = lora.scale(LoraOptions.alpha, self.rank, False)
             adapter = lora.init(targets, cfg.L, self.rank, scale, jax.random.key(0))
             frozen, weights, size = (
-                step.cast(base, self.dtype),
+                _frozen(base, jnp.dtype(self.dtype)),
                 params.stack(adapter, period),
                 params.num_elements(adapter),
             )
@@ -151,3 +152,12 @@ class TrainSession:
         arrays = Batch(tokens[:, :-1], tokens[:, 1:], pos, np.ones((batch, length), bool))
         placed: Any = [mesh.place(a, "BT", where) for a in arrays]
         return Batch(*placed)
+
+
+def _frozen(base: Any, dtype: Any) -> Any:
+    """The base of an adapter in the compute dtype. Quantized weights keep their numbers and scales, as in training."""
+
+    def of(leaf: Any) -> Any:
+        return replace(leaf, dtype=dtype, activations=False) if is_quantized(leaf) else step.cast(leaf, dtype)
+
+    return jax.tree.map(of, base, is_leaf=is_quantized)

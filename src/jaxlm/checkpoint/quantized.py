@@ -19,7 +19,7 @@ from jaxlm.nn.quantized import Quantized
 from jaxlm.nn.quantized_cpu import BLOCK
 
 STORED = "stored"  # quantize= of `load` for quantized weights as they are in the files
-LEAST = BLOCK // 2  # inputs of a group, or a multiple of it
+LEAST = BLOCK // 2  # inputs of the smallest groups; those of others are a multiple of BLOCK
 # Tensors of quantized modules that are not needed: scales of activations, which are computed from them, and of a KV
 # cache, and a shape that follows from others.
 UNUSED = ("input_scale", "input_zero_point", "input_global_scale", "input_amax", "activation_scale", "input_scale_ub",
@@ -114,8 +114,9 @@ def join(
             continue
         if missing := [f"{module}.{end}" for end in spec.needed if end not in own]:
             faults.setdefault("missing, which its quantized weight needs", []).extend(missing)
-        if not spec.in_rows and (spec.shape[1] % BLOCK or spec.group % LEAST):
-            faults.setdefault(f"of groups or inputs that are no multiple of {LEAST} and {BLOCK}", []).append(module)
+        if not spec.in_rows and (spec.shape[1] % BLOCK or (spec.group != LEAST and spec.group % BLOCK)):
+            fault = f"of inputs or groups that are no multiple of {BLOCK} (or groups of {LEAST})"
+            faults.setdefault(fault, []).append(module)
         parts = tuple(own[end] for end in spec.ends if end in own)
         name = f"{module}.weight"
         bits = 4 if spec.bits <= 4 else 8

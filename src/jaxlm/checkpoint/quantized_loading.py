@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.checkpoint import hf
@@ -30,6 +31,7 @@ def bytes_per_device(row: params.TensorSpec, tensor: Packed, where: Callable[[pa
 def load_weights(
     weights: dict[str, Any],
     pairs: Collection[tuple[params.TensorSpec, Packed]],
+    loaded_dtype: Callable[[np.dtype], np.dtype],
     where: Callable[[params.TensorSpec], Any],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
@@ -38,6 +40,7 @@ def load_weights(
     Args:
         weights: weights by path, layers listed.
         pairs: rows of PARAMS with their Packed.
+        loaded_dtype: the type that a weight of a type of the file represents.
         where: the sharding of a row's array.
         advance: called with the number of bytes, as they are read.
     """
@@ -45,7 +48,9 @@ def load_weights(
 
     def finish() -> None:
         row, tensor, future = waiting.popleft()
-        params.put(weights, row.path, placed(future.result(), row, where(row)))
+        flat = future.result()
+        flat = replace(flat, dtype=loaded_dtype(flat.dtype))
+        params.put(weights, row.path, placed(flat, row, where(row)))
         advance(tensor.nbytes)
 
     pool = ThreadPoolExecutor(AHEAD, "jaxlm-read")

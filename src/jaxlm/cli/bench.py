@@ -23,7 +23,7 @@ RIVALS = ("transformers", "llama.cpp")
 MODES = {"gen": ("generation", "serve"), "depth": ("generation",), "against": ("generation", "serve"),
          "plot": ("generation",), "method": ("train",), "rank": ("train",), "prompt": ("generation", "train", "serve"),
          "batch": ("generation", "train"), "random_weights": ("generation", "train"),
-         "kv_dtype": ("generation", "serve"), "quantize": ("generation", "train", "serve"),
+         "kv_dtype": ("generation", "serve"),
          **dict.fromkeys(ServeFlags.__annotations__, ("serve",))}  # fmt: skip
 
 

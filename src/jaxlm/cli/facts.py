@@ -47,8 +47,8 @@ def describe(
     adapter, windows = checkpoint.adapter, cfg.windows
     weights, loaded_dtype = _weights(resolved, dtype, quantize)
     if quantize is not None and quantize != STORED:
-        quantized = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
-        weights |= {"bytes": sum(map(params.nbytes, quantized)), "quantize": quantize, "quantized": 0}
+        leaves = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
+        weights |= {"bytes": sum(map(params.nbytes, leaves)), "quantize": quantize, "quantized": 0}
     rows = [row for row in params.tensors(family.PARAMS, cfg) if "layers." not in row.path or ".0." in row.path]
     facts = {
         "model": adapter.settings.base if adapter and source.adapter is None else str(source.name),
@@ -105,7 +105,8 @@ def _weights(resolved: resolving.Resolved, dtype_name: str, quantize: str | None
         stored[kind] += tensor.nbytes
         counts[kind] += 1
         packed = quantized.kept(tensor, dtype_name, quantize)
-        nbytes = math.prod(row.shape) * DTYPES[tensor.dtype].itemsize if packed is None else packed.loaded_nbytes
+        of_array = DTYPES[tensor.dtype] if dtype_name == "auto" else jnp.dtype(dtype_name)
+        nbytes = math.prod(row.shape) * of_array.itemsize if packed is None else packed.loaded_nbytes
         loaded[tensor.dtype] += nbytes
         kept += 0 if packed is None else nbytes
     dtype = DTYPES[loaded.most_common(1)[0][0]] if dtype_name == "auto" else jnp.dtype(dtype_name)
@@ -114,7 +115,7 @@ def _weights(resolved: resolving.Resolved, dtype_name: str, quantize: str | None
         "present": True,
         "files": len({part.file for tensor in all_tensors for part in getattr(tensor, "parts", (tensor,))}),
         "dtype": dtype.name,
-        "bytes": loaded.total() if kept or dtype_name == "auto" else count * dtype.itemsize,
+        "bytes": loaded.total(),
         "quantized": kept,
         "format": checkpoint.format,
         "stored": dict(stored),

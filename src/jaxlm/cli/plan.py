@@ -72,6 +72,9 @@ class Plan(GenerationFlags):
         sizes = topology.parse(self.mesh) if self.mesh else None
         if self.train and self.quantize is not None:
             usage("--quantize does not apply to --train, which trains all weights (jaxlm plan --help)")
+        if self.quantize == "stored":
+            usage("--quantize stored needs the files of weights, which plan does not read: choose int8, int8-weights, "
+                  "int4 or fp8 (jaxlm plan --help)")  # fmt: skip
         if self.train:
             found, facts = self.training(shape, spec, count, sizes)
         else:

@@ -41,6 +41,7 @@ class Layout(NamedTuple):
         kv_dtype: dtype of the KV cache. None: its numbers have `itemsize` bytes, as those of the activations.
         quantize: The type of quantized weights, as in `jaxlm.load`; None if they are not quantized.
         leaf: For a model that exists, a function from a row of PARAMS to its weight, an array or a WeightForm.
+        platform: "cpu", "gpu" or "tpu", on which the layout of quantized weights depends.
     """
 
     table: Any
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
     kv_dtype: Any = None
     quantize: str | None = None
     leaf: Callable[[params.TensorSpec], Any] | None = None
+    platform: str = "cpu"
 
     @property
     def head_bytes(self) -> int:
@@ -75,12 +77,12 @@ def layout(
     *,
     kv_dtype: Any = None,
     quantize: str | None = None,
+    platform: str = "cpu",
 ) -> Layout:
     """The layout for axis sizes such as {"data": 2, "model": 4}. The other arguments are those of Layout."""
     axes = topology.factor_kv_heads(sizes, cfg.K)
-    return Layout(
-        table, cfg, AbstractMesh(tuple(axes.values()), tuple(axes)), itemsize, kv_dtype=kv_dtype, quantize=quantize
-    )
+    over = AbstractMesh(tuple(axes.values()), tuple(axes))
+    return Layout(table, cfg, over, itemsize, kv_dtype=kv_dtype, quantize=quantize, platform=platform)
 
 
 def weight_bytes(of: Layout) -> int:
@@ -94,14 +96,14 @@ def row_bytes(of: Layout, row: params.TensorSpec) -> int:
         return _leaf_bytes(of.leaf(row), row.letters, of.over)
     if of.quantize is not None:
         alike = row._replace(path="layers" if row.path.startswith("layers.") else row.path, names=())
-        return _quantized_bytes(alike, of.quantize, of.itemsize, of.over)
+        return _quantized_bytes(alike, of.quantize, of.itemsize, of.over, of.platform)
     return of.itemsize * _elements(of, row)
 
 
 @lru_cache(maxsize=1024)
-def _quantized_bytes(row: params.TensorSpec, name: str, itemsize: int, over: AbstractMesh) -> int:
+def _quantized_bytes(row: params.TensorSpec, name: str, itemsize: int, over: AbstractMesh, platform: str) -> int:
     # Of the dtype only the size matters: that of the weights that are not quantized.
-    return _leaf_bytes(stored(row, f"float{8 * itemsize}", name), row.letters, over)
+    return _leaf_bytes(stored(row, f"float{8 * itemsize}", name, platform), row.letters, over)
 
 
 def _leaf_bytes(leaf: Any, own: str, over: AbstractMesh) -> int:
@@ -296,10 +298,8 @@ def best_mesh(
     Returns:
         {"data": ..., "model": ...}.
     """
-    found = [
-        (sizes, layout(table, cfg, sizes, itemsize, kv_dtype=kv_dtype, quantize=quantize))
-        for sizes in meshes(cfg, count)
-    ]
+    options: dict[str, Any] = {"kv_dtype": kv_dtype, "quantize": quantize, "platform": spec.platform}
+    found = [(sizes, layout(table, cfg, sizes, itemsize, **options)) for sizes in meshes(cfg, count)]
     length = decoding.bucket(context)
     needed = [
         weight_bytes(of) + cache_bytes(of, rows, length) + cache_bytes(of, prefill_rows(rows, of.data), length)

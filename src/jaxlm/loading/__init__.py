@@ -55,9 +55,9 @@ def load(
         format: "hf", or "meta" for Meta's original Llama 3 files. Default: detected.
         tokenizer: Folder of the tokenizer, or a tokenizer.model, if it is not stored with the weights.
         rope_factor: RoPE scaling factor of Meta's files, which params.json does not state.
-        dtype: "float32", "bfloat16" or "float16" for all weights, which dequantizes those of a quantized checkpoint.
-            "auto" keeps the types of the files: quantized weights stay quantized, but those of GGUF files become
-            bfloat16.
+        dtype: "float32", "bfloat16" or "float16" for all weights, which dequantizes those of a quantized checkpoint
+            unless quantize="stored". "auto" keeps the types of the files: quantized weights stay quantized, but those
+            of GGUF files become bfloat16.
         quantize: Quantize the weights while they are loaded: "int8", "int8-weights", "int4" or "fp8" (nn/quantize.py).
             "stored" keeps quantized weights as they are in the files, those of GGUF files too.
         kv_dtype: dtype of the KV caches of the model: "float32", "bfloat16", "float16", or 8 bits, "int8" or "fp8".
@@ -97,7 +97,8 @@ def load(
     check_name(kv_dtype)
     resolved = resolve(source, family)
     checkpoint, where = resolved.checkpoint, placement(resolved.family.PARAMS, resolved.config, mesh, device, quantize)
-    _assert_same_model(str(source), resolved, dtype, where)
+    kind = dtype if quantize is None else f"{dtype} ({quantize})"
+    _assert_same_model(str(source), resolved, kind, where)
     weights = read_weights(str(source), checkpoint.tensors.pairs, dtype, where, progress, quantize)
     weights = adapters.adapted(weights, checkpoint, partial(wanted_dtype, dtype), where)
     model = Model(
@@ -244,26 +245,29 @@ def read_weights(
         for row, _ in pairs
     ]
     file_dtypes = [hf.DTYPES[tensor.dtype] for _, tensor in pairs]
+    dtypes = [loaded_dtype(file_dtype) for file_dtype in file_dtypes]
+    copies = [count if device.platform == "cpu" else 1 for _, count in blocks]
+    arrays = [n * count * dtype.itemsize for (n, _), count, dtype in zip(blocks, copies, dtypes)]
 
     def held(type: str | None) -> int:
         """Bytes of the weights in device memory. While they are quantized, also those of the largest array."""
-        copies = [count if device.platform == "cpu" else 1 for _, count in blocks]
-        dtypes = [loaded_dtype(file_dtype) for file_dtype in file_dtypes]
-        arrays = [n * count * dtype.itemsize for (n, _), count, dtype in zip(blocks, copies, dtypes)]
         if type is None:
             return sum(arrays) + sum(quantized_loading.bytes_per_device(row, tensor, where) for row, tensor in packed)
-        leaves = [stored(row, dtype, type) for (row, _), dtype in zip(pairs, dtypes)]
+        leaves = [stored(row, dtype, type, device.platform) for (row, _), dtype in zip(pairs, dtypes)]
         shards = [_shard_bytes(leaf, row, where(row)) for (row, _), leaf in zip(pairs, leaves)]
         return sum(n * count for n, count in zip(shards, copies)) + max(arrays, default=0)
 
     needed, free = held(quantize), hardware.available_memory(device)
     smaller = [f"dtype='bfloat16' (--dtype bfloat16), which needs {hardware.gigabytes(needed // 2)}"]
-    if quantize is not None or not pairs or loaded_dtype(file_dtypes[0]).itemsize < 4:
+    if quantize is not None or packed or dtypes[0].itemsize < 4:
         smaller = []
     if free is not None and needed > free and quantize != "int4" and not packed:
         sizes = {type: held(type) for type in ("int8", "int4") if type != quantize}
         if as_stored and quantize is None:
-            sizes[quantized.STORED] = sum(quantized_loading.bytes_per_device(*pair, where) for pair in as_stored)
+            paths = {row.path for row, _ in as_stored}
+            others = sum(n for (row, _), n in zip(pairs, arrays) if row.path not in paths)
+            kept = sum(quantized_loading.bytes_per_device(*pair, where) for pair in as_stored)
+            sizes[quantized.STORED] = kept + others
         smaller += [f"--quantize {type}, which needs {hardware.gigabytes(n)}" for type, n in sizes.items() if n <= free]
     hint = ", or ".join(["use a smaller model or a larger machine", *smaller])
     hardware.require(needed, device, f"the weights of {name}", hint)
@@ -275,7 +279,7 @@ def read_weights(
             convert = quantizer(quantize, rules)
             return hf.load_weights(pairs, loaded_dtype, where, advance, convert, hf.AHEAD // 4)
         weights = hf.load_weights(pairs, loaded_dtype, where, advance)
-        quantized_loading.load_weights(weights, packed, where, advance)
+        quantized_loading.load_weights(weights, packed, loaded_dtype, where, advance)
         return weights
 
 

@@ -12,8 +12,8 @@ A weight is scale * (q - zero) + offset. It has one of two layouts:
 quantize.py makes such weights from arrays.
 
 With `activations`, products also round their inputs to 8 bits. With channels, those of more than a few rows do, with a
-scale for each token: integer products are twice as fast as bfloat16 on CPU. With groups, those of a few rows do on CPU,
-with a scale for each block of inputs of each token. When a product is differentiated, its input is not rounded:
+scale for each token: integer products are twice as fast as bfloat16 on CPU. With groups of int4, those of a few rows do
+on CPU, with a scale for each block of inputs of each token. When a product is differentiated, its input is not rounded:
 gradients are those through the dequantized weight.
 """
 
