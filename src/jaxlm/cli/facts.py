@@ -46,6 +46,8 @@ def describe(
     family, cfg, checkpoint = resolved.family, resolved.config, resolved.checkpoint
     adapter, windows = checkpoint.adapter, cfg.windows
     weights, loaded_dtype = _weights(resolved, dtype, quantize)
+    if quantize == STORED and not weights.get("quantized"):
+        raise ValueError(f"{source} has no quantized weights: leave out --quantize stored")
     if quantize is not None and quantize != STORED:
         leaves = [stored(row, loaded_dtype, quantize) for row in params.tensors(family.PARAMS, cfg)]
         weights |= {"bytes": sum(map(params.nbytes, leaves)), "quantize": quantize, "quantized": 0}

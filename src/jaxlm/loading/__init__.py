@@ -285,8 +285,8 @@ def read_weights(
 
 def _kept_and_others(name: str, pairs: Any, dtype: Any, quantize: str | None) -> tuple[list[Any], list[Any]]:
     """The pairs whose weights stay quantized, with their Packed, and the others."""
-    if quantize is not None and quantize != quantized.STORED:
-        check_type(quantize)
+    if quantize is not None:
+        check_type(quantize, (quantized.STORED,))
     packed = [(row, found) for row, tensor in pairs if (found := quantized.kept(tensor, dtype, quantize))]
     if quantize == quantized.STORED and not packed:
         raise ValueError(f"{name} has no quantized weights: leave out quantize='stored' (--quantize stored)")

@@ -95,10 +95,10 @@ def type_of_weights(weights: Any) -> str:
     return " and ".join(sorted(kinds)) or jnp.dtype(leaves[0].dtype).name
 
 
-def check_type(name: str) -> None:
-    """Raises ValueError for a name that is not one of TYPES."""
-    if name not in TYPES:
-        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join(TYPES)}")
+def check_type(name: str, more: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a name that is not one of TYPES, nor of `more` that the caller takes."""
+    if name not in (*TYPES, *more):
+        raise ValueError(f"unknown type {name!r} of quantized weights: choose one of {', '.join((*TYPES, *more))}")
 
 
 def quantizer(name: str, rules: mesh.Rules = mesh.RULES) -> Callable[[params.TensorSpec, jax.Array], Any]:
