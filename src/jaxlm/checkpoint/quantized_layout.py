@@ -134,7 +134,7 @@ def whole(packed: Packed, tile: int) -> Quantized:
         part = packed.read(packed, begin, min(begin + step, channels))
         tiles = part.q.reshape(-1, tile or len(part.q), *part.q.shape[1:]).transpose(2, 0, 3, 1)
         q = tiles if tile else tiles[:, 0].reshape(-1, tiles.shape[-1])
-        arrays = {"q": q, **{name: a for name in FIELDS if name != "q" and (a := getattr(part, name)) is not None}}
+        arrays = {**part.arrays(), "q": q}
         for name, a in arrays.items():
             each = tile if tile and name == "q" else 1
             if begin == 0:
@@ -146,9 +146,6 @@ def whole(packed: Packed, tile: int) -> Quantized:
     if not tile:
         out["q"] = out["q"].reshape(-1, part.q.shape[-1], channels)
     return replace(part, **out)
-
-
-FIELDS = ("q", "scale", "offset", "outer_scale", "outer_offset")  # fields with an axis of output channels
 
 
 def dense_into(packed: Packed, out: np.ndarray, row: int, column: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.checkpoint import hf
-from jaxlm.checkpoint.quantized_layout import FIELDS, Packed, whole
+from jaxlm.checkpoint.quantized_layout import Packed, whole
 from jaxlm.devices import mesh
 from jaxlm.nn import params
 from jaxlm.nn.quantized import Quantized, tile
@@ -70,7 +70,7 @@ def load_weights(
 def placed(flat: Quantized, row: params.TensorSpec, sharding: Any) -> Quantized:
     """A flat Quantized of numpy arrays with the axes of a row, on the devices of the sharding of the row's array."""
     kept, summed = _axes(row)
-    own = {name: a for name in FIELDS if (a := getattr(flat, name)) is not None}
+    own = flat.arrays()
     if flat.grouped:
         q = own.pop("q")
         own = {name: a.reshape(-1, *kept) for name, a in own.items()}

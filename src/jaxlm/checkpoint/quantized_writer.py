@@ -85,8 +85,7 @@ def _dense_rows(w: Quantized, first: Any, tiles: int, size: int) -> jax.Array:
         axis = 2 if name == "q" and w.grouped and not w.tiled else int(w.grouped)
         return jax.lax.dynamic_slice_in_dim(a, first * n, tiles * n, axis)
 
-    names = ("q", "scale", "offset", "outer_scale", "outer_offset")
-    parts = {name: cut(name, a) for name in names if (a := getattr(w, name)) is not None}
+    parts = {name: cut(name, a) for name, a in w.arrays().items()}
     return Quantized(**{**vars(w), **parts, "dtype": jnp.dtype("float32")}).dense()
 
 

@@ -236,7 +236,6 @@ def read_weights(
     def loaded_dtype(file_dtype: np.dtype) -> np.dtype:
         return wanted_dtype(dtype, file_dtype, device.platform)
 
-    as_stored = [(row, found) for row, tensor in pairs if (found := quantized.packed(tensor))]
     packed, pairs = _kept_and_others(name, pairs, dtype, quantize)
     quantize = None if quantize == quantized.STORED else quantize
     # For each tensor: the elements per device, and the number of different blocks on the devices of this process.
@@ -263,6 +262,7 @@ def read_weights(
         smaller = []
     if free is not None and needed > free and quantize != "int4" and not packed:
         sizes = {type: held(type) for type in ("int8", "int4") if type != quantize}
+        as_stored = [(row, found) for row, tensor in pairs if (found := quantized.packed(tensor))]
         if as_stored and quantize is None:
             paths = {row.path for row, _ in as_stored}
             others = sum(n for (row, _), n in zip(pairs, arrays) if row.path not in paths)

@@ -46,12 +46,22 @@ def type_of(row: params.TensorSpec, name: str) -> str | None:
 def describe(weights: Any) -> str:
     """What a repr says of quantized weights: the type of most in the layers, and the memory of all weights, as in
     "int8 in 0.62 GB, ". Empty if no weight is quantized."""
+    found = _elements_of_types(weights["layers"]).most_common(1)
+    return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
+
+
+def type_of_weights(weights: Any) -> str:
+    """The types of a model's weights, for messages: "bfloat16", or of a quantized model "int4 and int8"."""
+    return " and ".join(sorted(_elements_of_types(weights))) or jnp.dtype(jax.tree.leaves(weights)[0].dtype).name
+
+
+def _elements_of_types(weights: Any) -> Counter[str]:
+    """The number of elements of the quantized weights of each type."""
     sizes: Counter[str] = Counter()
-    for leaf in jax.tree.leaves(weights["layers"], is_leaf=is_quantized):
+    for leaf in jax.tree.leaves(weights, is_leaf=is_quantized):
         if is_quantized(leaf):
             sizes[f"{leaf.kind}{'-weights' * (leaf.kind == 'int8' and not leaf.activations)}"] += math.prod(leaf.shape)
-    found = sizes.most_common(1)
-    return f"{found[0][0]} in {hardware.gigabytes(params.nbytes(weights))}, " if found else ""
+    return sizes
 
 
 def num_inputs(row: params.TensorSpec) -> int:
@@ -86,13 +96,6 @@ def _shapes(type: str, inputs: int, shape: tuple[int, ...], dtype: Any, platform
 def rotation_of(type: str, inputs: int) -> int:
     """The number of inputs that a type rotates together; 0 for none."""
     return max(n for n in ROTATIONS if inputs % n == 0) if type == "int8" else 0
-
-
-def type_of_weights(weights: Any) -> str:
-    """The types of a model's weights, for messages: "bfloat16", or of a quantized model "int4 and int8"."""
-    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    kinds = dict.fromkeys(leaf.kind for leaf in leaves if isinstance(leaf, Quantized))
-    return " and ".join(sorted(kinds)) or jnp.dtype(leaves[0].dtype).name
 
 
 def check_type(name: str, more: tuple[str, ...] = ()) -> None:
@@ -216,10 +219,9 @@ def _blocks(w: Float[Array, "F D"], by_parts: bool) -> tuple[Array, Array, Array
     """Bytes [I,BLOCK/2,F], scales and offsets [I,F]."""
     if not by_parts:
         return _int4(jnp.moveaxis(w.reshape(len(w), -1, BLOCK), 0, -1))
-    parts = jax.lax.map(
+    return jax.lax.map(
         lambda i: _int4(jax.lax.dynamic_slice_in_dim(w, i * BLOCK, BLOCK, axis=1).T), jnp.arange(w.shape[1] // BLOCK)
     )
-    return parts
 
 
 def _int4(w: Float[Array, "*I S F"]) -> tuple[Array, Array, Array]:

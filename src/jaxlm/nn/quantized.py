@@ -84,6 +84,11 @@ class Quantized(WeightForm):
     def ndim(self) -> int:
         return len(self.shape)
 
+    def arrays(self) -> dict[str, Any]:
+        """The fields with an axis of output channels, by name."""
+        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
+        return {name: a for name in names if (a := getattr(self, name)) is not None}
+
     @property
     def tiled(self) -> bool:
         """Whether q is in tiles of channels."""
@@ -114,17 +119,11 @@ class Quantized(WeightForm):
         if not self.grouped:
             q, scale = self.q.reshape(channels, -1), self.scale.reshape(channels)
             return replace(self, q=q, scale=scale, inputs=(q.shape[1],))
-        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
-        parts = {name: a for name in names if (a := getattr(self, name)) is not None}
-        parts = {
-            name: a.reshape(a.shape[0], channels)
-            if name != "q"
-            else a.reshape(a.shape[0], -1, *a.shape[-2:])
-            if self.tiled
-            else a.reshape(*a.shape[:2], channels)
-            for name, a in parts.items()
-        }
-        return replace(self, **parts, inputs=(math.prod(self.inputs),))
+        arrays = self.arrays()
+        q = arrays.pop("q")
+        flat = {name: a.reshape(a.shape[0], channels) for name, a in arrays.items()}
+        sizes = (-1, *q.shape[-2:]) if self.tiled else (q.shape[1], channels)
+        return replace(self, q=q.reshape(q.shape[0], *sizes), **flat, inputs=(math.prod(self.inputs),))
 
     def dense(self) -> Float[Array, "*w"]:
         """The whole weight as an array in `dtype`."""
@@ -140,8 +139,7 @@ class Quantized(WeightForm):
         """Rows of a weight [V,D] in `dtype`, such as the embeddings of tokens."""
         if self.grouped:
             i, size = jnp.clip(jnp.ravel(index), 0, self.shape[0] - 1), self.q.shape[-1]
-            names = ("scale", "offset", "outer_scale", "outer_offset")
-            taken = {name: a[:, i] for name in names if (a := getattr(self, name)) is not None}
+            taken = {name: a[:, i] for name, a in self.arrays().items() if name != "q"}
             q = self.q[:, i // size, :, i % size].transpose(1, 2, 0) if self.tiled else self.q[:, :, i]  # [I,S,rows]
             return replace(self, q=q, **taken).dense().reshape(*jnp.shape(index), -1)
         index = jnp.asarray(index)
@@ -191,8 +189,7 @@ class Quantized(WeightForm):
                 n = a.shape[0] // count
                 return jax.lax.dynamic_slice_in_dim(a, i * n, n)
 
-            names = ("q", "scale", "offset", "outer_scale", "outer_offset")
-            return replace(self, **{n: cut(a) for n in names if (a := getattr(self, n)) is not None}).values(dtype)
+            return replace(self, **{name: cut(a) for name, a in self.arrays().items()}).values(dtype)
 
         return count, size * BLOCK, values
 

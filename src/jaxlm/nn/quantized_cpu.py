@@ -88,8 +88,7 @@ def grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
             n = 1 if name == "q" else t
             return jax.lax.dynamic_slice_in_dim(a, begin * n, size * n, axis=1)
 
-        names = ("q", "scale", "offset", "outer_scale", "outer_offset")
-        part = replace(w, **{name: cut(name, a) for name in names if (a := getattr(w, name)) is not None})
+        part = replace(w, **{name: cut(name, a) for name, a in w.arrays().items()})
         return jax.lax.dynamic_update_slice_in_dim(y, _grouped_rows(x, part), begin * t, axis=1)
 
     return jax.lax.fori_loop(0, -(-tiles // size), add, jnp.zeros((len(x), tiles * t), jnp.float32))
