@@ -268,7 +268,7 @@ def test_metas_code_has_one_rope(changed, monkeypatch) -> None:
 def test_a_quantized_model_is_compared_with_its_float_model(not_itself, tmp_path, monkeypatch) -> None:
     folder = checkpoint_files.folder(tmp_path / "m", checkpoint_files.LLAMA, checkpoint_files.tensors(kind="F32"))
     found = jaxlm.verify(folder, quantize="int8-weights")
-    assert (found.about["weights"], found.passed) == ("int8", True)
+    assert (found.about["weights"], found.passed) == ("int8-weights", True)
     figures = {check.what: check.figure for check in found.checks}
     exact, model = (jaxlm.load(folder, dtype="float32", quantize=name) for name in (None, "int8-weights"))
     dense = jax.tree.map(

@@ -20,6 +20,7 @@ gradients are those through the dequantized weight.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -223,12 +224,18 @@ def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
     signs = np.ones((1, 1), np.float32)
     while len(signs) < size:
         signs = np.block([[signs, signs], [signs, -signs]])
-    matrix = jnp.asarray(signs / math.sqrt(size), x.dtype)
+    matrix, parts = jnp.asarray(signs / math.sqrt(size), x.dtype), x.reshape(-1, size)
+    product = partial(plain_einsum, "BD,DF->BF")
     if x.size // x.shape[-1] > MAX_SINGLE_ROWS:
-        return plain_einsum("BD,DF->BF", x.reshape(-1, size), matrix).astype(x.dtype).reshape(x.shape)
-    # A few rows: as a product, or in bfloat16, it makes the products that follow 3 times as slow with jax 0.10 on CPU.
-    x, shape = jax.lax.optimization_barrier(x.astype(jnp.float32).reshape(-1, size)), x.shape
-    return jax.lax.optimization_barrier((x[:, :, None] * matrix.astype(jnp.float32)).sum(axis=1)).reshape(shape)
+        return product(parts, matrix).astype(x.dtype).reshape(x.shape)
+    return jax.lax.platform_dependent(parts, matrix, cpu=_summed, default=product).reshape(x.shape)
+
+
+def _summed(x: Float[Array, "B D"], w: Float[Array, "D F"]) -> Float[Array, "B F"]:
+    """A few rows of x times a small w, in float32. As a product, or in bfloat16, it makes the products that follow 3
+    times as slow with jax 0.10 on CPU."""
+    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
+    return jax.lax.optimization_barrier((x[:, :, None] * w.astype(jnp.float32)).sum(axis=1))
 
 
 def is_quantized(leaf: Any) -> bool:
