@@ -48,8 +48,12 @@ def cache_dtype(activations: Any, platform: str) -> Any:
     On CPU with jax 0.10 it is float32: XLA copies a bfloat16 cache at every write there (7.0 instead of 4.5 ms per
     layer at 4,096 positions).
     """
-    old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
-    return np.dtype(np.float32) if platform == "cpu" and old else np.dtype(activations)
+    return np.dtype(np.float32) if platform == "cpu" and jax_before(0, 12) else np.dtype(activations)
+
+
+def jax_before(major: int, minor: int) -> bool:
+    """Whether jax is older than this version. Its compiler needs other forms of some products on CPU then."""
+    return tuple(map(int, jax.__version__.split(".")[:2])) < (major, minor)
 
 
 def available_memory(device: Any) -> int | None:

@@ -160,13 +160,13 @@ def single_row(x: jax.Array, w: jax.Array) -> jax.Array:
     XLA reads the weight once and converts it on the fly if a vector is multiplied with the transpose of float32 rows
     and no other operation is fused with the product. (jax 0.12 also needs hardware.COMPILER_OPTIONS.) Otherwise it
     first writes the whole weight as float32. reduce_precision to the precision of float32 does not change values, and
-    prevents the fusion.
+    prevents the fusion. The same holds for x and w in int32, whose exact sums are rounded to float32.
     """
     width = x.size if x.size < 4096 else 2048  # XLA's fast kernel takes vectors of less than 16 KiB
 
     def part(begin: int) -> jax.Array:
         y = x[begin : begin + width] @ w[:, begin : begin + width].T
-        return jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=23)
+        return jax.lax.reduce_precision(y.astype(jnp.float32), exponent_bits=8, mantissa_bits=23)
 
     return sum((part(begin) for begin in range(width, x.size, width)), part(0))
 

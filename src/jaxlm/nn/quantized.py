@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.devices import mesh
+from jaxlm.devices.hardware import jax_before
 from jaxlm.nn import quantized_accelerator as accelerator
 from jaxlm.nn import quantized_cpu as cpu
 from jaxlm.nn.linear import MAX_SINGLE_ROWS, WeightForm, plain_einsum
@@ -228,14 +229,16 @@ def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
     product = partial(plain_einsum, "BD,DF->BF")
     if x.size // x.shape[-1] > MAX_SINGLE_ROWS:
         return product(parts, matrix).astype(x.dtype).reshape(x.shape)
-    return jax.lax.platform_dependent(parts, matrix, cpu=_summed, default=product).reshape(x.shape)
+    return jax.lax.platform_dependent(parts, matrix, cpu=_rotated_on_cpu, default=product).reshape(x.shape)
 
 
-def _summed(x: Float[Array, "B D"], w: Float[Array, "D F"]) -> Float[Array, "B F"]:
-    """A few rows of x times a small w, in float32. As a product, or in bfloat16, it makes the products that follow 3
-    times as slow with jax 0.10 on CPU."""
-    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
-    return jax.lax.optimization_barrier((x[:, :, None] * w.astype(jnp.float32)).sum(axis=1))
+def _rotated_on_cpu(x: Float[Array, "B D"], w: Float[Array, "D F"]) -> Float[Array, "B F"]:
+    """A few rows of x times a small w, in float32. With jax 0.10 it is a sum: as a product, or in bfloat16, it makes
+    the products that follow 3 times as slow. With newer versions the sum takes as long as a third of the product that
+    follows, and a product takes almost no time."""
+    x, w = jax.lax.optimization_barrier(x.astype(jnp.float32)), w.astype(jnp.float32)
+    y = (x[:, :, None] * w).sum(axis=1) if jax_before(0, 11) else plain_einsum("BD,DF->BF", x, w)
+    return jax.lax.optimization_barrier(y)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -279,10 +282,13 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 def _on_cpu(x: Float[Array, "B D"], w: Quantized) -> Float[Array, "B F"]:
     if w.grouped:
         return cpu.grouped_rows(x, tiled(w)) if x.shape[0] <= cpu.MAX_ROWS else cpu.by_blocks(x, w)
-    # Memory limits the product of a few rows, which gains nothing from integers.
-    rounds = w.activations and w.kind == "int8" and x.shape[0] > MAX_SINGLE_ROWS
-    product = cpu.integer_channels if rounds else cpu.float_channels
-    return product(x, w.q) * w.scale.astype(jnp.float32)
+    if not (w.activations and w.kind == "int8"):
+        y = cpu.float_channels(x, w.q)
+    elif x.shape[0] > 1:
+        y = cpu.integer_channels(x, w.q)
+    else:
+        y = cpu.float_channels(x, w.q) if jax_before(0, 12) else cpu.integer_row(x[0], w.q)[None]
+    return y * w.scale.astype(jnp.float32)
 
 
 def _untiled_first(product: Callable[[Array, Any], Array]) -> Callable[[Array, Quantized], Array]:
