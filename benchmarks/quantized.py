@@ -217,6 +217,7 @@ def main() -> None:
         command.add_argument("--rivals", action="store_true", help="llama.cpp too")
         command.add_argument("--out", type=Path, default=Path("build/quantized"))
     args = parser.parse_args()
+    jaxlm.use_compiler_flags()  # as the commands do
     args.run(args)
 
 

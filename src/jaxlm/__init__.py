@@ -7,6 +7,7 @@ from jaxlm.version import __version__
 if TYPE_CHECKING:
     from jaxlm.adapters import fuse as fuse
     from jaxlm.devices.compilation_cache import use_compilation_cache as use_compilation_cache
+    from jaxlm.devices.compiler_flags import use_compiler_flags as use_compiler_flags
     from jaxlm.evaluation.perplexity import evaluate as evaluate
     from jaxlm.exporting import export as export
     from jaxlm.inference.conversation import Conversation as Conversation
@@ -34,11 +35,13 @@ _HOME = {
     "stream": "jaxlm.inference.generation",
     "train": "jaxlm.training.loop",
     "use_compilation_cache": "jaxlm.devices.compilation_cache",
+    "use_compiler_flags": "jaxlm.devices.compiler_flags",
     "verify": "jaxlm.verification",
 }
 __all__ = [
     "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate",
-    "load", "load_adapter", "stream", "train", "use_compilation_cache", "verify",
+    "load", "load_adapter", "stream", "train", "use_compilation_cache", "use_compiler_flags",
+    "verify",
 ]  # fmt: skip
 
 

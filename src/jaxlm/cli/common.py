@@ -15,6 +15,7 @@ from jaxlm.cli.interrupts import ends_at_once
 from jaxlm.cli.line_input import read_stdin
 from jaxlm.cli.terminal import compiling, devnull, is_quiet, note
 from jaxlm.devices.compilation_cache import use_compilation_cache
+from jaxlm.devices.compiler_flags import use_compiler_flags
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -214,6 +215,7 @@ def set_up_process() -> None:
     with ends_at_once():
         import jax  # noqa: F401
     use_compilation_cache()
+    use_compiler_flags()
 
 
 def silence_workers(is_coordinator: bool) -> None:
