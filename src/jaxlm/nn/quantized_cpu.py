@@ -109,29 +109,40 @@ def grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 def _grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     """Sums over the inputs of each group, then over all groups.
 
-    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. For
-    q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
+    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. The
+    codes are then 0 to 15, and `center` times the sum of x is subtracted at the end. Sums may overflow before that, which
+    does not matter modulo 2**16. For q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
     """
     rows, groups, t = len(x), w.scale.shape[0], w.q.shape[-1]
     x = x.astype(jnp.float32).reshape(rows, -1, BLOCK)
     blocks, dtype, factor = x.shape[1], jnp.float32, jnp.ones(x.shape[:2], jnp.float32)
-    if w.activations and w.kind == "int4":
+    integers = w.activations and w.kind == "int4"
+    if integers:
         dtype = jnp.int16
         factor = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127
         x = jnp.round(x / factor[..., None])
     parts = max(1, groups // blocks)  # groups of a block, if they are smaller than it
     sums = x.reshape(rows, blocks * parts, -1).sum(axis=-1)
     factor = jnp.repeat(factor, parts, axis=1)
-    x, sums, factor = jax.lax.optimization_barrier((x.swapaxes(0, 1).astype(dtype), sums * factor, factor))
+    zeros = sums.reshape(rows, blocks, parts).transpose(1, 2, 0).astype(dtype) * -center(w.kind)
+    x, zeros, sums, factor = jax.lax.optimization_barrier(
+        (x.swapaxes(0, 1).astype(dtype), zeros, sums * factor, factor)
+    )
     half, low = BLOCK // 2, w.kind in ("int4", "mxfp4")
     # Two sums for 8 bits: with one of 32 products, jax 0.10 takes four times as long.
     sums_of_block = parts if low else 2
     of, q = x[:, None, :, :, None], w.q[:, :, None]  # [I,1,B,BLOCK,1], [I,F/t,1,S,t]
     totals = [jnp.zeros((), dtype) for _ in range(sums_of_block)]
+    if integers:
+        totals = [zeros[:, i, None, :, None] for i in range(parts)]
     for i in range(half if low else BLOCK):
         if low:
-            totals[0] += of[:, :, :, i] * codes(q[:, :, :, i] & 15, w.kind).astype(dtype)
-            totals[-1] += of[:, :, :, i + half] * codes(q[:, :, :, i] >> 4, w.kind).astype(dtype)
+            pair = q[:, :, :, i].astype(dtype) if integers else q[:, :, :, i]
+            one, other = pair & 15, pair >> 4
+            if not integers:
+                one, other = (codes(c, w.kind).astype(dtype) for c in (one, other))
+            totals[0] += of[:, :, :, i] * one
+            totals[-1] += of[:, :, :, i + half] * other
         else:
             totals[i // half] += of[:, :, :, i] * q[:, :, :, i].astype(dtype)
     total = jax.lax.optimization_barrier(jnp.stack(totals, axis=1))
