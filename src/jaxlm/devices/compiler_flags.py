@@ -5,18 +5,18 @@ import importlib.util
 import os
 import platform
 
-# LLVM fills its vectors with the smallest numbers of a loop, not with the largest. The products of bytes of a single row
-# read their weights 1.3 times as fast (docs/performance.md).
+# LLVM fills its vectors with the smallest numbers of a loop, not with the largest. The products of bytes of a single
+# row read their weights 1.3 times as fast (docs/performance.md).
 VECTORS = "--xla_backend_extra_options=--vectorizer-maximize-bandwidth"
-NOT_TESTED = (0, 13)  # the first version of jax with which the flag was not tested. XLA exits if it does not know a flag.
+NOT_TESTED = (0, 13)  # the first version of jax without a test of the flag. XLA ends a process that has unknown flags.
 
 
 def use_compiler_flags() -> None:
     """Sets XLA_FLAGS for a process that computes on an x86 CPU. The commands do this by themselves.
 
-    Call it before jax compiles its first program. `import jaxlm` does not do it, because the flags hold for all programs
-    of the process. Flags that are set already are kept. Nothing is set if jax has an accelerator, to whose compiler the
-    flags would apply too.
+    Call it before jax compiles its first program. `import jaxlm` does not do it, because the flags hold for all
+    programs of the process. Flags that are set already are kept. Nothing is set if jax has an accelerator, to whose
+    compiler the flags would apply too.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))

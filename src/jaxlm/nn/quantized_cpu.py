@@ -109,45 +109,23 @@ def grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
 def _grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     """Sums over the inputs of each group, then over all groups.
 
-    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. The
-    codes are then 0 to 15, and `center` times the sum of x is subtracted at the end. Sums may overflow before that, which
-    does not matter modulo 2**16. For q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
+    With `activations` and q of 4 bits, x is rounded to 8 bits in blocks: sums of a block are then exact in 16 bits. For
+    q of 8 bits, float32 is as fast as integers (jax 0.12), or much faster (0.10).
     """
     rows, groups, t = len(x), w.scale.shape[0], w.q.shape[-1]
     x = x.astype(jnp.float32).reshape(rows, -1, BLOCK)
     blocks, dtype, factor = x.shape[1], jnp.float32, jnp.ones(x.shape[:2], jnp.float32)
-    integers = w.activations and w.kind == "int4"
-    if integers:
+    if w.activations and w.kind == "int4":
         dtype = jnp.int16
         factor = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127
         x = jnp.round(x / factor[..., None])
     parts = max(1, groups // blocks)  # groups of a block, if they are smaller than it
-    sums = x.reshape(rows, blocks * parts, -1).sum(axis=-1)
+    sums = x.reshape(rows, blocks, parts, -1).sum(axis=-1)
     factor = jnp.repeat(factor, parts, axis=1)
-    zeros = sums.reshape(rows, blocks, parts).transpose(1, 2, 0).astype(dtype) * -center(w.kind)
-    x, zeros, sums, factor = jax.lax.optimization_barrier(
-        (x.swapaxes(0, 1).astype(dtype), zeros, sums * factor, factor)
-    )
-    half, low = BLOCK // 2, w.kind in ("int4", "mxfp4")
-    # Two sums for 8 bits: with one of 32 products, jax 0.10 takes four times as long.
-    sums_of_block = parts if low else 2
-    of, q = x[:, None, :, :, None], w.q[:, :, None]  # [I,1,B,BLOCK,1], [I,F/t,1,S,t]
-    totals = [jnp.zeros((), dtype) for _ in range(sums_of_block)]
-    if integers:
-        totals = [zeros[:, i, None, :, None] for i in range(parts)]
-    for i in range(half if low else BLOCK):
-        if low:
-            pair = q[:, :, :, i].astype(dtype) if integers else q[:, :, :, i]
-            one, other = pair & 15, pair >> 4
-            if not integers:
-                one, other = (codes(c, w.kind).astype(dtype) for c in (one, other))
-            totals[0] += of[:, :, :, i] * one
-            totals[-1] += of[:, :, :, i + half] * other
-        else:
-            totals[i // half] += of[:, :, :, i] * q[:, :, :, i].astype(dtype)
-    total = jax.lax.optimization_barrier(jnp.stack(totals, axis=1))
-    total = total.sum(axis=1) if sums_of_block > parts else total
-    total = total.astype(jnp.float32).reshape(groups, -1, w.q.shape[1], rows, t)  # [g,·,F/t,B,t]
+    begin = sums.transpose(1, 2, 0).astype(dtype) * -center(w.kind)
+    sums = sums.reshape(rows, -1) * factor
+    x, begin, sums, factor = jax.lax.optimization_barrier((x.swapaxes(0, 1).astype(dtype), begin, sums, factor))
+    total = _sums_of_groups(x, begin, w).reshape(groups, -1, w.q.shape[1], rows, t)
 
     def by_row(a: Float[Array, "B I"]) -> Float[Array, "g n 1 B 1"]:
         return a.T.reshape(groups, -1, 1, rows, 1)
@@ -164,6 +142,33 @@ def _grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     # For one row a product with ones is faster than a sum; for several it is slower with jax 0.10.
     y = jnp.ones(len(y), jnp.float32) @ y if rows == 1 else y.sum(axis=0)
     return y.reshape(-1, rows, t).swapaxes(0, 1).reshape(rows, -1)
+
+
+def _sums_of_groups(x: Array, begin: Float[Array, "I p B"], w: Any) -> Float[Array, "I p n B t"]:
+    """Products of x [I,B,BLOCK] and the codes of a weight, summed over the p groups of each block, in float32.
+
+    If x is int16, the codes are 0 to 15, and each sum starts at `begin`, minus `center` times the sum of x. A sum that
+    overflows on the way ends in range.
+    """
+    half, low, parts = BLOCK // 2, w.kind in ("int4", "mxfp4"), begin.shape[1]
+    # Two sums for 8 bits: with one of 32 products, jax 0.10 takes four times as long.
+    totals: list[Array] = [jnp.zeros((), x.dtype)] * (parts if low else 2)
+    of, q = x[:, None, :, :, None], w.q[:, :, None]  # [I,1,B,BLOCK,1], [I,F/t,1,S,t]
+    if x.dtype == jnp.int16:
+        totals = [begin[:, i, None, :, None] for i in range(parts)]
+    for i in range(half if low else BLOCK):
+        if not low:
+            totals[i // half] += of[:, :, :, i] * q[:, :, :, i].astype(x.dtype)
+            continue
+        if x.dtype == jnp.int16:
+            pair = q[:, :, :, i].astype(x.dtype)
+            one, other = pair & 15, pair >> 4
+        else:
+            one, other = (codes(c, w.kind).astype(x.dtype) for c in (q[:, :, :, i] & 15, q[:, :, :, i] >> 4))
+        totals[0] += of[:, :, :, i] * one
+        totals[-1] += of[:, :, :, i + half] * other
+    total = jax.lax.optimization_barrier(jnp.stack(totals, axis=1))
+    return (total.sum(axis=1, keepdims=True) if len(totals) > parts else total).astype(jnp.float32)
 
 
 def center(kind: str) -> int:
