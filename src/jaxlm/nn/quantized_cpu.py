@@ -144,11 +144,11 @@ def _grouped_rows(x: Float[Array, "B D"], w: Any) -> Float[Array, "B F"]:
     return y.reshape(-1, rows, t).swapaxes(0, 1).reshape(rows, -1)
 
 
-def _sums_of_groups(x: Array, begin: Float[Array, "I p B"], w: Any) -> Float[Array, "I p n B t"]:
+def _sums_of_groups(x: Array, begin: Array, w: Any) -> Float[Array, "I p n B t"]:
     """Products of x [I,B,BLOCK] and the codes of a weight, summed over the p groups of each block, in float32.
 
-    If x is int16, the codes are 0 to 15, and each sum starts at `begin`, minus `center` times the sum of x. A sum that
-    overflows on the way ends in range.
+    If x is int16, the codes are 0 to 15, and each sum starts at `begin` [I,p,B], minus `center` times the sum
+    of x. A sum that overflows on the way ends in range.
     """
     half, low, parts = BLOCK // 2, w.kind in ("int4", "mxfp4"), begin.shape[1]
     # Two sums for 8 bits: with one of 32 products, jax 0.10 takes four times as long.
