@@ -1,6 +1,7 @@
 """Quantized weights against plain numpy: the values they represent, their products, gradients and shardings."""
 
 import math
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_gradients_are_those_through_the_dense_weight(spec: str, type: str) -> N
     expected = np.einsum(f"{spec.split('->')[1]},{spec.split('->')[0].split(',')[1]}->{spec.split(',')[0]}",
                          of_y.astype(np.float64), w.astype(np.float64))  # fmt: skip
     np.testing.assert_allclose(gradient, expected, atol=3e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("codes", [0x00, 0xFF, 0x0F, 0xF0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_largest_sums_of_int4(codes: int, sign: float, groups: int) -> None:
+    """Sums of 127 times 15 exceed 16 bits on the way, and end in range. Groups of 32 and of 16 inputs."""
+    w = quantize.quantize(jnp.asarray(weight((64, 64))), "int4", 1)
+    scale = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, (groups, 64)), jnp.float16)
+    w = replace(w, q=jnp.full_like(w.q, codes), scale=scale, offset=jnp.zeros_like(scale))
+    x = jnp.full((2, 64), sign, jnp.float32)
+    expected = np.asarray(x, np.float64) @ np.asarray(w.dense(), np.float64).T
+    np.testing.assert_allclose(jax.jit(cpu.grouped_rows)(x, w), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_parts_of_a_weight_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,22 +7,23 @@ import platform
 
 # LLVM fills its vectors with the smallest numbers of a loop, not with the largest. The products of bytes of a single
 # row read their weights 1.3 times as fast (docs/performance.md).
-VECTORS = "--xla_backend_extra_options=--vectorizer-maximize-bandwidth"
+OPTION = "--xla_backend_extra_options"
+VECTORS = f"{OPTION}=--vectorizer-maximize-bandwidth"
 NOT_TESTED = (0, 13)  # the first version of jax without a test of the flag. XLA ends a process that has unknown flags.
 
 
 def use_compiler_flags() -> None:
     """Sets XLA_FLAGS for a process that computes on an x86 CPU. The commands do this by themselves.
 
-    Call it before jax compiles its first program. `import jaxlm` does not do it, because the flags hold for all
-    programs of the process. Flags that are set already are kept. Nothing is set if jax has an accelerator, to whose
-    compiler the flags would apply too.
+    Call it before jax uses a device for the first time: XLA reads the flags once. `import jaxlm` does not do it,
+    because the flags hold for all programs of the process. Flags that are set already are kept. Nothing is set if
+    JAX_PLATFORMS names an accelerator, or if jax's package for one is installed: its compiler would get the flags too.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
     if platform.machine() not in ("x86_64", "AMD64") or version >= NOT_TESTED or not _only_cpu():
         return
-    if VECTORS.split("=")[0] not in flags:
+    if OPTION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {VECTORS}".strip()
 
 

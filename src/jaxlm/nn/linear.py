@@ -16,7 +16,8 @@ PRODUCT = "product"  # the name of every product's result for policies of jax.ch
 
 # On CPU, up to this number of rows are multiplied one by one. With jax 0.12, a decoding step of two rows takes 2.4
 # times as long as that of a single row with one product for both rows, and 1.8 times as long with two products. With
-# three rows, separate products are slower on jax 0.10 (docs/performance.md).
+# three rows, separate products are slower on jax 0.10 (docs/performance.md). Rows of int8 are rounded, and two of them
+# share a product.
 MAX_SINGLE_ROWS = 2
 # Up to this number of rows, a product is limited by memory bandwidth, as in a decoding step.
 MAX_DECODE_ROWS = 128

@@ -11,10 +11,10 @@ A weight is scale * (q - zero) + offset. It has one of two layouts:
 
 quantize.py makes such weights from arrays.
 
-With `activations`, products also round their inputs to 8 bits. With channels, those of more than a few rows do, with a
-scale for each token: integer products are twice as fast as bfloat16 on CPU. With groups of int4, those of a few rows do
-on CPU, with a scale for each block of inputs of each token. When a product is differentiated, its input is not rounded:
-gradients are those through the dequantized weight.
+With `activations`, products also round their inputs to 8 bits. With channels, they have a scale for each token: integer
+products are twice as fast as bfloat16 on CPU. Single rows with jax before 0.12, and up to 128 rows on accelerators, are
+not rounded. With groups of int4, a few rows are rounded on CPU, with a scale for each block of inputs. When a product
+is differentiated, its input is not rounded: gradients are those through the dequantized weight.
 """
 
 import math
@@ -234,7 +234,7 @@ def rotated(x: Float[Array, "*B D"], size: int) -> Float[Array, "*B D"]:
 
 def _rotated_on_cpu(x: Float[Array, "B D"], w: Float[Array, "D F"]) -> Float[Array, "B F"]:
     """A few rows of x times a small w, in float32. With jax 0.10 it is a sum: as a product, or in bfloat16, it makes
-    the products that follow 3 times as slow. With newer versions the sum takes as long as a third of the product that
+    the products that follow 3 times as slow. With newer versions the sum takes as long as a fifth of the product that
     follows, and a product takes almost no time."""
     x, w = jax.lax.optimization_barrier(x.astype(jnp.float32)), w.astype(jnp.float32)
     y = (x[:, :, None] * w).sum(axis=1) if jax_before(0, 11) else plain_einsum("BD,DF->BF", x, w)

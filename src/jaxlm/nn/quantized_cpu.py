@@ -40,7 +40,8 @@ def integer_row(x: Float[Array, " D"], q: Int[Array, "F D"]) -> Float[Array, " F
     """A single row x rounded to int8, times q, without the scales of q.
 
     LLVM has an instruction for the sum of products of unsigned and signed bytes, so 128 is added to q on the fly. It
-    recognizes the pattern with jax 0.12; with older versions this is slower than the product in float32.
+    recognizes the pattern with jax 0.12; with older versions this is slower than the product in float32. Sums above
+    2**24 are rounded to float32 before 128 times the sum of x is subtracted, which is less than x's own rounding.
     """
     rounded, scale = round_rows(x)
     of_x, unsigned = rounded.astype(jnp.int32), jax.lax.bitcast_convert_type(q, jnp.uint8) ^ jnp.uint8(128)
