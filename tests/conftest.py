@@ -12,8 +12,6 @@ import pytest
 from helpers.published import SHARED
 from jaxtyping import install_import_hook
 
-from jaxlm.devices.compiler_flags import use_compiler_flags
-
 # The tests leave the user's caches alone. Programs are compiled once for all processes and runs: compiling is three
 # quarters of a first run. Another folder may be set beforehand.
 CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
@@ -33,9 +31,6 @@ FLAGS = [] if os.environ.get("JAXLM_OPTIMIZED") else QUICK
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), *FLAGS, "--xla_force_host_platform_device_count=8"]
 )
-
-# As the commands do. A command that sets the flags during a test would change the keys of compiled programs.
-use_compiler_flags()
 
 # Shapes and dtypes that jaxlm.nn annotates are checked while programs are traced: about 8 % of the time of tests/nn.
 if not os.environ.get("JAXLM_OPTIMIZED"):  # the oracle tier runs the package as users do

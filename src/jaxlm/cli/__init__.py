@@ -78,6 +78,7 @@ def entry() -> NoReturn:
     interrupts.install()
     status = main()
     if status > 128:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would interrupt the end
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
