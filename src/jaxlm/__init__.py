@@ -40,8 +40,7 @@ _HOME = {
 }
 __all__ = [
     "Conversation", "Engine", "Model", "SamplingParams", "__version__", "evaluate", "export", "fuse", "generate",
-    "load", "load_adapter", "stream", "train", "use_compilation_cache", "use_compiler_flags",
-    "verify",
+    "load", "load_adapter", "stream", "train", "use_compilation_cache", "use_compiler_flags", "verify",
 ]  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def cache_dtype(activations: Any, platform: str) -> Any:
 
 
 def jax_before(major: int, minor: int) -> bool:
-    """Whether jax is older than this version. Its compiler needs other forms of some products on CPU then."""
+    """Whether jax is older than this version. Its compiler on CPU needs other forms of some programs then."""
     return tuple(map(int, jax.__version__.split(".")[:2])) < (major, minor)
 
 
